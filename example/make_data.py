@@ -1,0 +1,62 @@
+"""Makes the small data sets of the examples: sums, differences and reversed words, as questions and answers.
+
+    python example/make_data.py            writes example/data/, the same files every time
+
+No question of a test file stands in a training file.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def addition(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    return f"{a} + {b} =", str(a + b)
+
+
+def subtraction(rng: random.Random) -> tuple[str, str]:
+    b, a = sorted((rng.randint(10, 99), rng.randint(10, 99)))
+    return f"{a} - {b} =", str(a - b)
+
+
+def reversal(rng: random.Random) -> tuple[str, str]:
+    word = "".join(rng.choices(LETTERS, k=rng.randint(3, 5)))
+    return f"reverse {word}", word[::-1]
+
+
+def distinct(make: Callable, count: int, rng: random.Random) -> list[tuple[str, str]]:
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        question, answer = make(rng)
+        rows[question] = answer
+    return list(rows.items())
+
+
+def make(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(6,000 training pairs, 300 test pairs), both shuffled."""
+    rng = random.Random(seed)
+    train, test = [], []
+    for skill, n_train, n_test in ((addition, 3000, 150), (subtraction, 2000, 100), (reversal, 1000, 50)):
+        rows = distinct(skill, n_train + n_test, rng)
+        train += rows[n_test:]
+        test += rows[:n_test]
+    rng.shuffle(train)
+    rng.shuffle(test)
+    return train, test
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> None:
+    lines = (json.dumps({"prompt": question, "response": answer}) for question, answer in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent / "data"
+    folder.mkdir(exist_ok=True)
+    train, test = make()
+    write(folder / "skills-train.jsonl", train)
+    write(folder / "skills-test.jsonl", test)

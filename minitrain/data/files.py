@@ -1,0 +1,143 @@
+"""Rows out of .json, .jsonl and .csv files, gzipped or not, each with the line it starts on."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import DataError
+
+FORMATS = ("json", "jsonl", "csv")
+MAX_LINE_BYTES = 32 << 20
+
+Row = tuple[int, dict | DataError]
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Yields (line number, row). A row that cannot be read comes as a DataError in place of the dict, so that
+    the caller decides whether to go on; what spoils the whole file is raised.
+    """
+    path = Path(path)
+    readers = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv}
+    reader = readers[path.name.removesuffix(".gz").rpartition(".")[2].lower()]
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            yield from reader(file, path)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _read_jsonl(file, path: Path) -> Iterator[Row]:
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(raw) > MAX_LINE_BYTES:
+            raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if raw.strip():
+            yield number, _parse(raw)
+
+
+def _parse(raw: bytes) -> dict | DataError:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 text (byte {error.start} of the line)")
+    except json.JSONDecodeError as error:
+        return DataError(f"not valid JSON: {error.msg} (column {error.colno})")
+    except RecursionError:
+        return DataError("not usable JSON: nested too deeply")
+    return _as_row(row)
+
+
+def _as_row(row) -> dict | DataError:
+    if isinstance(row, dict):
+        return row
+    return DataError(f"expected an object with keys, got {type(row).__name__} {str(row)[:60]!r}")
+
+
+def _read_json(file, path: Path) -> Iterator[Row]:
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text") from None
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] == "{":
+        start = _start_of_data(text, path)
+    if text[start : start + 1] != "[":
+        raise DataError(f'{path}: expected a list of rows, or {{"data": [...]}}; one row a line belongs in a .jsonl file')
+    yield from _list_entries(text, start + 1, path)
+
+
+def _start_of_data(text: str, path: Path) -> int:
+    """Where the list of `{"data": [...]}` opens."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(whole.get("data"), list):
+        raise DataError(f"{path}: expected a list of rows under `data`, found the keys {', '.join(list(whole)[:5])}")
+    decoder, position = json.JSONDecoder(), text.index("{") + 1
+    while True:
+        position = _skip(text, position, " \t\r\n,")
+        key, position = decoder.raw_decode(text, position)
+        position = _skip(text, position, " \t\r\n:")
+        if key == "data":
+            return position
+        _, position = decoder.raw_decode(text, position)
+
+
+def _list_entries(text: str, position: int, path: Path) -> Iterator[Row]:
+    """Decodes one entry at a time, so that each row knows its line."""
+    decoder, line, counted, first = json.JSONDecoder(), 1, 0, True
+    while True:
+        position = _skip(text, position, " \t\r\n")
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            return
+        if not first:
+            if text[position : position + 1] != ",":
+                raise DataError(f"{path}:{line}: not valid JSON: expected a comma or the end of the list")
+            position = _skip(text, position + 1, " \t\r\n")
+            line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise DataError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
+        yield line, _as_row(row)
+        first = False
+
+
+def _skip(text: str, position: int, characters: str) -> int:
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
+
+
+def _read_csv(file, path: Path) -> Iterator[Row]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="", errors="strict")
+    reader = csv.reader(lines, strict=True)
+    line = 1
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        if len(set(header)) != len(header):
+            raise DataError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
+        line = reader.line_num + 1
+        for cells in reader:
+            if len(cells) == len(header):
+                yield line, dict(zip(header, cells, strict=True))
+            elif cells:
+                yield line, DataError(f"{len(cells)} fields where the header has {len(header)}")
+            line = reader.line_num + 1
+    except UnicodeDecodeError:
+        raise DataError(f"{path}:{line}: not UTF-8 text") from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not valid CSV: {error}") from None

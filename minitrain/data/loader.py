@@ -1,0 +1,155 @@
+"""Data files -> the micro-batches of each optimizer step, and the batches of an evaluation."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..batch import Batch
+from ..errors import ConfigError
+from ..schema import Config
+from .cache import TokenCache, load_cache
+from .collate import Document, collate
+from .sampler import best_fit, epoch_order, epoch_size, group_by_length, plan_step
+from .template import Template
+
+
+class Examples:
+    """Examples of several token caches, or a choice of them, as one sequence."""
+
+    def __init__(self, caches: list[TokenCache], weights: list[float], chosen: list[np.ndarray] | None = None):
+        self.caches, self.weights = caches, weights
+        self.chosen = chosen or [np.arange(len(cache)) for cache in caches]
+        self.sizes = [len(indices) for indices in self.chosen]
+        self.starts = np.cumsum([0, *self.sizes])
+        pairs = zip(caches, self.chosen, strict=True)
+        self.lengths = np.concatenate([cache.lengths[indices] for cache, indices in pairs])  # [E]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> Document:
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.caches[which][int(self.chosen[which][index - self.starts[which]])]
+
+    def split(self, held_out: float, seed: int) -> tuple["Examples", "Examples"]:
+        """(the rest, a random share or number of examples held out, the same for the same seed)."""
+        n = len(self)
+        count = int(held_out) if held_out >= 1 else max(1, round(n * held_out))
+        if count >= n:
+            raise ConfigError(f"validation_split: {count} of {n} examples held out leave none to train on")
+        mark = np.zeros(n, bool)
+        mark[np.random.Generator(np.random.PCG64([seed, 2])).permutation(n)[:count]] = True
+        marks = np.split(mark, self.starts[1:-1])
+        kept = [indices[~m] for indices, m in zip(self.chosen, marks, strict=True)]
+        held = [indices[m] for indices, m in zip(self.chosen, marks, strict=True)]
+        return self._of(kept), self._of(held)
+
+    def _of(self, chosen: list[np.ndarray]) -> "Examples":
+        """The same with other choices; caches of which nothing is chosen are left out."""
+        kept = [i for i, indices in enumerate(chosen) if len(indices)]
+        return Examples([self.caches[i] for i in kept], [self.weights[i] for i in kept], [chosen[i] for i in kept])
+
+    def first(self, n: int | None) -> "Examples":
+        """The first n examples over all files in turn; all of them for None."""
+        if n is None or n >= len(self):
+            return self
+        ends = np.clip(n - self.starts[:-1], 0, None)
+        return self._of([indices[:end] for indices, end in zip(self.chosen, ends, strict=True)])
+
+
+@dataclass
+class Data:
+    """What a config's files hold: examples to train on, to evaluate on, and what there is to tell about them."""
+
+    train: Examples
+    eval: Examples | None
+    notes: list[str]
+
+
+def load_data(config: Config, template: Template) -> Data:
+    """Reads all files of a config. Raises DataError or ConfigError."""
+    notes: list[str] = []
+
+    def read(entries) -> Examples:
+        caches = []
+        for entry in entries:
+            caches.append(load_cache(entry, template, config))
+            notes.extend(_notes(entry.path, caches[-1].counts))
+        return Examples(caches, [entry.weight for entry in entries])
+
+    train, evaluation = read(config.datasets), None
+    if config.eval_datasets:
+        evaluation = read(config.eval_datasets)
+    elif config.validation_split:
+        train, evaluation = train.split(config.validation_split, config.seed)
+    return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, notes)
+
+
+def _notes(path: str, counts: Counter) -> list[str]:
+    return [f"{path}: {count} {what}" for what, count in counts.items()]
+
+
+@dataclass
+class Loader:
+    """Yields the micro-batches of one rank, optimizer step by optimizer step."""
+
+    examples: Examples
+    config: Config
+    pad_token_id: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def epoch_size(self) -> int:
+        """Examples in one epoch, over all ranks."""
+        return epoch_size(self.examples.sizes, self.examples.weights)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.epoch_size / self.config.total_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.n_steps or max(1, math.ceil(self.config.n_epochs * self.steps_per_epoch))
+
+    def steps(self, consumed: int = 0) -> Iterator[tuple[list[int], list[Batch]]]:
+        """(example indices of the whole step, this rank's micro-batches) from example `consumed` on, without end."""
+        while True:
+            epoch, position = divmod(consumed, self.epoch_size)
+            order = self.order(epoch)
+            while position < len(order):
+                indices = order[position : position + self.config.total_batch_size]
+                yield indices.tolist(), self.micro_batches(indices)
+                position += len(indices)
+                consumed += len(indices)
+
+    def order(self, epoch: int) -> np.ndarray:
+        config, examples = self.config, self.examples
+        order = epoch_order(examples.sizes, examples.weights, config.seed, epoch)
+        if config.group_by_length:
+            order = group_by_length(order, examples.lengths, config.total_batch_size, config.seed, epoch)
+        return order
+
+    def micro_batches(self, indices: np.ndarray) -> list[Batch]:
+        """The examples of one step as this rank's micro-batches; every rank gets the same number of them."""
+        n_micro = self.config.gradient_accumulation_steps
+        plan = plan_step(self.examples.lengths[indices], self.world_size, n_micro, self.config.packing)
+        return [
+            collate([[self.examples[indices[i]] for i in row] for row in rows], self.pad_token_id)
+            for rows in plan[self.rank]
+        ]
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's share of the examples once, each rank as many batches, longest first."""
+        lengths = self.examples.lengths
+        n = math.ceil(len(lengths) / (self.config.eval_batch_size * self.world_size))
+        by_length = np.argsort(-lengths, kind="stable")
+        for part in np.array_split(by_length, n):
+            mine = part[self.rank :: self.world_size]
+            rows = [[int(i)] for i in mine]
+            if self.config.packing and len(mine):
+                rows = [[int(mine[i]) for i in row] for row in best_fit(lengths[mine], int(lengths[mine].max()))]
+            yield collate([[self.examples[i] for i in row] for row in rows], self.pad_token_id)

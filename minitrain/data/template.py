@@ -1,0 +1,270 @@
+"""Records -> token ids and loss mask, through the chat template.
+
+The text is built as inference builds it: up to each answer stands exactly what the template gives with
+`add_generation_prompt`. It is cut at the borders of the learned spans and the pieces are tokenised apart, so
+the prompt's ids are those of inference, no token straddles a border, and the mask is exact to the character.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+
+from ..errors import ConfigError, DataError
+from .records import Conversation, PlainText
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PLAIN = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+# Private-use characters, which no text of a data set should hold.
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+
+
+@dataclass
+class Tokens:
+    """One document: ids and whether each is learned; the first never is. `notes` counts what was done to it."""
+
+    ids: list[int]
+    mask: list[bool]
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+class Template:
+    """A tokenizer with a chat template, made ready for training."""
+
+    def __init__(self, tokenizer, chat_template: str = "auto", train_on: str = "all_turns"):
+        """Sets the tokenizer's template, and adds ChatML's two tokens where ChatML is used and they are missing.
+
+        Args:
+            chat_template: auto, chatml, none, or the path of a jinja file.
+            train_on: all_turns or last_turn.
+        """
+        self.tokenizer = tokenizer
+        self.train_on = train_on
+        if chat_template == "chatml" or (chat_template == "auto" and not tokenizer.chat_template):
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+            tokenizer.chat_template = CHATML
+        elif chat_template == "none":
+            tokenizer.chat_template = PLAIN
+        elif chat_template != "auto":
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        if not isinstance(tokenizer.chat_template, str):
+            raise ConfigError("chat_template: the tokenizer has several templates; name a .jinja file.")
+        self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token}
+        any_special = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._special_start = re.compile(any_special)
+        self._special_end = re.compile(f"(?:{any_special})(?=\\s*$)")
+        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        self._anchor = self._find_anchor()
+
+    def end_ids(self) -> list[int]:
+        """The tokens that end a turn, for generation: EOS and the one this template closes an answer with."""
+        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        last = self.encode_text(self._closed(self._render(example)))[-1]
+        return sorted({self.tokenizer.eos_token_id, last})
+
+    # ------------------------------------------------------------------------------------------------ encoding
+
+    def encode(self, record: Conversation | PlainText) -> Tokens:
+        """Token ids and mask of a whole record, not yet truncated. Raises DataError for what cannot be encoded."""
+        if isinstance(record, PlainText):
+            ids = self._with_bos(self.encode_text(record.text, first=True)) + [self.tokenizer.eos_token_id]
+            return Tokens(ids, [False] + [True] * (len(ids) - 1))
+        try:
+            pieces, notes = self._pieces(record.messages)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses the conversation: {error}") from None
+        return self._join(pieces, notes)
+
+    def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids up to where the assistant begins to answer, made as in training."""
+        try:
+            prompt = self._render(messages, prompt=True)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses the conversation: {error}") from None
+        spans = self._earlier_spans(messages, prompt)[0] if len(messages) > 1 else []
+        return self._join(_cut(prompt, spans), {}).ids
+
+    def encode_text(self, text: str, first: bool = False) -> list[int]:
+        """Ids of a piece of text. Tokenizers that put a space before every text do it for the `first` only."""
+        if not text:
+            return []
+        if first or self._anchor is None:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        anchored = self.tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+        if anchored[: len(self._anchor)] == self._anchor:
+            return anchored[len(self._anchor) :]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _find_anchor(self) -> list[int] | None:
+        """Ids of a newline, put before a continuation where the tokenizer prepends a space to every text."""
+        if not self.tokenizer.tokenize("a")[0].startswith(("\u2581", "\u0120")):
+            return None
+        return self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    def _join(self, pieces: list[tuple[str, bool]], notes: dict[str, int]) -> Tokens:
+        ids, mask = [], []
+        for text, learned in pieces:
+            part = self.encode_text(text, first=not ids)
+            ids += part
+            mask += [learned] * len(part)
+        n = len(ids)
+        ids = self._with_bos(ids)
+        mask = [False] * (len(ids) - n) + mask[max(0, n - len(ids)) :]
+        mask[0] = False
+        return Tokens(ids, mask, notes)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Exactly one BOS where the tokenizer uses one, whether or not the template wrote it."""
+        bos = self.tokenizer.bos_token_id
+        if self._adds_bos and ids[:1] != [bos]:
+            return [bos, *ids]
+        while self._adds_bos and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids
+
+    # ------------------------------------------------------------------------------------------- finding answers
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    def _pieces(self, messages: list[dict[str, str]]) -> tuple[list[tuple[str, bool]], dict[str, int]]:
+        """The conversation as pieces of text, each learned or not; ends with the last answer."""
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        messages = messages[: last + 1]
+        if self.has_markers:
+            text, spans = self._marked(messages)
+            return _cut(text, spans[-1:] if self.train_on == "last_turn" else spans), {}
+        prompt, tail = self._split_answer(messages)
+        spans, lost = [], 0
+        if self.train_on == "all_turns":
+            spans, lost = self._earlier_spans(messages[:-1], prompt)
+        text = prompt + tail
+        return _cut(text, [*spans, (len(prompt), len(text))]), {"unlearned turns": lost} if lost else {}
+
+    def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text and the spans inside {% generation %}, each with the token that ends its turn."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, spans = render_jinja_template(
+            [messages],
+            chat_template=self.tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        text, closed = rendered[0], []
+        for start, end in spans[0]:
+            if not self._special_end.search(text[start:end]):
+                following = self._special_start.match(text, end)
+                end = following.end() if following else end
+            closed.append((start, end))
+        if not closed:
+            raise DataError("the chat template marks no text of the assistant in this conversation")
+        text = text[: closed[-1][1]]
+        return (text, closed) if self._special_end.search(text) else self._ended(text, closed)
+
+    def _ended(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        text += self.tokenizer.eos_token
+        return text, [*spans[:-1], (spans[-1][0], len(text))]
+
+    def _split_answer(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """(what stands before the last answer at inference, the answer with the token that ends it)."""
+        if len(messages) == 1:
+            return self._split_at_mark(messages)
+        whole, prompt = self._render(messages), self._render(messages[:-1], prompt=True)
+        if whole.startswith(prompt):
+            return prompt, self._closed(whole[len(prompt) :])
+        history = self._render(messages[:-1])
+        common = len(os.path.commonprefix([whole, prompt]))
+        if common > len(history) and whole.startswith(history):
+            # The prompt opens the answer in another way than this one, e.g. an empty thought before a thought.
+            return whole[:common], self._closed(whole[common:])
+        # The template writes the history otherwise once it is answered: keep the prompt of inference.
+        return prompt, self._split_at_mark(messages)[1]
+
+    def _split_at_mark(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        answer = {"role": "assistant", "content": OPEN + messages[-1]["content"]}
+        before, mark, tail = self._render([*messages[:-1], answer]).rpartition(OPEN)
+        if not mark:
+            raise DataError("the chat template hides the answer; give chat_template=chatml or a template of your own")
+        return before, self._closed(tail)
+
+    def _closed(self, tail: str) -> str:
+        """An answer with its end token as the last: what follows it is dropped, EOS is added where there is none."""
+        end = self._special_end.search(tail)
+        return tail[: end.end()] if end else tail.rstrip("\n") + self.tokenizer.eos_token
+
+    def _earlier_spans(self, messages: list[dict[str, str]], prompt: str) -> tuple[list[tuple[int, int]], int]:
+        """Spans in `prompt` of the answers already given, and how many are not there word for word."""
+        spans, lost = [], 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            span = self._span_by_prefix(messages, i, prompt) or self._span_by_mark(messages, i, prompt)
+            if span:
+                spans.append(span)
+            else:
+                lost += 1
+        return spans, lost
+
+    def _span_by_prefix(self, messages: list, i: int, prompt: str) -> tuple[int, int] | None:
+        before = self._render(messages[:i], prompt=True) if i else ""
+        until = self._render(messages[: i + 1])
+        if not (until.startswith(before) and prompt.startswith(until)):
+            return None
+        end = self._special_end.search(until, len(before))
+        if end:
+            return len(before), end.end()
+        content = messages[i]["content"]
+        return (len(before), len(before) + len(content)) if prompt.startswith(content, len(before)) else None
+
+    def _span_by_mark(self, messages: list, i: int, prompt: str) -> tuple[int, int] | None:
+        content = messages[i]["content"]
+        marked = [*messages[:i], {"role": "assistant", "content": OPEN + content + CLOSE}, *messages[i + 1 :]]
+        text = self._render(marked, prompt=True)
+        start, end = text.find(OPEN), text.find(CLOSE) - 1
+        if start < 0 or end < start or text.replace(OPEN, "").replace(CLOSE, "") != prompt:
+            return None
+        following = self._special_start.match(prompt, end)
+        return start, following.end() if following else end
+
+
+def truncate(tokens: Tokens, max_length: int, how: str, bos_token_id: int | None) -> Tokens | None:
+    """At most `max_length` tokens, or None when nothing learned would be left or `how` is drop.
+
+    how = prompt: the oldest tokens of the prompt go (a BOS stays); when the last answer alone is too long, its end
+    goes. how = end: the end goes.
+    """
+    ids, mask = tokens.ids, tokens.mask
+    if len(ids) > max_length:
+        if how == "drop":
+            return None
+        head = 1 if ids[0] == bos_token_id else 0
+        answer = len(mask) - mask[::-1].index(False)  # where the last learned span begins
+        # One token before the answer has to stay, to predict the answer's first.
+        start = 0 if how == "end" else max(0, min(answer - 1 + head, len(ids) - max_length + head))
+        if start > head:
+            ids, mask = ids[:head] + ids[start:], mask[:head] + mask[start:]
+        ids, mask = ids[:max_length], [False, *mask[1:max_length]]
+        tokens = Tokens(ids, mask, tokens.notes | {"truncated examples": 1})
+    return tokens if any(mask) else None
+
+
+def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
+    pieces, position = [], 0
+    for start, end in spans:
+        pieces += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    return [*pieces, (text[position:], False)]

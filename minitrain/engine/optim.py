@@ -1,0 +1,68 @@
+"""Optimizers by name, parameter groups, and learning-rate schedules."""
+
+import inspect
+import math
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..schema import Config
+
+
+def optimizer_class(name: str, unfit: set[str] = frozenset()) -> type[torch.optim.Optimizer]:
+    """A class of torch.optim by name, whatever its capitals. Raises ConfigError for an unknown one."""
+    classes = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in unfit
+    }
+    chosen = {key.lower(): value for key, value in classes.items()}.get(name.lower())
+    if chosen is None:
+        raise ConfigError(f"torch.optim has no {name!r} that can be used; there are {', '.join(sorted(classes))}.")
+    return chosen
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer over all trained parameters; only those with two or more dimensions are decayed."""
+    chosen = optimizer_class(config.optimizer)
+    accepted = inspect.signature(chosen).parameters
+    offered = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
+    arguments = {key: value for key, value in offered.items() if key in accepted} | config.optimizer_args
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if "weight_decay" not in accepted:
+        groups = [{"params": group["params"]} for group in groups]
+    try:
+        return chosen(groups, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {chosen.__name__} refuses its options: {error}") from None
+
+
+def lr_factor(step: int, total: int, warmup: int, shape: str) -> float:
+    """What the peak learning rate is multiplied by at the 0-based optimizer step.
+
+    It rises over `warmup` steps, the first of which has 1/warmup already, stays constant or falls as a line or a
+    cosine, and would reach 0 at step `total`.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    if shape == "linear":
+        return 1.0 - progress
+    if shape == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def warmup_steps(config: Config, total: int) -> int:
+    return config.warmup_steps or round(config.warmup_ratio * total)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,179 @@
+"""Where figures go: the console, metrics.jsonl always, and TensorBoard, wandb, swanlab when asked for.
+
+A tracker that fails is switched off with one warning; it never stops training.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..schema import Config
+
+
+class Tracking:
+    """Sends figures to all trackers, and lines to the console past the progress bar."""
+
+    def __init__(self, config: Config, folder: Path, settings: dict, speaks: bool = True):
+        """`speaks` is false on all ranks but the first, which then write nothing anywhere."""
+        self.speaks = speaks
+        self.bar: tqdm | None = None
+        self.sinks: dict[str, tuple[Callable, Callable]] = {}  # name -> (log, close)
+        if not speaks:
+            return
+        self._open("metrics.jsonl", lambda: _jsonl(folder))
+        if config.report_to_tensorboard and not config.debug:
+            self._open("tensorboard", lambda: _tensorboard(folder))
+        if config.wandb.enabled and not config.debug:
+            self._open("wandb", lambda: _wandb(config, folder, settings))
+        if config.swanlab.enabled and not config.debug:
+            self._open("swanlab", lambda: _swanlab(config, folder, settings))
+
+    def log(self, step: int, kind: str, figures: dict[str, float]) -> None:
+        """`kind` is train or eval; trackers see `kind/name`."""
+        for name, (log, _) in list(self.sinks.items()):
+            self._guard(name, lambda log=log: log(step, kind, figures))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        for name, (_, close) in list(self.sinks.items()):
+            self._guard(name, close)
+        self.sinks.clear()
+
+    def say(self, line: str = "") -> None:
+        """A line on the console, above the progress bar."""
+        if not self.speaks:
+            return
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except OSError:  # nobody reads any more; training goes on
+            self.speaks = False
+            sys.stdout = open(os.devnull, "w")
+
+    def start_bar(self, total: int, done: int) -> None:
+        if self.speaks:
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, leave=False)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def _open(self, name: str, make: Callable) -> None:
+        self._guard(name, lambda: self.sinks.update({name: make()}))
+
+    def _guard(self, name: str, action: Callable) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.sinks.pop(name, None)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.say(f"warning: {name} failed and is switched off, training goes on: {reason}")
+
+
+def train_line(step: int, total: int, figures: dict[str, float]) -> str:
+    """One readable line of a log step."""
+    digits = len(str(total))
+    parts = [f"step {step:>{digits}}/{total}"]
+    for name, value in figures.items():
+        if name in _LINE_FORMATS:
+            parts.append(_LINE_FORMATS[name](value))
+    return "  ".join(parts)
+
+
+def eval_line(step: int, figures: dict[str, float]) -> str:
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in ("seconds",))
+    return f"eval at step {step}  {shown}"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory so far in GB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+_LINE_FORMATS: dict[str, Callable[[float], str]] = {
+    "loss": lambda v: f"loss {v:.4f}",
+    "lr": lambda v: f"lr {v:.2e}",
+    "grad_norm": lambda v: f"grad_norm {v:.3g}",
+    "tokens_per_second": lambda v: f"{v:,.0f} tok/s",
+    "padding": lambda v: f"padding {v:.0%}",
+    "memory_gb": lambda v: f"mem {v:.2f} GB",
+    "eta_seconds": lambda v: f"eta {duration(v)}",
+}
+
+
+def _jsonl(folder: Path) -> tuple[Callable, Callable]:
+    file = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+
+    def log(step: int, kind: str, figures: dict[str, float]) -> None:
+        # JSON has no NaN; a text keeps the line readable for every parser.
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
+        file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+
+    return log, file.close
+
+
+def _tensorboard(folder: Path) -> tuple[Callable, Callable]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(step: int, kind: str, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(f"{kind}/{name}", value, step)
+        writer.flush()
+
+    return log, writer.close
+
+
+def _wandb(config: Config, folder: Path, settings: dict) -> tuple[Callable, Callable]:
+    import wandb
+
+    run = wandb.init(
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.exp_name,
+        dir=str(folder),
+        config=settings,
+        settings=wandb.Settings(silent=True),
+    )
+
+    def log(step: int, kind: str, figures: dict[str, float]) -> None:
+        run.log({f"{kind}/{name}": value for name, value in figures.items()} | {"step": step})
+
+    return log, run.finish
+
+
+def _swanlab(config: Config, folder: Path, settings: dict) -> tuple[Callable, Callable]:
+    import swanlab
+
+    run = swanlab.init(
+        project=config.swanlab.project,
+        experiment_name=config.exp_name,
+        logdir=str(folder / "swanlab"),
+        config=settings,
+        mode=config.swanlab.mode,
+    )
+
+    def log(step: int, kind: str, figures: dict[str, float]) -> None:
+        run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
+
+    return log, swanlab.finish

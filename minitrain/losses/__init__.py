@@ -1,0 +1,6 @@
+"""Losses by name. A new one is a file in this folder, imported here, and its test."""
+
+from . import dft, sft
+from .base import Loss, LossOutput, create_loss, register_loss, registered
+
+__all__ = ["Loss", "LossOutput", "create_loss", "dft", "register_loss", "registered", "sft"]

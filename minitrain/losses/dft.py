@@ -1,0 +1,36 @@
+"""Dynamic fine-tuning: the cross entropy of each token weighted by the probability it has already."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..batch import Batch
+from ..schema import option
+from .base import LossOutput, register_loss
+from .sft import TokenLoss
+
+
+@dataclass
+class DFTOptions:
+    dft_alpha: float = option(1.0, "1 is the paper's loss, 0 is sft, between is a blend.", least=0, most=1)
+
+
+@register_loss("dft", DFTOptions)
+class DFT(TokenLoss):
+    """``-sg(w) log p`` with ``w = alpha p + 1 - alpha``, sg stopping the gradient (arXiv 2508.05629).
+
+    Without the stop, the gradient of the target's logit changes its sign below p = 1/e. The sum is divided by
+    the number of tokens, not by the sum of the weights.
+    """
+
+    def token_weights(self, logps: Tensor) -> Tensor:
+        """w for each token, [N] -> [N], without gradient."""
+        alpha = self.options.dft_alpha
+        return logps.detach().exp() * alpha + (1 - alpha)
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        logps = policy(batch, token_weights=self.token_weights).logps
+        return self.output(-(self.token_weights(logps) * logps).sum(), batch, logps)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        return super().summary(means) | {"dft_alpha": self.options.dft_alpha}

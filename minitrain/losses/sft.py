@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: the cross entropy of the supervised tokens."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..schema import option
+from .base import Loss, LossOutput, register_loss
+
+
+class TokenLoss(Loss):
+    """A loss whose unit is the supervised token."""
+
+    def weight(self, batch: Batch) -> Tensor:
+        return torch.tensor(float(batch.n_labels), device=batch.targets.device)
+
+    def output(self, loss: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
+        """Wraps a summed loss with the metrics that every token loss logs."""
+        weight, logps = self.weight(batch), logps.detach()
+        metrics = {"nll": (-logps.sum(), weight), "avg_p_correct": (logps.exp().sum(), weight)}
+        return LossOutput(loss, weight, metrics)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds perplexity, the exponential of the mean negative log-likelihood."""
+        nll = means.pop("nll")
+        return means | {"perplexity": math.exp(nll) if nll < 700 else math.inf}
+
+
+@dataclass
+class SFTOptions:
+    label_smoothing: float = option(
+        0.0, "Weight of the mean negative log-probability over the whole vocabulary.", least=0, most=1
+    )
+    focal_gamma: float = option(0.0, "Focal loss: each token is weighted by (1 - p)^gamma.", least=0)
+
+
+@register_loss("sft", SFTOptions)
+class SFT(TokenLoss):
+    """``-log p``; with smoothing e, ``(1 - e)(-log p) + e * mean over the vocabulary of -log p``.
+
+    Label smoothing: Szegedy et al. 2015 (arXiv 1512.00567). Focal loss, ``(1 - p)^gamma (-log p)`` with the
+    weight part of the gradient: Lin et al. 2017 (arXiv 1708.02002).
+    """
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        smoothing, gamma = self.options.label_smoothing, self.options.focal_gamma
+        if smoothing == 0 and gamma == 0:
+            scores = policy(batch, token_weights=torch.ones_like)
+            return self.output(-scores.logps.sum(), batch, scores.logps)
+        scores = policy(batch, mean_logps=smoothing > 0)
+        losses = -scores.logps  # [N]
+        if gamma > 0:
+            # 1 - exp(logp) loses all its digits when p is near 1; expm1 keeps them.
+            losses = losses * (-torch.expm1(scores.logps)).clamp_min(1e-12).pow(gamma)
+        if smoothing > 0:
+            losses = (1 - smoothing) * losses - smoothing * scores.mean_logps
+        return self.output(losses.sum(), batch, scores.logps)

@@ -1,0 +1,201 @@
+"""Log-probabilities from hidden states and the output matrix, without a [tokens, vocabulary] tensor.
+
+N supervised tokens of width H go through a matrix of V rows, a chunk of tokens at a time. Per chunk there is
+one [chunk, V] buffer; nothing of that size outlives it.
+
+The gradient needs the probabilities again. Usually they are recomputed in the backward pass (4 matrix products
+in all). Where the caller knows the weights w of a loss ``-sum w log p`` from the log-probabilities alone, as in
+SFT and DFT, the gradient is made in the forward pass from the probabilities at hand (3 products, like the plain
+path); the backward pass then only checks that these were the weights, and scales.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of one float32 [chunk, V] buffer
+
+
+class OutputLayer(NamedTuple):
+    """logits = softcap * tanh(z / softcap), z = (hidden @ weight.T + bias) * scale."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class TokenScores(NamedTuple):
+    logps: Tensor  # [N] float32
+    entropy: Tensor | None  # [N] float32
+    mean_logps: Tensor | None  # [N] float32
+
+
+def token_scores(
+    hidden: Tensor,
+    targets: Tensor,
+    layer: OutputLayer,
+    token_weights: Callable[[Tensor], Tensor] | None = None,
+    entropy: bool = False,
+    mean_logps: bool = False,
+    chunk: int | None = None,
+) -> TokenScores:
+    """Log-probability of each target, and on request entropy and the mean log-probability over the vocabulary.
+
+    Args:
+        hidden: [N, H], the states that predict the targets.
+        targets: [N] int64.
+        token_weights: maps [n] log-probabilities to [n] weights w when the loss will be ``-c * sum w log p``.
+            It saves a matrix product; when the loss turns out to be another one, the gradient is still right.
+        chunk: tokens at a time; by default what fits `CHUNK_BYTES`.
+
+    All results are differentiable with respect to hidden, weight and bias. N may be 0: the results are empty
+    and their sums are zeros attached to the graph.
+    """
+    if chunk is None:
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        chunk = max(64, budget // (4 * layer.weight.shape[0]))
+    if not torch.is_grad_enabled() or entropy or mean_logps:
+        token_weights = None
+    settings = _Settings(
+        layer.scale, layer.softcap, chunk, _matmul_dtype(hidden), token_weights, entropy, mean_logps
+    )
+    logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, targets, settings)
+    return TokenScores(logps, entropies if entropy else None, means if mean_logps else None)
+
+
+class _Settings(NamedTuple):
+    scale: float
+    softcap: float | None
+    chunk: int
+    matmul_dtype: torch.dtype
+    token_weights: Callable[[Tensor], Tensor] | None
+    entropy: bool
+    mean_logps: bool
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, settings):
+        n = targets.numel()
+        logps, lse, entropy, means = hidden.new_empty((4, n), dtype=torch.float32)  # [N] each
+        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if settings.token_weights else None
+        matrix = weight.to(settings.matmul_dtype)  # [V, H]
+        for start in range(0, n, settings.chunk):
+            rows = slice(start, start + settings.chunk)
+            part = hidden[rows].to(settings.matmul_dtype)  # [n, H]
+            logits, slope = _logits(part, matrix, bias, settings, need_slope=grads is not None)  # [n, V] float32
+            picked = logits.gather(1, targets[rows, None])[:, 0]  # [n]
+            lse[rows] = torch.logsumexp(logits, 1)
+            logps[rows] = picked - lse[rows]
+            if settings.mean_logps:
+                means[rows] = logits.mean(1) - lse[rows]
+            if settings.entropy:
+                entropy[rows] = lse[rows] - (logits - lse[rows, None]).exp_().mul_(logits).sum(1)
+            if grads:
+                probs = logits.sub_(lse[rows, None]).exp_()
+                probs.scatter_add_(1, targets[rows, None], probs.new_full((len(part), 1), -1.0))
+                probs.mul_(settings.token_weights(logps[rows])[:, None])  # d(-sum w log p) / d logits
+                grads.add(rows, _through_output(probs, slope, settings), part, matrix)
+        ctx.settings, ctx.grads = settings, grads
+        ctx.save_for_backward(hidden, weight, bias, targets, logps, lse, entropy)
+        return logps, entropy, means
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy, grad_means):
+        hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
+        settings, grads = ctx.settings, ctx.grads
+        if grads is not None:
+            factor = _common_factor(grad_logps, -settings.token_weights(logps))
+            if factor is not None:
+                ctx.grads = None
+                return *grads.scaled(factor), None, None
+        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        matrix = weight.to(settings.matmul_dtype)  # [V, H]
+        for start in range(0, targets.numel(), settings.chunk):
+            rows = slice(start, start + settings.chunk)
+            part = hidden[rows].to(settings.matmul_dtype)  # [n, H]
+            logits, slope = _logits(part, matrix, bias, settings, need_slope=True)  # [n, V]
+            logits.sub_(lse[rows, None])  # log-probabilities
+            probs = logits.exp()  # [n, V]
+            dlogits = probs * -(grad_logps[rows] + grad_means[rows])[:, None]
+            if settings.entropy:
+                dlogits -= grad_entropy[rows, None] * probs * (logits + entropy[rows, None])
+            if settings.mean_logps:
+                dlogits += grad_means[rows, None] / logits.shape[1]
+            dlogits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
+            grads.add(rows, _through_output(dlogits, slope, settings), part, matrix)
+        return *grads.scaled(None), None, None
+
+
+class _Gradients:
+    """Sums of the gradients of hidden, weight and bias over the chunks, in float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]):
+        self.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None  # [N, H]
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None  # [V, H]
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None  # [V]
+
+    def add(self, rows: slice, dlogits: Tensor, part: Tensor, matrix: Tensor) -> None:
+        """dlogits [n, V] float32, part [n, H] and matrix [V, H] in the dtype of the matrix products."""
+        if self.bias is not None:
+            self.bias += dlogits.sum(0)
+        dlogits = dlogits.to(matrix.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = dlogits @ matrix
+        if self.weight is not None and matrix.dtype == torch.float32:
+            self.weight.addmm_(dlogits.T, part)
+        elif self.weight is not None:
+            self.weight += dlogits.T @ part
+
+    def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = (self.hidden, self.weight, self.bias)
+        if factor is not None:
+            grads = tuple(g if g is None else g.mul_(factor) for g in grads)
+        return tuple(g if g is None else g.to(d) for g, d in zip(grads, self.dtypes, strict=True))
+
+
+def _logits(part: Tensor, matrix: Tensor, bias: Tensor | None, settings: _Settings, need_slope: bool):
+    """[n, V] float32 logits, and the slope of the softcap there (None without one)."""
+    logits = (part @ matrix.T).float()
+    if bias is not None:
+        logits += bias
+    if settings.scale != 1.0:
+        logits *= settings.scale
+    if settings.softcap is None:
+        return logits, None
+    logits = logits.div_(settings.softcap).tanh_()
+    slope = 1 - logits * logits if need_slope else None
+    return logits.mul_(settings.softcap), slope
+
+
+def _through_output(dlogits: Tensor, slope: Tensor | None, settings: _Settings) -> Tensor:
+    """Gradient of the logits -> gradient of the matrix product, in place."""
+    if slope is not None:
+        dlogits.mul_(slope)
+    return dlogits.mul_(settings.scale) if settings.scale != 1.0 else dlogits
+
+
+def _common_factor(grad: Tensor, expected: Tensor) -> Tensor | None:
+    """c with grad == c * expected to rounding, or None."""
+    if grad.numel() == 0:
+        return None
+    largest = expected.abs().argmax()
+    factor = grad[largest] / expected[largest]
+    return factor if torch.allclose(grad, factor * expected, rtol=1e-6, atol=0.0) else None
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Autocast's dtype inside autocast; float32 where the processor would only emulate bfloat16, slowly."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return torch.float32 if kind == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16() else dtype
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))

@@ -1,0 +1,252 @@
+"""Every option once: its name, type, default, limits and explanation.
+
+These dataclasses are the only place where a default lives. `minitrain/config.py` reads a YAML file into
+them and `docs/options.md` is generated from them.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Optional
+
+
+def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
+    """A dataclass field with its explanation and limits.
+
+    `least`, `above`, `most` bound a number (>=, >, <=). `alias` is a second name. `free` marks an option that
+    may change between an interrupted run and its resumption, since it does not alter what is computed.
+    """
+    metadata = dict(help=help, choices=choices, least=least, above=above, most=most, alias=alias, free=free)
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict, type)):
+        factory = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DatasetConfig:
+    path: str = option(MISSING, "A .json, .jsonl or .csv file, or one of these with .gz behind it.")
+    type: Optional[str] = option(None, "The schema of its rows (see docs/data.md); told by their keys when left out.")
+    columns: dict[str, str] = option({}, "Which column holds what, e.g. {prompt: query, response: reply}.")
+    prompt_template: Optional[str] = option(
+        None, "Text of the user's turn, with {prompt} or any column in braces. Prompt/response kinds only."
+    )
+    response_template: Optional[str] = option(None, "Text of the assistant's turn, with {response} or any column.")
+    n_examples: Optional[int] = option(None, "Use only the first so many rows.", least=1)
+    weight: float = option(1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0)
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str = option(
+        MISSING, "A folder or hub name of a causal language model, or `tiny`, the embedded model built on the spot."
+    )
+    tokenizer_name_or_path: Optional[str] = option(None, "Where the tokenizer is; the model's own when left out.")
+    revision: Optional[str] = option(None, "Branch, tag or commit on the hub.")
+    policy_dtype: str = option(
+        "float32", "The dtype of compute (autocast) and of the saved model.", choices=("float32", "bfloat16", "float16")
+    )
+    master_dtype: str = option(
+        "float32",
+        "The dtype of the trained parameters. bfloat16 halves their memory, but small updates are rounded away.",
+        choices=("float32", "bfloat16"),
+    )
+    archive: Optional[str] = option(
+        None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
+    )
+    attn_implementation: str = option(
+        "sdpa", "The attention of transformers.", choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model. Only for models you trust.")
+
+
+@dataclass
+class EarlyStoppingConfig:
+    patience: int = option(0, "Stop after so many evaluations without a better `metric`; 0 never stops early.", least=0)
+    threshold: float = option(0.0, "An improvement must be larger than this to count.", least=0)
+    metric: str = option(
+        "loss", "The eval metric that decides, also for save_best. Less is better for losses and perplexity."
+    )
+
+
+@dataclass
+class EvalGenerateConfig:
+    n_examples: int = option(0, "At each evaluation, answer so many eval prompts and log exact_match.", least=0, free=True)
+    max_new_tokens: int = option(64, "Longest answer, in tokens.", least=1, free=True)
+    show: int = option(3, "Print so many of the answers.", least=0, free=True)
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = option(False, "Log to Weights & Biases (WANDB_MODE=offline works without a network).", free=True)
+    entity: Optional[str] = option(None, "User or team.", free=True)
+    project: str = option("minitrain", "Project.", free=True)
+
+
+@dataclass
+class SwanlabConfig:
+    enabled: bool = option(False, "Log to SwanLab (the package `swanlab` must be installed).", free=True)
+    project: str = option("minitrain", "Project.", free=True)
+    mode: str = option("cloud", "Where it logs to.", choices=("cloud", "local", "offline"), free=True)
+
+
+@dataclass
+class Config:
+    # run
+    exp_name: Optional[str] = option(None, "Name of the run folder; the name of the YAML file when left out.", free=True)
+    output_dir: str = option("runs", "Where run folders are made.", free=True)
+    seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", least=0)
+    device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    trainer: str = option("BasicTrainer", "BasicTrainer trains on one device.", choices=("BasicTrainer",), free=True)
+    debug: bool = option(False, "Find the operation that makes a NaN (slow), and send nothing to trackers.", free=True)
+
+    # data
+    datasets: list[DatasetConfig] = option([], "Training files; a plain path stands for {path: ...}.")
+    eval_datasets: list[DatasetConfig] = option([], "Evaluation files.", free=True)
+    validation_split: float = option(
+        0.0, "Hold out this share of the training examples for evaluation (1 or more: so many examples).", least=0
+    )
+    chat_template: str = option(
+        "auto",
+        "auto: the tokenizer's own, else ChatML. chatml: ChatML. none: the texts as they are, the answer ended by "
+        "EOS. Or the path of a .jinja file.",
+    )
+    train_on: str = option(
+        "all_turns", "Which turns of the assistant are learned.", choices=("all_turns", "last_turn")
+    )
+    max_length: int = option(1024, "Longest example in tokens.", least=2)
+    truncation: str = option(
+        "prompt",
+        "What a longer example loses: the oldest of its prompt, its end, or (drop) the example is left out.",
+        choices=("prompt", "end", "drop"),
+    )
+    packing: bool = option(False, "Several examples in a row, so that padding is not computed. Same numbers, faster.")
+    group_by_length: bool = option(False, "Batches of examples of like length, so that there is less padding.")
+    on_bad_row: str = option("error", "What a row that cannot be used does.", choices=("error", "skip"))
+    max_bad_rows: int = option(100, "With on_bad_row: skip, stop after so many bad rows in a file.", least=0)
+    num_proc: Optional[int] = option(None, "Processes that tokenise; all cores when left out.", least=1, free=True)
+    cache_dir: Optional[str] = option(
+        None, "Where token ids are kept; $XDG_CACHE_HOME/minitrain or ~/.cache/minitrain when left out.", free=True
+    )
+
+    # model and loss
+    model: ModelConfig = option(ModelConfig, "The model.")
+    freeze_layers: list[Any] = option([], "Blocks that are not trained: numbers, ranges like 0-5, or `embeddings`.")
+    loss: dict[str, Any] = option({"name": "sft"}, "name: which loss; beside it its own options (see docs/losses.md).")
+
+    # optimisation
+    total_batch_size: int = option(
+        32, "Examples of one optimizer step, over all micro-batches and devices.", least=1, alias="batch_size"
+    )
+    gradient_accumulation_steps: int = option(1, "Micro-batches that an optimizer step is cut into.", least=1)
+    n_epochs: float = option(1.0, "Passes over the data; ignored when n_steps is given.", above=0, free=True)
+    n_steps: Optional[int] = option(None, "Optimizer steps, in place of n_epochs.", least=1, free=True)
+    optimizer: str = option("AdamW", "Any optimizer of torch.optim by name.")
+    optimizer_args: dict[str, Any] = option({}, "More arguments of the optimizer, e.g. {momentum: 0.9} for SGD.")
+    lr: float = option(2e-5, "Peak learning rate.", least=0)
+    weight_decay: float = option(0.0, "Decay of weight matrices; norms and biases are never decayed.", least=0)
+    betas: list[float] = option([0.9, 0.999], "Adam's two decay rates.")
+    eps: float = option(1e-8, "Adam's epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 does not clip.", least=0)
+    lr_scheduler: str = option("linear", "Shape after the warm-up.", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = option(0, "Steps in which lr rises from 0 to its peak.", least=0)
+    warmup_ratio: float = option(0.0, "The same as a share of all steps.", least=0, most=1)
+    activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    compile: bool = option(False, "Compile each block of the model with torch.compile.")
+    max_bad_steps: int = option(10, "Give up after so many steps in a row with a non-finite gradient.", least=1)
+
+    # evaluation
+    do_first_eval: bool = option(True, "Evaluate before the first step.", free=True)
+    eval_every_steps: int = option(0, "Evaluate every so many steps, besides the end; 0: only at the end.", least=0)
+    n_eval_examples: Optional[int] = option(None, "Evaluate on the first so many; all when left out.", least=1)
+    eval_batch_size: int = option(16, "Examples in one forward pass of the evaluation.", least=1, free=True)
+    eval_generate: EvalGenerateConfig = option(EvalGenerateConfig, "Answers generated at each evaluation.")
+    early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "Stop when evaluation no longer improves.")
+
+    # saving
+    save_every_steps: int = option(0, "Write a checkpoint to resume from every so many steps; 0: none.", least=0, free=True)
+    keep_checkpoints: int = option(2, "Keep the newest so many checkpoints.", least=1, free=True)
+    save_best: bool = option(False, "Keep the model with the best early_stopping.metric in best/.", free=True)
+    resume: str = option(
+        "auto",
+        "auto: go on from the newest checkpoint of the run folder. never: refuse a folder that holds a run. "
+        "Or the path of a checkpoint.",
+        free=True,
+    )
+
+    # tracking
+    log_every_steps: int = option(10, "A line on the console and in metrics.jsonl every so many steps.", least=1, free=True)
+    wandb: WandbConfig = option(WandbConfig, "Weights & Biases.")
+    report_to_tensorboard: bool = option(False, "Write TensorBoard files into the run folder.", free=True)
+    swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")
+
+    # What the user wrote, before `${...}` was resolved: the saved config keeps those as they are.
+    given: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
+# What users of other libraries type, and our name for it.
+FOREIGN_NAMES = {
+    "learning_rate": "lr",
+    "num_train_epochs": "n_epochs",
+    "num_epochs": "n_epochs",
+    "epochs": "n_epochs",
+    "max_steps": "n_steps",
+    "num_steps": "n_steps",
+    "max_steps_per_epoch": "n_steps",
+    "per_device_train_batch_size": "total_batch_size (over all devices and micro-batches)",
+    "train_batch_size": "total_batch_size",
+    "micro_batch_size": "gradient_accumulation_steps (total_batch_size is cut into that many micro-batches)",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "cutoff_len": "max_length",
+    "model_max_length": "max_length",
+    "lr_scheduler_type": "lr_scheduler",
+    "num_warmup_steps": "warmup_steps",
+    "bf16": "model.policy_dtype=bfloat16",
+    "fp16": "model.policy_dtype=float16",
+    "dtype": "model.policy_dtype",
+    "torch_dtype": "model.policy_dtype",
+    "precision": "model.policy_dtype",
+    "logging_steps": "log_every_steps",
+    "eval_steps": "eval_every_steps",
+    "eval_strategy": "eval_every_steps",
+    "save_steps": "save_every_steps",
+    "save_total_limit": "keep_checkpoints",
+    "load_best_model_at_end": "save_best",
+    "resume_from_checkpoint": "resume",
+    "gradient_checkpointing": "activation_checkpointing",
+    "enable_activation_checkpointing": "activation_checkpointing",
+    "torch_compile": "compile",
+    "optim": "optimizer",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+    "clip_grad_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "report_to": "wandb.enabled or report_to_tensorboard",
+    "run_name": "exp_name",
+    "model_name_or_path": "model.name_or_path",
+    "tokenizer_name": "model.tokenizer_name_or_path",
+    "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
+    "policy_dtype": "model.policy_dtype",
+    "archive": "model.archive",
+    "dataset": "datasets",
+    "train_file": "datasets",
+    "train_data": "datasets",
+    "eval_file": "eval_datasets",
+    "eval_dataset": "eval_datasets",
+    "validation_file": "eval_datasets",
+    "val_size": "validation_split",
+    "template": "chat_template",
+    "label_smoothing_factor": "loss.label_smoothing",
+    "label_smoothing": "loss.label_smoothing",
+    "dft_alpha": "loss.dft_alpha",
+    "loss_type": "loss.name",
+    "train_on_prompt": "train_on",
+    "early_stopping_patience": "early_stopping.patience",
+    "metric_for_best_model": "early_stopping.metric",
+    "preprocessing_num_workers": "num_proc",
+    "dataset_num_proc": "num_proc",
+}

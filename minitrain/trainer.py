@@ -1,0 +1,401 @@
+"""The loop. It knows no loss, no data set, no model class and no number of devices."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from .batch import Batch
+from .card import model_card
+from .data.loader import Loader, load_data
+from .data.template import Template
+from .engine.checkpoint import atomic_folder, load_checkpoint, restore_rng, save_checkpoint
+from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
+from .engine.parallel import PARALLEL, pick_device
+from .engine.precision import Precision
+from .engine.tracking import Tracking, eval_line, peak_memory_gb, train_line
+from .errors import ConfigError, RunError
+from .evaluate import Totals, evaluate, lower_is_better
+from .generate import Generator, Messages, Sampling
+from .losses import Loss, create_loss
+from .model.load import DTYPES, freeze_layers, load_policy, load_tokenizer, save_model
+from .model.policy import find_blocks
+from .run import RunFolder
+from .schema import Config
+
+HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
+
+
+class Trainer:
+    """Trains a model as a `Config` says.
+
+    Hooks are plain functions that get the trainer: ``Trainer(config, on_step_end=lambda t: print(t.step))``.
+    They may read everything and set `trainer.should_stop`.
+
+    Attributes that hooks read: step, updates, consumed, config, policy, optimizer, train_metrics (of the last
+    log step), eval_metrics (of the last evaluation).
+    """
+
+    def __init__(self, config: Config, loss: Loss | None = None, **hooks: Callable[["Trainer"], None]):
+        """Reads the data, then the model. Raises ConfigError, DataError or RunError."""
+        unknown = set(hooks) - set(HOOKS)
+        if unknown:
+            raise ConfigError(f"there is no hook {', '.join(sorted(unknown))}; there are {', '.join(HOOKS)}")
+        self.config, self.hooks = config, hooks
+        options = {key: value for key, value in config.loss.items() if key != "name"}
+        self.loss = loss or create_loss(config.loss["name"], **options)
+        self.parallel = PARALLEL[config.trainer](pick_device(config.device))
+        self.device = self.parallel.device
+        self.run = RunFolder(config)
+        self.checkpoint, complaints = self.run.find_checkpoint()
+
+        self.tokenizer = load_tokenizer(config.model)
+        self.template = Template(self.tokenizer, config.chat_template, config.train_on)
+        data = load_data(config, self.template)
+        self.notes = complaints + data.notes
+        places = (self.tokenizer.pad_token_id, self.parallel.rank, self.parallel.world_size)
+        self.train_loader = Loader(data.train, config, *places)
+        self.eval_loader = Loader(data.eval, config, *places) if data.eval else None
+
+        torch.manual_seed(config.seed)
+        torch.autograd.set_detect_anomaly(config.debug)
+        policy = load_policy(config.model, self.tokenizer, config.seed, self.device, config.packing)
+        dtype = DTYPES[config.model.policy_dtype]
+        freeze_layers(policy.model, config.freeze_layers, dtype)
+        if config.activation_checkpointing:
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.compile:
+            for block in find_blocks(policy.model.base_model):
+                block.compile(dynamic=True)
+        self.policy = self.parallel.wrap(policy).train()
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.policy, config)
+        self.precision = Precision(dtype, self.device)
+        self.generator = Generator(policy.model, self.template)
+
+        self.total_steps = self.train_loader.total_steps
+        self.warmup = warmup_steps(config, self.total_steps)
+        self.step = 0  # optimizer steps tried
+        self.updates = 0  # optimizer steps taken; those with a non-finite gradient are not
+        self.consumed = 0  # examples seen, over all ranks
+        self.bad_steps = 0  # non-finite ones in a row
+        self.best: float | None = None
+        self.stale_evals = 0
+        self.train_metrics: dict[str, float] = {}
+        self.eval_metrics: dict[str, float] = {}
+        self.should_stop = False
+        self.signal: int | None = None
+        self.tracking: Tracking | None = None
+
+    # ---------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> dict[str, float]:
+        """Runs to the end, to early stopping, or to a signal; returns the metrics of the last evaluation.
+
+        After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
+        """
+        if (finished := self.run.finished_step()) is not None and not self._may_go_on(finished):
+            return {}
+        self.run.start()
+        previous = self._catch_signals()
+        try:
+            self._resume_or_begin()
+            self._call("on_train_begin")
+            if self.step == 0 and self.config.do_first_eval:
+                self._evaluate_and_judge()
+            self._loop()
+            if self.signal is None:
+                self._finish()
+            self._call("on_train_end")
+        finally:
+            self.tracking.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.eval_metrics
+
+    def _loop(self) -> None:
+        self.tracking.start_bar(self.total_steps, self.step)
+        self._start_window()
+        for indices, batches in self.train_loader.steps(self.consumed):
+            if self.step >= self.total_steps or self._stopping():
+                break
+            self._train_step(batches)
+            self.step += 1
+            self.consumed += len(indices)
+            self.tracking.advance()
+            self._after_step()
+        if self.signal is not None:
+            self._save_checkpoint()
+            self._say(f"stopped by {signal.Signals(self.signal).name} at step {self.step}; the same command goes on")
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step: sums over all micro-batches and ranks, divided by the weight of the whole step."""
+        weight = sum(self.loss.weight(batch) for batch in batches)
+        weight = self.parallel.sum(weight.to(self.device))  # []
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for i, batch in enumerate(batches):
+            self.window["tokens"] += batch.n_tokens
+            self.window["places"] += batch.input_ids.numel()
+            batch = batch.to(self.device)
+            with self.parallel.backward_context(last=i == len(batches) - 1):
+                with self.precision.autocast():
+                    output = self.loss(batch, self.policy)
+                self.precision.backward(output.sum / weight)
+            finite &= torch.isfinite(output.sum.detach())
+            self.totals.add(output)
+        self.precision.unscale(self.parameters)
+        norm = self.parallel.clip_grad_norm(self.parameters, self.config.max_grad_norm)
+        self.grad_norm = float(norm)
+        loss_is_bad = self.parallel.max(int(not finite))
+        self._update(bool(loss_is_bad), math.isfinite(self.grad_norm))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, loss_is_bad: bool, norm_is_finite: bool) -> None:
+        """Takes the step, or leaves weights, moments and schedule alone when something is not finite."""
+        if loss_is_bad or not norm_is_finite:
+            overflow = self.precision.scale > 1 and not loss_is_bad  # what loss scaling is there to find out
+            self.bad_steps += not overflow
+            self.precision.update(overflow=True)
+            if not overflow:
+                self._say(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped")
+            if self.bad_steps >= self.config.max_bad_steps:
+                raise RunError(
+                    f"{self.bad_steps} steps in a row (up to step {self.step + 1}) had a non-finite loss or gradient; "
+                    "the weights are those before them. Lower lr, look at the data, or find the place with debug=true."
+                )
+            return
+        set_lr(self.optimizer, self.lr)
+        self.optimizer.step()
+        self.precision.update(overflow=False)
+        self.updates += 1
+        self.bad_steps = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update. It follows the updates taken, not the steps tried."""
+        return self.config.lr * lr_factor(self.updates, self.total_steps, self.warmup, self.config.lr_scheduler)
+
+    def _after_step(self) -> None:
+        config, last = self.config, self.step == self.total_steps
+        if self.step % config.log_every_steps == 0 or last:
+            self._log_train()
+        self._call("on_step_end")
+        if config.eval_every_steps and self.step % config.eval_every_steps == 0 and not last:
+            self._evaluate_and_judge()
+        if config.save_every_steps and (self.step % config.save_every_steps == 0 or last):
+            self._save_checkpoint()
+
+    def _stopping(self) -> bool:
+        return bool(self.parallel.max(int(self.should_stop or self.signal is not None)))
+
+    # ------------------------------------------------------------------------------------------ begin and end
+
+    def _may_go_on(self, finished: int) -> bool:
+        if finished >= self.total_steps:
+            print(f"{self.run.path} is finished: {finished} steps. For another run choose another exp_name.")
+            return False
+        if self.checkpoint is None:
+            raise RunError(
+                f"{self.run.path} was finished at step {finished} without a checkpoint (save_every_steps=0), so it "
+                "cannot go on. Choose another exp_name."
+            )
+        return True
+
+    def _resume_or_begin(self) -> None:
+        state = None
+        if self.checkpoint is not None:
+            state = load_checkpoint(self.checkpoint, self.policy, self.optimizer)
+            self._restore(state)
+        self.run.rewind_metrics(self.step)
+        self.tracking = Tracking(self.config, self.run.path, asdict(self.config), speaks=self.parallel.rank == 0)
+        for note in self.notes:
+            self._say(note)
+        self._say(self._description())
+        if state is not None:
+            self._say(f"going on from {self.checkpoint}")
+            restore_rng(self.checkpoint)
+
+    def _description(self) -> str:
+        total = sum(p.numel() for p in self.policy.parameters())
+        trained = sum(p.numel() for p in self.parameters)
+        held = f", {len(self.eval_loader.examples):,} to evaluate on" if self.eval_loader else ""
+        return (
+            f"{self.config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {self.device} in "
+            f"{self.config.model.policy_dtype}; {len(self.train_loader.examples):,} examples{held}; "
+            f"{self.total_steps} steps of {self.config.total_batch_size}; loss {self.loss.name}"
+        )
+
+    def _finish(self) -> None:
+        if self.eval_loader:
+            self._evaluate_and_judge()
+        if self.signal is not None:
+            return
+        self._save_model(self.run.final)
+        self.run.finish(self.step)
+        self._say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
+
+    def _catch_signals(self) -> dict:
+        """SIGINT, SIGTERM and SIGUSR1 set a flag that is looked at between steps; returns the handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def note(number, frame):
+            self.signal = number
+
+        return {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def _call(self, hook: str) -> None:
+        if hook in self.hooks:
+            self.hooks[hook](self)
+
+    def _say(self, line: str) -> None:
+        self.tracking.say(line)
+
+    # ------------------------------------------------------------------------------------------------ logging
+
+    def _start_window(self) -> None:
+        """The figures of a log line are exact means over the steps since the line before."""
+        self.totals = Totals(self.device)
+        self.window = {"tokens": 0, "places": 0, "start": time.perf_counter(), "step": self.step}
+
+    def _log_train(self) -> None:
+        seconds = time.perf_counter() - self.window["start"]
+        tokens, places = self.window["tokens"], self.window["places"]
+        steps = self.step - self.window["step"]
+        self.train_metrics = self.loss.summary(self.totals.means(self.parallel)) | {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": self.grad_norm,
+            "epoch": self.consumed / self.train_loader.epoch_size,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "padding": 1 - tokens / places,
+            "memory_gb": peak_memory_gb(self.device),
+            "eta_seconds": (self.total_steps - self.step) * seconds / steps,
+        }
+        self.tracking.log(self.step, "train", self.train_metrics)
+        self._say(train_line(self.step, self.total_steps, self.train_metrics))
+        self._start_window()
+
+    # --------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the evaluation data; {} without any, or when a signal came."""
+        if self.eval_loader is None:
+            return {}
+        batches = self.eval_loader.eval_batches()
+        return evaluate(self.policy, self.loss, batches, self.parallel, self.precision, lambda: self.signal is not None)
+
+    def _evaluate_and_judge(self) -> None:
+        """Evaluates, logs, keeps the best model, counts towards early stopping."""
+        if self.eval_loader is None:
+            return
+        began = time.perf_counter()
+        metrics = self.evaluate()
+        if not metrics:
+            return
+        if self.config.eval_generate.n_examples:
+            metrics["exact_match"] = self._exact_match()
+        self.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
+        self.tracking.log(self.step, "eval", self.eval_metrics)
+        self._say(eval_line(self.step, metrics))
+        self._judge(metrics)
+        self._call("on_eval_end")
+        if hasattr(self, "window"):
+            self.window["start"] += time.perf_counter() - began
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        stopping = self.config.early_stopping
+        if stopping.metric not in metrics:
+            raise ConfigError(f"early_stopping.metric: there is no {stopping.metric!r}; there are {', '.join(metrics)}")
+        value = metrics[stopping.metric]
+        sign = -1 if lower_is_better(stopping.metric) else 1
+        if self.best is None or sign * (value - self.best) > stopping.threshold:
+            self.best, self.stale_evals = value, 0
+            if self.config.save_best and self.step > 0:
+                self._save_model(self.run.best)
+            return
+        self.stale_evals += 1
+        if stopping.patience and self.stale_evals >= stopping.patience and self.step < self.total_steps:
+            self._say(f"stopping early: {stopping.metric} has not improved in {self.stale_evals} evaluations")
+            self.should_stop = True
+
+    def _exact_match(self) -> float:
+        """Share of eval prompts whose greedy answer is the reference, white space around it aside."""
+        settings, examples = self.config.eval_generate, self.eval_loader.examples
+        chosen = examples.first(settings.n_examples)
+        prompts, references = [], []
+        for ids, mask in (chosen[i] for i in range(len(chosen))):
+            start = len(mask) - mask.flip(0).tolist().index(0)  # where the last answer begins
+            prompts.append(ids[:start].tolist())
+            references.append(self.tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
+        with self.precision.autocast():
+            answers = self.generator.answer(
+                prompts, Sampling(settings.max_new_tokens), self.config.eval_batch_size, progress=True
+            )
+        matches = [answer.strip() == reference for answer, reference in zip(answers, references, strict=True)]
+        for i in range(min(settings.show, len(answers))):
+            prompt = self.tokenizer.decode(prompts[i], skip_special_tokens=True)
+            verdict = "right" if matches[i] else f"wrong, expected {references[i]!r}"
+            self._say(f"  {prompt.strip()[-80:]!r} -> {answers[i].strip()!r} ({verdict})")
+        return sum(matches) / len(matches)
+
+    # --------------------------------------------------------------------------------------- using the model
+
+    def predict(self, prompts: list[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0) -> list[str]:
+        """Answers to prompts, each a text or a list of messages, from the model as it is now."""
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        with self.precision.autocast():
+            return self.generator.answer_messages(conversations, Sampling(max_new_tokens, temperature))
+
+    def chat(self, messages: Messages, **kwargs) -> str:
+        """The answer to one conversation."""
+        return self.predict([messages], **kwargs)[0]
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    def _save_model(self, folder) -> None:
+        results = {f"eval {k}": v for k, v in self.eval_metrics.items()} | {
+            f"train {k}": v for k, v in self.train_metrics.items() if k == "loss"
+        }
+        with atomic_folder(folder) as temporary:
+            save_model(self.generator.model, self.tokenizer, temporary, self.precision.dtype)
+            card = model_card(self.config, results, len(self.train_loader.examples), self.step)
+            (temporary / "README.md").write_text(card)
+        self._call("on_save")
+
+    def _save_checkpoint(self) -> None:
+        folder = self.run.checkpoint(self.step)
+        save_checkpoint(folder, self.policy, self.optimizer, self._state())
+        self.run.prune()
+        self._call("on_save")
+
+    def _state(self) -> dict:
+        return {
+            "step": self.step,
+            "updates": self.updates,
+            "consumed": self.consumed,
+            "bad_steps": self.bad_steps,
+            "best": self.best,
+            "stale_evals": self.stale_evals,
+            "eval_metrics": self.eval_metrics,
+            "precision": self.precision.state_dict(),
+            "data": self._data_key(),
+        }
+
+    def _restore(self, state: dict) -> None:
+        if state["data"] != self._data_key():
+            raise RunError(
+                f"{self.checkpoint} was trained on other data: the files, the tokenizer or their options have changed. "
+                "Put them back, or choose another exp_name."
+            )
+        self.precision.load_state_dict(state["precision"])
+        for name in ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics"):
+            setattr(self, name, state[name])
+
+    def _data_key(self) -> list[str]:
+        examples = self.train_loader.examples
+        return [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]

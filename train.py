@@ -1,0 +1,8 @@
+"""python train.py CONFIG.yml [--overrides key=value ...] is the same as `minitrain train`."""
+
+import sys
+
+from minitrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]], prog="train.py"))
