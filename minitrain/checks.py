@@ -42,7 +42,7 @@ def _check_data(config: Config, given: dict, problems: Problems) -> None:
             elif not os.access(path, os.R_OK):
                 problems.add(f"{key}.path", f"no permission to read {path}.")
             elif path.name.removesuffix(".gz").rpartition(".")[2].lower() not in FORMATS:
-                problems.add(f"{key}.path", f"{path.name} ends in none of {', '.join('.' + f for f in FORMATS)} (+ .gz).")
+                problems.add(f"{key}.path", f"{path.name} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
             if entry.type is not None and entry.type not in SCHEMAS:
                 hint = nearest(entry.type, list(SCHEMAS))
                 problems.add(f"{key}.type", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
@@ -84,8 +84,10 @@ def _check_loss(config: Config, problems: Problems) -> None:
 
     name = config.loss.get("name")
     if name not in registered():
-        known = ", ".join(registered())
-        problems.add("loss.name", f"there is no loss {name!r}; there are {known}.{nearest(str(name), list(registered()))}")
+        known = list(registered())
+        problems.add(
+            "loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{nearest(str(name), known)}"
+        )
         return
     options = {key: value for key, value in config.loss.items() if key != "name"}
     walk_options(registered()[name].options_class, options, "loss.", problems)

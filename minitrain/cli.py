@@ -80,7 +80,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("model", help="a run folder, a model's folder, or a hub name")
-    parser.add_argument("--max-new-tokens", type=_at_least(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--max-new-tokens", type=_at_least(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s"
+    )
     parser.add_argument(
         "--temperature", type=_at_least(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
     )
@@ -198,9 +200,7 @@ def _load_generator(arguments: argparse.Namespace):
     from .generate import Sampling, load_generator
 
     torch.manual_seed(arguments.seed)
-    generator = load_generator(
-        arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code
-    )
+    generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)
     return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
 

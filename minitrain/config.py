@@ -222,7 +222,9 @@ def _value(hint: Any, value: Any, key: str, problems: Problems) -> Any:
             return [_value(args[0], entry, f"{key}[{i}]", problems) for i, entry in enumerate(value)]
         problems.add(key, f"expected {WORDS[list]}, got {value!r}.")
         return []
-    inner = next((a for a in args if a is not types.NoneType), hint) if origin is typing.Union else hint
+    inner = (
+        next((a for a in args if a is not types.NoneType), hint) if origin in (typing.Union, types.UnionType) else hint
+    )
     try:
         leaf = OmegaConf.structured(_leaf_class(hint))
         leaf.value = value

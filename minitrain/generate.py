@@ -96,7 +96,9 @@ class Generator:
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def load_generator(source: str, device: str = "auto", chat_template: str = "auto", trust_remote_code=False) -> Generator:
+def load_generator(
+    source: str, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
+) -> Generator:
     """A generator from a run folder (its final/ model, or best/), a model's folder, or a hub name."""
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():

@@ -5,7 +5,7 @@ them and `docs/options.md` is generated from them.
 """
 
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 
 def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
@@ -26,13 +26,13 @@ def option(default: Any, help: str, *, choices=(), least=None, above=None, most=
 @dataclass
 class DatasetConfig:
     path: str = option(MISSING, "A .json, .jsonl or .csv file, or one of these with .gz behind it.")
-    type: Optional[str] = option(None, "The schema of its rows (see docs/data.md); told by their keys when left out.")
+    type: str | None = option(None, "The schema of its rows (see docs/data.md); told by their keys when left out.")
     columns: dict[str, str] = option({}, "Which column holds what, e.g. {prompt: query, response: reply}.")
-    prompt_template: Optional[str] = option(
+    prompt_template: str | None = option(
         None, "Text of the user's turn, with {prompt} or any column in braces. Prompt/response kinds only."
     )
-    response_template: Optional[str] = option(None, "Text of the assistant's turn, with {response} or any column.")
-    n_examples: Optional[int] = option(None, "Use only the first so many rows.", least=1)
+    response_template: str | None = option(None, "Text of the assistant's turn, with {response} or any column.")
+    n_examples: int | None = option(None, "Use only the first so many rows.", least=1)
     weight: float = option(1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0)
 
 
@@ -41,8 +41,8 @@ class ModelConfig:
     name_or_path: str = option(
         MISSING, "A folder or hub name of a causal language model, or `tiny`, the embedded model built on the spot."
     )
-    tokenizer_name_or_path: Optional[str] = option(None, "Where the tokenizer is; the model's own when left out.")
-    revision: Optional[str] = option(None, "Branch, tag or commit on the hub.")
+    tokenizer_name_or_path: str | None = option(None, "Where the tokenizer is; the model's own when left out.")
+    revision: str | None = option(None, "Branch, tag or commit on the hub.")
     policy_dtype: str = option(
         "float32", "The dtype of compute (autocast) and of the saved model.", choices=("float32", "bfloat16", "float16")
     )
@@ -51,7 +51,7 @@ class ModelConfig:
         "The dtype of the trained parameters. bfloat16 halves their memory, but small updates are rounded away.",
         choices=("float32", "bfloat16"),
     )
-    archive: Optional[str] = option(
+    archive: str | None = option(
         None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
     )
     attn_implementation: str = option(
@@ -71,7 +71,9 @@ class EarlyStoppingConfig:
 
 @dataclass
 class EvalGenerateConfig:
-    n_examples: int = option(0, "At each evaluation, answer so many eval prompts and log exact_match.", least=0, free=True)
+    n_examples: int = option(
+        0, "At each evaluation, answer so many eval prompts and log exact_match.", least=0, free=True
+    )
     max_new_tokens: int = option(64, "Longest answer, in tokens.", least=1, free=True)
     show: int = option(3, "Print so many of the answers.", least=0, free=True)
 
@@ -79,7 +81,7 @@ class EvalGenerateConfig:
 @dataclass
 class WandbConfig:
     enabled: bool = option(False, "Log to Weights & Biases (WANDB_MODE=offline works without a network).", free=True)
-    entity: Optional[str] = option(None, "User or team.", free=True)
+    entity: str | None = option(None, "User or team.", free=True)
     project: str = option("minitrain", "Project.", free=True)
 
 
@@ -93,7 +95,7 @@ class SwanlabConfig:
 @dataclass
 class Config:
     # run
-    exp_name: Optional[str] = option(None, "Name of the run folder; the name of the YAML file when left out.", free=True)
+    exp_name: str | None = option(None, "Name of the run folder; the name of the YAML file when left out.", free=True)
     output_dir: str = option("runs", "Where run folders are made.", free=True)
     seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", least=0)
     device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda", "mps"), free=True)
@@ -111,9 +113,7 @@ class Config:
         "auto: the tokenizer's own, else ChatML. chatml: ChatML. none: the texts as they are, the answer ended by "
         "EOS. Or the path of a .jinja file.",
     )
-    train_on: str = option(
-        "all_turns", "Which turns of the assistant are learned.", choices=("all_turns", "last_turn")
-    )
+    train_on: str = option("all_turns", "Which turns of the assistant are learned.", choices=("all_turns", "last_turn"))
     max_length: int = option(1024, "Longest example in tokens.", least=2)
     truncation: str = option(
         "prompt",
@@ -124,8 +124,8 @@ class Config:
     group_by_length: bool = option(False, "Batches of examples of like length, so that there is less padding.")
     on_bad_row: str = option("error", "What a row that cannot be used does.", choices=("error", "skip"))
     max_bad_rows: int = option(100, "With on_bad_row: skip, stop after so many bad rows in a file.", least=0)
-    num_proc: Optional[int] = option(None, "Processes that tokenise; all cores when left out.", least=1, free=True)
-    cache_dir: Optional[str] = option(
+    num_proc: int | None = option(None, "Processes that tokenise; all cores when left out.", least=1, free=True)
+    cache_dir: str | None = option(
         None, "Where token ids are kept; $XDG_CACHE_HOME/minitrain or ~/.cache/minitrain when left out.", free=True
     )
 
@@ -140,7 +140,7 @@ class Config:
     )
     gradient_accumulation_steps: int = option(1, "Micro-batches that an optimizer step is cut into.", least=1)
     n_epochs: float = option(1.0, "Passes over the data; ignored when n_steps is given.", above=0, free=True)
-    n_steps: Optional[int] = option(None, "Optimizer steps, in place of n_epochs.", least=1, free=True)
+    n_steps: int | None = option(None, "Optimizer steps, in place of n_epochs.", least=1, free=True)
     optimizer: str = option("AdamW", "Any optimizer of torch.optim by name.")
     optimizer_args: dict[str, Any] = option({}, "More arguments of the optimizer, e.g. {momentum: 0.9} for SGD.")
     lr: float = option(2e-5, "Peak learning rate.", least=0)
@@ -158,13 +158,15 @@ class Config:
     # evaluation
     do_first_eval: bool = option(True, "Evaluate before the first step.", free=True)
     eval_every_steps: int = option(0, "Evaluate every so many steps, besides the end; 0: only at the end.", least=0)
-    n_eval_examples: Optional[int] = option(None, "Evaluate on the first so many; all when left out.", least=1)
+    n_eval_examples: int | None = option(None, "Evaluate on the first so many; all when left out.", least=1)
     eval_batch_size: int = option(16, "Examples in one forward pass of the evaluation.", least=1, free=True)
     eval_generate: EvalGenerateConfig = option(EvalGenerateConfig, "Answers generated at each evaluation.")
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "Stop when evaluation no longer improves.")
 
     # saving
-    save_every_steps: int = option(0, "Write a checkpoint to resume from every so many steps; 0: none.", least=0, free=True)
+    save_every_steps: int = option(
+        0, "Write a checkpoint to resume from every so many steps; 0: none.", least=0, free=True
+    )
     keep_checkpoints: int = option(2, "Keep the newest so many checkpoints.", least=1, free=True)
     save_best: bool = option(False, "Keep the model with the best early_stopping.metric in best/.", free=True)
     resume: str = option(
@@ -175,7 +177,9 @@ class Config:
     )
 
     # tracking
-    log_every_steps: int = option(10, "A line on the console and in metrics.jsonl every so many steps.", least=1, free=True)
+    log_every_steps: int = option(
+        10, "A line on the console and in metrics.jsonl every so many steps.", least=1, free=True
+    )
     wandb: WandbConfig = option(WandbConfig, "Weights & Biases.")
     report_to_tensorboard: bool = option(False, "Write TensorBoard files into the run folder.", free=True)
     swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")

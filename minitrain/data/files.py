@@ -69,7 +69,7 @@ def _read_json(file, path: Path) -> Iterator[Row]:
     if text[start : start + 1] == "{":
         start = _start_of_data(text, path)
     if text[start : start + 1] != "[":
-        raise DataError(f'{path}: expected a list of rows, or {{"data": [...]}}; one row a line belongs in a .jsonl file')
+        raise DataError(f'{path}: expected a list, or {{"data": [...]}}; one row a line belongs in a .jsonl file')
     yield from _list_entries(text, start + 1, path)
 
 

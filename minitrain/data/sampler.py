@@ -5,6 +5,7 @@ consumed over all ranks. How the examples of one optimizer step are laid out (so
 micro-batches) does not change the gradient, so it may depend on anything.
 """
 
+import itertools
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -59,7 +60,7 @@ def plan_step(lengths: np.ndarray, world_size: int, n_micro: int, packing: bool)
     shares = world_size * n_micro
     # Consecutive shares hold rows of like length; rank r takes every world_size-th, so that ranks are even.
     cuts = [round(i * len(rows) / shares) for i in range(shares + 1)]
-    parts = [rows[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [rows[a:b] for a, b in itertools.pairwise(cuts)]
     plan = [parts[rank::world_size] for rank in range(world_size)]
     depth = max(1, max(sum(1 for part in share if part) for share in plan))
     return [sorted(share, key=len, reverse=True)[:depth] for share in plan]

@@ -5,7 +5,6 @@ The text is built as inference builds it: up to each answer stands exactly what 
 the prompt's ids are those of inference, no token straddles a border, and the mask is exact to the character.
 """
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +79,7 @@ class Template:
     def encode(self, record: Conversation | PlainText) -> Tokens:
         """Token ids and mask of a whole record, not yet truncated. Raises DataError for what cannot be encoded."""
         if isinstance(record, PlainText):
-            ids = self._with_bos(self.encode_text(record.text, first=True)) + [self.tokenizer.eos_token_id]
+            ids = [*self._with_bos(self.encode_text(record.text, first=True)), self.tokenizer.eos_token_id]
             return Tokens(ids, [False] + [True] * (len(ids) - 1))
         try:
             pieces, notes = self._pieces(record.messages)
@@ -187,7 +186,7 @@ class Template:
         if whole.startswith(prompt):
             return prompt, self._closed(whole[len(prompt) :])
         history = self._render(messages[:-1])
-        common = len(os.path.commonprefix([whole, prompt]))
+        common = _common_prefix(whole, prompt)
         if common > len(history) and whole.startswith(history):
             # The prompt opens the answer in another way than this one, e.g. an empty thought before a thought.
             return whole[:common], self._closed(whole[common:])
@@ -260,6 +259,10 @@ def truncate(tokens: Tokens, max_length: int, how: str, bos_token_id: int | None
         ids, mask = ids[:max_length], [False, *mask[1:max_length]]
         tokens = Tokens(ids, mask, tokens.notes | {"truncated examples": 1})
     return tokens if any(mask) else None
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:

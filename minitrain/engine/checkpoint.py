@@ -54,9 +54,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Writes model, optimizer, `state` (JSON) and the random number generators as one committed checkpoint."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     tensors, numbers = _optimizer_state(model, optimizer)
@@ -79,7 +77,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = load_file(folder / "model.safetensors")
     if saved.keys() != parameters.keys() or any(saved[n].shape != p.shape for n, p in parameters.items()):
-        raise RunError(f"{folder}: holds other parameters than this model trains; was the model or freeze_layers changed?")
+        raise RunError(
+            f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

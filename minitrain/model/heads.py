@@ -59,9 +59,7 @@ def token_scores(
         chunk = max(64, budget // (4 * layer.weight.shape[0]))
     if not torch.is_grad_enabled() or entropy or mean_logps:
         token_weights = None
-    settings = _Settings(
-        layer.scale, layer.softcap, chunk, _matmul_dtype(hidden), token_weights, entropy, mean_logps
-    )
+    settings = _Settings(layer.scale, layer.softcap, chunk, _matmul_dtype(hidden), token_weights, entropy, mean_logps)
     logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, targets, settings)
     return TokenScores(logps, entropies if entropy else None, means if mean_logps else None)
 
