@@ -32,6 +32,12 @@ class Batch:
         self.predictors = rows * self.labels.shape[1] + columns  # [N] flat place whose next token is learned
         self.targets = self.labels[rows, columns + 1]  # [N]
         self.target_docs = self.doc_ids[rows, columns + 1]  # [N]
+        self.spans = _spans(self.doc_ids)  # [D, 3] (row, start, stop) in order; stays on the CPU
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return self.n_docs > self.input_ids.shape[0]
 
     @property
     def n_labels(self) -> int:
@@ -46,9 +52,18 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         moved = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != "spans":
                 setattr(moved, name, value.to(device, non_blocking=True))
         return moved
+
+
+def _spans(doc_ids: Tensor) -> Tensor:
+    """Where each document lies, from [R, T] doc_ids -> [D, 3]."""
+    edge = torch.full_like(doc_ids[:, :1], -1)  # [R, 1]
+    real = doc_ids >= 0
+    rows, starts = (real & (doc_ids != torch.cat([edge, doc_ids[:, :-1]], 1))).nonzero(as_tuple=True)  # [D], [D]
+    _, lasts = (real & (doc_ids != torch.cat([doc_ids[:, 1:], edge], 1))).nonzero(as_tuple=True)  # [D]
+    return torch.stack([rows, starts, lasts + 1], 1)
 
 
 @dataclass

@@ -26,10 +26,11 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
-    def finished_step(self) -> int | None:
-        """At which step an earlier run ended, if one did."""
+    def finished_steps(self) -> tuple[int, int] | None:
+        """(steps taken, steps planned) of an earlier run that ended, if one did."""
         try:
-            return json.loads((self.path / "run.json").read_text())["finished_step"]
+            ended = json.loads((self.path / "run.json").read_text())
+            return ended["finished_step"], ended["total_steps"]
         except (OSError, ValueError, KeyError):
             return None
 
@@ -47,7 +48,7 @@ class RunFolder:
                 raise RunError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
             return None, []
         checkpoint, complaints = newest_sound(self.checkpoints)
-        if checkpoint is not None or self.finished_step() is not None:
+        if checkpoint is not None or self.finished_steps() is not None:
             self._refuse_changes()
         return checkpoint, complaints
 
@@ -64,8 +65,8 @@ class RunFolder:
         """Keeps the newest checkpoints only, and removes what a crash left."""
         prune(self.checkpoints, self.config.keep_checkpoints)
 
-    def finish(self, step: int) -> None:
-        (self.path / "run.json").write_text(json.dumps({"finished_step": step}))
+    def finish(self, step: int, total_steps: int) -> None:
+        (self.path / "run.json").write_text(json.dumps({"finished_step": step, "total_steps": total_steps}))
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`, which will be written anew."""

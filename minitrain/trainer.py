@@ -20,10 +20,11 @@ from .engine.precision import Precision
 from .engine.tracking import Tracking, eval_line, peak_memory_gb, train_line
 from .errors import ConfigError, RunError
 from .evaluate import Totals, evaluate, lower_is_better
+from .exact_match import exact_match
 from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss
 from .model.load import DTYPES, freeze_layers, load_policy, load_tokenizer, save_model
-from .model.policy import find_blocks
+from .model.policy import checkpoint_activations, find_blocks
 from .run import RunFolder
 from .schema import Config
 
@@ -67,7 +68,7 @@ class Trainer:
         dtype = DTYPES[config.model.policy_dtype]
         freeze_layers(policy.model, config.freeze_layers, dtype)
         if config.activation_checkpointing:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(policy.model)
         if config.compile:
             for block in find_blocks(policy.model.base_model):
                 block.compile(dynamic=True)
@@ -83,13 +84,14 @@ class Trainer:
         self.updates = 0  # optimizer steps taken; those with a non-finite gradient are not
         self.consumed = 0  # examples seen, over all ranks
         self.bad_steps = 0  # non-finite ones in a row
+        self.evaluated_step: int | None = None
         self.best: float | None = None
         self.stale_evals = 0
         self.train_metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
         self.signal: int | None = None
-        self.tracking: Tracking | None = None
+        self._start_window()
 
     # ---------------------------------------------------------------------------------------------- the loop
 
@@ -98,18 +100,23 @@ class Trainer:
 
         After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
         """
-        if (finished := self.run.finished_step()) is not None and not self._may_go_on(finished):
+        if self.run.finished_steps() is not None and not self._may_go_on():
             return {}
+        if self.checkpoint is not None:
+            self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer))
         self.run.start()
+        self.run.rewind_metrics(self.step)
+        self.tracking = Tracking(self.config, self.run.path, asdict(self.config), speaks=self.parallel.rank == 0)
         previous = self._catch_signals()
         try:
-            self._resume_or_begin()
-            self._call("on_train_begin")
-            if self.step == 0 and self.config.do_first_eval:
-                self._evaluate_and_judge()
+            self._begin()
             self._loop()
             if self.signal is None:
                 self._finish()
+            if self.signal is not None:
+                self._save_checkpoint()
+                name = signal.Signals(self.signal).name
+                self._say(f"stopped by {name} at step {self.step}; the same command goes on from there")
             self._call("on_train_end")
         finally:
             self.tracking.close()
@@ -128,9 +135,6 @@ class Trainer:
             self.consumed += len(indices)
             self.tracking.advance()
             self._after_step()
-        if self.signal is not None:
-            self._save_checkpoint()
-            self._say(f"stopped by {signal.Signals(self.signal).name} at step {self.step}; the same command goes on")
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step: sums over all micro-batches and ranks, divided by the weight of the whole step."""
@@ -194,9 +198,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ begin and end
 
-    def _may_go_on(self, finished: int) -> bool:
-        if finished >= self.total_steps:
-            print(f"{self.run.path} is finished: {finished} steps. For another run choose another exp_name.")
+    def _may_go_on(self) -> bool:
+        finished, planned = self.run.finished_steps()
+        if planned >= self.total_steps:
+            early = f" (stopped early, of {planned})" if finished < planned else ""
+            print(f"{self.run.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
             return False
         if self.checkpoint is None:
             raise RunError(
@@ -205,19 +211,17 @@ class Trainer:
             )
         return True
 
-    def _resume_or_begin(self) -> None:
-        state = None
-        if self.checkpoint is not None:
-            state = load_checkpoint(self.checkpoint, self.policy, self.optimizer)
-            self._restore(state)
-        self.run.rewind_metrics(self.step)
-        self.tracking = Tracking(self.config, self.run.path, asdict(self.config), speaks=self.parallel.rank == 0)
+    def _begin(self) -> None:
         for note in self.notes:
             self._say(note)
         self._say(self._description())
-        if state is not None:
+        if self.checkpoint is not None:
             self._say(f"going on from {self.checkpoint}")
-            restore_rng(self.checkpoint)
+        self._call("on_train_begin")
+        if self.step == 0 and self.config.do_first_eval:
+            self._evaluate_and_judge()
+        if self.checkpoint is not None:
+            restore_rng(self.checkpoint)  # last, so that nothing draws from it before the first step
 
     def _description(self) -> str:
         total = sum(p.numel() for p in self.policy.parameters())
@@ -230,12 +234,12 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        if self.eval_loader:
+        if self.evaluated_step != self.step:
             self._evaluate_and_judge()
         if self.signal is not None:
             return
         self._save_model(self.run.final)
-        self.run.finish(self.step)
+        self.run.finish(self.step, self.total_steps)
         self._say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
     def _catch_signals(self) -> dict:
@@ -297,15 +301,18 @@ class Trainer:
         metrics = self.evaluate()
         if not metrics:
             return
-        if self.config.eval_generate.n_examples:
-            metrics["exact_match"] = self._exact_match()
+        generate = self.config.eval_generate
+        if generate.n_examples:
+            with self.precision.autocast():
+                examples, size = self.eval_loader.examples, self.config.eval_batch_size
+                metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self._say)
         self.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
+        self.evaluated_step = self.step
         self.tracking.log(self.step, "eval", self.eval_metrics)
         self._say(eval_line(self.step, metrics))
         self._judge(metrics)
         self._call("on_eval_end")
-        if hasattr(self, "window"):
-            self.window["start"] += time.perf_counter() - began
+        self.window["start"] += time.perf_counter() - began  # not counted in tokens per second
 
     def _judge(self, metrics: dict[str, float]) -> None:
         stopping = self.config.early_stopping
@@ -322,26 +329,6 @@ class Trainer:
         if stopping.patience and self.stale_evals >= stopping.patience and self.step < self.total_steps:
             self._say(f"stopping early: {stopping.metric} has not improved in {self.stale_evals} evaluations")
             self.should_stop = True
-
-    def _exact_match(self) -> float:
-        """Share of eval prompts whose greedy answer is the reference, white space around it aside."""
-        settings, examples = self.config.eval_generate, self.eval_loader.examples
-        chosen = examples.first(settings.n_examples)
-        prompts, references = [], []
-        for ids, mask in (chosen[i] for i in range(len(chosen))):
-            start = len(mask) - mask.flip(0).tolist().index(0)  # where the last answer begins
-            prompts.append(ids[:start].tolist())
-            references.append(self.tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
-        with self.precision.autocast():
-            answers = self.generator.answer(
-                prompts, Sampling(settings.max_new_tokens), self.config.eval_batch_size, progress=True
-            )
-        matches = [answer.strip() == reference for answer, reference in zip(answers, references, strict=True)]
-        for i in range(min(settings.show, len(answers))):
-            prompt = self.tokenizer.decode(prompts[i], skip_special_tokens=True)
-            verdict = "right" if matches[i] else f"wrong, expected {references[i]!r}"
-            self._say(f"  {prompt.strip()[-80:]!r} -> {answers[i].strip()!r} ({verdict})")
-        return sum(matches) / len(matches)
 
     # --------------------------------------------------------------------------------------- using the model
 

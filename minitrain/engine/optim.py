@@ -23,10 +23,16 @@ def optimizer_class(name: str, unfit: set[str] = frozenset()) -> type[torch.opti
     return chosen
 
 
+def accepted_options(chosen: type[torch.optim.Optimizer]) -> list[str]:
+    """The options of an optimizer by name; `eps` only where it is Adam's, since others mean other things by it."""
+    names = list(inspect.signature(chosen).parameters)
+    return names if "betas" in names else [name for name in names if name != "eps"]
+
+
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer over all trained parameters; only those with two or more dimensions are decayed."""
     chosen = optimizer_class(config.optimizer)
-    accepted = inspect.signature(chosen).parameters
+    accepted = accepted_options(chosen)
     offered = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
     arguments = {key: value for key, value in offered.items() if key in accepted} | config.optimizer_args
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -88,15 +88,17 @@ class _TokenScores(torch.autograd.Function):
             picked = logits.gather(1, targets[rows, None])[:, 0]  # [n]
             lse[rows] = torch.logsumexp(logits, 1)
             logps[rows] = picked - lse[rows]
+            if settings.mean_logps or settings.entropy or grads:
+                logits.sub_(lse[rows, None])  # log-probabilities
             if settings.mean_logps:
-                means[rows] = logits.mean(1) - lse[rows]
+                means[rows] = logits.mean(1)
             if settings.entropy:
-                entropy[rows] = lse[rows] - (logits - lse[rows, None]).exp_().mul_(logits).sum(1)
+                entropy[rows] = -(logits.exp() * logits).sum(1)
             if grads:
-                probs = logits.sub_(lse[rows, None]).exp_()
-                probs.scatter_add_(1, targets[rows, None], probs.new_full((len(part), 1), -1.0))
-                probs.mul_(settings.token_weights(logps[rows])[:, None])  # d(-sum w log p) / d logits
-                grads.add(rows, _through_output(probs, slope, settings), part, matrix)
+                dlogits = logits.exp_()
+                dlogits.scatter_add_(1, targets[rows, None], dlogits.new_full((len(part), 1), -1.0))
+                dlogits.mul_(settings.token_weights(logps[rows])[:, None])  # of -sum w log p
+                grads.add(rows, _through_output(dlogits, slope, settings), part, matrix)
         ctx.settings, ctx.grads = settings, grads
         ctx.save_for_backward(hidden, weight, bias, targets, logps, lse, entropy)
         return logps, entropy, means

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..schema import ModelConfig
+from . import attention
 from .policy import Policy, check_policy, find_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,10 +51,12 @@ def load_model(config: ModelConfig, tokenizer, seed: int) -> nn.Module:
         from .tiny import tiny_model
 
         model = tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-        model.set_attn_implementation(config.attn_implementation)
+        if attention_of(config) is not None:
+            model.set_attn_implementation(config.attn_implementation)
     else:
         model = _from_pretrained(config)
-    model.to(DTYPES[config.master_dtype])
+    for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
+        parameter.data = parameter.data.to(DTYPES[config.master_dtype])
     _grow_embeddings(model, len(tokenizer))
     if config.archive:
         _load_archive(model, Path(config.archive))
@@ -64,6 +67,8 @@ def load_model(config: ModelConfig, tokenizer, seed: int) -> nn.Module:
 def load_policy(config: ModelConfig, tokenizer, seed: int, device: torch.device, packing: bool) -> Policy:
     """The model on its device as a `Policy` whose head, and packing if asked for, were tried out."""
     policy = Policy(load_model(config, tokenizer, seed).to(device))
+    if packing and policy.model.config._attn_implementation == "sdpa":
+        policy.model.set_attn_implementation(attention.NAME)
     check_policy(policy, packing)
     return policy
 
@@ -109,12 +114,17 @@ def _from_pretrained(config: ModelConfig) -> nn.Module:
             config.name_or_path,
             revision=config.revision,
             dtype=DTYPES[config.master_dtype],
-            attn_implementation=config.attn_implementation,
+            attn_implementation=attention_of(config),
             trust_remote_code=config.trust_remote_code,
         )
     except Exception as error:
         hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
         raise ConfigError(f"no causal language model in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
+
+
+def attention_of(config: ModelConfig) -> str | None:
+    """What transformers is asked for; None leaves the choice to it."""
+    return None if config.attn_implementation == "auto" else config.attn_implementation
 
 
 def _grow_embeddings(model: nn.Module, n_tokens: int) -> None:

@@ -1,12 +1,15 @@
 """The policy: a transformers causal language model that gives per-token scores instead of logits."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..batch import IGNORE, Batch, Scores
 from ..errors import ConfigError
+from . import attention
 from .heads import OutputLayer, token_scores
 
 
@@ -19,6 +22,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.training = model.training
         config = model.config
         # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -27,10 +31,16 @@ class Policy(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last hidden states -> [R, T, H].
 
-        No attention mask and no cache: then transformers reads the borders of documents off position_ids.
+        Without a mask and a cache, transformers reads the borders of documents off position_ids; our own
+        attention gets them in the mask's place.
         """
+        by_document = batch.packed and self.model.config._attn_implementation == attention.NAME
         outputs = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True
+            input_ids=batch.input_ids,
+            attention_mask=attention.as_mask(batch.spans) if by_document else None,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            return_dict=True,
         )
         return outputs.last_hidden_state
 
@@ -61,46 +71,59 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(outermost, key=len)
 
 
-@torch.no_grad()
+def checkpoint_activations(model: nn.Module) -> None:
+    """Each block keeps its input only and computes the rest again in the backward pass (non-reentrant)."""
+    for block in find_blocks(model.base_model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def check_policy(policy: Policy, packing: bool) -> None:
     """Tries what minitrain relies on, on a handful of tokens, since not every architecture keeps to it.
 
     Raises ConfigError when the chunked head gives other log-probabilities than the model's own logits, or,
     with `packing`, when documents of one row see each other.
     """
-    training, model = policy.training, policy.model
+    training = policy.training
     policy.eval()
     device = next(policy.parameters()).device
-    ids = torch.arange(3, 15, device=device) % model.config.get_text_config().vocab_size  # [12]
-    alone = [_document(ids[:7]), _document(ids[7:])]
-    logps = [policy(document).logps for document in alone]
-    logits = model(input_ids=alone[0].input_ids, use_cache=False).logits[0, :-1].float()  # [6, V]
-    plain = logits.log_softmax(-1).gather(1, ids[1:7, None])[:, 0]  # [6]
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
-    if not torch.allclose(plain, logps[0], rtol=tolerance, atol=tolerance):
-        raise ConfigError(
-            f"model.name_or_path: the output layer of {type(model).__name__} does something that minitrain does not "
-            "know, so its log-probabilities would be wrong. Please report this architecture."
-        )
+    ids = torch.arange(3, 15, device=device) % policy.model.config.get_text_config().vocab_size  # [12]
+    _check_head(policy, ids)
     if packing:
-        packed = policy(_pack(*alone)).logps  # [10]
-        if not torch.allclose(packed, torch.cat(logps), rtol=tolerance, atol=tolerance):
-            raise ConfigError(
-                f"packing: {type(model).__name__} lets documents of one row see each other; set packing=false "
-                "(group_by_length=true also saves padding)."
-            )
+        _check_packing(policy, ids)
     policy.train(training)
 
 
-def _document(ids: Tensor) -> Batch:
-    labels = ids.clone()
-    labels[0] = IGNORE
-    row = [t[None] for t in (ids, torch.arange(len(ids), device=ids.device), labels, torch.zeros_like(ids))]
-    return Batch(*row, n_docs=1)
+@torch.no_grad()
+def _check_head(policy: Policy, ids: Tensor) -> None:
+    logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()  # [11, V]
+    plain = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
+    tolerance = 1e-3 if policy.output_layer().weight.dtype == torch.float32 else 5e-2
+    if not torch.allclose(plain, policy(_row(ids, [12])).logps, rtol=tolerance, atol=tolerance):
+        raise ConfigError(
+            f"model.name_or_path: the output layer of {type(policy.model).__name__} does something that minitrain "
+            "does not know, so its log-probabilities would be wrong. Please report this architecture."
+        )
 
 
-def _pack(first: Batch, second: Batch) -> Batch:
-    def join(name: str, offset: int = 0) -> Tensor:
-        return torch.cat([getattr(first, name), getattr(second, name) + offset], dim=1)
+def _check_packing(policy: Policy, ids: Tensor) -> None:
+    """The second document's score must not depend on the first one's embeddings at all."""
+    seen = []
+    embedding = policy.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad_()))
+    with torch.enable_grad():
+        logps = policy(_row(ids, [7, 5])).logps  # [10]
+    hook.remove()
+    gradient = torch.autograd.grad(logps[6:].sum(), seen[0])[0]  # [1, 12, H]
+    if gradient[0, :7].any():
+        raise ConfigError(
+            f"packing: {type(policy.model).__name__} lets documents of one row see each other; set packing=false "
+            "(group_by_length=true also saves padding)."
+        )
 
-    return Batch(join("input_ids"), join("position_ids"), join("labels"), join("doc_ids", 1), n_docs=2)
+
+def _row(ids: Tensor, lengths: list[int]) -> Batch:
+    """One row of documents of these lengths, all but their first tokens learned."""
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
+    doc_ids = (positions == 0).cumsum(0) - 1  # [T]
+    labels = torch.where(positions == 0, IGNORE, ids)  # [T]
+    return Batch(ids[None], positions[None], labels[None], doc_ids[None], n_docs=len(lengths))

@@ -1,0 +1,37 @@
+# Each target sets up what it needs: a virtual environment in .venv, made once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint bench docs clean
+
+.venv/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch -c constraints.txt
+	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $@
+
+demo: .venv/ready  ## train the embedded model and show what it learned
+	$(BIN)/python train.py example/quickstart-sft.yml
+	@echo
+	@echo "Three prompts that it has not seen, answered by the trained model:"
+	$(BIN)/minitrain generate runs/quickstart-sft --prompt "34 + 28 =" "91 - 47 =" "reverse tiger"
+
+test: .venv/ready  ## the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-all: .venv/ready  ## every test; before a release
+	$(BIN)/python -m pytest -m ""
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready  ## against TRL and a loop written by hand, in one run
+	$(BIN)/python bench/run.py
+
+docs: .venv/ready  ## docs/options.md from the schema
+	$(BIN)/python docs/generate_options.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1] for line in Path("minitrain/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="minitrain",
+    version=version,
+    description="A pure-PyTorch minimal trainer library for post-training language models",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["minitrain", "minitrain.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=5",
+        "safetensors>=0.5",
+        "omegaconf>=2.3",
+        "wandb>=0.19",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tensorboard": ["tensorboard>=2.16"],
+        "dev": ["pytest>=8", "ruff>=0.11", "tensorboard>=2.16"],
+    },
+    entry_points={"console_scripts": ["minitrain=minitrain.cli:main"]},
+)

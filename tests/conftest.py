@@ -1,0 +1,88 @@
+"""Fixtures: a random two-layer Llama with the embedded tokenizer, small data, and a trainer over both."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import torch
+
+from minitrain import Trainer, load_config
+from minitrain.model.load import save_model
+from minitrain.model.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # real data and models, which users do not have
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Token caches go to a temporary folder, never to the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def random_llama(**changes):
+    """A Llama of 2 layers and width 32 over the embedded tokenizer, with weights large enough to matter."""
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2} | changes
+    return tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, **shape)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """The random Llama as a folder that `from_pretrained` reads."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_model(random_llama(), tiny_tokenizer(), folder, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    """40 questions whose answers are of very different lengths."""
+    rng = random.Random(0)
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"prompt": f"say {i}", "response": "ab" * rng.choice([1, 2, 5, 15])} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def make_trainer(tmp_path, llama_folder, rows_file):
+    """``make_trainer("lr=0.1", ..., on_step_end=f)``: a trainer over the random Llama in a run folder of its own."""
+
+    def make(*overrides: str, loss=None, **hooks) -> Trainer:
+        base = {
+            "datasets": [str(rows_file)],
+            "model": {"name_or_path": str(llama_folder)},
+            "output_dir": str(tmp_path / "runs"),
+            "exp_name": "run",
+            "total_batch_size": 8,
+            "n_steps": 3,
+            "lr": 1e-2,
+            "log_every_steps": 1,
+        }
+        return Trainer(load_config(base, list(overrides)), loss=loss, **hooks)
+
+    return make
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of all parameters by name."""
+    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def metrics(trainer: Trainer, kind: str = "train") -> list[dict]:
+    """The lines of metrics.jsonl of one kind."""
+    lines = (trainer.run.path / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]

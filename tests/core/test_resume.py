@@ -1,0 +1,224 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit; damaged, foreign and finished runs are told apart."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from minitrain import RunError
+from minitrain.engine.checkpoint import atomic_folder, checkpoints
+from tests.conftest import metrics, weights
+
+DROPOUT = 0.2
+
+
+def with_dropout(trainer):
+    """Attention dropout, so that random numbers matter."""
+    for module in trainer.policy.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = DROPOUT
+    return trainer
+
+
+def trace(trainer) -> list:
+    """(step, loss bits) as logged."""
+    return [(row["step"], row["loss"]) for row in metrics(trainer)]
+
+
+OPTIONS = ("n_steps=9", "total_batch_size=6", "gradient_accumulation_steps=2", "save_every_steps=1", "warmup_steps=2")
+
+
+@pytest.fixture
+def oracle(make_trainer):
+    """An uninterrupted run: 40 examples in steps of 6, so that an epoch ends in step 7 with a short step."""
+    trainer = with_dropout(make_trainer("exp_name=oracle", *OPTIONS))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 7, 8])
+def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, oracle, stop):
+    """Order, dropout, moments and schedule: stopped within and at the border of an epoch
+    (accelerate#4203, transformers#46628)."""
+
+    def interrupt(trainer):
+        if trainer.step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = with_dropout(make_trainer(*OPTIONS, on_step_end=interrupt))
+    first.train()
+    assert first.signal == signal.SIGTERM and first.step == stop
+    torch.manual_seed(12345)  # another process would have another state
+    second = with_dropout(make_trainer(*OPTIONS))
+    second.train()
+    assert trace(second) == trace(oracle)
+    for name, p in weights(oracle).items():
+        assert torch.equal(weights(second)[name], p), name
+    assert second.consumed == oracle.consumed
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "RMSprop", "NAdam"])
+def test_the_state_of_any_optimizer_is_restored(make_trainer, optimizer):
+    """Steps, moments and scalars of each kind."""
+    options = ("n_steps=4", "save_every_steps=2", f"optimizer={optimizer}", "lr_scheduler=constant")
+    whole = make_trainer("exp_name=whole", *options)
+    whole.train()
+    half = make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 2 else None)
+    half.train()
+    rest = make_trainer(*options)
+    rest.train()
+    assert all(torch.equal(p, weights(rest)[name]) for name, p in weights(whole).items())
+
+
+def test_float16_scale_is_part_of_the_state(make_trainer):
+    """The loss scale goes on from where it was."""
+    options = ("model.policy_dtype=float16", "n_steps=3", "save_every_steps=1")
+    first = make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first.precision.scale = 512.0
+    first.train()
+    second = make_trainer(*options)
+    second.train()
+    assert second.precision.scale == 512.0 and second.precision.clean_steps == 3
+
+
+def test_only_the_newest_checkpoints_are_kept_and_debris_is_cleared(make_trainer):
+    """keep_checkpoints counts committed ones; what a crash left is removed."""
+    trainer = make_trainer("n_steps=5", "save_every_steps=1", "keep_checkpoints=2")
+    debris = trainer.run.checkpoints / ".tmp-step-9-dead"
+    debris.mkdir(parents=True)
+    trainer.train()
+    assert [path.name for path in checkpoints(trainer.run.checkpoints)] == ["step-4", "step-5"]
+    assert not debris.exists()
+
+
+def damage(folder, how: str) -> None:
+    file = folder / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif how == "truncated":
+        file.write_bytes(data[:-7])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "deleted":
+        file.unlink()
+    elif how == "swapped":
+        other = folder / "model.safetensors"
+        other.rename(folder / "x")
+        file.rename(other)
+        (folder / "x").rename(file)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "deleted", "swapped"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_trainer, oracle, how):
+    """The newest is damaged: said by file name, the one before is used, the end is the same."""
+    options = (*OPTIONS, "keep_checkpoints=3")
+    first = with_dropout(
+        make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 5 else None)
+    )
+    first.train()
+    damage(first.run.checkpoint(5), how)
+    second = with_dropout(make_trainer(*options))
+    assert second.checkpoint == first.run.checkpoint(4)
+    assert any("step-5" in note and ".safetensors" in note for note in second.notes)
+    second.train()
+    assert all(torch.equal(p, weights(second)[name]) for name, p in weights(oracle).items())
+
+
+def test_never_silently_back_to_step_zero(make_trainer):
+    """When no checkpoint is sound the run refuses; a damaged one that was named is an error too."""
+    first = make_trainer("save_every_steps=1", on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first.train()
+    damage(first.run.checkpoint(1), "flipped")
+    with pytest.raises(RunError, match="no checkpoint is sound"):
+        make_trainer("save_every_steps=1")
+    with pytest.raises(RunError, match=r"optimizer.safetensors: is damaged"):
+        make_trainer("save_every_steps=1", f"resume={first.run.checkpoint(1)}")
+
+
+def test_a_manifest_cannot_name_files_elsewhere(make_trainer):
+    """A path with .. in a manifest is refused."""
+    first = make_trainer("save_every_steps=1", on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first.train()
+    manifest = first.run.checkpoint(1) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["../../x"] = {"bytes": 0, "sha256": ""}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="outside"):
+        make_trainer("save_every_steps=1", f"resume={manifest.parent}")
+
+
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(make_trainer, capsys):
+    """Running it again says so; with more steps it continues from its checkpoint."""
+    options = ("save_every_steps=3", "lr_scheduler=constant")
+    first = make_trainer(*options)
+    first.train()
+    capsys.readouterr()
+    again = make_trainer(*options)
+    assert again.train() == {} and again.step == 0
+    assert "finished" in capsys.readouterr().out
+    longer = make_trainer(*options, "n_steps=5")
+    longer.train()
+    assert longer.step == 5 and [row["step"] for row in metrics(longer)] == [1, 2, 3, 4, 5]
+    whole = make_trainer(*options, "n_steps=5", "exp_name=whole")
+    whole.train()
+    assert all(torch.equal(p, weights(longer)[name]) for name, p in weights(whole).items())
+
+
+def test_other_options_are_refused_with_the_difference(make_trainer):
+    """What changes the numbers may not change under a run that goes on; what does not, may."""
+    make_trainer("save_every_steps=3").train()
+    with pytest.raises(RunError, match=r"lr: 0.01 -> 0.02"):
+        make_trainer("save_every_steps=3", "lr=0.02")
+    make_trainer("save_every_steps=3", "log_every_steps=2")
+
+
+def test_other_data_are_refused(make_trainer, rows_file, tmp_path):
+    """The same file name with other content is another data set."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(rows_file.read_text())
+    options = (f"datasets=[{copy}]", "save_every_steps=1", "n_steps=3")
+    make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None).train()
+    copy.write_text(rows_file.read_text().replace("say 1", "say one"))
+    with pytest.raises(RunError, match="other data"):
+        make_trainer(*options).train()
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(make_trainer):
+    """Nothing is written over."""
+    make_trainer().train()
+    with pytest.raises(RunError, match="holds a run"):
+        make_trainer("resume=never")
+
+
+def test_a_failing_save_leaves_what_was_there(tmp_path):
+    """The new folder is gone, the old one is as it was."""
+    target = tmp_path / "final"
+    with atomic_folder(target) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RunError, match="No space left"), atomic_folder(target) as temporary:
+        (temporary / "a").write_text("new")
+        raise OSError(28, "No space left on device")
+    assert (target / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_signal_during_evaluation_is_answered(make_trainer, rows_file):
+    """SIGINT in the middle of the last evaluation: a checkpoint, no final/, and the same command finishes."""
+    options = (f"eval_datasets=[{rows_file}]", "do_first_eval=false")
+    trainer = make_trainer(*options)
+    evaluate = trainer.evaluate
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate()
+
+    trainer.evaluate = interrupted
+    trainer.train()
+    assert trainer.signal == signal.SIGINT and not trainer.run.final.exists()
+    assert [path.name for path in checkpoints(trainer.run.checkpoints)] == ["step-3"]
+    second = make_trainer(*options)
+    second.train()
+    assert second.run.final.exists()

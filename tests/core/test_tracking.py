@@ -1,0 +1,151 @@
+"""Trackers get the figures, and none of them can stop training."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from minitrain.engine.tracking import duration, train_line
+from tests.conftest import metrics
+
+
+def test_every_figure_is_in_metrics_jsonl(make_trainer, rows_file):
+    """One object a line, train and eval, with all that users read."""
+    trainer = make_trainer(f"eval_datasets=[{rows_file}]")
+    trainer.train()
+    wanted = {
+        "loss",
+        "avg_p_correct",
+        "perplexity",
+        "lr",
+        "grad_norm",
+        "epoch",
+        "tokens",
+        "tokens_per_second",
+        "padding",
+        "memory_gb",
+        "eta_seconds",
+    }
+    assert all(wanted <= row.keys() for row in metrics(trainer))
+    assert {"loss", "perplexity", "avg_p_correct"} <= metrics(trainer, "eval")[0].keys()
+    assert metrics(trainer)[-1]["epoch"] == pytest.approx(24 / 40)
+
+
+def test_tensorboard_gets_the_same_figures(make_trainer):
+    """Its event files hold train/loss at each log step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer("report_to_tensorboard=true")
+    trainer.train()
+    events = EventAccumulator(str(trainer.run.path / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert logged == [(row["step"], pytest.approx(row["loss"])) for row in metrics(trainer)]
+
+
+def test_a_tracker_that_fails_is_switched_off_with_one_warning(make_trainer, monkeypatch, capsys):
+    """swanlab raises at every call: one warning, and training ends well."""
+
+    class Run:
+        def log(self, *args, **kwargs):
+            raise ConnectionError("no route to host")
+
+    fake = types.SimpleNamespace(init=lambda **kwargs: Run(), finish=lambda: None, __spec__=object())
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    trainer = make_trainer("swanlab.enabled=true")
+    trainer.train()
+    out = capsys.readouterr().out
+    assert out.count("swanlab failed") == 1 and "no route to host" in out
+    assert trainer.run.final.exists()
+
+
+def test_wandb_offline_gets_figures_and_config(make_trainer, monkeypatch):
+    """What is sent: kind/name, the step, and the config."""
+    import wandb
+
+    logged, started = [], {}
+
+    class Run:
+        def log(self, figures):
+            logged.append(figures)
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: started.update(kwargs) or Run())
+    make_trainer("wandb.enabled=true", "wandb.project=p").train()
+    assert started["project"] == "p" and started["name"] == "run" and started["config"]["lr"] == 0.01
+    assert [figures["step"] for figures in logged] == [1, 2, 3] and "train/loss" in logged[0]
+
+
+@pytest.mark.slow
+def test_wandb_itself_runs_offline(make_trainer, monkeypatch):
+    """A real offline run leaves its folder inside the run folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trainer = make_trainer("wandb.enabled=true")
+    trainer.train()
+    assert list((trainer.run.path / "wandb").glob("offline-run-*"))
+
+
+def test_debug_sends_nothing_to_trackers(make_trainer):
+    """debug=true keeps metrics.jsonl and nothing else."""
+    trainer = make_trainer("debug=true", "report_to_tensorboard=true")
+    trainer.train()
+    assert metrics(trainer) and not (trainer.run.path / "tensorboard").exists()
+
+
+def test_closed_stdout_does_not_stop_training(make_trainer, monkeypatch):
+    """`| head` closes the pipe: training goes on to the end."""
+
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    trainer = make_trainer()
+    monkeypatch.setattr(sys, "stdout", Closed())
+    trainer.train()
+    assert trainer.run.final.exists()
+
+
+def test_the_console_line_is_tidy():
+    """Fixed order, no long decimals."""
+    figures = {"loss": 1.23456, "lr": 2e-5, "grad_norm": 0.98765, "tokens_per_second": 12345.6, "padding": 0.031}
+    line = train_line(5, 100, figures | {"memory_gb": 1.5, "eta_seconds": 3661})
+    assert line == (
+        "step   5/100  loss 1.2346  lr 2.00e-05  grad_norm 0.988  12,346 tok/s  padding 3%  mem 1.50 GB  eta 1:01:01"
+    )
+    assert duration(59.6) == "1:00" and duration(float("inf")) == "?"
+
+
+def test_the_model_card_states_data_options_and_results(make_trainer, rows_file):
+    """README.md beside the model."""
+    trainer = make_trainer(f"eval_datasets=[{rows_file}]")
+    trainer.train()
+    card = (trainer.run.final / "README.md").read_text()
+    assert str(rows_file) in card and "| eval loss |" in card and "lr: 0.01" in card and "library_name" in card
+
+
+def test_the_config_in_the_run_folder_makes_the_same_run(make_trainer):
+    """config.yml is complete and loads."""
+    from minitrain import load_config
+
+    trainer = make_trainer("loss.label_smoothing=0.1")
+    trainer.train()
+    again = load_config(trainer.run.path / "config.yml")
+    assert again == trainer.config
+
+
+def test_metrics_hold_no_invalid_json(make_trainer):
+    """Infinite and undefined figures are texts."""
+    trainer = make_trainer("lr=1e9", "n_steps=6")
+    try:
+        trainer.train()
+    except ValueError:
+        pass
+    for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
