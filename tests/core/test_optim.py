@@ -20,7 +20,7 @@ def config(*overrides):
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
 def test_after_the_warm_up_the_schedule_is_that_of_transformers(shape):
-    """transformers starts its warm-up at 0, a step that moves nothing; ours at 1/warmup. From the peak on they agree."""
+    """transformers starts its warm-up at 0, which moves nothing; ours at 1/warmup. From the peak on they agree."""
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
