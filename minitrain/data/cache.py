@@ -3,12 +3,14 @@
 The file's name is a hash of all that determines its content (the bytes of the data file, the tokenizer, the
 template, the options), so nothing stale is ever read. Its tensors:
 
-    ids      [sum of lengths] int32      mask     [sum of lengths] uint8, 1 where the token is learned
     offsets  [D + 1] int64, where each of the D documents begins
+    ids      [sum of lengths] int32
+    mask     [sum of lengths] uint8, 1 where the token is learned
 
 and its metadata holds the counts that are told at each start.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -18,14 +20,17 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,9 +40,11 @@ from .files import Row, read_rows
 from .records import to_record
 from .template import Template, truncate
 
-FORMAT = 1  # raise it when the same inputs give other tokens
+FORMAT = 2  # raise it when the same inputs give other tokens
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
+BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits
+UNFINISHED = ".building-"  # how the folders begin in which caches are made
 
 
 @dataclass
@@ -85,7 +92,7 @@ class Encoder:
             "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(self.template.backend.to_str().encode())
         with open(self.dataset.path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -131,14 +138,21 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config) -> To
     a cache folder that cannot be written."""
     encoder = Encoder(dataset, template, config.max_length, config.truncation)
     folder = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    path = folder / f"{encoder.key()}.safetensors"
-    if not path.exists():
+    try:
+        path = folder / f"{encoder.key()}.safetensors"
+    except OSError as error:
+        raise DataError(f"{dataset.path}: cannot be read: {error.strerror}") from None
+    cache = _usable_cache(path, config)
+    if cache is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _remove_debris(folder)
             _build(path, encoder, config)
         except OSError as error:
             raise DataError(f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.") from None
-    cache = TokenCache(path)
+        except BrokenProcessPool:
+            raise DataError(f"{dataset.path}: a process that tokenised it was killed. Set a lower num_proc.") from None
+        cache = TokenCache(path)
     if len(cache) == 0:
         told = "; ".join(f"{count} {what}" for what, count in cache.counts.items())
         raise DataError(f"{dataset.path}: no example can be trained on ({told or 'the file has no rows'})")
@@ -149,11 +163,31 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitrain"
 
 
+def _usable_cache(path: Path, config: Config) -> TokenCache | None:
+    """The cache, unless it is missing, damaged, or was made with more bad rows than are allowed now."""
+    if not path.exists():
+        return None
+    try:
+        cache = TokenCache(path)
+    except (SafetensorError, OSError):
+        return None
+    allowed = config.max_bad_rows if config.on_bad_row == "skip" else 0
+    return cache if cache.counts.get(BAD_ROWS, 0) <= allowed else None
+
+
+def _remove_debris(folder: Path) -> None:
+    """Removes what a killed process left; younger than a day, it may belong to a run that still works on it."""
+    for unfinished in folder.glob(UNFINISHED + "*"):
+        with contextlib.suppress(OSError):  # another process may be removing it too
+            if unfinished.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(unfinished)
+
+
 def _build(path: Path, encoder: Encoder, config: Config) -> None:
     """Streams the rows through the processes into raw files, then joins these into one safetensors file."""
     wanted = encoder.dataset.n_examples or sys.maxsize
-    lengths, counts = [], Counter()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+    lengths, counts = array("q"), Counter()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         folder = Path(folder)
         with open(folder / "ids", "wb") as ids, open(folder / "mask", "wb") as mask:
             for chunk in _encoded(encoder, config):
@@ -165,10 +199,11 @@ def _build(path: Path, encoder: Encoder, config: Config) -> None:
                     lengths.append(len(some_ids))
                 if len(lengths) == wanted:
                     break
-        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         (folder / "offsets").write_bytes(offsets.tobytes())
         n_tokens = int(offsets[-1])
-        shapes = {"ids": ("I32", [n_tokens]), "mask": ("U8", [n_tokens]), "offsets": ("I64", [len(offsets)])}
+        # The widest first, so that each is aligned.
+        shapes = {"offsets": ("I64", [len(offsets)]), "ids": ("I32", [n_tokens]), "mask": ("U8", [n_tokens])}
         _join_safetensors(folder / "joined", folder, shapes, {"counts": json.dumps(counts)})
         os.replace(folder / "joined", path)
 
@@ -194,13 +229,16 @@ def _in_processes(encoder: Encoder, chunks: Iterator[list[Row]], processes: int)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pending = deque()
-    with ProcessPoolExecutor(processes, context, _start_worker, (encoder,)) as pool:
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (encoder,))
+    try:
         for chunk in chunks:
             pending.append(pool.submit(_work, chunk))
             if len(pending) > 4 * processes:  # so that memory does not grow with the file
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _worker_encoder: Encoder
@@ -224,10 +262,10 @@ def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: C
         where = f"{path}:{line}: {reason}"
         if config.on_bad_row == "error":
             raise DataError(f"{where}. Mend the row, or leave such rows out with on_bad_row=skip.")
-        counts["bad rows left out"] += 1
-        if counts["bad rows left out"] <= 3:
+        counts[BAD_ROWS] += 1
+        if counts[BAD_ROWS] <= 3:
             tqdm.write(f"left out {where}")
-        if counts["bad rows left out"] > config.max_bad_rows:
+        if counts[BAD_ROWS] > config.max_bad_rows:
             raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.")
 
 

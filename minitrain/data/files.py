@@ -4,7 +4,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from ..errors import DataError
@@ -25,7 +26,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from reader(file, path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
@@ -38,7 +39,7 @@ def _read_jsonl(file, path: Path) -> Iterator[Row]:
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
-            yield number, _parse(raw)
+            yield number, _parse(raw.rstrip(b"\r\n"))
 
 
 def _parse(raw: bytes) -> dict | DataError:
@@ -48,8 +49,8 @@ def _parse(raw: bytes) -> dict | DataError:
         return DataError(f"not UTF-8 text (byte {error.start} of the line)")
     except json.JSONDecodeError as error:
         return DataError(f"not valid JSON: {error.msg} (column {error.colno})")
-    except RecursionError:
-        return DataError("not usable JSON: nested too deeply")
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        return DataError(f"not usable JSON: {error}")
     return _as_row(row)
 
 
@@ -65,20 +66,25 @@ def _read_json(file, path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 text") from None
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] == "{":
+    start = _skip(text, 0, " \t\r\n")
+    wrapped = text[start : start + 1] == "{"
+    if wrapped:
         start = _start_of_data(text, path)
     if text[start : start + 1] != "[":
         raise DataError(f'{path}: expected a list, or {{"data": [...]}}; one row a line belongs in a .jsonl file')
-    yield from _list_entries(text, start + 1, path)
+    end = yield from _list_entries(text, start + 1, path)
+    after = _skip(text, end, " \t\r\n")
+    if after < len(text) and not wrapped:
+        line = text.count("\n", 0, after) + 1
+        raise DataError(f"{path}:{line}: not valid JSON: there is more behind the list")
 
 
 def _start_of_data(text: str, path: Path) -> int:
     """Where the list of `{"data": [...]}` opens."""
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise _bad_json(path, 1, error) from None
     if not isinstance(whole.get("data"), list):
         raise DataError(f"{path}: expected a list of rows under `data`, found the keys {', '.join(list(whole)[:5])}")
     decoder, position = json.JSONDecoder(), text.index("{") + 1
@@ -91,14 +97,14 @@ def _start_of_data(text: str, path: Path) -> int:
         _, position = decoder.raw_decode(text, position)
 
 
-def _list_entries(text: str, position: int, path: Path) -> Iterator[Row]:
-    """Decodes one entry at a time, so that each row knows its line."""
+def _list_entries(text: str, position: int, path: Path) -> Generator[Row, None, int]:
+    """Decodes one entry at a time, so that each row knows its line; returns where the list ends."""
     decoder, line, counted, first = json.JSONDecoder(), 1, 0, True
     while True:
         position = _skip(text, position, " \t\r\n")
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
-            return
+            return position + 1
         if not first:
             if text[position : position + 1] != ",":
                 raise DataError(f"{path}:{line}: not valid JSON: expected a comma or the end of the list")
@@ -106,11 +112,14 @@ def _list_entries(text: str, position: int, path: Path) -> Iterator[Row]:
             line, counted = line + text.count("\n", counted, position), position
         try:
             row, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            line = getattr(error, "lineno", line)
-            raise DataError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
+        except (ValueError, RecursionError) as error:
+            raise _bad_json(path, line, error) from None
         yield line, _as_row(row)
         first = False
+
+
+def _bad_json(path: Path, line: int, error: Exception) -> DataError:
+    return DataError(f"{path}:{getattr(error, 'lineno', line)}: not valid JSON: {getattr(error, 'msg', error)}")
 
 
 def _skip(text: str, position: int, characters: str) -> int:
@@ -121,23 +130,32 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 def _read_csv(file, path: Path) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="", errors="strict")
+    # Bytes that are not UTF-8 become surrogates, so that they spoil their row and not the block they were read in.
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="", errors="surrogateescape")
     reader = csv.reader(lines, strict=True)
     line = 1
     try:
         header = next(reader, None)
         if header is None:
             return
+        if isinstance(problem := _csv_row(header, header), DataError):
+            raise DataError(f"{path}:1: {problem}")
         if len(set(header)) != len(header):
             raise DataError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
         line = reader.line_num + 1
         for cells in reader:
-            if len(cells) == len(header):
-                yield line, dict(zip(header, cells, strict=True))
-            elif cells:
-                yield line, DataError(f"{len(cells)} fields where the header has {len(header)}")
+            if cells:
+                yield line, _csv_row(header, cells)
             line = reader.line_num + 1
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{line}: not UTF-8 text") from None
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict | DataError:
+    if len(cells) != len(header):
+        return DataError(f"{len(cells)} fields where the header has {len(header)}")
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return DataError("not UTF-8 text")
+    return dict(zip(header, cells, strict=True))

@@ -159,7 +159,7 @@ def _fill(template: str, row: dict, name: str) -> str:
     def value(match: re.Match) -> str:
         if match[1] not in row:
             raise DataError(f"{name} names the column {match[1]!r}; the row has {_keys(row)}")
-        return str(row[match[1]])
+        return _text(row, match[1])
 
     return re.sub(r"\{(\w+)\}", value, template)
 
@@ -172,8 +172,8 @@ def _turns(turns: object, key: str) -> list[dict[str, str]]:
         if not isinstance(turn, dict):
             raise DataError(f"{key}[{i}] is not an object with a role and a content")
         role = turn.get("role", turn.get("from"))
-        if role not in ROLES:
-            raise DataError(f"{key}[{i}] has the role {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(f"{key}[{i}] has the role {str(role)[:60]!r}; known are {', '.join(ROLES)}")
         content = turn.get("content", turn.get("value"))
         messages.append({"role": ROLES[role], "content": _content(content, f"{key}[{i}]")})
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
@@ -185,12 +185,12 @@ def _content(content: object, where: str) -> str:
     """A text, or a list of text parts as multimodal data sets write it."""
     if isinstance(content, list):
         texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
-        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
-        if kinds <= {"text"} and all(isinstance(text, str) for text in texts):
+        kinds = [str(part.get("type", "text")) for part in content if isinstance(part, dict)]
+        if set(kinds) <= {"text"} and all(isinstance(text, str) for text in texts):
             return "".join(texts)
-        raise DataError(f"{where} has parts that are not text: {', '.join(sorted(map(str, kinds - {'text'})))}")
+        raise DataError(f"{where} has parts that are not text, but {str(content)[:60]}")
     if not isinstance(content, str):
-        raise DataError(f"{where} has no text as its content, but {content!r}")
+        raise DataError(f"{where} has no text as its content, but {str(content)[:60]!r}")
     return content
 
 

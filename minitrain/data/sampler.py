@@ -6,6 +6,7 @@ micro-batches) does not change the gradient, so it may depend on anything.
 """
 
 import itertools
+import math
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -52,18 +53,16 @@ def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, see
 def plan_step(lengths: np.ndarray, world_size: int, n_micro: int, packing: bool) -> list[list[Rows]]:
     """Lays the examples 0..n-1 of one optimizer step out -> [rank][micro-batch][row][document].
 
-    Every rank gets the same number of micro-batches, some of which may be empty at the short end of an epoch.
-    Examples of like length come together, which saves padding and changes no gradient.
+    Every rank gets the same number of micro-batches, fewer than `n_micro` where there are not as many rows; at the
+    short end of an epoch a rank's may be empty. Examples of like length come together, which saves padding and
+    changes no gradient, and ranks take turns in each micro-batch, so that they have like amounts of work.
     """
     descending = np.argsort(-lengths, kind="stable").tolist()
     rows = best_fit(lengths, int(lengths.max())) if packing else [[index] for index in descending]
-    shares = world_size * n_micro
-    # Consecutive shares hold rows of like length; rank r takes every world_size-th, so that ranks are even.
-    cuts = [round(i * len(rows) / shares) for i in range(shares + 1)]
+    n_micro = min(n_micro, math.ceil(len(rows) / world_size))
+    cuts = [round(i * len(rows) / n_micro) for i in range(n_micro + 1)]
     parts = [rows[a:b] for a, b in itertools.pairwise(cuts)]
-    plan = [parts[rank::world_size] for rank in range(world_size)]
-    depth = max(1, max(sum(1 for part in share if part) for share in plan))
-    return [sorted(share, key=len, reverse=True)[:depth] for share in plan]
+    return [[part[rank::world_size] for part in parts] for rank in range(world_size)]
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> Rows:

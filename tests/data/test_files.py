@@ -1,0 +1,175 @@
+"""Rows out of files: every format, and every way a file can be spoilt."""
+
+import gzip
+import json
+
+import pytest
+
+from minitrain.data import files
+from minitrain.data.files import read_rows
+from minitrain.errors import DataError
+
+ROWS = [{"prompt": "a", "response": "é ü"}, {"prompt": "b", "response": "two\nlines"}]
+
+
+def written(path, data: str | bytes):
+    data = data.encode() if isinstance(data, str) else data
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def rows_of(path) -> list:
+    return [(line, row if isinstance(row, dict) else f"bad: {row}") for line, row in read_rows(path)]
+
+
+CSV = 'prompt,response\na,é ü\nb,"two\nlines"\n'
+TEXTS = {
+    "list.json": json.dumps(ROWS),
+    "spread.json": json.dumps(ROWS, indent=2),
+    "wrapped.json": json.dumps({"version": [1, {"data": 2}], "data": ROWS, "more": "x"}, indent=1),
+    "rows.jsonl": "\n".join(map(json.dumps, ROWS)),
+    "crlf.jsonl": "\r\n".join(map(json.dumps, ROWS)) + "\r\n",
+    "table.csv": CSV,
+    "upper.CSV": CSV,
+}
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_formats(tmp_path, name, packed, bom):
+    """Every format gives the same rows: with a byte-order mark or not, gzipped or not."""
+    path = written(tmp_path / (name + packed), bom + TEXTS[name].encode())
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+def test_line_numbers_of_json(tmp_path):
+    """An entry of a JSON list knows the line it starts on."""
+    path = written(tmp_path / "a.json", '\n\n[\n  {"a": "x\\ny"},\n\n {"a":\n 2}, {"a": 3}\n]\n')
+    assert [line for line, _ in rows_of(path)] == [4, 6, 7]
+
+
+def test_line_numbers_of_jsonl(tmp_path):
+    """Blank lines are no rows, but count as lines."""
+    path = written(tmp_path / "a.jsonl", '\n{"a": 1}\n  \n\n{"a": 2}')
+    assert rows_of(path) == [(2, {"a": 1}), (5, {"a": 2})]
+
+
+def test_line_separator_inside_a_string(tmp_path):
+    """U+2028 and U+0085 end no line of JSON Lines."""
+    path = written(tmp_path / "a.jsonl", '{"a": "x\u2028y\x85z"}\n{"a": 2}\n')
+    assert rows_of(path) == [(1, {"a": "x\u2028y\x85z"}), (2, {"a": 2})]
+
+
+def test_line_numbers_of_csv(tmp_path):
+    """Quotes, commas and line breaks inside fields; a row's line is the one it starts on."""
+    text = 'a,b\n"say ""hi"", ok","1\n2\n3"\n\nx,y\u2028z\n"never\r\nends",4\nonly one\n5,6\n'
+    path = written(tmp_path / "a.csv", text)
+    assert rows_of(path) == [
+        (2, {"a": 'say "hi", ok', "b": "1\n2\n3"}),
+        (6, {"a": "x", "b": "y\u2028z"}),
+        (7, {"a": "never\r\nends", "b": "4"}),
+        (9, "bad: 1 fields where the header has 2"),
+        (10, {"a": "5", "b": "6"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": "cut in the mid', "not valid JSON: Unterminated string"),
+        (b'{"a": "\xff\xfe"}', "not UTF-8 text (byte 7 of the line)"),
+        (b"[1, 2]", "expected an object with keys, got list"),
+        (b'"text"', "expected an object with keys, got str"),
+        (b"null", "expected an object with keys, got NoneType"),
+        (b"{'a': 1}", "not valid JSON: Expecting property name"),
+        (b'{"a": 1} {"a": 2}', "not valid JSON: Extra data"),
+        (b"[" * 100_000, "not usable JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not usable JSON"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_bad_jsonl_line(tmp_path, line, reason):
+    """A line that is no row comes as an error with its reason, and the lines behind it are still read."""
+    path = written(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    (_, first), (number, bad), (_, last) = read_rows(path)
+    assert (first, last, number) == ({"a": 1}, {"a": 3}, 2)
+    assert isinstance(bad, DataError) and reason in str(bad) and len(str(bad)) < 300
+
+
+def test_bad_bytes_in_csv(tmp_path):
+    """Bytes that are not UTF-8 spoil their own row, at its own line, though files are read in blocks."""
+    path = written(tmp_path / "a.csv", b"a,b\n1,2\n3,caf\xe9\n5,6\n")
+    assert rows_of(path) == [(2, {"a": "1", "b": "2"}), (3, "bad: not UTF-8 text"), (4, {"a": "5", "b": "6"})]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_overlong_line(tmp_path, monkeypatch, name):
+    """A line beyond the limit is named, and never held whole in memory."""
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 20)
+    path = written(tmp_path / name, b'{"a": 1}\n' + b"x" * (3 << 20))
+    with pytest.raises(DataError, match=r"a\.jsonl(\.gz)?:2: the line is longer than 1 MiB"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '[{"a": 1},\n{"a": 2', r"a\.json:2: not valid JSON: Expecting"),
+        ("a.json", '[{"a": 1},\n{"a": 2}\n', r"a\.json:3: not valid JSON: expected a comma or the end"),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json:2: not valid JSON: expected a comma"),
+        ("a.json", '[{"a": 1},\n]', r"a\.json:2: not valid JSON"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', r"a\.json:2: not valid JSON: there is more behind the list"),
+        ("a.json", '[\n{"a": ' + "9" * 5000 + "}]", r"a\.json:2: not valid JSON"),
+        ("a.json", "[" * 100_000, r"a\.json:1: not valid JSON"),
+        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json:2: not valid JSON: Extra data"),
+        ("a.json", '{"rows": []}', r"a\.json: expected a list of rows under `data`, found the keys rows"),
+        ("a.json", '"text"', r"a\.json: expected a list.* belongs in a \.jsonl file"),
+        ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json:2: not UTF-8 text"),
+        ("a.csv", 'a,b\n1,2\n3,"never closed\n5,6\n', r"a\.csv:3: not valid CSV: unexpected end of data"),
+        ("a.csv", 'a,b\n"1"x,2\n', r"a\.csv:2: not valid CSV"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv:1: a column name stands twice"),
+        ("a.csv", b"a,\xff\n1,2\n", r"a\.csv:1: not UTF-8 text"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_spoilt_file(tmp_path, name, text, message):
+    """What spoils a whole file is raised with file, line and reason."""
+    with pytest.raises(DataError, match=message):
+        rows_of(written(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not gzip"])
+def test_damaged_gzip(tmp_path, damage):
+    """A gzip file that was cut, damaged, or is none, is an error that names it."""
+    packed = bytearray(gzip.compress(b'{"a": "some words"}\n' * 1000))
+    if damage == "cut":
+        packed = packed[:-20]
+    elif damage == "flipped":
+        packed[20:40] = bytes(20)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b'{"a": 1}\n' if damage == "not gzip" else packed)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
+        rows_of(path)
+
+
+def test_missing_file(tmp_path):
+    """A file that is not there is an error that names it."""
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: .*No such file"):
+        rows_of(tmp_path / "none.jsonl")
+
+
+def test_rows_come_lazily(tmp_path):
+    """JSON Lines are read as they are needed, so that a first row does not wait for a large file."""
+    path = written(tmp_path / "a.jsonl", '{"a": 1}\n' * 1000)
+    with open(path, "rb") as file:
+        next(files._read_jsonl(file, path))
+        assert file.tell() < 20
+
+
+def test_real_csv_and_json(shared):
+    """Rows of real files: a JSON list of 999 rows, and JSON Lines with U+2028 inside a question."""
+    assert len(rows_of(shared("data/llamafactory/alpaca_en_demo.json"))) == 999
+    rows = rows_of(shared("data/gsm8k/train.jsonl"))
+    assert len(rows) == rows[-1][0] == 7473
+    assert sum(row["question"].count("\u2028") for _, row in rows) == 2
