@@ -1,10 +1,11 @@
-"""Makes the small data sets of the examples: sums, differences and reversed words, as questions and answers.
+"""Makes the small data sets of the examples: sums, differences and reversed words, in several schemas.
 
     python example/make_data.py            writes example/data/, the same files every time
 
 No question of a test file stands in a training file.
 """
 
+import csv
 import json
 import random
 from collections.abc import Callable
@@ -36,11 +37,14 @@ def distinct(make: Callable, count: int, rng: random.Random) -> list[tuple[str, 
     return list(rows.items())
 
 
+SKILLS = ((addition, 3000, 150), (subtraction, 2000, 100), (reversal, 1000, 50))  # training and test rows of each
+
+
 def make(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(6,000 training pairs, 300 test pairs), both shuffled."""
     rng = random.Random(seed)
     train, test = [], []
-    for skill, n_train, n_test in ((addition, 3000, 150), (subtraction, 2000, 100), (reversal, 1000, 50)):
+    for skill, n_train, n_test in SKILLS:
         rows = distinct(skill, n_train + n_test, rng)
         train += rows[n_test:]
         test += rows[:n_test]
@@ -49,14 +53,34 @@ def make(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return train, test
 
 
-def write(path: Path, rows: list[tuple[str, str]]) -> None:
+def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
+    """One {"prompt", "response"} a line."""
     lines = (json.dumps({"prompt": question, "response": answer}) for question, answer in rows)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_conversations(path: Path, rows: list[tuple[str, str]]) -> None:
+    """A list of conversations of two questions each."""
+    conversations = []
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        turns = [(who, text) for pair in (first, second) for who, text in zip(("human", "gpt"), pair, strict=True)]
+        conversations.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
+    path.write_text(json.dumps(conversations, indent=0) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
+    """Columns `task` and `solution`."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("task", "solution"))
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
     folder = Path(__file__).parent / "data"
     folder.mkdir(exist_ok=True)
     train, test = make()
-    write(folder / "skills-train.jsonl", train)
-    write(folder / "skills-test.jsonl", test)
+    write_jsonl(folder / "skills-train.jsonl", train)
+    write_jsonl(folder / "skills-test.jsonl", test)
+    write_conversations(folder / "skills-chat.json", train[:1000])
+    write_csv(folder / "skills.csv", train[1000:2000])

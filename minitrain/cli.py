@@ -1,23 +1,39 @@
 """The command line. Nothing heavy is imported before it is known what to do, so that --help is quick."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_CODES = """exit codes:
   0    done
   1    training failed (a non-finite loss that does not go away, a full disk)
   2    something to mend in the command, the config or the data
-  130  stopped by Ctrl-C, 143 by SIGTERM: a checkpoint was written, the same command goes on
+  130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
 """
 
 
 def main(argv: list[str] | None = None, prog: str = "minitrain") -> int:
     """Parses the arguments and runs a command; returns the exit code."""
-    arguments = _parser(prog).parse_args(argv)
+    try:
+        code = _run(argv, prog)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str] | None, prog: str) -> int:
+    try:
+        arguments = _parse(argv, prog)
+    except SystemExit as end:  # after --help, --version or a wrong argument
+        return end.code
     from .errors import MinitrainError, RunError
 
+    _quiet_libraries()
     try:
         return arguments.command(arguments)
     except RunError as error:
@@ -26,9 +42,6 @@ def main(argv: list[str] | None = None, prog: str = "minitrain") -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _fail(message: str, code: int) -> int:
@@ -36,20 +49,30 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
+    arguments, unknown = _parser(prog).parse_known_args(argv)
+    if unknown:
+        hint = "; options of the config stand behind --overrides" if "=" in unknown[0] else ""
+        arguments.parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
+    return arguments
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of all commands. `train.py` is the `train` command under another name."""
     from . import __version__
 
-    if prog == "train.py":
-        parser = argparse.ArgumentParser(prog=prog, **_about("Train a language model as a YAML file says."))
-        parser.add_argument("train", help=argparse.SUPPRESS)
-        _train_arguments(parser)
-        return parser
-    parser = argparse.ArgumentParser(prog=prog, **_about("Train language models after pre-training, and use them."))
+    about = _about("Train language models after pre-training, and use them.")
+    parser = argparse.ArgumentParser(prog="minitrain", **about)
     parser.add_argument("--version", action="version", version=f"minitrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _train_arguments(_command(commands, "train", "train a model as a YAML file says"))
-    _generate_arguments(_command(commands, "generate", "answer prompts with a trained model"))
-    _chat_arguments(_command(commands, "chat", "talk to a trained model"))
+    train = _command(commands, "train", "train a model as a YAML file says", "CONFIG.yml [--overrides KEY=VALUE ...]")
+    train.prog = prog if prog == "train.py" else train.prog
+    _train_arguments(train)
+    sources = "(--prompt TEXT ... | --input FILE)"
+    _generate_arguments(
+        _command(commands, "generate", "answer prompts with a trained model", f"MODEL {sources} [options]")
+    )
+    _chat_arguments(_command(commands, "chat", "talk to a trained model", "MODEL [options]"))
     return parser
 
 
@@ -62,35 +85,37 @@ def _about(text: str) -> dict:
     }
 
 
-def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, **_about(text[0].upper() + text[1:] + "."))
+def _command(commands, name: str, text: str, usage: str) -> argparse.ArgumentParser:
+    about = _about(text[0].upper() + text[1:] + ".")
+    parser = commands.add_parser(name, help=text, usage=f"%(prog)s {usage}", **about)
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file; every option is explained in docs/options.md")
+    parser.add_argument("config", metavar="CONFIG.yml", help="every option is explained in docs/options.md")
     parser.add_argument(
         "--overrides",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="options that override the file, e.g. lr=2e-5 loss.name=dft datasets=[a.jsonl,b.csv]",
+        help="override options of the file, for example lr=2e-5 loss.name=dft datasets=[a.jsonl,b.csv]",
     )
     parser.set_defaults(command=_train)
 
 
 def _model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("model", help="a run folder, a model's folder, or a hub name")
-    parser.add_argument(
-        "--max-new-tokens", type=_at_least(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s"
-    )
-    parser.add_argument(
-        "--temperature", type=_at_least(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
-    )
-    parser.add_argument("--top-p", type=_at_least(float, 0), default=1.0, metavar="P", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling; default %(default)s")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default %(default)s")
-    parser.add_argument("--chat-template", default="auto", metavar="T", help="auto, chatml, none or a .jinja file")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("model", metavar="MODEL", help="a run folder, a model's folder, or a hub name")
+    number = parser.add_argument_group("the answers").add_argument
+    number("--max-new-tokens", type=_number(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s")
+    number("--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy")
+    number("--top-p", type=_number(float, 0, 1), default=1.0, metavar="P", help="sample from the likeliest tokens only")
+    number("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default %(default)s")
+    group = parser.add_argument_group("the model")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default %(default)s")
+    group.add_argument("--chat-template", default="auto", metavar="T", help="auto, chatml, none or a .jinja file")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +125,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--input", metavar="FILE", help=".txt with a prompt a line, or .jsonl, .json, .csv rows")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write the rows with their `response` there")
     parser.add_argument("--force", action="store_true", help="write over an output that exists")
-    parser.add_argument("--batch-size", type=_at_least(int, 1), default=16, metavar="N", help="default %(default)s")
+    parser.add_argument("--batch-size", type=_number(int, 1), default=16, metavar="N", help="default %(default)s")
     parser.set_defaults(command=_generate)
 
 
@@ -110,14 +135,15 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_chat)
 
 
-def _at_least(kind: type, least: float) -> Callable:
+def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not value >= least:
-            raise argparse.ArgumentTypeError(f"expected a number of {least} or more, got {text!r}")
+        if value is None or not least <= value <= most:
+            limits = f"from {least} to {most}" if most < float("inf") else f"of {least} or more"
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
         return value
 
     return parse
@@ -127,12 +153,11 @@ def _at_least(kind: type, least: float) -> Callable:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .config import load_config
-
+    with _importing():
+        from .config import load_config
+        from .trainer import Trainer
     config = load_config(arguments.config, arguments.overrides)
-    _quiet_libraries()
-    from .trainer import Trainer
-
+    _hide_loading_bar()
     trainer = Trainer(config)
     trainer.train()
     return 0 if trainer.signal is None else 128 + trainer.signal
@@ -141,39 +166,59 @@ def _train(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from .errors import ConfigError
-    from .generate import read_prompts
+    from .errors import ConfigError, DataError
 
+    with _importing():
+        from .generate import Prompt, read_prompts
     output = Path(arguments.output) if arguments.output else None
+    if output and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file in it")
     if output and output.exists() and not arguments.force:
-        raise ConfigError(f"{output} exists; choose another name or add --force")
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
     if output and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
     if arguments.input:
-        rows = list(read_prompts(Path(arguments.input)))
+        prompts = list(read_prompts(Path(arguments.input)))
     else:
-        rows = [({"prompt": text}, [{"role": "user", "content": text}]) for text in arguments.prompt]
+        given = [("--prompt", {"prompt": text}) for text in arguments.prompt]
+        prompts = [Prompt(where, row, [{"role": "user", "content": row["prompt"]}]) for where, row in given]
+    if not prompts:
+        raise DataError(f"{arguments.input}: holds no prompts")
     generator, sampling = _load_generator(arguments)
-    conversations = [messages for _, messages in rows]
-    answers = generator.answer_messages(conversations, sampling, batch_size=arguments.batch_size, progress=True)
-    _write_answers([row | {"response": answer} for (row, _), answer in zip(rows, answers, strict=True)], output)
+    ids = []
+    for prompt in prompts:
+        try:
+            ids.append(generator.encode(prompt.messages))
+        except DataError as error:
+            raise DataError(f"{prompt.where}: {error}") from None
+    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
+    _write_answers([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output)
     return 0
 
 
 def _write_answers(rows: list[dict], output) -> None:
     import json
 
+    from .errors import ConfigError
+
     if output is None:
         for row in rows:
             print(row["response"])
         return
-    part = output.with_name(output.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(output)
+    part = output.with_name(f".{output.name}.part")
+    try:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.replace(output)
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
     print(f"{len(rows)} answers written to {output}")
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    from .errors import DataError
+
     generator, sampling = _load_generator(arguments)
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(first)
@@ -189,26 +234,47 @@ def _chat(arguments: argparse.Namespace) -> int:
         if text == "/reset":
             messages = list(first)
         elif text:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": generator.stream(messages, sampling)})
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": generator.stream(asked, sampling)}]
+            except DataError as error:
+                print(f"{error}; say something else, or /reset")
 
 
 def _load_generator(arguments: argparse.Namespace):
-    _quiet_libraries()
-    import torch
+    from .errors import ConfigError
 
-    from .generate import Sampling, load_generator
-
-    torch.manual_seed(arguments.seed)
+    if arguments.top_p < 1 and arguments.temperature == 0:
+        raise ConfigError("--top-p would be ignored: it needs a --temperature above 0")
+    with _importing():
+        from .generate import Sampling, load_generator
+    _hide_loading_bar()
     generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)
-    return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+    return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: the exception that it raises is lost or garbled where torch is imported."""
+
+    def leave(number, frame):
+        os._exit(_fail("interrupted", 128 + number))
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _quiet_libraries() -> None:
-    """transformers' own bars and hints would drown ours."""
+    """transformers' own bars and hints would drown ours. It reads these when it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _hide_loading_bar() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()

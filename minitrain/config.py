@@ -1,64 +1,24 @@
 """From a YAML file and dotlist overrides to a checked `Config`: every problem is found and told at once."""
 
 import difflib
-import os
-import types
+import re
 import typing
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .checks import Problems, Source, check_config, check_types, shown
 from .errors import ConfigError
-from .schema import FOREIGN_NAMES, Config
+from .schema import RIVALS, Config, aliases
 
-WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "keys and values",
-}
-
-
-@dataclass
-class Source:
-    """Where the values came from, so that a problem can name its line."""
-
-    name: str
-    lines: dict[str, int]
-    overridden: set[str]
-
-    def where(self, key: str) -> str:
-        root = key.split(".")[0].split("[")[0]
-        if any(k == key or k.split(".")[0].split("[")[0] == root for k in self.overridden):
-            return f"--overrides {key}"
-        while key and key not in self.lines:
-            key_parent = max(key.rfind("."), key.rfind("["))
-            if key_parent < 0:
-                break
-            key = key[:key_parent]
-        return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
-
-
-class Problems:
-    """Collects everything that is wrong with a config, and raises it as one `ConfigError`."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.found: list[str] = []
-
-    def add(self, key: str, what: str) -> None:
-        self.found.append(f"{self.source.where(key)}: {key}: {what}")
-
-    def raise_if_any(self) -> None:
-        if self.found:
-            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
-            raise ConfigError(f"{count} in the configuration\n" + "\n".join(f"  {line}" for line in self.found))
+MAX_VALUES = 10_000  # of one file, its aliases written out: a few lines of YAML can grow without bound
+MAX_DEPTH = 30
+LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
 def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
@@ -66,58 +26,43 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
 
     Raises ConfigError, which lists every problem with its file, line and key.
     """
-    raw, where = _read(source, overrides or [])
+    raw, where = _read(source)
     problems = Problems(where)
-    values = _walk(Config, _normalised(_resolve(raw)), "", problems)
-    problems.raise_if_any()
+    _override(raw, overrides or [], problems)
+    values = check_types(Config, _own_names(_long_forms(_resolve(raw, "", problems))), "", problems)
     config = _build(Config, values)
+    config.loss = Config.__dataclass_fields__["loss"].default_factory() | config.loss
     if config.exp_name is None:
         config.exp_name = Path(where.name).stem
-    from .checks import check_config
-
-    check_config(config, values, problems)
+    check_config(config, _build(Config, {"model": {}}), problems)
     problems.raise_if_any()
-    config.given = _normalised(OmegaConf.to_container(raw))  # as written, so that ${oc.env:...} is never saved resolved
+    config.given = _own_names(OmegaConf.to_container(raw))
     return config
 
 
 def config_yaml(config: Config) -> str:
-    """The whole config as YAML, defaults filled in and ``${...}`` as the user wrote them."""
-    plain = _merge(_plain(config), config.given)
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`` Did you mean ...?`` with the nearest of the known names, or nothing."""
-    if name in FOREIGN_NAMES and FOREIGN_NAMES[name].split(" ")[0].split("=")[0].split(".")[0] in known:
-        return f" Here it is called {FOREIGN_NAMES[name]}."
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" Did you mean {match[0]}?" if match else ""
+    """The whole config as YAML, defaults filled in, and ``${...}`` as it was written, never what it stands for."""
+    return OmegaConf.to_yaml(OmegaConf.create(_as_written(_plain(config), config.given)))
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _read(source: str | Path | dict, overrides: list[str]) -> tuple[DictConfig, Source]:
+def _read(source: str | Path | dict) -> tuple[DictConfig, Source]:
+    """What was written, with short forms made out, and where each key stands."""
+    lines = {}
     if isinstance(source, dict):
-        raw, where = OmegaConf.create(source), Source("config", {}, set())
+        name, raw = "config", _guarded("config", lines, lambda: OmegaConf.create(source))
     else:
-        raw, where = _read_yaml(Path(source))
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--overrides {override}: write it as key=value, for example lr=2e-5")
-        try:
-            raw.merge_with_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--overrides {override}: {str(error).splitlines()[0]}") from None
-        where.overridden.add(key)
-    return raw, where
+        name, text = str(source), _read_text(Path(source))
+        raw = _guarded(name, lines, lambda: _parse(text, name, lines))
+    lines |= {key: lines[alias] for alias, key in aliases().items() if alias in lines and key not in lines}
+    return OmegaConf.create(_long_forms(OmegaConf.to_container(raw))), Source(name, lines)
 
 
-def _read_yaml(path: Path) -> tuple[DictConfig, Source]:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
@@ -125,148 +70,148 @@ def _read_yaml(path: Path) -> tuple[DictConfig, Source]:
     except IsADirectoryError:
         raise ConfigError(f"{path}: this is a folder; name a YAML file in it.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}), so it is no YAML file.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}.") from None
+
+
+def _parse(text: str, name: str, lines: dict[str, int]) -> DictConfig:
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is None:
+        return OmegaConf.create()
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{name}: expected lines of the form `key: value`, for example `lr: 2e-5`.")
+    if not _note_lines(node, "", lines, iter(range(MAX_VALUES))):
+        raise ConfigError(f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.")
+    return OmegaConf.create(text)
+
+
+def _note_lines(node: yaml.Node, path: str, lines: dict[str, int], budget: Iterator, depth: int = 0) -> bool:
+    """Notes the line of ``a.b[0].c`` for each value; false when there are more of them than `budget`."""
+    if isinstance(node, yaml.MappingNode):
+        children = [(path if k.value == "<<" else f"{path}.{k.value}".lstrip("."), k, v) for k, v in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(f"{path}[{i}]", value, value) for i, value in enumerate(node.value)]
+    else:
+        children = []
+    for name, place, value in children:
+        lines.setdefault(name, place.start_mark.line + 1)
+        if next(budget, None) is None or depth == MAX_DEPTH or not _note_lines(value, name, lines, budget, depth + 1):
+            return False
+    return True
+
+
+def _guarded(name: str, lines: dict[str, int], read: Callable) -> Any:
+    """What `read` returns. Raises ConfigError, with the line where it is known, when it is not valid YAML."""
     try:
-        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
-        raw = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+        return read()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(raw, DictConfig) or (lines == {} and len(raw) and text.strip()):
-        raise ConfigError(f"{path}: expected `key: value` lines at the top level.")
-    return raw, Source(str(path), lines, set())
-
-
-def _key_lines(node: yaml.Node | None, path: str = "") -> dict[str, int]:
-    """Maps ``a.b[0].c`` to the line it stands on."""
-    lines = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{path}.{key.value}" if path else str(key.value)
-            lines[name] = key.start_mark.line + 1
-            lines |= _key_lines(value, name)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            name = f"{path}[{index}]"
-            lines[name] = value.start_mark.line + 1
-            lines |= _key_lines(value, name)
-    return lines
-
-
-def _resolve(raw: DictConfig) -> dict:
-    try:
-        return OmegaConf.to_container(raw, resolve=True)
+        place = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {reason}") from None
+        key = error.full_key or ""
+        raise ConfigError(f"{Source(name, lines).where(key)[1]}: {key or 'a key'}: {_reason(error)}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{name}: not valid YAML: {_reason(error)}") from None
 
 
-def _normalised(raw: dict) -> dict:
-    """Short forms written out: `datasets: [a.jsonl]`, `loss: dft`."""
-    raw = dict(raw)
-    for key in ("datasets", "eval_datasets"):
-        value = raw.get(key)
-        if isinstance(value, (str, dict)):
-            value = [value]
-        if isinstance(value, list):
-            raw[key] = [{"path": entry} if isinstance(entry, str) else entry for entry in value]
-    if isinstance(raw.get("loss"), str):
-        raw["loss"] = {"name": raw["loss"]}
-    return raw
+def _reason(error: Exception) -> str:
+    """What an error of YAML or OmegaConf says, in one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested without end."
+    if isinstance(error, yaml.MarkedYAMLError):
+        reason = error.problem or error.context
+        reason = f"{error.context}, {reason}" if reason.startswith("but ") else reason
+        return f"{reason}." + (" Indent with spaces, not tabs." if "'\\t'" in reason else "")
+    reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+    return reason.strip('"') + "."
 
 
-# --------------------------------------------------------------------------------------------- checking types
+def _override(raw: DictConfig, overrides: list[str], problems: Problems) -> None:
+    """Merges the dotlist into `raw`. Of two rivals the one that is overridden wins."""
+    overridden = problems.source.overridden
+    twins = aliases() | {key: alias for alias, key in aliases().items()}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
+            overridden.add(text)
+            problems.add(text, "write it as key=value, for example lr=2e-5.")
+            continue
+        if key not in raw and twins.get(key) in raw:
+            key = twins[key]
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
+            parsed = [parsed] if key in LISTS and isinstance(parsed, dict) else parsed
+            overridden.update(_leaves(key, parsed) + _leaves(twins.get(key, key), parsed))
+            OmegaConf.update(raw, key, parsed)
+        except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
+            overridden.add(key)
+            problems.add(key, f"cannot be set to {shown(value)}: {_reason(error)}")
+    given = OmegaConf.to_container(raw)
+    for one, other in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
+        if one in overridden and given.get(one) and other not in overridden:
+            raw.pop(other, None)
 
 
-def _walk(schema: type, given: dict, path: str, problems: Problems) -> dict:
-    """The values of `given` converted to the types of `schema`; what does not fit goes to `problems`."""
-    known = {f.name: f for f in fields(schema) if f.init}
-    aliases = {f.metadata["alias"]: f.name for f in known.values() if f.metadata["alias"]}
-    hints = typing.get_type_hints(schema)
-    values = {}
-    for key, value in given.items():
-        full = f"{path}{key}"
-        name = aliases.get(key, key)
-        if name not in known:
-            problems.add(full, f"there is no such option.{nearest(str(key), list(known))}")
-        elif name != key and name in given:
-            problems.add(full, f"is another name of {name}; give only one of them.")
-        elif value == "???":
-            problems.add(full, "is left open (???); give it a value.")
-        else:
-            values[name] = _value(hints[name], value, full, problems)
-            _check_limits(known[name].metadata, values[name], full, problems)
-    for name, f in known.items():
-        if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            problems.add(f"{path}{name}", f"is missing: {f.metadata['help']}")
-    if path == "" and "model" not in given:
-        problems.add("model.name_or_path", "is missing: a folder or hub name, or `tiny` for the embedded model.")
+def _leaves(key: str, value: Any) -> list[str]:
+    """The keys that an override sets: dicts are merged into what is there, all else takes its place."""
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name, entry in value.items() for leaf in _leaves(f"{key}.{name}", entry)]
+
+
+def _resolve(node: Any, path: str, problems: Problems) -> Any:
+    """Plain values with ``${...}`` filled in; what cannot be filled in is told, and stays as it is written."""
+    if isinstance(node, DictConfig):
+        keys = [(name, f"{path}.{name}".lstrip(".")) for name in node]
+    elif isinstance(node, ListConfig):
+        keys = [(i, f"{path}[{i}]") for i in range(len(node))]
+    else:
+        return node
+    values = OmegaConf.to_container(node)
+    for name, key in keys:
+        if values[name] == "???":
+            continue
+        try:
+            values[name] = _resolve(node[name], key, problems)
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems.add(key, f"{shown(values[name])} cannot be filled in: {_reason(error)}")
     return values
 
 
-def _value(hint: Any, value: Any, key: str, problems: Problems) -> Any:
-    """`value` as type `hint`: nested dataclasses, lists of them, or a leaf converted by OmegaConf's rules."""
-    if is_dataclass(hint):
-        if isinstance(value, dict):
-            return _walk(hint, value, f"{key}.", problems)
-        problems.add(key, f"expected {WORDS[dict]} ({', '.join(f.name for f in fields(hint))}), got {value!r}.")
-        return {}
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list and is_dataclass(args[0]):
+def _long_forms(given: dict) -> dict:
+    """Short forms written out: `datasets: a.jsonl`, `loss: dft`."""
+    given = dict(given)
+    for key in LISTS:
+        value = given.get(key)
+        if isinstance(value, dict) or _is_text(value):
+            value = [value]
         if isinstance(value, list):
-            return [_value(args[0], entry, f"{key}[{i}]", problems) for i, entry in enumerate(value)]
-        problems.add(key, f"expected {WORDS[list]}, got {value!r}.")
-        return []
-    inner = (
-        next((a for a in args if a is not types.NoneType), hint) if origin in (typing.Union, types.UnionType) else hint
-    )
-    try:
-        leaf = OmegaConf.structured(_leaf_class(hint))
-        leaf.value = value
-        return OmegaConf.to_container(leaf)["value"]
-    except OmegaConfBaseException:
-        problems.add(key, f"expected {WORDS[typing.get_origin(inner) or inner]}, got {value!r}.")
-        return None
+            given[key] = [{"path": entry} if _is_text(entry) else entry for entry in value]
+    if _is_text(given.get("loss")):
+        given["loss"] = {"name": given["loss"]}
+    return given
 
 
-def _leaf_class(hint: Any) -> type:
-    return dataclass(type("Leaf", (), {"__annotations__": {"value": hint}, "value": "???"}))
+def _own_names(given: dict) -> dict:
+    """Aliases replaced by what they stand for, unless both are there."""
+    names = aliases()
+    return {name if names.get(name) in given else names.get(name, name): value for name, value in given.items()}
 
 
-def _check_limits(meta: dict, value: Any, key: str, problems: Problems) -> None:
-    if value is None:
-        return
-    if meta["choices"] and value not in meta["choices"]:
-        hint = nearest(str(value), list(meta["choices"]))
-        problems.add(key, f"{value!r} is not one of {', '.join(meta['choices'])}.{hint}")
-    if not isinstance(value, (int, float)):
-        return
-    if meta["least"] is not None and not value >= meta["least"]:
-        problems.add(key, f"must be {meta['least']} or more, got {value}.")
-    if meta["above"] is not None and not value > meta["above"]:
-        problems.add(key, f"must be above {meta['above']}, got {value}.")
-    if meta["most"] is not None and not value <= meta["most"]:
-        problems.add(key, f"must be {meta['most']} or less, got {value}.")
-
-
-def walk_options(schema: type, given: dict, path: str, problems: Problems) -> Any:
-    """Checks a loss's own options against its dataclass and builds it."""
-    before = len(problems.found)
-    values = _walk(schema, given, path, problems)
-    return _build(schema, values) if len(problems.found) == before else None
+def _is_text(value: Any) -> bool:
+    """Whether it is a text for sure; what a ``${...}`` will be is not known before it is filled in."""
+    return isinstance(value, (str, Path)) and not str(value).startswith("${")
 
 
 # ----------------------------------------------------------------------------------------- to and from dataclasses
 
 
 def _build(schema: type, values: dict) -> Any:
+    """The dataclass of checked values. A required one that is missing, as was told, becomes an empty text."""
     hints = typing.get_type_hints(schema)
-    built = {}
+    built = {f.name: "" for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
     for name, value in values.items():
         hint, args = hints[name], typing.get_args(hints[name])
         if is_dataclass(hint):
@@ -280,17 +225,15 @@ def _build(schema: type, values: dict) -> Any:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return os.fspath(value) if isinstance(value, Path) else value
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _merge(base: Any, given: Any) -> Any:
+def _as_written(base: Any, given: Any) -> Any:
     """`base` with the interpolations of `given` put back in."""
     if isinstance(given, str) and "${" in given:
         return given
     if isinstance(base, dict) and isinstance(given, dict):
-        return {key: _merge(value, given.get(key)) for key, value in base.items()}
+        return {key: _as_written(value, given.get(key)) for key, value in base.items()}
     if isinstance(base, list) and isinstance(given, list) and len(base) == len(given):
-        return [_merge(b, g) for b, g in zip(base, given, strict=True)]
+        return [_as_written(b, g) for b, g in zip(base, given, strict=True)]
     return base

@@ -1,15 +1,16 @@
 """Answers from a model: batched, left-padded, with the template and the end tokens of its training."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .data.files import FORMATS, read_rows
+from .checks import looks_local
+from .data.files import FORMATS, Row, read_rows
 from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
@@ -28,17 +29,12 @@ class Sampling:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    seed: int = 0
 
     def arguments(self) -> dict:
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-        }
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 class Generator:
@@ -48,6 +44,8 @@ class Generator:
         self.model, self.template = model, template
         self.tokenizer = template.tokenizer
         self.end_ids = template.end_ids()
+        self.n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+        self.calls = 0
 
     def answer(
         self, prompts: list[list[int]], sampling: Sampling, batch_size: int = 16, progress: bool = False
@@ -66,7 +64,22 @@ class Generator:
 
     def answer_messages(self, conversations: list[Messages], sampling: Sampling, **kwargs) -> list[str]:
         """Answers to conversations that end with a turn of the user."""
-        return self.answer([self.template.encode_prompt(messages) for messages in conversations], sampling, **kwargs)
+        return self.answer([self.encode(messages) for messages in conversations], sampling, **kwargs)
+
+    def stream(self, messages: Messages, sampling: Sampling) -> str:
+        """Prints the answer as it comes, and returns it."""
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = self._generate([self.encode(messages)], sampling, streamer)
+        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Token ids up to where the answer begins. Raises DataError where the model has no place for an answer."""
+        ids = self.template.encode_prompt(messages)
+        if len(ids) >= self.n_positions:
+            raise DataError(f"{len(ids)} tokens leave no place for an answer: the model has {self.n_positions} places")
+        return ids
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
         """Left-padded generation -> ids of the answers [B, <= max_new_tokens]."""
@@ -76,9 +89,13 @@ class Generator:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # [B, T]
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, T]
         with inference(self.model):
+            if sampling.temperature > 0:  # `inference` puts the random state back, so each call needs a seed of its own
+                torch.manual_seed(sampling.seed + self.calls)
+            self.calls += 1
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
+                max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - width)),
                 eos_token_id=self.end_ids,
                 pad_token_id=pad,
                 use_cache=True,
@@ -87,71 +104,108 @@ class Generator:
             )
         return output[:, width:]
 
-    def stream(self, messages: Messages, sampling: Sampling) -> str:
-        """Prints the answer as it comes, and returns it."""
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = self._generate([self.template.encode_prompt(messages)], sampling, streamer)
-        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
-
 
 def load_generator(
     source: str, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
 ) -> Generator:
-    """A generator from a run folder (its final/ model, or best/), a model's folder, or a hub name."""
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        inner = [folder / name for name in ("final", "best") if (folder / name / "config.json").exists()]
-        if not inner:
-            raise ConfigError(f"{source}: holds neither a model (config.json) nor a finished run (final/).")
-        folder = inner[0]
-    elif not folder.exists() and source.startswith((".", "/")):
-        raise ConfigError(f"{source}: there is no such folder.")
-    name = str(folder) if folder.is_dir() else source
-    config = ModelConfig(name_or_path=name, trust_remote_code=trust_remote_code)
+    """A generator from a run folder (its final/ model, or best/), a model's folder, or a hub name.
+
+    The model keeps the dtype it was saved in where the processor computes in it, else it becomes float32.
+    """
+    if chat_template not in ("auto", "chatml", "none") and not Path(chat_template).is_file():
+        raise ConfigError(f"the chat template {chat_template!r} is neither auto, chatml, none, nor a file.")
+    config = ModelConfig(name_or_path=_find_model(source), trust_remote_code=trust_remote_code)
+    place = pick_device(device)
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
-    place = pick_device(device)
-    if (place.type == "cpu" and cpu_has_bfloat16()) or place.type == "cuda":
-        config.master_dtype = _saved_dtype(folder)
+    config.master_dtype = _saved_dtype(config) if _saved_dtype(config) in _native_dtypes(place) else "float32"
     return Generator(load_model(config, tokenizer, seed=0).to(place).eval(), template)
 
 
-def _saved_dtype(folder: Path) -> str:
-    saved = json.loads((folder / "config.json").read_text()).get("dtype") if folder.is_dir() else None
-    return saved if saved in ("float32", "bfloat16", "float16") else "bfloat16"
+def _find_model(source: str) -> str:
+    folder = Path(source)
+    if not folder.is_dir() and looks_local(source):
+        raise ConfigError(f"{source}: there is no such folder.")
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return source
+    for name in ("final", "best"):
+        if (folder / name / "config.json").exists():
+            return str(folder / name)
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
+    raise ConfigError(f"{source}: holds neither a model (config.json) nor a finished run (final/).")
 
 
-def read_prompts(path: Path) -> Iterator[tuple[dict, Messages]]:
-    """(row, messages) from a .txt file with a prompt a line, or rows with messages, prompt, question or instruction.
+def _saved_dtype(config: ModelConfig) -> str | None:
+    """The dtype named in config.json; None when nothing is named or can be read, which `load_model` then tells."""
+    from transformers import AutoConfig
 
-    A last turn of the assistant is left out, so that a training file serves too.
+    try:
+        saved = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
+        return str(saved.dtype).removeprefix("torch.")
+    except (OSError, ValueError):
+        return None
+
+
+def _native_dtypes(device: torch.device) -> set[str]:
+    """What this processor computes in, besides float32."""
+    if device.type == "cuda":
+        return {"float16", "bfloat16"} if torch.cuda.is_bf16_supported(including_emulation=False) else {"float16"}
+    return {"bfloat16"} if device.type == "cpu" and cpu_has_bfloat16() else set()
+
+
+class Prompt(NamedTuple):
+    """What is asked: where it stands (for error messages), the row it came in, and the conversation."""
+
+    where: str
+    row: dict
+    messages: Messages
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """Prompts from a .txt file with one a line, or from rows with messages, prompt, question, instruction or query.
+
+    A last turn of the assistant is left out, so that a training file serves too. Raises DataError.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     if path.suffix == ".txt":
-        rows = ((n, {"prompt": line}) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip())
-    elif path.name.removesuffix(".gz").rpartition(".")[2] in FORMATS:
+        rows = _text_rows(path)
+    elif path.name.removesuffix(".gz").rpartition(".")[2].lower() in FORMATS:
         rows = read_rows(path)
     else:
         raise DataError(f"{path}: expected a .txt, .jsonl, .json or .csv file")
     for line, row in rows:
+        where = f"{path}:{line}"
         if isinstance(row, DataError):
-            raise DataError(f"{path}:{line}: {row}")
-        yield row, _messages_of(row, f"{path}:{line}")
+            raise DataError(f"{where}: {row}")
+        yield Prompt(where, row, _messages_of(row, where))
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{number}: not UTF-8 text") from None
+            if text.strip():
+                yield number, {"prompt": text}
 
 
 def _messages_of(row: dict, where: str) -> Messages:
-    if isinstance(row.get("messages"), list):
-        messages = row["messages"]
-        if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-            messages = messages[:-1]
-        if messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            return messages
-        raise DataError(f"{where}: messages is not a list of objects with role and content")
+    if "messages" in row:
+        messages = row["messages"] if isinstance(row["messages"], list) else []
+        if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            raise DataError(f"{where}: messages is not a list of objects with role and content")
+        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        if not messages or not all(isinstance(m.get("role"), str) for m in messages):
+            raise DataError(f"{where}: messages holds no turn of the user, or one without a role")
+        return messages
     for key in ("prompt", "question", "instruction", "query"):
         if isinstance(row.get(key), str):
-            extra = "\n" + row["input"] if key == "instruction" and row.get("input") else ""
+            extra = f"\n{row['input']}" if key == "instruction" and row.get("input") else ""
             return [{"role": "user", "content": row[key] + extra}]
-    raise DataError(f"{where}: found none of the keys messages, prompt, question, instruction, query")
+    raise DataError(
+        f"{where}: none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}"
+    )

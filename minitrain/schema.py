@@ -4,8 +4,9 @@ These dataclasses are the only place where a default lives. `minitrain/config.py
 them and `docs/options.md` is generated from them.
 """
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
 
 
 def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
@@ -55,7 +56,9 @@ class ModelConfig:
         None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
     )
     attn_implementation: str = option(
-        "sdpa", "The attention of transformers.", choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+        "auto",
+        "auto: sdpa, or eager for models that have no sdpa.",
+        choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model. Only for models you trust.")
 
@@ -139,8 +142,8 @@ class Config:
         32, "Examples of one optimizer step, over all micro-batches and devices.", least=1, alias="batch_size"
     )
     gradient_accumulation_steps: int = option(1, "Micro-batches that an optimizer step is cut into.", least=1)
-    n_epochs: float = option(1.0, "Passes over the data; ignored when n_steps is given.", above=0, free=True)
-    n_steps: int | None = option(None, "Optimizer steps, in place of n_epochs.", least=1, free=True)
+    n_epochs: float = option(1.0, "Passes over the data.", above=0, free=True)
+    n_steps: int | None = option(None, "Optimizer steps, in place of n_epochs; give one of them.", least=1, free=True)
     optimizer: str = option("AdamW", "Any optimizer of torch.optim by name.")
     optimizer_args: dict[str, Any] = option({}, "More arguments of the optimizer, e.g. {momentum: 0.9} for SGD.")
     lr: float = option(2e-5, "Peak learning rate.", least=0)
@@ -188,6 +191,29 @@ class Config:
     given: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+def aliases() -> dict[str, str]:
+    """Second names of options -> their names."""
+    return {f.metadata["alias"]: f.name for f in fields(Config) if f.init and f.metadata["alias"]}
+
+
+def all_keys(schema: type = Config, path: str = "") -> Iterator[str]:
+    """Every key, ``a`` and ``a.b``."""
+    for f in fields(schema):
+        if f.init:
+            yield f"{path}{f.name}"
+            if is_dataclass(hint := get_type_hints(schema)[f.name]):
+                yield from all_keys(hint, f"{path}{f.name}.")
+
+
+# Beside the first of a pair the second would be ignored, so both together are refused. One that is given in
+# the overrides takes the place of the other one in the file.
+RIVALS = (
+    ("n_steps", "n_epochs"),
+    ("warmup_steps", "warmup_ratio"),
+    ("eval_datasets", "validation_split"),
+    ("packing", "group_by_length"),
+)
+
 # What users of other libraries type, and our name for it.
 FOREIGN_NAMES = {
     "learning_rate": "lr",
@@ -223,16 +249,25 @@ FOREIGN_NAMES = {
     "enable_activation_checkpointing": "activation_checkpointing",
     "torch_compile": "compile",
     "optim": "optimizer",
+    "beta1": "betas",
+    "beta2": "betas",
     "adam_beta1": "betas",
     "adam_beta2": "betas",
     "adam_epsilon": "eps",
+    "epsilon": "eps",
+    "weight_decay_rate": "weight_decay",
     "clip_grad_norm": "max_grad_norm",
     "grad_clip": "max_grad_norm",
     "report_to": "wandb.enabled or report_to_tensorboard",
     "run_name": "exp_name",
     "model_name_or_path": "model.name_or_path",
+    "base_model": "model.name_or_path",
+    "tokenizer": "model.tokenizer_name_or_path",
     "tokenizer_name": "model.tokenizer_name_or_path",
     "attn_implementation": "model.attn_implementation",
+    "attn": "model.attn_implementation",
+    "flash_attn": "model.attn_implementation=flash_attention_2",
+    "use_flash_attention": "model.attn_implementation=flash_attention_2",
     "trust_remote_code": "model.trust_remote_code",
     "policy_dtype": "model.policy_dtype",
     "archive": "model.archive",
@@ -249,8 +284,19 @@ FOREIGN_NAMES = {
     "dft_alpha": "loss.dft_alpha",
     "loss_type": "loss.name",
     "train_on_prompt": "train_on",
+    "prompt_column": "datasets[0].columns={prompt: ...}",
+    "response_column": "datasets[0].columns={response: ...}",
     "early_stopping_patience": "early_stopping.patience",
     "metric_for_best_model": "early_stopping.metric",
     "preprocessing_num_workers": "num_proc",
     "dataset_num_proc": "num_proc",
+    "pad_token": "model.tokenizer_name_or_path (the pad token is the tokenizer's own, else its EOS)",
+    "padding_side": "packing (rows are padded on the right while training, on the left while generating)",
+    "sample_packing": "packing",
+    "assistant_only_loss": "train_on",
+    "completion_only_loss": "train_on",
+    "train_on_inputs": "train_on",
+    "random_seed": "seed",
+    "fsdp": "trainer",
+    "name": "exp_name, or model.name_or_path, or loss.name",
 }

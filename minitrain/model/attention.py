@@ -1,12 +1,15 @@
 """Attention for packed rows: each document by itself, without a mask and without a [T, T] matrix.
 
-transformers keeps packed documents apart with a [T, T] mask, and then computes all T * T scores. Here the row is
-split at the borders of its documents and each piece is plain causal attention, so that the cost is the sum of the
-squares of the documents' lengths, and a row may be as long as one likes.
+transformers keeps packed documents apart with a [T, T] mask, and then computes all T * T scores. Here the documents are
+taken out of their rows, those of like length side by side, and each group is plain causal attention. So the cost is
+about the sum of the squares of the documents' lengths, and a row may be as long as one likes.
 
 Every architecture of transformers hands its attention mask on to the attention function as it is when it has four
-dimensions. So the borders travel in the mask's place, which also takes them through activation checkpointing.
+dimensions. So the documents' places travel in the mask's place, which also takes them through activation checkpointing.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +18,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_documents"
+LIKE_LENGTH = 0.7  # a group's shortest document is at least this share of its longest
+
+
+class Group(NamedTuple):
+    """Documents of like length."""
+
+    places: Tensor  # [G, t] flat places in the rows; the tail of a shorter document repeats its last token's
+    real: Tensor  # [tokens] flat places in [G, t] that are no such tail
 
 
 def as_mask(spans: Tensor) -> Tensor:
@@ -30,39 +41,45 @@ def documents_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, _, columns, _ = query.shape
-    sizes, is_document = _pieces(attention_mask[0, 0], rows, columns)
-    # One split and one concatenation: slicing document by document would cost a full-size gradient for each.
-    pieces = [t.transpose(0, 1).flatten(1, 2).split(sizes, 1) for t in (query, key, value)]  # [heads, t, d] each
+    spans = tuple(map(tuple, attention_mask[0, 0].tolist()))
+    groups, back = _groups(spans, rows, columns, query.device)
+    flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [R * T, heads, d] each
     outputs = []
-    for q, k, v, wanted in zip(*pieces, is_document, strict=True):
-        if wanted:
-            mask = _window(kwargs.get("sliding_window"), q)
-            outputs.append(sdpa_attention_forward(module, q[None], k[None], v[None], mask, **kwargs)[0][0])
-        else:
-            outputs.append(v.new_zeros(q.shape[1], q.shape[0], v.shape[2]))
-    return torch.cat(outputs).unflatten(0, (rows, columns)), None
+    for places, real in groups:
+        q, k, v = (t.index_select(0, places.view(-1)).unflatten(0, places.shape).transpose(1, 2) for t in flat)
+        # Tails need no mask: causal attention of the tokens before never sees them.
+        mask = _window(kwargs.get("sliding_window"), q)
+        attended, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # [G, t, heads, d]
+        outputs.append(attended.flatten(0, 1).index_select(0, real))
+    outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))  # what padding gets
+    return torch.cat(outputs).index_select(0, back).unflatten(0, (rows, columns)), None
 
 
-def _pieces(spans: Tensor, rows: int, columns: int) -> tuple[list[int], list[bool]]:
-    """Lengths of documents and gaps in the flattened rows, in order, and which of them are documents."""
-    sizes, is_document, position = [], [], 0
-    for row, start, stop in spans.tolist():
-        begin = row * columns + start
-        if begin > position:
-            sizes.append(begin - position)
-            is_document.append(False)
-        sizes.append(stop - start)
-        is_document.append(True)
-        position = row * columns + stop
-    if position < rows * columns:
-        sizes.append(rows * columns - position)
-        is_document.append(False)
-    return sizes, is_document
+@functools.lru_cache(maxsize=4)  # all layers of a model ask for the same
+def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
+    """The groups, and for each place in the rows where its output stands in theirs, laid end to end."""
+    groups, order = [], []
+    remaining = sorted(spans, key=lambda span: span[2] - span[1], reverse=True)
+    while remaining:
+        longest = remaining[0][2] - remaining[0][1]
+        size = sum(stop - start >= LIKE_LENGTH * longest for _, start, stop in remaining)
+        members, remaining = remaining[:size], remaining[size:]
+        begins = torch.tensor([row * columns + start for row, start, _ in members])[:, None]  # [G, 1]
+        lengths = torch.tensor([stop - start for _, start, stop in members])[:, None]  # [G, 1]
+        steps = torch.arange(longest)  # [t]
+        places = begins + torch.minimum(steps, lengths - 1)  # [G, t]
+        real = (steps < lengths).view(-1).nonzero()[:, 0]  # [tokens]
+        order.append(places.view(-1)[real])
+        groups.append(Group(places.to(device), real.to(device)))
+    order = torch.cat(order)
+    back = torch.full((rows * columns,), len(order))  # [R * T]
+    back[order] = torch.arange(len(order))
+    return groups, back.to(device)
 
 
 def _window(width: int | None, query: Tensor) -> Tensor | None:
-    """The mask of sliding-window attention, where the document is longer than the window."""
-    length = query.shape[1]
+    """The mask of sliding-window attention, where a document is longer than the window."""
+    length = query.shape[2]
     if width is None or length <= width:
         return None
     distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)

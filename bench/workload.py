@@ -1,0 +1,141 @@
+"""The same model and the same data for every peer, built from a seed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+SEED = 0
+
+
+@dataclass
+class Setting:
+    """One line of the comparison: sizes of model and batch, dtype, and how long to measure."""
+
+    vocab: int
+    dtype: str
+    steps: int  # timed ones
+    batch: int
+    hidden: int = 256
+    intermediate: int = 704
+    layers: int = 4
+    max_length: int = 512
+    median_length: int = 100
+    warmup: int = 2
+    lr: float = 5e-4
+
+    @property
+    def name(self) -> str:
+        return f"{self.vocab:,} tokens, {self.dtype}"
+
+    @property
+    def n_examples(self) -> int:
+        return self.batch * (self.steps + self.warmup)
+
+
+def build(setting: Setting, folder: Path) -> None:
+    """Writes model/, data.jsonl (texts, for minitrain) and tokens.json (the same as ids, in minitrain's order)."""
+    from minitrain.data.sampler import epoch_order
+
+    folder.mkdir(parents=True)
+    build_tokenizer(setting).save_pretrained(folder / "model")
+    build_model(setting).save_pretrained(folder / "model")
+    rows = make_rows(setting)
+    with open(folder / "data.jsonl", "w") as file:
+        for prompt, answer in rows:
+            texts = {"prompt": _words(prompt) + " ", "response": _words(answer)}
+            file.write(json.dumps(texts) + "\n")
+    eos = SPECIAL.index("<eos>")
+    ordered = [rows[i] for i in epoch_order([len(rows)], [1.0], SEED, 0)]
+    tokens = [{"ids": [*p, *a, eos], "n_prompt": len(p)} for p, a in ordered]
+    (folder / "tokens.json").write_text(json.dumps(tokens))
+
+
+def build_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
+    """One token a word, w3 being the token 3, so that texts and ids are known from one another."""
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), setting.vocab))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=1 << 20
+    )
+
+
+def build_model(setting: Setting) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=setting.vocab,
+        hidden_size=setting.hidden,
+        intermediate_size=setting.intermediate,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=max(4, setting.hidden // 64),
+        num_key_value_heads=max(4, setting.hidden // 64),
+        max_position_embeddings=2 * setting.max_length,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=SPECIAL.index("<eos>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+    )
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(config)
+
+
+def make_rows(setting: Setting) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) ids: lognormal lengths, answers of about half, frequent and rare words as in language."""
+    generator = np.random.Generator(np.random.PCG64(SEED))
+    lengths = generator.lognormal(np.log(setting.median_length), 0.7, setting.n_examples)
+    lengths = lengths.clip(16, setting.max_length).astype(int)
+    ranks = np.arange(setting.vocab - len(SPECIAL))
+    chances = 1 / (ranks + 10.0)
+    ids = generator.choice(ranks, int(lengths.sum()), p=chances / chances.sum()) + len(SPECIAL)
+    rows = []
+    for document in np.split(ids, np.cumsum(lengths)[:-1]):
+        n_prompt = int(len(document) * generator.uniform(0.3, 0.7))
+        rows.append((document[:n_prompt].tolist(), document[n_prompt:-1].tolist()))  # the last one is EOS
+    return rows
+
+
+def step_sizes(setting: Setting, folder: Path) -> list[dict[str, int]]:
+    """What each step has to process, padding aside: tokens, supervised tokens, sum of squared lengths."""
+    rows = json.loads((folder / "tokens.json").read_text())
+    steps = [rows[i : i + setting.batch] for i in range(0, len(rows), setting.batch)]
+    return [
+        {
+            "tokens": sum(len(row["ids"]) for row in step),
+            "supervised": sum(len(row["ids"]) - row["n_prompt"] for row in step),
+            "squares": sum(len(row["ids"]) ** 2 for row in step),
+        }
+        for step in steps
+    ]
+
+
+def flops(setting: Setting, size: dict[str, int]) -> dict[str, float]:
+    """FLOPs that one step cannot do without: 6 for each weight and token (forward and backward)."""
+    body = setting.layers * (4 * setting.hidden**2 + 3 * setting.hidden * setting.intermediate)
+    return {
+        "body": 6.0 * body * size["tokens"],
+        "head": 6.0 * setting.hidden * setting.vocab * size["supervised"],
+        "attention": 6.0 * setting.layers * setting.hidden * size["squares"],  # causal: half of the square
+    }
+
+
+def _words(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def pick_settings(quick: bool, only: str = "") -> list[Setting]:
+    """Small and large vocabulary, float32 and bfloat16; larger models on a GPU."""
+    steps = {(8_192, "float32"): 10, (8_192, "bfloat16"): 5, (128_256, "float32"): 6, (128_256, "bfloat16"): 4}
+    size = dict(batch=8)
+    if torch.cuda.is_available():
+        steps = dict.fromkeys(steps, 20)
+        size = dict(batch=32, hidden=1024, intermediate=2816, layers=12, max_length=1024, median_length=250, warmup=4)
+    if quick:
+        steps, size["warmup"] = {key: max(2, n // 3) for key, n in steps.items()}, 1
+    settings = [Setting(vocab, dtype, steps=n, **size) for (vocab, dtype), n in steps.items()]
+    return [setting for setting in settings if only in setting.name]

@@ -1,0 +1,103 @@
+"""Writes docs/options.md from the dataclasses of the schema: ``python docs/generate_options.py > docs/options.md``."""
+
+import sys
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from minitrain.losses import registered
+from minitrain.schema import Config
+
+HEAD = """\
+# Options
+
+Every option of a config file, made from `minitrain/schema.py` by `docs/generate_options.py`. Each can be given on the
+command line too, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[a.jsonl,b.csv]`.
+
+- An unknown key, an option that would be ignored and a wrong type are errors; all of them are told at once.
+- `loss: dft` is short for `loss: {name: dft}`, `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.
+- An override of one of `n_steps`/`n_epochs`, `warmup_steps`/`warmup_ratio`, `eval_datasets`/`validation_split` or
+  `packing`/`group_by_length` takes the place of the other one in the file.
+- `${oc.env:NAME}` is the environment variable NAME, `${seed}` another option. The saved config keeps them unresolved.
+- *free*: may differ between an interrupted run and the one that goes on with it.
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    parts = [HEAD, section("Top level", Config)]
+    for f in fields(Config):
+        schema = nested(typing.get_type_hints(Config).get(f.name))
+        if schema:
+            also = " and `eval_datasets`" if f.name == "datasets" else ""
+            entry = ", each entry" if f.name == "datasets" else ""
+            if f.name != "eval_datasets":
+                parts.append(section(f"`{f.name}`{also}{entry}", schema))
+    for name, loss in registered().items():
+        parts.append(section(f"`loss`, with `name: {name}`", loss.options_class))
+    return "\n".join(parts)
+
+
+def nested(hint) -> type | None:
+    """The dataclass in ``X`` or ``list[X]``, if there is one."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def section(title: str, schema: type) -> str:
+    """A heading and a table of one dataclass."""
+    hints = typing.get_type_hints(schema)
+    lines = [f"## {title}", "", "| key | default | value | |", "|---|---|---|---|"]
+    for f in fields(schema):
+        if f.init:
+            alias = f" (or `{f.metadata['alias']}`)" if f.metadata["alias"] else ""
+            free = " *free*" if f.metadata["free"] else ""
+            help_text = f.metadata["help"].replace("|", "\\|")
+            lines.append(f"| `{f.name}`{alias} | {default(f)} | {value(f, hints[f.name])} | {help_text}{free} |")
+    return "\n".join([*lines, ""])
+
+
+def default(f) -> str:
+    """The default as YAML writes it."""
+    if f.default is MISSING and f.default_factory is MISSING:
+        return "required"
+    if f.default is MISSING and is_dataclass(f.default_factory):
+        return "see below"
+    given = f.default if f.default is not MISSING else f.default_factory()
+    if given is None:
+        return ""
+    if isinstance(given, dict):
+        return "`{" + ", ".join(f"{key}: {entry}" for key, entry in given.items()) + "}`"
+    return f"`{str(given).lower() if isinstance(given, bool) else given}`"
+
+
+def value(f, hint) -> str:
+    """Type, choices and limits in words."""
+    meta = f.metadata
+    if meta["choices"]:
+        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+    limits = [("least", "{} or more"), ("above", "above {}"), ("most", "{} or less")]
+    told = [text.format(meta[name]) for name, text in limits if meta[name] is not None]
+    return ", ".join([type_name(hint), *told])
+
+
+def type_name(hint) -> str:
+    """A type as a user reads it."""
+    words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return type_name(args[0])
+    if origin is list:
+        return {float: "list of numbers", typing.Any: "list"}.get(args[0], "list of entries")
+    if origin is dict:
+        return "keys and values"
+    return "keys" if is_dataclass(hint) else words[hint]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

@@ -1,0 +1,285 @@
+"""The commands themselves: help, exit codes, pipes, chat, and files of answers."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitrain import __version__
+from minitrain.cli import main
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` as a process of its own."""
+    options = dict(capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120) | kwargs
+    return subprocess.run([sys.executable, *map(str, arguments)], **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.py", "--help"], ["train.py"], ["-m", "minitrain", "train", "--help"], ["-m", "minitrain", "--help"],
+        ["-m", "minitrain", "generate", "--help"], ["-m", "minitrain", "chat", "--help"],
+        ["-m", "minitrain", "--version"],
+    ],
+)  # fmt: skip
+def test_help_imports_nothing_heavy(arguments):
+    """Help, version and usage come without torch, transformers, omegaconf and numpy."""
+    done = run("-X", "importtime", *arguments)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "argparse" in imported
+    assert not {"torch", "transformers", "omegaconf", "numpy", "yaml"} & imported
+
+
+def test_help_reads_like_a_page(capsys):
+    """Each command names its arguments and the exit codes."""
+    for command, told in {
+        "train": "--overrides KEY=VALUE",
+        "generate": "--input FILE",
+        "chat": "--system TEXT",
+    }.items():
+        assert main([command, "--help"]) == 0
+        page = capsys.readouterr().out
+        assert page.startswith(f"usage: minitrain {command} ") and told in page and "exit codes:" in page
+
+
+def test_train_py_is_the_train_command(capsys):
+    """It goes by its own name, and shows its usage when there is nothing to do."""
+    assert main(["train", "--help"], prog="train.py") == 0
+    assert capsys.readouterr().out.startswith("usage: train.py CONFIG.yml [--overrides KEY=VALUE ...]\n")
+    assert main(["train"], prog="train.py") == 2
+    assert "usage: train.py CONFIG.yml" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    """--version tells it and nothing else."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minitrain {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "c.yml", "lr=1"], "unknown arguments: lr=1; options of the config stand behind --overrides"),
+        (["train", "c.yml", "--override", "lr=1"], "unknown arguments: --override lr=1"),
+        (["generate", "m"], "one of the arguments --prompt --input is required"),
+        (["generate", "m", "--prompt", "a", "--input", "b"], "not allowed with argument"),
+        (["generate", "m", "--prompt", "a", "--temperature", "-1"], "expected a number of 0 or more, got '-1'"),
+        (["generate", "m", "--prompt", "a", "--top-p", "2"], "expected a number from 0 to 1, got '2'"),
+        (["generate", "m", "--prompt", "a", "--temperature", "nan"], "got 'nan'"),
+        (["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], "expected a number of 1 or more, got '0'"),
+        (["generate", "m", "--prompt", "a", "--top-p", "0.5"], "--top-p would be ignored"),
+        (["generate", "./nowhere", "--prompt", "a"], "./nowhere: there is no such folder"),
+        (["generate", "a/b/c", "--prompt", "a"], "a/b/c: there is no such folder"),
+        (["generate", "docs", "--prompt", "a"], "docs: holds neither a model (config.json) nor a finished run"),
+        (["generate", "nobody/nothing", "--prompt", "a"], "no tokenizer could be loaded from 'nobody/nothing'"),
+        (["generate", "tiny", "--prompt", "a", "--chat-template", "x"], "the chat template 'x' is neither"),
+        (["generate", "tiny", "--prompt", "a", "--device", "mps"], "there is no MPS device here"),
+        (["generate", "m", "--input", "nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["generate", "m", "--input", "train.py"], "train.py: expected a .txt, .jsonl, .json or .csv file"),
+        (["generate", "m", "--prompt", "a", "--output", "docs"], "docs is a folder; name a file in it"),
+        (["generate", "m", "--prompt", "a", "--output", "README.txt/x"], "there is no folder"),
+        (["chat", "./nowhere"], "./nowhere: there is no such folder"),
+    ],
+)
+def test_wrong_arguments(capsys, monkeypatch, arguments, told):
+    """Exit code 2 and one message for what cannot be done."""
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert told in err and out == "" and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------------ generate
+
+
+@pytest.fixture
+def generate(tmp_path, llama_folder, monkeypatch, capsys):
+    """``generate(...)``: (exit code, stdout, stderr) of a generate command in a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def generate(*arguments: str):
+        code = main(["generate", str(llama_folder), "--max-new-tokens", "4", *arguments])
+        return code, *capsys.readouterr()
+
+    return generate
+
+
+def rows_of(name: str) -> list[dict]:
+    """The rows of a jsonl file."""
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_kind_of_input_gives_the_same_answers(generate):
+    """The prompts of a .txt, .jsonl, .json and .csv file are answered in their order, other columns kept."""
+    prompts = ["a", "a much longer prompt, so that batches are not in the order of the file", "ünï"]
+    Path("p.txt").write_text("\ufeff" + "\r\n\n".join(prompts) + "\n", encoding="utf-8")
+    rows = [
+        {"messages": [{"role": "user", "content": prompts[0]}, {"role": "assistant", "content": "learned"}], "id": 0},
+        {"question": prompts[1], "id": 1},
+        {"instruction": prompts[2], "input": "", "id": 2},
+    ]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("p.json").write_text(json.dumps([{"query": prompt} for prompt in prompts]))
+    with open("p.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt"], *([prompt] for prompt in prompts)])
+    answers = {}
+    for kind in ("txt", "jsonl", "json", "csv"):
+        code, out, _ = generate("--input", f"p.{kind}", "--output", f"{kind}.jsonl", "--batch-size", "2")
+        assert code == 0 and out == f"3 answers written to {kind}.jsonl\n"
+        answers[kind] = [row["response"] for row in rows_of(f"{kind}.jsonl")]
+    assert answers["txt"] == answers["jsonl"] == answers["json"] == answers["csv"]
+    assert [row["id"] for row in rows_of("jsonl.jsonl")] == [0, 1, 2]
+    assert generate("--prompt", *prompts)[1] == "".join(answer + "\n" for answer in answers["txt"])
+
+
+def test_an_output_is_not_written_over(generate):
+    """Without --force an existing file stays as it is, and the model is not even loaded."""
+    Path("out.jsonl").write_text("mine")
+    code, _, err = generate("--prompt", "a", "--output", "out.jsonl")
+    assert code == 2 and err == "minitrain: --output: out.jsonl exists; choose another name or add --force\n"
+    assert Path("out.jsonl").read_text() == "mine"
+    assert generate("--prompt", "a", "--output", "out.jsonl", "--force")[0] == 0
+    assert rows_of("out.jsonl")[0]["prompt"] == "a"
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
+def test_nothing_is_left_half_written(generate, monkeypatch, error, code):
+    """Ctrl-C or a full disk while the answers are written leaves neither a part nor a broken file."""
+
+    def write(path, text, **_):
+        with open(path, "w") as file:
+            file.write(text[:5])
+        raise error
+
+    Path("out.jsonl").write_text("mine")
+    monkeypatch.setattr(Path, "write_text", write)
+    assert generate("--prompt", "a", "--output", "out.jsonl", "--force")[0] == code
+    assert os.listdir() == ["out.jsonl"] and Path("out.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b'{"prompt": "a"}\n{"promt": "b"}\n', "p.jsonl:2: none of the keys messages, prompt, question"),
+        (b'{"prompt": "a"}\n\n{"prompt": 3}\n', "p.jsonl:3: none of the keys"),
+        (b'{"prompt": "a"}\n{\n', "p.jsonl:2: not valid JSON"),
+        (b'{"messages": []}\n', "p.jsonl:1: messages is not a list of objects"),
+        (b'{"messages": "hello"}\n', "p.jsonl:1: messages is not a list of objects"),
+        (b'{"messages": [{"role": "user", "content": 3}]}\n', "p.jsonl:1: messages is not a list of objects"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "p.jsonl:1: messages holds no turn of the user"),
+        (b'{"messages": [{"content": "a"}]}\n', "p.jsonl:1: messages holds no turn of the user, or one without a role"),
+        (b"", "p.jsonl: holds no prompts"),
+        (
+            b'{"prompt": "a"}\n{"prompt": "' + b"x" * 1100 + b'"}\n',
+            "p.jsonl:2: 1119 tokens leave no place for an answer",
+        ),
+    ],
+)
+def test_bad_prompts(generate, content, told):
+    """A row without a usable prompt is told with file and line."""
+    Path("p.jsonl").write_bytes(content)
+    code, out, err = generate("--input", "p.jsonl")
+    assert code == 2 and out == "" and told in err and len(err.splitlines()) == 1
+
+
+def test_a_text_file_that_is_no_utf8(generate):
+    """It is told with its line."""
+    Path("p.txt").write_bytes(b"fine\n\xff\n")
+    assert generate("--input", "p.txt")[2] == "minitrain: p.txt:2: not UTF-8 text\n"
+
+
+def test_the_same_seed_samples_the_same(generate):
+    """--temperature with a seed repeats itself, and another seed gives other answers."""
+    sampled = [generate("--prompt", "a", "b", "--temperature", "0.7", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+# ---------------------------------------------------------------------------------------------------------- chat
+
+
+HEAD = "Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.\n"
+
+
+def test_chat(llama_folder):
+    """It remembers the conversation until /reset, ends at /exit, and survives what is too long or no text."""
+    said = b"hello\nhello\n" + b"x" * 1100 + b"\n\xff\n/reset\nhello\n/exit\nnever read\n"
+    done = run("-m", "minitrain", "chat", llama_folder, "--max-new-tokens", 4, input=said, text=False)
+    assert done.returncode == 0 and done.stderr == b""
+    head, first, second, refused, no_text, reset, again, end = done.stdout.decode().split("> ")
+    assert head == HEAD and first == again != second
+    assert refused.startswith("11") and refused.endswith("; say something else, or /reset\n")
+    assert no_text.endswith("; say something else, or /reset\n")
+    assert reset == "" and end == ""
+
+
+@pytest.mark.parametrize("said, answers", [("", 0), ("\n", 0), ("hello", 1), ("hello\n", 1)])
+def test_chat_ends_with_its_input(llama_folder, monkeypatch, capsys, said, answers):
+    """Ctrl-D ends it at any time, with a line break."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert main(["chat", str(llama_folder), "--max-new-tokens", "2", "--system", "Be brief."]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(HEAD + "> ") and told.endswith("> \n")
+    assert len(told.removeprefix(HEAD).split("> ")) == 2 + max(answers, said.count("\n"))
+
+
+# --------------------------------------------------------------------------------------------- pipes and signals
+
+
+def test_a_reader_that_stops_reading(llama_folder):
+    """`| head -1` is no error, of help and of answers."""
+    for arguments in ("--help", f"generate {llama_folder} --max-new-tokens 2 --prompt {' '.join('abcdefgh')}"):
+        command = f"{sys.executable} -m minitrain {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def config_file(tmp_path, llama_folder, rows_file) -> Path:
+    """A config of a run that would take very long."""
+    config = {"datasets": [str(rows_file)], "model": {"name_or_path": str(llama_folder)}, "exp_name": "x"}
+    config |= {"output_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache")}
+    config |= {"batch_size": 4, "n_steps": 100_000, "log_every_steps": 1}
+    (tmp_path / "c.yml").write_text(json.dumps(config))  # JSON is YAML
+    return tmp_path / "c.yml"
+
+
+def test_ctrl_c_while_training(config_file, capsys):
+    """SIGINT leaves a checkpoint and exit code 130; the same command goes on, and a third time does nothing."""
+    runs = config_file.parent / "runs"
+    command = [sys.executable, "train.py", str(config_file)]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+    while "step " not in training.stdout.readline():
+        assert training.poll() is None
+    training.send_signal(signal.SIGINT)
+    out = training.communicate(timeout=60)[0]
+    assert training.returncode == 130 and "stopped by SIGINT at step " in out
+    step = int(out.partition("SIGINT at step ")[2].partition(";")[0])
+    for told in (f"going on from {runs}/x/checkpoints/step-{step}", f"is finished: {step + 2} steps"):
+        assert main(["train", str(config_file), "--overrides", f"n_steps={step + 2}"]) == 0
+        assert told in capsys.readouterr().out
+
+
+def test_ctrl_c_before_training(config_file):
+    """SIGINT while torch is being imported ends with one line and exit code 130."""
+    command = [sys.executable, "-X", "importtime", "train.py", str(config_file)]
+    loading = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+    while "torch." not in loading.stderr.readline():
+        assert loading.poll() is None
+    loading.send_signal(signal.SIGINT)
+    err = loading.communicate(timeout=60)[1]
+    assert loading.returncode == 130 and err.endswith("minitrain: interrupted\n") and "Traceback" not in err

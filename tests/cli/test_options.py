@@ -1,0 +1,61 @@
+"""The schema: every option is used, explained, within its own limits, and every example passes."""
+
+import ast
+import runpy
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from minitrain import checks, schema
+from minitrain.config import load_config
+from minitrain.losses import registered
+
+ROOT = Path(__file__).parents[2]
+OPTION_CLASSES = [
+    *(c for c in vars(schema).values() if is_dataclass(c)),
+    *(loss.options_class for loss in registered().values()),
+]
+
+
+def test_every_option_is_read_by_the_code():
+    """Each key is accessed as an attribute somewhere outside of the schema."""
+    accessed = set()
+    for file in (ROOT / "minitrain").rglob("*.py"):
+        if file.name != "schema.py":
+            accessed |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
+    unread = [f"{c.__name__}.{f.name}" for c in OPTION_CLASSES for f in fields(c) if f.name not in accessed]
+    assert unread == []
+
+
+def test_every_option_is_explained_and_its_default_allowed():
+    """Each has a help text, and a default that passes the check of its own limits."""
+    for f in (f for c in OPTION_CLASSES for f in fields(c) if f.init):
+        assert f.metadata["help"].endswith("."), f.name
+        if f.default is not MISSING:
+            checks.check_limits(f.metadata, f.default)
+
+
+def test_foreign_names_lead_to_options_that_exist():
+    """Every name that is suggested to users of other libraries is a key, and no key is taken for a foreign name."""
+    losses = {f"loss.{f.name}" for loss in registered().values() for f in fields(loss.options_class)}
+    known = {*schema.all_keys(), *losses, "loss.name", "datasets[0].columns"}
+    for name, ours in schema.FOREIGN_NAMES.items():
+        assert name not in {f.name for f in fields(schema.Config)}
+        for key in ours.split(" (")[0].replace(", or ", " or ").split(" or "):
+            assert key.partition("=")[0] in known, name
+
+
+def test_the_options_page_is_up_to_date():
+    """docs/options.md is what the script makes."""
+    script = runpy.run_path(str(ROOT / "docs/generate_options.py"))
+    assert script["document"]() == (ROOT / "docs/options.md").read_text(encoding="utf-8"), (
+        "run: python docs/generate_options.py > docs/options.md"
+    )
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "example").rglob("*.yml")), ids=lambda path: path.name)
+def test_every_example_passes(example, monkeypatch):
+    """Each config under example/ is free of problems, seen from the root of the project."""
+    monkeypatch.chdir(ROOT)
+    load_config(example)

@@ -1,0 +1,194 @@
+"""The house stands as it was drawn: who imports whom, how long things are, and that the README tells the truth."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minitrain import load_config
+from minitrain.cli import main
+from tests.conftest import ROOT
+
+SOURCES = sorted((ROOT / "minitrain").rglob("*.py"))
+README = (ROOT / "README.md").read_text()
+GROUND = {"data", "model", "losses", "engine"}
+SHARED_BY_ALL = {"batch", "errors", "schema", "config"}
+
+
+def imported_by(file: Path) -> set[str]:
+    """Top-level rooms of minitrain that a file imports, relative imports resolved."""
+    rooms = set()
+    parts = file.relative_to(ROOT / "minitrain").parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = parts[: len(parts) - node.level]
+            target = (*base, *(node.module or "").split("."))
+            names = [target[0]] if target[0] else [alias.name for alias in node.names]
+            rooms.update(names)
+    return rooms
+
+
+@pytest.mark.parametrize("room", sorted(GROUND))
+def test_ground_floor_rooms_do_not_know_one_another(room):
+    """data, model, losses and engine import only their own files and what is shared by all."""
+    for file in (ROOT / "minitrain" / room).glob("*.py"):
+        strangers = imported_by(file) - {room} - SHARED_BY_ALL
+        assert not strangers, f"{file.name} imports {strangers}"
+
+
+def test_the_loop_names_no_loss_and_no_model():
+    """trainer.py knows neither the name of a loss nor an architecture."""
+    text = (ROOT / "minitrain" / "trainer.py").read_text().lower()
+    for word in ("sft", "dft", "dpo", "llama", "qwen", "gpt"):
+        assert not re.search(rf"\b{word}\b", text), word
+
+
+def test_files_and_functions_are_short():
+    """Files under 400 lines, functions under 60."""
+    for file in SOURCES:
+        text = file.read_text()
+        assert text.count("\n") <= 400, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 60, f"{file}:{node.lineno} {node.name}"
+
+
+def test_one_step_can_be_followed_in_five_files():
+    """config, trainer, loader, policy and sft are under 1,800 lines together."""
+    names = ("config.py", "trainer.py", "data/loader.py", "model/policy.py", "losses/sft.py")
+    assert sum((ROOT / "minitrain" / name).read_text().count("\n") for name in names) < 1800
+
+
+def test_the_readme_shows_every_file_of_the_house():
+    """Each module and folder of minitrain/ stands in the README's tree, and nothing else does."""
+    tree = re.search(r"## The house\n\n```\n(.*?)```", README, re.S)[1]
+    shown = set(re.findall(r"^  (\w+\.py|\w+/)", tree, re.M))
+    there = {p.name for p in (ROOT / "minitrain").glob("*.py") if not p.name.startswith("__")}
+    folders = {p.parent.name for p in (ROOT / "minitrain").glob("*/__init__.py")}
+    assert shown == there | {f"{name}/" for name in folders}
+    for folder in folders:
+        listed = re.search(rf"^  {folder}/ +(.*)$", tree, re.M)[1]
+        modules = {p.stem for p in (ROOT / "minitrain" / folder).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", listed))) == modules
+
+
+def test_links_in_the_documents_lead_somewhere():
+    """Every relative link of README and docs/ exists."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "example").glob("*.yml")), ids=lambda file: file.name)
+def test_every_example_is_a_valid_config(file, monkeypatch):
+    """Parsed and checked from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    load_config(file)
+
+
+def test_the_yaml_in_the_readme_is_valid(monkeypatch, tmp_path):
+    """Its keys and values pass, but for the files that are only examples."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conversations.jsonl").write_text("{}")
+    (tmp_path / "more.csv").write_text("")
+    for block in re.findall(r"```yaml\n(.*?)```", README, re.S):
+        load_config(yaml.safe_load(block))
+
+
+def test_the_example_data_are_what_the_script_makes(tmp_path):
+    """example/make_data.py gives the committed files, byte for byte, and no test question is in a training file."""
+    shutil.copy(ROOT / "example" / "make_data.py", tmp_path)
+    subprocess.run([sys.executable, tmp_path / "make_data.py"], check=True)
+    for file in (ROOT / "example" / "data").iterdir():
+        assert (tmp_path / "data" / file.name).read_bytes() == file.read_bytes(), file.name
+    tests = {line for line in (tmp_path / "data" / "skills-test.jsonl").read_text().splitlines()}
+    assert not tests & set((tmp_path / "data" / "skills-train.jsonl").read_text().splitlines())
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def user_folder(tmp_path_factory):
+    """An empty folder with the examples and train.py, as a user has them."""
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copytree(ROOT / "example", folder / "example")
+    shutil.copy(ROOT / "train.py", folder)
+    return folder
+
+
+def test_the_commands_of_the_readme_run(user_folder, monkeypatch, capsys):
+    """In order, in one folder; trainings for a few steps only, make targets by their recipe."""
+    monkeypatch.chdir(user_folder)
+    short = ["n_steps=2", "eval_generate.n_examples=2", "log_every_steps=1"]
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], capture_output=True).returncode == 0, command
+            continue
+        if words[:2] == ["python", "train.py"]:
+            words = ["minitrain", "train", *words[2:]]
+        if words[1] == "train":
+            drop = ["n_epochs=1"] if "fused" in command else []
+            more = [*short[1:], *drop, "datasets.0.n_examples=4"] if drop else short
+            words += more if "--overrides" in words else ["--overrides", *more]
+        if words[1] == "chat":
+            monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
+        try:
+            code = main(words[1:])
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 0, (command, capsys.readouterr())
+
+
+def test_the_python_of_the_readme_runs(user_folder, monkeypatch, capsys):
+    """The library example, for two steps."""
+    monkeypatch.chdir(user_folder)
+    (code,) = blocks("python")
+    code = code.replace('"n_steps=400"', '"n_steps=2", "eval_generate.n_examples=2"')
+    exec(compile(code, "README.md", "exec"), {})
+    assert "right" in capsys.readouterr().out
+
+
+def test_the_loss_of_the_documents_runs(make_trainer):
+    """The example of docs/losses.md registers and trains."""
+    from minitrain.losses import base
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(), re.S)
+    before = dict(base._REGISTRY)
+    try:
+        exec(compile(code, "losses.md", "exec"), {"__name__": "example"})
+        trainer = make_trainer("loss.name=top_heavy", "loss.power=1.5")
+        trainer.train()
+        assert trainer.train_metrics["loss"] > 0
+    finally:
+        base._REGISTRY.clear()
+        base._REGISTRY.update(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart-sft", "fused-dft"])
+def test_an_example_learns_what_it_promises(name, user_folder, monkeypatch):
+    """The whole run: from nothing to 90 % of unseen questions."""
+    import torch
+
+    from minitrain import Trainer
+
+    monkeypatch.chdir(user_folder)
+    torch.set_num_threads(2)
+    config = load_config(f"example/{name}.yml", [f"exp_name=whole-{name}"])
+    accuracies = []
+    Trainer(config, on_eval_end=lambda t: accuracies.append(t.eval_metrics["exact_match"])).train()
+    torch.set_num_threads(1)
+    assert accuracies[0] < 0.05 and accuracies[-1] >= 0.9
