@@ -72,6 +72,9 @@ class Trainer:
         if config.compile:
             for block in find_blocks(policy.model.base_model):
                 block.compile(dynamic=True)
+        if policy.pays_for_long_rows:
+            for loader in filter(None, (self.train_loader, self.eval_loader)):
+                loader.row_capacity = config.max_length
         self.policy = self.parallel.wrap(policy).train()
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.policy, config)

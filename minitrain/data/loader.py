@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..schema import Config
 from .cache import TokenCache, load_cache
 from .collate import Document, collate
-from .sampler import best_fit, epoch_order, epoch_size, group_by_length, plan_step
+from .sampler import epoch_order, epoch_size, group_by_length, pack, plan_step
 from .template import Template
 
 
@@ -94,13 +94,17 @@ def _notes(path: str, counts: Counter) -> list[str]:
 
 @dataclass
 class Loader:
-    """Yields the micro-batches of one rank, optimizer step by optimizer step."""
+    """Yields the micro-batches of one rank, optimizer step by optimizer step.
+
+    `row_capacity` bounds packed rows, for attention that costs the square of a row's length; see `sampler.pack`.
+    """
 
     examples: Examples
     config: Config
     pad_token_id: int
     rank: int = 0
     world_size: int = 1
+    row_capacity: int | None = None
 
     @property
     def epoch_size(self) -> int:
@@ -136,7 +140,8 @@ class Loader:
     def micro_batches(self, indices: np.ndarray) -> list[Batch]:
         """The examples of one step as this rank's micro-batches; every rank gets the same number of them."""
         n_micro = self.config.gradient_accumulation_steps
-        plan = plan_step(self.examples.lengths[indices], self.world_size, n_micro, self.config.packing)
+        lengths, packing = self.examples.lengths[indices], self.config.packing
+        plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
         return [
             collate([[self.examples[indices[i]] for i in row] for row in rows], self.pad_token_id)
             for rows in plan[self.rank]
@@ -151,5 +156,5 @@ class Loader:
             mine = part[self.rank :: self.world_size]
             rows = [[int(i)] for i in mine]
             if self.config.packing and len(mine):
-                rows = [[int(mine[i]) for i in row] for row in best_fit(lengths[mine], int(lengths[mine].max()))]
+                rows = [[int(mine[i]) for i in row] for row in pack(lengths[mine], self.row_capacity)]
             yield collate([[self.examples[i] for i in row] for row in rows], self.pad_token_id)

@@ -5,6 +5,7 @@ consumed over all ranks. How the examples of one optimizer step are laid out (so
 micro-batches) does not change the gradient, so it may depend on anything.
 """
 
+import heapq
 import itertools
 import math
 from bisect import bisect_left, insort
@@ -50,27 +51,49 @@ def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, see
     return np.concatenate(grouped)
 
 
-def plan_step(lengths: np.ndarray, world_size: int, n_micro: int, packing: bool) -> list[list[Rows]]:
+def plan_step(
+    lengths: np.ndarray, world_size: int, n_micro: int, packing: bool, row_capacity: int | None = None
+) -> list[list[Rows]]:
     """Lays the examples 0..n-1 of one optimizer step out -> [rank][micro-batch][row][document].
 
     Every rank gets the same number of micro-batches, fewer than `n_micro` where there are not as many rows; at the
-    short end of an epoch a rank's may be empty. Examples of like length come together, which saves padding and
-    changes no gradient, and ranks take turns in each micro-batch, so that they have like amounts of work.
+    short end of an epoch a rank's may be empty. Without packing, examples of like length share a micro-batch, which
+    saves padding; ranks take turns in each, so that they have like amounts of work. See `pack` for the rest.
     """
-    descending = np.argsort(-lengths, kind="stable").tolist()
-    rows = best_fit(lengths, int(lengths.max())) if packing else [[index] for index in descending]
+    if packing and row_capacity is None:
+        n_micro = min(n_micro, math.ceil(len(lengths) / world_size))
+        bins = deal(lengths, world_size * n_micro)
+        return [[[row] if row else [] for row in bins[rank::world_size]] for rank in range(world_size)]
+    rows = pack(lengths, row_capacity) if packing else [[i] for i in np.argsort(-lengths, kind="stable").tolist()]
     n_micro = min(n_micro, math.ceil(len(rows) / world_size))
     cuts = [round(i * len(rows) / n_micro) for i in range(n_micro + 1)]
     parts = [rows[a:b] for a, b in itertools.pairwise(cuts)]
     return [[part[rank::world_size] for part in parts] for rank in range(world_size)]
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
-    """Best-fit decreasing: each document goes into the fullest row that still has room for it.
+def pack(lengths: np.ndarray, row_capacity: int | None) -> Rows:
+    """Documents in one row without padding, or, where attention costs the square of a row, in rows of a capacity.
 
-    The capacity is the longest document's length: rows are then as long as they have to be and no longer, since
-    attention costs the square of it.
+    The capacity is raised to the longest document.
     """
+    if row_capacity is None:
+        return [list(range(len(lengths)))]
+    return best_fit(lengths, max(row_capacity, int(lengths.max())))
+
+
+def deal(lengths: np.ndarray, n_bins: int) -> Rows:
+    """Deals documents, longest first, each to the bin with the fewest tokens, so that all have about as many."""
+    bins: Rows = [[] for _ in range(n_bins)]
+    fill = [(0, b) for b in range(n_bins)]
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        tokens, b = heapq.heappop(fill)
+        bins[b].append(index)
+        heapq.heappush(fill, (tokens + int(lengths[index]), b))
+    return bins
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
+    """Best-fit decreasing: each document goes into the fullest row that still has room for it."""
     rows: Rows = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for index in np.argsort(-lengths, kind="stable").tolist():

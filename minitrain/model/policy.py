@@ -44,6 +44,11 @@ class Policy(nn.Module):
         )
         return outputs.last_hidden_state
 
+    @property
+    def pays_for_long_rows(self) -> bool:
+        """Whether attention over a packed row costs the square of the row's length."""
+        return self.model.config._attn_implementation in ("eager", "sdpa")
+
     def output_layer(self) -> OutputLayer:
         head = self.model.get_output_embeddings()
         return OutputLayer(head.weight, getattr(head, "bias", None), self.scale, self.softcap)

@@ -119,7 +119,7 @@ def test_token_losses_log_perplexity_and_p_correct(table):
 
 def test_unknown_names_and_options_are_refused():
     """The error lists what there is."""
-    with pytest.raises(ConfigError, match="dft, sft"):
+    with pytest.raises(ConfigError, match="sft, dft"):
         create_loss("dtf")
     with pytest.raises(ConfigError, match="label_smoothing"):
         create_loss("sft", smoothing=0.1)

@@ -88,27 +88,31 @@ def test_best_fit_fills_exactly():
     assert sorted(map(sorted, best_fit(np.array([6, 4, 7, 3, 10]), 10))) == [[0, 1], [2, 3], [4]]
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("packing", "capacity"), [(False, None), (True, None), (True, 1), (True, 300)])
 @pytest.mark.parametrize("n_micro", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_plan_step(world_size, n_micro, packing):
+def test_plan_step(world_size, n_micro, packing, capacity):
     """Every example of a step once over all ranks, the same number of micro-batches on each: also where the last
     step of an epoch is short (transformers#39659)."""
     for n in [1, 2, 3, 5, 7, 11, 12, 16, 33]:
         lengths = lengths_of(n, n)
-        plan = plan_step(lengths, world_size, n_micro, packing)
+        plan = plan_step(lengths, world_size, n_micro, packing, capacity)
         assert len(plan) == world_size
         assert len({len(share) for share in plan}) == 1 and 1 <= len(plan[0]) <= n_micro
         documents = [i for share in plan for rows in share for row in rows for i in row]
         assert sorted(documents) == list(range(n))
         rows = [row for share in plan for rows in share for row in rows]
-        assert all(lengths[row].sum() <= lengths.max() for row in rows)
         assert packing or all(len(row) == 1 for row in rows)
+        if capacity:
+            assert all(lengths[row].sum() <= max(capacity, lengths.max()) for row in rows)
+        elif packing:
+            assert all(len(rows) <= 1 for share in plan for rows in share)
 
 
-def test_ranks_are_even():
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks_are_even(packing):
     """Ranks get like amounts of work, so that none waits for another."""
     lengths = lengths_of(64)
-    plan = plan_step(lengths, 2, 2, False)
+    plan = plan_step(lengths, 2, 2, packing)
     work = [sum(len(rows) * max(lengths[row].sum() for row in rows) for rows in share) for share in plan]
     assert max(work) < 1.05 * min(work)
