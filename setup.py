@@ -2,9 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-version = next(
-    line.split('"')[1] for line in Path("minitrain/__init__.py").read_text().splitlines() if line.startswith("__version__")
-)
+lines = Path("minitrain/__init__.py").read_text().splitlines()
+version = next(line.split('"')[1] for line in lines if line.startswith("__version__"))
 
 setup(
     name="minitrain",

@@ -19,7 +19,8 @@ rounds, warm-up steps left out; `range` is the slowest and the fastest round. Pe
 above the loaded model while it trained (gradients and optimizer included). Share of matmul: the time that the
 products a step cannot do without (6 x weights x tokens, the output layer on supervised tokens only) would take at
 the rate measured in the same process for such products, over the time a step took; padding, attention and all else
-is what is missing from 100%. On a CPU that rate is the better one of the dtype and float32."""
+is what is missing from 100%. On a CPU that rate is the better one of the dtype and float32. TRL has a chunked head of
+its own; without Triton, so on a CPU, it runs that over the positions that are not learned too."""
 
 
 def report(results: list[dict], skipped: dict[str, str], folder: Path, seconds: float) -> int:
@@ -72,6 +73,7 @@ def figures(setting: Setting, sizes: list[dict], runs: list[dict]) -> dict:
         "padding": 1 - tokens / sum(first["places"][timed]),
         "losses": first["losses"],
         "supervised": first["supervised"],
+        "rounds": len(runs),
         "versions": {key: first[key] for key in ("torch", "transformers", "trl") if key in first},
     }
 
@@ -119,7 +121,8 @@ def judge(summaries: list[dict], skipped: dict[str, str]) -> tuple[list[str], bo
         peers, name = summary["peers"], summary["name"]
         differing = [peer for peer, f in peers.items() if not does_same_work(f, summary)]
         same_work &= not differing
-        lines.append(f"{name}: " + (f"NOT THE SAME WORK: {', '.join(differing)}" if differing else "same work in all"))
+        found = f"NOT THE SAME WORK: {', '.join(differing)}" if differing else "same work in all"
+        lines.append(f"{name}: {found if 'hand' in peers else 'losses not compared, hand was left out'}")
         rate = {peer: f["tokens_per_second"] for peer, f in peers.items()}
         memory = {peer: f["peak_mib"] for peer, f in peers.items()}
         aims = [("minitrain", "hand"), ("minitrain", "trl"), ("minitrain packed", "minitrain")]
@@ -154,16 +157,24 @@ def header(results: list[dict], skipped: dict[str, str], seconds: float) -> list
     for runs in (run for result in results for run in result["runs"].values()):
         versions |= {key: runs[0][key] for key in ("torch", "transformers", "trl") if key in runs[0]}
     told = ", ".join(f"{key} {value}" for key, value in versions.items())
-    load = f"{os.getloadavg()[0]:.1f}"
+    rounds = max(len(runs) for result in results for runs in result["runs"].values())
+    bfloat16 = "" if has_bfloat16() else "; this processor only emulates bfloat16"
     return [
         f"# minitrain, {hardware()}, {datetime.date.today()}",
         "",
-        f"{told}; {torch.get_num_threads()} threads; {seconds / 60:.0f} minutes; load at the end {load}"
+        f"{told}; {rounds} rounds in {seconds / 60:.0f} minutes; {torch.get_num_threads()} threads; load at the end "
+        f"{os.getloadavg()[0]:.1f} (more than the threads: other work disturbed the figures){bfloat16}"
         + "".join(f"; {peer} skipped: {why}" for peer, why in skipped.items()),
         "",
         NOTE,
         "",
     ]
+
+
+def has_bfloat16() -> bool:
+    from minitrain.model.heads import cpu_has_bfloat16
+
+    return torch.cuda.is_available() or cpu_has_bfloat16()
 
 
 def hardware() -> str:

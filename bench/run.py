@@ -1,7 +1,7 @@
 """minitrain against a loop written by hand and against TRL: same model, data, order and dtype, in one run.
 
-    python bench/run.py                  all settings (on 2 CPU cores under 25 minutes)
-    python bench/run.py --quick          fewer steps, one round (under 3 minutes)
+    python bench/run.py                  all settings, as many rounds as fit in 24 minutes, at most 3
+    python bench/run.py --quick          one dtype, few steps, one round (under 3 minutes)
     python bench/run.py --peer-python P  a Python that has TRL; without it bench/.venv-peer is made
 
 Each peer runs in a process of its own, in turns. The figures go to bench/results. Exit status 1: the peers did not
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,20 +36,24 @@ def main() -> int:
     skipped = {} if python else {"trl": why_not}
     peers = [peer for peer in arguments.peers if peer not in skipped]
     settings = pick_settings(arguments.quick, arguments.only)
-    results = []
     with tempfile.TemporaryDirectory(prefix="minitrain-bench-") as scratch:
-        for number, setting in enumerate(settings):
-            folder = Path(scratch) / str(number)
+        folders = [Path(scratch) / str(number) for number in range(len(settings))]
+        for setting, folder in zip(settings, folders):
             build(setting, folder)
-            runs = measure(setting, folder, peers, 1 if arguments.quick else arguments.rounds, python)
-            results.append({"setting": asdict(setting), "sizes": step_sizes(setting, folder), "runs": runs})
+        rounds = 1 if arguments.quick else arguments.rounds
+        runs = measure(list(zip(settings, folders)), peers, rounds, began + 60 * arguments.minutes, python)
+        results = [
+            {"setting": asdict(setting), "sizes": step_sizes(setting, folder), "runs": found}
+            for setting, folder, found in zip(settings, folders, runs)
+        ]
     return report(results, skipped, arguments.results or HERE / "results", time.time() - began)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps, one round")
+    parser.add_argument("--quick", action="store_true", help="one dtype, few steps, one round")
     parser.add_argument("--rounds", type=int, default=3, help="how often each peer runs (default 3)")
+    parser.add_argument("--minutes", type=float, default=24, help="begin no round that would end later (default 24)")
     parser.add_argument("--peer-python", help="a Python that has TRL")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="only these")
     parser.add_argument("--only", default="", help="only settings whose name has this in it, e.g. float32")
@@ -75,20 +79,27 @@ def find_trl(given: str | None) -> tuple[str | None, str]:
     return (python, "") if found.returncode == 0 else (None, "not importable: " + found.stderr.strip()[-300:])
 
 
-def measure(setting: Setting, folder: Path, peers: list[str], rounds: int, python: str | None) -> dict[str, list[dict]]:
-    """Runs the peers in turns, each round beginning with another one -> {peer: its results}."""
-    runs = {peer: [] for peer in peers}
+def measure(
+    workloads: list[tuple[Setting, Path]], peers: list[str], rounds: int, deadline: float, python: str | None
+) -> list[dict[str, list[dict]]]:
+    """Runs the peers in turns, each round beginning with another one -> {peer: its results} for each setting.
+
+    The first round is always finished; another one begins only when it will be over before the deadline.
+    """
+    runs = [{peer: [] for peer in peers} for _ in workloads]
     for number in range(rounds):
-        first = number % len(peers)
-        for peer in [*peers[first:], *peers[:first]]:
-            if peer == "full_logits" and number > 0:
-                continue  # it is there for its memory
-            runs[peer].append(run_peer(setting, folder, peer, python))
-            seconds = sum(runs[peer][-1]["seconds"][setting.warmup :])
-            print(f"{setting.name}: round {number + 1}: {peer}: {seconds:.2f} s for {setting.steps} steps", flush=True)
-    if "minitrain" in peers:
-        short = replace(setting, steps=min(setting.steps, 6))
-        runs["breakdown"] = [run_peer(short, folder, "minitrain", python, breakdown=True)]
+        began, first = time.time(), number % len(peers)
+        for (setting, folder), found in zip(workloads, runs):
+            for peer in [*peers[first:], *peers[:first]]:
+                if peer == "full_logits" and number > 0:
+                    continue  # it is there for its memory
+                found[peer].append(run_peer(setting, folder, peer, python))
+                seconds = sum(found[peer][-1]["seconds"][setting.warmup :])
+                print(f"round {number + 1}: {setting.name}: {peer}: {seconds / setting.steps:.2f} s a step", flush=True)
+            if "minitrain" in peers and number == 0:
+                found["breakdown"] = [run_peer(setting, folder, "minitrain", python, breakdown=True)]
+        if 2 * time.time() - began > deadline:
+            break
     return runs
 
 

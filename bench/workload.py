@@ -129,13 +129,13 @@ def _words(ids: list[int]) -> str:
 
 
 def pick_settings(quick: bool, only: str = "") -> list[Setting]:
-    """Small and large vocabulary, float32 and bfloat16; larger models on a GPU."""
-    steps = {(8_192, "float32"): 10, (8_192, "bfloat16"): 5, (128_256, "float32"): 6, (128_256, "bfloat16"): 4}
-    size = dict(batch=8)
+    """Small and large vocabulary, float32 and bfloat16; larger models on a GPU. Quick: one dtype, few steps."""
+    steps = {(8_192, "float32"): 10, (8_192, "bfloat16"): 4, (128_256, "float32"): 6, (128_256, "bfloat16"): 3}
+    size, quick_dtype = dict(batch=8, warmup=1), "float32"
     if torch.cuda.is_available():
-        steps = dict.fromkeys(steps, 20)
+        steps, quick_dtype = dict.fromkeys(steps, 20), "bfloat16"
         size = dict(batch=32, hidden=1024, intermediate=2816, layers=12, max_length=1024, median_length=250, warmup=4)
     if quick:
-        steps, size["warmup"] = {key: max(2, n // 3) for key, n in steps.items()}, 1
+        steps = {key: max(2, n // 3) for key, n in steps.items() if key[1] == quick_dtype}
     settings = [Setting(vocab, dtype, steps=n, **size) for (vocab, dtype), n in steps.items()]
     return [setting for setting in settings if only in setting.name]

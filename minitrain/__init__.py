@@ -16,6 +16,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "RunError": "errors",
+    "RunFolderError": "errors",
 }
 __all__ = list(_HOMES)
 

@@ -31,15 +31,13 @@ def _run(argv: list[str] | None, prog: str) -> int:
         arguments = _parse(argv, prog)
     except SystemExit as end:  # after --help, --version or a wrong argument
         return end.code
-    from .errors import MinitrainError, RunError
+    from .errors import MinitrainError
 
     _quiet_libraries()
     try:
         return arguments.command(arguments)
-    except RunError as error:
-        return _fail(str(error), 1)
     except MinitrainError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 

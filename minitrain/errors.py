@@ -4,6 +4,8 @@
 class MinitrainError(ValueError):
     """Something the user can mend; the message says what and how."""
 
+    exit_code = 2
+
 
 class ConfigError(MinitrainError):
     """An option is unknown, missing, of the wrong type, ignored, or contradicts another one."""
@@ -14,4 +16,12 @@ class DataError(MinitrainError):
 
 
 class RunError(MinitrainError):
-    """A run folder, a checkpoint or the training itself is in a state that cannot be gone on from."""
+    """The training itself failed: no finite gradient any more, a full disk."""
+
+    exit_code = 1
+
+
+class RunFolderError(RunError):
+    """A run folder or a checkpoint is refused: it is damaged, or of another run. Nothing was written over."""
+
+    exit_code = 2

@@ -118,7 +118,8 @@ def load_generator(
     place = pick_device(device)
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
-    config.master_dtype = _saved_dtype(config) if _saved_dtype(config) in _native_dtypes(place) else "float32"
+    saved = _saved_dtype(config)
+    config.master_dtype = saved if saved in _native_dtypes(place) else "float32"
     return Generator(load_model(config, tokenizer, seed=0).to(place).eval(), template)
 
 

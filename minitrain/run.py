@@ -9,7 +9,7 @@ import yaml
 
 from .config import config_yaml
 from .engine.checkpoint import newest_sound, prune, verify
-from .errors import RunError
+from .errors import RunFolderError
 from .schema import Config
 
 
@@ -22,6 +22,10 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.best = self.path / "best"
+
+    def settings(self) -> dict:
+        """The config as trackers get it: what came from the environment stays unresolved."""
+        return yaml.safe_load(config_yaml(self.config))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -37,7 +41,7 @@ class RunFolder:
     def find_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, as `resume` says, and complaints about damaged ones.
 
-        Raises RunError when the folder holds something this run must not write over or cannot go on with.
+        Raises RunFolderError when the folder holds something this run must not write over or cannot go on with.
         """
         resume = self.config.resume
         if resume not in ("auto", "never"):
@@ -45,7 +49,7 @@ class RunFolder:
             return Path(resume), []
         if resume == "never":
             if (self.path / "config.yml").exists():
-                raise RunError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
+                raise RunFolderError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
             return None, []
         checkpoint, complaints = newest_sound(self.checkpoints)
         if checkpoint is not None or self.finished_steps() is not None:
@@ -53,12 +57,12 @@ class RunFolder:
         return checkpoint, complaints
 
     def start(self) -> None:
-        """Makes the folder and writes config.yml. Raises RunError when it cannot be written."""
+        """Makes the folder and writes config.yml. Raises RunFolderError when it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yml").write_text(config_yaml(self.config))
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror}. Set output_dir.") from None
+            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}. Set output_dir.") from None
         self.prune()
 
     def prune(self) -> None:
@@ -80,11 +84,10 @@ class RunFolder:
             saved = yaml.safe_load((self.path / "config.yml").read_text())
         except (OSError, yaml.YAMLError):
             return
-        new = yaml.safe_load(config_yaml(self.config))
-        changes = list(_changes(saved, new, self.config))
+        changes = list(_changes(saved if isinstance(saved, dict) else {}, self.settings(), self.config))
         if changes:
             told = "; ".join(changes)
-            raise RunError(
+            raise RunFolderError(
                 f"{self.path} holds a run with other options ({told}). "
                 "Choose another exp_name, take the options back, or remove the folder."
             )

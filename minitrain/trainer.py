@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 
@@ -18,7 +17,7 @@ from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from .engine.parallel import PARALLEL, pick_device
 from .engine.precision import Precision
 from .engine.tracking import Tracking, eval_line, peak_memory_gb, train_line
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, RunFolderError
 from .evaluate import Totals, evaluate, lower_is_better
 from .exact_match import exact_match
 from .generate import Generator, Messages, Sampling
@@ -109,7 +108,7 @@ class Trainer:
             self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer))
         self.run.start()
         self.run.rewind_metrics(self.step)
-        self.tracking = Tracking(self.config, self.run.path, asdict(self.config), speaks=self.parallel.rank == 0)
+        self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
         previous = self._catch_signals()
         try:
             self._begin()
@@ -208,7 +207,7 @@ class Trainer:
             print(f"{self.run.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
             return False
         if self.checkpoint is None:
-            raise RunError(
+            raise RunFolderError(
                 f"{self.run.path} was finished at step {finished} without a checkpoint (save_every_steps=0), so it "
                 "cannot go on. Choose another exp_name."
             )
@@ -378,7 +377,7 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         if state["data"] != self._data_key():
-            raise RunError(
+            raise RunFolderError(
                 f"{self.checkpoint} was trained on other data: the files, the tokenizer or their options have changed. "
                 "Put them back, or choose another exp_name."
             )

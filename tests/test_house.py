@@ -107,7 +107,7 @@ def test_the_example_data_are_what_the_script_makes(tmp_path):
     subprocess.run([sys.executable, tmp_path / "make_data.py"], check=True)
     for file in (ROOT / "example" / "data").iterdir():
         assert (tmp_path / "data" / file.name).read_bytes() == file.read_bytes(), file.name
-    tests = {line for line in (tmp_path / "data" / "skills-test.jsonl").read_text().splitlines()}
+    tests = set((tmp_path / "data" / "skills-test.jsonl").read_text().splitlines())
     assert not tests & set((tmp_path / "data" / "skills-train.jsonl").read_text().splitlines())
 
 

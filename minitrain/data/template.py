@@ -60,6 +60,12 @@ class Template:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         if not isinstance(tokenizer.chat_template, str):
             raise ConfigError("chat_template: the tokenizer has several templates; name a .jinja file.")
+        try:
+            self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
+        except jinja2.TemplateError:
+            pass  # a template may refuse this very conversation
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token}
         any_special = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import RunError
+from ..errors import RunError, RunFolderError
 
 
 @contextlib.contextmanager
@@ -71,13 +71,13 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Restores what `save_checkpoint` wrote into model and optimizer; returns the state.
 
     The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
-    the first step. Raises RunError when the checkpoint is damaged or of another model.
+    the first step. Raises RunFolderError when the checkpoint is damaged or of another model.
     """
     verify(folder)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = load_file(folder / "model.safetensors")
     if saved.keys() != parameters.keys() or any(saved[n].shape != p.shape for n, p in parameters.items()):
-        raise RunError(
+        raise RunFolderError(
             f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
         )
     with torch.no_grad():
@@ -96,20 +96,20 @@ def restore_rng(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Checks every file against the manifest. Raises RunError that names the file."""
+    """Checks every file against the manifest. Raises RunFolderError that names the file."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{folder}: manifest.json is missing or damaged; this is no complete checkpoint") from None
+        raise RunFolderError(f"{folder}: manifest.json is missing or damaged; this is no complete checkpoint") from None
     for name, wanted in files.items():
         if Path(name).name != name:
-            raise RunError(f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint")
+            raise RunFolderError(f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint")
         try:
             found = _fingerprint(folder / name)
         except OSError:
-            raise RunError(f"{folder / name}: is missing") from None
+            raise RunFolderError(f"{folder / name}: is missing") from None
         if found != wanted:
-            raise RunError(f"{folder / name}: is damaged (its size or SHA-256 is not that of the manifest)")
+            raise RunFolderError(f"{folder / name}: is damaged (its size or SHA-256 is not that of the manifest)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -121,7 +121,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones.
 
-    Raises RunError when there are checkpoints and none is sound: starting anew is the user's decision.
+    Raises RunFolderError when there are checkpoints and none is sound: starting anew is the user's decision.
     """
     complaints = []
     found = checkpoints(folder)
@@ -129,10 +129,10 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
         try:
             verify(path)
             return path, complaints
-        except RunError as error:
+        except RunFolderError as error:
             complaints.append(str(error))
     if found:
-        raise RunError("no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.")
+        raise RunFolderError("no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.")
     return None, []
 
 
@@ -159,7 +159,7 @@ def _load_optimizer_state(folder: Path, model: nn.Module, optimizer: torch.optim
     try:
         entries = load_file(folder / "optimizer.safetensors") | numbers
     except SafetensorError as error:
-        raise RunError(f"{folder / 'optimizer.safetensors'}: is damaged: {error}") from None
+        raise RunFolderError(f"{folder / 'optimizer.safetensors'}: is damaged: {error}") from None
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for name, value in entries.items():

@@ -276,11 +276,33 @@ def test_ctrl_c_while_training(config_file, capsys):
 
 
 def test_ctrl_c_before_training(config_file):
-    """SIGINT while torch is being imported ends with one line and exit code 130."""
+    """SIGINT ends it with one line and exit code 130, also while numpy is imported, which would swallow it."""
     command = [sys.executable, "-X", "importtime", "train.py", str(config_file)]
     loading = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
-    while "torch." not in loading.stderr.readline():
-        assert loading.poll() is None
-    loading.send_signal(signal.SIGINT)
-    err = loading.communicate(timeout=60)[1]
+    try:
+        while "numpy" not in loading.stderr.readline():
+            assert loading.poll() is None
+        loading.send_signal(signal.SIGINT)
+        err = loading.communicate(timeout=30)[1]
+    finally:
+        loading.kill()
     assert loading.returncode == 130 and err.endswith("minitrain: interrupted\n") and "Traceback" not in err
+
+
+def test_what_is_refused_and_what_fails(config_file, capsys):
+    """A run folder that does not fit is something to mend (2); training that breaks down is a failure (1)."""
+
+    def train(*overrides: str) -> tuple[int, str]:
+        return main(["train", str(config_file), "--overrides", "n_steps=2", *overrides]), capsys.readouterr().err
+
+    assert train("save_every_steps=1")[0] == 0
+    for overrides, told in {
+        ("lr=0.5",): "holds a run with other options (lr: 2e-05 -> 0.5)",
+        ("resume=never",): "holds a run already",
+        (f"resume={config_file.parent}",): "manifest.json is missing or damaged",
+        (f"output_dir={config_file}",): "cannot be written",
+    }.items():
+        code, err = train(*overrides)
+        assert code == 2 and told in err and len(err.splitlines()) == 1
+    code, err = train("exp_name=nan", "lr=1e30", "max_grad_norm=0", "n_steps=50", "max_bad_steps=1", "optimizer=SGD")
+    assert code == 1 and "had a non-finite loss or gradient" in err

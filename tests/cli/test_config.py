@@ -263,7 +263,7 @@ def test_overrides_that_are_no_dotlist(load, override):
     assert problems(load, "", override)[1] == f"--overrides: {override}: write it as key=value, for example lr=2e-5."
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a\\b", "/tmp"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a\\b", "/x"])
 def test_exp_name_is_the_name_of_one_folder(load, name):
     """A run can be written nowhere but into output_dir."""
     assert "is not the name of a folder" in problems(load, f"exp_name: '{name}'")[1]

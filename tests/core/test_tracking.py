@@ -149,3 +149,18 @@ def test_metrics_hold_no_invalid_json(make_trainer):
         trainer.train()
     for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_what_comes_from_the_environment_is_never_kept(make_trainer, monkeypatch):
+    """A value from ${oc.env:...} is in no file of the run and is not sent to trackers."""
+    import wandb
+
+    started = {}
+    monkeypatch.setenv("MY_ENTITY", "top-secret-name")
+    fake = types.SimpleNamespace(log=lambda figures: None, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: started.update(kwargs) or fake)
+    trainer = make_trainer("wandb.enabled=true", "wandb.entity=${oc.env:MY_ENTITY}")
+    trainer.train()
+    assert started["entity"] == "top-secret-name" and "top-secret-name" not in json.dumps(started["config"])
+    for file in trainer.run.path.rglob("*"):
+        assert not file.is_file() or b"top-secret-name" not in file.read_bytes(), file

@@ -318,3 +318,11 @@ def test_special_token_that_swallows_spaces():
     whole = tokenizer.apply_chat_template(talk("q", "  a", "q", "  b"), tokenize=False)
     assert tokens.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert learned(template, tokens) == ["a" + END, "b" + END]
+
+
+def test_a_template_that_is_not_jinja_is_refused_by_name(tmp_path):
+    """The error names the option and the line of the template, not a row of the data."""
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% for message in messages %}{{ message }")
+    with pytest.raises(ConfigError, match="chat_template: not valid Jinja, line 1"):
+        Template(tiny_tokenizer(), str(file))
