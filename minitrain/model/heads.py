@@ -81,24 +81,29 @@ class _TokenScores(torch.autograd.Function):
         logps, lse, entropy, means = hidden.new_empty((4, n), dtype=torch.float32)  # [N] each
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if settings.token_weights else None
         matrix = weight.to(settings.matmul_dtype)  # [V, H]
+        buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=torch.float32)  # [chunk, V]
         for start in range(0, n, settings.chunk):
             rows = slice(start, start + settings.chunk)
-            part = hidden[rows].to(settings.matmul_dtype)  # [n, H]
-            logits, slope = _logits(part, matrix, bias, settings, need_slope=grads is not None)  # [n, V] float32
-            picked = logits.gather(1, targets[rows, None])[:, 0]  # [n]
-            lse[rows] = torch.logsumexp(logits, 1)
+            part, wanted = hidden[rows].to(settings.matmul_dtype), targets[rows, None]  # [n, H], [n, 1]
+            logits, slope = _logits(part, matrix, bias, settings, grads is not None, buffer[: len(part)])  # [n, V]
+            picked = logits.gather(1, wanted)[:, 0]  # [n]
+            if grads:
+                top = logits.amax(1)  # [n]
+                total = logits.sub_(top[:, None]).exp_().sum(1)  # [n]
+                lse[rows] = top + total.log()
+            else:
+                lse[rows] = torch.logsumexp(logits, 1)
             logps[rows] = picked - lse[rows]
-            if settings.mean_logps or settings.entropy or grads:
+            if grads:
+                weights = settings.token_weights(logps[rows])  # [n]
+                dlogits = logits.mul_((weights / total)[:, None])  # of -sum w log p: w (p - 1 at the target)
+                dlogits.scatter_add_(1, wanted, -weights[:, None])
+                grads.add(rows, _through_output(dlogits, slope, settings), part, matrix)
+            if settings.mean_logps or settings.entropy:
                 logits.sub_(lse[rows, None])  # log-probabilities
-            if settings.mean_logps:
                 means[rows] = logits.mean(1)
             if settings.entropy:
                 entropy[rows] = -(logits.exp() * logits).sum(1)
-            if grads:
-                dlogits = logits.exp_()
-                dlogits.scatter_add_(1, targets[rows, None], dlogits.new_full((len(part), 1), -1.0))
-                dlogits.mul_(settings.token_weights(logps[rows])[:, None])  # of -sum w log p
-                grads.add(rows, _through_output(dlogits, slope, settings), part, matrix)
         ctx.settings, ctx.grads = settings, grads
         ctx.save_for_backward(hidden, weight, bias, targets, logps, lse, entropy)
         return logps, entropy, means
@@ -114,10 +119,11 @@ class _TokenScores(torch.autograd.Function):
                 return *grads.scaled(factor), None, None
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         matrix = weight.to(settings.matmul_dtype)  # [V, H]
+        buffer = hidden.new_empty((min(targets.numel(), settings.chunk), weight.shape[0]), dtype=torch.float32)
         for start in range(0, targets.numel(), settings.chunk):
             rows = slice(start, start + settings.chunk)
             part = hidden[rows].to(settings.matmul_dtype)  # [n, H]
-            logits, slope = _logits(part, matrix, bias, settings, need_slope=True)  # [n, V]
+            logits, slope = _logits(part, matrix, bias, settings, True, buffer[: len(part)])  # [n, V]
             logits.sub_(lse[rows, None])  # log-probabilities
             probs = logits.exp()  # [n, V]
             dlogits = probs * -(grad_logps[rows] + grad_means[rows])[:, None]
@@ -158,9 +164,14 @@ class _Gradients:
         return tuple(g if g is None else g.to(d) for g, d in zip(grads, self.dtypes, strict=True))
 
 
-def _logits(part: Tensor, matrix: Tensor, bias: Tensor | None, settings: _Settings, need_slope: bool):
-    """[n, V] float32 logits, and the slope of the softcap there (None without one)."""
-    logits = (part @ matrix.T).float()
+def _logits(
+    part: Tensor, matrix: Tensor, bias: Tensor | None, settings: _Settings, need_slope: bool, buffer: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """[n, V] float32 logits, in `buffer`, and the slope of the softcap there (None without one)."""
+    if matrix.dtype == torch.float32:
+        logits = torch.mm(part, matrix.T, out=buffer)
+    else:
+        logits = buffer.copy_(part @ matrix.T)
     if bias is not None:
         logits += bias
     if settings.scale != 1.0:
