@@ -15,12 +15,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def addition(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    a, b = rng.randint(10, 59), rng.randint(10, 59)
     return f"{a} + {b} =", str(a + b)
 
 
 def subtraction(rng: random.Random) -> tuple[str, str]:
-    b, a = sorted((rng.randint(10, 99), rng.randint(10, 99)))
+    b, a = sorted((rng.randint(10, 59), rng.randint(10, 59)))
     return f"{a} - {b} =", str(a - b)
 
 
@@ -37,11 +37,11 @@ def distinct(make: Callable, count: int, rng: random.Random) -> list[tuple[str, 
     return list(rows.items())
 
 
-SKILLS = ((addition, 3000, 150), (subtraction, 2000, 100), (reversal, 1000, 50))  # training and test rows of each
+SKILLS = ((addition, 2000, 150), (subtraction, 1000, 75), (reversal, 1000, 75))  # training and test rows of each
 
 
 def make(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(6,000 training pairs, 300 test pairs), both shuffled."""
+    """(4,000 training pairs, 300 test pairs), both shuffled."""
     rng = random.Random(seed)
     train, test = [], []
     for skill, n_train, n_test in SKILLS:
