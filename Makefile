@@ -15,7 +15,7 @@ demo: .venv/ready  ## train the embedded model and show what it learned
 	$(BIN)/python train.py example/quickstart-sft.yml
 	@echo
 	@echo "Three prompts that it has not seen, answered by the trained model:"
-	$(BIN)/minitrain generate runs/quickstart-sft --prompt "34 + 28 =" "51 - 17 =" "reverse tiger"
+	$(BIN)/minitrain generate runs/quickstart-sft --prompt "57 + 36 =" "42 - 25 =" "reverse tiger"
 
 test: .venv/ready  ## the tests, without the slow ones
 	$(BIN)/python -m pytest

@@ -111,6 +111,14 @@ def test_the_example_data_are_what_the_script_makes(tmp_path):
     assert not tests & set((tmp_path / "data" / "skills-train.jsonl").read_text().splitlines())
 
 
+def test_the_prompts_of_the_demo_are_new_to_the_model():
+    """What `make demo` asks at the end stands in no training row."""
+    recipe = (ROOT / "Makefile").read_text()
+    prompts = re.findall(r'"([^"]+)"', recipe[recipe.index("--prompt") : recipe.index("test:")])
+    training = (ROOT / "example" / "data" / "skills-train.jsonl").read_text()
+    assert len(prompts) == 3 and not any(f'"{prompt}"' in training for prompt in prompts)
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
