@@ -32,13 +32,13 @@ class Policy(nn.Module):
         """The last hidden states -> [R, T, H].
 
         Without a mask and a cache, transformers reads the borders of documents off position_ids; our own
-        attention gets them in the mask's place.
+        attention gets them in the mask's place. Rows of one document each have the same positions.
         """
         by_document = batch.packed and self.model.config._attn_implementation == attention.NAME
         outputs = self.model.base_model(
             input_ids=batch.input_ids,
             attention_mask=attention.as_mask(batch.spans) if by_document else None,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids if batch.packed else batch.position_ids[:1],
             use_cache=False,
             return_dict=True,
         )
