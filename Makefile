@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all faults lint bench docs clean
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ test: .venv/ready  ## the tests, without the slow ones
 
 test-all: .venv/ready  ## every test; before a release
 	$(BIN)/python -m pytest -m ""
+
+faults: .venv/ready  ## runs that are killed, stopped and starved, all of them
+	$(BIN)/python -m pytest -m "" tests/faults -v
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,229 +1,28 @@
-"""What is wrong with a config: its types and limits first, then what types cannot say.
+"""What is wrong with a config and its types cannot say.
 
 That is: options that contradict each other, would be ignored, or name what is not there.
 """
 
 import difflib
-import math
 import os
 import re
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from .errors import ConfigError
-from .schema import FOREIGN_NAMES, RIVALS, Config, aliases, all_keys
+from .problems import Problems, check_types, nearest
+from .schema import RIVALS, Config
 
-WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "keys and values",
-}
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+WHOLE_MATRIX_OPTIMIZERS = {"Adafactor"}
 NEEDS_EVAL_DATA = ("do_first_eval", "eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
-
-
-@dataclass
-class Source:
-    """Where the values came from, so that a problem can name its line."""
-
-    name: str
-    lines: dict[str, int] = field(default_factory=dict)
-    overridden: set[str] = field(default_factory=set)
-
-    def where(self, key: str) -> tuple[float, str]:
-        """(a number to sort by, the place in words)."""
-        if any(related(key, other) for other in self.overridden):
-            return math.inf, "--overrides"
-        while key and key not in self.lines:
-            key = key[: max(key.rfind("."), key.rfind("["), 0)]
-        return (self.lines[key], f"{self.name}:{self.lines[key]}") if key else (0, self.name)
-
-    def wrote(self, key: str) -> bool:
-        return key in self.lines or key in self.overridden
-
-
-class Problems:
-    """Collects everything that is wrong with a config, and raises it as one `ConfigError`."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.found: list[tuple[float, str]] = []
-        self.spoilt: set[str] = set()  # keys that something was told about
-
-    def add(self, key: str, what: str, *rests_on: str) -> None:
-        """Notes a problem, unless `key`, or one of the keys that it `rests_on`, was found wrong before."""
-        if any(related(spoilt, other) for spoilt in self.spoilt for other in (key, *rests_on)):
-            return
-        self.spoilt.add(key)
-        order, place = self.source.where(key)
-        self.found.append((order, f"{place}: {key}: {what}"))
-
-    def raise_if_any(self) -> None:
-        if self.found:
-            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
-            lines = [line for _, line in sorted(self.found, key=lambda pair: pair[0])]
-            raise ConfigError(f"{count} in the configuration\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def related(a: str, b: str) -> bool:
-    """Whether two keys are the same, or one is inside the other."""
-    short, long = sorted((a, b), key=len)
-    return long == short or long.startswith((f"{short}.", f"{short}["))
-
-
-def shown(value: Any) -> str:
-    """A value as an error message shows it."""
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-# -------------------------------------------------------------------------------------------- types and limits
-
-
-class _Unfit(Exception):
-    """A value is not of its type or outside of its limits; the message says what was expected."""
-
-
-def check_types(schema: type, given: dict, path: str, problems: Problems) -> dict:
-    """The values of `given` converted to the types of `schema`. What does not fit is told and left out."""
-    known = {f.name: f for f in fields(schema) if f.init}
-    hints = typing.get_type_hints(schema)
-    values = {}
-    for key, value in ((str(key), value) for key, value in given.items()):
-        full = f"{path}{key}"
-        if key not in known:
-            _add_unknown(key, path, list(known), problems)
-        elif value == "???":
-            problems.add(full, "is left open (???); give it a value.")
-        else:
-            try:
-                values[key] = _value(hints[key], value, full, problems)
-                check_limits(known[key].metadata, values[key])
-            except _Unfit as error:
-                values.pop(key, None)
-                problems.add(full, str(error))
-    for name, f in known.items():
-        if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            problems.add(f"{path}{name}", f"is missing. {f.metadata['help']}")
-        if name not in values and is_dataclass(hints[name]):
-            values[name] = check_types(hints[name], {}, f"{path}{name}.", problems)
-    return values
-
-
-def _value(hint: Any, value: Any, key: str, problems: Problems) -> Any:
-    """`value` as type `hint`: a nested dataclass, a list of them, or a leaf. Raises _Unfit."""
-    args = typing.get_args(hint)
-    if is_dataclass(hint):
-        if isinstance(value, dict):
-            return check_types(hint, value, f"{key}.", problems)
-        names = ", ".join(f.name for f in fields(hint))
-        problems.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.")
-        return {}
-    if typing.get_origin(hint) is list and is_dataclass(args[0]) and isinstance(value, list):
-        return [_value(args[0], entry, f"{key}[{i}]", problems) for i, entry in enumerate(value)]
-    return _leaf(hint, value)
-
-
-def _leaf(hint: Any, value: Any) -> Any:
-    """`value` as a type without dataclasses in it. Raises _Unfit."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or (value is None and types.NoneType in args):
-        return value
-    if origin is types.UnionType:  # X | None
-        return _leaf(args[0], value)
-    if origin is list and isinstance(value, list):
-        return [_leaf(args[0], entry) for entry in value]
-    if origin is dict and isinstance(value, dict):
-        return {str(name): _leaf(args[1], entry) for name, entry in value.items()}
-    converted = _scalar(hint, value)
-    if converted is None:
-        quotes = " Put it in quotes." if hint is str and type(value) is float else ""
-        raise _Unfit(f"expected {WORDS[origin or hint]}, got {shown(value)}.{quotes}")
-    return converted
-
-
-def _scalar(kind: type, value: Any) -> bool | int | float | str | None:
-    """`value` as a bool, int, float or str where nothing is lost by it, else None. ``${oc.env:X}`` gives texts."""
-    if kind is bool:
-        return {"true": True, "false": False}.get(str(value).lower())
-    if kind is str:
-        return str(value) if type(value) is int or isinstance(value, (str, Path)) else None
-    if kind not in (int, float) or type(value) not in (int, float, str):
-        return None
-    try:
-        number = float(value)
-        if kind is float:
-            return number if math.isfinite(number) else None
-        return int(value) if int(number) == number else None
-    except (ValueError, OverflowError):
-        return None
-
-
-def check_limits(meta: dict, value: Any) -> None:
-    """Raises _Unfit for a value that its option does not allow."""
-    if value is None:
-        return
-    if meta["choices"] and value not in meta["choices"]:
-        raise _Unfit(f"{value!r} is not one of {', '.join(meta['choices'])}.{nearest(value, meta['choices'])}")
-    if meta["least"] is not None and value < meta["least"]:
-        raise _Unfit(f"must be {meta['least']} or more, got {value}.")
-    if meta["above"] is not None and value <= meta["above"]:
-        raise _Unfit(f"must be above {meta['above']}, got {value}.")
-    if meta["most"] is not None and value > meta["most"]:
-        raise _Unfit(f"must be {meta['most']} or less, got {value}.")
-
-
-# ------------------------------------------------------------------------------------------------ unknown names
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean ...?`` with the nearest of the known names, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]}?" if match else ""
-
-
-def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> None:
-    """Tells of a key that does not exist, and of the one that was meant if it can be guessed."""
-    foreign, meant = FOREIGN_NAMES.get(name, ""), _meant(name, path, known)
-    here = re.split("[ =,]", foreign)[0]
-    if name in aliases():
-        hint = f"is another name of {aliases()[name]}; give only one of them."
-    elif foreign and here != f"{path}{name}":
-        hint, meant = f"there is no such option. Here it is called {foreign}.", [here]
-    elif meant:
-        hint = f"there is no such option. Did you mean {' or '.join(meant)}?"
-    else:
-        hint = "there is no such option." + (f" There are {', '.join(known)}." if len(known) <= 12 else "")
-    problems.add(f"{path}{name}", hint)
-    problems.spoilt.update(key for key in meant if not problems.source.wrote(key))
-
-
-def _meant(name: str, path: str, known: list[str]) -> list[str]:
-    """Keys of this name in other sections, else a like one in this section, else like ones in others."""
-    everywhere = [(key, key.rpartition(".")[2]) for key in all_keys()]
-    if same := [key for key, last in everywhere if last == name]:
-        return same
-    if here := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return [f"{path}{here[0]}"]
-    like = difflib.get_close_matches(name, [last for _, last in everywhere], n=1, cutoff=0.75)
-    return [key for key, last in everywhere if last in like]
-
-
-# ----------------------------------------------------------------------------------------- what types cannot say
 
 
 def check_config(config: Config, defaults: Config, problems: Problems) -> None:
     """Adds to `problems` what is wrong with `config`. An option at its default does not count as ignored."""
     given = {f.name for f in fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
-    _check_run(config, problems)
+    _check_run(config, given, problems)
     _check_files(config, problems)
     _check_data(config, given, problems)
     _check_model(config, problems)
@@ -233,7 +32,7 @@ def check_config(config: Config, defaults: Config, problems: Problems) -> None:
     _check_evaluation(config, given, problems)
 
 
-def _check_run(config: Config, problems: Problems) -> None:
+def _check_run(config: Config, given: set[str], problems: Problems) -> None:
     from importlib.util import find_spec
 
     from .engine.parallel import pick_device
@@ -242,11 +41,9 @@ def _check_run(config: Config, problems: Problems) -> None:
         problems.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         problems.add("resume", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        problems.add("trainer", f"BasicTrainer trains on one device, but torchrun started {processes} processes.")
     try:
-        pick_device(config.device)
+        device = pick_device(config.device)
+        _check_parallel(config, device.type, given, problems)
     except ConfigError as error:
         problems.add("device", str(error).removeprefix("device: ") + ".")
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
@@ -254,6 +51,40 @@ def _check_run(config: Config, problems: Problems) -> None:
     for name in ("wandb", "swanlab"):
         if getattr(config, name).enabled and find_spec(name) is None:
             problems.add(f"{name}.enabled", f"the package {name} is not installed: pip install {name}")
+
+
+def _check_parallel(config: Config, device: str, given: set[str], problems: Problems) -> None:
+    """`given`: names of the options that are not at their default."""
+    processes, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.trainer == "BasicTrainer":
+        if processes > 1:
+            problems.add(
+                "trainer",
+                f"BasicTrainer trains on one device, but torchrun started {processes} processes. "
+                "Set trainer=FSDPTrainer.",
+            )
+        if "fsdp" in given:
+            problems.add("fsdp", "would be ignored: it needs trainer=FSDPTrainer.", "trainer")
+        return
+    if device == "mps":
+        problems.add("trainer", "FSDPTrainer needs CUDA devices or the CPU; use device=cpu, or BasicTrainer.", "device")
+    if device == "cuda" and local > _n_gpus():
+        problems.add("trainer", f"torchrun started {local} processes on this machine, but it has {_n_gpus()} GPUs.")
+    if config.fsdp.cpu_offload and device == "cpu":
+        problems.add("fsdp.cpu_offload", "would be ignored: everything is on the CPU already.")
+    if config.fsdp.shard == "hybrid" and (processes == local or processes % local):
+        problems.add("fsdp.shard", "hybrid needs several machines with equally many processes; use full on one.")
+
+
+def world_size() -> int:
+    """Processes that a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _n_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _check_files(config: Config, problems: Problems) -> None:
@@ -343,11 +174,13 @@ def _check_loss(config: Config, problems: Problems) -> None:
 
 
 def _check_steps(config: Config, problems: Problems) -> None:
-    if config.total_batch_size % config.gradient_accumulation_steps:
+    processes = world_size()
+    if config.total_batch_size % (config.gradient_accumulation_steps * processes):
+        over = f" on each of {processes} processes" if processes > 1 else ""
         problems.add(
             "total_batch_size",
             f"{config.total_batch_size} examples cannot be cut into gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} equal micro-batches.",
+            f"{config.gradient_accumulation_steps} equal micro-batches{over}.",
         )
     if config.n_steps is not None and config.warmup_steps > config.n_steps:
         problems.add("warmup_steps", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
@@ -363,6 +196,9 @@ def _check_optimizer(config: Config, given: set[str], problems: Problems) -> Non
     except ConfigError as error:
         problems.add("optimizer", str(error))
         return
+    if config.trainer == "FSDPTrainer" and config.fsdp.shard != "none" and chosen.__name__ in WHOLE_MATRIX_OPTIMIZERS:
+        told = f"{chosen.__name__} looks at whole matrices, which fsdp.shard={config.fsdp.shard} cuts up; use AdamW."
+        problems.add("optimizer", told, "fsdp.shard")
     accepted = accepted_options(chosen)
     for key in ("betas", "eps", "weight_decay"):
         if key in given and key not in accepted:

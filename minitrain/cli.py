@@ -5,8 +5,10 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 
+RANK_0_TELLS_FIRST = 2.0  # seconds
 EXIT_CODES = """exit codes:
   0    done
   1    training failed (a non-finite loss that does not go away, a full disk)
@@ -43,6 +45,11 @@ def _run(argv: list[str] | None, prog: str) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # Mostly rank 0 has the same to tell, and then the launcher ends this process before it repeats it.
+        time.sleep(RANK_0_TELLS_FIRST)
+        message = f"rank {rank}: {message}"
     print(f"minitrain: {message}", file=sys.stderr)
     return code
 
@@ -158,6 +165,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _hide_loading_bar()
     trainer = Trainer(config)
     trainer.train()
+    trainer.parallel.close()
     return 0 if trainer.signal is None else 128 + trainer.signal
 
 

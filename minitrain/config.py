@@ -12,8 +12,9 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .checks import Problems, Source, check_config, check_types, shown
+from .checks import check_config
 from .errors import ConfigError
+from .problems import Problems, Source, check_types, shown
 from .schema import RIVALS, Config, aliases
 
 MAX_VALUES = 10_000  # of one file, its aliases written out: a few lines of YAML can grow without bound

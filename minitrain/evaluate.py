@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .batch import Batch
+from .engine.faults import failpoint
 from .engine.parallel import SingleDevice
 from .engine.precision import Precision
 from .losses import Loss, LossOutput
@@ -54,13 +55,18 @@ def evaluate(
     precision: Precision,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Mean loss and metrics over batches; the same for every batch size. Ends early, with {}, when `stop()`."""
+    """Mean loss and metrics over batches; the same for every batch size and number of ranks.
+
+    Ends early, with {}, when `stop()`, on which all ranks have to agree.
+    """
     totals = Totals(parallel.device)
     with inference(policy), precision.autocast():
         for batch in batches:
-            if parallel.max(int(stop())):
+            failpoint("eval.batch")
+            if stop():
                 return {}
             totals.add(loss(batch.to(parallel.device), policy))
+    parallel.reshard(policy)
     return loss.summary(totals.means(parallel))
 
 

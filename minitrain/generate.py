@@ -1,6 +1,7 @@
 """Answers from a model: batched, left-padded, with the template and the end tokens of its training."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,10 +39,15 @@ class Sampling:
 
 
 class Generator:
-    """A model with its template."""
+    """A model with its template. `gathered` is for a sharded model, and every rank then has to ask for the same."""
 
-    def __init__(self, model: nn.Module, template: Template):
-        self.model, self.template = model, template
+    def __init__(
+        self,
+        model: nn.Module,
+        template: Template,
+        gathered: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        self.model, self.template, self.gathered = model, template, gathered
         self.tokenizer = template.tokenizer
         self.end_ids = template.end_ids()
         self.n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
@@ -83,12 +89,12 @@ class Generator:
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
         """Left-padded generation -> ids of the answers [B, <= max_new_tokens]."""
-        device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # [B, T]
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, T]
-        with inference(self.model):
+        with inference(self.model), self.gathered():
+            device = self.model.get_input_embeddings().weight.device
+            ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # [B, T]
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, T]
             if sampling.temperature > 0:  # `inference` puts the random state back, so each call needs a seed of its own
                 torch.manual_seed(sampling.seed + self.calls)
             self.calls += 1

@@ -1,27 +1,46 @@
 """The run folder: what is in it already, whether this config may go on with it, and what is written at the start."""
 
+import contextlib
+import fcntl
 import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
 from .config import config_yaml
-from .engine.checkpoint import newest_sound, prune, verify
+from .engine.checkpoint import Save
+from .engine.folders import checkpoints, newest_sound, prune, verify
+from .engine.parallel import SingleDevice
 from .errors import RunFolderError
 from .schema import Config
 
+INPUTS = {
+    "datasets": "other data: the files, the tokenizer or their options have changed",
+    "model": "another base model: the files of model.name_or_path have changed",
+}
+
 
 class RunFolder:
-    """``output_dir/exp_name``."""
+    """``output_dir/exp_name``. What writes or decides is done by rank 0 and reaches the others."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, parallel: SingleDevice):
+        """Raises RunFolderError when the folder holds a run that this config must not go on with."""
+        self.config, self.parallel = config, parallel
         self.path = Path(config.output_dir) / config.exp_name
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.best = self.path / "best"
+        self.lock = None
+        self.pending: Save | None = None  # a checkpoint that is being written
+        parallel.first(self._refuse_changes)
 
     def settings(self) -> dict:
         """The config as trackers get it: what came from the environment stays unresolved."""
@@ -32,69 +51,136 @@ class RunFolder:
 
     def finished_steps(self) -> tuple[int, int] | None:
         """(steps taken, steps planned) of an earlier run that ended, if one did."""
+        return self.parallel.first(self._read_ended)
+
+    def find_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, as `resume` says, and complaints about damaged ones.
+
+        Raises RunFolderError when the one that was named is damaged, or none is sound.
+        """
+        resume = self.config.resume
+        if resume == "never":
+            return None, []
+        if resume != "auto":
+            verify(Path(resume), self.parallel)
+            return Path(resume), []
+        return newest_sound(self.checkpoints, self.parallel)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process can train in this folder. Raises RunFolderError when one does already."""
+        self.parallel.first(self._take_lock)
+        try:
+            yield
+        finally:
+            if self.lock is not None:  # which a killed process loses too
+                self.lock.close()
+
+    def compare_inputs(self, checkpoint: Path, saved: dict[str, list], now: dict[str, list]) -> None:
+        """Raises RunFolderError when a checkpoint is of other data or another base model."""
+        for name, was in saved.items():
+            if was != now[name] and name not in self.config.allow_changes:
+                raise RunFolderError(
+                    f"{checkpoint} is of a run with {INPUTS[name]}. Put them back, choose another exp_name, or go on "
+                    f"with what is there now: allow_changes=[{name}]."
+                )
+
+    def start(self, step: int) -> None:
+        """Writes config.yml, cleans up what a crash left, and drops figures after `step`, which will come anew."""
+
+        def write() -> None:
+            (self.path / "config.yml").write_text(config_yaml(self.config))
+            prune(self.checkpoints, self.config.keep_checkpoints)
+            for debris in (*self.path.glob(".tmp-*"), *self.path.glob(".trash-*")):
+                shutil.rmtree(debris, ignore_errors=True)
+            file = self.path / "metrics.jsonl"
+            if file.exists():
+                lines = file.read_text().splitlines() if step else []
+                file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+
+        self.parallel.first(lambda: self._writing(write))
+
+    def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Writes a checkpoint, with `save_async` while training goes on."""
+        self.finish_saving()
+        folder = self.checkpoint(state["step"])
+        self.pending = Save(folder, policy, optimizer, state, self.parallel, snapshot=self.config.save_async)
+        if self.config.save_async:
+            self.pending.start()
+        else:
+            self.pending.write()
+            self.finish_saving()
+
+    def finish_saving(self, wait: bool = True) -> None:
+        """Commits a checkpoint that was being written; without `wait` only when all ranks have written theirs."""
+        if self.pending is None or (not wait and self.parallel.max(int(self.pending.running))):
+            return
+        pending, self.pending = self.pending, None
+        pending.commit()
+        self.parallel.first(lambda: prune(self.checkpoints, self.config.keep_checkpoints))
+
+    def finish(self, step: int, total_steps: int) -> None:
+        """Notes that the run has ended by itself."""
+        ended = json.dumps({"finished_step": step, "total_steps": total_steps})
+        self.parallel.first(lambda: self._writing(lambda: (self.path / "run.json").write_text(ended)))
+
+    def _read_ended(self) -> tuple[int, int] | None:
         try:
             ended = json.loads((self.path / "run.json").read_text())
             return ended["finished_step"], ended["total_steps"]
         except (OSError, ValueError, KeyError):
             return None
 
-    def find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, as `resume` says, and complaints about damaged ones.
-
-        Raises RunFolderError when the folder holds something this run must not write over or cannot go on with.
-        """
-        resume = self.config.resume
-        if resume not in ("auto", "never"):
-            verify(Path(resume))
-            return Path(resume), []
-        if resume == "never":
-            if (self.path / "config.yml").exists():
-                raise RunFolderError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
-            return None, []
-        checkpoint, complaints = newest_sound(self.checkpoints)
-        if checkpoint is not None or self.finished_steps() is not None:
-            self._refuse_changes()
-        return checkpoint, complaints
-
-    def start(self) -> None:
-        """Makes the folder and writes config.yml. Raises RunFolderError when it cannot be written."""
+    def _take_lock(self) -> None:
+        self._writing(lambda: self.path.mkdir(parents=True, exist_ok=True))
+        self.lock = self._writing(lambda: open(self.path / ".lock", "a+"))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yml").write_text(config_yaml(self.config))
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise RunFolderError(
+                f"{self.path}: another process trains in this folder ({self.lock.read().strip()}); "
+                "wait for it, or choose another exp_name."
+            ) from None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
+
+    def _writing(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
         except OSError as error:
             raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}. Set output_dir.") from None
-        self.prune()
-
-    def prune(self) -> None:
-        """Keeps the newest checkpoints only, and removes what a crash left."""
-        prune(self.checkpoints, self.config.keep_checkpoints)
-
-    def finish(self, step: int, total_steps: int) -> None:
-        (self.path / "run.json").write_text(json.dumps({"finished_step": step, "total_steps": total_steps}))
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`, which will be written anew."""
-        file = self.path / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text().splitlines()
-            file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step) if step else "")
 
     def _refuse_changes(self) -> None:
+        """Raises RunFolderError for a folder with a run that `resume` forbids, or that had other options."""
+        if not (self.path / "config.yml").exists():
+            return
+        if self.config.resume == "never":
+            raise RunFolderError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
+        if self.config.resume != "auto" or not (checkpoints(self.checkpoints) or self._read_ended()):
+            return
         try:
             saved = yaml.safe_load((self.path / "config.yml").read_text())
         except (OSError, yaml.YAMLError):
             return
-        changes = list(_changes(saved if isinstance(saved, dict) else {}, self.settings(), self.config))
-        if changes:
-            told = "; ".join(changes)
+        changes = dict(_changes(saved if isinstance(saved, dict) else {}, self.settings(), self.config))
+        allowed = [key for key in changes if _is_allowed(key, self.config.allow_changes)]
+        told = "; ".join(f"{key}: {change}" for key, change in changes.items() if key not in allowed)
+        if told:
+            keys = ",".join(key for key in changes if key not in allowed)
             raise RunFolderError(
-                f"{self.path} holds a run with other options ({told}). "
-                "Choose another exp_name, take the options back, or remove the folder."
+                f"{self.path} holds a run with other options ({told}). Choose another exp_name, take the options back, "
+                f"or go on with them: allow_changes=[{keys}]."
             )
 
 
+def _is_allowed(key: str, allowed: list[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
-    """``key: old -> new`` for each option that changes what is computed."""
+    """(key, ``old -> new``) of each option that changes what is computed."""
     for f in fields(schema):
         if not f.init or f.metadata["free"]:
             continue
@@ -102,7 +188,7 @@ def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
         if is_dataclass(value) and isinstance(old, dict):
             yield from _changes(old, now, value, f"{path}{f.name}.")
         elif old != now:
-            yield f"{path}{f.name}: {_short(old)} -> {_short(now)}"
+            yield f"{path}{f.name}", f"{_short(old)} -> {_short(now)}"
 
 
 def _short(value: Any) -> str:

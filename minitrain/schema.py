@@ -82,6 +82,22 @@ class EvalGenerateConfig:
 
 
 @dataclass
+class FSDPConfig:
+    shard: str = option(
+        "full",
+        "full: parameters, gradients and optimizer are cut over the ranks (ZeRO-3). grad: parameters stay whole from "
+        "the forward to the backward pass (ZeRO-2). hybrid: cut inside a machine, repeated across. none: every rank "
+        "has all.",
+        choices=("full", "grad", "hybrid", "none"),
+        free=True,
+    )
+    cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer in the memory of the CPU.", free=True)
+    timeout_seconds: float = option(
+        1800, "End the run when nothing has moved for so long, and say which rank is stuck where.", above=0, free=True
+    )
+
+
+@dataclass
 class WandbConfig:
     enabled: bool = option(False, "Log to Weights & Biases (WANDB_MODE=offline works without a network).", free=True)
     entity: str | None = option(None, "User or team.", free=True)
@@ -102,7 +118,13 @@ class Config:
     output_dir: str = option("runs", "Where run folders are made.", free=True)
     seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", least=0)
     device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda", "mps"), free=True)
-    trainer: str = option("BasicTrainer", "BasicTrainer trains on one device.", choices=("BasicTrainer",), free=True)
+    trainer: str = option(
+        "BasicTrainer",
+        "BasicTrainer trains on one device, FSDPTrainer on as many as torchrun starts it on.",
+        choices=("BasicTrainer", "FSDPTrainer"),
+        free=True,
+    )
+    fsdp: FSDPConfig = option(FSDPConfig, "How FSDPTrainer cuts the model up.")
     debug: bool = option(False, "Find the operation that makes a NaN (slow), and send nothing to trackers.", free=True)
 
     # data
@@ -141,7 +163,9 @@ class Config:
     total_batch_size: int = option(
         32, "Examples of one optimizer step, over all micro-batches and devices.", least=1, alias="batch_size"
     )
-    gradient_accumulation_steps: int = option(1, "Micro-batches that an optimizer step is cut into.", least=1)
+    gradient_accumulation_steps: int = option(
+        1, "Micro-batches that each device's share of an optimizer step is cut into.", least=1, free=True
+    )
     n_epochs: float = option(1.0, "Passes over the data.", above=0, free=True)
     n_steps: int | None = option(None, "Optimizer steps, in place of n_epochs; give one of them.", least=1, free=True)
     optimizer: str = option("AdamW", "Any optimizer of torch.optim by name.")
@@ -171,12 +195,16 @@ class Config:
         0, "Write a checkpoint to resume from every so many steps; 0: none.", least=0, free=True
     )
     keep_checkpoints: int = option(2, "Keep the newest so many checkpoints.", least=1, free=True)
+    save_async: bool = option(False, "Write checkpoints while training goes on; takes memory for a copy.", free=True)
     save_best: bool = option(False, "Keep the model with the best early_stopping.metric in best/.", free=True)
     resume: str = option(
         "auto",
         "auto: go on from the newest checkpoint of the run folder. never: refuse a folder that holds a run. "
         "Or the path of a checkpoint.",
         free=True,
+    )
+    allow_changes: list[str] = option(
+        [], "Options that may differ from those of the run that is resumed, e.g. [lr, datasets, model].", free=True
     )
 
     # tracking
@@ -297,6 +325,11 @@ FOREIGN_NAMES = {
     "completion_only_loss": "train_on",
     "train_on_inputs": "train_on",
     "random_seed": "seed",
-    "fsdp": "trainer",
+    "deepspeed": "trainer=FSDPTrainer and fsdp (docs/distributed.md has a table)",
+    "fsdp_config": "fsdp",
+    "sharding_strategy": "fsdp.shard",
+    "zero_stage": "fsdp.shard",
+    "async_save": "save_async",
+    "overwrite_output_dir": "resume",
     "name": "exp_name, or model.name_or_path, or loss.name",
 }

@@ -1,10 +1,11 @@
 """The loop. It knows no loss, no data set, no model class and no number of devices."""
 
+import collections
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -12,9 +13,11 @@ from .batch import Batch
 from .card import model_card
 from .data.loader import Loader, load_data
 from .data.template import Template
-from .engine.checkpoint import atomic_folder, load_checkpoint, restore_rng, save_checkpoint
+from .engine.checkpoint import load_checkpoint, restore_rng
+from .engine.faults import failpoint
+from .engine.folders import atomic_folder
 from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
-from .engine.parallel import PARALLEL, pick_device
+from .engine.parallel import make_parallel
 from .engine.precision import Precision
 from .engine.tracking import Tracking, eval_line, peak_memory_gb, train_line
 from .errors import ConfigError, RunError, RunFolderError
@@ -22,11 +25,15 @@ from .evaluate import Totals, evaluate, lower_is_better
 from .exact_match import exact_match
 from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss
-from .model.load import DTYPES, freeze_layers, load_policy, load_tokenizer, save_model
-from .model.policy import checkpoint_activations, find_blocks
+from .model.load import DTYPES, fingerprint, load_policy, load_tokenizer, save_model
+from .model.weights import whole_tensors
+from .prepare import prepare_policy
 from .run import RunFolder
 from .schema import Config
+from .signals import signals_noted
 
+# What a checkpoint holds besides tensors: attributes of the trainer.
+PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics")
 HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
 
 
@@ -34,10 +41,10 @@ class Trainer:
     """Trains a model as a `Config` says.
 
     Hooks are plain functions that get the trainer: ``Trainer(config, on_step_end=lambda t: print(t.step))``.
-    They may read everything and set `trainer.should_stop`.
+    They may read everything and set `trainer.should_stop`. With several ranks each calls them.
 
-    Attributes that hooks read: step, updates, consumed, config, policy, optimizer, train_metrics (of the last
-    log step), eval_metrics (of the last evaluation).
+    Attributes that hooks read: step, updates, consumed, indices (of the examples of the last step), config, policy,
+    optimizer, parallel, train_metrics (of the last log step), eval_metrics (of the last evaluation).
     """
 
     def __init__(self, config: Config, loss: Loss | None = None, **hooks: Callable[["Trainer"], None]):
@@ -48,43 +55,38 @@ class Trainer:
         self.config, self.hooks = config, hooks
         options = {key: value for key, value in config.loss.items() if key != "name"}
         self.loss = loss or create_loss(config.loss["name"], **options)
-        self.parallel = PARALLEL[config.trainer](pick_device(config.device))
+        self.parallel = make_parallel(config)
         self.device = self.parallel.device
-        self.run = RunFolder(config)
-        self.checkpoint, complaints = self.run.find_checkpoint()
-
-        self.tokenizer = load_tokenizer(config.model)
-        self.template = Template(self.tokenizer, config.chat_template, config.train_on)
-        data = load_data(config, self.template)
-        self.notes = complaints + data.notes
-        places = (self.tokenizer.pad_token_id, self.parallel.rank, self.parallel.world_size)
-        self.train_loader = Loader(data.train, config, *places)
-        self.eval_loader = Loader(data.eval, config, *places) if data.eval else None
+        self.run = RunFolder(config, self.parallel)
+        self.precision = Precision(DTYPES[config.model.policy_dtype], self.device)
 
         torch.manual_seed(config.seed)
         torch.autograd.set_detect_anomaly(config.debug)
-        policy = load_policy(config.model, self.tokenizer, config.seed, self.device, config.packing)
-        dtype = DTYPES[config.model.policy_dtype]
-        freeze_layers(policy.model, config.freeze_layers, dtype)
-        if config.activation_checkpointing:
-            checkpoint_activations(policy.model)
-        if config.compile:
-            for block in find_blocks(policy.model.base_model):
-                block.compile(dynamic=True)
+        with self.parallel.taking_turns():  # the first process of a machine tokenises and downloads
+            self.tokenizer = load_tokenizer(config.model)
+            self.template = Template(self.tokenizer, config.chat_template, config.train_on)
+            data = load_data(config, self.template)
+            policy, weights = load_policy(config, self.tokenizer, empty=self.parallel.reads_rows)
+        self.notes = data.notes
+        places = (self.tokenizer.pad_token_id, self.parallel.rank, self.parallel.world_size)
+        self.train_loader = Loader(data.train, config, *places)
+        self.eval_loader = Loader(data.eval, config, *places) if data.eval else None
         if policy.pays_for_long_rows:
             for loader in filter(None, (self.train_loader, self.eval_loader)):
                 loader.row_capacity = config.max_length
-        self.policy = self.parallel.wrap(policy).train()
+        self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.policy, config)
-        self.precision = Precision(dtype, self.device)
-        self.generator = Generator(policy.model, self.template)
+        self.generator = Generator(policy.model, self.template, lambda: self.parallel.gathered(self.policy))
+        torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
 
         self.total_steps = self.train_loader.total_steps
         self.warmup = warmup_steps(config, self.total_steps)
         self.step = 0  # optimizer steps tried
         self.updates = 0  # optimizer steps taken; those with a non-finite gradient are not
         self.consumed = 0  # examples seen, over all ranks
+        self.indices: list[int] = []  # the examples of the last step
+        self.checkpoint: Path | None = None  # what it goes on from
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
         self.best: float | None = None
@@ -102,29 +104,35 @@ class Trainer:
 
         After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
         """
-        if self.run.finished_steps() is not None and not self._may_go_on():
-            return {}
-        if self.checkpoint is not None:
-            self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer))
-        self.run.start()
-        self.run.rewind_metrics(self.step)
-        self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
-        previous = self._catch_signals()
-        try:
-            self._begin()
-            self._loop()
-            if self.signal is None:
-                self._finish()
-            if self.signal is not None:
-                self._save_checkpoint()
-                name = signal.Signals(self.signal).name
-                self._say(f"stopped by {name} at step {self.step}; the same command goes on from there")
-            self._call("on_train_end")
-        finally:
-            self.tracking.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with self.parallel.contact(), self.run.locked():
+            ended = self.run.finished_steps()
+            self.checkpoint, complaints = self.run.find_checkpoint()
+            self.notes = complaints + self.notes
+            if ended is not None and not self._may_go_on(*ended):
+                return {}
+            if self.checkpoint is not None:
+                self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer, self.parallel))
+            self.run.start(self.step)
+            self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
+            try:
+                with signals_noted(self._note_signal):
+                    self._run()
+            finally:
+                self.tracking.close()
         return self.eval_metrics
+
+    def _run(self) -> None:
+        self._begin()
+        self._loop()
+        self.run.finish_saving()
+        if self.signal is None:
+            self._finish()
+        if self.signal is not None:
+            self._save_checkpoint()
+            self.run.finish_saving()
+            name = signal.Signals(self.signal).name
+            self._say(f"stopped by {name} at step {self.step}; the same command goes on from there")
+        self._call("on_train_end")
 
     def _loop(self) -> None:
         self.tracking.start_bar(self.total_steps, self.step)
@@ -132,9 +140,11 @@ class Trainer:
         for indices, batches in self.train_loader.steps(self.consumed):
             if self.step >= self.total_steps or self._stopping():
                 break
+            self.parallel.note(f"step {self.step + 1}")
             self._train_step(batches)
             self.step += 1
             self.consumed += len(indices)
+            self.indices = indices
             self.tracking.advance()
             self._after_step()
 
@@ -147,12 +157,15 @@ class Trainer:
             self.window["tokens"] += batch.n_tokens
             self.window["places"] += batch.input_ids.numel()
             batch = batch.to(self.device)
-            with self.parallel.backward_context(last=i == len(batches) - 1):
+            failpoint("step.batch")
+            with self.parallel.backward_context(self.policy, last=i == len(batches) - 1):
                 with self.precision.autocast():
                     output = self.loss(batch, self.policy)
-                self.precision.backward(output.sum / weight)
+                failpoint("step.backward")
+                self.precision.backward(failpoint("step.loss", output.sum) / weight)
             finite &= torch.isfinite(output.sum.detach())
             self.totals.add(output)
+        failpoint("step.reduce")
         self.precision.unscale(self.parameters)
         norm = self.parallel.clip_grad_norm(self.parameters, self.config.max_grad_norm)
         self.grad_norm = float(norm)
@@ -190,21 +203,33 @@ class Trainer:
         if self.step % config.log_every_steps == 0 or last:
             self._log_train()
         self._call("on_step_end")
+        self.run.finish_saving(wait=False)
         if config.eval_every_steps and self.step % config.eval_every_steps == 0 and not last:
             self._evaluate_and_judge()
         if config.save_every_steps and (self.step % config.save_every_steps == 0 or last):
             self._save_checkpoint()
 
     def _stopping(self) -> bool:
-        return bool(self.parallel.max(int(self.should_stop or self.signal is not None)))
+        """Whether to stop, agreed on by all ranks; a signal that one of them got becomes everyone's."""
+        code = int(self.parallel.max(self.signal or int(self.should_stop)))
+        if code > 1:
+            self.signal = code
+        return code > 0
+
+    def _note_signal(self, number: int) -> None:
+        self.signal = number
+
+    def _interrupted(self) -> bool:
+        self._stopping()
+        return self.signal is not None
 
     # ------------------------------------------------------------------------------------------ begin and end
 
-    def _may_go_on(self) -> bool:
-        finished, planned = self.run.finished_steps()
+    def _may_go_on(self, finished: int, planned: int) -> bool:
         if planned >= self.total_steps:
             early = f" (stopped early, of {planned})" if finished < planned else ""
-            print(f"{self.run.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
+            if self.parallel.rank == 0:
+                print(f"{self.run.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
             return False
         if self.checkpoint is None:
             raise RunFolderError(
@@ -223,14 +248,15 @@ class Trainer:
         if self.step == 0 and self.config.do_first_eval:
             self._evaluate_and_judge()
         if self.checkpoint is not None:
-            restore_rng(self.checkpoint)  # last, so that nothing draws from it before the first step
+            restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
 
     def _description(self) -> str:
         total = sum(p.numel() for p in self.policy.parameters())
         trained = sum(p.numel() for p in self.parameters)
         held = f", {len(self.eval_loader.examples):,} to evaluate on" if self.eval_loader else ""
+        ranks = f"{self.parallel.world_size} x " if self.parallel.world_size > 1 else ""
         return (
-            f"{self.config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {self.device} in "
+            f"{self.config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{self.device} in "
             f"{self.config.model.policy_dtype}; {len(self.train_loader.examples):,} examples{held}; "
             f"{self.total_steps} steps of {self.config.total_batch_size}; loss {self.loss.name}"
         )
@@ -243,16 +269,6 @@ class Trainer:
         self._save_model(self.run.final)
         self.run.finish(self.step, self.total_steps)
         self._say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
-
-    def _catch_signals(self) -> dict:
-        """SIGINT, SIGTERM and SIGUSR1 set a flag that is looked at between steps; returns the handlers before."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-
-        def note(number, frame):
-            self.signal = number
-
-        return {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def _call(self, hook: str) -> None:
         if hook in self.hooks:
@@ -270,7 +286,8 @@ class Trainer:
 
     def _log_train(self) -> None:
         seconds = time.perf_counter() - self.window["start"]
-        tokens, places = self.window["tokens"], self.window["places"]
+        counts = torch.tensor([self.window["tokens"], self.window["places"]], dtype=torch.int64)
+        tokens, places = self.parallel.sum(counts).tolist()
         steps = self.step - self.window["step"]
         self.train_metrics = self.loss.summary(self.totals.means(self.parallel)) | {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -279,7 +296,7 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "padding": 1 - tokens / places,
-            "memory_gb": peak_memory_gb(self.device),
+            "memory_gb": self.parallel.max(peak_memory_gb(self.device)),
             "eta_seconds": (self.total_steps - self.step) * seconds / steps,
         }
         self.tracking.log(self.step, "train", self.train_metrics)
@@ -293,13 +310,14 @@ class Trainer:
         if self.eval_loader is None:
             return {}
         batches = self.eval_loader.eval_batches()
-        return evaluate(self.policy, self.loss, batches, self.parallel, self.precision, lambda: self.signal is not None)
+        return evaluate(self.policy, self.loss, batches, self.parallel, self.precision, self._interrupted)
 
     def _evaluate_and_judge(self) -> None:
         """Evaluates, logs, keeps the best model, counts towards early stopping."""
         if self.eval_loader is None:
             return
         began = time.perf_counter()
+        self.parallel.note(f"the evaluation at step {self.step}")
         metrics = self.evaluate()
         if not metrics:
             return
@@ -308,6 +326,7 @@ class Trainer:
             with self.precision.autocast():
                 examples, size = self.eval_loader.examples, self.config.eval_batch_size
                 metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self._say)
+        metrics = self.parallel.first(lambda: metrics)  # so that all ranks judge alike, to the last bit
         self.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
         self.evaluated_step = self.step
         self.tracking.log(self.step, "eval", self.eval_metrics)
@@ -350,41 +369,34 @@ class Trainer:
         results = {f"eval {k}": v for k, v in self.eval_metrics.items()} | {
             f"train {k}": v for k, v in self.train_metrics.items() if k == "loss"
         }
-        with atomic_folder(folder) as temporary:
-            save_model(self.generator.model, self.tokenizer, temporary, self.precision.dtype)
-            card = model_card(self.config, results, len(self.train_loader.examples), self.step)
-            (temporary / "README.md").write_text(card)
+        card = model_card(self.config, results, len(self.train_loader.examples), self.step)
+        model = self.generator.model
+        tensors = whole_tensors(model, self.parallel.whole)
+
+        def write() -> None:
+            with atomic_folder(folder) as temporary:
+                save_model(model, self.tokenizer, temporary, self.precision.dtype, tensors)
+                (temporary / "README.md").write_text(card)
+
+        self.parallel.note(f"saving {folder}")
+        self.parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
         self._call("on_save")
 
     def _save_checkpoint(self) -> None:
-        folder = self.run.checkpoint(self.step)
-        save_checkpoint(folder, self.policy, self.optimizer, self._state())
-        self.run.prune()
+        self.parallel.note(f"the checkpoint of step {self.step}")
+        state = {name: getattr(self, name) for name in PROGRESS}
+        state |= {"precision": self.precision.state_dict(), "inputs": self._inputs()}
+        self.run.save_checkpoint(self.policy, self.optimizer, state)
         self._call("on_save")
 
-    def _state(self) -> dict:
-        return {
-            "step": self.step,
-            "updates": self.updates,
-            "consumed": self.consumed,
-            "bad_steps": self.bad_steps,
-            "best": self.best,
-            "stale_evals": self.stale_evals,
-            "eval_metrics": self.eval_metrics,
-            "precision": self.precision.state_dict(),
-            "data": self._data_key(),
-        }
-
     def _restore(self, state: dict) -> None:
-        if state["data"] != self._data_key():
-            raise RunFolderError(
-                f"{self.checkpoint} was trained on other data: the files, the tokenizer or their options have changed. "
-                "Put them back, or choose another exp_name."
-            )
+        self.run.compare_inputs(self.checkpoint, state["inputs"], self._inputs())
         self.precision.load_state_dict(state["precision"])
-        for name in ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
 
-    def _data_key(self) -> list[str]:
+    def _inputs(self) -> dict[str, list[str]]:
+        """What a checkpoint depends on and its tensors do not tell."""
         examples = self.train_loader.examples
-        return [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
+        data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
+        return {"datasets": data, "model": fingerprint(self.config.model)}

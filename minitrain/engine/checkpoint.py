@@ -1,148 +1,245 @@
 """Checkpoints that a crash cannot spoil: written beside, flushed, hashed, then renamed into place.
 
-    checkpoints/step-100/   model.safetensors      the trained parameters
-                            optimizer.safetensors  its state, `parameter/name of the state`
-                            rng.safetensors        random number generators
-                            state.json             position, schedule, scaler and the like
-                            manifest.json          size and SHA-256 of each; written last
+    checkpoints/step-100/   model-0.safetensors      rank 0's rows of the trained parameters
+                            optimizer-0.safetensors  and of the optimizer's state, `parameter/name of the state`
+                            rng-0.safetensors        its random number generators
+                            ...                      the same of rank 1, 2, ...
+                            index.json               of each tensor: its shape, and which file holds which rows
+                            state.json               position, schedule, scaler and the like
+                            manifest.json            size and SHA-256 of each file; written last
 
-No pickle: tensors are safetensors, the rest is JSON.
+Any number of ranks reads the rows that it needs. No pickle: tensors are safetensors, the rest is JSON.
 """
 
-import contextlib
-import hashlib
 import json
-import os
-import re
 import shutil
-import uuid
-from collections.abc import Iterator
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RunError, RunFolderError
+from .faults import failpoint
+from .folders import beside, fingerprint, fsync, reason, take_place
+from .parallel import SingleDevice, local_rows, writes
+
+SPARE = 1.2  # of the estimated size has to be free on the disk
 
 
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and is gone otherwise.
+class Piece(NamedTuple):
+    """A rank's rows of a tensor."""
 
-    Raises RunError when the disk is full or the folder cannot be written.
-    """
-    name = uuid.uuid4().hex[:8]
-    temporary = target.parent / f".tmp-{target.name}-{name}"
-    trash = target.parent / f".trash-{target.name}-{name}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            _fsync(file)
-        _fsync(temporary)
-        if target.exists():
-            target.rename(trash)
-        temporary.rename(target)
-        _fsync(target.parent)
-    except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(trash, ignore_errors=True)
+    rows: Tensor
+    start: int
+    shape: list[int]  # of the whole tensor
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Writes model, optimizer, `state` (JSON) and the random number generators as one committed checkpoint."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    tensors, numbers = _optimizer_state(model, optimizer)
-    with atomic_folder(folder) as temporary:
-        save_file(_contiguous(trained), temporary / "model.safetensors")
-        save_file(_contiguous(tensors), temporary / "optimizer.safetensors")
-        save_file(_rng_state(), temporary / "rng.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state | {"optimizer": numbers}, indent=1))
-        files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
+class Save:
+    """A checkpoint on its way. All ranks make one, `write` it (in a thread if they like), and `commit` it together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        parallel: SingleDevice,
+        snapshot: bool = False,
+    ):
+        """`state` is for JSON. `snapshot` copies the tensors, so that training may go on while they are written.
+
+        Raises RunError when the disk has too little room.
+        """
+        self.folder, self.parallel = folder, parallel
+        tensors, numbers = _optimizer_state(model, optimizer)
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.parts = {"model": _pieces(trained, snapshot), "optimizer": _pieces(tensors, snapshot)}
+        self.rng = _rng_state()
+        self.state = state | {"optimizer": numbers, "world_size": parallel.world_size}
+        self.error: str | None = None
+        self.files: dict[str, dict] = {}
+        self.thread: threading.Thread | None = None
+        self._check_room()
+        self.temporary = Path(parallel.first(self._make_temporary))
+
+    def write(self) -> None:
+        """Writes this rank's files; an error is kept for `commit`."""
+        rank = self.parallel.rank
+        try:
+            for part, pieces in self.parts.items():
+                tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
+                self._write_file(f"{part}-{rank}.safetensors", tensors)
+            self._write_file(f"rng-{rank}.safetensors", self.rng)
+        except (OSError, SafetensorError) as error:
+            self.error = f"rank {rank}: {reason(error)}"
+
+    def start(self) -> None:
+        """`write` in a thread; `running` tells when it is done."""
+        self.thread = threading.Thread(target=self.write, name="save")
+        self.thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def commit(self) -> None:
+        """Makes the checkpoint one that counts. Raises the same RunError on all ranks when one could not write."""
+        if self.thread is not None:
+            self.thread.join()
+        index = {
+            part: {name: [p.start, p.start + p.rows.shape[0] if p.shape else 1, p.shape] for name, p in pieces.items()}
+            for part, pieces in self.parts.items()
+        }
+        told = self.parallel.gather({"error": self.error, "files": self.files, "index": index})
+        self.parallel.first(lambda: self._commit(told))
+
+    def _commit(self, told: list[dict]) -> None:
+        try:
+            if failed := [one["error"] for one in told if one["error"]]:
+                raise OSError(None, "; ".join(failed))
+            for one in told:
+                self.files |= one["files"]
+            for name, content in (("index", _join_indices(told)), ("state", self.state)):
+                self._write_json(name, content)
+            failpoint("save.manifest")
+            versions = {"torch": torch.__version__}
+            self._write_json("manifest", {"files": self.files, "step": self.state["step"], "versions": versions})
+            failpoint("save.rename")
+            take_place(self.temporary, self.folder)
+            failpoint("save.renamed")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            raise RunError(f"{self.folder}: cannot be written: {reason(error)}") from None
+
+    def _make_temporary(self) -> str:
+        temporary = beside(self.folder, "tmp")
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot be written: {reason(error)}") from None
+        return str(temporary)
+
+    def _check_room(self) -> None:
+        size = sum(p.rows.nbytes for pieces in self.parts.values() for p in pieces.values())
+        needed = SPARE * sum(self.parallel.gather(size))
+        place = next(parent for parent in self.folder.parents if parent.exists())
+        free = -self.parallel.max(-shutil.disk_usage(place).free)
+        if free < needed:
+            raise RunError(
+                f"{self.folder}: the disk has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB; "
+                "make room, or lower keep_checkpoints. The checkpoints that are there are untouched."
+            )
+
+    def _write_file(self, name: str, tensors: dict[str, Tensor]) -> None:
+        file = self.temporary / name
+        failpoint("save.write", file)
+        save_file(tensors, file)
+        fsync(file)
+        self.files[name] = fingerprint(file)
+        failpoint("save.written", file)
+
+    def _write_json(self, name: str, content: dict) -> None:
+        file = self.temporary / f"{name}.json"
+        file.write_text(json.dumps(content, indent=1))
+        fsync(file)
+        self.files[file.name] = fingerprint(file)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restores what `save_checkpoint` wrote into model and optimizer; returns the state.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: SingleDevice
+) -> dict[str, Any]:
+    """Restores what `Save` wrote into model and optimizer, each rank its own rows; returns the state.
 
     The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
-    the first step. Raises RunFolderError when the checkpoint is damaged or of another model.
+    the first step. The folder was verified before. Raises RunFolderError when it is of another model.
     """
-    verify(folder)
+    reader = _Reader(folder)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = load_file(folder / "model.safetensors")
-    if saved.keys() != parameters.keys() or any(saved[n].shape != p.shape for n, p in parameters.items()):
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
         raise RunFolderError(
             f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    state = json.loads((folder / "state.json").read_text())
-    _load_optimizer_state(folder, model, optimizer, state.pop("optimizer"))
+            reader.read_into(parameter, "model", name)
+        state = json.loads((folder / "state.json").read_text())
+        _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
+    parallel.reshard(model)
     return state
 
 
-def restore_rng(folder: Path) -> None:
-    saved = load_file(folder / "rng.safetensors")
+def restore_rng(folder: Path, parallel: SingleDevice) -> None:
+    """This rank's generators; with another number of ranks than before, new ones that no rank shares."""
+    state = json.loads((folder / "state.json").read_text())
+    if state["world_size"] != parallel.world_size:
+        torch.manual_seed(torch.initial_seed() + state["step"])
+        return
+    saved = load_file(folder / f"rng-{parallel.rank}.safetensors")
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
 
 
-def verify(folder: Path) -> None:
-    """Checks every file against the manifest. Raises RunFolderError that names the file."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunFolderError(f"{folder}: manifest.json is missing or damaged; this is no complete checkpoint") from None
-    for name, wanted in files.items():
+class _Reader:
+    """Rows of the tensors of a checkpoint."""
+
+    def __init__(self, folder: Path):
+        self.index = json.loads((folder / "index.json").read_text())
+        self.folder, self.files = folder, {}
+
+    def read_into(self, tensor: Tensor, part: str, name: str) -> None:
+        """Fills this rank's rows of a tensor."""
+        rows, start = local_rows(tensor)
+        entry = self.index[part][name]
+        if not entry["shape"]:
+            rows.copy_(self._open(entry["pieces"][0][0]).get_tensor(name))
+            return
+        for file, first, last in entry["pieces"]:
+            low, high = max(start, first), min(start + len(rows), last)
+            if low < high:
+                found = self._open(file).get_slice(name)[low - first : high - first]
+                rows[low - start : high - start].copy_(found)
+
+    def first_rows(self, part: str, name: str, n: int) -> Tensor:
+        return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:n]
+
+    def whole(self, part: str, name: str) -> Tensor:
+        entry = self.index[part][name]
+        pieces = [self._open(file).get_tensor(name) for file, *_ in entry["pieces"]]
+        return torch.cat(pieces) if entry["shape"] else pieces[0]
+
+    def _open(self, name: str):
         if Path(name).name != name:
-            raise RunFolderError(f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint")
-        try:
-            found = _fingerprint(folder / name)
-        except OSError:
-            raise RunFolderError(f"{folder / name}: is missing") from None
-        if found != wanted:
-            raise RunFolderError(f"{folder / name}: is damaged (its size or SHA-256 is not that of the manifest)")
+            raise RunFolderError(f"{self.folder / 'index.json'}: names {name!r}, which is outside of the checkpoint")
+        if name not in self.files:
+            self.files[name] = safe_open(self.folder / name, framework="pt")
+        return self.files[name]
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The committed checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in found if (path / "manifest.json").exists()), key=lambda p: int(p.name[5:]))
+def _pieces(tensors: dict[str, Tensor], snapshot: bool) -> dict[str, Piece]:
+    pieces = {}
+    for name, tensor in tensors.items():
+        rows, start = local_rows(tensor)
+        if writes(tensor) and (rows.numel() or not tensor.numel()):
+            rows = rows.detach()
+            pieces[name] = Piece(rows.to("cpu", copy=True) if snapshot else rows, start, list(tensor.shape))
+    return pieces
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones.
-
-    Raises RunFolderError when there are checkpoints and none is sound: starting anew is the user's decision.
-    """
-    complaints = []
-    found = checkpoints(folder)
-    for path in reversed(found):
-        try:
-            verify(path)
-            return path, complaints
-        except RunFolderError as error:
-            complaints.append(str(error))
-    if found:
-        raise RunFolderError("no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.")
-    return None, []
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what a crash left behind."""
-    for path in checkpoints(folder)[:-keep]:
-        trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
-        path.rename(trash)
-    for debris in (*folder.glob(".trash-*"), *folder.glob(".tmp-*")):
-        shutil.rmtree(debris, ignore_errors=True)
+def _join_indices(told: list[dict]) -> dict[str, dict]:
+    """What all ranks wrote -> {part: {tensor: {shape, pieces: [[file, first row, row after the last], ...]}}}."""
+    joined: dict[str, dict] = {"model": {}, "optimizer": {}}
+    for rank, one in enumerate(told):
+        for part, entries in one["index"].items():
+            for name, (start, stop, shape) in entries.items():
+                entry = joined[part].setdefault(name, {"shape": shape, "pieces": []})
+                entry["pieces"].append([f"{part}-{rank}.safetensors", start, stop])
+    return joined
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
@@ -155,25 +252,25 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
     return tensors, numbers
 
 
-def _load_optimizer_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
-    try:
-        entries = load_file(folder / "optimizer.safetensors") | numbers
-    except SafetensorError as error:
-        raise RunFolderError(f"{folder / 'optimizer.safetensors'}: is damaged: {error}") from None
-    parameters = dict(model.named_parameters())
+def _load_optimizer_state(
+    reader: _Reader, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, numbers: dict
+) -> None:
+    on_device = optimizer.param_groups[0].get("fused")  # a fused optimizer counts its steps on the device
     optimizer.state.clear()
-    for name, value in entries.items():
+    for name, entry in reader.index["optimizer"].items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = value.to(parameter.device)
-        elif isinstance(value, Tensor) and optimizer.param_groups[0].get("fused"):
-            value = value.to(parameter.device)  # a fused optimizer counts its steps on the device
+        if entry["shape"] == list(parameter.shape):
+            dtype = reader.first_rows("optimizer", name, 0).dtype
+            value = torch.empty_like(parameter.detach(), dtype=dtype)
+            reader.read_into(value, "optimizer", name)
+        else:
+            value = reader.whole("optimizer", name)
+            value = value.to(parameter.device) if on_device else value
         optimizer.state[parameter][key] = value
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    for name, value in numbers.items():
+        parameter_name, _, key = name.rpartition("/")
+        optimizer.state[parameters[parameter_name]][key] = value
 
 
 def _rng_state() -> dict[str, Tensor]:
@@ -181,19 +278,3 @@ def _rng_state() -> dict[str, Tensor]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,29 @@
 """One device or many behind one small interface, so that the loop does not know which."""
 
 import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
-from ..errors import ConfigError
+from .. import errors
+from ..errors import ConfigError, MinitrainError, RunError
+from ..schema import Config, FSDPConfig
+from .watchdog import Watchdog
+
+_turns = itertools.count()
+Read = Callable[[str, int, int], torch.Tensor]  # (parameter, first row, row after the last) -> those rows
 
 
 class SingleDevice:
@@ -13,23 +31,58 @@ class SingleDevice:
 
     rank = 0
     world_size = 1
+    reads_rows = False  # whether the model is built empty and each rank reads its own rows of the weights
 
     def __init__(self, device: torch.device):
         self.device = device
 
-    def wrap(self, policy: nn.Module) -> nn.Module:
-        """The policy as it is trained, sharded where that applies."""
-        return policy
+    def wrap(self, policy: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> nn.Module:
+        """The policy as it is trained, on its device, sharded block by block where that applies."""
+        return policy.to(self.device)
+
+    def fill(self, policy: nn.Module, read: Read) -> None:
+        """Gives the parameters of an empty model their values."""
+        assert not self.reads_rows
+
+    def gathered(self, policy: nn.Module) -> contextlib.AbstractContextManager:
+        """Inside, parts of the policy can be called by themselves, by all ranks alike."""
+        return contextlib.nullcontext()
+
+    def reshard(self, policy: nn.Module) -> None:
+        """To be called after parameters were changed from outside, lest old gathered copies be used."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a parameter; all ranks have to ask for the same ones in the same order."""
+        return tensor
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over ranks."""
         return values
 
-    def max(self, flag: int) -> int:
+    def max(self, value: float) -> float:
         """The largest of a number over ranks; how ranks agree."""
-        return flag
+        return value
 
-    def backward_context(self, last: bool) -> contextlib.AbstractContextManager:
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has (anything that JSON can hold), in the order of ranks."""
+        return [value]
+
+    def first(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
+        """Calls a function on rank 0 only; what it returns, or the user's error it raises, reaches all ranks.
+
+        `meanwhile` is called by every rank, by rank 0 after the function: for collectives that it takes part in.
+        """
+        try:
+            return function()
+        finally:
+            if meanwhile is not None:
+                meanwhile()
+
+    def taking_turns(self) -> contextlib.AbstractContextManager:
+        """Inside, the first process of a machine is alone; then come the others, who find what it left."""
+        return contextlib.nullcontext()
+
+    def backward_context(self, policy: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around the backward pass of a micro-batch; gradients have to be reduced in the last one only."""
         return contextlib.nullcontext()
 
@@ -41,11 +94,181 @@ class SingleDevice:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
+    def note(self, place: str) -> None:
+        """Where the run is, to be told should it hang."""
+
+    def contact(self) -> contextlib.AbstractContextManager:
+        """Inside, the loss of another rank is an error that a user can read."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """To be called when all is done."""
 
 
-PARALLEL = {"BasicTrainer": SingleDevice}
+class FullySharded(SingleDevice):
+    """FSDP2: every block's parameters cut along their first dimension over the ranks, gathered when it computes.
+
+    Shards and the reduction of gradients are in the parameters' own dtype (float32) and float32, the compute of the
+    blocks in policy_dtype. Gradients are summed, not averaged: the loop has divided by the weight of the whole step.
+    """
+
+    reads_rows = True
+
+    def __init__(self, device: torch.device, options: FSDPConfig):
+        self.options = options
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        super().__init__(device)
+        _join(device, timedelta(seconds=options.timeout_seconds + 60))
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        shape = _mesh_shape(options.shard, self.world_size)
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+        self.replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        self.store = self.watchdog = None
+        if self.world_size > 1:
+            self.store = _own_store()
+            self.watchdog = Watchdog(self.rank, self.world_size, _own_store(), options.timeout_seconds)
+
+    def wrap(self, policy: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> nn.Module:
+        # Inside autocast, inputs keep their float32, so that the residual stream does as it does on one device.
+        rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        compute = rest if dtype == torch.float32 else dataclasses.replace(rest, param_dtype=dtype)
+        offload = CPUOffloadPolicy() if self.options.cpu_offload else OffloadPolicy()
+        keep = self.options.shard == "grad"
+        for block in blocks:
+            fully_shard(
+                block, mesh=self.mesh, mp_policy=compute, offload_policy=offload, reshard_after_forward=not keep
+            )
+        fully_shard(policy, mesh=self.mesh, mp_policy=rest, offload_policy=offload)
+        for module in _sharded_modules(policy):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        return policy
+
+    def fill(self, policy: nn.Module, read: Read) -> None:
+        buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+        ties = _ties(policy)
+        policy.to_empty(device="cpu" if self.options.cpu_offload else self.device)
+        for module, name, first_module, first_name in ties:
+            module._parameters[name] = first_module._parameters[first_name]
+        with torch.no_grad():
+            for name, buffer in policy.named_buffers():
+                buffer.copy_(buffers[name])
+            for name, parameter in policy.named_parameters():
+                rows, start = local_rows(parameter)
+                if rows.numel():
+                    rows.copy_(read(name, start, start + len(rows)))
+
+    @contextlib.contextmanager
+    def gathered(self, policy: nn.Module) -> Iterator[None]:
+        policy.unshard()
+        try:
+            yield
+        finally:
+            self.reshard(policy)
+
+    def reshard(self, policy: nn.Module) -> None:
+        for module in _sharded_modules(policy):
+            module.reshard()
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._beat()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self._beat()
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def max(self, value: float) -> float:
+        self._beat()
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def gather(self, value: Any) -> list[Any]:
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        padded = torch.zeros(int(self.max(len(text))), dtype=torch.uint8)
+        padded[: len(text)] = text
+        found = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(found, padded)
+        return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in found]
+
+    def first(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except MinitrainError as raised:
+                error = [type(raised).__name__, str(raised)]
+        if meanwhile is not None:
+            meanwhile()
+        value, error = self.gather([value, error])[0]
+        if error is not None:
+            raise getattr(errors, error[0])(error[1])
+        return value
+
+    @contextlib.contextmanager
+    def taking_turns(self) -> Iterator[None]:
+        # By the store, where one may wait for hours; should the first one fail, the launcher ends the others.
+        key = f"turn/{os.environ.get('GROUP_RANK', '0')}/{next(_turns)}"
+        alone = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if self.store is not None and not alone:
+            self.store.wait([key])
+        yield
+        if self.store is not None and alone:
+            self.store.set(key, "done")
+
+    def backward_context(self, policy: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        # Where gradients are cut up, to keep them whole until the last micro-batch would cost what cutting saves.
+        self._beat()
+        if self.options.shard == "none":
+            policy.set_requires_gradient_sync(last)
+        elif self.options.shard == "hybrid":
+            policy.set_requires_all_reduce(last)
+        return contextlib.nullcontext()
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+        grads = [local_rows(p.grad)[0] for p in parameters if p.grad is not None]
+        squares = sum(norm.double() ** 2 for norm in torch._foreach_norm(grads))  # []
+        norm = (self.sum(squares) / self.replicas).sqrt().float()  # []
+        if max_norm > 0:
+            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    def note(self, place: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.place = place
+
+    @contextlib.contextmanager
+    def contact(self) -> Iterator[None]:
+        if self.watchdog is not None:
+            self.watchdog.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
+                text = str(error).strip().splitlines()[0]
+                raise RunError(f"lost contact with another process; see what that one said ({text})") from None
+            raise
+        finally:
+            if self.watchdog is not None:
+                self.watchdog.stop()
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+    def _beat(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat()
+
+
+def make_parallel(config: Config) -> SingleDevice:
+    """What `trainer` names. Raises ConfigError for a device that is not there."""
+    device = pick_device(config.device)
+    return FullySharded(device, config.fsdp) if config.trainer == "FSDPTrainer" else SingleDevice(device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,3 +280,67 @@ def pick_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device: there is no MPS device here; use device=auto or device=cpu")
     return torch.device(name)
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a tensor, sharing its memory, and the number of the first one."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows, mesh = tensor.to_local(), tensor.device_mesh
+    dimension = tensor.placements.index(Shard(0))
+    per_rank = math.ceil(tensor.shape[0] / mesh.size(dimension))
+    start = min(tensor.shape[0], per_rank * mesh.get_local_rank(dimension))
+    assert len(rows) == min(tensor.shape[0], start + per_rank) - start
+    return rows, start
+
+
+def writes(tensor: torch.Tensor) -> bool:
+    """Whether it is for this rank to save its rows: they are nobody else's, or it is the first that has them."""
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    """Makes the process group; without a launcher, of this process alone."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _own_store() -> dist.Store:
+    """A connection of its own to the launcher's store, since a connection serves one caller at a time."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(days=1))
+    return dist.PrefixStore(f"minitrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _mesh_shape(shard: str, world_size: int) -> tuple[int, ...]:
+    """(ranks,), or (replicas, ranks that share one)."""
+    if shard == "none":
+        return (world_size, 1)
+    if shard == "hybrid":
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return (world_size // local, local)
+    return (world_size,)
+
+
+def _sharded_modules(policy: nn.Module) -> list[FSDPModule]:
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """(module, name, first module, its name) of each parameter that was seen before in another module."""
+    seen: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    ties = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter in seen:
+                ties.append((module, name, *seen[parameter]))
+            elif parameter is not None:
+                seen[parameter] = (module, name)
+    return ties

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of one float32 [chunk, V] buffer
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of one float32 [chunk, V] buffer
 
 
 class OutputLayer(NamedTuple):
@@ -78,7 +78,7 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, settings):
         n = targets.numel()
-        logps, lse, entropy, means = hidden.new_empty((4, n), dtype=torch.float32)  # [N] each
+        logps, lse, entropy, means = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))  # [N] each
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if settings.token_weights else None
         matrix = weight.to(settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=torch.float32)  # [chunk, V]

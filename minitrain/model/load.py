@@ -1,15 +1,19 @@
 """Tokenizer and model from a folder, the hub or the embedded default; and back into a folder."""
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..schema import ModelConfig
+from ..schema import Config, ModelConfig
 from . import attention
-from .policy import Policy, check_policy, find_blocks
+from .policy import Policy, find_blocks
+from .weights import Weights, open_weights, parameters_on_meta, save_weights, whole_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_HINT = (
@@ -64,26 +68,59 @@ def load_model(config: ModelConfig, tokenizer, seed: int) -> nn.Module:
     return model
 
 
-def load_policy(config: ModelConfig, tokenizer, seed: int, device: torch.device, packing: bool) -> Policy:
-    """The model on its device as a `Policy` whose head, and packing if asked for, were tried out."""
-    policy = Policy(load_model(config, tokenizer, seed).to(device))
-    if packing and policy.model.config._attn_implementation == "sdpa":
+def load_policy(config: Config, tokenizer, empty: bool = False) -> tuple[Policy, Weights | None]:
+    """The model as a `Policy`, on the CPU.
+
+    With `empty`, it is built without memory for its parameters where its files allow it, and the second value gives
+    the rows of them.
+    """
+    model, weights = None, None
+    if empty and config.model.name_or_path != "tiny":
+        model, weights = _empty_model(config.model, tokenizer)
+    policy = Policy(model or load_model(config.model, tokenizer, config.seed))
+    if config.packing and policy.model.config._attn_implementation == "sdpa":
         policy.model.set_attn_implementation(attention.NAME)
-    check_policy(policy, packing)
-    return policy
+    return policy, weights
 
 
-def save_model(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """Writes what `from_pretrained` reads: weights cast once to `dtype`, tied ones once, tokenizer and template."""
-    cast = {}
-    for tensor in model.state_dict().values():
-        cast.setdefault(_storage(tensor), tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
-    state = {name: cast[_storage(tensor)] for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
+def save_model(
+    model: nn.Module,
+    tokenizer,
+    folder: Path,
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
+    """Writes what `from_pretrained` reads: weights cast once to `dtype`, tied ones once, tokenizer and template.
+
+    `tensors` are those of `weights.whole_tensors` where the model's own are not whole.
+    """
+    tensors = tensors or whole_tensors(model, lambda tensor: tensor)
+    folder.mkdir(parents=True, exist_ok=True)
+    if getattr(model, "_weight_conversions", None):  # transformers knows the names that its files had
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
+        model.save_pretrained(folder, state_dict=cast)
+    else:
+        save_weights(model, tensors, folder, dtype)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+
+
+def fingerprint(config: ModelConfig) -> list[str]:
+    """Tells whether the files of a local model are the same: size, beginning and end of each, without reading all."""
+    found = []
+    for file in sorted(Path(config.name_or_path).glob("*")):
+        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+            with open(file, "rb") as opened:
+                ends = opened.read(1 << 20)
+                opened.seek(max(0, file.stat().st_size - (1 << 20)))
+                digest = hashlib.sha256(ends + opened.read())
+            found.append(f"{file.name} {file.stat().st_size} {digest.hexdigest()[:16]}")
+    return found
 
 
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
@@ -122,6 +159,36 @@ def _from_pretrained(config: ModelConfig) -> nn.Module:
         raise ConfigError(f"no causal language model in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
 
 
+def _empty_model(config: ModelConfig, tokenizer) -> tuple[nn.Module | None, Weights | None]:
+    """A model whose parameters have no memory yet, and where their rows are; (None, None) when files do not fit it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        shape = AutoConfig.from_pretrained(config.name_or_path, **where)
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                shape,
+                dtype=DTYPES[config.master_dtype],
+                attn_implementation=attention_of(config),
+                trust_remote_code=config.trust_remote_code,
+            )
+        weights = open_weights(config.name_or_path, config.revision, model)
+    except Exception as error:
+        raise ConfigError(f"no causal language model in {config.name_or_path!r}: {_first_line(error)}") from None
+    if weights is None:
+        return None, None
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
+    _grow_embeddings(model, len(tokenizer))
+    if config.archive:
+        state = _read_archive(Path(config.archive))
+        _compare_names(model, state, config.archive)
+        weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, weights
+
+
 def attention_of(config: ModelConfig) -> str | None:
     """What transformers is asked for; None leaves the choice to it."""
     return None if config.attn_implementation == "auto" else config.attn_implementation
@@ -133,35 +200,52 @@ def _grow_embeddings(model: nn.Module, n_tokens: int) -> None:
     if rows >= n_tokens:
         return
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    if model.get_input_embeddings().weight.is_meta:
+        return
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[rows:] = layer.weight[:rows].mean(0)
 
 
 def _load_archive(model: nn.Module, path: Path) -> None:
-    """Loads a state dict over the model; a .pt file may hold it under the key `state`. Never unpickles objects."""
+    """Loads a state dict over the model."""
+    state = _read_archive(path)
+    _compare_names(model, state, path)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {_first_line(error)}") from None
+
+
+def _read_archive(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict; a .pt file may hold it under the key `state`. Never unpickles objects."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state", state)
-        missing, unexpected = model.load_state_dict(state, strict=False)
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state.get("state", state)
     except Exception as error:
         raise ConfigError(f"model.archive: {path} cannot be loaded: {_first_line(error)}") from None
+
+
+def _compare_names(model: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raises ConfigError when an archive is of another model. A tied parameter may be left out."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = [name for name in missing if name not in tied]
+    missing = [name for name in wanted if name not in state and name not in tied]
+    unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
         raise ConfigError(
             f"model.archive: {path} does not fit {type(model).__name__}: "
             f"missing {missing[:3]}, unexpected {unexpected[:3]}."
         )
-
-
-def _storage(tensor: torch.Tensor) -> tuple:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise ConfigError(
+                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, the model's has {wanted[name]}."
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -172,7 +172,7 @@ def test_a_config_that_is_none(folder, capsys, name, told):
 )
 def test_bad_data(fails, monkeypatch, rows, told):
     """File, line and reason, and the model was not read for it."""
-    monkeypatch.setattr("minitrain.trainer.load_policy", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("minitrain.trainer.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     assert told in fails(write("bad.jsonl", *rows))
 
 

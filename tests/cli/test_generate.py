@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import random_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitrain.data.template import Template
@@ -12,6 +11,7 @@ from minitrain.errors import ConfigError, DataError
 from minitrain.generate import Generator, Sampling, load_generator
 from minitrain.model.load import save_model
 from minitrain.model.tiny import tiny_tokenizer
+from tests.conftest import random_llama
 
 PROMPTS = ["a", "what is 1 + 1?", "a prompt that is longer than the others by far", "ünï ☃", "b"]
 GREEDY = Sampling(max_new_tokens=12)

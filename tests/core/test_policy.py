@@ -12,7 +12,7 @@ from minitrain.data.collate import collate
 from minitrain.model.load import _grow_embeddings, freeze_layers, load_model, load_policy, load_tokenizer, save_model
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.schema import ModelConfig
+from minitrain.schema import Config, ModelConfig
 from tests.conftest import SHARED, random_llama
 
 SHAPE = dict(
@@ -139,7 +139,7 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
 
 def test_saving_over_the_loaded_folder_keeps_the_weights(tmp_path):
     """Loaded weights may be mapped from the very file that is written (safetensors#764)."""
-    from minitrain.engine.checkpoint import atomic_folder
+    from minitrain.engine.folders import atomic_folder
 
     folder = tmp_path / "model"
     save_model(random_llama(), tiny_tokenizer(), folder, torch.float32)
@@ -227,9 +227,9 @@ def test_a_real_model_scores_and_speaks_as_its_reference():
     import json
 
     folder = SHARED / "models" / "stories260K"
-    config = ModelConfig(str(folder))
-    tokenizer = load_tokenizer(config)
-    policy = load_policy(config, tokenizer, 0, torch.device("cpu"), packing=True).eval()
+    config = Config(model=ModelConfig(str(folder)), packing=True)
+    tokenizer = load_tokenizer(config.model)
+    policy = load_policy(config, tokenizer)[0].eval()
     for entry in json.loads((folder / "reference.json").read_text()):
         ids = torch.tensor(entry["greedy_ids"], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.uint8)

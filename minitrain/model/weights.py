@@ -1,0 +1,150 @@
+"""Weights as rows of tensors: read by each rank from a model's files, and written again one tensor at a time."""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
+
+
+class Weights:
+    """Rows of tensors, by the names of a model's parameters, without reading the rest of them."""
+
+    def __init__(self, sources: dict[str, Callable[[int, int], Tensor]], sizes: dict[str, list[int]]):
+        """`sources` gives rows [start, stop) of each tensor, `sizes` its shape."""
+        self.sources, self.sizes = sources, sizes
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor; those beyond its last one, of tokens that are new, are the mean of the others."""
+        there = self.sizes[name][0] if self.sizes[name] else 1
+        found = self.sources[name](start, min(stop, there))
+        if stop <= there:
+            return found
+        mean = self.sources[name](0, there).float().mean(0, keepdim=True)
+        return torch.cat([found, mean.to(found.dtype).expand(stop - max(start, there), *mean.shape[1:])])
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """Takes these tensors in the place of those of the files."""
+        for name, tensor in tensors.items():
+            self.sources[name] = lambda start, stop, tensor=tensor: tensor[start:stop]
+            self.sizes[name] = list(tensor.shape)
+
+
+def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
+    """The weights in a folder's or a hub model's safetensors files; None when they are not named as in the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return None
+    files = {key: safe_open(path, framework="pt") for path in _files(name, revision) for key in _keys(path)}
+    sources, sizes = {}, {}
+    for parameter, value in model.named_parameters():
+        key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
+        if key not in files:
+            return None
+        piece = files[key].get_slice(key)
+        sizes[parameter] = piece.get_shape()
+        sources[parameter] = lambda start, stop, piece=piece: piece[start:stop]
+        if sizes[parameter][1:] != list(value.shape[1:]):
+            return None
+    for buffer, value in model.named_buffers():
+        if buffer in files:
+            value.copy_(files[buffer].get_tensor(buffer))
+    return Weights(sources, sizes)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are made without memory for their parameters; their buffers are as always."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole of each tensor that a saved model has, tied ones once; `whole` joins the shards of one."""
+    for name, tensor in _tensors(model).items():
+        yield name, whole(tensor.detach())
+
+
+def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+    """Writes tensors, floating ones cast once to `dtype`, in files of up to `SHARD_BYTES` and no more in memory."""
+    sizes = [_size(tensor, dtype) for tensor in _tensors(model).values()]
+    counts, stream, files = _cut(sizes), iter(tensors), {}
+    for number, count in enumerate(counts, 1):
+        part = {}
+        for name, tensor in itertools.islice(stream, count):
+            part[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        file = "model.safetensors" if len(counts) == 1 else f"model-{number:05}-of-{len(counts):05}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(part, file)
+    if len(counts) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _cut(sizes: list[int]) -> list[int]:
+    """How many tensors go into each file."""
+    counts, held = [0], 0
+    for size in sizes:
+        if counts[-1] and held + size > SHARD_BYTES:
+            counts.append(0)
+            held = 0
+        counts[-1] += 1
+        held += size
+    return counts
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a state dict holds, each of several tied parameters under the name that transformers keeps."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    kept: dict[int, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if id(parameter) not in kept or kept[id(parameter)] in tied:
+            kept[id(parameter)] = name
+    names = set(kept.values())
+    buffers = dict(model.named_buffers())
+    chosen = {name: tensor for name, tensor in parameters.items() if name in names}
+    return chosen | {name: buffers[name] for name in model.state_dict() if name in buffers}
+
+
+def _size(tensor: Tensor, dtype: torch.dtype) -> int:
+    return tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.dtype.itemsize)
+
+
+def _files(name: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model; none when it has no such files."""
+    from transformers.utils.hub import cached_file
+
+    def find(file: str) -> Path | None:
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    index = find("model.safetensors.index.json")
+    if index is not None:
+        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [find(file) for file in listed]
+    single = find("model.safetensors")
+    return [single] if single else []
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())

@@ -1,0 +1,32 @@
+"""A loaded policy made ready to train: frozen, recomputing, compiled, sharded, given its weights, and tried out."""
+
+import contextlib
+
+import torch
+
+from .engine.parallel import SingleDevice
+from .engine.precision import Precision
+from .model.load import freeze_layers
+from .model.policy import Policy, check_policy, checkpoint_activations, find_blocks
+from .model.weights import Weights
+from .schema import Config
+
+
+def prepare_policy(
+    policy: Policy, weights: Weights | None, config: Config, parallel: SingleDevice, precision: Precision
+) -> Policy:
+    """The policy on its devices. `weights` gives the rows of one that was built empty. Raises ConfigError."""
+    blocks = find_blocks(policy.model.base_model)
+    freeze_layers(policy.model, config.freeze_layers, precision.dtype)
+    if config.activation_checkpointing:
+        checkpoint_activations(policy.model)
+    if config.compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)
+    policy = parallel.wrap(policy, blocks, precision.dtype)
+    if weights is not None:
+        parallel.fill(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))
+    # A sharded policy computes in policy_dtype by itself, and autocast goes with it; else float32 is more exact.
+    with precision.autocast() if parallel.reads_rows else contextlib.nullcontext():
+        check_policy(policy, config.packing, parallel.device, lambda: parallel.gathered(policy))
+    return policy.train()

@@ -1,0 +1,83 @@
+"""A training under torchrun (or alone) that writes down what it did; started by the tests.
+
+    driver.py JOBS.json   [{"config": {...}, "overrides": [...], "trace": file, "weights": file, "gradients": file,
+                           "dropout": 0.2}, ...]
+
+Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minitrain import MinitrainError, Trainer, load_config
+from minitrain.model.weights import whole_tensors
+
+torch.set_num_threads(1)
+
+
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors = whole_tensors(trainer.generator.model, trainer.parallel.whole)
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
+
+
+def write_gradients(trainer: Trainer, file: str) -> None:
+    """Those of the first step, before they are clipped."""
+    clip = trainer.parallel.clip_grad_norm
+
+    def noted(parameters, max_norm):
+        names = {id(p): name for name, p in trainer.policy.named_parameters()}
+        grads = {names[id(p)]: trainer.parallel.whole(p.grad).clone() for p in parameters}
+        if trainer.parallel.rank == 0 and trainer.step == 0:
+            save_file(grads, file)
+        return clip(parameters, max_norm)
+
+    trainer.parallel.clip_grad_norm = noted
+
+
+def note_step(trainer: Trainer, file: str) -> None:
+    weights = digest(whole(trainer))
+    if trainer.parallel.rank == 0:
+        loss = trainer.train_metrics["loss"].hex()
+        with open(file, "a") as opened:
+            opened.write(json.dumps([trainer.step, trainer.indices, loss, weights]) + "\n")
+
+
+def main() -> int:
+    codes = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return codes[-1]
+
+
+def run(job: dict) -> int:
+    config = load_config(job["config"], job.get("overrides", []))
+    hooks = {"on_step_end": lambda t: note_step(t, job["trace"])} if "trace" in job else {}
+    trainer = Trainer(config, **hooks)
+    for module in trainer.policy.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = job.get("dropout", 0.0)
+    if "gradients" in job:
+        write_gradients(trainer, job["gradients"])
+    trainer.train()
+    if "weights" in job:
+        tensors = whole(trainer)
+        if trainer.parallel.rank == 0:
+            save_file(tensors, job["weights"])
+    return 0 if trainer.signal is None else 128 + trainer.signal
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MinitrainError as error:
+        print(f"minitrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
