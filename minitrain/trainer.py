@@ -86,7 +86,7 @@ class Trainer:
         self.updates = 0  # optimizer steps taken; those with a non-finite gradient are not
         self.consumed = 0  # examples seen, over all ranks
         self.indices: list[int] = []  # the examples of the last step
-        self.checkpoint: Path | None = None  # what it goes on from
+        self.checkpoint: Path | None = None
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
         self.best: float | None = None
@@ -124,14 +124,13 @@ class Trainer:
     def _run(self) -> None:
         self._begin()
         self._loop()
-        self.run.finish_saving()
         if self.signal is None:
             self._finish()
         if self.signal is not None:
             self._save_checkpoint()
-            self.run.finish_saving()
             name = signal.Signals(self.signal).name
             self._say(f"stopped by {name} at step {self.step}; the same command goes on from there")
+        self.run.finish_saving()
         self._call("on_train_end")
 
     def _loop(self) -> None:
@@ -288,7 +287,6 @@ class Trainer:
         seconds = time.perf_counter() - self.window["start"]
         counts = torch.tensor([self.window["tokens"], self.window["places"]], dtype=torch.int64)
         tokens, places = self.parallel.sum(counts).tolist()
-        steps = self.step - self.window["step"]
         self.train_metrics = self.loss.summary(self.totals.means(self.parallel)) | {
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": self.grad_norm,
@@ -297,7 +295,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "padding": 1 - tokens / places,
             "memory_gb": self.parallel.max(peak_memory_gb(self.device)),
-            "eta_seconds": (self.total_steps - self.step) * seconds / steps,
+            "eta_seconds": (self.total_steps - self.step) * seconds / (self.step - self.window["step"]),
         }
         self.tracking.log(self.step, "train", self.train_metrics)
         self._say(train_line(self.step, self.total_steps, self.train_metrics))
@@ -384,8 +382,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self.parallel.note(f"the checkpoint of step {self.step}")
-        state = {name: getattr(self, name) for name in PROGRESS}
-        state |= {"precision": self.precision.state_dict(), "inputs": self._inputs()}
+        state = {"precision": self.precision.state_dict(), "inputs": self._inputs()}
+        state |= {name: getattr(self, name) for name in PROGRESS}
         self.run.save_checkpoint(self.policy, self.optimizer, state)
         self._call("on_save")
 

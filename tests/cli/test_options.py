@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain import checks, schema
+from minitrain import problems, schema
 from minitrain.config import load_config
 from minitrain.losses import registered
 
@@ -33,7 +33,7 @@ def test_every_option_is_explained_and_its_default_allowed():
     for f in (f for c in OPTION_CLASSES for f in fields(c) if f.init):
         assert f.metadata["help"].endswith("."), f.name
         if f.default is not MISSING:
-            checks.check_limits(f.metadata, f.default)
+            problems.check_limits(f.metadata, f.default)
 
 
 def test_foreign_names_lead_to_options_that_exist():
