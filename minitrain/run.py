@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -17,9 +16,10 @@ from torch import nn
 
 from .config import config_yaml
 from .engine.checkpoint import Save
-from .engine.folders import checkpoints, newest_sound, prune, verify
+from .engine.folders import checkpoints, newest_sound, prune, sweep, verify
 from .engine.parallel import SingleDevice
 from .errors import RunFolderError
+from .problems import related
 from .schema import Config
 
 INPUTS = {
@@ -91,8 +91,7 @@ class RunFolder:
         def write() -> None:
             (self.path / "config.yml").write_text(config_yaml(self.config))
             prune(self.checkpoints, self.config.keep_checkpoints)
-            for debris in (*self.path.glob(".tmp-*"), *self.path.glob(".trash-*")):
-                shutil.rmtree(debris, ignore_errors=True)
+            sweep(self.path)
             file = self.path / "metrics.jsonl"
             if file.exists():
                 lines = file.read_text().splitlines() if step else []
@@ -165,18 +164,14 @@ class RunFolder:
         except (OSError, yaml.YAMLError):
             return
         changes = dict(_changes(saved if isinstance(saved, dict) else {}, self.settings(), self.config))
-        allowed = [key for key in changes if _is_allowed(key, self.config.allow_changes)]
-        told = "; ".join(f"{key}: {change}" for key, change in changes.items() if key not in allowed)
-        if told:
-            keys = ",".join(key for key in changes if key not in allowed)
+        allowed = self.config.allow_changes
+        refused = {key: told for key, told in changes.items() if not any(related(key, name) for name in allowed)}
+        if refused:
+            told = "; ".join(f"{key}: {change}" for key, change in refused.items())
             raise RunFolderError(
                 f"{self.path} holds a run with other options ({told}). Choose another exp_name, take the options back, "
-                f"or go on with them: allow_changes=[{keys}]."
+                f"or go on with them: allow_changes=[{','.join(refused)}]."
             )
-
-
-def _is_allowed(key: str, allowed: list[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):

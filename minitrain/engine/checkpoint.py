@@ -205,8 +205,8 @@ class _Reader:
                 found = self._open(file).get_slice(name)[low - first : high - first]
                 rows[low - start : high - start].copy_(found)
 
-    def first_rows(self, part: str, name: str, n: int) -> Tensor:
-        return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:n]
+    def dtype(self, part: str, name: str) -> torch.dtype:
+        return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:0].dtype
 
     def whole(self, part: str, name: str) -> Tensor:
         entry = self.index[part][name]
@@ -261,8 +261,7 @@ def _load_optimizer_state(
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
         if entry["shape"] == list(parameter.shape):
-            dtype = reader.first_rows("optimizer", name, 0).dtype
-            value = torch.empty_like(parameter.detach(), dtype=dtype)
+            value = torch.empty_like(parameter.detach(), dtype=reader.dtype("optimizer", name))
             reader.read_into(value, "optimizer", name)
         else:
             value = reader.whole("optimizer", name)

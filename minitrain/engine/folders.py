@@ -77,6 +77,11 @@ def prune(folder: Path, keep: int) -> None:
         failpoint("prune.before")
         path.rename(beside(path, "trash"))
         failpoint("prune.renamed")
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a crash left behind."""
     for debris in (*folder.glob(".trash-*"), *folder.glob(".tmp-*")):
         shutil.rmtree(debris, ignore_errors=True)
 

@@ -110,7 +110,7 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
-def fingerprint(config: ModelConfig) -> list[str]:
+def identity(config: ModelConfig) -> list[str]:
     """Tells whether the files of a local model are the same: size, beginning and end of each, without reading all."""
     found = []
     for file in sorted(Path(config.name_or_path).glob("*")):

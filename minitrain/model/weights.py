@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,24 +18,23 @@ SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held wh
 class Weights:
     """Rows of tensors, by the names of a model's parameters, without reading the rest of them."""
 
-    def __init__(self, sources: dict[str, Callable[[int, int], Tensor]], sizes: dict[str, list[int]]):
-        """`sources` gives rows [start, stop) of each tensor, `sizes` its shape."""
+    def __init__(self, sources: dict[str, Any], sizes: dict[str, list[int]]):
+        """`sources[name][start:stop]` are rows of a tensor (safetensors' slices, or tensors), `sizes` its shape."""
         self.sources, self.sizes = sources, sizes
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor; those beyond its last one, of tokens that are new, are the mean of the others."""
         there = self.sizes[name][0] if self.sizes[name] else 1
-        found = self.sources[name](start, min(stop, there))
+        found = self.sources[name][start : min(stop, there)]
         if stop <= there:
             return found
-        mean = self.sources[name](0, there).float().mean(0, keepdim=True)
+        mean = self.sources[name][:there].float().mean(0, keepdim=True)
         return torch.cat([found, mean.to(found.dtype).expand(stop - max(start, there), *mean.shape[1:])])
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
         """Takes these tensors in the place of those of the files."""
-        for name, tensor in tensors.items():
-            self.sources[name] = lambda start, stop, tensor=tensor: tensor[start:stop]
-            self.sizes[name] = list(tensor.shape)
+        self.sources |= tensors
+        self.sizes |= {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
@@ -49,9 +49,8 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
         key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
         if key not in files:
             return None
-        piece = files[key].get_slice(key)
-        sizes[parameter] = piece.get_shape()
-        sources[parameter] = lambda start, stop, piece=piece: piece[start:stop]
+        sources[parameter] = files[key].get_slice(key)
+        sizes[parameter] = sources[parameter].get_shape()
         if sizes[parameter][1:] != list(value.shape[1:]):
             return None
     for buffer, value in model.named_buffers():

@@ -41,29 +41,27 @@ def plain_training(trainer, n_steps: int) -> tuple[list[float], dict[str, torch.
     return losses, dict(model.named_parameters())
 
 
+def trains_as_plainly(trainer, n_steps: int) -> None:
+    losses, parameters = plain_training(trainer, n_steps)
+    trainer.train()
+    assert [row["loss"] for row in metrics(trainer)] == pytest.approx(losses, rel=1e-4)
+    for name, p in trainer.policy.model.named_parameters():
+        torch.testing.assert_close(p, parameters[name], rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     "layout", [(), ("gradient_accumulation_steps=4",), ("packing=true",), ("group_by_length=true",)]
 )
 def test_ten_steps_equal_a_plain_loop(make_trainer, layout):
     """Losses and weights after 10 steps of AdamW with decay, clipping and a schedule, whatever the layout."""
-    trainer = make_trainer("n_steps=10", "weight_decay=0.1", "max_grad_norm=0.5", *layout)
-    losses, parameters = plain_training(trainer, 10)
-    trainer.train()
-    assert [row["loss"] for row in metrics(trainer)] == pytest.approx(losses, rel=1e-4)
-    for name, p in trainer.policy.model.named_parameters():
-        torch.testing.assert_close(p, parameters[name], rtol=1e-3, atol=2e-4)
+    trains_as_plainly(make_trainer("n_steps=10", "weight_decay=0.1", "max_grad_norm=0.5", *layout), 10)
 
 
 def test_a_short_last_window_is_scaled_by_its_own_tokens(make_trainer):
     """7 examples in steps of 4, cut into 4: the second step has three, and is the mean over its own tokens
     (transformers#39659)."""
     base = ("n_steps=2", "total_batch_size=4", "datasets.0.n_examples=7", "gradient_accumulation_steps=4")
-    trainer = make_trainer(*base)
-    losses, parameters = plain_training(trainer, 2)
-    trainer.train()
-    assert [row["loss"] for row in metrics(trainer)] == pytest.approx(losses, rel=1e-4)
-    for name, p in trainer.policy.model.named_parameters():
-        torch.testing.assert_close(p, parameters[name], rtol=1e-3, atol=2e-4)
+    trains_as_plainly(make_trainer(*base), 2)
 
 
 def test_the_logged_loss_is_the_same_for_every_accumulation(make_trainer):

@@ -20,8 +20,7 @@ def start(ranks: int, jobs: list[dict], folder: Path, env: dict[str, str] | None
     file.write_text(json.dumps(jobs))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     launcher += [f"--{key}={value}" for key, value in options.items()]
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINITRAIN_FAULT": ""} | (env or {})
-    environment = {k: v for k, v in (os.environ | own).items() if not (k == "MINITRAIN_FAULT" and not v)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen(
         [sys.executable, *launcher, str(DRIVER), str(file)],
         env=environment,
