@@ -19,7 +19,7 @@ from .engine.folders import atomic_folder
 from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from .engine.parallel import make_parallel
 from .engine.precision import Precision
-from .engine.tracking import Tracking, eval_line, peak_memory_gb, train_line
+from .engine.tracking import Tracking, Window, eval_line, peak_memory_gb, train_line
 from .errors import ConfigError, RunError, RunFolderError
 from .evaluate import Totals, evaluate, lower_is_better
 from .exact_match import exact_match
@@ -153,15 +153,15 @@ class Trainer:
         weight = self.parallel.sum(weight.to(self.device))  # []
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for i, batch in enumerate(batches):
-            self.window["tokens"] += batch.n_tokens
-            self.window["places"] += batch.input_ids.numel()
+            self.window.count(batch)
             batch = batch.to(self.device)
             failpoint("step.batch")
             with self.parallel.backward_context(self.policy, last=i == len(batches) - 1):
                 with self.precision.autocast():
                     output = self.loss(batch, self.policy)
+                output.sum = failpoint("step.loss", output.sum)
                 failpoint("step.backward")
-                self.precision.backward(failpoint("step.loss", output.sum) / weight)
+                self.precision.backward(output.sum / weight)
             finite &= torch.isfinite(output.sum.detach())
             self.totals.add(output)
         failpoint("step.reduce")
@@ -281,21 +281,15 @@ class Trainer:
     def _start_window(self) -> None:
         """The figures of a log line are exact means over the steps since the line before."""
         self.totals = Totals(self.device)
-        self.window = {"tokens": 0, "places": 0, "start": time.perf_counter(), "step": self.step}
+        self.window = Window(self.step)
 
     def _log_train(self) -> None:
-        seconds = time.perf_counter() - self.window["start"]
-        counts = torch.tensor([self.window["tokens"], self.window["places"]], dtype=torch.int64)
-        tokens, places = self.parallel.sum(counts).tolist()
         self.train_metrics = self.loss.summary(self.totals.means(self.parallel)) | {
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": self.grad_norm,
             "epoch": self.consumed / self.train_loader.epoch_size,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "padding": 1 - tokens / places,
+            **self.window.figures(self.step, self.total_steps, self.parallel),
             "memory_gb": self.parallel.max(peak_memory_gb(self.device)),
-            "eta_seconds": (self.total_steps - self.step) * seconds / (self.step - self.window["step"]),
         }
         self.tracking.log(self.step, "train", self.train_metrics)
         self._say(train_line(self.step, self.total_steps, self.train_metrics))
@@ -331,7 +325,7 @@ class Trainer:
         self._say(eval_line(self.step, metrics))
         self._judge(metrics)
         self._call("on_eval_end")
-        self.window["start"] += time.perf_counter() - began  # not counted in tokens per second
+        self.window.start += time.perf_counter() - began  # not counted in tokens per second
 
     def _judge(self, metrics: dict[str, float]) -> None:
         stopping = self.config.early_stopping

@@ -1,6 +1,7 @@
 """The house stands as it was drawn: who imports whom, how long things are, and that the README tells the truth."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -144,6 +145,12 @@ def test_the_commands_of_the_readme_run(user_folder, monkeypatch, capsys):
         words = shlex.split(command)
         if words[0] == "make":
             assert subprocess.run(["make", "-n", "-C", ROOT, *words[1:]], capture_output=True).returncode == 0, command
+            continue
+        if words[0] == "torchrun":
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            env = os.environ | {"PYTHONPATH": str(ROOT)}
+            done = subprocess.run([*torchrun, *words[1:], *short], env=env, capture_output=True, text=True)
+            assert done.returncode == 0 and "done: runs" in done.stdout, (command, done)
             continue
         if words[:2] == ["python", "train.py"]:
             words = ["minitrain", "train", *words[2:]]

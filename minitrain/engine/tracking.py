@@ -8,13 +8,39 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..batch import Batch
 from ..schema import Config
+from .parallel import SingleDevice
+
+
+class Window:
+    """Counts of the steps since the log line before."""
+
+    def __init__(self, step: int):
+        self.start, self.step = time.perf_counter(), step
+        self.tokens = self.places = 0
+
+    def count(self, batch: Batch) -> None:
+        self.tokens += batch.n_tokens
+        self.places += batch.input_ids.numel()
+
+    def figures(self, step: int, total_steps: int, parallel: SingleDevice) -> dict[str, float]:
+        """Tokens, speed and padding over all ranks, and the time that is left."""
+        seconds = time.perf_counter() - self.start
+        tokens, places = parallel.sum(torch.tensor([self.tokens, self.places])).tolist()
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "padding": 1 - tokens / places,
+            "eta_seconds": (total_steps - step) * seconds / (step - self.step),
+        }
 
 
 class Tracking:
