@@ -19,7 +19,7 @@ from .engine.folders import atomic_folder
 from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from .engine.parallel import make_parallel
 from .engine.precision import Precision
-from .engine.tracking import Tracking, Window, eval_line, peak_memory_gb, train_line
+from .engine.tracking import Tracking, Window, eval_line, train_line
 from .errors import ConfigError, RunError, RunFolderError
 from .evaluate import Totals, evaluate, lower_is_better
 from .exact_match import exact_match
@@ -289,7 +289,6 @@ class Trainer:
             "grad_norm": self.grad_norm,
             "epoch": self.consumed / self.train_loader.epoch_size,
             **self.window.figures(self.step, self.total_steps, self.parallel),
-            "memory_gb": self.parallel.max(peak_memory_gb(self.device)),
         }
         self.tracking.log(self.step, "train", self.train_metrics)
         self._say(train_line(self.step, self.total_steps, self.train_metrics))

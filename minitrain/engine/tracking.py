@@ -32,13 +32,14 @@ class Window:
         self.places += batch.input_ids.numel()
 
     def figures(self, step: int, total_steps: int, parallel: SingleDevice) -> dict[str, float]:
-        """Tokens, speed and padding over all ranks, and the time that is left."""
+        """Tokens, speed, padding and the largest peak of memory over all ranks, and the time that is left."""
         seconds = time.perf_counter() - self.start
         tokens, places = parallel.sum(torch.tensor([self.tokens, self.places])).tolist()
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "padding": 1 - tokens / places,
+            "memory_gb": parallel.max(peak_memory_gb(parallel.device)),
             "eta_seconds": (total_steps - step) * seconds / (step - self.step),
         }
 

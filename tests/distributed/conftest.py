@@ -25,7 +25,7 @@ def job(tmp_path, llama_folder, rows_file):
         }
         if fsdp:
             base |= {"trainer": "FSDPTrainer", "fsdp": {"shard": fsdp}}
-        files = {key: str(tmp_path / f"{name}.{key}") for key in ("trace", "weights", "gradients")}
+        files = {key: str(tmp_path / f"{name}.{key}") for key in ("trace", "ended", "gradients")}
         return {"config": base, "overrides": list(overrides), **files, **more}
 
     return make

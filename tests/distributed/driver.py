@@ -1,9 +1,10 @@
 """A training under torchrun (or alone) that writes down what it did; started by the tests.
 
-    driver.py JOBS.json   [{"config": {...}, "overrides": [...], "trace": file, "weights": file, "gradients": file,
-                           "dropout": 0.2}, ...]
+    driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
+                            "began": file, "ended": file}, ...]
 
-Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights.
+Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
+get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
 """
 
 import hashlib
@@ -23,6 +24,16 @@ torch.set_num_threads(1)
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     tensors = whole_tensors(trainer.generator.model, trainer.parallel.whole)
     return {name: tensor.clone() for name, tensor in tensors}
+
+
+def write_state(trainer: Trainer, file: str) -> None:
+    names = {id(p): name for name, p in trainer.policy.named_parameters()}
+    state = whole(trainer)
+    for parameter, entries in trainer.optimizer.state.items():
+        for key, value in entries.items():
+            state[f"moments/{names[id(parameter)]}/{key}"] = trainer.parallel.whole(value).clone()
+    if trainer.parallel.rank == 0:
+        save_file(state, file)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -60,7 +71,11 @@ def main() -> int:
 
 def run(job: dict) -> int:
     config = load_config(job["config"], job.get("overrides", []))
-    hooks = {"on_step_end": lambda t: note_step(t, job["trace"])} if "trace" in job else {}
+    hooks = {}
+    if "trace" in job:
+        hooks["on_step_end"] = lambda t: note_step(t, job["trace"])
+    if "began" in job:
+        hooks["on_train_begin"] = lambda t: write_state(t, job["began"])
     trainer = Trainer(config, **hooks)
     for module in trainer.policy.modules():
         if hasattr(module, "attention_dropout"):
@@ -68,10 +83,8 @@ def run(job: dict) -> int:
     if "gradients" in job:
         write_gradients(trainer, job["gradients"])
     trainer.train()
-    if "weights" in job:
-        tensors = whole(trainer)
-        if trainer.parallel.rank == 0:
-            save_file(tensors, job["weights"])
+    if "ended" in job:
+        write_state(trainer, job["ended"])
     return 0 if trainer.signal is None else 128 + trainer.signal
 
 

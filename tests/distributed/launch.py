@@ -1,29 +1,102 @@
-"""Starts the driver alone or under torchrun."""
+"""Starts the driver on ranks that are forked from a process which has imported torch, or under torchrun itself."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from tests.conftest import ROOT
-
+ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
-TIMEOUT = 240
+TIMEOUT = 240  # seconds
+_FORKS = multiprocessing.get_context("forkserver")
+# What takes long to import; not minitrain, and so not conftest, since it reads MINITRAIN_FAULT when it is imported.
+_FORKS.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
 
 
-def start(ranks: int, jobs: list[dict], folder: Path, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-    """The driver on so many ranks, in a process group of its own; 0 ranks is without torchrun."""
+class Ranks:
+    """Running drivers, one a rank, that write into one file."""
+
+    def __init__(self, ranks: int, jobs: list[dict], folder: Path, env: dict[str, str]):
+        """0 ranks is one process that knows nothing of ranks."""
+        file, port = _jobs_file(jobs, folder), _free_port()
+        self.output = folder / "output.txt"
+        self.output.write_text("")
+        envs = [_rank_env(rank, ranks, port) for rank in range(ranks)] or [{}]
+        arguments = [(own | env, str(file), str(self.output)) for own in envs]
+        self.processes = [_FORKS.Process(target=_driver, args=each) for each in arguments]
+        for process in self.processes:
+            process.start()
+        self.pids = [process.pid for process in self.processes]
+
+    def kill(self, number: int, rank: int = 0) -> None:
+        if self.processes[rank].is_alive():
+            os.kill(self.pids[rank], number)
+
+    def finish(self, timeout: float = TIMEOUT) -> tuple[int, str]:
+        """(code of the first rank that ended badly, else 0; output). As torchrun does, ends the others then."""
+        code, end = 0, time.monotonic() + timeout
+        while any(process.is_alive() for process in self.processes):
+            for process in self.processes:
+                if process.exitcode and not code:
+                    code, end = process.exitcode, min(end, time.monotonic() + 60)
+                    for other in self.processes:
+                        other.terminate()
+            if time.monotonic() > end:
+                for process in self.processes:
+                    process.kill()
+                raise AssertionError(f"hung: {self.output.read_text()}")
+            time.sleep(0.02)
+        codes = [process.exitcode for process in self.processes]
+        return code or next((c for c in codes if c), 0), self.output.read_text()
+
+
+def _driver(env: dict[str, str], jobs: str, output: str) -> None:
+    os.environ.update(env)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [str(DRIVER), jobs]
+    runpy.run_path(str(DRIVER), run_name="__main__")
+
+
+def _rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in numbers.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def _jobs_file(jobs: list[dict], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return file
+
+
+def launch(ranks: int, jobs: list[dict], folder: Path, expect: int = 0) -> str:
+    """Runs to the end and returns the output; the exit code has to be the expected one."""
+    code, output = Ranks(ranks, jobs, folder, {}).finish()
+    assert code == expect, output
+    return output
+
+
+def torchrun(ranks: int, jobs: list[dict], folder: Path, env: dict[str, str], **options) -> subprocess.Popen:
+    """The driver under the real launcher, in a process group of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher += [f"--{key}={value}" for key, value in options.items()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen(
-        [sys.executable, *launcher, str(DRIVER), str(file)],
-        env=environment,
+        [sys.executable, *launcher, str(DRIVER), str(_jobs_file(jobs, folder))],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -39,13 +112,6 @@ def finish(process: subprocess.Popen, timeout: float = TIMEOUT) -> tuple[int, st
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"hung: {process.communicate()[0]}") from None
-
-
-def launch(ranks: int, jobs: list[dict], folder: Path, expect: int = 0, **more) -> str:
-    """Runs to the end and returns the output; the exit code has to be the expected one."""
-    code, output = finish(start(ranks, jobs, folder, **more))
-    assert code == expect, output
-    return output
 
 
 def trace(file: Path) -> list[list]:
