@@ -204,7 +204,8 @@ def _grow_embeddings(model: nn.Module, n_tokens: int) -> None:
         return
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[rows:] = layer.weight[:rows].mean(0)
+            for parameter in layer.parameters():
+                parameter[rows:] = parameter[:rows].mean(0)
 
 
 def _load_archive(model: nn.Module, path: Path) -> None:

@@ -80,6 +80,8 @@ def run(job: dict) -> int:
     for module in trainer.policy.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = job.get("dropout", 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = job.get("dropout", 0.0)
     if "gradients" in job:
         write_gradients(trainer, job["gradients"])
     trainer.train()

@@ -22,12 +22,12 @@ _FORKS.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.ll
 class Ranks:
     """Running drivers, one a rank, that write into one file."""
 
-    def __init__(self, ranks: int, jobs: list[dict], folder: Path, env: dict[str, str]):
+    def __init__(self, ranks: int, jobs: list[dict], folder: Path, env: dict[str, str], machines: int = 1):
         """0 ranks is one process that knows nothing of ranks."""
         file, port = _jobs_file(jobs, folder), _free_port()
         self.output = folder / "output.txt"
         self.output.write_text("")
-        envs = [_rank_env(rank, ranks, port) for rank in range(ranks)] or [{}]
+        envs = [_rank_env(rank, ranks, machines, port) for rank in range(ranks)] or [{}]
         arguments = [(own | env, str(file), str(self.output)) for own in envs]
         self.processes = [_FORKS.Process(target=_driver, args=each) for each in arguments]
         for process in self.processes:
@@ -65,8 +65,11 @@ def _driver(env: dict[str, str], jobs: str, output: str) -> None:
     runpy.run_path(str(DRIVER), run_name="__main__")
 
 
-def _rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+def _rank_env(rank: int, ranks: int, machines: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    local = ranks // machines
+    numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "GROUP_RANK": rank // local, "MASTER_PORT": port}
+    numbers |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local}
     return {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in numbers.items()}
 
 
@@ -83,9 +86,9 @@ def _jobs_file(jobs: list[dict], folder: Path) -> Path:
     return file
 
 
-def launch(ranks: int, jobs: list[dict], folder: Path, expect: int = 0) -> str:
+def launch(ranks: int, jobs: list[dict], folder: Path, expect: int = 0, machines: int = 1) -> str:
     """Runs to the end and returns the output; the exit code has to be the expected one."""
-    code, output = Ranks(ranks, jobs, folder, {}).finish()
+    code, output = Ranks(ranks, jobs, folder, {}, machines).finish()
     assert code == expect, output
     return output
 

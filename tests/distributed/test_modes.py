@@ -1,0 +1,133 @@
+"""FSDPTrainer with every kind of model, precision and mesh trains what one process does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from minitrain.model.tiny import tiny_tokenizer
+from tests.core.test_policy import MODELS
+from tests.distributed.launch import launch, trace
+from tests.distributed.test_fsdp import figures, same_training
+
+
+EVERYTHING = pytest.mark.slow
+
+
+def random_folder(name: str, folder: Path) -> Path:
+    """A small random model of 128 tokens, fewer than the tokenizer has, so that rows must be added."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(folder / name)
+    tiny_tokenizer().save_pretrained(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "names", [("gpt2", "phi-bias"), pytest.param(("qwen2-tied", "gemma2-softcap", "mistral-window"), marks=EVERYTHING)]
+)
+def test_other_architectures(job, scratch, tmp_path, names):
+    """Read by rows with rows added, tied or not; what is saved is what was trained, tied weights once."""
+    folders = {name: random_folder(name, tmp_path) for name in names}
+    settings = ("loss.name=dft", "eval_generate.n_examples=4", "eval_generate.max_new_tokens=8", "validation_split=6")
+    alone = {n: job(f"alone-{n}", f"model.name_or_path={f}", *settings) for n, f in folders.items()}
+    ranked = {n: job(f"ranks-{n}", f"model.name_or_path={f}", *settings, fsdp="full") for n, f in folders.items()}
+    launch(0, list(alone.values()), scratch / "alone")
+    launch(2, list(ranked.values()), scratch / "ranks")
+    for name in names:
+        same_training(ranked[name], alone[name])
+        found, wanted = (figures(each[name], "eval") for each in (ranked, alone))
+        assert [row["exact_match"] for row in found] == [row["exact_match"] for row in wanted]
+        final = Path(ranked[name]["config"]["output_dir"]) / f"ranks-{name}" / "final"
+        saved, trained = AutoModelForCausalLM.from_pretrained(final).state_dict(), load_file(ranked[name]["ended"])
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in trained.items() if not key.startswith("moments/"))
+        kept = load_file(final / "model.safetensors")
+        assert ("lm_head.weight" in kept) == (name in ("phi-bias", "mistral-window"))
+
+
+@pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), ("float16", 5e-3)])
+def test_mixed_precision(job, scratch, dtype, rtol):
+    """Blocks gathered in policy_dtype compute what autocast does: same losses and norms to the dtype's rounding."""
+    settings = (f"model.policy_dtype={dtype}", "gradient_accumulation_steps=2", "loss.name=dft")
+    alone, *ranked = job("alone", *settings), job("full", *settings, fsdp="full"), job("none", *settings, fsdp="none")
+    launch(0, [alone], scratch / "alone")
+    launch(2, ranked, scratch / "ranks")
+    for ours in ranked:
+        for mine, theirs in zip(figures(ours), figures(alone), strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=rtol)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5 * rtol)
+        ended = load_file(ours["ended"])
+        assert all(tensor.dtype == torch.float32 for tensor in ended.values())
+
+
+def test_two_machines(job, scratch):
+    """hybrid: cut over two ranks of each of two machines, repeated across."""
+    settings = ("gradient_accumulation_steps=2", "save_every_steps=2")
+    alone, ours = job("alone", *settings), job("hybrid", *settings, fsdp="hybrid")
+    launch(0, [alone], scratch / "alone")
+    launch(4, [ours], scratch / "ranks", machines=2)
+    same_training(ours, alone)
+    checkpoint = Path(ours["config"]["output_dir"]) / "hybrid" / "checkpoints" / "step-2"
+    held = [len(load_file(checkpoint / f"model-{rank}.safetensors")) for rank in range(4)]
+    assert held[0] and held[1] and not held[2] and not held[3]  # the second machine has nothing of its own
+
+
+def test_one_rank_without_a_launcher(job, scratch):
+    """FSDPTrainer on one device is BasicTrainer."""
+    alone, ours = job("alone"), job("one", fsdp="full")
+    launch(0, [alone, ours], scratch)
+    same_training(ours, alone)
+
+
+def test_an_archive_takes_the_place_of_the_files(job, scratch, llama_folder, tmp_path):
+    """model.archive: each rank reads its rows of the state dict."""
+    weights = load_file(llama_folder / "model.safetensors")
+    changed = {name: tensor * 1.5 for name, tensor in weights.items()}
+    torch.save({"state": changed}, tmp_path / "policy.pt")
+    save_file(changed, tmp_path / "policy.safetensors")
+    files = [f"model.archive={tmp_path / name}" for name in ("policy.pt", "policy.safetensors")]
+    alone = job("alone", files[0])
+    ranked = [job(f"ranks-{i}", file, fsdp="full") for i, file in enumerate(files)]
+    launch(0, [alone], scratch / "alone")
+    launch(2, ranked, scratch / "ranks")
+    for ours in ranked:
+        same_training(ours, alone)
+
+
+def test_early_stopping_and_best_model(job, scratch):
+    """All ranks stop after the same evaluation, and best/ holds the model of the best one."""
+    settings = ("validation_split=8", "eval_every_steps=1", "n_steps=8", "save_best=true")
+    settings += ("early_stopping.patience=2", "early_stopping.threshold=1")
+    alone, ours = job("alone", *settings), job("ranks", *settings, fsdp="full")
+    launch(0, [alone], scratch / "alone")
+    output = launch(2, [ours], scratch / "ranks")
+    assert output.count("stopping early") == 1
+    steps = [line[0] for line in trace(Path(ours["trace"]))]
+    assert steps == [line[0] for line in trace(Path(alone["trace"]))] and len(steps) < 8
+    found, wanted = (Path(each["config"]["output_dir"]) / each["config"]["exp_name"] / "best" for each in (ours, alone))
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (found, wanted))
+    assert all(torch.allclose(found[name], wanted[name], atol=5e-4) for name in wanted)
+
+
+@EVERYTHING
+def test_compiled_blocks(job, scratch):
+    """compile=true under FSDP."""
+    alone, ours = job("alone"), job("compiled", "compile=true", fsdp="full")
+    launch(0, [alone], scratch / "alone")
+    launch(2, [ours], scratch / "ranks")
+    same_training(ours, alone, rtol=1e-4)
+
+
+def test_a_mistake_is_told_once_and_before_the_model(job, scratch):
+    """A wrong option and a wrong row under two ranks: exit code 2, no traceback, the message of rank 0."""
+    wrong = job("wrong", "lrr=1", fsdp="full")
+    output = launch(2, [wrong], scratch / "option", expect=2)
+    assert "lrr: there is no such option" in output and "Traceback" not in output
+    rows = scratch / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    output = launch(2, [job("row", f"datasets=[{rows}]", fsdp="full")], scratch / "row", expect=2)
+    assert f"{rows}:2" in output and "Traceback" not in output
