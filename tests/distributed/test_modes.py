@@ -12,7 +12,6 @@ from tests.core.test_policy import MODELS
 from tests.distributed.launch import launch, trace
 from tests.distributed.test_fsdp import figures, same_training
 
-
 EVERYTHING = pytest.mark.slow
 
 
