@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minitrain import RunError
-from minitrain.engine.folders import atomic_folder, checkpoints
+from minitrain.engine.folders import atomic_folder, checkpoints, fingerprint
 from tests.conftest import metrics, weights
 
 DROPOUT = 0.2
@@ -94,6 +96,13 @@ def test_only_the_newest_checkpoints_are_kept_and_debris_is_cleared(make_trainer
 
 
 def damage(folder, how: str) -> None:
+    manifest = folder / "manifest.json"
+    if how == "no manifest":
+        return manifest.unlink()
+    if how == "manifest edited":
+        content = json.loads(manifest.read_text())
+        content["files"]["rng-0.safetensors"]["sha256"] = "0" * 64
+        return manifest.write_text(json.dumps(content))
     file = folder / "optimizer-0.safetensors"
     data = bytearray(file.read_bytes())
     if how == "flipped":
@@ -112,7 +121,9 @@ def damage(folder, how: str) -> None:
         (folder / "x").rename(file)
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "deleted", "swapped"])
+@pytest.mark.parametrize(
+    "how", ["flipped", "truncated", "empty", "deleted", "swapped", "no manifest", "manifest edited"]
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_trainer, oracle, how):
     """The newest is damaged: said by file name, the one before is used, the end is the same."""
     options = (*OPTIONS, "keep_checkpoints=3")
@@ -124,7 +135,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_trainer, oracle,
     second = with_dropout(make_trainer(*options))
     second.train()
     assert second.checkpoint == first.run.checkpoint(4)
-    assert any("step-5" in note and ".safetensors" in note for note in second.notes)
+    named = "manifest.json is missing" if how == "no manifest" else ".safetensors"
+    assert any("step-5" in note and named in note for note in second.notes)
     assert all(torch.equal(p, weights(second)[name]) for name, p in weights(oracle).items())
 
 
@@ -174,6 +186,9 @@ def test_other_options_are_refused_with_the_difference(make_trainer):
     with pytest.raises(RunError, match=r"lr: 0.01 -> 0.02"):
         make_trainer("save_every_steps=3", "lr=0.02")
     make_trainer("save_every_steps=3", "log_every_steps=2")
+    with pytest.raises(RunError, match=r"seed: 0 -> 1") as told:
+        make_trainer("save_every_steps=3", "lr=0.02", "seed=1", "allow_changes=[lr]")
+    assert "lr: 0.01" not in str(told.value) and "allow_changes=[seed]" in str(told.value)
 
 
 def test_other_data_are_refused(make_trainer, rows_file, tmp_path):
@@ -185,6 +200,43 @@ def test_other_data_are_refused(make_trainer, rows_file, tmp_path):
     copy.write_text(rows_file.read_text().replace("say 1", "say one"))
     with pytest.raises(RunError, match="other data"):
         make_trainer(*options).train()
+    going_on = make_trainer(*options, "allow_changes=[datasets]")
+    going_on.train()
+    assert going_on.checkpoint is not None and going_on.step == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_another_base_model_is_refused(make_trainer, llama_folder, tmp_path, file):
+    """Weights, or a tokenizer that gives other ids, changed under a run that goes on."""
+    folder = shutil.copytree(llama_folder, tmp_path / "base")
+    options = (f"model.name_or_path={folder}", "save_every_steps=1", "freeze_layers=[0]")
+    make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None).train()
+    changed = folder / file
+    if file.endswith(".json"):
+        changed.write_text(changed.read_text().replace('"a":', '"@":').replace('"b":', '"a":').replace('"@":', '"b":'))
+    else:
+        save_file({name: tensor * 1.01 for name, tensor in load_file(changed).items()}, changed)
+    kind = "other data" if file.endswith(".json") else "another base model"
+    with pytest.raises(RunError, match=kind):
+        make_trainer(*options).train()
+    allowed = make_trainer(*options, "allow_changes=[datasets, model]")
+    allowed.train()
+    assert allowed.step == 3
+
+
+def test_an_index_cannot_name_files_elsewhere(make_trainer, tmp_path):
+    """A checkpoint whose hashes are right and whose index leads out of it is refused."""
+    first = make_trainer("save_every_steps=1", on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first.train()
+    folder = first.run.checkpoint(1)
+    shutil.copy(folder / "model-0.safetensors", tmp_path / "elsewhere.safetensors")
+    index = (folder / "index.json").read_text().replace("model-0.safetensors", str(tmp_path / "elsewhere.safetensors"))
+    (folder / "index.json").write_text(index)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"]["index.json"] = fingerprint(folder / "index.json")
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match="outside"):
+        make_trainer("save_every_steps=1").train()
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(make_trainer):
