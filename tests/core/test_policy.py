@@ -239,3 +239,27 @@ def test_a_real_model_scores_and_speaks_as_its_reference():
         prompt = torch.tensor([entry["prompt_ids"]])
         story = policy.model.generate(prompt, do_sample=False, max_length=len(ids), attention_mask=prompt > 0)
         assert story[0].tolist() == entry["greedy_ids"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_built_empty_and_read_by_rows(tmp_path, name):
+    """No parameter has memory, tied ones are one, and rows are those of a model that was loaded whole, new ones too."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)  # of 259 tokens, more than the model's 128
+    config = Config(model=ModelConfig(name_or_path=str(tmp_path)))
+    tokenizer = load_tokenizer(config.model)
+    whole, _ = load_policy(config, tokenizer)
+    empty, weights = load_policy(config, tokenizer, empty=True)
+    assert all(p.is_meta for p in empty.model.parameters())
+    wanted = dict(whole.model.named_parameters())
+    assert {key: p.shape for key, p in empty.model.named_parameters()} == {key: p.shape for key, p in wanted.items()}
+    for key, p in wanted.items():
+        middle = len(p) // 2 + 1
+        rows = torch.cat([weights.rows(key, 0, middle), weights.rows(key, middle, len(p))])
+        torch.testing.assert_close(rows, p.detach(), rtol=0, atol=1e-7)
+    for key, buffer in empty.model.named_buffers():
+        assert torch.equal(buffer, whole.model.get_buffer(key))

@@ -129,8 +129,9 @@ def test_a_rank_dies_under_torchrun(lab, point):
     pids: list[int] = []
     died = None
     while process.poll() is None:
-        pids = children(process.pid) or pids
-        if died is None and pids and len(children(process.pid)) < len(pids):
+        alive = children(process.pid)
+        pids = max(pids, alive, key=len)
+        if died is None and len(alive) < len(pids):
             died = time.monotonic()
         time.sleep(0.05)
     seconds = time.monotonic() - (died or time.monotonic())
