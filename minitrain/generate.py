@@ -16,8 +16,9 @@ from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
 from .evaluate import inference
+from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
-from .model.load import load_model, load_tokenizer
+from .model.load import DTYPES, load_merged, load_model, load_tokenizer
 from .schema import ModelConfig
 
 Messages = list[dict[str, str]]
@@ -120,30 +121,53 @@ def load_generator(
     """
     if chat_template not in ("auto", "chatml", "none") and not Path(chat_template).is_file():
         raise ConfigError(f"the chat template {chat_template!r} is neither auto, chatml, none, nor a file.")
-    config = ModelConfig(name_or_path=_find_model(source), trust_remote_code=trust_remote_code)
+    config = model_config(find_model(source), trust_remote_code)
     place = pick_device(device)
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
-    saved = _saved_dtype(config)
-    config.master_dtype = saved if saved in _native_dtypes(place) else "float32"
-    return Generator(load_model(config, tokenizer, seed=0).to(place).eval(), template)
+    saved = saved_dtype(config)
+    dtype = DTYPES[saved] if saved in _native_dtypes(place) else torch.float32
+    if config.adapter:
+        model = load_merged(config, tokenizer, Path(config.adapter)).to(dtype)
+    else:
+        model = load_model(config, tokenizer, 0, dtype)
+    return Generator(model.to(place).eval(), template)
 
 
-def _find_model(source: str) -> str:
+def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
+    """Where the model of a folder or hub name is; of an adapter's folder, its base and the adapter."""
+    if not (Path(source) / CONFIG_FILE).is_file():
+        return ModelConfig(name_or_path=source, trust_remote_code=trust_remote_code)
+    adapter = read_config(Path(source))
+    return ModelConfig(
+        name_or_path=adapter["base_model_name_or_path"],
+        revision=adapter.get("revision"),
+        adapter=source,
+        tokenizer_name_or_path=source if (Path(source) / "tokenizer.json").is_file() else None,
+        quantization=adapter.get("minitrain_quantization", "none"),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def find_model(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir() and looks_local(source):
         raise ConfigError(f"{source}: there is no such folder.")
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not folder.is_dir() or _holds_model(folder):
         return source
     for name in ("final", "best"):
-        if (folder / name / "config.json").exists():
+        if _holds_model(folder / name):
             return str(folder / name)
     if (folder / "checkpoints").is_dir():
         raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
-    raise ConfigError(f"{source}: holds neither a model (config.json) nor a finished run (final/).")
+    raise ConfigError(f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).")
 
 
-def _saved_dtype(config: ModelConfig) -> str | None:
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / CONFIG_FILE).exists()
+
+
+def saved_dtype(config: ModelConfig) -> str | None:
     """The dtype named in config.json; None when nothing is named or can be read, which `load_model` then tells."""
     from transformers import AutoConfig
 

@@ -55,12 +55,46 @@ class ModelConfig:
     archive: str | None = option(
         None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
     )
+    adapter: str | None = option(
+        None, "A LoRA to go on with, in PEFT's format: a folder with adapter_config.json. It is trained; see lora."
+    )
+    quantization: str = option(
+        "none",
+        "Keep the frozen linear layers in 4 bits (NF4, twice quantised) or 8 bits, by bitsandbytes. Needs lora.",
+        choices=("none", "4bit", "8bit"),
+    )
     attn_implementation: str = option(
         "auto",
         "auto: sdpa, or eager for models that have no sdpa.",
         choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model. Only for models you trust.")
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = option(0, "Rank of the matrices; 0 trains without LoRA.", least=0)
+    alpha: float = option(16.0, "The update is scaled by alpha / rank.", above=0)
+    dropout: float = option(0.0, "Dropout of the matrices' input.", least=0, most=1)
+    target_modules: Any = option(
+        "all-linear", "Names of layers in a list, a regular expression, or all-linear: all but the output layer."
+    )
+    exclude_modules: list[str] = option([], "Layers that get none although target_modules names them.")
+    layers_to_transform: list[int] = option([], "Only in these blocks; all when left out.")
+    modules_to_save: list[str] = option([], "Modules that are trained whole, and saved with the adapter.")
+    bias: str = option(
+        "none", "Which biases are trained: all, or those of the adapted layers.", choices=("none", "all", "lora_only")
+    )
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    use_dora: bool = option(False, "Learn magnitude and direction apart (DoRA, arXiv 2402.09353); slower.")
+    init: str = option(
+        "default",
+        "default or gaussian: the model as it is. pissa or olora: its strongest directions move into the adapter.",
+        choices=("default", "gaussian", "pissa", "olora"),
+    )
+    loraplus_lr_ratio: float = option(
+        1.0, "lr of the B matrices as a multiple of lr (LoRA+, arXiv 2402.12354).", above=0
+    )
 
 
 @dataclass
@@ -156,6 +190,7 @@ class Config:
 
     # model and loss
     model: ModelConfig = option(ModelConfig, "The model.")
+    lora: LoRAConfig = option(LoRAConfig, "Small trained matrices beside the frozen model.")
     freeze_layers: list[Any] = option([], "Blocks that are not trained: numbers, ranges like 0-5, or `embeddings`.")
     loss: dict[str, Any] = option({"name": "sft"}, "name: which loss; beside it its own options (see docs/losses.md).")
 

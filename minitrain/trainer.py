@@ -66,7 +66,7 @@ class Trainer:
             self.tokenizer = load_tokenizer(config.model)
             self.template = Template(self.tokenizer, config.chat_template, config.train_on)
             data = load_data(config, self.template)
-            policy, weights = load_policy(config, self.tokenizer, empty=self.parallel.reads_rows)
+            policy, weights = load_policy(config, self.tokenizer, self.device, empty=self.parallel.reads_rows)
         self.notes = data.notes
         places = (self.tokenizer.pad_token_id, self.parallel.rank, self.parallel.world_size)
         self.train_loader = Loader(data.train, config, *places)

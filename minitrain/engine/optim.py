@@ -9,6 +9,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..schema import Config
 
+FASTER = ("lora_B", "lora_embedding_B")  # by lora.loraplus_lr_ratio
+
 
 def optimizer_class(name: str, unfit: set[str] = frozenset()) -> type[torch.optim.Optimizer]:
     """A class of torch.optim by name, whatever its capitals. Raises ConfigError for an unknown one."""
@@ -35,18 +37,21 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     accepted = accepted_options(chosen)
     offered = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
     arguments = {key: value for key, value in offered.items() if key in accepted} | config.optimizer_args
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if "weight_decay" not in accepted:
-        groups = [{"params": group["params"]} for group in groups]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = config.lora.loraplus_lr_ratio if name.endswith(FASTER) else 1.0
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((ratio, decay), []).append(parameter)
     try:
-        return chosen(groups, **arguments)
+        optimizer = chosen([{"params": each} for each in groups.values()], **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {chosen.__name__} refuses its options: {error}") from None
+    for group, (ratio, decay) in zip(optimizer.param_groups, groups, strict=True):
+        group["lr_ratio"] = ratio
+        if "weight_decay" in accepted:
+            group["weight_decay"] = decay
+    return optimizer
 
 
 def lr_factor(step: int, total: int, warmup: int, shape: str) -> float:
@@ -71,4 +76,4 @@ def warmup_steps(config: Config, total: int) -> int:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]

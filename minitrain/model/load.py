@@ -12,9 +12,13 @@ from torch import nn
 from ..errors import ConfigError
 from ..schema import Config, ModelConfig
 from . import attention
+from .adapter_files import CONFIG_FILE, adapt_model, load_adapter, save_adapter
+from .lora import fold
 from .policy import Policy, find_blocks
+from .quantize import quantize_model, unpack_model
 from .weights import Weights, open_weights, parameters_on_meta, save_weights, whole_tensors
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_HINT = (
     "If it is a hub name, it could not be reached and is not in the local cache; "
@@ -46,11 +50,12 @@ def load_tokenizer(config: ModelConfig):
     return tokenizer
 
 
-def load_model(config: ModelConfig, tokenizer, seed: int) -> nn.Module:
-    """A transformers causal LM with parameters in master_dtype and at least as many rows as the tokenizer.
+def load_model(config: ModelConfig, tokenizer, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
+    """A transformers causal LM in `dtype`, else master_dtype, with as many rows as the tokenizer or more.
 
     Raises ConfigError when it cannot be loaded or is no causal language model.
     """
+    dtype = dtype or DTYPES[config.master_dtype]
     if config.name_or_path == "tiny":
         from .tiny import tiny_model
 
@@ -58,9 +63,9 @@ def load_model(config: ModelConfig, tokenizer, seed: int) -> nn.Module:
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
-        model = _from_pretrained(config)
+        model = _from_pretrained(config, dtype)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
-        parameter.data = parameter.data.to(DTYPES[config.master_dtype])
+        parameter.data = parameter.data.to(dtype)
     _grow_embeddings(model, len(tokenizer))
     if config.archive:
         _load_archive(model, Path(config.archive))
@@ -68,19 +73,42 @@ def load_model(config: ModelConfig, tokenizer, seed: int) -> nn.Module:
     return model
 
 
-def load_policy(config: Config, tokenizer, empty: bool = False) -> tuple[Policy, Weights | None]:
-    """The model as a `Policy`, on the CPU.
+def load_policy(
+    config: Config, tokenizer, device: torch.device = CPU, empty: bool = False
+) -> tuple[Policy, Weights | None]:
+    """The model as a `Policy`, on the CPU but for quantised layers; with its adapter, if it has one.
 
     With `empty`, it is built without memory for its parameters where its files allow it, and the second value gives
     the rows of them.
     """
+    has_adapter = bool(config.lora.rank or config.model.adapter)
+    compute = DTYPES[config.model.policy_dtype]
+    dtype = compute if has_adapter else DTYPES[config.model.master_dtype]
     model, weights = None, None
     if empty and config.model.name_or_path != "tiny":
-        model, weights = _empty_model(config.model, tokenizer)
-    policy = Policy(model or load_model(config.model, tokenizer, config.seed))
+        model, weights = _empty_model(config.model, tokenizer, dtype)
+    if model is None:
+        model = load_model(config.model, tokenizer, config.seed, dtype)
+    if config.model.quantization != "none":
+        quantize_model(model, config.model.quantization, compute, device)
+    if has_adapter:
+        model.adapter = adapt_model(config, model, weights)
+        model.adapter.freeze(model, compute)
+    policy = Policy(model)
     if config.packing and policy.model.config._attn_implementation == "sdpa":
         policy.model.set_attn_implementation(attention.NAME)
     return policy, weights
+
+
+def load_merged(config: ModelConfig, tokenizer, folder: Path) -> nn.Module:
+    """A model with the LoRA of a folder added to its weights in float32, in which it stays."""
+    model = load_model(config, tokenizer, 0, torch.float32)
+    if config.quantization != "none":
+        quantize_model(model, config.quantization, torch.float32, CPU)
+        unpack_model(model)
+    for module in load_adapter(model, folder).adapted.values():
+        fold(module)
+    return model
 
 
 def save_model(
@@ -92,10 +120,16 @@ def save_model(
 ) -> None:
     """Writes what `from_pretrained` reads: weights cast once to `dtype`, tied ones once, tokenizer and template.
 
+    Of a model with an adapter, it writes the adapter, in float32.
+
     `tensors` are those of `weights.whole_tensors` where the model's own are not whole.
     """
     tensors = tensors or whole_tensors(model, lambda tensor: tensor)
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    if getattr(model, "adapter", None) is not None:
+        save_adapter(model, model.adapter, tensors, folder)
+        return
     if getattr(model, "_weight_conversions", None):  # transformers knows the names that its files had
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
         model.save_pretrained(folder, state_dict=cast)
@@ -107,14 +141,14 @@ def save_model(
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
 
 
 def identity(config: ModelConfig) -> list[str]:
     """Tells whether the files of a local model are the same: size, beginning and end of each, without reading all."""
     found = []
-    for file in sorted(Path(config.name_or_path).glob("*")):
-        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+    folders = [Path(folder) for folder in (config.name_or_path, config.adapter) if folder]
+    for file in sorted(file for folder in folders for file in folder.glob("*")):
+        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", CONFIG_FILE):
             with open(file, "rb") as opened:
                 ends = opened.read(1 << 20)
                 opened.seek(max(0, file.stat().st_size - (1 << 20)))
@@ -143,14 +177,14 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
         raise ConfigError("freeze_layers: nothing is left to train.")
 
 
-def _from_pretrained(config: ModelConfig) -> nn.Module:
+def _from_pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(
             config.name_or_path,
             revision=config.revision,
-            dtype=DTYPES[config.master_dtype],
+            dtype=dtype,
             attn_implementation=attention_of(config),
             trust_remote_code=config.trust_remote_code,
         )
@@ -159,7 +193,7 @@ def _from_pretrained(config: ModelConfig) -> nn.Module:
         raise ConfigError(f"no causal language model in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
 
 
-def _empty_model(config: ModelConfig, tokenizer) -> tuple[nn.Module | None, Weights | None]:
+def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
     """A model whose parameters have no memory yet, and where their rows are; (None, None) when files do not fit it."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -169,7 +203,7 @@ def _empty_model(config: ModelConfig, tokenizer) -> tuple[nn.Module | None, Weig
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 shape,
-                dtype=DTYPES[config.master_dtype],
+                dtype=dtype,
                 attn_implementation=attention_of(config),
                 trust_remote_code=config.trust_remote_code,
             )

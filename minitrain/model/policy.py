@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,9 +51,15 @@ class Policy(nn.Module):
         """Whether attention over a packed row costs the square of the row's length."""
         return self.model.config._attn_implementation in ("eager", "sdpa")
 
-    def output_layer(self) -> OutputLayer:
+    def output(self, hidden: Tensor) -> tuple[Tensor, OutputLayer]:
+        """What goes into the output layer, and the layer; hidden is [N, H]."""
         head = self.model.get_output_embeddings()
-        return OutputLayer(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
+        weight = head.weight
+        if hasattr(head, "lora"):  # h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T
+            low = F.linear(hidden, head.lora_A.to(hidden.dtype)) * head.lora.scaling  # [N, r]
+            hidden = torch.cat([hidden, low.to(hidden.dtype)], 1)  # [N, H + r]
+            weight = torch.cat([weight, head.lora_B.to(weight.dtype)], 1)  # [V, H + r]
+        return hidden, OutputLayer(weight, getattr(head, "bias", None), self.scale, self.softcap)
 
     def forward(
         self,
@@ -63,7 +70,8 @@ class Policy(nn.Module):
     ) -> Scores:
         """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options."""
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
-        scores = token_scores(hidden, batch.targets, self.output_layer(), token_weights, entropy, mean_logps)
+        hidden, layer = self.output(hidden)
+        scores = token_scores(hidden, batch.targets, layer, token_weights, entropy, mean_logps)
         return Scores(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps)
 
 

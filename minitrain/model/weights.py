@@ -36,6 +36,21 @@ class Weights:
         self.sources |= tensors
         self.sizes |= {name: list(tensor.shape) for name, tensor in tensors.items()}
 
+    def alias(self, name: str, known: str) -> None:
+        """Makes a second tensor with the rows of one that is known."""
+        self.sources[name], self.sizes[name] = self.sources[known], self.sizes[known]
+
+
+class Less:
+    """Rows of a tensor with the product of two matrices taken from them."""
+
+    def __init__(self, source: Any, left: Tensor, right: Tensor):
+        self.source, self.left, self.right = source, left, right
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found = self.source[rows]
+        return (found.float() - self.left[rows] @ self.right).to(found.dtype)
+
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
     """The weights in a folder's or a hub model's safetensors files; None when they are not named as in the model."""
@@ -77,8 +92,17 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole of each tensor that a saved model has, tied ones once; `whole` joins the shards of one."""
-    for name, tensor in _tensors(model).items():
+    """Name and whole of each tensor that is saved, tied ones once; `whole` joins the shards of one.
+
+    Those are all of a model, or with an adapter those that the adapter's files hold.
+    """
+    adapter = getattr(model, "adapter", None)
+    if adapter is None:
+        tensors = _tensors(model)
+    else:
+        everything = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {name: everything[name] for name in adapter.names(model)}
+    for name, tensor in tensors.items():
         yield name, whole(tensor.detach())
 
 

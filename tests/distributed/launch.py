@@ -39,21 +39,24 @@ class Ranks:
             os.kill(self.pids[rank], number)
 
     def finish(self, timeout: float = TIMEOUT) -> tuple[int, str]:
-        """(code of the first rank that ended badly, else 0; output). As torchrun does, ends the others then."""
-        code, end = 0, time.monotonic() + timeout
+        """(-9 if a rank was killed, else the first code that is not 0, else 0; output).
+
+        When one rank ends badly the others are told to end, as torchrun does.
+        """
+        end, told = time.monotonic() + timeout, False
         while any(process.is_alive() for process in self.processes):
-            for process in self.processes:
-                if process.exitcode and not code:
-                    code, end = process.exitcode, min(end, time.monotonic() + 60)
-                    for other in self.processes:
-                        other.terminate()
+            if not told and any(process.exitcode for process in self.processes):
+                end, told = min(end, time.monotonic() + 60), True
+                for process in self.processes:
+                    process.terminate()
             if time.monotonic() > end:
                 for process in self.processes:
                     process.kill()
                 raise AssertionError(f"hung: {self.output.read_text()}")
             time.sleep(0.02)
-        codes = [process.exitcode for process in self.processes]
-        return code or next((c for c in codes if c), 0), self.output.read_text()
+        codes = [process.exitcode for process in self.processes if process.exitcode]
+        killed = [code for code in codes if code == -signal.SIGKILL]
+        return (killed or codes or [0])[0], self.output.read_text()
 
 
 def _driver(env: dict[str, str], jobs: str, output: str) -> None:

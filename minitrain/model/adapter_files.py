@@ -1,0 +1,185 @@
+"""Adapters as files, in PEFT's format both ways, and the values that a new one starts from."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..schema import Config
+from . import lora
+from .adapter import Adapter, inject
+from .weights import Less, Weights
+
+PREFIX = "base_model.model."  # of every name in PEFT's files
+FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+# What PEFT can do and this does not: refused when an adapter uses it.
+FOREIGN = (
+    *("layer_replication", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora"),
+    *("alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"),
+)
+
+
+def adapt_model(config: Config, model: nn.Module, weights: Weights | None) -> Adapter | None:
+    """Puts the LoRA that a config asks for into a model, if it asks for one. Raises ConfigError.
+
+    `weights` are those of a model that was built empty: they get the rows of the adapter, too.
+    """
+    if config.model.adapter:
+        return load_adapter(model, Path(config.model.adapter), weights)
+    if not config.lora.rank:
+        return None
+    adapter = inject(model, _new_config(config), weights)
+    for name, module in adapter.adapted.items():
+        _start(adapter, name, module, config, weights)
+    return adapter
+
+
+def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
+    """Puts the LoRA of a folder into a model. Raises ConfigError when it does not fit."""
+    config = read_config(folder)
+    try:
+        tensors = load_file(folder / FILE)
+    except Exception as error:
+        raise ConfigError(f"{folder / FILE} cannot be read: {error}") from None
+    adapter = inject(model, config, weights)
+    names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [_peft_name(name, adapter) for name in adapter.parameters(model)]
+    missing = [key for key in missing if key not in tensors]
+    unknown = [key for key in tensors if key not in names]
+    if missing or unknown:
+        raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unknown[:3]}.")
+    for key, tensor in tensors.items():
+        parameter = parameters[names[key]]
+        if parameter.shape != tensor.shape:
+            raise ConfigError(
+                f"{folder}: {key} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}."
+            )
+        _set(names[key], parameter, tensor, weights)
+    return adapter
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA. Raises ConfigError for what minitrain cannot do."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
+    if kind != "LORA":
+        raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
+    for key in FOREIGN:
+        if config.get(key):
+            raise ConfigError(f"{folder}: it uses {key}, which is not known here.")
+    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in ("gaussian", "eva"):
+        raise ConfigError(
+            f"{folder}: an adapter that was started by {config['init_lora_weights']} and goes on a changed base model. "
+            "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
+        )
+    return config
+
+
+def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads."""
+    kept = {_peft_name(name, adapter): tensor.to("cpu").contiguous() for name, tensor in tensors}
+    config = adapter.config | {"target_modules": _concise(adapter, model), "inference_mode": True}
+    config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    config["modules_to_save"] = adapter.saved or None  # whole names: PEFT takes all that end in one
+    config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
+    if adapter.taken:
+        _give_back(adapter, kept, config)
+    save_file(kept, folder / FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _new_config(config: Config) -> dict[str, Any]:
+    """adapter_config.json for the options."""
+    options, quantization = config.lora, config.model.quantization
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model.name_or_path,
+        "revision": config.model.revision,
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": options.target_modules,
+        "exclude_modules": options.exclude_modules,
+        "layers_to_transform": options.layers_to_transform,
+        "modules_to_save": options.modules_to_save or None,
+        "bias": options.bias,
+        "use_rslora": options.use_rslora,
+        "use_dora": options.use_dora,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        **({"minitrain_quantization": quantization} if quantization != "none" else {}),
+    }
+
+
+def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
+    """Initial values of one layer's matrices."""
+    key = f"{name}.weight"
+
+    def weight() -> Tensor:
+        if weights is None:
+            return lora.dense_weight(module).detach().float()
+        whole = weights.rows(key, 0, module.weight.shape[0]).float()
+        return whole.T if lora.is_transposed(module) else whole
+
+    kind = config.lora.init
+    first, second = lora.initial_values(kind, weight, module, name, config.seed)
+    if config.lora.use_dora:
+        _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, weight().norm(dim=1), weights)
+    kinds = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
+    for matrix, parameter, value in zip(kinds, lora.matrices(module), (first, second), strict=True):
+        _set(f"{name}.{matrix}", parameter, value, weights)
+    if kind in ("pissa", "olora") and not isinstance(module, nn.Embedding):
+        adapter.taken[name] = (first, second)
+        update = module.lora.scaling * second  # [out, r]
+        left, right = (first.T, update.T) if lora.is_transposed(module) else (update, first)
+        if weights is not None:
+            weights.sources[key] = Less(weights.sources[key], left, right)
+        else:
+            with torch.no_grad():
+                module.weight.copy_(module.weight.float() - (left @ right).to(module.weight.device))
+
+
+def _set(name: str, parameter: nn.Parameter, value: Tensor, weights: Weights | None) -> None:
+    if weights is not None:
+        weights.replace({name: value})
+    else:
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def _peft_name(name: str, adapter: Adapter) -> str:
+    """`model.layers.0.q_proj.lora_A` -> `base_model.model.model.layers.0.q_proj.lora_A.weight`."""
+    module, _, last = name.rpartition(".")
+    if last in ("lora_A", "lora_B"):
+        return f"{PREFIX}{name}.weight"
+    inner = ".base_layer" if module in adapter.adapted and last not in lora.MATRICES else ""
+    return f"{PREFIX}{module}{inner}.{last}"
+
+
+def _concise(adapter: Adapter, model: nn.Module) -> list[str]:
+    """The last parts of the adapted layers' names, where these mean the same layers; else the whole names."""
+    short = {name.rpartition(".")[2] for name in adapter.adapted}
+    meant = [n for n, m in model.named_modules() if n.rpartition(".")[2] in short and lora.is_adaptable(m)]
+    return sorted(short) if len(meant) == len(adapter.adapted) else sorted(adapter.adapted)
+
+
+def _give_back(adapter: Adapter, kept: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """A LoRA of twice the rank on the base model as it was: BA - B0 A0 = [B, -B0] [A; A0]."""
+    for name, (first, second) in adapter.taken.items():
+        key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+        kept[key_a] = torch.cat([kept[key_a], first])
+        kept[key_b] = torch.cat([kept[key_b], -second], 1)
+    config["r"] *= 2
+    config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2

@@ -1,0 +1,212 @@
+"""LoRA by hand: small matrices beside the weights of a model, which themselves stay as they are.
+
+    y = x W^T + b + s (x A^T) B^T          A [r, in], B [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
+
+Hu et al. 2021 (arXiv 2106.09685). The matrices are parameters of the very layer whose weight they change, so no name of
+the model changes, and a sharding wrapper finds them where they are needed.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .quantize import dequantized
+
+MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+@dataclass
+class Settings:
+    """How one layer is adapted."""
+
+    rank: int
+    scaling: float
+    dropout: float = 0.0
+    dora: bool = False
+
+
+def adapt(module: nn.Module, settings: Settings) -> None:
+    """Gives a layer its matrices, all zeros (in float32), and the forward pass that uses them."""
+    device = module.weight.device
+    rows, columns = shape_of(module)
+    names = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
+    first = nn.Parameter(torch.zeros(settings.rank, columns, device=device, dtype=torch.float32))  # [r, in]
+    second = nn.Parameter(torch.zeros(rows, settings.rank, device=device, dtype=torch.float32))  # [out, r]
+    module.register_parameter(names[0], first)
+    module.register_parameter(names[1], second)
+    if settings.dora:
+        module.lora_magnitude_vector = nn.Parameter(torch.zeros(rows, device=device, dtype=torch.float32))  # [out]
+    module.lora = settings
+    module.__class__ = _adapted(type(module))
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of the matrix W; an embedding is a matrix from token ids [in] to vectors [out]."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape[::-1])  # GPT-2's Conv1D keeps [in, out]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer's weight is [in, out]."""
+    return isinstance(module, (Conv1D, nn.Embedding))
+
+
+def matrices(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of an adapted layer."""
+    if isinstance(module, nn.Embedding):
+        return module.lora_embedding_A, module.lora_embedding_B
+    return module.lora_A, module.lora_B
+
+
+def merged(module: nn.Module, weight: Tensor) -> Tensor:
+    """W of an adapted layer with its adapter added, in float32, laid out as `weight` is."""
+    first, second = (matrix.detach().float() for matrix in matrices(module))
+    base = weight.float().T if is_transposed(module) else weight.float()  # [out, in]
+    total = base + module.lora.scaling * (second @ first)
+    if module.lora.dora:
+        total *= (module.lora_magnitude_vector.detach() / total.norm(dim=1))[:, None]
+    return total.T.contiguous() if is_transposed(module) else total
+
+
+# ------------------------------------------------------------------------------------------------ initial values
+
+
+def initial_values(
+    kind: str, weight: Callable[[], Tensor], module: nn.Module, name: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A and B at the start, the same on every rank, for the weight W [out, in] that `weight()` gives in float32.
+
+    default: A uniform, B zero (Kaiming; Hu et al.); gaussian: A normal with deviation 1/r. pissa: the r largest
+    singular values of W (arXiv 2404.02948); olora: the first r columns of its QR (arXiv 2406.01775); these two are
+    taken out of W, so that the sum stays what it was. An embedding has its roles changed: A zero, B normal.
+    """
+    rank, (rows, columns) = module.lora.rank, shape_of(module)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    if isinstance(module, nn.Embedding):
+        return torch.zeros(rank, columns), torch.randn(rows, rank, generator=generator)
+    if kind == "pissa":
+        left, values, right = torch.linalg.svd(weight(), full_matrices=False)
+        signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # [1, k]; the same wherever it is computed
+        roots = (values[:rank] / module.lora.scaling).sqrt()
+        return roots[:, None] * (right * signs.T)[:rank], (left * signs)[:, :rank] * roots
+    if kind == "olora":
+        orthogonal, upper = torch.linalg.qr(weight())
+        return upper[:rank].contiguous(), orthogonal[:, :rank].contiguous()
+    first = torch.empty(rank, columns)
+    if kind == "gaussian":
+        first.normal_(std=1 / rank, generator=generator)
+    else:
+        first.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
+    return first, torch.zeros(rows, rank)
+
+
+# -------------------------------------------------------------------------------------------------- forward passes
+
+
+@functools.cache
+def _adapted(layer: type[nn.Module]) -> type[nn.Module]:
+    kind = _AdaptedEmbedding if issubclass(layer, nn.Embedding) else _AdaptedLinear
+    return type(f"LoRA{layer.__name__}", (kind, layer), {})
+
+
+class _AdaptedLinear:
+    """Comes before Linear, Conv1D or a quantised Linear among the bases of a layer's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lora = self.lora
+        dropped = F.dropout(x, lora.dropout, self.training) if lora.dropout else x
+        if dropped is x and not lora.dora and type(self) is _adapted(nn.Linear):
+            return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, lora.scaling)
+        y = super().forward(x)
+        update = F.linear(F.linear(dropped, self.lora_A.to(_compute(x))), self.lora_B.to(_compute(x))) * lora.scaling
+        if not lora.dora:
+            return y + update.to(y.dtype)
+        # The norm counts as a constant in the gradient (section 4.3 of arXiv 2402.09353).
+        weight = dense_weight(self)  # [out, in]
+        norm = (weight.float() + lora.scaling * (self.lora_B @ self.lora_A).detach()).norm(dim=1)  # [out]
+        share = (self.lora_magnitude_vector / norm.detach()).to(y.dtype)
+        if dropped is x:
+            plain = y if self.bias is None else y - self.bias
+        else:
+            plain = F.linear(dropped, weight.to(_compute(x)))
+        return y + (share - 1) * plain + share * update
+
+
+class _AdaptedEmbedding:
+    def forward(self, ids: Tensor) -> Tensor:
+        first, second = self.lora_embedding_A, self.lora_embedding_B
+        y = super().forward(ids)
+        update = F.linear(F.embedding(ids, first.T), second) * self.lora.scaling
+        update = update * getattr(self, "embed_scale", 1.0)  # of Gemma, whose embeddings grow on their way out
+        if not self.lora.dora:
+            return y + update.to(y.dtype)
+        total = self.weight.float() + self.lora.scaling * (second @ first).detach().T  # [V, H]
+        share = self.lora_magnitude_vector / total.norm(dim=0)  # [H]
+        return (share * (y + update)).to(y.dtype)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """The plain case in one piece: the update is added in place, and the input is kept once, as it came."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, first, second, scaling):
+        dtype = _compute(x)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [N, in]
+        low = flat @ first.to(dtype).T  # [N, r]
+        y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))  # [N, out]
+        y.addmm_(low, second.to(dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, weight, first, second, low)
+        ctx.scaling, ctx.dtype = scaling, dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, first, second, low = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # [N, in]
+        grad = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)  # [N, out]
+        grad_low = (grad @ second.to(ctx.dtype)).mul_(ctx.scaling)  # [N, r]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight.to(ctx.dtype)).addmm_(grad_low, first.to(ctx.dtype)).view(x.shape).to(x.dtype)
+        grad_weight = (grad.T @ flat).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad_first = (grad_low.T @ flat).to(first.dtype)
+        grad_second = (grad.T @ low).mul_(ctx.scaling).to(second.dtype)
+        return grad_x, grad_weight, grad_bias, grad_first, grad_second, None
+
+
+def fold(module: nn.Module) -> None:
+    """Makes an adapted layer an ordinary one again, with the adapter in its weight: in float32, cast once."""
+    weight = module.weight.detach()
+    module.weight = nn.Parameter(merged(module, weight).to(weight.dtype), requires_grad=False)  # tied to none
+    for name in MATRICES:
+        module._parameters.pop(name, None)
+    del module.lora
+    module.__class__ = type(module).__mro__[2]
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """W [out, in] of a layer, what is quantised made whole again."""
+    weight = dequantized(module)
+    return weight.T if is_transposed(module) else weight
+
+
+def _compute(x: Tensor) -> torch.dtype:
+    """Autocast's dtype inside autocast, else that of the input."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
