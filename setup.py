@@ -24,7 +24,8 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
-        "dev": ["pytest>=8", "ruff>=0.11", "tensorboard>=2.16"],
+        "quant": ["bitsandbytes>=0.48"],
+        "dev": ["pytest>=8", "ruff>=0.11", "tensorboard>=2.16", "bitsandbytes>=0.48", "peft>=0.17"],
     },
     entry_points={"console_scripts": ["minitrain=minitrain.cli:main"]},
 )

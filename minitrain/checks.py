@@ -26,6 +26,7 @@ def check_config(config: Config, defaults: Config, problems: Problems) -> None:
     _check_files(config, problems)
     _check_data(config, given, problems)
     _check_model(config, problems)
+    _check_adapter(config, given, problems)
     _check_loss(config, problems)
     _check_steps(config, problems)
     _check_optimizer(config, given, problems)
@@ -141,6 +142,9 @@ def _check_model(config: Config, problems: Problems) -> None:
             problems.add(key, f"there is no folder {folder} (seen from {Path.cwd()}).{_near_file(folder)}")
         elif (folder / "final" / "config.json").is_file():
             problems.add(key, f"{folder} is the folder of a run; its model is {folder / 'final'}.")
+        elif (folder / "adapter_config.json").is_file():
+            told = f"{folder} is an adapter; name its base model here, and model.adapter={folder}."
+            problems.add(key, told)
         elif not (folder / "config.json").is_file():
             problems.add(key, f"{folder} holds no config.json, so it is not a model's folder.")
     if model.revision is not None and (model.name_or_path == "tiny" or is_local):
@@ -154,6 +158,39 @@ def _check_model(config: Config, problems: Problems) -> None:
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             problems.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
+
+
+def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
+    from importlib.util import find_spec
+
+    model, folder = config.model, Path(config.model.adapter or "")
+    if model.adapter and not (folder / "adapter_config.json").is_file():
+        inner = f" Its adapter is {folder / 'final'}." if (folder / "final" / "adapter_config.json").is_file() else ""
+        problems.add("model.adapter", f"{folder} holds no adapter_config.json, so it is no adapter.{inner}")
+    if model.adapter and "lora" in given:
+        problems.add("lora", "would be ignored beside model.adapter, which says itself what it is.", "model.adapter")
+    elif "lora" in given and not config.lora.rank:
+        problems.add("lora", "would be ignored: it needs lora.rank, for example lora.rank=16.", "lora.rank")
+    wanted = config.lora.target_modules
+    if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
+        problems.add("lora.target_modules", "expected names in a list, a regular expression, or all-linear.")
+    has_adapter = config.lora.rank > 0 or model.adapter is not None
+    if has_adapter and config.freeze_layers:
+        told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
+        problems.add("freeze_layers", told, "lora.rank")
+    if has_adapter and model.master_dtype != "float32":
+        problems.add("model.master_dtype", "would be ignored: adapters are trained in float32.", "lora.rank")
+    if model.quantization == "none":
+        return
+    if not has_adapter:
+        problems.add("model.quantization", "quantised weights cannot be trained; it needs lora.rank.", "lora.rank")
+    if find_spec("bitsandbytes") is None:
+        problems.add("model.quantization", "the package bitsandbytes is not installed: pip install minitrain[quant]")
+    if config.trainer == "FSDPTrainer":
+        told = "bitsandbytes packs weights so that FSDP2 cannot cut them by rows; use trainer=BasicTrainer, or none."
+        problems.add("model.quantization", told, "trainer")
+    if config.lora.init in ("pissa", "olora"):
+        problems.add("lora.init", f"{config.lora.init} changes the weights, which quantisation has packed.")
 
 
 def looks_local(name: str) -> bool:

@@ -78,6 +78,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         _command(commands, "generate", "answer prompts with a trained model", f"MODEL {sources} [options]")
     )
     _chat_arguments(_command(commands, "chat", "talk to a trained model", "MODEL [options]"))
+    usage = "RUN [RUN ...] --output DIR [options]"
+    _merge_arguments(_command(commands, "merge", "make adapters part of the model's weights", usage))
     return parser
 
 
@@ -138,6 +140,15 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser, 512)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parser.set_defaults(command=_chat)
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or an adapter in PEFT's format")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the model is written")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of each adapter; 1 when left out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="that of the base when left out")
+    parser.add_argument("--force", action="store_true", help="write over a folder that exists")
+    parser.set_defaults(command=_merge)
 
 
 def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
@@ -245,6 +256,25 @@ def _chat(arguments: argparse.Namespace) -> int:
                 messages = [*asked, {"role": "assistant", "content": generator.stream(asked, sampling)}]
             except DataError as error:
                 print(f"{error}; say something else, or /reset")
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .errors import ConfigError
+
+    output = Path(arguments.output)
+    if output.exists() and not arguments.force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    shares = arguments.weights or [1.0] * len(arguments.runs)
+    if len(shares) != len(arguments.runs):
+        raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
+    with _importing():
+        from .merge import merge
+    _hide_loading_bar()
+    dtype = merge(arguments.runs, shares, output, arguments.dtype)
+    print(f"merged in float32, saved in {dtype}: {output}")
+    return 0
 
 
 def _load_generator(arguments: argparse.Namespace):

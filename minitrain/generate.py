@@ -128,7 +128,7 @@ def load_generator(
     saved = saved_dtype(config)
     dtype = DTYPES[saved] if saved in _native_dtypes(place) else torch.float32
     if config.adapter:
-        model = load_merged(config, tokenizer, Path(config.adapter)).to(dtype)
+        model = load_merged(config, tokenizer).to(dtype)
     else:
         model = load_model(config, tokenizer, 0, dtype)
     return Generator(model.to(place).eval(), template)

@@ -100,13 +100,19 @@ def load_policy(
     return policy, weights
 
 
-def load_merged(config: ModelConfig, tokenizer, folder: Path) -> nn.Module:
-    """A model with the LoRA of a folder added to its weights in float32, in which it stays."""
+def load_base(config: ModelConfig, tokenizer) -> nn.Module:
+    """A model in float32, with the weights that an adapter was trained beside: rounded where they were quantised."""
     model = load_model(config, tokenizer, 0, torch.float32)
     if config.quantization != "none":
         quantize_model(model, config.quantization, torch.float32, CPU)
         unpack_model(model)
-    for module in load_adapter(model, folder).adapted.values():
+    return model
+
+
+def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
+    """A model in float32 with the adapter of the config added to its weights."""
+    model = load_base(config, tokenizer)
+    for module in load_adapter(model, Path(config.adapter)).adapted.values():
         fold(module)
     return model
 
@@ -135,12 +141,20 @@ def save_model(
         model.save_pretrained(folder, state_dict=cast)
     else:
         save_weights(model, tensors, folder, dtype)
+        _note_untied(model)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _note_untied(model: nn.Module) -> None:
+    """So that a model whose output layer has come to differ from its embeddings is loaded with both."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
+        text.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def identity(config: ModelConfig) -> list[str]:

@@ -191,9 +191,12 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def fold(module: nn.Module) -> None:
-    """Makes an adapted layer an ordinary one again, with the adapter in its weight: in float32, cast once."""
+    """Makes an adapted layer an ordinary one again, with the adapter in its weight: in float32, cast once.
+
+    A weight that was tied to another layer's is so no more, since that one stays as it is.
+    """
     weight = module.weight.detach()
-    module.weight = nn.Parameter(merged(module, weight).to(weight.dtype), requires_grad=False)  # tied to none
+    module.weight = nn.Parameter(merged(module, weight).to(weight.dtype), requires_grad=False)
     for name in MATRICES:
         module._parameters.pop(name, None)
     del module.lora

@@ -1,0 +1,53 @@
+"""Adapters made part of the weights: `minitrain merge`."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .engine.folders import atomic_folder
+from .errors import ConfigError
+from .generate import find_model, model_config, saved_dtype
+from .model.adapter_files import load_adapter
+from .model.load import DTYPES, load_base, load_tokenizer, save_model
+from .model.lora import fold
+
+
+def merge(sources: list[str], shares: list[float], output: Path, dtype: str | None = None) -> str:
+    """Writes the base model with `shares[i]` times the change that adapter i makes to it; returns its dtype.
+
+    Sums are made in float32 and cast once, to `dtype` or that of the base model. Adapters have to be of the same base,
+    which may be quantised: then the weights are those that quantisation has rounded, as they were while training.
+    Raises ConfigError.
+    """
+    configs = [model_config(find_model(source)) for source in sources]
+    for source, config in zip(sources, configs, strict=True):
+        if config.adapter is None:
+            raise ConfigError(f"{source}: holds no adapter, so there is nothing to merge.")
+        base = (config.name_or_path, config.revision, config.quantization)
+        if base != (configs[0].name_or_path, configs[0].revision, configs[0].quantization):
+            raise ConfigError(f"{source}: is an adapter of {config.name_or_path}, {sources[0]} of another base model.")
+    tokenizer = load_tokenizer(configs[0])
+    model = load_base(configs[0], tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    total = {}
+    for config, share in zip(configs, shares, strict=True):
+        _merge_one(model, Path(config.adapter))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                change = parameter - before[name]
+                if change.any():
+                    total[name] = total.get(name, 0) + share * change
+                parameter.copy_(before[name])
+    with torch.no_grad():
+        for name, change in total.items():
+            model.get_parameter(name).add_(change)
+    dtype = dtype or saved_dtype(configs[0]) or "float32"
+    with atomic_folder(output) as temporary:
+        save_model(model, tokenizer, temporary, DTYPES[dtype])
+    return dtype
+
+
+def _merge_one(model: nn.Module, folder: Path) -> None:
+    for module in load_adapter(model, folder).adapted.values():
+        fold(module)
