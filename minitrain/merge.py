@@ -11,6 +11,7 @@ from .generate import find_model, model_config, saved_dtype
 from .model.adapter_files import load_adapter
 from .model.load import DTYPES, load_base, load_tokenizer, save_model
 from .model.lora import fold
+from .schema import ModelConfig
 
 
 def merge(sources: list[str], shares: list[float], output: Path, dtype: str | None = None) -> str:
@@ -24,9 +25,8 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None:
             raise ConfigError(f"{source}: holds no adapter, so there is nothing to merge.")
-        base = (config.name_or_path, config.revision, config.quantization)
-        if base != (configs[0].name_or_path, configs[0].revision, configs[0].quantization):
-            raise ConfigError(f"{source}: is an adapter of {config.name_or_path}, {sources[0]} of another base model.")
+        if _base(config) != _base(configs[0]):
+            raise ConfigError(f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.")
     tokenizer = load_tokenizer(configs[0])
     model = load_base(configs[0], tokenizer)
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
@@ -46,6 +46,11 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     with atomic_folder(output) as temporary:
         save_model(model, tokenizer, temporary, DTYPES[dtype])
     return dtype
+
+
+def _base(config: ModelConfig) -> str:
+    quantized = f" in {config.quantization}" if config.quantization != "none" else ""
+    return f"{config.name_or_path}{f'@{config.revision}' if config.revision else ''}{quantized}"
 
 
 def _merge_one(model: nn.Module, folder: Path) -> None:

@@ -24,7 +24,6 @@ class Adapter:
     adapted: dict[str, nn.Module]  # layers by name
     taken: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B that were taken out of the base
     saved: list[str] = field(default_factory=list)  # modules that are trained and saved whole
-    grown: bool = False  # whether the embeddings have rows that the base model's files have not
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters that are trained."""
@@ -50,8 +49,7 @@ class Adapter:
     def names(self, model: nn.Module) -> list[str]:
         """The model's tensors that are saved: those that are trained, and embeddings with rows of their own."""
         grown = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-        everything = model.named_parameters(remove_duplicate=False)
-        more = [name for name, p in everything if self.grown and id(p) in grown and not name.endswith(lora.MATRICES)]
+        more = [name for name, p in model.named_parameters() if model.has_new_tokens and id(p) in grown]
         return list(dict.fromkeys([*self.parameters(model), *more]))
 
 

@@ -245,7 +245,8 @@ def attention_of(config: ModelConfig) -> str | None:
 def _grow_embeddings(model: nn.Module, n_tokens: int) -> None:
     """Adds rows for new tokens, each the mean of the old rows. Rows beyond the tokenizer's are never removed."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if rows >= n_tokens:
+    model.has_new_tokens = rows < n_tokens
+    if not model.has_new_tokens:
         return
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
     if model.get_input_embeddings().weight.is_meta:

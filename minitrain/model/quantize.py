@@ -1,5 +1,7 @@
 """Frozen weights in 4 or 8 bits by bitsandbytes (the extra `quant`); what is trained lies beside them in float32."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
     """
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast in each step
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module is head:

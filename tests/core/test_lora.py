@@ -1,13 +1,17 @@
 """LoRA against PEFT: the same start, gradients, files and merged weights, for every kind of layer and model."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from minitrain import ConfigError
 from minitrain.model.adapter_files import adapt_model, load_adapter
-from minitrain.model.load import load_model, save_model
-from minitrain.model.lora import fold
+from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, save_model
+from minitrain.model.lora import _LoRALinear, fold
+from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, LoRAConfig, ModelConfig
 from tests.core.test_policy import MODELS
 
@@ -141,3 +145,198 @@ def _plain(key: str) -> str:
     ):
         key = key.removeprefix(old) if old.startswith("base") else key.replace(old, new)
     return key
+
+
+def test_the_gradient_function_is_that_of_the_formula():
+    """In float64, through the whole layer: input, A, B and bias."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
+    first, second = torch.randn(2, 5), torch.randn(4, 2)
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias, first, second)]
+    assert torch.autograd.gradcheck(lambda *args: _LoRALinear.apply(*args, 1.7), inputs)
+    plain = torch.nn.functional.linear(inputs[0], inputs[1] + 1.7 * inputs[4] @ inputs[3], inputs[2])
+    close(_LoRALinear.apply(*inputs, 1.7), plain, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2-softcap"])
+def test_an_adapter_of_peft_is_loaded(folders, tmp_path, name):
+    """One with a pattern of ranks and alphas and a module of its own: equal logits, and it can be saved again."""
+    target = ["c_attn", "c_fc"] if name == "gpt2" else ["q_proj", "up_proj"]
+    patterns = {"rank_pattern": {target[1]: 8}, "alpha_pattern": {target[1]: 32}}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=target, modules_to_save=["lm_head"], fan_in_fan_out=name == "gpt2", **patterns
+    )
+    theirs = shaken(peft.get_peft_model(base(folders[name]), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = base(folders[name])
+    ours.adapter = load_adapter(ours, tmp_path / "theirs")
+    close(logits(ours), logits(theirs), 1e-4)
+    ours.adapter.freeze(ours, torch.float32)
+    save_model(ours, _Tokens(), tmp_path / "ours", torch.float32)
+    again = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path / "ours")
+    close(logits(again), logits(theirs), 1e-4)
+
+
+def test_dropout_is_on_the_matrices_input_only(folders):
+    """Training mode: with all dropped, what is left is the base."""
+    model = shaken(adapted(folders["llama"], dropout=1.0)).train()
+    close(logits(model), logits(base(folders["llama"])), 1e-5)
+
+
+def test_rank_stabilised_scaling_survives(folders, tmp_path):
+    """r = alpha = 16 is a factor of 4 in training, after loading, and in the merged weights (peft#2733)."""
+    model = shaken(adapted(folders["llama"], rank=16, alpha=16.0, use_rslora=True))
+    save_model(model, _Tokens(), tmp_path, torch.float32)
+    again = base(folders["llama"])
+    layers = load_adapter(again, tmp_path).adapted
+    assert all(layer.lora.scaling == 4.0 for layer in layers.values())
+    layer = layers["model.layers.0.self_attn.q_proj"]
+    want = layer.weight + 4.0 * layer.lora_B @ layer.lora_A
+    fold(layer)
+    close(layer.weight, want)
+
+
+def test_a_merge_is_rounded_once(folders):
+    """bfloat16 weights: the sum is made in float32, not of rounded parts (peft#1388)."""
+    model = shaken(adapted(folders["llama"]))
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.data = layer.weight.data.bfloat16()
+    exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+    fold(layer)
+    assert layer.weight.dtype == torch.bfloat16
+    assert (layer.weight != exact.bfloat16()).float().mean() < 1e-3  # ties of float32 and float64
+
+
+def test_grown_embeddings_are_in_the_adapter(folders, tmp_path):
+    """More tokens than the base has: reloaded by PEFT over the resized base, the logits are equal (peft#1689)."""
+    tiny_tokenizer().save_pretrained(folders["qwen2-tied"])
+    config = Config(model=ModelConfig(str(folders["qwen2-tied"])), lora=LoRAConfig(rank=4))
+    tokenizer = load_tokenizer(config.model)
+    model = shaken(load_policy(config, tokenizer)[0].model).eval()
+    save_model(model, tokenizer, tmp_path, torch.float32)
+    resized = base(folders["qwen2-tied"])
+    resized.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    theirs = peft.PeftModel.from_pretrained(resized, tmp_path)
+    close(logits(theirs.eval()), logits(model), 1e-4)
+    config = ModelConfig(str(folders["qwen2-tied"]), adapter=str(tmp_path))
+    close(logits(load_merged(config, tokenizer).eval()), logits(model), 1e-4)
+
+
+def test_what_cannot_be_adapted_is_told(folders, tmp_path):
+    """A layer that is not there names those that are like it; an adapter of another model names what is missing."""
+    with pytest.raises(ConfigError, match=r"nothing in the model is called 'q_prj'. Did you mean .*q_proj.* There are"):
+        adapted(folders["llama"], target_modules=["q_prj"])
+    with pytest.raises(ConfigError, match=r"nothing in the model is called 'lm_hat'. Did you mean lm_head"):
+        adapted(folders["llama"], modules_to_save=["lm_hat"])
+    with pytest.raises(ConfigError, match="7 is outside of the blocks 0-1"):
+        adapted(folders["llama"], layers_to_transform=[7])
+    with pytest.raises(ConfigError, match="no regular expression"):
+        adapted(folders["llama"], target_modules="(q")
+    save_model(adapted(folders["llama"]), _Tokens(), tmp_path, torch.float32)
+    with pytest.raises(ConfigError, match=r"'q_proj'|'down_proj'"):
+        load_adapter(base(folders["gpt2"]), tmp_path)
+    changed = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(changed | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
+        load_adapter(base(folders["llama"]), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ in the trainer
+
+
+def test_adapters_are_float32_over_a_bf16_base(make_trainer):
+    """Weights, moments and file; the base is bfloat16 and does not move (peft#1706)."""
+    trainer = make_trainer("lora.rank=4", "model.policy_dtype=bfloat16")
+    frozen = {n: p.clone() for n, p in trainer.policy.named_parameters() if not p.requires_grad}
+    trainer.train()
+    for name, p in trainer.policy.named_parameters():
+        assert p.dtype == (torch.float32 if "lora" in name else torch.bfloat16)
+        assert "lora" in name or torch.equal(p, frozen[name])
+    assert all(state["exp_avg"].dtype == torch.float32 for state in trainer.optimizer.state.values())
+    saved = load_file(trainer.run.final / "adapter_model.safetensors")
+    assert saved and all(tensor.dtype == torch.float32 for tensor in saved.values())
+
+
+def test_every_matrix_moves_with_activation_checkpointing(make_trainer):
+    """Frozen inputs and recomputation: every lora_B has changed after one step (transformers#21381)."""
+    trainer = make_trainer("lora.rank=4", "activation_checkpointing=true", "n_steps=1")
+    trainer.train()
+    moved = {n: bool(p.any()) for n, p in trainer.policy.named_parameters() if n.endswith("lora_B")}
+    assert len(moved) == 14 and all(moved.values())
+
+
+def test_a_checkpoint_is_the_size_of_the_adapter_and_resumes(make_trainer):
+    """The base is not in it; interrupted and resumed equals uninterrupted, with dropout and a started adapter."""
+    options = ("lora.rank=4", "lora.dropout=0.2", "lora.init=pissa", "n_steps=4", "save_every_steps=2")
+    whole = make_trainer(*options, "exp_name=whole")
+    whole.train()
+    first = make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 2 else None)
+    first.train()
+    held = load_file(first.run.checkpoint(2) / "model-0.safetensors")
+    assert held and all("lora_" in name for name in held)
+    second = make_trainer(*options)
+    second.train()
+    ended = dict(second.policy.named_parameters())
+    assert all(torch.equal(p, ended[name]) for name, p in whole.policy.named_parameters())
+
+
+def test_lora_plus_moves_b_faster(make_trainer):
+    """The schedule scales both groups; B has a multiple of lr (LoRA+)."""
+    trainer = make_trainer("lora.rank=4", "lora.loraplus_lr_ratio=8", "n_steps=2")
+    trainer.train()
+    by_ratio = {group["lr_ratio"]: group for group in trainer.optimizer.param_groups}
+    assert by_ratio[8.0]["lr"] == pytest.approx(8 * by_ratio[1.0]["lr"])
+    names = {id(p): n for n, p in trainer.policy.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in by_ratio[8.0]["params"]} == {"lora_B"}
+
+
+def test_an_adapter_goes_on_where_it_stopped(make_trainer):
+    """model.adapter: evaluated before its first step it is what was saved."""
+    options = ("validation_split=8", "lora.rank=4", "n_steps=6")
+    first = make_trainer(*options, "exp_name=first")
+    ended = first.train()
+    began = []
+    more = (f"model.adapter={first.run.final}", "validation_split=8", "exp_name=second")
+    second = make_trainer(*more, on_eval_end=lambda t: began.append(t.eval_metrics["loss"]))
+    second.train()
+    assert began[0] == pytest.approx(ended["loss"], rel=1e-6) and began[-1] < began[0]
+
+
+def test_an_adapted_output_layer_is_learned(make_trainer):
+    """LoRA on lm_head goes through the chunked head: the same first gradient as through the model's own logits."""
+    trainer = make_trainer("lora.rank=4", "lora.target_modules=[lm_head]", "lora.init=gaussian", "n_steps=1")
+    _, (batch,) = next(trainer.train_loader.steps())
+    shaken(trainer.policy)
+    (-trainer.policy(batch).logps.sum()).backward()
+    head = trainer.policy.model.lm_head
+    found = head.lora_A.grad.clone(), head.lora_B.grad.clone()
+    trainer.policy.zero_grad()
+    total = 0.0
+    for row, start, stop in batch.spans.tolist():
+        ids, labels = batch.input_ids[row : row + 1, start:stop], batch.labels[row, start + 1 : stop]
+        total = total + torch.nn.functional.cross_entropy(
+            trainer.policy.model(input_ids=ids).logits[0, :-1], labels, reduction="sum"
+        )
+    total.backward()
+    close(found[0], head.lora_A.grad, 1e-4)
+    close(found[1], head.lora_B.grad, 1e-4)
+
+
+@pytest.mark.parametrize("bits, tolerance", [("4bit", 1e-4), ("8bit", 5e-2)])
+def test_a_quantised_base_computes_with_its_rounded_weights(folders, tmp_path, bits, tolerance):
+    """Logits and gradients are those of the dense model with the weights made whole again; merged likewise."""
+    pytest.importorskip("bitsandbytes")
+    model_config = ModelConfig(str(folders["llama"]), quantization=bits)
+    config = Config(model=model_config, lora=LoRAConfig(rank=4))
+    model = shaken(load_policy(config, _Tokens())[0].model).eval()
+    assert all(p.dtype in (torch.uint8, torch.int8) for n, p in model.named_parameters() if n.endswith("proj.weight"))
+    save_model(model, _Tokens(), tmp_path, torch.float32)
+    dense = load_merged(ModelConfig(str(folders["llama"]), quantization=bits, adapter=str(tmp_path)), _Tokens()).eval()
+    close(logits(model), logits(dense), tolerance)
+    assert (logits(dense) - logits(base(folders["llama"]))).abs().max() > 0.1
+    trained = base(folders["llama"])
+    for name, p in trained.named_parameters():
+        if name.endswith("proj.weight"):
+            p.data.copy_(dense.get_parameter(name))
+    gradient = gradients(model)
+    assert gradient and all("lora" in name and bool(grad.isfinite().all()) for name, grad in gradient.items())

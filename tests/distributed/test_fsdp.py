@@ -34,6 +34,8 @@ SETTINGS = {
     "frozen": ("freeze_layers=[0, embeddings]",),
     "packed": ("packing=true", "gradient_accumulation_steps=2"),
     "uneven": ("total_batch_size=6", "n_steps=8", "gradient_accumulation_steps=3"),  # an epoch of 40 ends within
+    "lora": ("lora.rank=4", "lora.dropout=0", "lora.modules_to_save=[norm]", "lora.loraplus_lr_ratio=4"),
+    "pissa": ("lora.rank=4", "lora.init=pissa", "lora.use_dora=true", "activation_checkpointing=true"),
     "dft": ("loss.name=dft", "activation_checkpointing=true", "validation_split=7", "eval_batch_size=3"),
 }
 
@@ -43,7 +45,7 @@ def test_two_ranks_train_as_one_process(job, scratch):
     (transformers#34242, torchtitan#1842, pytorch#72548, pytorch#25162)."""
     alone = {name: job(f"alone-{name}", *overrides) for name, overrides in SETTINGS.items()}
     launch(0, list(alone.values()), scratch / "alone")
-    shards = {"full": SETTINGS, "grad": ("plain", "uneven"), "none": ("frozen", "uneven", "packed")}
+    shards = {"full": SETTINGS, "grad": ("plain", "uneven"), "none": ("frozen", "uneven", "packed", "lora")}
     chosen = [(shard, name) for shard, names in shards.items() for name in names]
     ranked = [(job(f"{shard}-{name}", *SETTINGS[name], fsdp=shard), alone[name]) for shard, name in chosen]
     launch(2, [ours for ours, _ in ranked], scratch / "ranks")
