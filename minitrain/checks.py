@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from .errors import ConfigError
+from .names import RIVALS
 from .problems import Problems, check_types, nearest
-from .schema import RIVALS, Config
+from .schema import Config
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -169,12 +170,16 @@ def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("model.adapter", f"{folder} holds no adapter_config.json, so it is no adapter.{inner}")
     if model.adapter and "lora" in given:
         problems.add("lora", "would be ignored beside model.adapter, which says itself what it is.", "model.adapter")
-    elif "lora" in given and not config.lora.rank:
+    if model.adapter and "soft_prompt" in given:
+        problems.add("soft_prompt", "would be ignored beside model.adapter, which says itself what it is.")
+    elif "soft_prompt" in given:
+        _check_prompt(config, problems)
+    if "lora" in given and not model.adapter and not config.lora.rank:
         problems.add("lora", "would be ignored: it needs lora.rank, for example lora.rank=16.", "lora.rank")
     wanted = config.lora.target_modules
     if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
         problems.add("lora.target_modules", "expected names in a list, a regular expression, or all-linear.")
-    has_adapter = config.lora.rank > 0 or model.adapter is not None
+    has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
         told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
         problems.add("freeze_layers", told, "lora.rank")
@@ -183,7 +188,8 @@ def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
     if model.quantization == "none":
         return
     if not has_adapter:
-        problems.add("model.quantization", "quantised weights cannot be trained; it needs lora.rank.", "lora.rank")
+        told = "quantised weights cannot be trained; it needs lora.rank or soft_prompt."
+        problems.add("model.quantization", told, "lora.rank")
     if find_spec("bitsandbytes") is None:
         problems.add("model.quantization", "the package bitsandbytes is not installed: pip install minitrain[quant]")
     if config.trainer == "FSDPTrainer":
@@ -191,6 +197,25 @@ def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("model.quantization", told, "trainer")
     if config.lora.init in ("pissa", "olora"):
         problems.add("lora.init", f"{config.lora.init} changes the weights, which quantisation has packed.")
+
+
+def _check_prompt(config: Config, problems: Problems) -> None:
+    prompt = config.soft_prompt
+    if not prompt.num_virtual_tokens:
+        told = "would be ignored: it needs soft_prompt.num_virtual_tokens, for example 20."
+        problems.add("soft_prompt", told, "soft_prompt.num_virtual_tokens")
+    if config.lora.rank:
+        problems.add("soft_prompt", "cannot be trained together with lora; give one of them.", "lora.rank")
+    if config.packing:
+        told = "examples of one row would need prompts of their own; set packing=false (group_by_length saves padding)."
+        problems.add("packing", told, "soft_prompt")
+    if prompt.method == "prefix" and prompt.init_text:
+        problems.add("soft_prompt.init_text", "would be ignored: it needs soft_prompt.method=prompt.")
+    if prompt.method == "prompt" and prompt.prefix_projection:
+        problems.add("soft_prompt.prefix_projection", "would be ignored: it needs soft_prompt.method=prefix.")
+    if prompt.encoder_hidden_size and not prompt.prefix_projection:
+        told = "would be ignored: it needs soft_prompt.prefix_projection=true."
+        problems.add("soft_prompt.encoder_hidden_size", told)
 
 
 def looks_local(name: str) -> bool:

@@ -14,8 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .checks import check_config
 from .errors import ConfigError
+from .names import RIVALS
 from .problems import Problems, Source, check_types, shown
-from .schema import RIVALS, Config, aliases
+from .schema import Config, aliases
 
 MAX_VALUES = 10_000  # of one file, its aliases written out: a few lines of YAML can grow without bound
 MAX_DEPTH = 30

@@ -99,10 +99,10 @@ class Generator:
             if sampling.temperature > 0:  # `inference` puts the random state back, so each call needs a seed of its own
                 torch.manual_seed(sampling.seed + self.calls)
             self.calls += 1
+            inputs, width = self._inputs(ids, mask)
             output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - width)),
+                **inputs,
+                max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - ids.shape[1])),
                 eos_token_id=self.end_ids,
                 pad_token_id=pad,
                 use_cache=True,
@@ -110,6 +110,19 @@ class Generator:
                 **sampling.arguments(),
             )
         return output[:, width:]
+
+    def _inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, int]:
+        """What `model.generate` takes for [B, T] ids, and how many columns of its output are no answer."""
+        prompt = getattr(self.model, "soft_prompt", None)
+        if prompt is None:
+            return {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
+        inputs = prompt(ids, self.model.get_input_embeddings(), self.model.dtype, fixed=False)
+        places = mask.new_ones(len(ids), prompt.n_tokens)  # [B, n]
+        inputs["attention_mask"] = torch.cat([places, mask], 1)
+        if prompt.method == "prompt":
+            return inputs, 0
+        inputs["input_ids"] = torch.cat([places, ids], 1)  # `generate` drops as many ids as the cache holds
+        return inputs, inputs["input_ids"].shape[1]
 
 
 def load_generator(

@@ -8,7 +8,7 @@ from torch import nn
 from .engine.folders import atomic_folder
 from .errors import ConfigError
 from .generate import find_model, model_config, saved_dtype
-from .model.adapter_files import load_adapter
+from .model.adapter_files import load_adapter, read_config
 from .model.load import DTYPES, load_base, load_tokenizer, save_model
 from .model.lora import fold
 from .schema import ModelConfig
@@ -23,8 +23,8 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     """
     configs = [model_config(find_model(source)) for source in sources]
     for source, config in zip(sources, configs, strict=True):
-        if config.adapter is None:
-            raise ConfigError(f"{source}: holds no adapter, so there is nothing to merge.")
+        if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":
+            raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.")
         if _base(config) != _base(configs[0]):
             raise ConfigError(f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.")
     tokenizer = load_tokenizer(configs[0])

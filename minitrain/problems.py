@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .schema import FOREIGN_NAMES, aliases, all_keys
+from .names import FOREIGN_NAMES
+from .schema import aliases, all_keys
 
 WORDS = {
     bool: "true or false",

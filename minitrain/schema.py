@@ -55,12 +55,10 @@ class ModelConfig:
     archive: str | None = option(
         None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
     )
-    adapter: str | None = option(
-        None, "A LoRA to go on with, in PEFT's format: a folder with adapter_config.json. It is trained; see lora."
-    )
+    adapter: str | None = option(None, "An adapter to go on with, in PEFT's format: a folder with adapter_config.json.")
     quantization: str = option(
         "none",
-        "Keep the frozen linear layers in 4 bits (NF4, twice quantised) or 8 bits, by bitsandbytes. Needs lora.",
+        "Keep the frozen linear layers in 4 bits (NF4, twice quantised) or 8 bits, by bitsandbytes. Needs an adapter.",
         choices=("none", "4bit", "8bit"),
     )
     attn_implementation: str = option(
@@ -95,6 +93,19 @@ class LoRAConfig:
     loraplus_lr_ratio: float = option(
         1.0, "lr of the B matrices as a multiple of lr (LoRA+, arXiv 2402.12354).", above=0
     )
+
+
+@dataclass
+class SoftPromptConfig:
+    num_virtual_tokens: int = option(0, "Trained vectors before every example; 0 trains without.", least=0)
+    method: str = option(
+        "prompt",
+        "prompt: in the place of embeddings. prefix: keys and values in every layer's attention.",
+        choices=("prompt", "prefix"),
+    )
+    init_text: str | None = option(None, "With prompt: start from the embeddings of this text.")
+    prefix_projection: bool = option(False, "With prefix: make the keys and values by a small network.")
+    encoder_hidden_size: int | None = option(None, "Width of that network; the model's when left out.", least=1)
 
 
 @dataclass
@@ -191,6 +202,7 @@ class Config:
     # model and loss
     model: ModelConfig = option(ModelConfig, "The model.")
     lora: LoRAConfig = option(LoRAConfig, "Small trained matrices beside the frozen model.")
+    soft_prompt: SoftPromptConfig = option(SoftPromptConfig, "Prompt or prefix tuning beside the frozen model.")
     freeze_layers: list[Any] = option([], "Blocks that are not trained: numbers, ranges like 0-5, or `embeddings`.")
     loss: dict[str, Any] = option({"name": "sft"}, "name: which loss; beside it its own options (see docs/losses.md).")
 
@@ -266,119 +278,3 @@ def all_keys(schema: type = Config, path: str = "") -> Iterator[str]:
             yield f"{path}{f.name}"
             if is_dataclass(hint := get_type_hints(schema)[f.name]):
                 yield from all_keys(hint, f"{path}{f.name}.")
-
-
-# Beside the first of a pair the second would be ignored, so both together are refused. One that is given in
-# the overrides takes the place of the other one in the file.
-RIVALS = (
-    ("n_steps", "n_epochs"),
-    ("warmup_steps", "warmup_ratio"),
-    ("eval_datasets", "validation_split"),
-    ("packing", "group_by_length"),
-)
-
-# What users of other libraries type, and our name for it.
-FOREIGN_NAMES = {
-    "learning_rate": "lr",
-    "num_train_epochs": "n_epochs",
-    "num_epochs": "n_epochs",
-    "epochs": "n_epochs",
-    "max_steps": "n_steps",
-    "num_steps": "n_steps",
-    "max_steps_per_epoch": "n_steps",
-    "per_device_train_batch_size": "total_batch_size (over all devices and micro-batches)",
-    "train_batch_size": "total_batch_size",
-    "micro_batch_size": "gradient_accumulation_steps (total_batch_size is cut into that many micro-batches)",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "cutoff_len": "max_length",
-    "model_max_length": "max_length",
-    "lr_scheduler_type": "lr_scheduler",
-    "num_warmup_steps": "warmup_steps",
-    "bf16": "model.policy_dtype=bfloat16",
-    "fp16": "model.policy_dtype=float16",
-    "dtype": "model.policy_dtype",
-    "torch_dtype": "model.policy_dtype",
-    "precision": "model.policy_dtype",
-    "logging_steps": "log_every_steps",
-    "eval_steps": "eval_every_steps",
-    "eval_strategy": "eval_every_steps",
-    "save_steps": "save_every_steps",
-    "save_total_limit": "keep_checkpoints",
-    "load_best_model_at_end": "save_best",
-    "resume_from_checkpoint": "resume",
-    "gradient_checkpointing": "activation_checkpointing",
-    "enable_activation_checkpointing": "activation_checkpointing",
-    "torch_compile": "compile",
-    "optim": "optimizer",
-    "beta1": "betas",
-    "beta2": "betas",
-    "adam_beta1": "betas",
-    "adam_beta2": "betas",
-    "adam_epsilon": "eps",
-    "epsilon": "eps",
-    "weight_decay_rate": "weight_decay",
-    "clip_grad_norm": "max_grad_norm",
-    "grad_clip": "max_grad_norm",
-    "report_to": "wandb.enabled or report_to_tensorboard",
-    "run_name": "exp_name",
-    "model_name_or_path": "model.name_or_path",
-    "base_model": "model.name_or_path",
-    "tokenizer": "model.tokenizer_name_or_path",
-    "tokenizer_name": "model.tokenizer_name_or_path",
-    "attn_implementation": "model.attn_implementation",
-    "attn": "model.attn_implementation",
-    "flash_attn": "model.attn_implementation=flash_attention_2",
-    "use_flash_attention": "model.attn_implementation=flash_attention_2",
-    "trust_remote_code": "model.trust_remote_code",
-    "policy_dtype": "model.policy_dtype",
-    "archive": "model.archive",
-    "dataset": "datasets",
-    "train_file": "datasets",
-    "train_data": "datasets",
-    "eval_file": "eval_datasets",
-    "eval_dataset": "eval_datasets",
-    "validation_file": "eval_datasets",
-    "val_size": "validation_split",
-    "template": "chat_template",
-    "label_smoothing_factor": "loss.label_smoothing",
-    "label_smoothing": "loss.label_smoothing",
-    "dft_alpha": "loss.dft_alpha",
-    "loss_type": "loss.name",
-    "train_on_prompt": "train_on",
-    "prompt_column": "datasets[0].columns={prompt: ...}",
-    "response_column": "datasets[0].columns={response: ...}",
-    "early_stopping_patience": "early_stopping.patience",
-    "metric_for_best_model": "early_stopping.metric",
-    "preprocessing_num_workers": "num_proc",
-    "dataset_num_proc": "num_proc",
-    "pad_token": "model.tokenizer_name_or_path (the pad token is the tokenizer's own, else its EOS)",
-    "padding_side": "packing (rows are padded on the right while training, on the left while generating)",
-    "sample_packing": "packing",
-    "assistant_only_loss": "train_on",
-    "completion_only_loss": "train_on",
-    "train_on_inputs": "train_on",
-    "random_seed": "seed",
-    "deepspeed": "trainer=FSDPTrainer and fsdp (docs/distributed.md has a table)",
-    "fsdp_config": "fsdp",
-    "sharding_strategy": "fsdp.shard",
-    "zero_stage": "fsdp.shard",
-    "async_save": "save_async",
-    "lora_r": "lora.rank",
-    "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "load_in_4bit": "model.quantization=4bit",
-    "load_in_8bit": "model.quantization=8bit",
-    "quantization_bit": "model.quantization",
-    "peft": "lora",
-    "peft_config": "lora",
-    "r": "lora.rank",
-    "modules_to_save": "lora.modules_to_save",
-    "adapter_name_or_path": "model.adapter",
-    "finetuning_type": "lora.rank or freeze_layers",
-    "overwrite_output_dir": "resume",
-    "name": "exp_name, or model.name_or_path, or loss.name",
-}

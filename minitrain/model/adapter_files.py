@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..schema import Config
+from ..schema import Config, SoftPromptConfig
 from . import lora
 from .adapter import Adapter, inject
+from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .weights import Less, Weights
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -25,15 +26,19 @@ FOREIGN = (
 )
 
 
-def adapt_model(config: Config, model: nn.Module, weights: Weights | None) -> Adapter | None:
-    """Puts the LoRA that a config asks for into a model, if it asks for one. Raises ConfigError.
+def has_adapter(config: Config) -> bool:
+    return bool(config.lora.rank or config.soft_prompt.num_virtual_tokens or config.model.adapter)
+
+
+def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> Adapter:
+    """Puts the adapter that a config asks for into a model. Raises ConfigError.
 
     `weights` are those of a model that was built empty: they get the rows of the adapter, too.
     """
     if config.model.adapter:
         return load_adapter(model, Path(config.model.adapter), weights)
-    if not config.lora.rank:
-        return None
+    if config.soft_prompt.num_virtual_tokens:
+        return _new_prompt(config, model, tokenizer, weights)
     adapter = inject(model, _new_config(config), weights)
     for name, module in adapter.adapted.items():
         _start(adapter, name, module, config, weights)
@@ -41,12 +46,14 @@ def adapt_model(config: Config, model: nn.Module, weights: Weights | None) -> Ad
 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
-    """Puts the LoRA of a folder into a model. Raises ConfigError when it does not fit."""
+    """Puts the adapter of a folder into a model. Raises ConfigError when it does not fit."""
     config = read_config(folder)
     try:
         tensors = load_file(folder / FILE)
     except Exception as error:
         raise ConfigError(f"{folder / FILE} cannot be read: {error}") from None
+    if config["peft_type"] != "LORA":
+        return _loaded_prompt(model, config, tensors, folder, weights)
     adapter = inject(model, config, weights)
     names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -66,13 +73,13 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA. Raises ConfigError for what minitrain cannot do."""
+    """adapter_config.json. Raises ConfigError for what minitrain cannot do."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
-    if kind != "LORA":
+    if kind not in ("LORA", *KINDS.values()):
         raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
     for key in FOREIGN:
         if config.get(key):
@@ -87,25 +94,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads."""
+    if isinstance(adapter, PromptAdapter):
+        kept = {TENSOR: vectors_of({name: tensor.to("cpu") for name, tensor in tensors})}
+        _write(folder, kept, adapter.config)
+        return
     kept = {_peft_name(name, adapter): tensor.to("cpu").contiguous() for name, tensor in tensors}
-    config = adapter.config | {"target_modules": _concise(adapter, model), "inference_mode": True}
+    config = adapter.config | {"target_modules": _concise(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     config["modules_to_save"] = adapter.saved or None  # whole names: PEFT takes all that end in one
     config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
     if adapter.taken:
         _give_back(adapter, kept, config)
-    save_file(kept, folder / FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    _write(folder, kept, config)
 
 
-def _new_config(config: Config) -> dict[str, Any]:
-    """adapter_config.json for the options."""
-    options, quantization = config.lora, config.model.quantization
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"inference_mode": True}, indent=2) + "\n")
+
+
+def _base_config(config: Config) -> dict[str, Any]:
+    """What adapter_config.json says of the base model."""
+    quantization = config.model.quantization
     return {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.model.name_or_path,
         "revision": config.model.revision,
+        **({"minitrain_quantization": quantization} if quantization != "none" else {}),
+    }
+
+
+def _new_config(config: Config) -> dict[str, Any]:
+    """adapter_config.json for the options of a LoRA."""
+    options = config.lora
+    return _base_config(config) | {
+        "peft_type": "LORA",
         "r": options.rank,
         "lora_alpha": options.alpha,
         "lora_dropout": options.dropout,
@@ -119,8 +142,47 @@ def _new_config(config: Config) -> dict[str, Any]:
         "rank_pattern": {},
         "alpha_pattern": {},
         "init_lora_weights": True,
-        **({"minitrain_quantization": quantization} if quantization != "none" else {}),
     }
+
+
+def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> PromptAdapter:
+    options, embeddings = config.soft_prompt, model.get_input_embeddings()
+    model.soft_prompt = SoftPrompt(model, options, config.seed)
+    if options.method == "prompt":
+        if options.init_text:
+            ids = tokenizer(options.init_text, add_special_tokens=False)["input_ids"]
+            ids = (ids * (options.num_virtual_tokens // max(1, len(ids)) + 1))[: options.num_virtual_tokens]
+        else:  # any tokens are a better start than noise (section 3.2 of Lester et al.)
+            generator = torch.Generator().manual_seed(config.seed)
+            ids = torch.randint(len(tokenizer), (options.num_virtual_tokens,), generator=generator).tolist()
+        name = next(name for name, p in model.named_parameters() if p is embeddings.weight)
+        rows = [embeddings.weight[i] if weights is None else weights.rows(name, i, i + 1)[0] for i in ids]
+        with torch.no_grad():
+            model.soft_prompt.weight.copy_(torch.stack(rows))
+    return _known_prompt(model, prompt_config(options, model, _base_config(config)), weights)
+
+
+def _loaded_prompt(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path, weights: Weights | None
+) -> PromptAdapter:
+    method = next(name for name, kind in KINDS.items() if kind == config["peft_type"])
+    found = tensors.get(TENSOR)
+    options = SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
+    model.soft_prompt = SoftPrompt(model, options, 0)
+    wanted = model.soft_prompt.weight.shape
+    if found is None or found.shape != wanted:
+        shape = "missing" if found is None else list(found.shape)
+        raise ConfigError(f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(wanted)}.")
+    with torch.no_grad():
+        model.soft_prompt.weight.copy_(found)
+    return _known_prompt(model, config, weights)
+
+
+def _known_prompt(model: nn.Module, config: dict[str, Any], weights: Weights | None) -> PromptAdapter:
+    adapter = PromptAdapter(config, {})
+    if weights is not None:
+        weights.replace({name: p.detach() for name, p in adapter.parameters(model).items()})
+    return adapter
 
 
 def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:

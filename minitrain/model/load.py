@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..schema import Config, ModelConfig
 from . import attention
-from .adapter_files import CONFIG_FILE, adapt_model, load_adapter, save_adapter
+from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, save_adapter
 from .lora import fold
 from .policy import Policy, find_blocks
 from .quantize import quantize_model, unpack_model
@@ -81,9 +81,8 @@ def load_policy(
     With `empty`, it is built without memory for its parameters where its files allow it, and the second value gives
     the rows of them.
     """
-    has_adapter = bool(config.lora.rank or config.model.adapter)
     compute = DTYPES[config.model.policy_dtype]
-    dtype = compute if has_adapter else DTYPES[config.model.master_dtype]
+    dtype = compute if has_adapter(config) else DTYPES[config.model.master_dtype]
     model, weights = None, None
     if empty and config.model.name_or_path != "tiny":
         model, weights = _empty_model(config.model, tokenizer, dtype)
@@ -91,8 +90,8 @@ def load_policy(
         model = load_model(config.model, tokenizer, config.seed, dtype)
     if config.model.quantization != "none":
         quantize_model(model, config.model.quantization, compute, device)
-    if has_adapter:
-        model.adapter = adapt_model(config, model, weights)
+    if has_adapter(config):
+        model.adapter = adapt_model(config, model, tokenizer, weights)
         model.adapter.freeze(model, compute)
     policy = Policy(model)
     if config.packing and policy.model.config._attn_implementation == "sdpa":

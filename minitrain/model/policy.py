@@ -25,6 +25,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
+        self.prompted = hasattr(model, "soft_prompt")  # whether trained vectors come before each document
         config = model.config
         # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -37,14 +38,22 @@ class Policy(nn.Module):
         attention gets them in the mask's place. Rows of one document each have the same positions.
         """
         by_document = batch.packed and self.model.config._attn_implementation == attention.NAME
+        positions = batch.position_ids if batch.packed else batch.position_ids[:1]
+        inputs, n_before = {"input_ids": batch.input_ids}, 0
+        if self.prompted:
+            prompt = self.model.soft_prompt
+            inputs = prompt(batch.input_ids, self.model.get_input_embeddings(), self.model.dtype)
+            n_before = prompt.n_before
+            first = torch.arange(n_before, device=positions.device)[None]  # [1, n]
+            positions = torch.cat([first, positions + prompt.n_tokens], 1)
         outputs = self.model.base_model(
-            input_ids=batch.input_ids,
+            **inputs,
             attention_mask=attention.as_mask(batch.spans) if by_document else None,
-            position_ids=batch.position_ids if batch.packed else batch.position_ids[:1],
+            position_ids=positions,
             use_cache=False,
             return_dict=True,
         )
-        return outputs.last_hidden_state
+        return outputs.last_hidden_state[:, n_before:]
 
     @property
     def pays_for_long_rows(self) -> bool:
@@ -113,7 +122,9 @@ def check_policy(
 
 @torch.no_grad()
 def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager]) -> None:
+    prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
     ours = policy(_row(ids, [12])).logps  # [11]
+    policy.prompted = prompted
     with gathered():
         logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
     plain = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]

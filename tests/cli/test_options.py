@@ -40,7 +40,7 @@ def test_foreign_names_lead_to_options_that_exist():
     """Every name that is suggested to users of other libraries is a key, and no key is taken for a foreign name."""
     losses = {f"loss.{f.name}" for loss in registered().values() for f in fields(loss.options_class)}
     known = {*schema.all_keys(), *losses, "loss.name", "datasets[0].columns"}
-    for name, ours in schema.FOREIGN_NAMES.items():
+    for name, ours in names.FOREIGN_NAMES.items():
         assert name not in {f.name for f in fields(schema.Config)}
         for key in ours.split(" (")[0].replace(", or ", " or ").split(" or "):
             assert key.partition("=")[0] in known, name

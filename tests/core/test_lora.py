@@ -54,7 +54,7 @@ def adapted(folder, **options):
     """The model with a LoRA."""
     config = Config(model=ModelConfig(str(folder)), lora=LoRAConfig(**({"rank": 4, "alpha": 8.0} | options)))
     model = load_model(config.model, _Tokens(), 0)
-    model.adapter = adapt_model(config, model, None)
+    model.adapter = adapt_model(config, model, None, None)
     model.adapter.freeze(model, torch.float32)
     return model.eval()
 

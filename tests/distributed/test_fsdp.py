@@ -36,6 +36,8 @@ SETTINGS = {
     "uneven": ("total_batch_size=6", "n_steps=8", "gradient_accumulation_steps=3"),  # an epoch of 40 ends within
     "lora": ("lora.rank=4", "lora.dropout=0", "lora.modules_to_save=[norm]", "lora.loraplus_lr_ratio=4"),
     "pissa": ("lora.rank=4", "lora.init=pissa", "lora.use_dora=true", "activation_checkpointing=true"),
+    "prompt": ("soft_prompt.num_virtual_tokens=4", "soft_prompt.init_text=say"),
+    "prefix": ("soft_prompt.num_virtual_tokens=4", "soft_prompt.method=prefix"),
     "dft": ("loss.name=dft", "activation_checkpointing=true", "validation_split=7", "eval_batch_size=3"),
 }
 

@@ -1,0 +1,117 @@
+"""Prompt and prefix tuning: vectors before every document, all that is trained beside a frozen model.
+
+prompt: n vectors take the place of the embeddings of tokens (Lester et al. 2021, arXiv 2104.08691). prefix: n keys and
+values in each layer's attention (Li and Liang 2021, arXiv 2101.00190), with `prefix_projection` made by a small network
+that is thrown away after training. The layout is PEFT's.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..schema import SoftPromptConfig
+from .adapter import Adapter
+
+TENSOR = "prompt_embeddings"  # its name in PEFT's files
+KINDS = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
+
+
+class SoftPrompt(nn.Module):
+    """A part of the model that it is put into, so that a sharding wrapper finds its parameters."""
+
+    def __init__(self, model: nn.Module, options: SoftPromptConfig, seed: int):
+        super().__init__()
+        config = model.config.get_text_config()
+        self.method, self.n_tokens = options.method, options.num_virtual_tokens
+        self.n_layers, width = config.num_hidden_layers, config.hidden_size
+        heads = config.num_attention_heads
+        self.heads = getattr(config, "num_key_value_heads", None) or heads
+        self.head_dim = getattr(config, "head_dim", None) or width // heads
+        keys = self.heads * self.head_dim  # of one layer and token
+        columns = width if self.method == "prompt" else keys if options.prefix_projection else 2 * self.n_layers * keys
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(0.02 * torch.randn(*shape, generator=generator))
+
+        self.weight = normal(self.n_tokens, columns)  # [n, columns]
+        self.projection = None
+        if self.method == "prefix" and options.prefix_projection:
+            hidden = options.encoder_hidden_size or width
+            self.projection = nn.Sequential(
+                nn.Linear(keys, hidden), nn.Tanh(), nn.Linear(hidden, 2 * self.n_layers * keys)
+            )
+            for layer in (self.projection[0], self.projection[2]):
+                layer.weight, layer.bias = normal(*layer.weight.shape), nn.Parameter(torch.zeros_like(layer.bias))
+
+    def vectors(self) -> Tensor:
+        """What PEFT saves: [n, H], or [n, 2 * layers * heads * head_dim]."""
+        return self.weight if self.projection is None else self.projection(self.weight)
+
+    def forward(self, ids: Tensor, embeddings: nn.Module, dtype: torch.dtype, fixed: bool = True) -> dict[str, Any]:
+        """What a backbone takes in the place of `input_ids` [R, T].
+
+        With `fixed` a cache of keys and values stays as it is, however often a layer asks for it.
+        """
+        vectors, rows = self.vectors(), len(ids)
+        if self.method == "prompt":
+            embedded = embeddings(ids)  # [R, T, H]
+            before = vectors.to(embedded.dtype).expand(rows, -1, -1)  # [R, n, H]
+            return {"inputs_embeds": torch.cat([before, embedded], 1)}
+        pairs = vectors.to(dtype).view(self.n_tokens, self.n_layers, 2, self.heads, self.head_dim)
+        pairs = (
+            pairs.permute(1, 2, 3, 0, 4).unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)
+        )  # [layers, 2, R, heads, n, d]
+        cache = DynamicCache([(keys, values) for keys, values in pairs])
+        if fixed:
+            for layer in cache.layers:
+                layer.__class__ = _FixedLayer
+        return {"input_ids": ids, "past_key_values": cache}
+
+    @property
+    def n_before(self) -> int:
+        """Places that the prompt takes in the backbone's output."""
+        return self.n_tokens if self.method == "prompt" else 0
+
+
+class _FixedLayer(DynamicLayer):
+    """Keys and values that are put before others without being kept with them: recomputation asks twice."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+
+
+class PromptAdapter(Adapter):
+    """The adapter of a model with a `SoftPrompt`."""
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {f"soft_prompt.{name}": p for name, p in model.soft_prompt.named_parameters()}
+
+
+def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
+    """adapter_config.json, as PEFT has it."""
+    prompt, config = model.soft_prompt, model.config.get_text_config()
+    told = base | {
+        "peft_type": KINDS[options.method],
+        "num_virtual_tokens": prompt.n_tokens,
+        "num_layers": prompt.n_layers,
+        "num_attention_heads": prompt.heads if options.method == "prefix" else config.num_attention_heads,
+        "token_dim": prompt.heads * prompt.head_dim if options.method == "prefix" else config.hidden_size,
+        "num_transformer_submodules": 1,
+    }
+    if options.method == "prompt":
+        return told | {"prompt_tuning_init": "RANDOM"}
+    return told | {"prefix_projection": False}  # what is saved has gone through it
+
+
+def vectors_of(tensors: dict[str, Tensor]) -> Tensor:
+    """`SoftPrompt.vectors` from the whole tensors by their names in the model."""
+    own = {name.removeprefix("soft_prompt."): tensor for name, tensor in tensors.items()}
+    vectors = own["weight"]
+    if "projection.0.weight" in own:
+        inner = torch.tanh(F.linear(vectors, own["projection.0.weight"], own["projection.0.bias"]))
+        vectors = F.linear(inner, own["projection.2.weight"], own["projection.2.bias"])
+    return vectors.contiguous()
