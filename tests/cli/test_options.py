@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain import problems, schema
+from minitrain import names, problems, schema
 from minitrain.config import load_config
 from minitrain.losses import registered
 
