@@ -38,7 +38,13 @@ def main() -> None:
     job, device = read_job(), pick_device()
     rows = json.loads((Path(job["folder"]) / "tokens.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(Path(job["folder"]) / "model", dtype=torch.float32).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)
+    if job["lora"]:
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(model, Path(job["folder"]) / "adapter", is_trainable=True)
+        model = adapted.get_base_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job["lr"], weight_decay=0.0, fused=True)
     compute_loss = loss_of_answers if job["kind"] == "hand" else loss_of_all_logits
     dtype = DTYPES[job["dtype"]]
     losses, supervised, places = [], [], []
@@ -52,7 +58,7 @@ def main() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = compute_loss(model, ids, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())

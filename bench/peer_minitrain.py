@@ -53,7 +53,7 @@ class Watch:
     def step(self, trainer: Trainer) -> None:
         self.meter.tick()
         self.sums.append(trainer.totals.sums.get("loss"))
-        self.places.append(trainer.window["places"])
+        self.places.append(trainer.window.places)
         if self.spans and trainer.step == self.job["warmup"]:
             self.spans.seconds.clear()
 
@@ -79,7 +79,11 @@ def main() -> None:
             "cache_dir": str(folder / "cache"),
             "datasets": [str(folder / "data.jsonl")],
             "chat_template": "none",
-            "model": {"name_or_path": str(folder / "model"), "policy_dtype": job["dtype"]},
+            "model": {
+                "name_or_path": str(folder / "model"),
+                "policy_dtype": job["dtype"],
+                "adapter": str(folder / "adapter") if job["lora"] else None,
+            },
             "max_length": job["max_length"],
             "packing": job["kind"] == "minitrain packed",
             "total_batch_size": job["batch"],

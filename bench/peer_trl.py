@@ -64,8 +64,13 @@ def main() -> None:
         disable_tqdm=True,
     )
     meter = Meter(pick_device())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if job["lora"]:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder.parent / "adapter", is_trainable=True)
     trainer = WatchedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=model,
         args=config,
         train_dataset=read_data(job),
         processing_class=AutoTokenizer.from_pretrained(folder),

@@ -32,7 +32,8 @@ def report(results: list[dict], skipped: dict[str, str], folder: Path, seconds: 
     verdicts, same_work = judge(summaries, skipped)
     lines += ["## Verdicts", "", *[f"- {line}" for line in verdicts], ""]
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{datetime.date.today()}-{re.sub(r'[^a-z0-9]+', '-', hardware().lower()).strip('-')}"
+    kind = "-lora" if results[0]["setting"]["lora"] else ""
+    name = f"{datetime.date.today()}-{re.sub(r'[^a-z0-9]+', '-', hardware().lower()).strip('-')}{kind}"
     (folder / f"{name}.md").write_text("\n".join(lines))
     (folder / f"{name}.json").write_text(json.dumps({"hardware": hardware(), "settings": summaries}, indent=1) + "\n")
     print("\n".join(lines), f"\nwritten to {folder / name}.md and .json", sep="")

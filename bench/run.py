@@ -2,6 +2,7 @@
 
     python bench/run.py                  all settings, as many rounds as fit in 24 minutes, at most 3
     python bench/run.py --quick          one dtype, few steps, one round (under 3 minutes)
+    python bench/run.py --lora 16        adapters: the loop by hand and TRL have PEFT's
     python bench/run.py --peer-python P  a Python that has TRL; without it bench/.venv-peer is made
 
 Each peer runs in a process of its own, in turns. The figures go to bench/results. Exit status 1: the peers did not
@@ -26,7 +27,7 @@ from workload import Setting, build, pick_settings, step_sizes  # noqa: E402
 
 PEERS = ("minitrain", "minitrain packed", "hand", "full_logits", "trl")
 FILES = {"minitrain": "peer_minitrain.py", "minitrain packed": "peer_minitrain.py", "trl": "peer_trl.py"}
-PEER_PACKAGES = ("torch==2.13.0", "trl==1.16.*")
+PEER_PACKAGES = ("torch==2.13.0", "trl==1.16.*", "peft")
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def main() -> int:
     python, why_not = (None, "left out by --peers") if "trl" not in arguments.peers else find_trl(arguments.peer_python)
     skipped = {} if python else {"trl": why_not}
     peers = [peer for peer in arguments.peers if peer not in skipped]
-    settings = pick_settings(arguments.quick, arguments.only)
+    settings = pick_settings(arguments.quick, arguments.only, arguments.lora)
     with tempfile.TemporaryDirectory(prefix="minitrain-bench-") as scratch:
         folders = [Path(scratch) / str(number) for number in range(len(settings))]
         for setting, folder in zip(settings, folders):
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one dtype, few steps, one round")
     parser.add_argument("--rounds", type=int, default=3, help="how often each peer runs (default 3)")
     parser.add_argument("--minutes", type=float, default=24, help="begin no round that would end later (default 24)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters; the peers by PEFT")
     parser.add_argument("--peer-python", help="a Python that has TRL")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="only these")
     parser.add_argument("--only", default="", help="only settings whose name has this in it, e.g. float32")

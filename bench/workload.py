@@ -28,10 +28,11 @@ class Setting:
     median_length: int = 100
     warmup: int = 2
     lr: float = 5e-4
+    lora: int = 0  # rank; 0 trains all weights
 
     @property
     def name(self) -> str:
-        return f"{self.vocab:,} tokens, {self.dtype}"
+        return f"{self.vocab:,} tokens, {self.dtype}" + (f", LoRA of rank {self.lora}" if self.lora else "")
 
     @property
     def n_examples(self) -> int:
@@ -45,6 +46,8 @@ def build(setting: Setting, folder: Path) -> None:
     folder.mkdir(parents=True)
     build_tokenizer(setting).save_pretrained(folder / "model")
     build_model(setting).save_pretrained(folder / "model")
+    if setting.lora:
+        build_adapter(setting, folder)
     rows = make_rows(setting)
     with open(folder / "data.jsonl", "w") as file:
         for prompt, answer in rows:
@@ -85,6 +88,22 @@ def build_model(setting: Setting) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def build_adapter(setting: Setting, folder: Path) -> None:
+    """adapter/, which all peers start from: on every linear layer but the output layer, B zero."""
+    from minitrain.model.adapter_files import adapt_model, save_adapter
+    from minitrain.model.weights import whole_tensors
+    from minitrain.schema import Config, LoRAConfig, ModelConfig
+
+    model = build_model(setting)
+    model.has_new_tokens = False
+    config = Config(
+        model=ModelConfig(str(folder / "model")), lora=LoRAConfig(rank=setting.lora, alpha=2 * setting.lora)
+    )
+    model.adapter = adapt_model(config, model, None, None)
+    (folder / "adapter").mkdir()
+    save_adapter(model, model.adapter, whole_tensors(model, lambda tensor: tensor), folder / "adapter")
+
+
 def make_rows(setting: Setting) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) ids: lognormal lengths, answers of about half, frequent and rare words as in language."""
     generator = np.random.Generator(np.random.PCG64(SEED))
@@ -115,11 +134,12 @@ def step_sizes(setting: Setting, folder: Path) -> list[dict[str, int]]:
 
 
 def flops(setting: Setting, size: dict[str, int]) -> dict[str, float]:
-    """FLOPs that one step cannot do without: 6 for each weight and token (forward and backward)."""
+    """FLOPs that one step cannot do without: 6 for each weight and token (forward and backward), 4 if it is frozen."""
+    each = 4.0 if setting.lora else 6.0
     body = setting.layers * (4 * setting.hidden**2 + 3 * setting.hidden * setting.intermediate)
     return {
-        "body": 6.0 * body * size["tokens"],
-        "head": 6.0 * setting.hidden * setting.vocab * size["supervised"],
+        "body": each * body * size["tokens"],
+        "head": each * setting.hidden * setting.vocab * size["supervised"],
         "attention": 6.0 * setting.layers * setting.hidden * size["squares"],  # causal: half of the square
     }
 
@@ -128,7 +148,7 @@ def _words(ids: list[int]) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
-def pick_settings(quick: bool, only: str = "") -> list[Setting]:
+def pick_settings(quick: bool, only: str = "", lora: int = 0) -> list[Setting]:
     """Small and large vocabulary, float32 and bfloat16; larger models on a GPU. Quick: one dtype, few steps."""
     steps = {(8_192, "float32"): 10, (8_192, "bfloat16"): 4, (128_256, "float32"): 6, (128_256, "bfloat16"): 3}
     size, quick_dtype = dict(batch=8, warmup=1), "float32"
@@ -137,5 +157,5 @@ def pick_settings(quick: bool, only: str = "") -> list[Setting]:
         size = dict(batch=32, hidden=1024, intermediate=2816, layers=12, max_length=1024, median_length=250, warmup=4)
     if quick:
         steps = {key: max(2, n // 3) for key, n in steps.items() if key[1] == quick_dtype}
-    settings = [Setting(vocab, dtype, steps=n, **size) for (vocab, dtype), n in steps.items()]
+    settings = [Setting(vocab, dtype, steps=n, lora=lora, **size) for (vocab, dtype), n in steps.items()]
     return [setting for setting in settings if only in setting.name]
