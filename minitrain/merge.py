@@ -21,6 +21,8 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     which may be quantised: then the weights are those that quantisation has rounded, as they were while training.
     Raises ConfigError.
     """
+    if missing := [source for source in sources if not Path(source).is_dir()]:
+        raise ConfigError(f"{missing[0]}: there is no such folder.")
     configs = [model_config(find_model(source)) for source in sources]
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":

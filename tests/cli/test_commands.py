@@ -49,6 +49,7 @@ def test_help_reads_like_a_page(capsys):
         "train": "--overrides KEY=VALUE",
         "generate": "--input FILE",
         "chat": "--system TEXT",
+        "merge": "--weights W",
     }.items():
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out
@@ -85,7 +86,10 @@ def test_version(capsys):
         (["generate", "m", "--prompt", "a", "--top-p", "0.5"], "--top-p would be ignored"),
         (["generate", "./nowhere", "--prompt", "a"], "./nowhere: there is no such folder"),
         (["generate", "a/b/c", "--prompt", "a"], "a/b/c: there is no such folder"),
-        (["generate", "docs", "--prompt", "a"], "docs: holds neither a model (config.json) nor a finished run"),
+        (
+            ["generate", "docs", "--prompt", "a"],
+            "docs: holds neither a model (config.json), an adapter, nor a finished run",
+        ),
         (["generate", "nobody/nothing", "--prompt", "a"], "no tokenizer could be loaded from 'nobody/nothing'"),
         (["generate", "tiny", "--prompt", "a", "--chat-template", "x"], "the chat template 'x' is neither"),
         (["generate", "tiny", "--prompt", "a", "--device", "mps"], "there is no MPS device here"),
