@@ -148,10 +148,7 @@ class FullySharded(SingleDevice):
 
     def fill(self, policy: nn.Module, read: Read) -> None:
         buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
-        ties = _ties(policy)
         policy.to_empty(device="cpu" if self.options.cpu_offload else self.device)
-        for module, name, first_module, first_name in ties:
-            module._parameters[name] = first_module._parameters[first_name]
         with torch.no_grad():
             for name, buffer in policy.named_buffers():
                 buffer.copy_(buffers[name])
@@ -307,16 +304,23 @@ def _join(device: torch.device, timeout: timedelta) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts the processes anew, with the addresses of the dead ones in it.
+        store = dist.PrefixStore(f"attempt/{_attempt()}", store)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _own_store() -> dist.Store:
     """A connection of its own to the launcher's store, since a connection serves one caller at a time."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(days=1))
-    return dist.PrefixStore(f"minitrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"minitrain/{_attempt()}", store)
 
 
 def _mesh_shape(shard: str, world_size: int) -> tuple[int, ...]:
@@ -331,16 +335,3 @@ def _mesh_shape(shard: str, world_size: int) -> tuple[int, ...]:
 
 def _sharded_modules(policy: nn.Module) -> list[FSDPModule]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
-
-
-def _ties(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
-    """(module, name, first module, its name) of each parameter that was seen before in another module."""
-    seen: dict[nn.Parameter, tuple[nn.Module, str]] = {}
-    ties = []
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter in seen:
-                ties.append((module, name, *seen[parameter]))
-            elif parameter is not None:
-                seen[parameter] = (module, name)
-    return ties

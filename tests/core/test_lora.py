@@ -12,6 +12,7 @@ from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, save_model
 from minitrain.model.lora import _LoRALinear, fold
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.reference import InitialValues
 from minitrain.schema import Config, LoRAConfig, ModelConfig
 from tests.core.test_policy import MODELS
 
@@ -320,6 +321,27 @@ def test_an_adapted_output_layer_is_learned(make_trainer):
     total.backward()
     close(found[0], head.lora_A.grad, 1e-4)
     close(found[1], head.lora_B.grad, 1e-4)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_reference_is_the_policy_as_it_was_loaded(make_trainer, loaded):
+    """A loaded adapter, not the base without it, and it does not drift; the policy goes on unharmed (trl#1193)."""
+    first = make_trainer("lora.rank=4", "lora.modules_to_save=[norm]", "exp_name=first", "lr=0.05")
+    first.train()
+    options = [f"model.adapter={first.run.final}"] if loaded else ["lora.rank=4", "lora.init=pissa"]
+    trainer = make_trainer(*options, "exp_name=second", "lr=0.05")
+    _, (batch,) = next(trainer.train_loader.steps())
+    began = trainer.policy.eval()(batch).logps.detach()
+    plain = make_trainer("exp_name=plain").policy.eval()(batch).logps
+    assert torch.allclose(began, plain, atol=1e-4) != loaded
+    reference = InitialValues(trainer.policy, trainer.parallel)
+    trainer.train()
+    trainer.policy.eval()
+    ended = trainer.policy(batch).logps
+    with reference.restored():
+        assert torch.equal(trainer.policy(batch).logps, began)
+    ended.sum().backward()  # what was computed before the swap can still be differentiated
+    assert not torch.allclose(ended, began, atol=1e-3) and torch.equal(trainer.policy(batch).logps, ended)
 
 
 @pytest.mark.parametrize("bits, tolerance", [("4bit", 1e-4), ("8bit", 5e-2)])

@@ -1,5 +1,8 @@
 """The policy over real architectures: equal to transformers, packed or not; loading and saving."""
 
+import json
+import pickle
+import shutil
 import warnings
 
 import pytest
@@ -204,20 +207,30 @@ def test_an_archive_loads_over_the_model(tmp_path, llama_folder):
         load_model(ModelConfig(str(llama_folder), archive=str(tmp_path / "wrong.pt")), tiny_tokenizer(), 0)
 
 
-def test_an_archive_cannot_run_code(tmp_path, llama_folder):
-    """A pickled call in a .pt is refused, and is not executed."""
-    import pickle
-
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("place", ["archive", "pytorch_model.bin", "adapter_model.safetensors"])
+def test_no_file_can_run_code(tmp_path, llama_folder, place, empty):
+    """A pickled call in an archive, in a model's or in an adapter's file is refused, and is not executed."""
     canary = tmp_path / "canary"
 
     class Attack:
         def __reduce__(self):
             return (open, (str(canary), "w"))
 
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state": Attack()}))
-    with warnings.catch_warnings(), pytest.raises(ConfigError, match="cannot be loaded"):
+    file = tmp_path / ("evil.pt" if place == "archive" else place)
+    file.write_bytes(pickle.dumps({"state": Attack()}))
+    model = ModelConfig(str(llama_folder))
+    if place == "archive":
+        model.archive = str(file)
+    elif place == "pytorch_model.bin":
+        shutil.copy(llama_folder / "config.json", tmp_path)
+        model.name_or_path = str(tmp_path)
+    else:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        model.adapter = str(tmp_path)
+    with warnings.catch_warnings(), pytest.raises(ConfigError):
         warnings.simplefilter("ignore")
-        load_model(ModelConfig(str(llama_folder), archive=str(tmp_path / "evil.pt")), tiny_tokenizer(), 0)
+        load_policy(Config(model=model), tiny_tokenizer(), empty=empty)
     assert not canary.exists()
 
 

@@ -29,7 +29,7 @@ class Ranks:
         self.output.write_text("")
         envs = [_rank_env(rank, ranks, machines, port) for rank in range(ranks)] or [{}]
         arguments = [(own | env, str(file), str(self.output)) for own in envs]
-        self.processes = [_FORKS.Process(target=_driver, args=each) for each in arguments]
+        self.processes = [_FORKS.Process(target=_driver, args=each, daemon=True) for each in arguments]
         for process in self.processes:
             process.start()
         self.pids = [process.pid for process in self.processes]
@@ -111,13 +111,27 @@ def torchrun(ranks: int, jobs: list[dict], folder: Path, env: dict[str, str], **
 
 
 def finish(process: subprocess.Popen, timeout: float = TIMEOUT) -> tuple[int, str]:
-    """(exit code, output); kills the whole group when it takes too long, which fails the test."""
+    """(exit code, output); kills all of it when it takes too long, which fails the test."""
     try:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (*children(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
         raise AssertionError(f"hung: {process.communicate()[0]}") from None
+
+
+def children(launcher: int) -> list[int]:
+    """The living processes that torchrun started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == launcher and state != "Z":
+            found.append(int(folder.name))
+    return found
 
 
 def trace(file: Path) -> list[list]:

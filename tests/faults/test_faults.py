@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.distributed.launch import DRIVER, finish, launch, torchrun, trace
+from tests.distributed.launch import DRIVER, children, finish, launch, torchrun, trace
 from tests.faults.lab import N_STEPS
 
 EVERYTHING = pytest.mark.slow
@@ -143,19 +143,6 @@ def test_a_rank_dies_under_torchrun(lab, point):
     code, output = finish(torchrun(2, [again], lab.folder / "again", fault, max_restarts=1))
     assert code == 0, output[-3000:]
     lab.compare(2, again)
-
-
-def children(launcher: int) -> list[int]:
-    """The living processes that torchrun started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if int(parent) == launcher and state != "Z":
-            found.append(int(folder.name))
-    return found
 
 
 def test_one_rank_hangs(lab):
