@@ -3,7 +3,8 @@
     MINITRAIN_FAULT=point@count:action[#rank],...    save.rename@2:kill9#1
 
 is: when rank 1 (every rank, without #) comes to the point `save.rename` for the second time, kill the process.
-Points are where `failpoint` is called. Actions: kill9, term, raise, sleep, enospc, flip (a byte of the file), nan.
+Points are where `failpoint` is called. Actions: kill9, term, raise, pause (1 s), sleep (without end), enospc, flip (a
+byte of the file), nan.
 """
 
 import errno
@@ -56,6 +57,7 @@ _ACTIONS = {
     "kill9": lambda subject: os.kill(os.getpid(), signal.SIGKILL),
     "term": lambda subject: os.kill(os.getpid(), signal.SIGTERM) or subject,
     "raise": _raise,
+    "pause": lambda subject: time.sleep(1) or subject,
     "sleep": lambda subject: time.sleep(3600),
     "enospc": _disk_full,
     "flip": _flip,
