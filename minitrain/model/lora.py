@@ -139,7 +139,7 @@ class _AdaptedLinear:
         # The norm counts as a constant in the gradient (section 4.3 of arXiv 2402.09353).
         weight = dense_weight(self)  # [out, in]
         norm = (weight.float() + lora.scaling * (self.lora_B @ self.lora_A).detach()).norm(dim=1)  # [out]
-        share = (self.lora_magnitude_vector / norm.detach()).to(y.dtype)
+        share = (self.lora_magnitude_vector / norm).to(y.dtype)
         if dropped is x:
             plain = y if self.bias is None else y - self.bias
         else:
