@@ -255,6 +255,7 @@ class FullySharded(SingleDevice):
                 self.watchdog.stop()
 
     def close(self) -> None:
+        self.store = self.watchdog = None  # connections have to end before the interpreter does
         dist.destroy_process_group()
 
     def _beat(self) -> None:

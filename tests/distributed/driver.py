@@ -87,6 +87,7 @@ def run(job: dict) -> int:
     trainer.train()
     if "ended" in job:
         write_state(trainer, job["ended"])
+    trainer.parallel.store = trainer.parallel.watchdog = None  # as `close` does, but for the group, which is kept
     return 0 if trainer.signal is None else 128 + trainer.signal
 
 
