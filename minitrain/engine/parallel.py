@@ -213,7 +213,8 @@ class FullySharded(SingleDevice):
         key = f"turn/{os.environ.get('GROUP_RANK', '0')}/{next(_turns)}"
         alone = int(os.environ.get("LOCAL_RANK", "0")) == 0
         if self.store is not None and not alone:
-            self.store.wait([key])
+            with _loss_told():
+                self.store.wait([key])
         yield
         if self.store is not None and alone:
             self.store.set(key, "done")
@@ -244,12 +245,8 @@ class FullySharded(SingleDevice):
         if self.watchdog is not None:
             self.watchdog.start()
         try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
-                text = str(error).strip().splitlines()[0]
-                raise RunError(f"lost contact with another process; see what that one said ({text})") from None
-            raise
+            with _loss_told():
+                yield
         finally:
             if self.watchdog is not None:
                 self.watchdog.stop()
@@ -311,6 +308,18 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _loss_told() -> Iterator[None]:
+    """Inside, the loss of another process is a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
+            text = str(error).strip().splitlines()[0]
+            raise RunError(f"lost contact with another process; see what that one said ({text})") from None
+        raise
 
 
 def _attempt() -> str:

@@ -39,9 +39,9 @@ class Ranks:
             os.kill(self.pids[rank], number)
 
     def finish(self, timeout: float = TIMEOUT) -> tuple[int, str]:
-        """(-9 if a rank was killed, else the first code that is not 0, else 0; output).
+        """(-9 if a rank was killed, else the code of one that failed, else 0; output).
 
-        When one rank ends badly the others are told to end, as torchrun does.
+        When one rank ends badly the others are told to end, as torchrun does; how they end then is not the run's code.
         """
         end, told = time.monotonic() + timeout, False
         while any(process.is_alive() for process in self.processes):
@@ -56,7 +56,8 @@ class Ranks:
             time.sleep(0.02)
         codes = [process.exitcode for process in self.processes if process.exitcode]
         killed = [code for code in codes if code == -signal.SIGKILL]
-        return (killed or codes or [0])[0], self.output.read_text()
+        failed = [code for code in codes if code != -signal.SIGTERM]
+        return (killed or failed or codes or [0])[0], self.output.read_text()
 
 
 def _driver(env: dict[str, str], jobs: str, output: str) -> None:
