@@ -36,7 +36,7 @@ bench: .venv/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/ranks.py
 
 docs: .venv/ready  ## docs/options.md from the schema
-	$(BIN)/python docs/generate_options.py
+	$(BIN)/python docs/generate_options.py > docs/options.md
 
 clean:
 	rm -rf .venv runs

@@ -4,7 +4,7 @@ Shapes: R rows of T tokens hold D documents; N of the tokens are supervised.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ class Batch:
     `labels` are not shifted: `labels[r, t]` is `input_ids[r, t]` where that token is to be learned and
     -100 elsewhere; the first token of a document is never learned. `doc_ids` is -1 on padding, and
     `position_ids` restart at each document, which is what keeps documents of one row apart.
+
+    A document may begin with tokens of an earlier one in its row, a prompt that several answers share: these are
+    laid out once, as the earlier one's, and `prefixes[d]` says where (start, stop) in the row they are.
     """
 
     input_ids: Tensor  # [R, T] int64
@@ -26,13 +29,22 @@ class Batch:
     labels: Tensor  # [R, T] int64
     doc_ids: Tensor  # [R, T] int64
     n_docs: int
+    prefixes: Tensor | None = None  # [D, 2] int64 on the CPU, (0, 0) for a document that shares nothing
+    values: dict[str, Tensor] = field(default_factory=dict)  # name -> [D] float32, of each document
+    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [R, T, ...], of each token
 
     def __post_init__(self):
-        rows, columns = (self.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # [N], [N]
-        self.predictors = rows * self.labels.shape[1] + columns  # [N] flat place whose next token is learned
-        self.targets = self.labels[rows, columns + 1]  # [N]
-        self.target_docs = self.doc_ids[rows, columns + 1]  # [N]
+        rows, columns = (self.labels != IGNORE).nonzero(as_tuple=True)  # [N], [N]
+        self.targets = self.labels[rows, columns]  # [N]
+        self.target_docs = self.doc_ids[rows, columns]  # [N]
+        self.target_places = rows * self.labels.shape[1] + columns  # [N] flat place of each target
+        self.predictors = self.target_places - 1  # [N] flat place whose next token is learned
         self.spans = _spans(self.doc_ids)  # [D, 3] (row, start, stop) in order; stays on the CPU
+        if self.prefixes is not None:
+            row, start, _ = self.spans.T
+            first = (self.prefixes[:, 1] > 0)[self.target_docs] & (columns == start[self.target_docs])  # [N]
+            before = (row * self.labels.shape[1] + self.prefixes[:, 1] - 1)[self.target_docs]  # [N]
+            self.predictors = torch.where(first, before, self.predictors)
 
     @property
     def packed(self) -> bool:
@@ -45,6 +57,32 @@ class Batch:
         return self.targets.numel()
 
     @property
+    def learned_docs(self) -> Tensor:
+        """Which documents have supervised tokens -> [D] bool."""
+        learned = torch.zeros(self.n_docs, dtype=torch.bool, device=self.targets.device)
+        return learned.index_fill_(0, self.target_docs, True)
+
+    @property
+    def last_places(self) -> Tensor:
+        """Flat place of each document's last token -> [D] int64, on the CPU."""
+        return self.spans[:, 0] * self.labels.shape[1] + self.spans[:, 2] - 1
+
+    def of_docs(self, name: str) -> Tensor:
+        """A value of each document -> [D] float32."""
+        return self.values[name] if self.n_docs else torch.zeros(0, device=self.targets.device)
+
+    def of_targets(self, name: str) -> Tensor:
+        """A column at the supervised tokens -> [N, ...]."""
+        if not self.n_docs:
+            return torch.zeros(0, device=self.targets.device)
+        return self.columns[name].flatten(0, 1)[self.target_places]
+
+    @property
+    def layout(self) -> Tensor:
+        """(row, start, stop) of each document, and (start, stop) of what it shares, if any do -> [D, 3 or 5]."""
+        return self.spans if self.prefixes is None else torch.cat([self.spans, self.prefixes], 1)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens that are not padding. Call it before `to`, where it would wait for the device."""
         return int((self.doc_ids >= 0).sum())
@@ -52,8 +90,11 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         moved = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "spans":
+            if isinstance(value, Tensor) and name not in ("spans", "prefixes"):
                 setattr(moved, name, value.to(device, non_blocking=True))
+        for name in ("values", "columns"):
+            tensors = getattr(self, name).items()
+            setattr(moved, name, {key: tensor.to(device, non_blocking=True) for key, tensor in tensors})
         return moved
 
 
@@ -68,13 +109,15 @@ def _spans(doc_ids: Tensor) -> Tensor:
 
 @dataclass
 class Scores:
-    """What a loss may know of the policy's output, one entry for each supervised token."""
+    """What a loss may know of the policy's output: of each supervised token, or `scores` of each document."""
 
-    logps: Tensor  # [N] float32, log p(target)
+    logps: Tensor | None  # [N] float32, log p(target); None of a model that has no vocabulary at its end
     doc_ids: Tensor  # [N] int64, the document each target belongs to
     n_docs: int
     entropy: Tensor | None = None  # [N] float32, of the whole distribution, when asked for
     mean_logps: Tensor | None = None  # [N] float32, mean over the vocabulary, when asked for
+    values: Tensor | None = None  # [N] float32, of the text before each target, from a value head
+    scores: Tensor | None = None  # [D, L] float32, outputs of a scalar head at each document's last token
 
     def per_document(self, values: Tensor) -> Tensor:
         """Sums [N] values over each document -> [D]."""

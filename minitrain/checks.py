@@ -6,7 +6,7 @@ That is: options that contradict each other, would be ignored, or name what is n
 import difflib
 import os
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from .errors import ConfigError
@@ -224,15 +224,30 @@ def looks_local(name: str) -> bool:
 
 
 def _check_loss(config: Config, problems: Problems) -> None:
-    from .losses import registered
+    from .data.records import SCHEMAS
+    from .losses import create_loss, registered
 
     name, known = config.loss["name"], registered()
     if name not in known:
         hint = nearest(str(name), known)
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
-    options = {key: value for key, value in config.loss.items() if key != "name"}
-    config.loss = {"name": name} | check_types(known[name].options_class, options, "loss.", problems)
+    given = {key: value for key, value in config.loss.items() if key != "name"}
+    options = check_types(known[name].options_class, given, "loss.", problems)
+    config.loss = {"name": name} | options
+    for f in fields(known[name].options_class):
+        if f.name not in options and f.default is MISSING:
+            return
+    loss = create_loss(name, **options)
+    for key, told in loss.ignored().items():
+        if key in given:
+            problems.add(f"loss.{key}", f"would be ignored: {told}")
+    for i, entry in enumerate(config.datasets):
+        if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
+            told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."
+            problems.add(f"datasets[{i}].type", told, "loss.name")
+    if loss.outputs is not None and config.eval_generate.n_examples:
+        problems.add("eval_generate", f"a model that {name} trains gives scores and no text.", "loss.name")
 
 
 def _check_steps(config: Config, problems: Problems) -> None:

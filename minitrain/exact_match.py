@@ -17,10 +17,10 @@ def exact_match(
     tokenizer = generator.tokenizer
     chosen = examples.first(settings.n_examples)
     prompts, references = [], []
-    for ids, mask in (chosen[i] for i in range(len(chosen))):
-        start = len(mask) - mask.flip(0).tolist().index(0)  # where the last answer begins
-        prompts.append(ids[:start].tolist())
-        references.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
+    for document in (chosen[i][0] for i in range(len(chosen))):
+        start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last answer begins
+        prompts.append(document.ids[:start].tolist())
+        references.append(tokenizer.decode(document.ids[start:], skip_special_tokens=True).strip())
     answers = generator.answer(prompts, Sampling(settings.max_new_tokens), batch_size, progress=True)
     matches = [answer.strip() == reference for answer, reference in zip(answers, references, strict=True)]
     for i in range(min(settings.show, len(answers))):

@@ -13,9 +13,17 @@ from .schema import Config
 
 
 def prepare_policy(
-    policy: Policy, weights: Weights | None, config: Config, parallel: SingleDevice, precision: Precision
+    policy: Policy,
+    weights: Weights | None,
+    config: Config,
+    parallel: SingleDevice,
+    precision: Precision,
+    dropout: bool = True,
 ) -> Policy:
-    """The policy on its devices. `weights` gives the rows of one that was built empty. Raises ConfigError."""
+    """The policy on its devices. `weights` gives the rows of one that was built empty. Raises ConfigError.
+
+    `dropout`: whether it is on in training.
+    """
     blocks = find_blocks(policy.model.base_model)
     freeze_layers(policy.model, config.freeze_layers, precision.dtype)
     if config.activation_checkpointing:
@@ -29,4 +37,4 @@ def prepare_policy(
     # A sharded policy computes in policy_dtype by itself, and autocast goes with it; else float32 is more exact.
     with precision.autocast() if parallel.reads_rows else contextlib.nullcontext():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.gathered(policy))
-    return policy.train()
+    return policy.train(dropout)

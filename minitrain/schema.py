@@ -33,6 +33,8 @@ class DatasetConfig:
         None, "Text of the user's turn, with {prompt} or any column in braces. Prompt/response kinds only."
     )
     response_template: str | None = option(None, "Text of the assistant's turn, with {response} or any column.")
+    p_oracle: float = option(1.0, "RAFT rows: share of them that keep the oracle document.", least=0, most=1)
+    seed: int = option(0, "Seed of what is drawn in making examples: the order of RAFT documents, the oracle.", least=0)
     n_examples: int | None = option(None, "Use only the first so many rows.", least=1)
     weight: float = option(1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0)
 
@@ -51,6 +53,11 @@ class ModelConfig:
         "float32",
         "The dtype of the trained parameters. bfloat16 halves their memory, but small updates are rounded away.",
         choices=("float32", "bfloat16"),
+    )
+    reference_dtype: str | None = option(
+        None,
+        "The dtype of a reference model's weights; policy_dtype when left out.",
+        choices=("float32", "bfloat16", "float16"),
     )
     archive: str | None = option(
         None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
@@ -185,6 +192,9 @@ class Config:
     )
     train_on: str = option("all_turns", "Which turns of the assistant are learned.", choices=("all_turns", "last_turn"))
     max_length: int = option(1024, "Longest example in tokens.", least=2)
+    max_prompt_length: int | None = option(
+        None, "Longest prompt: of a longer one the oldest tokens go, from both sides of a preference alike.", least=1
+    )
     truncation: str = option(
         "prompt",
         "What a longer example loses: the oldest of its prompt, its end, or (drop) the example is left out.",

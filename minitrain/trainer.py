@@ -12,7 +12,7 @@ import torch
 from .batch import Batch
 from .card import model_card
 from .data.loader import Loader, load_data
-from .data.template import Template
+from .data.template import make_template
 from .engine.checkpoint import load_checkpoint, restore_rng
 from .engine.faults import failpoint
 from .engine.folders import atomic_folder
@@ -21,13 +21,14 @@ from .engine.parallel import make_parallel
 from .engine.precision import Precision
 from .engine.tracking import Tracking, Window, eval_line, train_line
 from .errors import ConfigError, RunError, RunFolderError
-from .evaluate import Totals, evaluate, lower_is_better
+from .evaluate import Totals, evaluate, lower_is_better, step_statistics
 from .exact_match import exact_match
 from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss
 from .model.load import DTYPES, identity, load_policy, load_tokenizer, save_model
 from .model.weights import whole_tensors
 from .prepare import prepare_policy
+from .reference import companions
 from .run import RunFolder
 from .schema import Config
 from .signals import signals_noted
@@ -63,18 +64,21 @@ class Trainer:
         torch.manual_seed(config.seed)
         torch.autograd.set_detect_anomaly(config.debug)
         with self.parallel.taking_turns():  # the first process of a machine tokenises and downloads
-            self.tokenizer = load_tokenizer(config.model)
-            self.template = Template(self.tokenizer, config.chat_template, config.train_on)
-            data = load_data(config, self.template)
-            policy, weights = load_policy(config, self.tokenizer, self.device, empty=self.parallel.reads_rows)
+            self.tokenizer = load_tokenizer(config.model, scores=self.loss.outputs is not None)
+            self.template = make_template(self.tokenizer, config, self.loss.record)
+            data = load_data(config, self.template, self.loss.record)
+            self.loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
+            ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
+            policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
         self.notes = data.notes
-        places = (self.tokenizer.pad_token_id, self.parallel.rank, self.parallel.world_size)
-        self.train_loader = Loader(data.train, config, *places)
-        self.eval_loader = Loader(data.eval, config, *places) if data.eval else None
-        if policy.pays_for_long_rows:
-            for loader in filter(None, (self.train_loader, self.eval_loader)):
-                loader.row_capacity = config.max_length
-        self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision)
+        settings = {"pad_token_id": self.tokenizer.pad_token_id, "shares_prompts": policy.keeps_documents_apart}
+        settings |= {"row_capacity": config.max_length if policy.pays_for_long_rows else None}
+        settings |= {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
+        self.train_loader = Loader(data.train, config, **settings)
+        self.eval_loader = Loader(data.eval, config, **settings) if data.eval else None
+        loaders = list(filter(None, (self.train_loader, self.eval_loader)))
+        self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
+        self.models = companions(self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.policy, config)
         self.generator = Generator(policy.model, self.template, lambda: self.parallel.gathered(self.policy))
@@ -152,13 +156,15 @@ class Trainer:
         weight = sum(self.loss.weight(batch) for batch in batches)
         weight = self.parallel.sum(weight.to(self.device))  # []
         finite = torch.ones((), dtype=torch.bool, device=self.device)
+        with self.precision.autocast():
+            step_statistics(self.loss, batches, self.policy, self.models, self.parallel)
         for i, batch in enumerate(batches):
             self.window.count(batch)
             batch = batch.to(self.device)
             failpoint("step.batch")
             with self.parallel.backward_context(self.policy, last=i == len(batches) - 1):
                 with self.precision.autocast():
-                    output = self.loss(batch, self.policy)
+                    output = self.loss(batch, self.policy, **self.models)
                 output.sum = failpoint("step.loss", output.sum)
                 failpoint("step.backward")
                 self.precision.backward(output.sum / weight)
@@ -270,8 +276,7 @@ class Trainer:
         self._say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
     def _call(self, hook: str) -> None:
-        if hook in self.hooks:
-            self.hooks[hook](self)
+        self.hooks.get(hook, lambda trainer: None)(self)
 
     def _say(self, line: str) -> None:
         self.tracking.say(line)
@@ -300,8 +305,8 @@ class Trainer:
         """Metrics on the evaluation data; {} without any, or when a signal came."""
         if self.eval_loader is None:
             return {}
-        batches = self.eval_loader.eval_batches()
-        return evaluate(self.policy, self.loss, batches, self.parallel, self.precision, self._interrupted)
+        batches = self.eval_loader.eval_batches
+        return evaluate(self.policy, self.loss, batches, self.models, self.parallel, self.precision, self._interrupted)
 
     def _evaluate_and_judge(self) -> None:
         """Evaluates, logs, keeps the best model, counts towards early stopping."""
@@ -363,10 +368,12 @@ class Trainer:
         card = model_card(self.config, results, len(self.train_loader.examples), self.step)
         model = self.generator.model
         tensors = whole_tensors(model, self.parallel.whole)
+        own = self.policy.value_head.named_parameters() if self.policy.value_head is not None else ()
+        value_head = {name: self.parallel.whole(parameter.detach()) for name, parameter in own}
 
         def write() -> None:
             with atomic_folder(folder) as temporary:
-                save_model(model, self.tokenizer, temporary, self.precision.dtype, tensors)
+                save_model(model, self.tokenizer, temporary, self.precision.dtype, tensors, value_head)
                 (temporary / "README.md").write_text(card)
 
         self.parallel.note(f"saving {folder}")

@@ -3,14 +3,18 @@
 The file's name is a hash of all that determines its content (the bytes of the data file, the tokenizer, the
 template, the options), so nothing stale is ever read. Its tensors:
 
-    offsets  [D + 1] int64, where each of the D documents begins
-    ids      [sum of lengths] int32
-    mask     [sum of lengths] uint8, 1 where the token is learned
+    offsets         [D + 1] int64, where each of the D documents begins
+    shared          [D] int32, how many of its tokens are those of the document before it, of the same example
+    values/NAME     [D] float64, numbers that belong to a document
+    ids             [sum of lengths] int32
+    mask            [sum of lengths] uint8, 1 where the token is learned
+    columns/NAME    [sum of lengths] float32, numbers that belong to a token
 
-and its metadata holds the counts that are told at each start.
+and its metadata holds the counts that are told at each start, the documents of an example, and names of labels.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,10 +27,10 @@ import tempfile
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +40,18 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..schema import Config, DatasetConfig
+from .collate import Document
+from .encode import N_DOCUMENTS, Limits, encode
 from .files import Row, read_rows
 from .records import to_record
-from .template import Template, truncate
+from .template import Template, Tokens
 
-FORMAT = 2  # raise it when the same inputs give other tokens
+FORMAT = 3  # raise it when the same inputs give other tokens
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
 BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits
 UNFINISHED = ".building-"  # how the folders begin in which caches are made
+_DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
 
 @dataclass
@@ -53,40 +60,46 @@ class Encoder:
 
     dataset: DatasetConfig
     template: Template
-    max_length: int
-    truncation: str
+    limits: Limits
+    kind: str  # of the records
 
     def __call__(self, rows: list[Row]) -> "Chunk":
-        chunk = Chunk([], [], [], [], Counter())
-        bos = self.template.tokenizer.bos_token_id
-        for line, row in rows:
+        chunk = Chunk([], [], Counter())
+        read = [(line, self._record(row)) for line, row in rows]
+        good = [record for _, record in read if not isinstance(record, DataError)]
+        n_good = 0
+        for line, record in read:
             try:
-                if isinstance(row, DataError):
-                    raise row
-                tokens = self.template.encode(to_record(row, self.dataset))
+                if isinstance(record, DataError):
+                    raise record
+                n_good += 1
+                documents = encode(record, good[n_good % len(good)], self.template, self.limits)
             except DataError as error:
-                chunk.bad.append((len(chunk.lengths), line, str(error)))
+                chunk.bad.append((len(chunk.examples), line, str(error)))
                 continue
-            kept = truncate(tokens, self.max_length, self.truncation, bos)
-            if kept is None:
-                reason = "too long" if self.truncation == "drop" else "nothing to learn after truncation"
-                chunk.counts[f"examples left out ({reason})"] += 1
+            if isinstance(documents, str):
+                chunk.counts[f"examples left out ({documents})"] += 1
                 continue
-            chunk.counts.update(kept.notes)
-            chunk.ids.append(np.asarray(kept.ids, np.int32))
-            chunk.mask.append(np.asarray(kept.mask, np.uint8))
-            chunk.lengths.append(len(kept.ids))
+            for note in {note for document in documents for note in document.notes}:
+                chunk.counts[note] += max(document.notes.get(note, 0) for document in documents)
+            chunk.examples.append([_as_arrays(document) for document in documents])
         return chunk
+
+    def _record(self, row: dict | DataError):
+        try:
+            return row if isinstance(row, DataError) else to_record(row, self.dataset, self.kind)
+        except DataError as error:
+            return error
 
     def key(self) -> str:
         """A hash of the data file and of all options that change its tokens."""
-        tokenizer, entry = self.template.tokenizer, asdict(self.dataset)
+        tokenizer, entry = self.template.tokenizer, dataclasses.asdict(self.dataset)
         settings = {
             "format": FORMAT,
             "dataset": {k: v for k, v in entry.items() if k not in ("path", "weight")},
             "suffix": "".join(Path(self.dataset.path).suffixes[-2:]),
-            "max_length": self.max_length,
-            "truncation": self.truncation,
+            "kind": self.kind,
+            **self.limits._asdict(),
             "train_on": self.template.train_on,
             "chat_template": tokenizer.chat_template,
             "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
@@ -101,48 +114,71 @@ class Encoder:
 
 @dataclass
 class Chunk:
-    """What one process made of some rows. `bad` holds (good documents before it, line, reason)."""
+    """What one process made of some rows. `bad` holds (good examples before it, line, reason)."""
 
-    ids: list[np.ndarray]
-    mask: list[np.ndarray]
-    lengths: list[int]
+    examples: list[list[Tokens]]  # the documents of each, as arrays
     bad: list[tuple[int, int, str]]
     counts: Counter
 
 
-class TokenCache:
-    """The documents of one data file, read lazily from the memory-mapped file."""
+def _as_arrays(document: Tokens) -> Tokens:
+    """The same in arrays, which travel between processes more quickly."""
+    columns = {name: np.asarray(column, np.float32) for name, column in document.columns.items()}
+    ids, mask = np.asarray(document.ids, np.int32), np.asarray(document.mask, np.uint8)
+    return dataclasses.replace(document, ids=ids, mask=mask, columns=columns)
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class TokenCache:
+    """The examples of one data file, read lazily from the memory-mapped file.
+
+    `values` and `columns` may be added to.
+    """
+
+    def __init__(self, path: Path, source: str):
+        self.path, self.source = path, source
         with safe_open(path, "pt") as file:
-            self.ids, self.mask = file.get_tensor("ids"), file.get_tensor("mask")
-            self.offsets = file.get_tensor("offsets").numpy()
-            self.counts: dict[str, int] = json.loads(file.metadata()["counts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            metadata = file.metadata()
+        self.ids, self.mask = tensors.pop("ids"), tensors.pop("mask")
+        self.offsets, self.shared = tensors.pop("offsets").numpy(), tensors.pop("shared").numpy()
+        named = [(*name.split("/"), tensor) for name, tensor in tensors.items()]
+        self.values: dict[str, np.ndarray] = {name: t.numpy() for kind, name, t in named if kind == "values"}
+        self.columns: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
+        self.counts: dict[str, int] = json.loads(metadata["counts"])
+        self.labels: list[str] = json.loads(metadata["labels"])  # what the numbers in values["label"] stand for
+        self.n_documents = int(metadata["n_documents"])  # of each example
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return (len(self.offsets) - 1) // self.n_documents
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        """Tokens of each example, those that its documents share counted once -> [E]."""
+        return (np.diff(self.offsets) - self.shared).reshape(-1, self.n_documents).sum(1)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """(ids [T] int32, mask [T] uint8) of one document."""
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[span], self.mask[span]
+    def __getitem__(self, index: int) -> list[Document]:
+        """The documents of one example."""
+        first = index * self.n_documents
+        return [self._document(number) for number in range(first, first + self.n_documents)]
+
+    def _document(self, number: int) -> Document:
+        span = slice(self.offsets[number], self.offsets[number + 1])
+        values = {name: float(column[number]) for name, column in self.values.items()}
+        columns = {name: column[span] for name, column in self.columns.items()}
+        return Document(self.ids[span], self.mask[span], int(self.shared[number]), values, columns)
 
 
-def load_cache(dataset: DatasetConfig, template: Template, config: Config) -> TokenCache:
+def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind: str = "conversation") -> TokenCache:
     """The tokens of a data file, from the cache or made now. Raises DataError for a bad row, an empty file, or
     a cache folder that cannot be written."""
-    encoder = Encoder(dataset, template, config.max_length, config.truncation)
-    folder = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    limits = Limits(config.max_length, config.truncation, config.max_prompt_length)
+    encoder = Encoder(dataset, template, limits, kind)
+    folder = cache_folder(config)
     try:
         path = folder / f"{encoder.key()}.safetensors"
     except OSError as error:
         raise DataError(f"{dataset.path}: cannot be read: {error.strerror}") from None
-    cache = _usable_cache(path, config)
+    cache = _usable_cache(path, dataset.path, config)
     if cache is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,23 +188,25 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config) -> To
             raise DataError(f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.") from None
         except BrokenProcessPool:
             raise DataError(f"{dataset.path}: a process that tokenised it was killed. Set a lower num_proc.") from None
-        cache = TokenCache(path)
+        cache = TokenCache(path, dataset.path)
     if len(cache) == 0:
         told = "; ".join(f"{count} {what}" for what, count in cache.counts.items())
         raise DataError(f"{dataset.path}: no example can be trained on ({told or 'the file has no rows'})")
     return cache
 
 
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitrain"
+def cache_folder(config: Config) -> Path:
+    """Where tokens are kept."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitrain"
+    return Path(config.cache_dir) if config.cache_dir else default
 
 
-def _usable_cache(path: Path, config: Config) -> TokenCache | None:
+def _usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
     """The cache, unless it is missing, damaged, or was made with more bad rows than are allowed now."""
     if not path.exists():
         return None
     try:
-        cache = TokenCache(path)
+        cache = TokenCache(path, source)
     except (SafetensorError, OSError):
         return None
     allowed = config.max_bad_rows if config.on_bad_row == "skip" else 0
@@ -186,26 +224,69 @@ def _remove_debris(folder: Path) -> None:
 def _build(path: Path, encoder: Encoder, config: Config) -> None:
     """Streams the rows through the processes into raw files, then joins these into one safetensors file."""
     wanted = encoder.dataset.n_examples or sys.maxsize
-    lengths, counts = array("q"), Counter()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
-        folder = Path(folder)
-        with open(folder / "ids", "wb") as ids, open(folder / "mask", "wb") as mask:
-            for chunk in _encoded(encoder, config):
-                _judge_bad_rows(chunk, len(lengths), wanted, encoder.dataset.path, config, counts)
-                counts.update(chunk.counts)
-                for some_ids, some_mask in itertools.islice(zip(chunk.ids, chunk.mask), wanted - len(lengths)):
-                    ids.write(some_ids.tobytes())
-                    mask.write(some_mask.tobytes())
-                    lengths.append(len(some_ids))
-                if len(lengths) == wanted:
-                    break
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        (folder / "offsets").write_bytes(offsets.tobytes())
-        n_tokens = int(offsets[-1])
+    n_examples, counts = 0, Counter()
+    unfinished = tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED)
+    with unfinished as folder, _Writer(Path(folder), encoder.dataset.path) as writer:
+        for chunk in _encoded(encoder, config):
+            _judge_bad_rows(chunk, n_examples, wanted, encoder.dataset.path, config, counts)
+            counts.update(chunk.counts)
+            taken = chunk.examples[: wanted - n_examples]
+            n_examples += len(taken)
+            for document in itertools.chain.from_iterable(taken):
+                writer.add(document)
+            if n_examples == wanted:
+                break
+        labels = json.dumps(list(writer.labels))
+        metadata = {"counts": json.dumps(counts), "labels": labels, "n_documents": str(N_DOCUMENTS[encoder.kind])}
+        os.replace(writer.finish(metadata), path)
+
+
+class _Writer:
+    """Appends documents to one raw file a tensor, and joins these at the end."""
+
+    def __init__(self, folder: Path, source: str):
+        self.folder, self.source = folder, source
+        self.offsets, self.labels = array("q", [0]), {}
+        self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
+        self.columns: set[str] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for _, file in self.files.values():
+            file.close()
+
+    def add(self, document: Tokens) -> None:
+        if self.columns is None:
+            self.columns = set(document.columns)
+        if unlike := sorted(self.columns ^ set(document.columns)):
+            raise DataError(f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.")
+        self.offsets.append(self.offsets[-1] + len(document.ids))
+        self._append("shared", "I32", [document.shared])
+        for name, value in document.values.items():
+            number = self.labels.setdefault(value, len(self.labels)) if isinstance(value, str) else value
+            self._append(f"values/{name}", "F64", [number])
+        self._append("ids", "I32", document.ids)
+        self._append("mask", "U8", document.mask)
+        for name, column in document.columns.items():
+            self._append(f"columns/{name}", "F32", column)
+
+    def finish(self, metadata: dict[str, str]) -> Path:
+        """The whole as a safetensors file."""
+        for name in ("shared", "ids", "mask"):  # there, also of no document at all
+            self._append(name, "U8" if name == "mask" else "I32", [])
+        self._append("offsets", "I64", self.offsets)
+        self.__exit__()
         # The widest first, so that each is aligned.
-        shapes = {"offsets": ("I64", [len(offsets)]), "ids": ("I32", [n_tokens]), "mask": ("U8", [n_tokens])}
-        _join_safetensors(folder / "joined", folder, shapes, {"counts": json.dumps(counts)})
-        os.replace(folder / "joined", path)
+        order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
+        _join_safetensors(self.folder, order, {name: self.files[name][0] for name in order}, metadata)
+        return self.folder / "joined"
+
+    def _append(self, name: str, dtype: str, numbers: Iterable[float]) -> None:
+        if name not in self.files:
+            self.files[name] = dtype, open(self.folder / name.replace("/", "-"), "wb")
+        self.files[name][1].write(np.asarray(numbers, _DTYPES[dtype]).tobytes())
 
 
 def _encoded(encoder: Encoder, config: Config) -> Iterator[Chunk]:
@@ -220,7 +301,7 @@ def _encoded(encoder: Encoder, config: Config) -> Iterator[Chunk]:
         results = _in_processes(encoder, chunks, processes)
     with tqdm(desc=f"tokenising {path.name}", unit=" rows", disable=None, leave=False) as bar:
         for chunk in results:
-            bar.update(len(chunk.lengths) + len(chunk.bad))
+            bar.update(len(chunk.examples) + len(chunk.bad))
             yield chunk
 
 
@@ -255,9 +336,9 @@ def _work(rows: list[Row]) -> Chunk:
 
 
 def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: Config, counts: Counter) -> None:
-    """Counts the bad rows that stand before the last wanted document; raises DataError as the config says."""
-    for documents_before, line, reason in chunk.bad:
-        if before + documents_before >= wanted:
+    """Counts the bad rows that stand before the last wanted example; raises DataError as the config says."""
+    for examples_before, line, reason in chunk.bad:
+        if before + examples_before >= wanted:
             return
         where = f"{path}:{line}: {reason}"
         if config.on_bad_row == "error":
@@ -269,17 +350,19 @@ def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: C
             raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.")
 
 
-def _join_safetensors(path: Path, folder: Path, shapes: dict[str, tuple[str, list[int]]], metadata: dict) -> None:
+def _join_safetensors(folder: Path, order: list[str], dtypes: dict[str, str], metadata: dict) -> None:
     """Writes a safetensors file from raw files, without holding a tensor in memory."""
     header, position = {"__metadata__": metadata}, 0
-    for name, (dtype, shape) in shapes.items():
-        size = (folder / name).stat().st_size
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+    files = {name: folder / name.replace("/", "-") for name in order}
+    for name in order:
+        size = files[name].stat().st_size
+        shape = [size // np.dtype(_DTYPES[dtypes[name]]).itemsize]
+        header[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [position, position + size]}
         position += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as joined:
+    with open(folder / "joined", "wb") as joined:
         joined.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in shapes:
-            with open(folder / name, "rb") as file:
+        for name in order:
+            with open(files[name], "rb") as file:
                 shutil.copyfileobj(file, joined, 1 << 20)

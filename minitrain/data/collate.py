@@ -1,31 +1,65 @@
 """Documents -> Batch: rows padded on the right to the longest of them."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from ..batch import IGNORE, Batch
 
-Document = tuple[Tensor, Tensor]  # ids [T] int32, mask [T] uint8
+
+@dataclass
+class Document:
+    """Tokens, which of them are learned, and numbers that belong to all of it or to each token."""
+
+    ids: Tensor  # [T] int32
+    mask: Tensor  # [T] uint8
+    shared: int = 0  # leading tokens that are those of the last document before it in its row that has 0 here
+    values: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [T, ...]
 
 
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
-    """Lays documents side by side in rows; without rows, one row of padding that has no labels."""
-    n_columns = max((sum(len(ids) for ids, _ in row) for row in rows), default=2)
+    """Lays documents side by side in rows; without rows, one row of padding that has no labels.
+
+    All documents have to have the same values and columns.
+    """
+    n_columns = max((sum(len(d.ids) - d.shared for d in row) for row in rows), default=2)
     shape = (max(1, len(rows)), n_columns)
     input_ids = torch.full(shape, pad_token_id)  # [R, T]
     labels = torch.full(shape, IGNORE)  # [R, T]
     doc_ids = torch.full(shape, -1)  # [R, T]
     # Padding continues the positions: a restart would look like one more document and cost an attention mask.
     position_ids = torch.arange(n_columns).repeat(shape[0], 1)  # [R, T]
+    documents = [document for row in rows for document in row]
+    columns = {
+        name: column.new_zeros(*shape, *column.shape[1:])  # [R, T, ...]
+        for name, column in (documents[0].columns if documents else {}).items()
+    }
+    prefixes = torch.zeros(len(documents), 2, dtype=torch.int64)  # [D, 2]
     n_docs = 0
     for r, row in enumerate(rows):
-        start = 0
-        for ids, mask in row:
-            span = slice(start, start + len(ids))
-            input_ids[r, span] = ids.long()
-            labels[r, span] = torch.where(mask.bool(), ids.long(), IGNORE)
+        start = owner = 0
+        for document in row:
+            shared = document.shared
+            own = slice(shared, None)
+            span = slice(start, start + len(document.ids) - shared)
+            ids = document.ids[own].long()
+            input_ids[r, span] = ids
+            labels[r, span] = torch.where(document.mask[own].bool(), ids, IGNORE)
             doc_ids[r, span] = n_docs
-            position_ids[r, start:] = torch.arange(n_columns - start)
+            position_ids[r, start:] = torch.arange(shared, shared + n_columns - start)
+            for name, column in document.columns.items():
+                columns[name][r, span] = column[own]
+            if shared:
+                prefixes[n_docs] = torch.tensor([owner, owner + shared])
+            else:
+                owner = start
             n_docs += 1
-            start += len(ids)
-    return Batch(input_ids, position_ids, labels, doc_ids, n_docs)
+            start = span.stop
+    values = {
+        name: torch.tensor([document.values[name] for document in documents])  # [D]
+        for name in (documents[0].values if documents else {})
+    }
+    shares = prefixes if prefixes.any() else None
+    return Batch(input_ids, position_ids, labels, doc_ids, n_docs, shares, values, columns)

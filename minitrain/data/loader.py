@@ -1,5 +1,6 @@
 """Data files -> the micro-batches of each optimizer step, and the batches of an evaluation."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ class Examples:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> Document:
+    def __getitem__(self, index: int) -> list[Document]:
+        """The documents of one example."""
         which = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.caches[which][int(self.chosen[which][index - self.starts[which]])]
 
@@ -69,14 +71,14 @@ class Data:
     notes: list[str]
 
 
-def load_data(config: Config, template: Template) -> Data:
-    """Reads all files of a config. Raises DataError or ConfigError."""
+def load_data(config: Config, template: Template, kind: str = "conversation") -> Data:
+    """Reads all files of a config as records of a kind. Raises DataError or ConfigError."""
     notes: list[str] = []
 
     def read(entries) -> Examples:
         caches = []
         for entry in entries:
-            caches.append(load_cache(entry, template, config))
+            caches.append(load_cache(entry, template, config, kind))
             notes.extend(_notes(entry.path, caches[-1].counts))
         return Examples(caches, [entry.weight for entry in entries])
 
@@ -97,6 +99,7 @@ class Loader:
     """Yields the micro-batches of one rank, optimizer step by optimizer step.
 
     `row_capacity` bounds packed rows, for attention that costs the square of a row's length; see `sampler.pack`.
+    `shares_prompts`: what documents of an example have in common is laid out once, which takes our own attention.
     """
 
     examples: Examples
@@ -105,6 +108,7 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     row_capacity: int | None = None
+    shares_prompts: bool = False
 
     @property
     def epoch_size(self) -> int:
@@ -142,10 +146,7 @@ class Loader:
         n_micro = self.config.gradient_accumulation_steps
         lengths, packing = self.examples.lengths[indices], self.config.packing
         plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
-        return [
-            collate([[self.examples[indices[i]] for i in row] for row in rows], self.pad_token_id)
-            for rows in plan[self.rank]
-        ]
+        return [self._batch([[indices[i] for i in row] for row in rows]) for rows in plan[self.rank]]
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the examples once, each rank as many batches, longest first."""
@@ -157,4 +158,13 @@ class Loader:
             rows = [[int(i)] for i in mine]
             if self.config.packing and len(mine):
                 rows = [[int(mine[i]) for i in row] for row in pack(lengths[mine], self.row_capacity)]
-            yield collate([[self.examples[i] for i in row] for row in rows], self.pad_token_id)
+            yield self._batch(rows)
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        """Rows of examples as rows of their documents; when these are not packed, each in a row of its own."""
+        documents = [[document for i in row for document in self.examples[i]] for row in rows]
+        if not self.config.packing:
+            documents = [[document] for row in documents for document in row]
+        if not self.shares_prompts:
+            documents = [[dataclasses.replace(document, shared=0) for document in row] for row in documents]
+        return collate(documents, self.pad_token_id)

@@ -1,14 +1,17 @@
-"""Rows -> records: one small function for each schema that people keep their data in.
+"""Rows -> records: the kinds of example there are, and the schemas that people keep their data in.
 
-To add a schema: a function here, decorated with the keys it is known by, and its test.
+To add a schema: a function decorated with `schema` in the file of its kind, and its test.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import DataError
 from ..schema import DatasetConfig
+
+Messages = list[dict[str, str]]  # each with `role` (system, user, assistant, tool) and `content`
 
 ROLES = {
     "user": "user",
@@ -27,9 +30,9 @@ ROLES = {
 
 @dataclass
 class Conversation:
-    """Messages with `role` (system, user, assistant, tool) and `content`; those of the assistant are learned."""
+    """Messages of which those of the assistant are learned."""
 
-    messages: list[dict[str, str]]
+    messages: Messages
 
 
 @dataclass
@@ -40,148 +43,179 @@ class PlainText:
 
 
 @dataclass
+class Preference:
+    """Two continuations of a prompt, one better than the other by at least `margin`."""
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    margin: float = 0.0
+
+
+@dataclass
+class Feedback:
+    """An answer that somebody wanted, or did not."""
+
+    prompt: Messages
+    response: Messages
+    desirable: bool
+
+
+@dataclass
+class Labelled:
+    """A text, or a pair of them, and what it was judged to be."""
+
+    text: str
+    text_pair: str | None
+    label: str
+
+
+@dataclass
+class Rollout:
+    """An answer that a policy gave, as texts or as token ids, and what it earned.
+
+    `tokens` maps old_logps, ref_logps, values, advantages or returns to one number for each token of the response.
+    """
+
+    prompt: Messages | list[int]
+    response: str | list[int]
+    reward: float
+    tokens: dict[str, list[float]] = field(default_factory=dict)
+
+
+Record = Conversation | PlainText | Preference | Feedback | Labelled | Rollout
+
+
+@dataclass
 class Schema:
+    kind: str  # conversation | preference | feedback | labelled | rollout
     required: tuple[str, ...]
-    convert: Callable[[dict, DatasetConfig], Conversation | PlainText]
+    convert: Callable[[dict, DatasetConfig], Record]
 
 
 SCHEMAS: dict[str, Schema] = {}
 
 
-def schema(name: str, *required: str):
+def schema(name: str, kind: str, *required: str):
     """Registers a converter for rows that have all the `required` keys; earlier ones are tried first."""
 
     def register(convert: Callable) -> Callable:
-        SCHEMAS[name] = Schema(required, convert)
+        SCHEMAS[name] = Schema(kind, required, convert)
         return convert
 
     return register
 
 
-def to_record(row: dict, dataset: DatasetConfig) -> Conversation | PlainText:
+def schemas_of(kind: str) -> dict[str, Schema]:
+    return {name: one for name, one in SCHEMAS.items() if one.kind == kind}
+
+
+def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> Record:
     """The record in a row, by `dataset.type` or by the row's keys.
 
     Raises DataError with the reason; the caller adds file and line.
     """
+    known = schemas_of(kind)
     if dataset.columns:
         row = row | {name: _column(row, column) for name, column in dataset.columns.items()}
     if dataset.type is not None:
         name = dataset.type
-        missing = [key for key in SCHEMAS[name].required if key not in row]
+        missing = [key for key in known[name].required if key not in row]
         if missing:
-            raise DataError(f"type {name} needs the key {missing[0]!r}; the row has {_keys(row)}")
+            raise DataError(f"type {name} needs the key {missing[0]!r}; the row has {keys_of(row)}")
     else:
-        name = _recognise(dataset.columns) or _recognise(row)
+        name = _recognise(dataset.columns, known) or _recognise(row, known)
     if name is None:
-        kinds = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in SCHEMAS.items())
+        kinds = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
+        example = {"labelled": "{text: my_column, label: my_other_column}"}.get(kind)
+        example = example or "{prompt: my_column, response: my_other_column}"
         raise DataError(
-            f"no known schema has the keys {_keys(row)}. Known are ({kinds}). "
-            "Map your columns, for example columns: {prompt: my_column, response: my_other_column}"
+            f"no known schema of {kind} rows has the keys {keys_of(row)}. Known are ({kinds}). "
+            f"Map your columns, for example columns: {example}"
         )
     templated = dataset.prompt_template or dataset.response_template
-    if templated and name not in ("prompt_response", "question_answer", "alpaca"):
+    if templated and name not in TEMPLATED:
         raise DataError(f"prompt_template and response_template do not apply to rows of type {name}")
-    return SCHEMAS[name].convert(row, dataset)
+    return known[name].convert(row, dataset)
 
 
-def _recognise(keys: dict) -> str | None:
-    return next((name for name, s in SCHEMAS.items() if all(key in keys for key in s.required)), None)
+TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", "raft", "raft_context")
 
 
-# ---------------------------------------------------------------------------------------------------- the schemas
+def _recognise(keys: dict, known: dict[str, Schema]) -> str | None:
+    return next((name for name, s in known.items() if all(key in keys for key in s.required)), None)
 
 
-@schema("messages", "messages")
-def _messages(row: dict, dataset: DatasetConfig) -> Conversation:
-    return Conversation(_turns(row["messages"], "messages"))
+def _column(row: dict, column: str) -> object:
+    if column not in row:
+        raise DataError(f"columns names {column!r}; the row has {keys_of(row)}")
+    return row[column]
 
 
-@schema("conversations", "conversations")
-def _conversations(row: dict, dataset: DatasetConfig) -> Conversation:
-    turns = _turns(row["conversations"], "conversations")
-    if row.get("system"):
-        turns = [{"role": "system", "content": _text(row, "system")}, *turns]
-    return Conversation(turns)
+# ------------------------------------------------------------------------------------------- reading what is in a row
 
 
-@schema("prompt_response", "prompt", "response")
-def _prompt_response(row: dict, dataset: DatasetConfig) -> Conversation:
-    return _pair(row, "prompt", "response", dataset)
+def keys_of(row: dict) -> str:
+    return ", ".join(map(str, list(row)[:8])) or "no keys at all"
 
 
-@schema("alpaca", "instruction", "output")
-def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
-    turns = []
-    if row.get("system"):
-        turns.append({"role": "system", "content": _text(row, "system")})
-    for i, pair in enumerate(row.get("history") or []):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(f"history[{i}] is not a pair of texts [instruction, output]")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    prompt = _text(row, "instruction")
-    if row.get("input"):
-        prompt += "\n" + _text(row, "input")
-    pair = _pair(row | {"prompt": prompt, "response": _text(row, "output")}, "prompt", "response", dataset)
-    return Conversation(turns + pair.messages)
+def text_of(row: dict, key: str) -> str:
+    value = row[key]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{key} is not a text, but {str(value)[:60]!r}")
+    return value
 
 
-@schema("question_answer", "question", "answer")
-def _question_answer(row: dict, dataset: DatasetConfig) -> Conversation:
-    pair = row | {"prompt": row["question"], "response": row["answer"]}
-    return _pair(pair, "prompt", "response", dataset)
+def number_of(row: dict, key: str) -> float:
+    value = row[key]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{key} is not a number, but {str(value)[:60]!r}") from None
+    if not -float("inf") < number < float("inf"):
+        raise DataError(f"{key} is not a finite number, but {value}")
+    return number
 
 
-@schema("text", "text")
-def _plain_text(row: dict, dataset: DatasetConfig) -> PlainText:
-    text = _text(row, "text")
-    if not text:
-        raise DataError("text is empty")
-    return PlainText(text)
+def turns_of(turns: object, key: str) -> Messages:
+    """A list of objects with role/content or from/value as messages."""
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{key} is not a list of turns")
+    return [turn_of(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
 
 
-# ------------------------------------------------------------------------------------------------------- helpers
+def turn_of(turn: object, where: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} is not an object with a role and a content")
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{where} has the role {str(role)[:60]!r}; known are {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    return {"role": ROLES[role], "content": _content(content, where)}
 
 
-def _pair(row: dict, prompt_key: str, response_key: str, dataset: DatasetConfig) -> Conversation:
-    prompt, response = _text(row, prompt_key), _text(row, response_key)
-    if dataset.prompt_template is not None:
-        prompt = _fill(dataset.prompt_template, row, "prompt_template")
-    if dataset.response_template is not None:
-        response = _fill(dataset.response_template, row, "response_template")
-    if not response:
-        raise DataError(f"{response_key} is empty, so there is nothing to learn")
-    return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
-def _fill(template: str, row: dict, name: str) -> str:
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def fill(template: str, row: dict, name: str) -> str:
     """Puts columns into a template. Text that comes from the data is never read as a template itself."""
 
     def value(match: re.Match) -> str:
         if match[1] not in row:
-            raise DataError(f"{name} names the column {match[1]!r}; the row has {_keys(row)}")
-        return _text(row, match[1])
+            raise DataError(f"{name} names the column {match[1]!r}; the row has {keys_of(row)}")
+        return text_of(row, match[1])
 
     return re.sub(r"\{(\w+)\}", value, template)
 
 
-def _turns(turns: object, key: str) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{key} is not a list of turns")
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise DataError(f"{key}[{i}] is not an object with a role and a content")
-        role = turn.get("role", turn.get("from"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f"{key}[{i}] has the role {str(role)[:60]!r}; known are {', '.join(ROLES)}")
-        content = turn.get("content", turn.get("value"))
-        messages.append({"role": ROLES[role], "content": _content(content, f"{key}[{i}]")})
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise DataError(f"{key} has no turn of the assistant, so there is nothing to learn")
-    return messages
-
-
-def _content(content: object, where: str) -> str:
+def _content(content: Any, where: str) -> str:
     """A text, or a list of text parts as multimodal data sets write it."""
     if isinstance(content, list):
         texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
@@ -192,22 +226,3 @@ def _content(content: object, where: str) -> str:
     if not isinstance(content, str):
         raise DataError(f"{where} has no text as its content, but {str(content)[:60]!r}")
     return content
-
-
-def _text(row: dict, key: str) -> str:
-    value = row[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(f"{key} is not a text, but {str(value)[:60]!r}")
-    return value
-
-
-def _column(row: dict, column: str) -> object:
-    if column not in row:
-        raise DataError(f"columns names {column!r}; the row has {_keys(row)}")
-    return row[column]
-
-
-def _keys(row: dict) -> str:
-    return ", ".join(map(str, list(row)[:8])) or "no keys at all"

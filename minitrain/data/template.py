@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 
 from ..errors import ConfigError, DataError
+from ..schema import Config
 from .records import Conversation, PlainText
 
 CHATML = (
@@ -37,6 +38,9 @@ class Tokens:
     ids: list[int]
     mask: list[bool]
     notes: dict[str, int] = field(default_factory=dict)
+    shared: int = 0  # leading tokens that are those of the document before it, of the same example
+    values: dict[str, float | str] = field(default_factory=dict)  # of the whole document
+    columns: dict[str, list[float]] = field(default_factory=dict)  # of each token
 
 
 class Template:
@@ -67,7 +71,8 @@ class Template:
         except jinja2.TemplateError:
             pass  # a template may refuse this very conversation
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
-        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token}
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special |= {tokenizer.eos_token} - {None}  # models that classify may have none
         any_special = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_start = re.compile(any_special)
         self._special_end = re.compile(f"(?:{any_special})(?=\\s*$)")
@@ -82,24 +87,29 @@ class Template:
 
     # ------------------------------------------------------------------------------------------------ encoding
 
-    def encode(self, record: Conversation | PlainText) -> Tokens:
-        """Token ids and mask of a whole record, not yet truncated. Raises DataError for what cannot be encoded."""
+    def encode(self, record: Conversation | PlainText, n_learned: int | None = None) -> Tokens:
+        """Token ids and mask of a whole record, not yet truncated. Raises DataError for what cannot be encoded.
+
+        `n_learned`: how many answers, counted from the last one, are learned; what `train_on` says when left out.
+        """
         if isinstance(record, PlainText):
-            _refuse_unusable([record.text])
+            refuse_unusable([record.text])
             ids = self._with_bos(self.encode_text(record.text))
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             return Tokens(ids, [False] + [True] * (len(ids) - 1))
-        _refuse_unusable([message["content"] for message in record.messages])
+        refuse_unusable([message["content"] for message in record.messages])
+        if n_learned is None and self.train_on == "last_turn":
+            n_learned = 1
         try:
-            pieces, notes = self._pieces(record.messages)
+            pieces, notes = self._pieces(record.messages, n_learned)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from None
         return self._join(pieces, notes)
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids up to where the assistant begins to answer, made as in training."""
-        _refuse_unusable([message["content"] for message in messages])
+        refuse_unusable([message["content"] for message in messages])
         try:
             prompt = self._render(messages, prompt=True)
             spans = self._earlier_spans(messages, prompt)[0] if len(messages) > 1 else []
@@ -160,7 +170,9 @@ class Template:
     def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
-    def _pieces(self, messages: list[dict[str, str]]) -> tuple[list[tuple[str, bool]], dict[str, int]]:
+    def _pieces(
+        self, messages: list[dict[str, str]], n_learned: int | None
+    ) -> tuple[list[tuple[str, bool]], dict[str, int]]:
         """The conversation as pieces of text, each learned or not; ends with the last answer."""
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
@@ -171,8 +183,8 @@ class Template:
             spans, lost = self._earlier_spans(messages[:-1], prompt)
             text = prompt + tail
             spans.append((len(prompt), len(text)))
-        if self.train_on == "last_turn":  # cut where all_turns cuts, so that the ids are the same
-            return _cut(text, spans, spans[-1:]), {}
+        if n_learned is not None:  # cut where all_turns cuts, so that the ids are the same
+            return _cut(text, spans, spans[-n_learned:]), {}
         return _cut(text, spans, spans), {"unlearned turns": lost} if lost else {}
 
     def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
@@ -262,32 +274,17 @@ class Template:
         return start, following.end() if following else end
 
 
-def truncate(tokens: Tokens, max_length: int, how: str, bos_token_id: int | None) -> Tokens | None:
-    """At most `max_length` tokens, or None when nothing learned would be left or `how` is drop.
-
-    how = prompt: the oldest tokens of the prompt go (a BOS stays); when the last answer alone is too long, its end
-    goes. how = end: the end goes.
-    """
-    ids, mask = tokens.ids, tokens.mask
-    if len(ids) > max_length:
-        if how == "drop":
-            return None
-        head = 1 if ids[0] == bos_token_id else 0
-        answer = len(mask) - mask[::-1].index(False)  # where the last learned span begins
-        # One token before the answer has to stay, to predict the answer's first.
-        start = 0 if how == "end" else max(0, min(answer - 1 + head, len(ids) - max_length + head))
-        if start > head:
-            ids, mask = ids[:head] + ids[start:], mask[:head] + mask[start:]
-        ids, mask = ids[:max_length], [False, *mask[1:max_length]]
-        tokens = Tokens(ids, mask, tokens.notes | {"truncated examples": 1})
-    return tokens if any(mask) else None
+def make_template(tokenizer, config: Config, kind: str) -> Template:
+    """The template for records of a kind; texts that are to be labelled are read as they are."""
+    return Template(tokenizer, "none" if kind == "labelled" else config.chat_template, config.train_on)
 
 
 def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _refuse_unusable(texts: list[str]) -> None:
+def refuse_unusable(texts: list[str]) -> None:
+    """Raises DataError for characters that no tokenizer can take, or that have a meaning here."""
     whole = "".join(texts)
     if OPEN in whole or CLOSE in whole:
         raise DataError("the text holds U+E0F0 or U+E0F1, characters of private use that mark answers here")

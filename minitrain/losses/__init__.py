@@ -1,6 +1,17 @@
 """Losses by name. A new one is a file in this folder, imported here, and its test."""
 
-from . import dft, sft
+from . import dft, dpo, kto, pairwise, sft
 from .base import Loss, LossOutput, create_loss, register_loss, registered
 
-__all__ = ["Loss", "LossOutput", "create_loss", "dft", "register_loss", "registered", "sft"]
+__all__ = [
+    "Loss",
+    "LossOutput",
+    "create_loss",
+    "dft",
+    "dpo",
+    "kto",
+    "pairwise",
+    "register_loss",
+    "registered",
+    "sft",
+]

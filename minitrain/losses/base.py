@@ -4,9 +4,11 @@ A loss returns a sum and the weight of that sum in its own units; the trainer di
 whole optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is cut.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ..batch import Batch
@@ -23,30 +25,79 @@ class LossOutput:
     sum: Tensor  # [] attached to the graph, also when everything is masked
     weight: Tensor  # []
     metrics: dict[str, tuple[Tensor, Tensor]]
+    samples: dict[str, Tensor] = field(default_factory=dict)  # name -> [n], kept whole for `judge` in an evaluation
+
+
+class DataFile(Protocol):
+    """What a loss may know of a data file's D documents of T tokens altogether, and may add to."""
+
+    source: str  # its path
+    values: dict[str, np.ndarray]  # name -> [D]
+    columns: dict[str, Tensor]  # name -> [T, ...]
+    offsets: np.ndarray  # [D + 1] where each document begins
+    mask: Tensor  # [T] uint8, which tokens are learned
+    labels: list[str]  # what values["label"] counts
 
 
 class Loss:
-    """A pluggable objective. Subclass it, give it a dataclass of options, and `register_loss` it."""
+    """A pluggable objective. Subclass it, give it a dataclass of options, and `register_loss` it.
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # of: reference, teacher, values, entropy, scores
-    record: ClassVar[str] = "conversation"  # the kind of data it learns from
+    `weight` and `__call__` have to be written; the rest is for those that need it.
+    """
+
+    record: ClassVar[str] = "conversation"  # learns from: conversation, preference, feedback, labelled, rollout
+    dropout: ClassVar[bool] = True  # whether the policy's dropout is on while it trains
     options_class: ClassVar[type]
     name: ClassVar[str]
 
     def __init__(self, options: Any):
         self.options = options
 
+    def ignored(self) -> dict[str, str]:
+        """Options that would be ignored when they are given, each with what it needs; for the check of a config."""
+        return {}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of: reference, teacher (models that it is called with), values (a value head on the policy)."""
+        return frozenset()
+
+    @property
+    def outputs(self) -> list[str] | None:
+        """Names of the scalars that the model ends in; None for one that ends in a vocabulary."""
+        return None
+
+    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
+        """Called once with all data files, before a model is made; may add values and columns to them.
+
+        Raises ConfigError or DataError for data that the options do not fit.
+        """
+
     def weight(self, batch: Batch) -> Tensor:
         """Units in this micro-batch -> []; needs no model."""
         raise NotImplementedError
 
+    def statistics(self, batch: Batch, policy, reference=None) -> Tensor | None:
+        """Sums [S] over a micro-batch, without gradient, that the loss has to know of the whole step beforehand."""
+        return None
+
+    def receive(self, statistics: Tensor) -> None:
+        """Gets those sums over all micro-batches and ranks -> [S], before it is called for any of them."""
+
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        """`policy(batch)` gives `Scores`: per-token log-probabilities, never logits."""
+        """`policy(batch)` gives `Scores`: per-token log-probabilities, never logits.
+
+        The policy has to be called as often on every rank, so never behind a condition on what is in the batch.
+        """
         raise NotImplementedError
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged, from the means of the metrics; for figures that are no means, like perplexity."""
         return means
+
+    def judge(self, samples: dict[str, list[float]]) -> dict[str, float]:
+        """Figures of a whole evaluation that no sums give, from all samples in any order, like a rank correlation."""
+        return {}
 
 
 _REGISTRY: dict[str, type[Loss]] = {}

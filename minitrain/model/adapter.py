@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from . import lora
 from .policy import find_blocks
 from .quantize import is_quantized
+from .scoring import head_name
 from .weights import Weights
 
 
@@ -48,7 +49,8 @@ class Adapter:
 
     def names(self, model: nn.Module) -> list[str]:
         """The model's tensors that are saved: those that are trained, and embeddings with rows of their own."""
-        grown = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+        grown = {id(layer.weight) for layer in layers}
         more = [name for name, p in model.named_parameters() if model.has_new_tokens and id(p) in grown]
         return list(dict.fromkeys([*self.parameters(model), *more]))
 
@@ -81,13 +83,14 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: dict[str, 
     wanted, excluded = config["target_modules"], config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or model.get_submodule(head_name(model))
+    heads = {name for name, module in modules.items() if any(module is part for part in head.modules())}
     names = []
     for name, module in modules.items():
         if not lora.is_adaptable(module) or (excluded and _matches(excluded, name)):
             continue
         if wanted == "all-linear":
-            chosen = not isinstance(module, nn.Embedding) and module is not head
+            chosen = not isinstance(module, nn.Embedding) and name not in heads
         else:
             chosen = _matches(wanted, name)
         if chosen:

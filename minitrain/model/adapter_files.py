@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..schema import Config, SoftPromptConfig
 from . import lora
 from .adapter import Adapter, inject
+from .scoring import head_name
 from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .weights import Less, Weights
 
@@ -39,7 +40,7 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         return load_adapter(model, Path(config.model.adapter), weights)
     if config.soft_prompt.num_virtual_tokens:
         return _new_prompt(config, model, tokenizer, weights)
-    adapter = inject(model, _new_config(config), weights)
+    adapter = inject(model, _new_config(config, model), weights)
     for name, module in adapter.adapted.items():
         _start(adapter, name, module, config, weights)
     return adapter
@@ -113,21 +114,22 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
     (folder / CONFIG_FILE).write_text(json.dumps(config | {"inference_mode": True}, indent=2) + "\n")
 
 
-def _base_config(config: Config) -> dict[str, Any]:
+def _base_config(config: Config, model: nn.Module) -> dict[str, Any]:
     """What adapter_config.json says of the base model."""
     quantization = config.model.quantization
     return {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head_name(model) else "CAUSAL_LM",
         "base_model_name_or_path": config.model.name_or_path,
         "revision": config.model.revision,
         **({"minitrain_quantization": quantization} if quantization != "none" else {}),
     }
 
 
-def _new_config(config: Config) -> dict[str, Any]:
-    """adapter_config.json for the options of a LoRA."""
-    options = config.lora
-    return _base_config(config) | {
+def _new_config(config: Config, model: nn.Module) -> dict[str, Any]:
+    """adapter_config.json for the options of a LoRA. A scalar head is new, and so trained whole."""
+    options, head = config.lora, head_name(model)
+    whole = [*options.modules_to_save, *([head] if head else [])]
+    return _base_config(config, model) | {
         "peft_type": "LORA",
         "r": options.rank,
         "lora_alpha": options.alpha,
@@ -135,7 +137,7 @@ def _new_config(config: Config) -> dict[str, Any]:
         "target_modules": options.target_modules,
         "exclude_modules": options.exclude_modules,
         "layers_to_transform": options.layers_to_transform,
-        "modules_to_save": options.modules_to_save or None,
+        "modules_to_save": whole or None,
         "bias": options.bias,
         "use_rslora": options.use_rslora,
         "use_dora": options.use_dora,
@@ -159,7 +161,7 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         rows = [embeddings.weight[i] if weights is None else weights.rows(name, i, i + 1)[0] for i in ids]
         with torch.no_grad():
             model.soft_prompt.weight.copy_(torch.stack(rows))
-    return _known_prompt(model, prompt_config(options, model, _base_config(config)), weights)
+    return _known_prompt(model, prompt_config(options, model, _base_config(config, model)), weights)
 
 
 def _loaded_prompt(

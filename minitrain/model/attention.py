@@ -25,11 +25,14 @@ class Group(NamedTuple):
     """Documents of like length."""
 
     places: Tensor  # [G, t] flat places in the rows; the tail of a shorter document repeats its last token's
-    real: Tensor  # [tokens] flat places in [G, t] that are no such tail
+    real: Tensor  # [tokens] flat places in [G, t] that are no such tail, nor another document's
 
 
 def as_mask(spans: Tensor) -> Tensor:
-    """[D, 3] int64 (row, start, stop) of each document -> what `model(attention_mask=...)` takes."""
+    """[D, 3] int64 (row, start, stop) of each document -> what `model(attention_mask=...)` takes.
+
+    With two columns more, (start, stop) of the tokens in the row that the document begins with, or (0, 0).
+    """
     return spans[None, None]
 
 
@@ -59,22 +62,30 @@ def documents_attention(
 def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
     """The groups, and for each place in the rows where its output stands in theirs, laid end to end."""
     groups, order = [], []
-    remaining = sorted(spans, key=lambda span: span[2] - span[1], reverse=True)
-    while remaining:
-        longest = remaining[0][2] - remaining[0][1]
-        size = sum(stop - start >= LIKE_LENGTH * longest for _, start, stop in remaining)
-        members, remaining = remaining[:size], remaining[size:]
-        begins = torch.tensor([row * columns + start for row, start, _ in members])[:, None]  # [G, 1]
-        lengths = torch.tensor([stop - start for _, start, stop in members])[:, None]  # [G, 1]
-        steps = torch.arange(longest)  # [t]
-        places = begins + torch.minimum(steps, lengths - 1)  # [G, t]
-        real = (steps < lengths).view(-1).nonzero()[:, 0]  # [tokens]
+    remaining = torch.tensor([(*span, 0, 0)[:5] for span in spans])  # [D, 5]
+    length = _lengths(remaining)  # [D]
+    remaining = remaining[length.argsort(descending=True, stable=True)]
+    while len(remaining):
+        lengths = _lengths(remaining)
+        size = int((lengths >= LIKE_LENGTH * lengths[0]).sum())
+        row, start, _, prefix, prefix_stop = remaining[:size, :, None].unbind(1)  # [G, 1] each
+        lengths, remaining = lengths[:size, None], remaining[size:]
+        shared = prefix_stop - prefix
+        steps = torch.minimum(torch.arange(int(lengths[0])), lengths - 1)  # [G, t]
+        places = row * columns + torch.where(steps < shared, prefix + steps, start + steps - shared)  # [G, t]
+        own = (torch.arange(int(lengths[0])) < lengths) & (steps >= shared)  # [G, t]
+        real = own.view(-1).nonzero()[:, 0]  # [tokens]
         order.append(places.view(-1)[real])
         groups.append(Group(places.to(device), real.to(device)))
     order = torch.cat(order)
     back = torch.full((rows * columns,), len(order))  # [R * T]
     back[order] = torch.arange(len(order))
     return groups, back.to(device)
+
+
+def _lengths(spans: Tensor) -> Tensor:
+    """Tokens of each document with those that it shares, [D, 5] -> [D]."""
+    return spans[:, 2] - spans[:, 1] + spans[:, 4] - spans[:, 3]
 
 
 def _window(width: int | None, query: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError
@@ -16,9 +17,11 @@ from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, 
 from .lora import fold
 from .policy import Policy, find_blocks
 from .quantize import quantize_model, unpack_model
+from .scoring import make_policy
 from .weights import Weights, open_weights, parameters_on_meta, save_weights, whole_tensors
 
 CPU = torch.device("cpu")
+VALUE_HEAD, VALUE_HEAD_FILE = "value_head", "value_head.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_HINT = (
     "If it is a hub name, it could not be reached and is not in the local cache; "
@@ -26,8 +29,12 @@ _HUB_HINT = (
 )
 
 
-def load_tokenizer(config: ModelConfig):
-    """The tokenizer, always with a pad token. Raises ConfigError when there is none."""
+def load_tokenizer(config: ModelConfig, scores: bool = False):
+    """The tokenizer, always with a pad token. Raises ConfigError when there is none.
+
+    `scores`: for a model that ends in scalars. It needs no EOS, and the pad token is another one: transformers looks
+    for the last token that is no padding by its id, and would pass over an EOS that is the pad token too.
+    """
     from transformers import AutoTokenizer
 
     from .tiny import tiny_tokenizer
@@ -43,60 +50,99 @@ def load_tokenizer(config: ModelConfig):
         raise ConfigError(f"no tokenizer could be loaded from {name!r}: {_first_line(error)} {_HUB_HINT}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and not scores:
         raise ConfigError(f"the tokenizer of {name!r} has no EOS token, so no answer could end.")
-    if tokenizer.pad_token is None:
+    if scores and tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = (tokenizer.unk_token, tokenizer.bos_token)
+        distinct = next((token for token in others if token not in (None, tokenizer.eos_token)), "<|pad|>")
+        tokenizer.add_special_tokens({"pad_token": distinct})
+    elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(config: ModelConfig, tokenizer, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
-    """A transformers causal LM in `dtype`, else master_dtype, with as many rows as the tokenizer or more.
+def load_model(
+    config: ModelConfig, tokenizer, seed: int, dtype: torch.dtype | None = None, outputs: list[str] | None = None
+) -> nn.Module:
+    """A transformers model in `dtype`, else master_dtype, with as many rows as the tokenizer or more.
 
-    Raises ConfigError when it cannot be loaded or is no causal language model.
+    A causal LM, or with `outputs` one that ends in scalars of these names. Raises ConfigError when it cannot be loaded.
     """
     dtype = dtype or DTYPES[config.master_dtype]
     if config.name_or_path == "tiny":
-        from .tiny import tiny_model
+        from .tiny import tiny_model, tiny_scorer
 
         model = tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
-        model = _from_pretrained(config, dtype)
+        model = _from_pretrained(config, dtype, outputs)
+    if outputs is not None:
+        name_outputs(model, outputs, tokenizer.pad_token_id)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
         parameter.data = parameter.data.to(dtype)
     _grow_embeddings(model, len(tokenizer))
     if config.archive:
         _load_archive(model, Path(config.archive))
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
 def load_policy(
-    config: Config, tokenizer, device: torch.device = CPU, empty: bool = False
+    config: Config,
+    tokenizer,
+    device: torch.device = CPU,
+    empty: bool = False,
+    outputs: list[str] | None = None,
+    value_head: bool = False,
 ) -> tuple[Policy, Weights | None]:
     """The model as a `Policy`, on the CPU but for quantised layers; with its adapter, if it has one.
 
     With `empty`, it is built without memory for its parameters where its files allow it, and the second value gives
-    the rows of them.
+    the rows of them. `outputs`: it ends in scalars of these names. `value_head`: in one more besides the vocabulary.
     """
     compute = DTYPES[config.model.policy_dtype]
     dtype = compute if has_adapter(config) else DTYPES[config.model.master_dtype]
     model, weights = None, None
-    if empty and config.model.name_or_path != "tiny":
+    if empty and outputs is None and config.model.name_or_path != "tiny":
         model, weights = _empty_model(config.model, tokenizer, dtype)
     if model is None:
-        model = load_model(config.model, tokenizer, config.seed, dtype)
+        model = load_model(config.model, tokenizer, config.seed, dtype, outputs)
     if config.model.quantization != "none":
         quantize_model(model, config.model.quantization, compute, device)
     if has_adapter(config):
         model.adapter = adapt_model(config, model, tokenizer, weights)
         model.adapter.freeze(model, compute)
-    policy = Policy(model)
+    policy = make_policy(model)
+    if value_head:
+        add_value_head(policy, config.model.name_or_path)
+        if weights is not None:
+            head = policy.value_head.state_dict(prefix=f"{VALUE_HEAD}.")
+            weights.replace(head)
     if config.packing and policy.model.config._attn_implementation == "sdpa":
         policy.model.set_attn_implementation(attention.NAME)
     return policy, weights
+
+
+def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
+    """A model that is only looked at, in `dtype`, with the residual stream in another one."""
+    model = load_model(config, tokenizer, 0, dtype)
+    policy = make_policy(model.eval().requires_grad_(False))
+    if dtype != residual:  # as autocast has it, whose matrix products alone are in less than the masters' precision
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))
+    if packing and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.NAME)
+    return policy
+
+
+def add_value_head(policy: Policy, folder: str) -> None:
+    """A value head, with the weights in a model's folder where it has some."""
+    policy.add_value_head()
+    file = Path(folder) / VALUE_HEAD_FILE
+    if file.is_file():
+        policy.value_head.load_state_dict(load_file(file))
 
 
 def load_base(config: ModelConfig, tokenizer) -> nn.Module:
@@ -122,6 +168,7 @@ def save_model(
     folder: Path,
     dtype: torch.dtype,
     tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+    value_head: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes what `from_pretrained` reads: weights cast once to `dtype`, tied ones once, tokenizer and template.
 
@@ -132,6 +179,8 @@ def save_model(
     tensors = tensors or whole_tensors(model, lambda tensor: tensor)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
+    if value_head:
+        save_file({name: tensor.cpu() for name, tensor in value_head.items()}, folder / VALUE_HEAD_FILE)
     if getattr(model, "adapter", None) is not None:
         save_adapter(model, model.adapter, tensors, folder)
         return
@@ -143,7 +192,8 @@ def save_model(
         _note_untied(model)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -152,6 +202,8 @@ def save_model(
 def _note_untied(model: nn.Module) -> None:
     """So that a model whose output layer has come to differ from its embeddings is loaded with both."""
     head, text = model.get_output_embeddings(), model.config.get_text_config()
+    if head is None:
+        return
     if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
         text.tie_word_embeddings = model.config.tie_word_embeddings = False
 
@@ -190,20 +242,31 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
         raise ConfigError("freeze_layers: nothing is left to train.")
 
 
-def _from_pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _from_pretrained(config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
+    number = {} if outputs is None else {"num_labels": len(outputs)}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return kind.from_pretrained(
             config.name_or_path,
             revision=config.revision,
             dtype=dtype,
             attn_implementation=attention_of(config),
             trust_remote_code=config.trust_remote_code,
+            **number,
         )
     except Exception as error:
+        wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
         hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
-        raise ConfigError(f"no causal language model in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
+        raise ConfigError(f"no {wanted} in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
+
+
+def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int) -> None:
+    """Writes into a model's config what its scalars mean, and which id is no text, for others who load it."""
+    model.config.id2label = dict(enumerate(outputs))
+    model.config.label2id = {name: number for number, name in enumerate(outputs)}
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_token_id
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
@@ -251,7 +314,7 @@ def _grow_embeddings(model: nn.Module, n_tokens: int) -> None:
     if model.get_input_embeddings().weight.is_meta:
         return
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             for parameter in layer.parameters():
                 parameter[rows:] = parameter[:rows].mean(0)
 
@@ -270,8 +333,6 @@ def _read_archive(path: Path) -> dict[str, torch.Tensor]:
     """A state dict; a .pt file may hold it under the key `state`. Never unpickles objects."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state.get("state", state)

@@ -26,6 +26,7 @@ class Policy(nn.Module):
         self.model = model
         self.training = model.training
         self.prompted = hasattr(model, "soft_prompt")  # whether trained vectors come before each document
+        self.value_head: nn.Linear | None = None
         config = model.config
         # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -37,7 +38,7 @@ class Policy(nn.Module):
         Without a mask and a cache, transformers reads the borders of documents off position_ids; our own
         attention gets them in the mask's place. Rows of one document each have the same positions.
         """
-        by_document = batch.packed and self.model.config._attn_implementation == attention.NAME
+        by_document = batch.packed and self.keeps_documents_apart
         positions = batch.position_ids if batch.packed else batch.position_ids[:1]
         inputs, n_before = {"input_ids": batch.input_ids}, 0
         if self.prompted:
@@ -48,7 +49,7 @@ class Policy(nn.Module):
             positions = torch.cat([first, positions + prompt.n_tokens], 1)
         outputs = self.model.base_model(
             **inputs,
-            attention_mask=attention.as_mask(batch.spans) if by_document else None,
+            attention_mask=attention.as_mask(batch.layout) if by_document else None,
             position_ids=positions,
             use_cache=False,
             return_dict=True,
@@ -59,6 +60,11 @@ class Policy(nn.Module):
     def pays_for_long_rows(self) -> bool:
         """Whether attention over a packed row costs the square of the row's length."""
         return self.model.config._attn_implementation in ("eager", "sdpa")
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether attention goes by documents, so that these may share a prompt in a row."""
+        return self.model.config._attn_implementation == attention.NAME
 
     def output(self, hidden: Tensor) -> tuple[Tensor, OutputLayer]:
         """What goes into the output layer, and the layer; hidden is [N, H]."""
@@ -79,9 +85,31 @@ class Policy(nn.Module):
     ) -> Scores:
         """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options."""
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
+        values = self._values(hidden) if self.value_head is not None else None
         hidden, layer = self.output(hidden)
         scores = token_scores(hidden, batch.targets, layer, token_weights, entropy, mean_logps)
-        return Scores(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps)
+        return Scores(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
+
+    def add_value_head(self) -> None:
+        """A scalar of each hidden state, 0 at first."""
+        self.value_head = nn.Linear(self.model.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N] float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float())[:, 0]
+
+    def check(self, ids: Tensor, packing: bool, gathered: Callable[[], AbstractContextManager]) -> None:
+        """Compares the head with the model's own on a few tokens [n]; see `check_policy`."""
+        _check_head(self, ids, gathered)
+        if packing:
+            check_packing(self, ids)
+
+    def score_of_second(self, scores: Scores) -> Tensor:
+        """Something that depends on the second document -> []."""
+        return scores.per_document(scores.logps)[1]
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -108,22 +136,20 @@ def check_policy(
 ) -> None:
     """Tries what minitrain relies on, on a handful of tokens, since not every architecture keeps to it.
 
-    Raises ConfigError when the chunked head gives other log-probabilities than the model's own logits, or,
-    with `packing`, when documents of one row see each other. `gathered` lets parts of a sharded policy be called.
+    Raises ConfigError when the policy's own head gives other numbers than the model's, or, with `packing`, when
+    documents of one row see each other. `gathered` lets parts of a sharded policy be called.
     """
     training = policy.training
     policy.eval()
     ids = torch.arange(3, 15, device=device) % policy.model.config.get_text_config().vocab_size  # [12]
-    _check_head(policy, ids, gathered)
-    if packing:
-        _check_packing(policy, ids)
+    policy.check(ids, packing, gathered)
     policy.train(training)
 
 
 @torch.no_grad()
 def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager]) -> None:
     prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
-    ours = policy(_row(ids, [12])).logps  # [11]
+    ours = policy(row_of(ids, [12])).logps  # [11]
     policy.prompted = prompted
     with gathered():
         logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
@@ -136,23 +162,23 @@ def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractCont
         )
 
 
-def _check_packing(policy: Policy, ids: Tensor) -> None:
-    """The second document's score must not depend on the first one's embeddings at all."""
+def check_packing(policy: Policy, ids: Tensor) -> None:
+    """The second document's score must not depend on the first one's embeddings at all. Raises ConfigError."""
     seen = []
     embedding = policy.model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad_()))
     with torch.enable_grad():
-        logps = policy(_row(ids, [7, 5])).logps  # [10]
+        score = policy.score_of_second(policy(row_of(ids, [5, len(ids) - 5])))  # []
     hook.remove()
-    gradient = torch.autograd.grad(logps[6:].sum(), seen[0])[0]  # [1, 12, H]
-    if gradient[0, :7].any():
+    gradient = torch.autograd.grad(score, seen[0])[0]  # [1, 12, H]
+    if gradient[0, :5].any():
         raise ConfigError(
             f"packing: {type(policy.model).__name__} lets documents of one row see each other; set packing=false "
             "(group_by_length=true also saves padding)."
         )
 
 
-def _row(ids: Tensor, lengths: list[int]) -> Batch:
+def row_of(ids: Tensor, lengths: list[int]) -> Batch:
     """One row of documents of these lengths, all but their first tokens learned."""
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
     doc_ids = (positions == 0).cumsum(0) - 1  # [T]

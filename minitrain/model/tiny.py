@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 
@@ -47,3 +47,13 @@ def tiny_model(seed: int, vocab_size: int, eos_token_id: int, pad_token_id: int,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def tiny_scorer(model: LlamaForCausalLM, n_outputs: int, seed: int) -> LlamaForSequenceClassification:
+    """The same with scalars in the place of the vocabulary."""
+    model.config.num_labels = n_outputs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scorer = LlamaForSequenceClassification(model.config)
+    scorer.model = model.model
+    return scorer

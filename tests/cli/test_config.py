@@ -7,6 +7,7 @@ import yaml
 
 from minitrain.config import config_yaml, load_config
 from minitrain.errors import ConfigError
+from minitrain.losses import registered
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_all_problems_at_once(load):
         "c.yml:4: total_batch_size: 7 examples cannot be cut into gradient_accumulation_steps=2 equal micro-batches.",
         "c.yml:6: learning_rate: there is no such option. Here it is called lr.",
         "c.yml:7: modle: there is no such option. Did you mean model?",
-        "c.yml:8: loss.name: there is no loss 'sdt'; there are sft, dft. Did you mean sft?",
+        f"c.yml:8: loss.name: there is no loss 'sdt'; there are {', '.join(registered())}. Did you mean sft?",
         "--overrides: seed: must be 0 or more, got -1.",
         "--overrides: resume: 'nowhere' is neither auto, never, nor the folder of a checkpoint.",
     ]

@@ -11,7 +11,7 @@ import transformers as tf
 from safetensors import safe_open
 
 from minitrain import ConfigError
-from minitrain.data.collate import collate
+from minitrain.data.collate import Document, collate
 from minitrain.model.load import _grow_embeddings, freeze_layers, load_model, load_policy, load_tokenizer, save_model
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.tiny import tiny_tokenizer
@@ -53,7 +53,7 @@ def documents():
     for length in LENGTHS:
         mask = torch.ones(length, dtype=torch.uint8)
         mask[0] = 0
-        made.append((torch.randint(3, 128, (length,), generator=generator, dtype=torch.int32), mask))
+        made.append(Document(torch.randint(3, 128, (length,), generator=generator, dtype=torch.int32), mask))
     return made
 
 
@@ -73,7 +73,7 @@ def test_scores_equal_those_of_the_models_own_logits(name, packing):
     rows = [docs] if packing else [[doc] for doc in docs]
     got = policy(collate(rows, 0)).logps
     want = []
-    for ids, _ in docs:
+    for ids in (doc.ids for doc in docs):
         logits = model(input_ids=ids[None].long()).logits[0, :-1].double()
         want.append(logits.log_softmax(-1).gather(1, ids[1:, None].long())[:, 0])
     torch.testing.assert_close(got.double(), torch.cat(want), rtol=1e-4, atol=1e-4)
@@ -247,7 +247,7 @@ def test_a_real_model_scores_and_speaks_as_its_reference():
         ids = torch.tensor(entry["greedy_ids"], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.uint8)
         mask[0] = 0
-        nll = -policy(collate([[(ids, mask)]], 0)).logps.mean()
+        nll = -policy(collate([[Document(ids, mask)]], 0)).logps.mean()
         assert nll.item() == pytest.approx(entry["mean_nll_of_greedy_ids"], abs=1e-4)
         prompt = torch.tensor([entry["prompt_ids"]])
         story = policy.model.generate(prompt, do_sample=False, max_length=len(ids), attention_mask=prompt > 0)

@@ -15,13 +15,14 @@ from minitrain.data.records import to_record
 from minitrain.data.template import Template
 from minitrain.errors import DataError
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.schema import Config, ModelConfig
 
 ROWS = [{"prompt": f"{i} + 1 =", "response": str(i + 1) * (1 + i % 7)} for i in range(1000)]
 BAD = '{"prompt": "cut'
 
 
 def contents(cache: TokenCache) -> list[tuple[list[int], list[int]]]:
-    return [(ids.tolist(), mask.tolist()) for ids, mask in (cache[i] for i in range(len(cache)))]
+    return [(document.ids.tolist(), document.mask.tolist()) for i in range(len(cache)) for document in cache[i]]
 
 
 def files_in(config) -> list[Path]:
@@ -130,7 +131,7 @@ def test_cache_is_mapped_and_not_read(jsonl, config, template):
     cache = load_cache(jsonl(ROWS), template, config)
     lines = [line for line in maps.read_text().splitlines() if line.endswith(cache.path.name)]
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
-    for tensor in (cache.ids, cache.mask, *cache[3]):
+    for tensor in (cache.ids, cache.mask, cache[3][0].ids, cache[3][0].mask):
         assert any(start <= tensor.data_ptr() < end for start, end in spans)
 
 
@@ -285,17 +286,22 @@ def test_cache_is_plain_safetensors(jsonl, config, template):
     tensors = load_file(cache.path)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         "offsets": torch.int64,
+        "shared": torch.int32,
         "ids": torch.int32,
         "mask": torch.uint8,
     }
     header = cache.path.read_bytes()[8:]
-    assert json.loads(header[: header.index(b"}}") + 2])["__metadata__"] == {"counts": "{}"}
+    assert json.loads(header[: header.index(b"}}") + 2])["__metadata__"] == {
+        "counts": "{}",
+        "labels": "[]",
+        "n_documents": "1",
+    }
 
 
 def test_default_folder(monkeypatch, tmp_path):
     """Without cache_dir the tokens are kept where the system keeps caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_module.default_cache_dir() == tmp_path / "minitrain"
+    assert cache_module.cache_folder(Config(model=ModelConfig("tiny"))) == tmp_path / "minitrain"
 
 
 def test_processes_do_not_run_ahead():

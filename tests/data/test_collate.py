@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from minitrain.batch import IGNORE
-from minitrain.data.collate import collate
+from minitrain.data.collate import Document, collate
 from minitrain.model.tiny import tiny_model
 
 PAD = 9
 
 
-def document(*ids: int, learned: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def document(*ids: int, learned: int = 1) -> Document:
     """A document whose last `learned` tokens are learned."""
     mask = [int(i >= len(ids) - learned) for i in range(len(ids))]
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8)
+    return Document(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.uint8))
 
 
 def test_layout():

@@ -51,7 +51,7 @@ def test_files_of_differing_schemas(tmp_path, config, template):
     config.datasets = [DatasetConfig(path=str(tmp_path / name)) for name in ("a.csv", "b.json", "c.jsonl")]
     config.datasets.append(DatasetConfig(path=str(tmp_path / "d.jsonl"), columns={"prompt": "q", "response": "a"}))
     data = load_data(config, template)
-    learned = [template.tokenizer.decode(ids[mask.bool()]) for ids, mask in map(data.train.__getitem__, range(5))]
+    learned = [template.tokenizer.decode(d.ids[d.mask.bool()]) for (d,) in map(data.train.__getitem__, range(5))]
     texts = ("from csv", "from json", "rom jsonl", "alpaca", "columns")  # a text's first token is never learned
     assert learned == [text + "<|im_end|>" for text in texts]
 

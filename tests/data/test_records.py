@@ -3,7 +3,7 @@
 import pytest
 
 from minitrain.data.files import read_rows
-from minitrain.data.records import SCHEMAS, PlainText, to_record
+from minitrain.data.records import PlainText, schemas_of, to_record
 from minitrain.errors import DataError
 from minitrain.schema import DatasetConfig
 
@@ -23,15 +23,27 @@ ROWS = {
     "prompt_response": {"prompt": "ask", "response": "tell"},
     "alpaca": {"instruction": "ask", "input": "", "output": "tell"},
     "question_answer": {"question": "ask", "answer": "tell"},
+    "query_response": {"query": "ask", "response": "tell"},
+    "raft": {"question": "ask", "documents": [{"type": "oracle", "text": "It."}], "teacher_answer": "tell"},
+    "raft_context": {
+        "question": "ask",
+        "context": {"sentences": [["It."]]},
+        "oracle_context": "It.",
+        "cot_answer": "tell",
+    },
     "text": {"text": "ask tell"},
 }
 
 
 @pytest.mark.parametrize("told", ["by keys", "by type"])
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", schemas_of("conversation"))
 def test_schemas(name, told):
     """Each schema is known by its keys, and by its type."""
-    made = record(ROWS[name], type=name if told == "by type" else None)
+    template = "{question}" if name.startswith("raft") else None
+    made = record(ROWS[name], type=name if told == "by type" else None, prompt_template=template)
+    if template:
+        assert [(m["role"], m["content"]) for m in made.messages] == PAIR
+        return
     assert made == PlainText("ask tell") if name == "text" else turns(ROWS[name]) == PAIR
 
 
@@ -73,6 +85,40 @@ def test_alpaca_input_and_history():
     assert turns(row | {"input": None, "history": None}) == PAIR
 
 
+def raft(n_rows: int = 200, **options) -> list[str]:
+    """The prompts made of rows with one oracle and three distractors."""
+    kinds = ["oracle", "distractor", "distractor", "distractor"]
+    documents = [{"type": kind, "text": f"text {i}"} for i, kind in enumerate(kinds)]
+    rows = [{"question": f"ask {i}?", "documents": documents, "teacher_answer": "tell"} for i in range(n_rows)]
+    return [record(row, **options).messages[0]["content"] for row in rows]
+
+
+def test_raft_prompts():
+    """All documents, numbered, in an order that differs by question and seed, then the question (arXiv 2403.10131)."""
+    prompts = raft()
+    for i, prompt in enumerate(prompts):
+        lines = prompt.split("\n\n")
+        assert [line.split(": ")[0] for line in lines[:-1]] == [f"Document {n}" for n in range(1, 5)]
+        assert {line.split(": ")[1] for line in lines[:-1]} == {f"text {n}" for n in range(4)}
+        assert lines[-1] == f"ask {i}?"
+    places = [prompt.index("text 0") for prompt in prompts]
+    assert len(set(places)) == 4 and prompts == raft() != raft(seed=1)
+
+
+def test_raft_without_the_oracle():
+    """p_oracle is the share of questions that keep it; the distractors always stay."""
+    for share in (0.0, 0.8, 1.0):
+        prompts = raft(1000, p_oracle=share)
+        assert sum("text 0" in prompt for prompt in prompts) == pytest.approx(1000 * share, abs=40 * (0 < share < 1))
+        assert all("text 1" in prompt and "text 3" in prompt for prompt in prompts)
+
+
+def test_raft_templates():
+    """The template has the documents and every column of the row."""
+    (prompt,) = raft(1, prompt_template="Q: {question} D: {documents}")
+    assert prompt.startswith("Q: ask 0? D: Document 1: text ")
+
+
 def test_parts_of_text():
     """Contents as a list of text parts are joined."""
     parts = [{"type": "text", "text": "te"}, {"type": "text", "value": "ll"}]
@@ -111,8 +157,8 @@ def test_text_of_the_data_is_no_template():
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
     [
-        ({"a": 1}, {}, "no known schema has the keys a. Known are .*columns: {prompt: my_column"),
-        ({}, {}, "no known schema has the keys no keys at all"),
+        ({"a": 1}, {}, "no known schema of conversation rows has the keys a. Known are .*columns: {prompt: my_column"),
+        ({}, {}, "has the keys no keys at all"),
         ({"prompt": "x"}, {"type": "prompt_response"}, "type prompt_response needs the key 'response'; the row has"),
         ({"a": "x"}, {"columns": {"prompt": "b"}}, "columns names 'b'; the row has a"),
         ({"prompt": "x", "response": ""}, {}, "response is empty, so there is nothing to learn"),

@@ -2,8 +2,9 @@
 
 import pytest
 
+from minitrain.data.encode import Limits, truncate
 from minitrain.data.loader import load_data
-from minitrain.data.template import Tokens, truncate
+from minitrain.data.template import Tokens
 from minitrain.errors import DataError
 
 BOS = 1
@@ -14,10 +15,8 @@ def tokens(text: str) -> Tokens:
     return Tokens([BOS if c == "^" else ord(c) for c in text], [c.isupper() for c in text])
 
 
-def text(tokens: Tokens | None) -> str | None:
+def text(tokens: Tokens) -> str:
     """Small letters are not learned, whatever they were before."""
-    if tokens is None:
-        return None
     letters = ("^" if i == BOS else chr(i) for i in tokens.ids)
     return "".join(c if learned else c.lower() for c, learned in zip(letters, tokens.mask))
 
@@ -46,10 +45,13 @@ def text(tokens: Tokens | None) -> str | None:
     ],
 )
 def test_truncate(whole, length, how, expected):
-    """The prompt goes first and the answer stays; a row without labels is None (trl#6668)."""
-    cut = truncate(tokens(whole), length, how, BOS)
-    assert text(cut) == expected
-    if cut is not None:
+    """The prompt goes first and the answer stays; a row without labels is left out (trl#6668)."""
+    kept = truncate([tokens(whole)], Limits(length, how), BOS)
+    if expected is None:
+        assert kept == ("too long" if how == "drop" and len(whole) > length else "nothing to learn after truncation")
+    else:
+        (cut,) = kept
+        assert text(cut) == expected
         assert not cut.mask[0] and any(cut.mask) and len(cut.ids) <= length
         assert cut.notes == ({"truncated examples": 1} if len(whole) > length else {})
 
@@ -60,7 +62,8 @@ def test_long_prompts_never_empty_an_answer():
         for n_answer in range(1, 6):
             for head in ("", "^"):
                 for length in range(2, 20):
-                    cut = truncate(tokens(head + "p" * n_prompt + "A" * n_answer), length, "prompt", BOS)
+                    whole = tokens(head + "p" * n_prompt + "A" * n_answer)
+                    (cut,) = truncate([whole], Limits(length), BOS)
                     assert sum(cut.mask) == min(n_answer, length - 1)
 
 
@@ -85,5 +88,5 @@ def test_truncated_examples_are_counted(jsonl, config, template):
     config.datasets = [jsonl([{"prompt": "x" * 50, "response": "yes"}])]
     data = load_data(config, template)
     assert data.notes == [f"{config.datasets[0].path}: 1 truncated examples"]
-    ids, mask = data.train[0]
-    assert template.tokenizer.decode(ids[mask.bool()]) == "yes<|im_end|>" and len(ids) == 24
+    (cut,) = data.train[0]
+    assert template.tokenizer.decode(cut.ids[cut.mask.bool()]) == "yes<|im_end|>" and len(cut.ids) == 24

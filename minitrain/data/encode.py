@@ -1,0 +1,141 @@
+"""Records -> documents: one for each text that the model reads, cut to length, with the numbers that go with it."""
+
+from typing import NamedTuple
+
+from ..errors import DataError
+from .records import Conversation, Feedback, Labelled, Preference, Record, Rollout, assistant
+from .template import Template, Tokens, refuse_unusable
+
+N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 2, "labelled": 1, "rollout": 1}  # of an example
+TOO_LONG, NOTHING_LEFT = "too long", "nothing to learn after truncation"
+
+
+class Limits(NamedTuple):
+    """`truncation`: what a longer example loses: the oldest of its `prompt`, its `end`, or (`drop`) all of it."""
+
+    max_length: int
+    truncation: str = "prompt"
+    max_prompt_length: int | None = None
+
+
+def encode(record: Record, following: Record, template: Template, limits: Limits) -> list[Tokens] | str:
+    """The documents of a record, or why nothing of it is left. Raises DataError for what cannot be encoded.
+
+    `following` is another record of the same file, for losses that look at an answer that was given to another prompt.
+    """
+    if isinstance(record, Preference):
+        return _preference(record, template, limits)
+    if isinstance(record, Feedback):
+        return _feedback(record, following, template, limits)
+    if isinstance(record, Labelled):
+        return _labelled(record, template, limits)
+    if isinstance(record, Rollout):
+        return _rollout(record, template, limits)
+    return truncate([template.encode(record)], limits, template.tokenizer.bos_token_id)
+
+
+def _preference(record: Preference, template: Template, limits: Limits) -> list[Tokens] | str:
+    """The chosen document, then the rejected one."""
+    documents = [_continued(record.prompt, continuation, template) for continuation in (record.chosen, record.rejected)]
+    for document in documents:
+        document.values["margin"] = record.margin
+    return _sharing(truncate(documents, limits, template.tokenizer.bos_token_id))
+
+
+def _feedback(record: Feedback, following: Feedback, template: Template, limits: Limits) -> list[Tokens] | str:
+    """The answer that was judged, then another prompt's answer to this prompt, which KTO's KL is estimated from."""
+    documents = [_continued(record.prompt, answer, template) for answer in (record.response, following.response)]
+    for document in documents:
+        document.values["desirable"] = float(record.desirable)
+    return _sharing(truncate(documents, limits, template.tokenizer.bos_token_id))
+
+
+def _continued(prompt: list, continuation: list, template: Template) -> Tokens:
+    answers = sum(message["role"] == "assistant" for message in continuation)
+    return template.encode(Conversation(prompt + continuation), answers)
+
+
+def _sharing(documents: list[Tokens] | str) -> list[Tokens] | str:
+    """Notes how many tokens the second document has in common with the first, none of them learned."""
+    if isinstance(documents, list):
+        first, second = documents
+        longest = min(first.mask.index(True), second.mask.index(True))
+        differ = (i for i in range(longest) if first.ids[i] != second.ids[i])
+        second.shared = next(differ, longest)
+    return documents
+
+
+def _labelled(record: Labelled, template: Template, limits: Limits) -> list[Tokens] | str:
+    texts = [record.text] if record.text_pair is None else [record.text, record.text_pair]
+    refuse_unusable(texts)
+    encoded = template.tokenizer(*texts)
+    if len(encoded["input_ids"]) > limits.max_length:
+        if limits.truncation == "drop":
+            return TOO_LONG
+        encoded = template.tokenizer(*texts, truncation=True, max_length=limits.max_length)
+    ids = encoded["input_ids"]
+    if not ids:
+        raise DataError("the text is empty")
+    tokens = Tokens(ids, [False] * len(ids), values={"label": record.label})
+    tokens.columns["token_types"] = encoded.get("token_type_ids", [0] * len(ids))
+    return [tokens]
+
+
+def _rollout(record: Rollout, template: Template, limits: Limits) -> list[Tokens] | str:
+    """A prompt that was cut would have other log-probabilities than those noted, so long ones are left out."""
+    if isinstance(record.response, str):
+        tokens = template.encode(Conversation([*record.prompt, assistant(record.response)]), 1)
+    else:
+        _check_ids([*record.prompt, *record.response], len(template.tokenizer))
+        prompt, response = record.prompt, record.response
+        tokens = Tokens([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+    if len(tokens.ids) > limits.max_length:
+        return TOO_LONG
+    n = sum(tokens.mask)
+    for name, numbers in record.tokens.items():
+        numbers = numbers * n if len(numbers) == 1 and name in ("advantages", "returns") else numbers
+        if len(numbers) != n:
+            raise DataError(
+                f"{name} has {len(numbers)} numbers for the {n} tokens of the response with its end; "
+                "give prompt_ids and response_ids, so that the tokens are those that were sampled"
+            )
+        following = iter(numbers)
+        tokens.columns[name] = [next(following) if learned else 0.0 for learned in tokens.mask]
+    prompt_ids = tuple(tokens.ids[: tokens.mask.index(True)])
+    tokens.values |= {"reward": record.reward, "group": float(hash(prompt_ids) % (1 << 52))}
+    return [tokens]
+
+
+def _check_ids(ids: list[int], n_tokens: int) -> None:
+    if max(ids) >= n_tokens:
+        raise DataError(f"the token id {max(ids)} is beyond the tokenizer's {n_tokens} tokens")
+
+
+def truncate(documents: list[Tokens], limits: Limits, bos_token_id: int | None) -> list[Tokens] | str:
+    """Documents of one example of at most `max_length` tokens, their prompts cut alike; or why nothing is left.
+
+    truncation = prompt: the oldest tokens of the prompt go (a BOS stays); when the last answer alone is too long, its
+    end goes. truncation = end: the end goes.
+    """
+    if max(len(d.ids) for d in documents) <= limits.max_length and limits.max_prompt_length is None:
+        return documents if all(any(d.mask) for d in documents) else NOTHING_LEFT
+    # Where the last learned span begins; one token before it has to stay, to predict its first.
+    answers = [len(d.mask) - d.mask[::-1].index(False) for d in documents]
+    over = max(len(d.ids) for d in documents) - limits.max_length
+    prompt_over = max(answers) - limits.max_prompt_length if limits.max_prompt_length else 0
+    if limits.truncation == "drop" and max(over, prompt_over) > 0:
+        return TOO_LONG
+    cut = max(0, prompt_over, over if limits.truncation == "prompt" else 0)
+    cut = min(cut, min(answers) - 1)
+    shortened = [_shorten(document, cut, limits.max_length, bos_token_id) for document in documents]
+    return shortened if all(any(d.mask) for d in shortened) else NOTHING_LEFT
+
+
+def _shorten(tokens: Tokens, cut: int, max_length: int, bos_token_id: int | None) -> Tokens:
+    """Without `cut` tokens at the front, but for a BOS, and without those at the end that are too many."""
+    if not cut and len(tokens.ids) <= max_length:
+        return tokens
+    head = 1 if tokens.ids[0] == bos_token_id else 0
+    ids = (tokens.ids[:head] + tokens.ids[head + cut :])[:max_length]
+    mask = (tokens.mask[:head] + tokens.mask[head + cut :])[:max_length]
+    return Tokens(ids, [False, *mask[1:]], tokens.notes | {"truncated examples": 1}, values=tokens.values)

@@ -1,0 +1,231 @@
+"""Preference losses over pairs: direct preference optimisation and its kin."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batch import Batch, Scores
+from ..schema import option
+from .base import Loss, LossOutput, register_loss
+
+REFERENCE = option(
+    "auto",
+    "What the policy is compared with: a second `model`; `adapter`: the trained values as they were at the start; "
+    "`precomputed`: log-probabilities noted once, beside the token cache. auto: adapter with an adapter, else model.",
+    choices=("auto", "model", "adapter", "precomputed"),
+)
+
+
+class Pairs(NamedTuple):
+    """What is known of P pairs, each [P] float32: chosen (w) and rejected (l)."""
+
+    logps_w: Tensor  # log-probability of the answer, summed over its tokens
+    logps_l: Tensor
+    ref_w: Tensor  # the same of the reference; 0 without one
+    ref_l: Tensor
+    n_w: Tensor  # tokens of the answer
+    n_l: Tensor
+
+    @property
+    def r_w(self) -> Tensor:
+        return self.logps_w - self.ref_w
+
+    @property
+    def r_l(self) -> Tensor:
+        return self.logps_l - self.ref_l
+
+    @property
+    def delta(self) -> Tensor:
+        return self.r_w - self.r_l
+
+    def mean(self) -> "Pairs":
+        """The same with means over tokens in the place of sums."""
+        return Pairs(
+            self.logps_w / self.n_w, self.logps_l / self.n_l, self.ref_w / self.n_w, self.ref_l / self.n_l,
+            self.n_w, self.n_l,
+        )  # fmt: skip
+
+
+def sigmoid(p: Pairs, o: "DPOOptions") -> Tensor:
+    """-(1-e) logsig(beta D) - e logsig(-beta D): DPO (arXiv 2305.18290, eq. 7); with e, conservative DPO."""
+    e, d = o.label_smoothing, o.beta * p.delta
+    return -(1 - e) * F.logsigmoid(d) - e * F.logsigmoid(-d)
+
+
+def ipo(p: Pairs, o: "DPOOptions") -> Tensor:
+    """(D - 1 / (2 beta))^2 over token means, or sums with `ipo_sums` (arXiv 2310.12036, eq. 17)."""
+    delta = p.delta if o.ipo_sums else p.mean().delta
+    return (delta - 1 / (2 * o.beta)) ** 2
+
+
+def hinge(p: Pairs, o: "DPOOptions") -> Tensor:
+    """relu(1 - beta D): SLiC (arXiv 2309.06657)."""
+    return F.relu(1 - o.beta * p.delta)
+
+
+def robust(p: Pairs, o: "DPOOptions") -> Tensor:
+    """[-(1-e) logsig(beta D) + e logsig(-beta D)] / (1 - 2e): unbiased under flipped labels (arXiv 2403.00409)."""
+    e, d = o.label_smoothing, o.beta * p.delta
+    return (-(1 - e) * F.logsigmoid(d) + e * F.logsigmoid(-d)) / (1 - 2 * e)
+
+
+def exo_pair(p: Pairs, o: "DPOOptions") -> Tensor:
+    """KL of the policy's preference to the smoothed one (arXiv 2402.00856, eq. 16); e = 0 stands for 1e-3."""
+    e, d = o.label_smoothing or 1e-3, o.beta * p.delta
+    log = torch.log(torch.tensor([1 - e, e], dtype=torch.float64)).tolist()
+    return d.sigmoid() * (F.logsigmoid(d) - log[0]) + (-d).sigmoid() * (F.logsigmoid(-d) - log[1])
+
+
+def nca_pair(p: Pairs, o: "DPOOptions") -> Tensor:
+    """-logsig(beta r_w) - 0.5 logsig(-beta r_w) - 0.5 logsig(-beta r_l) (arXiv 2402.05369)."""
+    good, bad = o.beta * p.r_w, o.beta * p.r_l
+    return -F.logsigmoid(good) - 0.5 * F.logsigmoid(-good) - 0.5 * F.logsigmoid(-bad)
+
+
+def bco_pair(p: Pairs, o: "DPOOptions") -> Tensor:
+    """-logsig(beta r_w) - logsig(-beta r_l) (arXiv 2404.04656), without its moving shift."""
+    return -F.logsigmoid(o.beta * p.r_w) - F.logsigmoid(-o.beta * p.r_l)
+
+
+def sppo_hard(p: Pairs, o: "DPOOptions") -> Tensor:
+    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2 (arXiv 2405.00675)."""
+    half = 1 / (2 * o.beta)
+    return (p.r_w - half) ** 2 + (p.r_l + half) ** 2
+
+
+def apo_zero(p: Pairs, o: "DPOOptions") -> Tensor:
+    """1 - sig(beta r_w) + sig(beta r_l): for chosen answers better than the policy's (arXiv 2408.06266)."""
+    return 1 - (o.beta * p.r_w).sigmoid() + (o.beta * p.r_l).sigmoid()
+
+
+def apo_down(p: Pairs, o: "DPOOptions") -> Tensor:
+    """sig(beta r_w) + 1 - sig(beta D): for chosen answers worse than the policy's (arXiv 2408.06266)."""
+    return (o.beta * p.r_w).sigmoid() + 1 - (o.beta * p.delta).sigmoid()
+
+
+def sigmoid_norm(p: Pairs, o: "DPOOptions") -> Tensor:
+    """-logsig(beta D) over token means: length-normalised DPO (arXiv 2411.15124)."""
+    return -F.logsigmoid(o.beta * p.mean().delta)
+
+
+def simpo(p: Pairs, o: "DPOOptions") -> Tensor:
+    """-logsig(beta (mean lp_w - mean lp_l) - gamma) (arXiv 2405.14734, eq. 6)."""
+    mean = p.mean()
+    return -F.logsigmoid(o.beta * (mean.logps_w - mean.logps_l) - o.gamma)
+
+
+def orpo(p: Pairs, o: "DPOOptions") -> Tensor:
+    """NLL_w - beta logsig(log odds ratio), all over token means (arXiv 2403.07691, eq. 6-7)."""
+    mean = p.mean()
+    log_odds = mean.logps_w - mean.logps_l - (_log1mexp(mean.logps_w) - _log1mexp(mean.logps_l))
+    return -mean.logps_w - o.beta * F.logsigmoid(log_odds)
+
+
+def cpo(p: Pairs, o: "DPOOptions") -> Tensor:
+    """-logsig(beta (lp_w - lp_l)) + alpha NLL_w, the NLL a token mean (arXiv 2401.08417)."""
+    return -F.logsigmoid(o.beta * (p.logps_w - p.logps_l)) - o.alpha * p.mean().logps_w
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0 without loss of digits at either end."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+VARIANTS: dict[str, Callable[[Pairs, "DPOOptions"], Tensor]] = {
+    f.__name__: f
+    for f in (sigmoid, ipo, hinge, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm,
+              simpo, orpo, cpo)
+}  # fmt: skip
+WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
+
+
+@dataclass
+class DPOOptions:
+    variant: str = option("sigmoid", "Which loss of the family (see docs/losses.md).", choices=tuple(VARIANTS))
+    beta: float | None = option(None, "Strength; 0.1 when left out, 2 for simpo.", above=0)
+    label_smoothing: float = option(
+        0.0, "Share of labels taken to be flipped: sigmoid, robust, exo_pair.", least=0, most=0.499
+    )
+    gamma: float = option(1.0, "simpo: the margin.", least=0)
+    alpha: float = option(1.0, "cpo: weight of the chosen answer's negative log-likelihood.", least=0)
+    ipo_sums: bool = option(False, "ipo: over sums, as in the DPO authors' code, in the place of token means.")
+    reference_free: bool = option(False, "Take a reference that finds all answers equally likely.")
+    average_log_prob: bool = option(False, "Take means over an answer's tokens in the place of sums.")
+    sft_weight: float = option(0.0, "Weight of the chosen answer's mean negative log-likelihood beside it.", least=0)
+    reference: str = REFERENCE
+
+    def __post_init__(self):
+        if self.beta is None:
+            self.beta = 2.0 if self.variant == "simpo" else 0.1
+
+
+@register_loss("dpo", DPOOptions)
+class DPO(Loss):
+    """A pair's loss from the log-probabilities of its two answers; the unit is the pair.
+
+    `variant` names a function of this file, each with its equation. Dropout is off in policy and reference, so the
+    first loss of the default is ln 2.
+    """
+
+    record = "preference"
+    dropout = False
+
+    def ignored(self) -> dict[str, str]:
+        variant = self.options.variant
+        only = {"gamma": ("simpo",), "alpha": ("cpo",), "ipo_sums": ("ipo",)}
+        only["label_smoothing"] = ("sigmoid", "robust", "exo_pair")
+        told = {key: f"it needs loss.variant={' or '.join(fit)}." for key, fit in only.items() if variant not in fit}
+        if "reference" not in self.needs:
+            told["reference"] = "neither reference_free nor simpo, orpo and cpo have one."
+        return told
+
+    @property
+    def needs(self) -> frozenset[str]:
+        free = self.options.reference_free or self.options.variant in WITHOUT_REFERENCE
+        return frozenset() if free else frozenset({"reference"})
+
+    def weight(self, batch: Batch) -> Tensor:
+        return usable_pairs(batch).sum().float()
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        scores = policy(batch)
+        sums = scores.per_document(scores.logps)  # [D]
+        ref = torch.zeros_like(sums) if reference is None else _sums(reference(batch))
+        counts = scores.per_document(torch.ones_like(scores.logps))
+        usable = usable_pairs(batch)  # [P]
+        columns = [column.view(-1, 2)[usable].T for column in (sums, ref, counts)]  # [2, P] each
+        pairs = Pairs(*(side for column in columns for side in column))
+        used = pairs.mean() if self.options.average_log_prob else pairs
+        losses = VARIANTS[self.options.variant](used, self.options)  # [P]
+        if self.options.sft_weight:
+            losses = losses - self.options.sft_weight * pairs.logps_w / pairs.n_w
+        # The sum over no pairs has to stay attached to the graph.
+        return LossOutput(losses.sum() + 0 * sums.sum(), self.weight(batch), self._metrics(pairs))
+
+    def _metrics(self, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            weight = pairs.n_w.new_tensor(float(len(pairs.n_w)))
+            chosen, rejected = self.options.beta * pairs.r_w, self.options.beta * pairs.r_l
+            figures = {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/accuracies": (chosen > rejected).float(),
+                "rewards/margins": chosen - rejected,
+                "logps/chosen": pairs.logps_w,
+                "logps/rejected": pairs.logps_l,
+            }
+            return {name: (values.sum(), weight) for name, values in figures.items()}
+
+
+def usable_pairs(batch: Batch) -> Tensor:
+    """Pairs of which both answers have something to learn -> [P] bool."""
+    return batch.learned_docs.view(-1, 2).all(1)
+
+
+def _sums(scores: Scores) -> Tensor:
+    return scores.per_document(scores.logps)

@@ -1,0 +1,85 @@
+"""Kahneman-Tversky optimisation: answers that were wanted or not, without pairs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..schema import option
+from .base import Loss, LossOutput, register_loss
+from .dpo import REFERENCE, usable_pairs
+
+
+@dataclass
+class KTOOptions:
+    beta: float = option(0.1, "Strength.", above=0)
+    desirable_weight: float = option(1.0, "lambda_D, the weight of answers that were wanted.", least=0)
+    undesirable_weight: float = option(1.0, "lambda_U, the weight of those that were not.", least=0)
+    reference: str = REFERENCE
+
+
+@register_loss("kto", KTOOptions)
+class KTO(Loss):
+    """lambda_D (1 - sig(beta (r - z))) of wanted answers, lambda_U (1 - sig(beta (z - r))) of others.
+
+    z is the mean log-ratio of policy to reference over answers to other prompts, at least 0, without gradient, over
+    the whole optimizer step (arXiv 2402.01306, eq. 8). The unit is the judged answer. Each example is two documents:
+    the answer that was judged, and another row's answer to the same prompt, which only z is estimated from.
+    """
+
+    record = "feedback"
+    dropout = False
+
+    def __init__(self, options: KTOOptions):
+        super().__init__(options)
+        self.z = 0.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"reference"})
+
+    def weight(self, batch: Batch) -> Tensor:
+        return usable_pairs(batch).sum().float()
+
+    def statistics(self, batch: Batch, policy, reference=None) -> Tensor:
+        ratios = self._log_ratios(batch, policy, reference)  # [D]
+        usable = usable_pairs(batch)
+        return torch.stack([ratios.view(-1, 2)[usable, 1].sum(), usable.sum()])  # [2]
+
+    def receive(self, statistics: Tensor) -> None:
+        total, count = statistics.tolist()
+        self.z = max(0.0, total / max(1.0, count))
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        ratios = self._log_ratios(batch, policy, reference)  # [D]
+        usable = usable_pairs(batch)
+        r = ratios.view(-1, 2)[usable, 0]  # [P]
+        wanted = batch.of_docs("desirable").view(-1, 2)[usable, 0] > 0.5  # [P]
+        gain = self.options.beta * (r - self.z)
+        losses = torch.where(
+            wanted,
+            self.options.desirable_weight * (1 - gain.sigmoid()),
+            self.options.undesirable_weight * (1 - (-gain).sigmoid()),
+        )
+        return LossOutput(losses.sum() + 0 * ratios.sum(), self.weight(batch), self._metrics(r, wanted))
+
+    def _log_ratios(self, batch: Batch, policy, reference) -> Tensor:
+        """log policy / reference of each document's answer -> [D]."""
+        scores = policy(batch)
+        return scores.per_document(scores.logps - reference(batch).logps)
+
+    def _metrics(self, r: Tensor, wanted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            rewards, yes, no = self.options.beta * r, wanted.float(), (~wanted).float()
+            return {
+                "rewards/chosen": ((rewards * yes).sum(), yes.sum()),
+                "rewards/rejected": ((rewards * no).sum(), no.sum()),
+                "kl": (yes.new_tensor(self.z * len(r)), yes.new_tensor(float(len(r)))),
+            }
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds the margin, where a step has both kinds of answers."""
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+        return means

@@ -1,0 +1,62 @@
+"""Reward models from preferences."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batch import Batch
+from ..schema import option
+from .base import Loss, LossOutput, register_loss
+from .dpo import usable_pairs
+
+
+@dataclass
+class PairwiseOptions:
+    loss_type: str = option(
+        "sigmoid",
+        "sigmoid or logistic: -logsig(s_w - s_l - margin). hinge: relu(margin - (s_w - s_l)).",
+        choices=("sigmoid", "logistic", "hinge"),
+    )
+    margin: float | None = option(None, "The same for all pairs; when left out, the rows' own column, or 0.", least=0)
+    center_rewards_coefficient: float = option(
+        0.0, "Weight of (s_w + s_l)^2, which keeps scores around 0; 0.01 is advised (arXiv 2312.09244).", least=0
+    )
+
+
+@register_loss("pairwise", PairwiseOptions)
+class Pairwise(Loss):
+    """``-logsig(s_w - s_l - margin) + c (s_w + s_l)^2`` of a scalar head's scores; the unit is the pair.
+
+    Bradley-Terry, as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); margins as in Llama 2 (arXiv 2307.09288).
+    """
+
+    record = "preference"
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["score"]
+
+    def weight(self, batch: Batch) -> Tensor:
+        return usable_pairs(batch).sum().float()
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        scores = policy(batch).scores[:, 0]  # [D]
+        usable = usable_pairs(batch)  # [P]
+        chosen, rejected = scores.view(-1, 2)[usable].T  # [P], [P]
+        margins = self.options.margin
+        if margins is None:
+            margins = batch.of_docs("margin").view(-1, 2)[usable, 0]  # [P]
+        apart = chosen - rejected - margins
+        losses = F.relu(-apart) if self.options.loss_type == "hinge" else -F.logsigmoid(apart)
+        losses = losses + self.options.center_rewards_coefficient * (chosen + rejected) ** 2
+        weight = self.weight(batch)
+        with torch.no_grad():
+            metrics = {
+                "accuracy": ((chosen > rejected).float().sum(), weight),
+                "margin": ((chosen - rejected).sum(), weight),
+                "score/chosen": (chosen.sum(), weight),
+                "score/rejected": (rejected.sum(), weight),
+            }
+        return LossOutput(losses.sum() + 0 * scores.sum(), weight, metrics)
