@@ -42,6 +42,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
         start = owner = 0
         for document in row:
             shared = document.shared
+            assert not shared or start > owner
             own = slice(shared, None)
             span = slice(start, start + len(document.ids) - shared)
             ids = document.ids[own].long()
