@@ -109,6 +109,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override options of the file, for example lr=2e-5 loss.name=dft datasets=[a.jsonl,b.csv]",
     )
+    parser.add_argument(
+        "--plugin", nargs="+", action="extend", default=[], metavar="FILE.py", help="run a file that registers losses"
+    )
     parser.set_defaults(command=_train)
 
 
@@ -171,7 +174,10 @@ def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
 def _train(arguments: argparse.Namespace) -> int:
     with _importing():
         from .config import load_config
+        from .plugin import load_plugin
         from .trainer import Trainer
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
     config = load_config(arguments.config, arguments.overrides)
     _hide_loading_bar()
     trainer = Trainer(config)
