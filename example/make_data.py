@@ -59,6 +59,19 @@ def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def slip(answer: str, rng: random.Random) -> str:
+    """The answer with one of its characters changed."""
+    place, pool = rng.randrange(len(answer)), "0123456789" if answer[-1].isdigit() else LETTERS
+    other = rng.choice([c for c in pool if c != answer[place]])
+    return answer[:place] + other + answer[place + 1 :]
+
+
+def write_preferences(path: Path, rows: list[tuple[str, str]], rng: random.Random) -> None:
+    """One {"prompt", "chosen", "rejected"} a line: the right answer, and one that is a little wrong."""
+    made = ({"prompt": question, "chosen": answer, "rejected": slip(answer, rng)} for question, answer in rows)
+    path.write_text("\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
+
+
 def write_conversations(path: Path, rows: list[tuple[str, str]]) -> None:
     """A list of conversations of two questions each."""
     conversations = []
@@ -84,3 +97,5 @@ if __name__ == "__main__":
     write_jsonl(folder / "skills-test.jsonl", test)
     write_conversations(folder / "skills-chat.json", train[:1000])
     write_csv(folder / "skills.csv", train[1000:2000])
+    write_preferences(folder / "skills-preferences.jsonl", train[2000:], random.Random(1))
+    write_preferences(folder / "skills-preferences-test.jsonl", test, random.Random(2))
