@@ -65,6 +65,7 @@ def note_step(trainer: Trainer, file: str) -> None:
 def main() -> int:
     codes = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the launcher ends all when one leaves with a code, and rank 0 may still write
         torch.distributed.destroy_process_group()
     return codes[-1]
 
