@@ -90,6 +90,11 @@ def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
 
 
+def exact(model):
+    """Logits in float64, where the order of sums no longer shows."""
+    return logits(copy.deepcopy(model).double())
+
+
 def gradients(model):
     """Of the mean of the squared logits."""
     logits(model).square().mean().backward()
@@ -112,11 +117,12 @@ def test_the_start_is_the_base_and_peft_agrees_on_everything_after(folders, tmp_
     if variant == "saved" and name == "phi-bias":
         options = {"modules_to_save": ["lm_head", "final_layernorm"]}
     model = adapted(folders[name], **options)
-    close(logits(model), logits(base(folders[name])), 1e-4)
+    rounded = 1e-4 if variant in ("pissa", "olora") else 1e-6  # whose base weights are changed, in float32
+    close(exact(model), exact(base(folders[name])), rounded)
     shaken(model)
     save_model(model, _Tokens(), tmp_path, torch.float32)
     theirs = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path, is_trainable=True).eval()
-    close(logits(theirs), logits(model), 1e-4)
+    close(exact(theirs), exact(model), rounded)
     if variant in ("pissa", "olora"):  # saved as an ordinary LoRA of twice the rank
         ours = base(folders[name])
         load_adapter(ours, tmp_path)
@@ -171,11 +177,11 @@ def test_an_adapter_of_peft_is_loaded(folders, tmp_path, name):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = base(folders[name])
     ours.adapter = load_adapter(ours, tmp_path / "theirs")
-    close(logits(ours), logits(theirs), 1e-4)
+    close(exact(ours), exact(theirs), 1e-6)
     ours.adapter.freeze(ours, torch.float32)
     save_model(ours, _Tokens(), tmp_path / "ours", torch.float32)
     again = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path / "ours")
-    close(logits(again), logits(theirs), 1e-4)
+    close(exact(again), exact(theirs), 1e-6)
 
 
 def test_dropout_is_on_the_matrices_input_only(folders):

@@ -62,3 +62,22 @@ def test_packed_documents_do_not_see_each_other(attention):
     padded, _ = logps(packed, 1, slice(0, 2))
     alone, _ = logps(collate([[c]], PAD), 0, slice(0, 2))
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_prompt_is_laid_out_once():
+    """The second answer goes on from the prompt: its positions, and the place that predicts its first token."""
+    a, b, c = document(1, 2, 3, 4, 5, learned=2), document(1, 2, 3, 6, 7, learned=2), document(8, 9, learned=1)
+    for each in (a, b, c):
+        each.values, each.columns = {"score": float(each.ids[-1])}, {"place": torch.arange(len(each.ids)).float()}
+    b.shared = 3
+    batch = collate([[c, a, b], [c]], PAD)
+    assert batch.input_ids.tolist() == [[8, 9, 1, 2, 3, 4, 5, 6, 7], [8, 9] + [PAD] * 7]
+    assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2, 3, 4, 3, 4]
+    assert batch.doc_ids[0].tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2]
+    assert batch.prefixes.tolist() == [[0, 0], [0, 0], [2, 5], [0, 0]]
+    assert batch.targets.tolist() == [9, 4, 5, 6, 7, 9] and batch.target_docs.tolist() == [0, 1, 1, 2, 2, 3]
+    assert batch.predictors.tolist() == [0, 4, 5, 4, 7, 9]
+    assert batch.of_docs("score").tolist() == [9, 5, 7, 9] and batch.of_targets("place").tolist() == [1, 3, 4, 3, 4, 1]
+    assert batch.last_places.tolist() == [1, 6, 8, 10]
+    with pytest.raises(AssertionError):
+        collate([[b]], PAD)
