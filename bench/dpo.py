@@ -3,7 +3,7 @@
     python bench/dpo.py [--rounds 3] [--quick] [--peer-python P]
 
 Each peer runs in a process of its own, in turns; all compute a reference at each step, but for `precomputed`, which
-noted its log-probabilities before. The figures go to bench/results. Exit status 1: the peers did not do the same work.
+noted its log-probabilities before. `packed` computes a prompt once for both answers, `unshared` packs without that. The figures go to bench/results. Exit status 1: the peers did not do the same work.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from meter import Meter, median, pick_device, read_job, write_result  # noqa: E402
 
-PEERS = ("minitrain packed", "minitrain precomputed", "minitrain padded", "hand", "trl")
+PEERS = ("minitrain packed", "minitrain unshared", "minitrain precomputed", "minitrain padded", "hand", "trl")
 BETA, EOS = 0.1, 1
 
 
@@ -160,7 +160,10 @@ def peer_minitrain() -> None:
     )
     watch = Watch(job)
     config.n_steps += 1  # the last step logs itself and starts a new window of sums
-    Trainer(config, on_train_begin=watch.begin, on_step_end=lambda t: measured(t, watch)).train()
+    trainer = Trainer(config, on_train_begin=watch.begin, on_step_end=lambda t: measured(t, watch))
+    if job["kind"].endswith("unshared"):
+        trainer.train_loader.shares_prompts = False
+    trainer.train()
 
 
 def peer_hand() -> None:

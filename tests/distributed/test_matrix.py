@@ -4,6 +4,7 @@ Found by iterating over the registry, so that a new loss cannot escape it.
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,18 @@ def test_what_is_refused(jobs, scratch, name):
     output = launch(2, [wrong], scratch, expect=2)
     assert "bitsandbytes packs weights so that FSDP2 cannot cut them by rows" in output
     assert not Path(wrong["trace"]).exists()
+
+
+def test_references_on_two_ranks(job, scratch, tmp_path):
+    """A reference of each kind, with shared prompts: the first loss is ln 2, and all train what one process trains."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS["preference"]))
+    settings = (f"datasets=[{file}]", "loss.name=dpo", "packing=true", "gradient_accumulation_steps=2")
+    alone = job("alone", *settings)
+    ranked = [job(kind, *settings, f"loss.reference={kind}", fsdp="full") for kind in ("model", "adapter")]
+    ranked += [job(f"noted-{shard}", *settings, "loss.reference=precomputed", fsdp=shard) for shard in ("grad", "none")]
+    launch(0, [alone], scratch / "alone")
+    launch(2, ranked, scratch / "ranks")
+    for ours in ranked:
+        same_training(ours, alone, rtol=2e-5)
+        assert figures(ours)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
