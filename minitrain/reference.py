@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from .batch import Batch, Scores
 from .data.cache import cache_folder
@@ -21,6 +23,7 @@ from .data.loader import Examples, Loader
 from .engine.parallel import SingleDevice, local_rows
 from .engine.precision import Precision
 from .errors import ConfigError
+from .evaluate import inference
 from .losses import Loss
 from .model.adapter_files import has_adapter
 from .model.load import DTYPES, identity, load_frozen
@@ -43,17 +46,16 @@ class InitialValues:
         self.pairs = [(local_rows(p)[0].detach(), local_rows(p)[0].detach().clone()) for p in trained]
 
     def __call__(self, batch: Batch, **asked) -> Scores:
-        with self.restored():
+        with self.restored(), inference(self.policy):
             return self.policy(batch, **asked)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the policy is what it was, without gradients; after it, what it is."""
+        """Inside, the policy is what it was; after it, what it is."""
         now = [rows.clone() for rows, _ in self.pairs]
         self._put(value for _, value in self.pairs)
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
             self._put(now)
 
@@ -137,8 +139,9 @@ def _noted(
     cache, policy: Policy, config: Config, parallel: SingleDevice, precision: Precision, loader: Loader
 ) -> torch.Tensor:
     """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
-    settings = [identity(config.model), config.model.policy_dtype, config.model.master_dtype, str(config.lora)]
-    key = hashlib.sha256(json.dumps([cache.path.stem, *settings]).encode()).hexdigest()[:32]
+    parts = {name: asdict(getattr(config, name)) for name in ("model", "lora", "soft_prompt")}
+    settings = [cache.path.stem, identity(config.model), parts, config.seed]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
     if parallel.max(int(not _is_whole(file, len(cache.ids)))) == 0:
         return load_file(file)[NOTED]
@@ -147,8 +150,9 @@ def _noted(
         Examples([cache], [1.0]), config, loader.pad_token_id, loader.rank, loader.world_size, loader.row_capacity
     )
     logps = torch.zeros(len(cache.ids))
-    with torch.no_grad(), precision.autocast():
-        for batch in whole.eval_batches():
+    quiet = None if parallel.rank == 0 else True  # None: a bar, where there is a terminal
+    with inference(policy), precision.autocast():
+        for batch in tqdm(whole.eval_batches(), desc="the reference", unit=" batches", disable=quiet, leave=False):
             moved = batch.to(parallel.device)
             logps[moved.of_targets("place").cpu()] = policy(moved).logps.float().cpu()
     parallel.reshard(policy)

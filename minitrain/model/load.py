@@ -212,8 +212,9 @@ def identity(config: ModelConfig) -> list[str]:
     """Tells whether the files of a local model are the same: size, beginning and end of each, without reading all."""
     found = []
     folders = [Path(folder) for folder in (config.name_or_path, config.adapter) if folder]
-    for file in sorted(file for folder in folders for file in folder.glob("*")):
-        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", CONFIG_FILE):
+    files = sorted(file for folder in folders for file in folder.glob("*"))
+    for file in [*files, *([Path(config.archive)] if config.archive else [])]:
+        if file.suffix in (".safetensors", ".bin", ".pt") or file.name in ("config.json", CONFIG_FILE):
             with open(file, "rb") as opened:
                 ends = opened.read(1 << 20)
                 opened.seek(max(0, file.stat().st_size - (1 << 20)))
