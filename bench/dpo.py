@@ -2,8 +2,9 @@
 
     python bench/dpo.py [--rounds 3] [--quick] [--peer-python P]
 
-Each peer runs in a process of its own, in turns; all compute a reference at each step, but for `precomputed`, which
-noted its log-probabilities before. `packed` computes a prompt once for both answers, `unshared` packs without that. The figures go to bench/results. Exit status 1: the peers did not do the same work.
+Each peer runs in a process of its own, in turns. All compute a reference at each step, but for `precomputed`, which
+noted its log-probabilities before; `packed` computes a prompt once for both answers, `unshared` packs without that.
+The figures go to bench/results. Exit status 1: the peers did not do the same work.
 """
 
 import argparse
