@@ -102,7 +102,7 @@ def companions(
             models["reference"] = InitialValues(policy, parallel)
         elif kind == "precomputed":
             for cache in {id(c): c for loader in loaders for c in loader.examples.caches}.values():
-                cache.columns[NOTED] = _noted(cache, policy, config, parallel, precision, loaders[0])
+                cache.columns[NOTED] = _noted(cache, loss, policy, config, parallel, precision, loaders[0])
             models["reference"] = Precomputed()
         else:
             models["reference"] = _own_model(config, policy, tokenizer, parallel, precision)
@@ -136,11 +136,11 @@ def _check_start(
 
 
 def _noted(
-    cache, policy: Policy, config: Config, parallel: SingleDevice, precision: Precision, loader: Loader
+    cache, loss: Loss, policy: Policy, config: Config, parallel: SingleDevice, precision: Precision, loader: Loader
 ) -> torch.Tensor:
     """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "lora", "soft_prompt")}
-    settings = [cache.path.stem, identity(config.model), parts, config.seed]
+    settings = [cache.path.stem, identity(config.model), parts, config.seed, loss.temperature]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
     if parallel.max(int(not _is_whole(file, len(cache.ids)))) == 0:
@@ -154,7 +154,7 @@ def _noted(
     with inference(policy), precision.autocast():
         for batch in tqdm(whole.eval_batches(), desc="the reference", unit=" batches", disable=quiet, leave=False):
             moved = batch.to(parallel.device)
-            logps[moved.of_targets("place").cpu()] = policy(moved).logps.float().cpu()
+            logps[moved.of_targets("place").cpu()] = policy(moved, temperature=loss.temperature).logps.float().cpu()
     parallel.reshard(policy)
     del cache.columns["place"]
     logps = parallel.sum(logps)

@@ -1,5 +1,6 @@
 """Schemas of rows that somebody has judged: preferences, feedback, labels, and rollouts with what they earned."""
 
+import math
 from typing import Any
 
 from ..errors import DataError
@@ -184,4 +185,4 @@ def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) 
         tokens[name] = [number_of({name: value}, name) for value in numbers]
     if "reward" not in row and "advantages" not in tokens and "returns" not in tokens:
         raise DataError("there is neither a reward, nor advantages, nor returns")
-    return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else 0.0, tokens)
+    return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else math.nan, tokens)

@@ -75,6 +75,7 @@ class Rollout:
     """An answer that a policy gave, as texts or as token ids, and what it earned.
 
     `tokens` maps old_logps, ref_logps, values, advantages or returns to one number for each token of the response.
+    A row without a reward has NaN.
     """
 
     prompt: Messages | list[int]

@@ -1,6 +1,6 @@
 """Losses by name. A new one is a file in this folder, imported here, and its test."""
 
-from . import dft, dpo, kto, pairwise, sft
+from . import dft, dpo, kto, pairwise, policy, sft, value
 from .base import Loss, LossOutput, create_loss, register_loss, registered
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "dpo",
     "kto",
     "pairwise",
+    "policy",
     "register_loss",
     "registered",
     "sft",
+    "value",
 ]

@@ -47,6 +47,7 @@ class Loss:
 
     record: ClassVar[str] = "conversation"  # learns from: conversation, preference, feedback, labelled, rollout
     dropout: ClassVar[bool] = True  # whether the policy's dropout is on while it trains
+    temperature: float = 1.0  # at which it asks for log-probabilities
     options_class: ClassVar[type]
     name: ClassVar[str]
 

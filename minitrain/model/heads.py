@@ -26,6 +26,11 @@ class OutputLayer(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def at(self, temperature: float) -> "OutputLayer":
+        """The layer whose logits are divided by a temperature, after the softcap."""
+        softcap = self.softcap and self.softcap / temperature  # c tanh(z/c) / t = (c/t) tanh((z/t) / (c/t))
+        return self._replace(scale=self.scale / temperature, softcap=softcap)
+
 
 class TokenScores(NamedTuple):
     logps: Tensor  # [N] float32

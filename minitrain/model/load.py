@@ -117,7 +117,7 @@ def load_policy(
         model.adapter.freeze(model, compute)
     policy = make_policy(model)
     if value_head:
-        add_value_head(policy, config.model.name_or_path)
+        add_value_head(policy, config.model)
         if weights is not None:
             head = policy.value_head.state_dict(prefix=f"{VALUE_HEAD}.")
             weights.replace(head)
@@ -137,11 +137,11 @@ def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: boo
     return policy
 
 
-def add_value_head(policy: Policy, folder: str) -> None:
-    """A value head, with the weights in a model's folder where it has some."""
+def add_value_head(policy: Policy, config: ModelConfig) -> None:
+    """A value head, with the weights in the folder of the adapter or the model where these have some."""
     policy.add_value_head()
-    file = Path(folder) / VALUE_HEAD_FILE
-    if file.is_file():
+    files = [Path(folder) / VALUE_HEAD_FILE for folder in (config.adapter, config.name_or_path) if folder]
+    if file := next((file for file in files if file.is_file()), None):
         policy.value_head.load_state_dict(load_file(file))
 
 

@@ -82,12 +82,16 @@ class Policy(nn.Module):
         token_weights: Callable[[Tensor], Tensor] | None = None,
         entropy: bool = False,
         mean_logps: bool = False,
+        temperature: float = 1.0,
     ) -> Scores:
-        """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options."""
+        """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options.
+
+        `temperature` divides the logits, as when answers are sampled at it.
+        """
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
         values = self._values(hidden) if self.value_head is not None else None
         hidden, layer = self.output(hidden)
-        scores = token_scores(hidden, batch.targets, layer, token_weights, entropy, mean_logps)
+        scores = token_scores(hidden, batch.targets, layer.at(temperature), token_weights, entropy, mean_logps)
         return Scores(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
 
     def add_value_head(self) -> None:

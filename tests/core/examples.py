@@ -51,7 +51,18 @@ def numbers(kind: str, i: int, document: Document, generator: torch.Generator) -
         return {"margin": 0.1 * i}, {}
     if kind == "feedback":
         return {"desirable": float(i % 3 > 0)}, {}
+    if kind == "rollout":
+        return {"reward": float(i * 7 % 5) - 1, "group": float(i // 3)}, _of_tokens(document, generator)
     return {}, {}
+
+
+def _of_tokens(document: Document, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A rollout's columns. Its prompt has numbers too, which must not matter."""
+    n = len(document.ids)
+    made = {name: torch.randn(n, generator=generator) for name in ("values", "advantages", "returns")}
+    made["old_logps"] = -5 + torch.randn(n, generator=generator)
+    made["ref_logps"] = made["old_logps"] + 0.5 * torch.randn(n, generator=generator)
+    return made
 
 
 def collated(made: list[list[Document]], rows: list[list[int]], packed: bool = False, shared: bool = False) -> Batch:

@@ -26,6 +26,11 @@ VARIANTS = {
     "dpo": [{"variant": "orpo"}, {"variant": "apo_down", "average_log_prob": True, "sft_weight": 0.2}],
     "pairwise": [{"center_rewards_coefficient": 0.01}, {"loss_type": "hinge", "margin": 1.0}],
     "kto": [{"undesirable_weight": 0.5}],
+    "policy": [
+        {"normaliser": "grpo", "ratio": "sequence", "kl_coef": 0.1, "entropy_coef": 0.01},
+        {"normaliser": "dr_grpo", "advantages": "rloo", "dual_clip": 2.0},
+        {"normaliser": "cispo", "advantages": "gae", "vf_coef": 0.1, "temperature": 0.7},
+    ],
 }
 CASES = [(name, options) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
 ALL = [[i] for i in range(N)]

@@ -1,5 +1,6 @@
 """Preferences, feedback, labels and rollouts: from rows to documents."""
 
+import math
 import pytest
 import torch
 
@@ -88,7 +89,7 @@ def test_rollouts():
     assert record({"prompt": "ask", "response": "tell", "reward": 1}, "rollout") == Rollout([ASK], "tell", 1.0)
     assert record({"messages": [ASK], "response": "tell", "reward": 1}, "rollout") == Rollout([ASK], "tell", 1.0)
     row = {"prompt_ids": [3, 4], "response_ids": [5], "advantages": 0.5, "old_logps": [-1]}
-    assert record(row, "rollout") == Rollout([3, 4], [5], 0.0, {"old_logps": [-1.0], "advantages": [0.5]})
+    assert record(row, "rollout") == Rollout([3, 4], [5], math.nan, {"old_logps": [-1.0], "advantages": [0.5]})
 
 
 @pytest.mark.parametrize(

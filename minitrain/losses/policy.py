@@ -1,0 +1,252 @@
+"""Policy gradients over rollouts read from a file: PPO, GRPO and their kin."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Scores
+from ..errors import DataError
+from ..schema import option
+from .advantages import (
+    ADVANTAGES,
+    DISCOUNTED,
+    ESTIMATORS,
+    Rollouts,
+    apart,
+    common_columns,
+    estimate,
+    kl_estimate,
+    penalised_rewards,
+    whiten,
+)
+from .base import DataFile, Loss, LossOutput, register_loss
+from .dpo import REFERENCE
+from .value import EPS_VALUE, GAMMA, LAM, value_losses, value_metrics, with_explained_variance
+
+EPS_HIGH = {"dapo": 0.28, "cispo": 5.0}  # as their papers have it, or their users
+
+
+@dataclass
+class PolicyOptions:
+    advantages: str = option(
+        "grpo", "How good a token was (see docs/losses.md). given: the rows' own `advantages`.", choices=ADVANTAGES
+    )
+    gamma: float = GAMMA
+    lam: float = LAM
+    scale_rewards: bool = option(True, "grpo: divide by the deviation of the group's rewards.")
+    whiten: bool | None = option(
+        None, "Advantages of mean 0 and deviation 1 over all tokens of the files; on with gae and reinforce++."
+    )
+    normaliser: str = option(
+        "dapo",
+        "What a step's sum is divided by; cispo also changes the term.",
+        choices=("dapo", "grpo", "dr_grpo", "cispo"),
+    )
+    max_new_tokens: int | None = option(
+        None, "dr_grpo: tokens that an answer could have had; the longest of the training files when left out.", least=1
+    )
+    ratio: str = option(
+        "token", "token, or sequence: the geometric mean over an answer's tokens (GSPO).", choices=("token", "sequence")
+    )
+    eps_low: float = option(0.2, "The ratio is clipped below 1 - eps_low.", least=0, most=1)
+    eps_high: float | None = option(
+        None,
+        "And above 1 + eps_high; with cispo, at eps_high. When left out: 0.28 with dapo, 5 with cispo, else eps_low.",
+        above=0,
+    )
+    dual_clip: float | None = option(None, "The ratio counts at most so much where the advantage is negative.", above=1)
+    temperature: float = option(1.0, "The one that answers were sampled at; old_logps are those at it.", above=0)
+    entropy_coef: float = option(0.0, "Weight of the entropy, which is to stay high.", least=0)
+    kl_coef: float = option(0.0, "Weight of the KL to the reference.", least=0)
+    kl_in: str = option(
+        "auto",
+        "The KL is a term of the loss, or lessens the rewards. auto: reward with gae and reinforce++, else loss.",
+        choices=("auto", "loss", "reward"),
+    )
+    kl_estimator: str | None = option(
+        None, "k1, k2 or k3 (see docs/losses.md); when left out k3 in the loss, k1 in the rewards.", choices=ESTIMATORS
+    )
+    reference: str = REFERENCE
+    vf_coef: float = option(
+        0.0, "Weight of the loss of a value head beside the vocabulary, 0.1 for instance; 0: there is none.", least=0
+    )
+    eps_value: float = EPS_VALUE
+
+    def __post_init__(self):
+        if self.kl_in == "auto":
+            self.kl_in = "reward" if self.advantages in DISCOUNTED else "loss"
+        if self.kl_estimator is None:
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
+        if self.eps_high is None:
+            self.eps_high = EPS_HIGH.get(self.normaliser, self.eps_low)
+        if self.whiten is None:
+            self.whiten = self.advantages in DISCOUNTED
+
+
+@register_loss("policy", PolicyOptions)
+class PolicyLoss(Loss):
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) of each token, rho = p / p_old (arXiv 1707.06347, eq. 7).
+
+    With dapo (arXiv 2503.14476) and cispo (arXiv 2506.13585) the unit is the token; with grpo (arXiv 2402.03300) it is
+    the rollout, of which the mean over its tokens is taken; with dr_grpo (arXiv 2503.20783) it is a place of the
+    longest rollout there could be. Terms of KL, entropy and value are summed in the same way. Rollouts without
+    old_logps are taken to be the policy's own: rho is 1, and the gradient that of -A log p.
+    """
+
+    record = "rollout"
+    dropout = False
+
+    def __init__(self, options: PolicyOptions):
+        super().__init__(options)
+        self.columns: frozenset[str] = frozenset()
+        self.max_new_tokens = options.max_new_tokens
+
+    def ignored(self) -> dict[str, str]:
+        o, told = self.options, {}
+        if o.advantages not in DISCOUNTED and (o.advantages == "given" or not o.vf_coef):
+            told["gamma"] = "it needs loss.advantages=gae or reinforce++, or returns for loss.vf_coef."
+        if o.advantages != "gae":
+            told["lam"] = "it needs loss.advantages=gae."
+        if o.advantages != "grpo":
+            told["scale_rewards"] = "it needs loss.advantages=grpo."
+        if o.normaliser != "dr_grpo":
+            told["max_new_tokens"] = "it needs loss.normaliser=dr_grpo."
+        if o.normaliser == "cispo":
+            told |= dict.fromkeys(("eps_low", "dual_clip"), "cispo clips at eps_high alone.")
+        if not o.kl_coef:
+            told |= dict.fromkeys(("kl_in", "kl_estimator", "reference"), "it needs loss.kl_coef.")
+        elif o.kl_in == "reward":
+            told["reference"] = "the KL is in the rewards, which needs old_logps and ref_logps in the rows."
+            if o.advantages == "given":
+                told["kl_in"] = "advantages that are given come from no rewards."
+        if not o.vf_coef:
+            told["eps_value"] = "it needs loss.vf_coef."
+        return told
+
+    @property
+    def needs(self) -> frozenset[str]:
+        o = self.options
+        compares = o.kl_coef > 0 and o.kl_in == "loss" and "ref_logps" not in self.columns
+        return frozenset({"reference"} if compares else ()) | frozenset({"values"} if o.vf_coef else ())
+
+    @property
+    def temperature(self) -> float:
+        return self.options.temperature
+
+    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
+        self.columns = common_columns([*train, *evaluation])
+        learned, kind = Rollouts(train), self.options.advantages
+        self.max_new_tokens = self.options.max_new_tokens or int(learned.lengths.max())
+        if kind in ("grpo", "rloo") and int(learned.groups().bincount().max()) < 2:
+            raise DataError(
+                f"{train[0].source}: no prompt has two rollouts, so none can be compared with another as "
+                f"loss.advantages={kind} does. Sample several of each prompt, or take loss.advantages=reinforce++."
+            )
+        for files in apart(train, evaluation):
+            self._note_advantages(Rollouts(files))
+
+    def _note_advantages(self, rollouts: Rollouts) -> None:
+        """Makes the columns advantages and, for a value head, returns."""
+        o = self.options
+        if o.advantages == "given":
+            advantages = rollouts.column("advantages", "loss.advantages=given")
+            returns = rollouts.column("returns", "loss.vf_coef with advantages that are given") if o.vf_coef else None
+        else:
+            rewards = penalised_rewards(rollouts, o.kl_coef if o.kl_in == "reward" else 0.0, o.kl_estimator)
+            advantages, returns = estimate(rollouts, rewards, o.advantages, o.gamma, o.lam, o.scale_rewards)
+        rollouts.note("advantages", whiten(advantages) if o.whiten else advantages)
+        if o.vf_coef:
+            rollouts.note("returns", returns)
+
+    def weight(self, batch: Batch) -> Tensor:
+        if self.options.normaliser in ("dapo", "cispo"):
+            return torch.tensor(float(batch.n_labels), device=batch.targets.device)
+        rollouts = batch.learned_docs.sum().float()
+        return rollouts * self.max_new_tokens if self.options.normaliser == "dr_grpo" else rollouts
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        o = self.options
+        scores = policy(batch, entropy=True, temperature=o.temperature)
+        advantages = batch.of_targets("advantages")  # [N]
+        old = batch.of_targets("old_logps") if "old_logps" in self.columns else scores.logps.detach()  # [N]
+        log_ratio = scores.logps - old  # [N]
+        rho = (_means(scores, log_ratio) if o.ratio == "sequence" else log_ratio).exp()  # [N]
+        losses = surrogate(scores.logps, rho, advantages, o)  # [N]
+        metrics = self._metrics(batch, scores, advantages, log_ratio, rho)
+        apart = self._from_reference(batch, scores, reference)  # [N]
+        if apart is not None:
+            kl = kl_estimate(apart, o.kl_estimator)
+            metrics["kl"] = kl.detach().sum(), metrics["ratio"][1]
+            losses = losses + o.kl_coef * kl if o.kl_in == "loss" else losses
+        if o.entropy_coef:
+            losses = losses - o.entropy_coef * scores.entropy
+        if o.vf_coef:
+            returns = batch.of_targets("returns")  # [N]
+            before = batch.of_targets("values") if "values" in self.columns else None  # [N]
+            errors = value_losses(scores.values, returns, before, o.eps_value)
+            losses = losses + o.vf_coef * errors
+            metrics["value_loss"] = errors.detach().sum(), metrics["ratio"][1]
+            metrics |= value_metrics(scores.values, returns, before, o.eps_value)
+        if o.normaliser == "grpo":
+            losses = losses / _lengths(scores)
+        return LossOutput(losses.sum(), self.weight(batch), metrics)
+
+    def _from_reference(self, batch: Batch, scores: Scores, reference) -> Tensor | None:
+        """log p - log p_ref -> [N]; None where there is neither a reference nor a column of its log-probabilities."""
+        if reference is not None:
+            return scores.logps - reference(batch, temperature=self.temperature).logps
+        return scores.logps - batch.of_targets("ref_logps") if "ref_logps" in self.columns else None
+
+    @torch.no_grad()
+    def _metrics(
+        self, batch: Batch, scores: Scores, advantages: Tensor, log_ratio: Tensor, rho: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        o, n = self.options, scores.logps.new_tensor(float(len(scores.logps)))
+        good, bad = (advantages > 0).float(), (advantages < 0).float()  # [N], [N]
+        figures = {
+            "ratio": rho,
+            "approx_kl": kl_estimate(-log_ratio, "k3"),  # of the sampling policy to this one
+            "entropy": scores.entropy,
+            "advantage": advantages,
+        }
+        if o.normaliser == "cispo":
+            figures["clip_fraction/high"] = (rho > o.eps_high).float()
+        else:
+            figures["clip_fraction/high"] = good * (rho > 1 + o.eps_high)
+            figures["clip_fraction/low"] = bad * (rho < 1 - o.eps_low)
+        metrics = {name: (figure.sum(), n) for name, figure in figures.items()}
+        metrics["logps/positive"] = (scores.logps * good).sum(), good.sum()
+        metrics["logps/negative"] = (scores.logps * bad).sum(), bad.sum()
+        rewards = batch.of_docs("reward")[batch.learned_docs]  # [D]
+        known = rewards == rewards  # NaN where a row with advantages of its own has none
+        metrics["reward"] = rewards[known].sum(), known.sum().float()
+        return metrics
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds the explained variance of a value head."""
+        return with_explained_variance(means)
+
+
+def surrogate(logps: Tensor, rho: Tensor, advantages: Tensor, o: PolicyOptions) -> Tensor:
+    """-min(rho A, clip(rho) A), where A < 0 at most -dual_clip A (arXiv 1912.09729); cispo: -sg(min(rho, eps)) A logp.
+
+    All [N].
+    """
+    if o.normaliser == "cispo":
+        return -rho.detach().clamp(max=o.eps_high) * advantages * logps
+    losses = torch.maximum(-rho * advantages, -rho.clamp(1 - o.eps_low, 1 + o.eps_high) * advantages)
+    if o.dual_clip is None:
+        return losses
+    return torch.where(advantages < 0, torch.minimum(losses, -o.dual_clip * advantages), losses)
+
+
+def _lengths(scores: Scores) -> Tensor:
+    """Tokens of its rollout, for each token -> [N]."""
+    return scores.per_document(torch.ones_like(scores.logps))[scores.doc_ids]
+
+
+def _means(scores: Scores, numbers: Tensor) -> Tensor:
+    """[N] -> [N], the mean of its rollout for each token."""
+    return scores.per_document(numbers)[scores.doc_ids] / _lengths(scores)
