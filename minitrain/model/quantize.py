@@ -5,9 +5,11 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from .scoring import head_name
+
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the linear layers, all but the output layer, and moves them to `device`, which packs their weights.
+    """Replaces the linear layers, all but those that a model ends in, and moves them to `device`, which packs their weights.
 
     4bit is NF4 with double quantisation (QLoRA, arXiv 2305.14314), computed in `dtype`; 8bit is LLM.int8()
     (arXiv 2208.07339).
@@ -16,8 +18,9 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast in each step
     head = model.get_output_embeddings()
+    scalars = set() if head is not None else set(model.get_submodule(head_name(model)).modules())
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
+        if type(module) is not nn.Linear or module is head or module in scalars:
             continue
         sizes, bias = (module.in_features, module.out_features), module.bias is not None
         if bits == "4bit":

@@ -1,6 +1,7 @@
 """Preferences, feedback, labels and rollouts: from rows to documents."""
 
 import math
+
 import pytest
 import torch
 
