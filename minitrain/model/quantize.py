@@ -9,7 +9,7 @@ from .scoring import head_name
 
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the linear layers, all but those that a model ends in, and moves them to `device`, which packs their weights.
+    """Replaces the linear layers, all but the model's head, and moves them to `device`, which packs their weights.
 
     4bit is NF4 with double quantisation (QLoRA, arXiv 2305.14314), computed in `dtype`; 8bit is LLM.int8()
     (arXiv 2208.07339).

@@ -71,6 +71,24 @@ def test_wrong_token_weights_still_give_the_right_gradient():
     torch.testing.assert_close(weight.grad.double(), exact[1].grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 3.0), (2.0, None)])
+def test_a_temperature_divides_the_logits_after_the_softcap(scale, softcap):
+    """Scores and gradients are those of the full table of logits / 0.6 (trl#3029)."""
+    hidden, weight, bias, targets = inputs(True)
+    exact = double((hidden, weight, bias))
+    got = token_scores(hidden, targets, OutputLayer(weight, bias, scale, softcap).at(0.6), None, True, True, 4)
+    logits = (exact[0] @ exact[1].T + exact[2]) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logps = (logits / 0.6).log_softmax(-1)
+    want = logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1), logps.mean(-1)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    sum(a.sum() for a in got).backward()
+    sum(b.sum() for b in want).backward()
+    for a, b in zip((hidden, weight, bias), exact):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=2e-5)
+
+
 def test_a_frozen_matrix_gets_no_gradient():
     """Only what requires a gradient gets one, in both ways of making it."""
     for weigh in (None, torch.ones_like):

@@ -1,5 +1,6 @@
 """FSDPTrainer with every kind of model, precision and mesh trains what one process does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from minitrain.model.tiny import tiny_tokenizer
 from tests.core.test_policy import MODELS
+from tests.core.test_rollouts import rows
 from tests.distributed.launch import launch, trace
 from tests.distributed.test_fsdp import figures, same_training
 
@@ -110,6 +112,29 @@ def test_early_stopping_and_best_model(job, scratch):
     found, wanted = (Path(each["config"]["output_dir"]) / each["config"]["exp_name"] / "best" for each in (ours, alone))
     found, wanted = (load_file(folder / "model.safetensors") for folder in (found, wanted))
     assert all(torch.allclose(found[name], wanted[name], atol=5e-4) for name in wanted)
+
+
+def test_actor_and_critic_on_two_ranks(job, scratch, tmp_path):
+    """A joined step with old values, a KL to a second model and a temperature, whole groups cut over ranks and
+    micro-batches: that of one process, value head and all (transformers#34242)."""
+    file = tmp_path / "rollouts.jsonl"
+    given = rows(old_logps=lambda n: [-5.0] * n, values=lambda n: [0.1 * k for k in range(n)])
+    file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    settings = [f"datasets=[{file}]", "loss.name=policy", "loss.vf_coef=0.5", "loss.temperature=0.8"]
+    settings += ["loss.kl_coef=0.2", "gradient_accumulation_steps=2", "validation_split=5"]
+    wanted = {
+        "group": (*settings, "loss.normaliser=grpo", "loss.ratio=sequence"),
+        "gae": (*settings, "loss.advantages=gae", "loss.kl_in=loss", "packing=true", "model.name_or_path=tiny"),
+    }
+    alone = {name: job(f"alone-{name}", *more) for name, more in wanted.items()}
+    ranked = {name: job(f"ranks-{name}", *more, fsdp="full") for name, more in wanted.items()}
+    launch(0, list(alone.values()), scratch / "alone")
+    launch(2, list(ranked.values()), scratch / "ranks")
+    for name in wanted:
+        same_training(ranked[name], alone[name], rtol=2e-5)
+        ours, theirs = (figures(each[name], "eval")[-1] for each in (ranked, alone))
+        for key in ours.keys() - {"seconds", "kind"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
 @EVERYTHING
