@@ -250,11 +250,14 @@ def sampled(folder, temperature: float) -> list[dict]:
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_the_sampling_temperature_gives_ratio_1(train, llama_folder, packing, ratio):
-    """Sampled at 0.6 from the same weights: the ratio is 1 for every token, and at another temperature it is not
-    (trl#3029)."""
+    """Sampled at 0.6 from the same weights: the ratio is 1 for every token, with dropout in the model too, and at
+    another temperature it is not (trl#3029)."""
     given = sampled(llama_folder, 0.6)
     settings = ("n_steps=1", f"packing={packing}", f"loss.ratio={ratio}", "loss.eps_low=1e-4", "loss.eps_high=1e-4")
     trainer = train(given, "loss.temperature=0.6", *settings)
+    for module in trainer.policy.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
     trainer.train()
     (line,) = metrics(trainer)
     assert line["ratio"] == pytest.approx(1, abs=1e-5) and line["approx_kl"] == pytest.approx(0, abs=1e-6)
@@ -302,6 +305,16 @@ def test_rewarded_answers_become_likelier(train):
     assert lines[-1]["logps/negative"] < lines[0]["logps/negative"]
 
 
+def test_rows_may_bring_their_own_advantages(train):
+    """Rewards are then no more than a figure, of the rows that have one."""
+    given = rows(advantages=lambda n: [0.5] * n)
+    for row in given[::2]:
+        del row["reward"]
+    (line,) = metrics(_trained(train(given, "loss.advantages=given", "n_steps=1", "total_batch_size=24")))
+    assert line["advantage"] == pytest.approx(0.5) and line["loss"] == pytest.approx(-0.5)
+    assert line["reward"] == pytest.approx(sum(row["reward"] for row in given[1::2]) / 12)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_value_head_is_saved_and_goes_on(train, dtype):
     """The head beside a policy is trained, saved with the model, and what the next run starts from."""
@@ -330,6 +343,7 @@ def test_a_value_model_is_loaded_by_transformers(train):
     """final/ is an AutoModelForSequenceClassification of one label: what it says of a prompt is our value of its next
     token. It learns to tell the returns of rollouts, and starts the next run."""
     trainer = train(rows(), "loss.name=value", "n_steps=60", "total_batch_size=24", "lr=5e-3", "loss.gamma=0.9")
+    assert not trainer.policy.training  # dropout is off
     trainer.train()
     lines = metrics(trainer)
     assert lines[-1]["explained_variance"] > 0.5 > 0.2 > lines[0]["explained_variance"]
