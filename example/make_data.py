@@ -72,6 +72,18 @@ def write_preferences(path: Path, rows: list[tuple[str, str]], rng: random.Rando
     path.write_text("\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
 
 
+def write_rollouts(path: Path, rows: list[tuple[str, str]], rng: random.Random) -> None:
+    """One {"prompt", "response", "reward"} a line: of each question the right answer, and two that are a little wrong.
+
+    As if a policy had been asked three times; its log-probabilities were not noted.
+    """
+    lines = []
+    for question, answer in rows:
+        for response in (answer, slip(answer, rng), slip(answer, rng)):
+            lines.append(json.dumps({"prompt": question, "response": response, "reward": float(response == answer)}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_conversations(path: Path, rows: list[tuple[str, str]]) -> None:
     """A list of conversations of two questions each."""
     conversations = []
@@ -99,3 +111,5 @@ if __name__ == "__main__":
     write_csv(folder / "skills.csv", train[1000:2000])
     write_preferences(folder / "skills-preferences.jsonl", train[2000:], random.Random(1))
     write_preferences(folder / "skills-preferences-test.jsonl", test, random.Random(2))
+    write_rollouts(folder / "skills-rollouts.jsonl", train[:1000], random.Random(3))
+    write_rollouts(folder / "skills-rollouts-test.jsonl", test[:100], random.Random(4))

@@ -246,6 +246,9 @@ def _check_loss(config: Config, problems: Problems) -> None:
         if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
             told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."
             problems.add(f"datasets[{i}].type", told, "loss.name")
+    if loss.record in ("feedback", "rollout") and config.eval_generate.n_examples:
+        told = f"the answers of {loss.record} rows need not be right, so none can be compared with them."
+        problems.add("eval_generate", told, "loss.name")
     if loss.outputs is not None and config.eval_generate.n_examples:
         problems.add("eval_generate", f"a model that {name} trains gives scores and no text.", "loss.name")
 
