@@ -218,7 +218,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
     elif path.name.removesuffix(".gz").rpartition(".")[2].lower() in FORMATS:
         rows = read_rows(path)
     else:
-        raise DataError(f"{path}: expected a .txt, .jsonl, .json or .csv file")
+        raise DataError(f"{path}: expected a .txt, .jsonl, .json, .csv or .tsv file")
     for line, row in rows:
         where = f"{path}:{line}"
         if isinstance(row, DataError):

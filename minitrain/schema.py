@@ -26,7 +26,7 @@ def option(default: Any, help: str, *, choices=(), least=None, above=None, most=
 
 @dataclass
 class DatasetConfig:
-    path: str = option(MISSING, "A .json, .jsonl or .csv file, or one of these with .gz behind it.")
+    path: str = option(MISSING, "A .json, .jsonl, .csv or .tsv file, or one of these with .gz behind it.")
     type: str | None = option(None, "The schema of its rows (see docs/data.md); told by their keys when left out.")
     columns: dict[str, str] = option({}, "Which column holds what, e.g. {prompt: query, response: reply}.")
     prompt_template: str | None = option(

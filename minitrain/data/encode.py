@@ -68,15 +68,16 @@ def _sharing(documents: list[Tokens] | str) -> list[Tokens] | str:
 def _labelled(record: Labelled, template: Template, limits: Limits) -> list[Tokens] | str:
     texts = [record.text] if record.text_pair is None else [record.text, record.text_pair]
     refuse_unusable(texts)
-    encoded = template.tokenizer(*texts)
+    encoded, notes = template.tokenizer(*texts), {}
     if len(encoded["input_ids"]) > limits.max_length:
         if limits.truncation == "drop":
             return TOO_LONG
+        notes = {"truncated examples": 1}
         encoded = template.tokenizer(*texts, truncation=True, max_length=limits.max_length)
     ids = encoded["input_ids"]
     if not ids:
         raise DataError("the text is empty")
-    tokens = Tokens(ids, [False] * len(ids), values={"label": record.label})
+    tokens = Tokens(ids, [False] * len(ids), notes, values={"label": record.label})
     tokens.columns["token_types"] = encoded.get("token_type_ids", [0] * len(ids))
     return [tokens]
 

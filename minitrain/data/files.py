@@ -1,4 +1,4 @@
-"""Rows out of .json, .jsonl and .csv files, gzipped or not, each with the line it starts on."""
+"""Rows out of .json, .jsonl, .csv and .tsv files, gzipped or not, each with the line it starts on."""
 
 import csv
 import gzip
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DataError
 
-FORMATS = ("json", "jsonl", "csv")
+FORMATS = ("json", "jsonl", "csv", "tsv")
 MAX_LINE_BYTES = 32 << 20
 
 Row = tuple[int, dict | DataError]
@@ -21,7 +21,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     the caller decides whether to go on; what spoils the whole file is raised.
     """
     path = Path(path)
-    readers = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv}
+    readers = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv, "tsv": _read_tsv}
     reader = readers[path.name.removesuffix(".gz").rpartition(".")[2].lower()]
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -30,7 +30,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def _read_jsonl(file, path: Path) -> Iterator[Row]:
+def _lines(file, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line by line, without the byte-order mark and the ends of the lines."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -38,8 +39,13 @@ def _read_jsonl(file, path: Path) -> Iterator[Row]:
             raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
+        yield number, raw.rstrip(b"\r\n")
+
+
+def _read_jsonl(file, path: Path) -> Iterator[Row]:
+    for number, raw in _lines(file, path):
         if raw.strip():
-            yield number, _parse(raw.rstrip(b"\r\n"))
+            yield number, _parse(raw)
 
 
 def _parse(raw: bytes) -> dict | DataError:
@@ -138,10 +144,7 @@ def _read_csv(file, path: Path) -> Iterator[Row]:
         header = next(reader, None)
         if header is None:
             return
-        if isinstance(problem := _csv_row(header, header), DataError):
-            raise DataError(f"{path}:1: {problem}")
-        if len(set(header)) != len(header):
-            raise DataError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}")
+        _check_header(header, path)
         line = reader.line_num + 1
         for cells in reader:
             if cells:
@@ -149,6 +152,26 @@ def _read_csv(file, path: Path) -> Iterator[Row]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
+
+
+def _read_tsv(file, path: Path) -> Iterator[Row]:
+    """Fields between tabs, with a header; quotes are text like any other (csv.QUOTE_NONE), as in GLUE."""
+    header = None
+    for number, raw in _lines(file, path):
+        cells = raw.decode("utf-8", "surrogateescape").split("\t")
+        if header is None:
+            header = cells
+            _check_header(header, path)
+        elif raw:
+            yield number, _csv_row(header, cells)
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    if isinstance(problem := _csv_row(header, header), DataError):
+        raise DataError(f"{path}:1: {problem}")
+    if len(set(header)) != len(header):
+        told = "The first line has to name the columns; a file without a header cannot be read."
+        raise DataError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}. {told}")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict | DataError:

@@ -118,7 +118,7 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
     """
     known = schemas_of(kind)
     if dataset.columns:
-        row = row | {name: _column(row, column) for name, column in dataset.columns.items()}
+        row = row | {name: _column(row, column, dataset.path) for name, column in dataset.columns.items()}
     if dataset.type is not None:
         name = dataset.type
         missing = [key for key in known[name].required if key not in row]
@@ -132,7 +132,7 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
         example = example or "{prompt: my_column, response: my_other_column}"
         raise DataError(
             f"no known schema of {kind} rows has the keys {keys_of(row)}. Known are ({kinds}). "
-            f"Map your columns, for example columns: {example}"
+            f"Map your columns, for example columns: {example}{_of_header(dataset.path)}"
         )
     templated = dataset.prompt_template or dataset.response_template
     if templated and name not in TEMPLATED:
@@ -147,10 +147,16 @@ def _recognise(keys: dict, known: dict[str, Schema]) -> str | None:
     return next((name for name, s in known.items() if all(key in keys for key in s.required)), None)
 
 
-def _column(row: dict, column: str) -> object:
+def _column(row: dict, column: str, path: str) -> object:
     if column not in row:
-        raise DataError(f"columns names {column!r}; the row has {keys_of(row)}")
+        raise DataError(f"columns names {column!r}; the row has {keys_of(row)}{_of_header(path)}")
     return row[column]
+
+
+def _of_header(path: str) -> str:
+    """Where keys come from that may be no keys at all."""
+    tabular = path.removesuffix(".gz").lower().endswith((".csv", ".tsv"))
+    return ". The keys are the first line of the file, which has to be a header" if tabular else ""
 
 
 # ------------------------------------------------------------------------------------------- reading what is in a row

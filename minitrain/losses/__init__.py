@@ -1,11 +1,12 @@
 """Losses by name. A new one is a file in this folder, imported here, and its test."""
 
-from . import dft, dpo, kto, pairwise, policy, sft, value
+from . import classify, dft, dpo, kto, pairwise, policy, sft, value
 from .base import Loss, LossOutput, create_loss, register_loss, registered
 
 __all__ = [
     "Loss",
     "LossOutput",
+    "classify",
     "create_loss",
     "dft",
     "dpo",

@@ -105,7 +105,7 @@ def write(name: str, *rows) -> str:
         (["datasets=[nowhere.jsonl]"], "there is no file nowhere.jsonl (seen from "),
         (["datasets=[row.jsonl]"], "Did you mean rows.jsonl?"),
         (["datasets=[model]"], "model is a folder; name a file in it"),
-        (["datasets=[c.yml]"], "c.yml is no .json, .jsonl, .csv file"),
+        (["datasets=[c.yml]"], "c.yml is no .json, .jsonl, .csv, .tsv file"),
         (["model.name_or_path=./nowhere"], "there is no folder nowhere"),
         (["model.name_or_path=rows.jsonl"], "there is no folder rows.jsonl"),
         (["model.name_or_path=."], "holds no config.json, so it is not a model's folder"),

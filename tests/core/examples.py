@@ -53,6 +53,8 @@ def numbers(kind: str, i: int, document: Document, generator: torch.Generator) -
         return {"desirable": float(i % 3 > 0)}, {}
     if kind == "rollout":
         return {"reward": float(i * 7 % 5) - 1, "group": float(i // 3)}, _of_tokens(document, generator)
+    if kind == "labelled":
+        return {"label": float(i % 3)}, {"token_types": torch.zeros(len(document.ids))}
     return {}, {}
 
 

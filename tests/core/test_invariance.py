@@ -31,6 +31,7 @@ VARIANTS = {
         {"normaliser": "dr_grpo", "advantages": "rloo", "dual_clip": 2.0},
         {"normaliser": "cispo", "advantages": "gae", "vf_coef": 0.1, "temperature": 0.7},
     ],
+    "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],
 }
 CASES = [(name, options) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
 ALL = [[i] for i in range(N)]
