@@ -28,7 +28,7 @@ def check_config(config: Config, defaults: Config, problems: Problems) -> None:
     _check_data(config, given, problems)
     _check_model(config, problems)
     _check_adapter(config, given, problems)
-    _check_loss(config, problems)
+    _check_loss(config, given, problems)
     _check_steps(config, problems)
     _check_optimizer(config, given, problems)
     _check_evaluation(config, given, problems)
@@ -223,7 +223,7 @@ def looks_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
 
 
-def _check_loss(config: Config, problems: Problems) -> None:
+def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
     from .data.records import SCHEMAS
     from .losses import create_loss, registered
 
@@ -232,16 +232,19 @@ def _check_loss(config: Config, problems: Problems) -> None:
         hint = nearest(str(name), known)
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
-    given = {key: value for key, value in config.loss.items() if key != "name"}
-    options = check_types(known[name].options_class, given, "loss.", problems)
+    written = {key: value for key, value in config.loss.items() if key != "name"}
+    options = check_types(known[name].options_class, written, "loss.", problems)
     config.loss = {"name": name} | options
     for f in fields(known[name].options_class):
         if f.name not in options and f.default is MISSING:
             return
     loss = create_loss(name, **options)
     for key, told in loss.ignored().items():
-        if key in given:
+        if key in written:
             problems.add(f"loss.{key}", f"would be ignored: {told}")
+    for key in ("chat_template", "train_on", "max_prompt_length"):
+        if loss.record == "labelled" and key in given:
+            problems.add(key, f"would be ignored: {name} reads texts as they are.", "loss.name")
     for i, entry in enumerate(config.datasets):
         if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
             told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."

@@ -77,6 +77,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _generate_arguments(
         _command(commands, "generate", "answer prompts with a trained model", f"MODEL {sources} [options]")
     )
+    sources = "(--text TEXT ... | --prompt TEXT ... | --input FILE)"
+    _score_arguments(
+        _command(commands, "score", "label texts or rate answers with a trained model", f"MODEL {sources} [options]")
+    )
     _chat_arguments(_command(commands, "chat", "talk to a trained model", "MODEL [options]"))
     usage = "RUN [RUN ...] --output DIR [options]"
     _merge_arguments(_command(commands, "merge", "make adapters part of the model's weights", usage))
@@ -115,32 +119,58 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_train)
 
 
-def _model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run folder, a model's folder, or a hub name")
-    number = parser.add_argument_group("the answers").add_argument
-    number("--max-new-tokens", type=_number(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s")
-    number("--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy")
-    number("--top-p", type=_number(float, 0, 1), default=1.0, metavar="P", help="sample from the likeliest tokens only")
-    number("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default %(default)s")
     group = parser.add_argument_group("the model")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default %(default)s")
     group.add_argument("--chat-template", default="auto", metavar="T", help="auto, chatml, none or a .jinja file")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
+def _sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    number = parser.add_argument_group("the answers").add_argument
+    number("--max-new-tokens", type=_number(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s")
+    number("--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy")
+    number("--top-p", type=_number(float, 0, 1), default=1.0, metavar="P", help="sample from the likeliest tokens only")
+    number("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default %(default)s")
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser, 256)
+    _sampling_arguments(parser, 256)
+    _model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
-    source.add_argument("--input", metavar="FILE", help=".txt with a prompt a line, or .jsonl, .json, .csv rows")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write the rows with their `response` there")
-    parser.add_argument("--force", action="store_true", help="write over an output that exists")
-    parser.add_argument("--batch-size", type=_number(int, 1), default=16, metavar="N", help="default %(default)s")
+    source.add_argument("--input", metavar="FILE", help=".txt with a prompt a line, or .jsonl, .json, .csv, .tsv rows")
+    _output_arguments(parser, "response")
     parser.set_defaults(command=_generate)
 
 
+def _output_arguments(parser: argparse.ArgumentParser, key: str) -> None:
+    parser.add_argument("--output", metavar="FILE.jsonl", help=f"write the rows with their `{key}` there")
+    parser.add_argument("--force", action="store_true", help="write over an output that exists")
+    parser.add_argument("--batch-size", type=_number(int, 1), default=16, metavar="N", help="default %(default)s")
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", metavar="TEXT", help="texts to label")
+    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts whose answers are rated; see --response")
+    source.add_argument(
+        "--input", metavar="FILE", help="rows of texts, pairs or conversations: .jsonl, .json, .csv, .tsv"
+    )
+    parser.add_argument("--text-pair", nargs="+", metavar="TEXT", help="the other half of each --text")
+    parser.add_argument("--response", nargs="+", metavar="TEXT", help="the answer to each --prompt")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="which column of FILE holds what"
+    )
+    _output_arguments(parser, "prediction")
+    parser.set_defaults(command=_score)
+
+
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser, 512)
+    _sampling_arguments(parser, 512)
+    _model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parser.set_defaults(command=_chat)
 
@@ -189,17 +219,11 @@ def _train(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from .errors import ConfigError, DataError
+    from .errors import DataError
 
     with _importing():
         from .generate import Prompt, read_prompts
-    output = Path(arguments.output) if arguments.output else None
-    if output and output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder; name a file in it")
-    if output and output.exists() and not arguments.force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
-    if output and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    output = _output(arguments)
     if arguments.input:
         prompts = list(read_prompts(Path(arguments.input)))
     else:
@@ -215,19 +239,51 @@ def _generate(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from None
     answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
-    _write_answers([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output)
+    if output is None:
+        print("\n".join(answers))
+    else:
+        _write([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output, "answers")
     return 0
 
 
-def _write_answers(rows: list[dict], output) -> None:
+def _score(arguments: argparse.Namespace) -> int:
+    output = _output(arguments)
+    with _importing():
+        from .score import asked_for, line, load_judge
+    _hide_loading_bar()
+    asked = asked_for(arguments)
+    judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
+    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=True))
+    if output is None:
+        print("\n".join(map(line, verdicts)))
+    else:
+        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output, "predictions")
+    return 0
+
+
+def _output(arguments: argparse.Namespace):
+    """The path of the file to write; None for the console. Raises ConfigError."""
+    from pathlib import Path
+
+    from .errors import ConfigError
+
+    if arguments.output is None:
+        return None
+    output = Path(arguments.output)
+    if output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file in it")
+    if output.exists() and not arguments.force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    return output
+
+
+def _write(rows: list[dict], output, what: str) -> None:
     import json
 
     from .errors import ConfigError
 
-    if output is None:
-        for row in rows:
-            print(row["response"])
-        return
     part = output.with_name(f".{output.name}.part")
     try:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -236,7 +292,7 @@ def _write_answers(rows: list[dict], output) -> None:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
-    print(f"{len(rows)} answers written to {output}")
+    print(f"{len(rows)} {what} written to {output}")
 
 
 def _chat(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Answers from a model: batched, left-padded, with the template and the end tokens of its training."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from .errors import ConfigError, DataError
 from .evaluate import inference
 from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
-from .model.load import DTYPES, load_merged, load_model, load_tokenizer
+from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .schema import ModelConfig
 
 Messages = list[dict[str, str]]
@@ -50,9 +51,15 @@ class Generator:
     ):
         self.model, self.template, self.gathered = model, template, gathered
         self.tokenizer = template.tokenizer
-        self.end_ids = template.end_ids()
         self.n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
         self.calls = 0
+
+    @functools.cached_property
+    def end_ids(self) -> list[int]:
+        """The tokens that an answer ends with."""
+        if not self.model.can_generate():
+            raise ConfigError("this model gives scores and no text, so it cannot answer; see `minitrain score`.")
+        return self.template.end_ids()
 
     def answer(
         self, prompts: list[list[int]], sampling: Sampling, batch_size: int = 16, progress: bool = False
@@ -90,7 +97,7 @@ class Generator:
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
         """Left-padded generation -> ids of the answers [B, <= max_new_tokens]."""
-        width = max(map(len, prompts))
+        end_ids, width = self.end_ids, max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         with inference(self.model), self.gathered():
             device = self.model.get_input_embeddings().weight.device
@@ -103,7 +110,7 @@ class Generator:
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - ids.shape[1])),
-                eos_token_id=self.end_ids,
+                eos_token_id=end_ids,
                 pad_token_id=pad,
                 use_cache=True,
                 streamer=streamer,
@@ -135,11 +142,13 @@ def load_generator(
     if chat_template not in ("auto", "chatml", "none") and not Path(chat_template).is_file():
         raise ConfigError(f"the chat template {chat_template!r} is neither auto, chatml, none, nor a file.")
     config = model_config(find_model(source), trust_remote_code)
+    if trained_outputs(config) is not None:
+        raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.")
     place = pick_device(device)
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
     saved = saved_dtype(config)
-    dtype = DTYPES[saved] if saved in _native_dtypes(place) else torch.float32
+    dtype = DTYPES[saved] if saved in native_dtypes(place) else torch.float32
     if config.adapter:
         model = load_merged(config, tokenizer).to(dtype)
     else:
@@ -191,7 +200,7 @@ def saved_dtype(config: ModelConfig) -> str | None:
         return None
 
 
-def _native_dtypes(device: torch.device) -> set[str]:
+def native_dtypes(device: torch.device) -> set[str]:
     """What this processor computes in, besides float32."""
     if device.type == "cuda":
         return {"float16", "bfloat16"} if torch.cuda.is_bf16_supported(including_emulation=False) else {"float16"}

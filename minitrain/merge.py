@@ -9,8 +9,9 @@ from .engine.folders import atomic_folder
 from .errors import ConfigError
 from .generate import find_model, model_config, saved_dtype
 from .model.adapter_files import load_adapter, read_config
-from .model.load import DTYPES, load_base, load_tokenizer, save_model
+from .model.load import DTYPES, load_base, load_tokenizer, save_model, trained_outputs
 from .model.lora import fold
+from .model.scoring import heads_of
 from .schema import ModelConfig
 
 
@@ -29,8 +30,13 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
             raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.")
         if _base(config) != _base(configs[0]):
             raise ConfigError(f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.")
-    tokenizer = load_tokenizer(configs[0])
+        if trained_outputs(config) != trained_outputs(configs[0]):
+            raise ConfigError(f"{source} and {sources[0]} are adapters of models that end in other outputs.")
+    tokenizer = load_tokenizer(configs[0], scores=trained_outputs(configs[0]) is not None)
     model = load_base(configs[0], tokenizer)
+    for name in heads_of(model).new:  # what the base has not is all of the adapters
+        for parameter in model.get_submodule(name).parameters():
+            parameter.data.zero_()
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     total = {}
     for config, share in zip(configs, shares, strict=True):

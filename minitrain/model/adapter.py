@@ -13,7 +13,6 @@ from ..errors import ConfigError
 from . import lora
 from .policy import find_blocks
 from .quantize import is_quantized
-from .scoring import head_name
 from .weights import Weights
 
 
@@ -61,36 +60,36 @@ class Adapter:
 def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = None) -> Adapter:
     """Gives every layer that the config names its matrices, still zero. Raises ConfigError."""
     modules = dict(model.named_modules())
-    adapted = {name: modules[name] for name in _targets(model, modules, config)}
+    saved = []
+    for wanted in config.get("modules_to_save") or []:
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            raise ConfigError(f"lora.modules_to_save: {_no_such(wanted, modules)}")
+        saved += found
+    adapted = {name: modules[name] for name in _targets(model, modules, config, saved)}
     for name, module in adapted.items():
         rank = _pattern(config.get("rank_pattern"), name, config["r"])
         alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         dropout, dora = config.get("lora_dropout", 0.0), bool(config.get("use_dora"))
         lora.adapt(module, lora.Settings(rank, scaling, 0.0 if isinstance(module, nn.Embedding) else dropout, dora))
-    adapter = Adapter(config, adapted)
-    for wanted in config.get("modules_to_save") or []:
-        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
-            raise ConfigError(f"lora.modules_to_save: {_no_such(wanted, modules)}")
-        adapter.saved += found
+    adapter = Adapter(config, adapted, saved=list(dict.fromkeys(saved)))
     _untie(model, adapter.saved, weights)
     return adapter
 
 
-def _targets(model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any]) -> list[str]:
-    """Names of the layers to adapt, in the model's order."""
+def _targets(model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], saved: list[str]) -> list[str]:
+    """Names of the layers to adapt, in the model's order; none in the modules that are trained whole."""
     wanted, excluded = config["target_modules"], config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    head = model.get_output_embeddings() or model.get_submodule(head_name(model))
-    heads = {name for name, module in modules.items() if any(module is part for part in head.modules())}
+    head, whole = model.get_output_embeddings(), {part for name in saved for part in modules[name].modules()}
     names = []
     for name, module in modules.items():
-        if not lora.is_adaptable(module) or (excluded and _matches(excluded, name)):
+        if not lora.is_adaptable(module) or module in whole or (excluded and _matches(excluded, name)):
             continue
         if wanted == "all-linear":
-            chosen = not isinstance(module, nn.Embedding) and name not in heads
+            chosen = not isinstance(module, nn.Embedding) and module is not head
         else:
             chosen = _matches(wanted, name)
         if chosen:

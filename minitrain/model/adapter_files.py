@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,11 +15,12 @@ from ..errors import ConfigError
 from ..schema import Config, SoftPromptConfig
 from . import lora
 from .adapter import Adapter, inject
-from .scoring import head_name
+from .scoring import heads_of, is_encoder
 from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .weights import Less, Weights
 
-PREFIX = "base_model.model."  # of every name in PEFT's files
+PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of names in PEFT's files; of a head beside a soft prompt
+HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # the last layer of a scalar head
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # What PEFT can do and this does not: refused when an adapter uses it.
 FOREIGN = (
@@ -48,7 +50,7 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
     """Puts the adapter of a folder into a model. Raises ConfigError when it does not fit."""
-    config = read_config(folder)
+    config = _for_model(read_config(folder), model, folder)
     try:
         tensors = load_file(folder / FILE)
     except Exception as error:
@@ -93,11 +95,46 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def outputs_of(folder: Path) -> list[str] | None:
+    """Names of the scalars that an adapter's model ends in; None for a vocabulary. Raises ConfigError."""
+    config = read_config(folder)
+    if config.get("task_type") != "SEQ_CLS":
+        return None
+    if "minitrain_outputs" in config:
+        return config["minitrain_outputs"]
+    with safe_open(folder / FILE, "pt") as file:  # PEFT notes no names
+        heads = [key for key in file.keys() if key.endswith(HEADS)]  # noqa: SIM118
+        if not heads:
+            raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.")
+        return [f"LABEL_{number}" for number in range(file.get_slice(heads[0]).get_shape()[0])]
+
+
+def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
+    """adapter_config.json with the names of `modules_to_save` as PEFT takes them: all modules that end in one.
+
+    Raises ConfigError for an adapter of a model that ends otherwise.
+    """
+    ends, heads = config.get("task_type") == "SEQ_CLS", heads_of(model)
+    named, ours = config.get("minitrain_outputs"), list(model.config.id2label.values())
+    if ends != bool(heads.trained) or (named and named != ours):
+        told = f"{', '.join(named or ['scalars'])}" if ends else "a vocabulary"
+        here = ", ".join(ours) if heads.trained else "a vocabulary"
+        raise ConfigError(f"{folder} is of a model that ends in {told}, and not in {here}.")
+    wanted = [*(config.get("modules_to_save") or []), *(("classifier", "score") if ends else ())]
+    whole = [name for name, _ in model.named_modules() if any(name.endswith(one) for one in wanted)]
+    if lost := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in whole)]:
+        raise ConfigError(f"{folder} holds no weights of {lost[0]}, which its base model lacks, too.")
+    return config | {"modules_to_save": whole or None}
+
+
 def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads."""
     if isinstance(adapter, PromptAdapter):
-        kept = {TENSOR: vectors_of({name: tensor.to("cpu") for name, tensor in tensors})}
-        _write(folder, kept, adapter.config)
+        found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
+        kept = {
+            f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if not name.startswith("soft_prompt.")
+        }
+        _write(folder, kept | {TENSOR: vectors_of(found)}, adapter.config)
         return
     kept = {_peft_name(name, adapter): tensor.to("cpu").contiguous() for name, tensor in tensors}
     config = adapter.config | {"target_modules": _concise(adapter, model)}
@@ -118,17 +155,18 @@ def _base_config(config: Config, model: nn.Module) -> dict[str, Any]:
     """What adapter_config.json says of the base model."""
     quantization = config.model.quantization
     return {
-        "task_type": "SEQ_CLS" if head_name(model) else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if heads_of(model).trained else "CAUSAL_LM",
         "base_model_name_or_path": config.model.name_or_path,
         "revision": config.model.revision,
         **({"minitrain_quantization": quantization} if quantization != "none" else {}),
+        **({"minitrain_outputs": list(model.config.id2label.values())} if heads_of(model).trained else {}),
     }
 
 
 def _new_config(config: Config, model: nn.Module) -> dict[str, Any]:
     """adapter_config.json for the options of a LoRA. A scalar head is new, and so trained whole."""
-    options, head = config.lora, head_name(model)
-    whole = [*options.modules_to_save, *([head] if head else [])]
+    options = config.lora
+    whole = [*options.modules_to_save, *heads_of(model).trained]
     return _base_config(config, model) | {
         "peft_type": "LORA",
         "r": options.rank,
@@ -148,6 +186,7 @@ def _new_config(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> PromptAdapter:
+    _refuse_encoder(model)
     options, embeddings = config.soft_prompt, model.get_input_embeddings()
     model.soft_prompt = SoftPrompt(model, options, config.seed)
     if options.method == "prompt":
@@ -167,6 +206,7 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 def _loaded_prompt(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path, weights: Weights | None
 ) -> PromptAdapter:
+    _refuse_encoder(model)
     method = next(name for name, kind in KINDS.items() if kind == config["peft_type"])
     found = tensors.get(TENSOR)
     options = SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
@@ -177,11 +217,24 @@ def _loaded_prompt(
         raise ConfigError(f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(wanted)}.")
     with torch.no_grad():
         model.soft_prompt.weight.copy_(found)
-    return _known_prompt(model, config, weights)
+    adapter = _known_prompt(model, config, weights)
+    for name, parameter in adapter.parameters(model).items():
+        if not name.startswith("soft_prompt."):
+            found = tensors.get(f"{PROMPT_PREFIX}{name}")
+            if found is None or found.shape != parameter.shape:
+                raise ConfigError(f"{folder}: {name} is missing, or not of the shape {list(parameter.shape)}.")
+            _set(name, parameter, found, weights)
+    return adapter
+
+
+def _refuse_encoder(model: nn.Module) -> None:
+    if is_encoder(model):
+        told = f"{type(model).__name__} is an encoder, whose first place is its head's; train it with lora"
+        raise ConfigError(f"soft_prompt: {told}.")
 
 
 def _known_prompt(model: nn.Module, config: dict[str, Any], weights: Weights | None) -> PromptAdapter:
-    adapter = PromptAdapter(config, {})
+    adapter = PromptAdapter(config, {}, saved=heads_of(model).trained)
     if weights is not None:
         weights.replace({name: p.detach() for name, p in adapter.parameters(model).items()})
     return adapter

@@ -13,11 +13,11 @@ from torch import nn
 from ..errors import ConfigError
 from ..schema import Config, ModelConfig
 from . import attention
-from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, save_adapter
+from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, outputs_of, save_adapter
 from .lora import fold
 from .policy import Policy, find_blocks
 from .quantize import quantize_model, unpack_model
-from .scoring import make_policy
+from .scoring import make_policy, name_outputs
 from .weights import Weights, open_weights, parameters_on_meta, save_weights, whole_tensors
 
 CPU = torch.device("cpu")
@@ -72,14 +72,17 @@ def load_model(
     if config.name_or_path == "tiny":
         from .tiny import tiny_model, tiny_scorer
 
-        model = tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        model, missing = (
+            tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id),
+            ["score.weight"],
+        )
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
-        model = _from_pretrained(config, dtype, outputs)
+        model, missing = _from_pretrained(config, dtype, outputs, seed)
     if outputs is not None:
-        name_outputs(model, outputs, tokenizer.pad_token_id)
+        name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
         parameter.data = parameter.data.to(dtype)
     _grow_embeddings(model, len(tokenizer))
@@ -147,7 +150,7 @@ def add_value_head(policy: Policy, config: ModelConfig) -> None:
 
 def load_base(config: ModelConfig, tokenizer) -> nn.Module:
     """A model in float32, with the weights that an adapter was trained beside: rounded where they were quantised."""
-    model = load_model(config, tokenizer, 0, torch.float32)
+    model = load_model(config, tokenizer, 0, torch.float32, trained_outputs(config))
     if config.quantization != "none":
         quantize_model(model, config.quantization, torch.float32, CPU)
         unpack_model(model)
@@ -243,31 +246,49 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
         raise ConfigError("freeze_layers: nothing is left to train.")
 
 
-def _from_pretrained(config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
+def trained_outputs(config: ModelConfig) -> list[str] | None:
+    """Names of the scalars that a trained model or adapter ends in, as its files say; None for a vocabulary."""
+    from transformers import AutoConfig
+
+    if config.adapter:
+        return outputs_of(Path(config.adapter))
+    if config.name_or_path == "tiny":
+        return None
+    try:
+        saved = AutoConfig.from_pretrained(
+            config.name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError):  # which loading it tells
+        return None
+    ends = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
+    return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
+
+
+def _from_pretrained(
+    config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int
+) -> tuple[nn.Module, set[str]]:
+    """The model, and the parameters that its files do not hold; these are drawn by `seed`."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
     number = {} if outputs is None else {"num_labels": len(outputs)}
     try:
-        return kind.from_pretrained(
-            config.name_or_path,
-            revision=config.revision,
-            dtype=dtype,
-            attn_implementation=attention_of(config),
-            trust_remote_code=config.trust_remote_code,
-            **number,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, found = kind.from_pretrained(
+                config.name_or_path,
+                revision=config.revision,
+                dtype=dtype,
+                attn_implementation=attention_of(config),
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **number,
+            )
+        return model, found["missing_keys"]
     except Exception as error:
         wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
         hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
         raise ConfigError(f"no {wanted} in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
-
-
-def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int) -> None:
-    """Writes into a model's config what its scalars mean, and which id is no text, for others who load it."""
-    model.config.id2label = dict(enumerate(outputs))
-    model.config.label2id = {name: number for number, name in enumerate(outputs)}
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_token_id
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:

@@ -5,11 +5,11 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from .scoring import head_name
+from .scoring import heads_of
 
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the linear layers, all but the model's head, and moves them to `device`, which packs their weights.
+    """Replaces the linear layers, all but the output layer or head, and moves them to `device`, which packs weights.
 
     4bit is NF4 with double quantisation (QLoRA, arXiv 2305.14314), computed in `dtype`; 8bit is LLM.int8()
     (arXiv 2208.07339).
@@ -17,10 +17,10 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
     import bitsandbytes as bnb
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast in each step
-    head = model.get_output_embeddings()
-    scalars = set() if head is not None else set(model.get_submodule(head_name(model)).modules())
+    kept = {part for name in heads_of(model).trained for part in model.get_submodule(name).modules()}
+    kept.add(model.get_output_embeddings())
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head or module in scalars:
+        if type(module) is not nn.Linear or module in kept:
             continue
         sizes, bias = (module.in_features, module.out_features), module.bias is not None
         if bits == "4bit":

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..schema import SoftPromptConfig
 from .adapter import Adapter
+from .scoring import heads_of
 
 TENSOR = "prompt_embeddings"  # its name in PEFT's files
 KINDS = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
@@ -88,13 +89,15 @@ class PromptAdapter(Adapter):
     """The adapter of a model with a `SoftPrompt`."""
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return {f"soft_prompt.{name}": p for name, p in model.soft_prompt.named_parameters()}
+        wanted = ("soft_prompt.", *(f"{name}." for name in self.saved))
+        return {name: p for name, p in model.named_parameters() if name.startswith(wanted)}
 
 
 def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     """adapter_config.json, as PEFT has it."""
     prompt, config = model.soft_prompt, model.config.get_text_config()
-    told = base | {
+    told = base | ({"modules_to_save": heads_of(model).trained} if heads_of(model).trained else {})
+    told |= {
         "peft_type": KINDS[options.method],
         "num_virtual_tokens": prompt.n_tokens,
         "num_layers": prompt.n_layers,
