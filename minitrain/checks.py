@@ -236,7 +236,7 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
     options = check_types(known[name].options_class, written, "loss.", problems)
     config.loss = {"name": name} | options
     for f in fields(known[name].options_class):
-        if f.name not in options and f.default is MISSING:
+        if f.name not in options and f.default is MISSING and f.default_factory is MISSING:
             return
     loss = create_loss(name, **options)
     for key, told in loss.ignored().items():

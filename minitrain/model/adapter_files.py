@@ -131,9 +131,8 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
     """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads."""
     if isinstance(adapter, PromptAdapter):
         found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
-        kept = {
-            f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if not name.startswith("soft_prompt.")
-        }
+        heads = tuple(f"{name}." for name in adapter.saved)
+        kept = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if name.startswith(heads)}
         _write(folder, kept | {TENSOR: vectors_of(found)}, adapter.config)
         return
     kept = {_peft_name(name, adapter): tensor.to("cpu").contiguous() for name, tensor in tensors}

@@ -102,7 +102,7 @@ def is_encoder(model: nn.Module) -> bool:
 
 
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
-    """Notes in a model's config what its scalars mean, and which id is no text, for others who load it.
+    """Notes in a model's config what its scalars mean, and where a decoder's text ends, for others who load it.
 
     `missing`: names of the parameters that its files do not hold. Raises ConfigError when these are more than a head,
     or when the files name the same outputs in another order.
@@ -114,7 +114,8 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
     config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
-    config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
+    if not is_encoder(model):  # of which RoBERTa's kind counts positions from its own id
+        config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
     new = sorted({name.rpartition(".")[0] for name in missing})
     body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
     if lost := [name for name in new if model.get_submodule(name) in body]:

@@ -50,6 +50,7 @@ def test_help_reads_like_a_page(capsys):
         "generate": "--input FILE",
         "chat": "--system TEXT",
         "merge": "--weights W",
+        "score": "--text-pair TEXT",
     }.items():
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out
@@ -94,7 +95,7 @@ def test_version(capsys):
         (["generate", "tiny", "--prompt", "a", "--chat-template", "x"], "the chat template 'x' is neither"),
         (["generate", "tiny", "--prompt", "a", "--device", "mps"], "there is no MPS device here"),
         (["generate", "m", "--input", "nowhere.txt"], "nowhere.txt: there is no such file"),
-        (["generate", "m", "--input", "train.py"], "train.py: expected a .txt, .jsonl, .json or .csv file"),
+        (["generate", "m", "--input", "train.py"], "train.py: expected a .txt, .jsonl, .json, .csv or .tsv file"),
         (["generate", "m", "--prompt", "a", "--output", "docs"], "docs is a folder; name a file in it"),
         (["generate", "m", "--prompt", "a", "--output", "README.txt/x"], "there is no folder"),
         (["chat", "./nowhere"], "./nowhere: there is no such folder"),
