@@ -35,7 +35,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer over all trained parameters; only those with two or more dimensions are decayed."""
     chosen = optimizer_class(config.optimizer)
     accepted = accepted_options(chosen)
-    offered = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
+    fused = "betas" in accepted  # of sharded parameters, PyTorch has Adam's fused step only
+    offered = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": fused}
     arguments = {key: value for key, value in offered.items() if key in accepted} | config.optimizer_args
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
