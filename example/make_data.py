@@ -1,4 +1,4 @@
-"""Makes the small data sets of the examples: sums, differences and reversed words, in several schemas.
+"""Makes the small data sets of the examples: sums, differences, reversed words, and sentences with labels.
 
     python example/make_data.py            writes example/data/, the same files every time
 
@@ -51,6 +51,35 @@ def make(seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     rng.shuffle(train)
     rng.shuffle(test)
     return train, test
+
+
+NAMES = ("ada", "bo", "kim", "lee", "mia", "sam")
+VERBS = (
+    ("draws", "drew"),
+    ("feels", "felt"),
+    ("finds", "found"),
+    ("loses", "lost"),
+    ("sees", "saw"),
+    ("sells", "sold"),
+)
+SIZES = ("big", "new", "old", "small")
+ANIMALS, TOOLS = ("cat", "cow", "goat", "hen", "mouse", "owl"), ("boat", "cap", "coat", "lamp", "mug", "pen")
+
+
+def fact(rng: random.Random) -> tuple[str, str]:
+    """A sentence, and whether it is of an animal, of the past, both or neither."""
+    animal, past = rng.random() < 0.5, rng.random() < 0.5
+    thing, verb = rng.choice(ANIMALS if animal else TOOLS), rng.choice(VERBS)[past]
+    label = {(1, 1): "both", (1, 0): "animal", (0, 1): "past", (0, 0): "neither"}[animal, past]
+    return f"{rng.choice(NAMES)} {verb} the {rng.choice(SIZES)} {thing}", label
+
+
+def write_facts(folder: Path, seed: int = 0) -> None:
+    """1,200 sentences to learn from and 300 others, one {"text", "label"} a line."""
+    rows = distinct(fact, 1500, random.Random(seed))
+    for name, part in (("facts-test", rows[:300]), ("facts-train", rows[300:])):
+        lines = (json.dumps({"text": text, "label": label}) for text, label in part)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
@@ -113,3 +142,4 @@ if __name__ == "__main__":
     write_preferences(folder / "skills-preferences-test.jsonl", test, random.Random(2))
     write_rollouts(folder / "skills-rollouts.jsonl", train[:1000], random.Random(3))
     write_rollouts(folder / "skills-rollouts-test.jsonl", test[:100], random.Random(4))
+    write_facts(folder)
