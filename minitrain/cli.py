@@ -80,6 +80,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _chat_arguments(_command(commands, "chat", "talk to a trained model", "MODEL [options]"))
     usage = "RUN [RUN ...] --output DIR [options]"
     _merge_arguments(_command(commands, "merge", "make adapters part of the model's weights", usage))
+    usage = "CONFIG.yml [--overrides KEY=VALUE ...] [--output FILE]"
+    _teach_arguments(_command(commands, "teach", "note what a teacher says of a config's data", usage))
     return parser
 
 
@@ -100,6 +102,18 @@ def _command(commands, name: str, text: str, usage: str) -> argparse.ArgumentPar
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.set_defaults(command=_train)
+
+
+def _teach_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--output", metavar="FILE.safetensors", help="beside the token cache when left out")
+    parser.add_argument("--force", action="store_true", help="write over an output that exists")
+    parser.set_defaults(command=_teach)
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yml", help="every option is explained in docs/options.md")
     parser.add_argument(
         "--overrides",
@@ -189,17 +203,11 @@ def _train(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from .errors import ConfigError, DataError
+    from .errors import DataError
 
     with _importing():
         from .generate import Prompt, read_prompts
-    output = Path(arguments.output) if arguments.output else None
-    if output and output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder; name a file in it")
-    if output and output.exists() and not arguments.force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
-    if output and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    output = _new_file(arguments.output, arguments.force)
     if arguments.input:
         prompts = list(read_prompts(Path(arguments.input)))
     else:
@@ -281,6 +289,34 @@ def _merge(arguments: argparse.Namespace) -> int:
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
     print(f"merged in float32, saved in {dtype}: {output}")
     return 0
+
+
+def _teach(arguments: argparse.Namespace) -> int:
+    output = _new_file(arguments.output, arguments.force)
+    with _importing():
+        from .config import load_config
+        from .teach import teach
+    config = load_config(arguments.config, arguments.overrides)
+    _hide_loading_bar()
+    written = teach(config, output)
+    print(f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}")
+    return 0
+
+
+def _new_file(name: str | None, force: bool):
+    """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
+    from pathlib import Path
+
+    from .errors import ConfigError
+
+    output = Path(name) if name else None
+    if output and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file in it")
+    if output and output.exists() and not force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if output and not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    return output
 
 
 def _load_generator(arguments: argparse.Namespace):

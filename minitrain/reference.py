@@ -1,10 +1,12 @@
-"""The models that a loss looks at besides the policy: a reference, which is what the policy was when training began.
+"""The models that a loss looks at besides the policy: a reference and a teacher.
 
-It comes for the price of what is trained (`InitialValues`), as a model of its own (`FrozenModel`), or from a file of
-its log-probabilities (`Precomputed`). All are called as the policy is and give `Scores` without gradients.
+The reference is what the policy was when training began. It comes for the price of what is trained (`InitialValues`), as
+a model of its own (`FrozenModel`), or from a file of its log-probabilities (`Precomputed`). All are called as the policy
+is and give `Scores` without gradients. A `Teacher` is another model over the same tokens.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,9 +25,10 @@ from .engine.precision import Precision
 from .errors import ConfigError
 from .losses import Loss
 from .model.adapter_files import has_adapter
-from .model.load import DTYPES, identity, load_frozen
-from .model.policy import Policy, find_blocks
-from .schema import Config
+from .model.heads import OutputLayer
+from .model.load import DTYPES, identity, load_frozen, load_tokenizer
+from .model.policy import Policy, check_policy, find_blocks
+from .schema import Config, ModelConfig
 
 NOTED = "ref_logps"  # the column of precomputed log-probabilities
 
@@ -74,6 +77,27 @@ class FrozenModel:
             return self.policy(batch, **asked)
 
 
+class Teacher(FrozenModel):
+    """Another model over the same tokens, which computes in a dtype of its own."""
+
+    def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype, n_tokens: int, packing: bool):
+        """`n_tokens` are the tokenizer's; rows of the output layer beyond them are padding, which nobody learns from.
+
+        Raises ConfigError for an architecture that minitrain would misread.
+        """
+        super().__init__(policy, parallel, dtype)
+        self.precision, self.n_tokens = Precision(dtype, parallel.device), n_tokens
+        with self.precision.autocast():
+            check_policy(self.policy, packing, parallel.device, lambda: parallel.gathered(self.policy))
+        parallel.reshard(self.policy)
+
+    def states(self, batch: Batch) -> tuple[torch.Tensor, OutputLayer]:
+        """What its distributions at the supervised tokens are made of: hidden states [N, H], and the output layer."""
+        with torch.no_grad(), self.precision.autocast():
+            hidden, layer = self.policy.states(batch)
+        return hidden, layer.first(self.n_tokens)
+
+
 class Precomputed:
     """Log-probabilities that the policy gave before training, kept beside the token cache."""
 
@@ -92,6 +116,8 @@ def companions(
 ) -> dict:
     """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError."""
     models = {}
+    if "teacher" in loss.needs:
+        models["teacher"] = load_teacher(loss, config, tokenizer, parallel)
     if "reference" in loss.needs:
         kind = loss.options.reference
         if kind == "auto":
@@ -106,6 +132,40 @@ def companions(
             models["reference"] = _own_model(config, policy, tokenizer, parallel, precision)
             _check_start(policy, models["reference"], loaders[0], parallel, precision)
     return models
+
+
+def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice) -> Teacher:
+    """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
+    if loss.options.teacher is None:
+        raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.")
+    chosen = teacher_config(loss, config)
+    dtype = DTYPES[chosen.policy_dtype]
+    with parallel.taking_turns():
+        _compare_tokenizers(tokenizer, load_tokenizer(chosen), chosen.name_or_path)
+        frozen = load_frozen(chosen, tokenizer, dtype, config.packing, torch.float32)
+    return Teacher(frozen, parallel, dtype, len(tokenizer), config.packing)
+
+
+def teacher_config(loss: Loss, config: Config) -> ModelConfig:
+    """Which model the teacher is. Revision, archive and adapter of `model` are the policy's own."""
+    return ModelConfig(
+        loss.options.teacher,
+        policy_dtype=loss.options.teacher_dtype or config.model.policy_dtype,
+        attn_implementation=config.model.attn_implementation,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _compare_tokenizers(ours, theirs, name: str) -> None:
+    """Raises ConfigError when an id does not stand for the same token in both."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if differing := sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token)):
+        token = differing[0]
+        raise ConfigError(
+            f"loss.teacher: {name} has another tokenizer: {len(differing)} tokens differ, {token!r} for one is number "
+            f"{mine.get(token)} in the model's tokenizer and {other.get(token)} in the teacher's, so that their "
+            "distributions cannot be compared. Choose a teacher of the model's family."
+        )
 
 
 def _own_model(config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision) -> FrozenModel:
@@ -138,27 +198,31 @@ def _noted(
 ) -> torch.Tensor:
     """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
     settings = [identity(config.model), config.model.policy_dtype, config.model.master_dtype, str(config.lora)]
-    key = hashlib.sha256(json.dumps([cache.path.stem, *settings]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([cache.key, *settings]).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
     if parallel.max(int(not _is_whole(file, len(cache.ids)))) == 0:
         return load_file(file)[NOTED]
-    cache.columns["place"] = torch.arange(len(cache.ids))
-    whole = Loader(
-        Examples([cache], [1.0]), config, loader.pad_token_id, loader.rank, loader.world_size, loader.row_capacity
-    )
+    whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]), shares_prompts=False)
     logps = torch.zeros(len(cache.ids))
     with torch.no_grad(), precision.autocast():
-        for batch in whole.eval_batches():
+        for batch, places in batches_with_places(cache, whole):
             moved = batch.to(parallel.device)
-            logps[moved.of_targets("place").cpu()] = policy(moved).logps.float().cpu()
+            logps[places] = policy(moved).logps.float().cpu()
     parallel.reshard(policy)
-    del cache.columns["place"]
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         part = file.with_suffix(f".{os.getpid()}.part")
         save_file({NOTED: logps}, part)
         part.replace(file)
     return logps
+
+
+def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
+    cache.columns["place"] = torch.arange(len(cache.ids))
+    for batch in loader.eval_batches():
+        yield batch, batch.of_targets("place").long()
+    del cache.columns["place"]
 
 
 def _is_whole(file: Path, n_tokens: int) -> bool:

@@ -1,6 +1,6 @@
 """Losses by name. A new one is a file in this folder, imported here, and its test."""
 
-from . import dft, dpo, kto, pairwise, sft
+from . import dft, dpo, kd, kto, pairwise, sft
 from .base import Loss, LossOutput, create_loss, register_loss, registered
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "create_loss",
     "dft",
     "dpo",
+    "kd",
     "kto",
     "pairwise",
     "register_loss",
