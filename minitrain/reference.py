@@ -1,8 +1,8 @@
 """The models that a loss looks at besides the policy: a reference and a teacher.
 
-The reference is what the policy was when training began. It comes for the price of what is trained (`InitialValues`), as
-a model of its own (`FrozenModel`), or from a file of its log-probabilities (`Precomputed`). All are called as the policy
-is and give `Scores` without gradients. A `Teacher` is another model over the same tokens.
+The reference is what the policy was when training began. It comes for the price of what is trained (`InitialValues`),
+as a model of its own (`FrozenModel`), or from a file of its log-probabilities (`Precomputed`). All are called as the
+policy is and give `Scores` without gradients. A `Teacher` is another model over the same tokens.
 """
 
 import contextlib

@@ -142,5 +142,6 @@ def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
     for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
         given = getattr(options, key)
         if str(given) != made.get(key) and not (given is None and key.startswith("teacher")):
-            raise ConfigError(f"loss.{key}: it is {given}, but {path} was made with {made.get(key)}.")
+            told = f"{path} was made with {made.get(key)}, and here it is {given}; make it anew, or set it to the same."
+            raise ConfigError(f"loss.{key}: {told}")
     return int(made["n_tokens"])

@@ -26,6 +26,7 @@ VARIANTS = {
     "dpo": [{"variant": "orpo"}, {"variant": "apo_down", "average_log_prob": True, "sft_weight": 0.2}],
     "pairwise": [{"center_rewards_coefficient": 0.01}, {"loss_type": "hinge", "margin": 1.0}],
     "kto": [{"undesirable_weight": 0.5}],
+    "kd": [{"divergence": "jsd", "jsd_weight": 0.3}, {"divergence": "reverse_kl", "top_k": 5, "temperature": 1.0}],
 }
 CASES = [(name, options) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
 ALL = [[i] for i in range(N)]
