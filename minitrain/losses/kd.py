@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,7 +24,8 @@ Compared = tuple[Tensor, Tensor]
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Compared:
     """KL(T||S) = sum p_T (log p_T - log p_S), Hinton et al. 2015 (arXiv 1503.02531)."""
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1), -teacher.exp()
+    probs = teacher.exp()
+    return (teacher - student).mul_(probs).sum(1), probs.neg_()
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Compared:
@@ -48,8 +48,7 @@ def jsd(student: Tensor, teacher: Tensor, weight: float) -> Compared:
         return reverse_kl(student, teacher) if weight else forward_kl(student, teacher)
     mixture = torch.logaddexp(student + math.log(1 - weight), teacher + math.log(weight))
     slope = (student - mixture).mul_(student.exp()).mul_(1 - weight)
-    of_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True).sum(1)
-    return weight * of_teacher + slope.sum(1), slope
+    return weight * forward_kl(mixture, teacher)[0] + slope.sum(1), slope
 
 
 DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, symmetric, jsd)}

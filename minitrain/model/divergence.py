@@ -26,7 +26,7 @@ from .heads import (
     through_output,
 )
 
-BUFFERS = 4  # that share `CHUNK_BYTES`: logits and log-probabilities of both
+BUFFERS = 2  # that share `CHUNK_BYTES`: the logits of both
 
 
 def divergences(
@@ -43,11 +43,8 @@ def divergences(
     Both are differentiable with respect to hidden, weight and bias, but not to the teacher. N may be 0: the results
     are empty and their sums are zeros attached to the graph.
     """
-    teacher = distillation.teacher
-    if not isinstance(teacher, Likeliest):
-        teacher = _Head(*teacher)
     chunk = chunk or _default_chunk(hidden, layer)
-    settings = _Settings(layer, teacher, distillation, chunk, matmul_dtype_of(hidden), torch.is_grad_enabled())
+    settings = _Settings(layer, distillation, chunk, matmul_dtype_of(hidden), torch.is_grad_enabled())
     with torch.autocast(hidden.device.type, enabled=False):
         return _Divergences.apply(hidden, layer.weight, layer.bias, targets, settings)
 
@@ -55,35 +52,34 @@ def divergences(
 @torch.no_grad()
 def likeliest(hidden: Tensor, layer: OutputLayer, temperature: float, k: int, chunk: int | None = None) -> Likeliest:
     """The k likeliest tokens after each of N hidden states [N, H], and all others as one more."""
-    head, n = _Head(hidden, layer), len(hidden)
+    chunk, n = chunk or _default_chunk(hidden, layer), len(hidden)
+    head = _Head(hidden, layer, chunk)
     ids = hidden.new_empty((n, k), dtype=torch.int64)
-    logps = hidden.new_empty((n, k + 1), dtype=head.dtype)
-    chunk = chunk or _default_chunk(hidden, layer)
+    logps = hidden.new_empty((n, k + 1), dtype=compute_dtype(hidden))
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            ids[rows], logps[rows] = _likeliest_of(head.logits(rows, head.n_tokens) / temperature, k)
+            ids[rows], logps[rows] = _likeliest_of(head.logits(rows).div_(temperature), k)
     return Likeliest(ids, logps, head.n_tokens)
 
 
 class _Head:
-    """A teacher's hidden states [N, H] and output layer."""
+    """A teacher's hidden states [N, H] and output layer, and what they need in one pass."""
 
-    def __init__(self, hidden: Tensor, layer: OutputLayer):
-        self.hidden, self.layer = hidden, layer
-        self.n_tokens, self.dtype = layer.weight.shape[0], compute_dtype(hidden)  # V
+    def __init__(self, hidden: Tensor, layer: OutputLayer, chunk: int):
+        self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
         self.matrix = layer.weight.to(native_dtype(layer.weight.dtype, hidden.device.type))  # [V, H]
+        size = min(chunk, len(hidden)), self.n_tokens
+        self.buffer = hidden.new_empty(size, dtype=compute_dtype(hidden))  # [chunk, V]
 
-    def logits(self, rows: slice, n_tokens: int) -> Tensor:
-        """Those of the first tokens -> [n, n_tokens]."""
+    def logits(self, rows: slice) -> Tensor:
+        """[n, V], in a buffer that the next ones will take."""
         part = self.hidden[rows].to(self.matrix.dtype)  # [n, H]
-        buffer = part.new_empty((len(part), self.n_tokens), dtype=self.dtype)  # [n, V]
-        return logits_of(part, self.matrix, self.layer.bias, self.layer, False, buffer)[0][:, :n_tokens]
+        return logits_of(part, self.matrix, self.layer.bias, self.layer, False, self.buffer[: len(part)])[0]
 
 
 class _Settings(NamedTuple):
     layer: OutputLayer
-    teacher: _Head | Likeliest
     distillation: Distillation
     chunk: int
     matmul_dtype: torch.dtype
@@ -130,8 +126,9 @@ def _sweep(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Gradients | None]:
     """log p and divergence of all tokens [N], and with `weights` [N] of both the gradients of their weighted sum."""
-    n, n_tokens = targets.numel(), min(weight.shape[0], settings.teacher.n_tokens)
-    dtype, temperature = compute_dtype(hidden), settings.distillation.temperature
+    asked, n, dtype = settings.distillation, targets.numel(), compute_dtype(hidden)
+    teacher = asked.teacher if isinstance(asked.teacher, Likeliest) else _Head(*asked.teacher, settings.chunk)
+    n_tokens = min(weight.shape[0], teacher.n_tokens)
     logps, divergence = (hidden.new_empty(n, dtype=dtype) for _ in range(2))  # [N]
     grads = None if weights is None else Gradients(hidden, weight, bias, needed)
     matrix = weight.to(settings.matmul_dtype)  # [V, H]
@@ -142,30 +139,31 @@ def _sweep(
         logits, slope = logits_of(part, matrix, bias, settings.layer, grads is not None, buffer[: len(part)])  # [n, V]
         lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
         logps[rows] = (logits.gather(1, wanted) - lse)[:, 0]
-        divergence[rows], gradient = _compare(logits[:, :n_tokens] / temperature, rows, settings)  # [n], [n, n_tokens]
+        divergence[rows], gradient = _compare(
+            logits[:, :n_tokens] / asked.temperature, rows, teacher, asked
+        )  # [n], [n, V]
         if grads is not None:
             of_logp, of_divergence = (w[rows, None] for w in weights)  # [n, 1]
             dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # of w log p: w (1 at the target - p)
             dlogits.scatter_add_(1, wanted, of_logp)
-            dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / temperature)
+            dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / asked.temperature)
             grads.add(rows, through_output(dlogits, slope, settings.layer), part, matrix)
     return logps, divergence, grads
 
 
-def _compare(logits: Tensor, rows: slice, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """Divergence of a chunk [n] and its gradient with respect to `logits` [n, V], which it may write over.
+def _compare(logits: Tensor, rows: slice, teacher: _Head | Likeliest, asked: Distillation) -> tuple[Tensor, Tensor]:
+    """Divergence of a chunk [n] and its gradient by the student's logits at the temperature [n, V].
 
-    These are at the temperature already.
+    `logits` are these; they are written over.
     """
-    teacher, asked = settings.teacher, settings.distillation
     formula, n_tokens = asked.formula, logits.shape[1]
     if isinstance(teacher, Likeliest):
         return _on_likeliest(logits, teacher.ids[rows].long(), teacher.logps[rows].to(logits.dtype), formula)
-    theirs = teacher.logits(rows, n_tokens) / asked.temperature  # [n, V]
+    theirs = teacher.logits(rows)[:, :n_tokens].div_(asked.temperature)  # [n, V]
     if asked.top_k is not None:
         return _on_likeliest(logits, *_likeliest_of(theirs, min(asked.top_k, n_tokens)), formula)
-    student = logits.log_softmax(1)
-    divergence, slope = formula(student, theirs.log_softmax(1))
+    student, theirs = (table.sub_(table.logsumexp(1, keepdim=True)) for table in (logits, theirs))
+    divergence, slope = formula(student, theirs)
     return divergence, slope.addcmul_(student.exp_(), -slope.sum(1, keepdim=True))
 
 
