@@ -139,9 +139,8 @@ def _sweep(
         logits, slope = logits_of(part, matrix, bias, settings.layer, grads is not None, buffer[: len(part)])  # [n, V]
         lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
         logps[rows] = (logits.gather(1, wanted) - lse)[:, 0]
-        divergence[rows], gradient = _compare(
-            logits[:, :n_tokens] / asked.temperature, rows, teacher, asked
-        )  # [n], [n, V]
+        tempered = logits[:, :n_tokens] / asked.temperature  # [n, n_tokens]
+        divergence[rows], gradient = _compare(tempered, rows, teacher, asked)  # [n], [n, n_tokens]
         if grads is not None:
             of_logp, of_divergence = (w[rows, None] for w in weights)  # [n, 1]
             dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # of w log p: w (1 at the target - p)

@@ -312,16 +312,20 @@ def test_autocast_does_not_round_the_heads_gradients(weigh):
 # -------------------------------------------------------------------------------------------------------- in a training
 
 
-@pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory):
-    """A teacher of another shape, with padded rows in its output matrix that would win if they counted."""
-    model = random_llama(hidden_size=48, tie_word_embeddings=False)
-    model.resize_token_embeddings(len(tiny_tokenizer()) + 5, mean_resizing=False)
+def padded_model(folder, rows: int, **shape):
+    """A random model whose output matrix has so many rows of padding, which would count for much if they counted."""
+    model = random_llama(tie_word_embeddings=False, **shape)
+    model.resize_token_embeddings(len(tiny_tokenizer()) + rows, mean_resizing=False)
     with torch.no_grad():
         model.lm_head.weight[len(tiny_tokenizer()) :] = 5.0
-    folder = tmp_path_factory.mktemp("teacher")
     save_model(model, tiny_tokenizer(), folder, torch.float32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A teacher of another shape than the student, padded."""
+    return padded_model(tmp_path_factory.mktemp("teacher"), 5, hidden_size=48)
 
 
 def kd(folder, *more: str) -> list[str]:
@@ -340,11 +344,14 @@ def test_a_teacher_that_is_the_student(make_trainer, llama_folder):
 
 
 @pytest.mark.parametrize("options", [(), ("packing=true", "loss.divergence=jsd", "loss.temperature=2")])
-def test_the_loss_of_a_training_is_its_formula(make_trainer, teacher_folder, options):
-    """alpha T^2 D + beta CE (no T^2 of a jsd) from the logits that transformers gives, over the tokenizer's tokens."""
+@pytest.mark.parametrize("padding", [0, 3])
+def test_the_loss_of_a_training_is_its_formula(make_trainer, teacher_folder, tmp_path, options, padding):
+    """alpha T^2 D + beta CE (no T^2 of a jsd) from transformers' logits, D over the tokenizer's tokens only."""
     from transformers import AutoModelForCausalLM
 
-    trainer = make_trainer(*kd(teacher_folder), *options)
+    student = padded_model(tmp_path / "student", padding, hidden_size=32)
+    trainer = make_trainer(*kd(teacher_folder), *options, f"model.name_or_path={student}")
+    n_tokens = len(trainer.tokenizer)
     o = trainer.loss.options
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     total = kl = n = 0
@@ -352,12 +359,9 @@ def test_the_loss_of_a_training_is_its_formula(make_trainer, teacher_folder, opt
         (document,) = trainer.train_loader.examples[int(i)]
         ids, learned = document.ids[None].long(), document.mask[1:].bool()
         with torch.no_grad():
-            mine, theirs = (
-                m(input_ids=ids).logits[0, :-1, : len(trainer.tokenizer)][learned].double()
-                for m in (trainer.policy.model, teacher)
-            )
+            mine, theirs = (m(input_ids=ids).logits[0, :-1][learned].double() for m in (trainer.policy.model, teacher))
         name = o.divergence if o.divergence != "jsd" else f"jsd {o.jsd_weight}"
-        found = plain(name, *((table / o.temperature).log_softmax(-1) for table in (mine, theirs)))
+        found = plain(name, *((table[:, :n_tokens] / o.temperature).log_softmax(-1) for table in (mine, theirs)))
         kl, n = kl + found.sum().item(), n + len(found)
         total += F.cross_entropy(mine, ids[0, 1:][learned], reduction="sum").item() * o.beta
     total += o.alpha * kl * (1 if o.divergence == "jsd" else o.temperature**2)
@@ -367,9 +371,10 @@ def test_the_loss_of_a_training_is_its_formula(make_trainer, teacher_folder, opt
     assert first["kl"] == pytest.approx(kl / n, rel=1e-4)
 
 
-def test_the_teacher_only_teaches(make_trainer, teacher_folder):
+@pytest.mark.parametrize("name", ["tiny", None])
+def test_the_teacher_only_teaches(make_trainer, teacher_folder, name):
     """It is in eval mode without gradients, in its own dtype, and no weight of it moves."""
-    trainer = make_trainer(*kd(teacher_folder, "loss.teacher_dtype=bfloat16"))
+    trainer = make_trainer(*kd(name or teacher_folder, "loss.teacher_dtype=bfloat16"))
     teacher = trainer.models["teacher"].policy
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     student = weights(trainer)
