@@ -35,6 +35,7 @@ bench: .venv/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/run.py --lora 16
 	$(BIN)/python bench/ranks.py
 	$(BIN)/python bench/dpo.py
+	$(BIN)/python bench/divergence.py
 
 docs: .venv/ready  ## docs/options.md from the schema
 	$(BIN)/python docs/generate_options.py > docs/options.md

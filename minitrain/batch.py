@@ -4,7 +4,9 @@ Shapes: R rows of T tokens hold D documents; N of the tokens are supervised.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,7 +120,26 @@ class Scores:
     mean_logps: Tensor | None = None  # [N] float32, mean over the vocabulary, when asked for
     values: Tensor | None = None  # [N] float32, of the text before each target, from a value head
     scores: Tensor | None = None  # [D, L] float32, outputs of a scalar head at each document's last token
+    divergence: Tensor | None = None  # [N] float32, from a teacher's distribution, when asked for
 
     def per_document(self, values: Tensor) -> Tensor:
         """Sums [N] values over each document -> [D]."""
         return values.new_zeros(self.n_docs).index_add(0, self.doc_ids, values)
+
+
+class Likeliest(NamedTuple):
+    """A teacher's k likeliest tokens at each supervised token, of its V tokens, and all others as one more outcome."""
+
+    ids: Tensor  # [N, k] integers
+    logps: Tensor  # [N, k + 1] float32, at the temperature; the last one is that of all others
+    n_tokens: int  # V
+
+
+class Distillation(NamedTuple):
+    """What a policy is compared with at the supervised tokens, and how."""
+
+    teacher: Any  # its hidden states [N, H] and output layer, as `Policy.states` gives them, or `Likeliest`
+    formula: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `losses/kd.py`
+    temperature: float  # of both
+    top_k: int | None = None  # compare on the teacher's k likeliest tokens and the rest; all for None
+    weights: tuple[float, float] = (1.0, 0.0)  # of the divergence and of -log p(target) in the loss, to save a pass

@@ -136,19 +136,9 @@ def _check_data(config: Config, given: set[str], problems: Problems) -> None:
 
 def _check_model(config: Config, problems: Problems) -> None:
     model = config.model
-    key, folder = "model.name_or_path", Path(model.name_or_path)
-    is_local = looks_local(model.name_or_path)
-    if model.name_or_path != "tiny" and is_local:
-        if not folder.is_dir():
-            problems.add(key, f"there is no folder {folder} (seen from {Path.cwd()}).{_near_file(folder)}")
-        elif (folder / "final" / "config.json").is_file():
-            problems.add(key, f"{folder} is the folder of a run; its model is {folder / 'final'}.")
-        elif (folder / "adapter_config.json").is_file():
-            told = f"{folder} is an adapter; name its base model here, and model.adapter={folder}."
-            problems.add(key, told)
-        elif not (folder / "config.json").is_file():
-            problems.add(key, f"{folder} holds no config.json, so it is not a model's folder.")
-    if model.revision is not None and (model.name_or_path == "tiny" or is_local):
+    key = "model.name_or_path"
+    _check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", problems)
+    if model.revision is not None and (model.name_or_path == "tiny" or looks_local(model.name_or_path)):
         problems.add("model.revision", "would be ignored: the model does not come from the hub.", key)
     tokenizer = model.tokenizer_name_or_path
     if tokenizer and looks_local(tokenizer) and not Path(tokenizer).is_dir():
@@ -159,6 +149,21 @@ def _check_model(config: Config, problems: Problems) -> None:
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             problems.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
+
+
+def _check_folder(key: str, name: str, for_adapter: str, problems: Problems) -> None:
+    """`for_adapter`: what to do about a folder {} that is an adapter."""
+    folder = Path(name)
+    if name == "tiny" or not looks_local(name):
+        return
+    if not folder.is_dir():
+        problems.add(key, f"there is no folder {folder} (seen from {Path.cwd()}).{_near_file(folder)}")
+    elif (folder / "final" / "config.json").is_file():
+        problems.add(key, f"{folder} is the folder of a run; its model is {folder / 'final'}.")
+    elif (folder / "adapter_config.json").is_file():
+        problems.add(key, f"{folder} is an adapter; {for_adapter.format(folder)}.")
+    elif not (folder / "config.json").is_file():
+        problems.add(key, f"{folder} holds no config.json, so it is not a model's folder.")
 
 
 def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
@@ -245,6 +250,7 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.record == "labelled" and key in given:
             problems.add(key, f"would be ignored: {name} reads texts as they are.", "loss.name")
+    _check_teacher(options, "teacher" in loss.needs, problems)
     for i, entry in enumerate(config.datasets):
         if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
             told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."
@@ -254,6 +260,19 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("eval_generate", told, "loss.name")
     if loss.outputs is not None and config.eval_generate.n_examples:
         problems.add("eval_generate", f"a model that {name} trains gives scores and no text.", "loss.name")
+
+
+def _check_teacher(options: dict, needed: bool, problems: Problems) -> None:
+    """`options`: of the loss, those that are given."""
+    name, outputs = options.get("teacher"), options.get("teacher_outputs")
+    if name is not None:
+        _check_folder("loss.teacher", name, "make it part of its base model first: minitrain merge {}", problems)
+    elif needed:
+        told = "is missing: name the folder or the hub name of a model, or what it says with loss.teacher_outputs."
+        problems.add("loss.teacher", told)
+    if outputs is not None and not Path(outputs).is_file():
+        told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain teach` makes one."
+        problems.add("loss.teacher_outputs", told + _near_file(Path(outputs)))
 
 
 def _check_steps(config: Config, problems: Problems) -> None:

@@ -1,14 +1,12 @@
 """The command line. Nothing heavy is imported before it is known what to do, so that --help is quick."""
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-RANK_0_TELLS_FIRST = 2.0  # seconds
+from . import commands
+
 EXIT_CODES = """exit codes:
   0    done
   1    training failed (a non-finite loss that does not go away, a full disk)
@@ -39,19 +37,9 @@ def _run(argv: list[str] | None, prog: str) -> int:
     try:
         return arguments.command(arguments)
     except MinitrainError as error:
-        return _fail(str(error), error.exit_code)
+        return commands.fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-
-
-def _fail(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        # Mostly rank 0 has the same to tell, and then the launcher ends this process before it repeats it.
-        time.sleep(RANK_0_TELLS_FIRST)
-        message = f"rank {rank}: {message}"
-    print(f"minitrain: {message}", file=sys.stderr)
-    return code
+        return commands.fail("interrupted", 130)
 
 
 def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
@@ -84,6 +72,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _chat_arguments(_command(commands, "chat", "talk to a trained model", "MODEL [options]"))
     usage = "RUN [RUN ...] --output DIR [options]"
     _merge_arguments(_command(commands, "merge", "make adapters part of the model's weights", usage))
+    usage = "CONFIG.yml [--overrides KEY=VALUE ...] [--output FILE]"
+    _teach_arguments(_command(commands, "teach", "note what a teacher says of a config's data", usage))
     return parser
 
 
@@ -104,6 +94,18 @@ def _command(commands, name: str, text: str, usage: str) -> argparse.ArgumentPar
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.set_defaults(command=commands.train)
+
+
+def _teach_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--output", metavar="FILE.safetensors", help="beside the token cache when left out")
+    parser.add_argument("--force", action="store_true", help="write over an output that exists")
+    parser.set_defaults(command=commands.teach)
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yml", help="every option is explained in docs/options.md")
     parser.add_argument(
         "--overrides",
@@ -116,7 +118,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", nargs="+", action="extend", default=[], metavar="FILE.py", help="run a file that registers losses"
     )
-    parser.set_defaults(command=_train)
+    parser.set_defaults(command=commands.train)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +144,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
     source.add_argument("--input", metavar="FILE", help=".txt with a prompt a line, or .jsonl, .json, .csv, .tsv rows")
     _output_arguments(parser, "response")
-    parser.set_defaults(command=_generate)
+    parser.set_defaults(command=commands.generate)
 
 
 def _output_arguments(parser: argparse.ArgumentParser, key: str) -> None:
@@ -165,14 +167,14 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="which column of FILE holds what"
     )
     _output_arguments(parser, "prediction")
-    parser.set_defaults(command=_score)
+    parser.set_defaults(command=commands.score)
 
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     _sampling_arguments(parser, 512)
     _model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    parser.set_defaults(command=_chat)
+    parser.set_defaults(command=commands.chat)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +183,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of each adapter; 1 when left out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="that of the base when left out")
     parser.add_argument("--force", action="store_true", help="write over a folder that exists")
-    parser.set_defaults(command=_merge)
+    parser.set_defaults(command=commands.merge)
 
 
 def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
@@ -198,181 +200,8 @@ def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
     return parse
 
 
-# ------------------------------------------------------------------------------------------------------ commands
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    with _importing():
-        from .config import load_config
-        from .plugin import load_plugin
-        from .trainer import Trainer
-    for plugin in arguments.plugin:
-        load_plugin(plugin)
-    config = load_config(arguments.config, arguments.overrides)
-    _hide_loading_bar()
-    trainer = Trainer(config)
-    trainer.train()
-    trainer.parallel.close()
-    return 0 if trainer.signal is None else 128 + trainer.signal
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from .errors import DataError
-
-    with _importing():
-        from .generate import Prompt, read_prompts
-    output = _output(arguments)
-    if arguments.input:
-        prompts = list(read_prompts(Path(arguments.input)))
-    else:
-        given = [("--prompt", {"prompt": text}) for text in arguments.prompt]
-        prompts = [Prompt(where, row, [{"role": "user", "content": row["prompt"]}]) for where, row in given]
-    if not prompts:
-        raise DataError(f"{arguments.input}: holds no prompts")
-    generator, sampling = _load_generator(arguments)
-    ids = []
-    for prompt in prompts:
-        try:
-            ids.append(generator.encode(prompt.messages))
-        except DataError as error:
-            raise DataError(f"{prompt.where}: {error}") from None
-    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
-    if output is None:
-        print("\n".join(answers))
-    else:
-        _write([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output, "answers")
-    return 0
-
-
-def _score(arguments: argparse.Namespace) -> int:
-    output = _output(arguments)
-    with _importing():
-        from .score import asked_for, line, load_judge
-    _hide_loading_bar()
-    asked = asked_for(arguments)
-    judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
-    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=True))
-    if output is None:
-        print("\n".join(map(line, verdicts)))
-    else:
-        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output, "predictions")
-    return 0
-
-
-def _output(arguments: argparse.Namespace):
-    """The path of the file to write; None for the console. Raises ConfigError."""
-    from pathlib import Path
-
-    from .errors import ConfigError
-
-    if arguments.output is None:
-        return None
-    output = Path(arguments.output)
-    if output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder; name a file in it")
-    if output.exists() and not arguments.force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
-    return output
-
-
-def _write(rows: list[dict], output, what: str) -> None:
-    import json
-
-    from .errors import ConfigError
-
-    part = output.with_name(f".{output.name}.part")
-    try:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        part.replace(output)
-    except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    print(f"{len(rows)} {what} written to {output}")
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    from .errors import DataError
-
-    generator, sampling = _load_generator(arguments)
-    first = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    messages = list(first)
-    print("Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.")
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            print()
-            return 0
-        if text == "/exit":
-            return 0
-        if text == "/reset":
-            messages = list(first)
-        elif text:
-            asked = [*messages, {"role": "user", "content": text}]
-            try:
-                messages = [*asked, {"role": "assistant", "content": generator.stream(asked, sampling)}]
-            except DataError as error:
-                print(f"{error}; say something else, or /reset")
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from .errors import ConfigError
-
-    output = Path(arguments.output)
-    if output.exists() and not arguments.force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
-    shares = arguments.weights or [1.0] * len(arguments.runs)
-    if len(shares) != len(arguments.runs):
-        raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
-    with _importing():
-        from .merge import merge
-    _hide_loading_bar()
-    dtype = merge(arguments.runs, shares, output, arguments.dtype)
-    print(f"merged in float32, saved in {dtype}: {output}")
-    return 0
-
-
-def _load_generator(arguments: argparse.Namespace):
-    from .errors import ConfigError
-
-    if arguments.top_p < 1 and arguments.temperature == 0:
-        raise ConfigError("--top-p would be ignored: it needs a --temperature above 0")
-    with _importing():
-        from .generate import Sampling, load_generator
-    _hide_loading_bar()
-    generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)
-    return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-
-
-@contextlib.contextmanager
-def _importing() -> Iterator[None]:
-    """Ctrl-C ends the process at once: the exception that it raises is lost or garbled where torch is imported."""
-
-    def leave(number, frame):
-        os._exit(_fail("interrupted", 128 + number))
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _quiet_libraries() -> None:
     """transformers' own bars and hints would drown ours. It reads these when it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _hide_loading_bar() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -106,4 +106,4 @@ def evaluate(
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric.endswith(("loss", "perplexity"))
+    return metric.endswith(("loss", "perplexity", "kl"))

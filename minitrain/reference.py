@@ -1,10 +1,13 @@
-"""The models that a loss looks at besides the policy: a reference, which is what the policy was when training began.
+"""The models that a loss looks at besides the policy: a reference and a teacher.
 
-It comes for the price of what is trained (`InitialValues`), as a model of its own (`FrozenModel`), or from a file of
-its log-probabilities (`Precomputed`). All are called as the policy is and give `Scores` without gradients.
+The reference is what the policy was when training began. It comes for the price of what is trained (`InitialValues`),
+as a model of its own (`FrozenModel`), or from a file of its log-probabilities (`Precomputed`). All are called as the
+policy is and give `Scores` without gradients. A `Teacher` is another model over the same tokens.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -26,9 +29,10 @@ from .errors import ConfigError
 from .evaluate import inference
 from .losses import Loss
 from .model.adapter_files import has_adapter
-from .model.load import DTYPES, identity, load_frozen
-from .model.policy import Policy, find_blocks
-from .schema import Config
+from .model.heads import OutputLayer
+from .model.load import DTYPES, identity, load_frozen, load_tokenizer
+from .model.policy import Policy, check_policy, find_blocks
+from .schema import Config, ModelConfig
 
 NOTED = "ref_logps"  # the column of precomputed log-probabilities
 
@@ -76,6 +80,27 @@ class FrozenModel:
             return self.policy(batch, **asked)
 
 
+class Teacher(FrozenModel):
+    """Another model over the same tokens, which computes in a dtype of its own."""
+
+    def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype, n_tokens: int, packing: bool):
+        """`n_tokens` are the tokenizer's; rows of the output layer beyond them are padding, which nobody learns from.
+
+        Raises ConfigError for an architecture that minitrain would misread.
+        """
+        super().__init__(policy, parallel, dtype)
+        self.precision, self.n_tokens = Precision(dtype, parallel.device), n_tokens
+        with self.precision.autocast():
+            check_policy(self.policy, packing, parallel.device, lambda: parallel.gathered(self.policy))
+        parallel.reshard(self.policy)
+
+    def states(self, batch: Batch) -> tuple[torch.Tensor, OutputLayer]:
+        """What its distributions at the supervised tokens are made of: hidden states [N, H], and the output layer."""
+        with torch.no_grad(), self.precision.autocast():
+            hidden, layer = self.policy.states(batch)
+        return hidden, layer.first(self.n_tokens)
+
+
 class Precomputed:
     """Log-probabilities that the policy gave before training, kept beside the token cache."""
 
@@ -94,6 +119,8 @@ def companions(
 ) -> dict:
     """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError."""
     models = {}
+    if "teacher" in loss.needs:
+        models["teacher"] = load_teacher(loss, config, tokenizer, parallel)
     if "reference" in loss.needs:
         kind = loss.options.reference
         if kind == "auto":
@@ -108,6 +135,40 @@ def companions(
             models["reference"] = _own_model(config, policy, tokenizer, parallel, precision)
             _check_start(policy, models["reference"], loaders[0], parallel, precision)
     return models
+
+
+def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice) -> Teacher:
+    """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
+    if loss.options.teacher is None:
+        raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.")
+    chosen = teacher_config(loss, config)
+    dtype = DTYPES[chosen.policy_dtype]
+    with parallel.taking_turns():
+        _compare_tokenizers(tokenizer, load_tokenizer(chosen), chosen.name_or_path)
+        frozen = load_frozen(chosen, tokenizer, dtype, config.packing, torch.float32)
+    return Teacher(frozen, parallel, dtype, len(tokenizer), config.packing)
+
+
+def teacher_config(loss: Loss, config: Config) -> ModelConfig:
+    """Which model the teacher is. Revision, archive and adapter of `model` are the policy's own."""
+    return ModelConfig(
+        loss.options.teacher,
+        policy_dtype=loss.options.teacher_dtype or config.model.policy_dtype,
+        attn_implementation=config.model.attn_implementation,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _compare_tokenizers(ours, theirs, name: str) -> None:
+    """Raises ConfigError when an id does not stand for the same token in both."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if differing := sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token)):
+        token = differing[0]
+        raise ConfigError(
+            f"loss.teacher: {name} has another tokenizer: {len(differing)} tokens differ, {token!r} for one is number "
+            f"{mine.get(token)} in the model's tokenizer and {other.get(token)} in the teacher's, so that their "
+            "distributions cannot be compared. Choose a teacher of the model's family."
+        )
 
 
 def _own_model(config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision) -> FrozenModel:
@@ -140,29 +201,33 @@ def _noted(
 ) -> torch.Tensor:
     """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "lora", "soft_prompt")}
-    settings = [cache.path.stem, identity(config.model), parts, config.seed, loss.temperature]
+    settings = [cache.key, identity(config.model), parts, config.seed, loss.temperature]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
     if parallel.max(int(not _is_whole(file, len(cache.ids)))) == 0:
         return load_file(file)[NOTED]
-    cache.columns["place"] = torch.arange(len(cache.ids))
-    whole = Loader(
-        Examples([cache], [1.0]), config, loader.pad_token_id, loader.rank, loader.world_size, loader.row_capacity
-    )
+    whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]), shares_prompts=False)
     logps = torch.zeros(len(cache.ids))
     quiet = None if parallel.rank == 0 else True  # None: a bar, where there is a terminal
+    bar = functools.partial(tqdm, desc="the reference", unit=" batches", disable=quiet, leave=False)
     with inference(policy), precision.autocast():
-        for batch in tqdm(whole.eval_batches(), desc="the reference", unit=" batches", disable=quiet, leave=False):
-            moved = batch.to(parallel.device)
-            logps[moved.of_targets("place").cpu()] = policy(moved, temperature=loss.temperature).logps.float().cpu()
+        for batch, places in bar(batches_with_places(cache, whole)):
+            logps[places] = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
     parallel.reshard(policy)
-    del cache.columns["place"]
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         part = file.with_suffix(f".{os.getpid()}.part")
         save_file({NOTED: logps}, part)
         part.replace(file)
     return logps
+
+
+def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
+    cache.columns["place"] = torch.arange(len(cache.ids))
+    for batch in loader.eval_batches():
+        yield batch, batch.of_targets("place").long()
+    del cache.columns["place"]
 
 
 def _is_whole(file: Path, n_tokens: int) -> bool:

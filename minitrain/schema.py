@@ -120,7 +120,7 @@ class EarlyStoppingConfig:
     patience: int = option(0, "Stop after so many evaluations without a better `metric`; 0 never stops early.", least=0)
     threshold: float = option(0.0, "An improvement must be larger than this to count.", least=0)
     metric: str = option(
-        "loss", "The eval metric that decides, also for save_best. Less is better for losses and perplexity."
+        "loss", "The eval metric that decides, also for save_best. Less is better for losses, perplexity and kl."
     )
 
 

@@ -152,6 +152,11 @@ class TokenCache:
         return (len(self.offsets) - 1) // self.n_documents
 
     @property
+    def key(self) -> str:
+        """A hash of all that determines the tokens."""
+        return self.path.stem
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, those that its documents share counted once -> [E]."""
         return (np.diff(self.offsets) - self.shared).reshape(-1, self.n_documents).sum(1)

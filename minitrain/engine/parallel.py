@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import errors
@@ -141,6 +148,7 @@ class FullySharded(SingleDevice):
                 block, mesh=self.mesh, mp_policy=compute, offload_policy=offload, reshard_after_forward=not keep
             )
         fully_shard(policy, mesh=self.mesh, mp_policy=rest, offload_policy=offload)
+        register_fsdp_forward_method(policy, "states")  # gathers embeddings and head as forward does
         for module in _sharded_modules(policy):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

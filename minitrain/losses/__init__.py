@@ -1,6 +1,6 @@
 """Losses by name. A new one is a file in this folder, imported here, and its test."""
 
-from . import classify, dft, dpo, kto, pairwise, policy, sft, value
+from . import classify, dft, dpo, kd, kto, pairwise, policy, sft, value
 from .base import Loss, LossOutput, create_loss, register_loss, registered
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "create_loss",
     "dft",
     "dpo",
+    "kd",
     "kto",
     "pairwise",
     "policy",

@@ -32,6 +32,7 @@ class DataFile(Protocol):
     """What a loss may know of a data file's D documents of T tokens altogether, and may add to."""
 
     source: str  # its path
+    key: str  # a hash of all that determines its tokens
     values: dict[str, np.ndarray]  # name -> [D]
     columns: dict[str, Tensor]  # name -> [T, ...]
     offsets: np.ndarray  # [D + 1] where each document begins

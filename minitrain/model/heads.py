@@ -31,6 +31,10 @@ class OutputLayer(NamedTuple):
         softcap = self.softcap and self.softcap / temperature  # c tanh(z/c) / t = (c/t) tanh((z/t) / (c/t))
         return self._replace(scale=self.scale / temperature, softcap=softcap)
 
+    def first(self, n: int) -> "OutputLayer":
+        """Of the first n tokens only."""
+        return self._replace(weight=self.weight[:n], bias=None if self.bias is None else self.bias[:n])
+
 
 class TokenScores(NamedTuple):
     logps: Tensor  # [N] float32
@@ -64,8 +68,9 @@ def token_scores(
         chunk = max(64, budget // (4 * layer.weight.shape[0]))
     if not torch.is_grad_enabled() or entropy or mean_logps:
         token_weights = None
-    settings = _Settings(layer.scale, layer.softcap, chunk, _matmul_dtype(hidden), token_weights, entropy, mean_logps)
-    logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, targets, settings)
+    settings = _Settings(layer.scale, layer.softcap, chunk, matmul_dtype_of(hidden), token_weights, entropy, mean_logps)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would cast the products of the forward pass again
+        logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, targets, settings)
     return TokenScores(logps, entropies if entropy else None, means if mean_logps else None)
 
 
@@ -84,13 +89,13 @@ class _TokenScores(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, settings):
         n = targets.numel()
         logps, lse, entropy, means = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))  # [N] each
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if settings.token_weights else None
+        grads = Gradients(hidden, weight, bias, ctx.needs_input_grad) if settings.token_weights else None
         matrix = weight.to(settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=torch.float32)  # [chunk, V]
         for start in range(0, n, settings.chunk):
             rows = slice(start, start + settings.chunk)
             part, wanted = hidden[rows].to(settings.matmul_dtype), targets[rows, None]  # [n, H], [n, 1]
-            logits, slope = _logits(part, matrix, bias, settings, grads is not None, buffer[: len(part)])  # [n, V]
+            logits, slope = logits_of(part, matrix, bias, settings, grads is not None, buffer[: len(part)])  # [n, V]
             picked = logits.gather(1, wanted)[:, 0]  # [n]
             if grads:
                 top = logits.amax(1)  # [n]
@@ -103,7 +108,7 @@ class _TokenScores(torch.autograd.Function):
                 weights = settings.token_weights(logps[rows])  # [n]
                 dlogits = logits.mul_((weights / total)[:, None])  # of -sum w log p: w (p - 1 at the target)
                 dlogits.scatter_add_(1, wanted, -weights[:, None])
-                grads.add(rows, _through_output(dlogits, slope, settings), part, matrix)
+                grads.add(rows, through_output(dlogits, slope, settings), part, matrix)
             if settings.mean_logps or settings.entropy:
                 logits.sub_(lse[rows, None])  # log-probabilities
                 means[rows] = logits.mean(1)
@@ -118,17 +123,17 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
         settings, grads = ctx.settings, ctx.grads
         if grads is not None:
-            factor = _common_factor(grad_logps, -settings.token_weights(logps))
+            factor = common_factor(grad_logps, -settings.token_weights(logps))
             if factor is not None:
                 ctx.grads = None
                 return *grads.scaled(factor), None, None
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        grads = Gradients(hidden, weight, bias, ctx.needs_input_grad)
         matrix = weight.to(settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(targets.numel(), settings.chunk), weight.shape[0]), dtype=torch.float32)
         for start in range(0, targets.numel(), settings.chunk):
             rows = slice(start, start + settings.chunk)
             part = hidden[rows].to(settings.matmul_dtype)  # [n, H]
-            logits, slope = _logits(part, matrix, bias, settings, True, buffer[: len(part)])  # [n, V]
+            logits, slope = logits_of(part, matrix, bias, settings, True, buffer[: len(part)])  # [n, V]
             logits.sub_(lse[rows, None])  # log-probabilities
             probs = logits.exp()  # [n, V]
             dlogits = probs * -(grad_logps[rows] + grad_means[rows])[:, None]
@@ -137,27 +142,28 @@ class _TokenScores(torch.autograd.Function):
             if settings.mean_logps:
                 dlogits += grad_means[rows, None] / logits.shape[1]
             dlogits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-            grads.add(rows, _through_output(dlogits, slope, settings), part, matrix)
+            grads.add(rows, through_output(dlogits, slope, settings), part, matrix)
         return *grads.scaled(None), None, None
 
 
-class _Gradients:
-    """Sums of the gradients of hidden, weight and bias over the chunks, in float32."""
+class Gradients:
+    """Sums of the gradients of hidden, weight and bias over the chunks, in float32 or better."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]):
         self.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
-        self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None  # [N, H]
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None  # [V, H]
-        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None  # [V]
+        dtype = compute_dtype(hidden)
+        self.hidden = torch.zeros_like(hidden, dtype=dtype) if needed[0] else None  # [N, H]
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None  # [V, H]
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None  # [V]
 
     def add(self, rows: slice, dlogits: Tensor, part: Tensor, matrix: Tensor) -> None:
-        """dlogits [n, V] float32, part [n, H] and matrix [V, H] in the dtype of the matrix products."""
+        """dlogits [n, V] float32 or better, part [n, H] and matrix [V, H] in the dtype of the matrix products."""
         if self.bias is not None:
             self.bias += dlogits.sum(0)
         dlogits = dlogits.to(matrix.dtype)
         if self.hidden is not None:
             self.hidden[rows] = dlogits @ matrix
-        if self.weight is not None and matrix.dtype == torch.float32:
+        if self.weight is not None and matrix.dtype == self.weight.dtype:
             self.weight.addmm_(dlogits.T, part)
         elif self.weight is not None:
             self.weight += dlogits.T @ part
@@ -169,11 +175,16 @@ class _Gradients:
         return tuple(g if g is None else g.to(d) for g, d in zip(grads, self.dtypes, strict=True))
 
 
-def _logits(
-    part: Tensor, matrix: Tensor, bias: Tensor | None, settings: _Settings, need_slope: bool, buffer: Tensor
+def logits_of(
+    part: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    settings: "_Settings | OutputLayer",
+    need_slope: bool,
+    buffer: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """[n, V] float32 logits, in `buffer`, and the slope of the softcap there (None without one)."""
-    if matrix.dtype == torch.float32:
+    """[n, V] logits, in `buffer`, and the slope of the softcap there (None without one)."""
+    if matrix.dtype == buffer.dtype:
         logits = torch.mm(part, matrix.T, out=buffer)
     else:
         logits = buffer.copy_(part @ matrix.T)
@@ -188,14 +199,14 @@ def _logits(
     return logits.mul_(settings.softcap), slope
 
 
-def _through_output(dlogits: Tensor, slope: Tensor | None, settings: _Settings) -> Tensor:
+def through_output(dlogits: Tensor, slope: Tensor | None, settings: "_Settings | OutputLayer") -> Tensor:
     """Gradient of the logits -> gradient of the matrix product, in place."""
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(settings.scale) if settings.scale != 1.0 else dlogits
 
 
-def _common_factor(grad: Tensor, expected: Tensor) -> Tensor | None:
+def common_factor(grad: Tensor, expected: Tensor) -> Tensor | None:
     """c with grad == c * expected to rounding, or None."""
     if grad.numel() == 0:
         return None
@@ -204,11 +215,20 @@ def _common_factor(grad: Tensor, expected: Tensor) -> Tensor | None:
     return factor if torch.allclose(grad, factor * expected, rtol=1e-6, atol=0.0) else None
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def matmul_dtype_of(hidden: Tensor) -> torch.dtype:
     """Autocast's dtype inside autocast; float32 where the processor would only emulate bfloat16, slowly."""
     kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return native_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype, kind)
+
+
+def native_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """A dtype for matrix products on this kind of device: the same, or float32 in the place of an emulated one."""
     return torch.float32 if kind == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16() else dtype
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """That of logits and of sums: float32, or better where the states are."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def cpu_has_bfloat16() -> bool:

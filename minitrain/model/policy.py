@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..batch import IGNORE, Batch, Scores
+from ..batch import IGNORE, Batch, Distillation, Scores
 from ..errors import ConfigError
 from . import attention
+from .divergence import divergences
 from .heads import OutputLayer, token_scores
 
 
@@ -83,16 +84,25 @@ class Policy(nn.Module):
         entropy: bool = False,
         mean_logps: bool = False,
         temperature: float = 1.0,
+        distillation: Distillation | None = None,
     ) -> Scores:
         """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options.
 
-        `temperature` divides the logits, as when answers are sampled at it.
+        `temperature` divides the logits, as when answers are sampled at it. With `distillation` the divergence from a
+        teacher, beside log-probabilities and in the place of the rest.
         """
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
         values = self._values(hidden) if self.value_head is not None else None
         hidden, layer = self.output(hidden)
+        if distillation is not None:
+            logps, divergence = divergences(hidden, batch.targets, layer, distillation)
+            return Scores(logps, batch.target_docs, batch.n_docs, values=values, divergence=divergence)
         scores = token_scores(hidden, batch.targets, layer.at(temperature), token_weights, entropy, mean_logps)
         return Scores(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
+
+    def states(self, batch: Batch) -> tuple[Tensor, OutputLayer]:
+        """What the distributions at the N supervised tokens are made of: hidden states [N, H], and the output layer."""
+        return self.output(self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors))
 
     def add_value_head(self) -> None:
         """A scalar of each hidden state, 0 at first."""

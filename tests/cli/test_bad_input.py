@@ -101,7 +101,11 @@ def write(name: str, *rows) -> str:
         (["eval_datasets=[{path: rows.jsonl, weight: 2}]"], "weight: has no meaning for evaluation"),
         (["gradient_accumulation_steps=3"], "8 examples cannot be cut into gradient_accumulation_steps=3 equal"),
         (["model.revision=main"], "model.revision: would be ignored"),
+        (["loss.name=kd"], "loss.teacher: is missing: name the folder or the hub name of a model"),
+        (["loss={name: kd, teacher: tiny, jsd_weight: 0.1}"], "jsd_weight: would be ignored: it needs loss.divergence"),
         # files
+        (["loss={name: kd, teacher: ./nowhere}"], "loss.teacher: there is no folder nowhere"),
+        (["loss={name: kd, teacher_outputs: nowhere}"], "loss.teacher_outputs: there is no file nowhere (seen from "),
         (["datasets=[nowhere.jsonl]"], "there is no file nowhere.jsonl (seen from "),
         (["datasets=[row.jsonl]"], "Did you mean rows.jsonl?"),
         (["datasets=[model]"], "model is a folder; name a file in it"),

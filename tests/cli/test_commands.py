@@ -32,7 +32,7 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
     [
         ["train.py", "--help"], ["train.py"], ["-m", "minitrain", "train", "--help"], ["-m", "minitrain", "--help"],
         ["-m", "minitrain", "generate", "--help"], ["-m", "minitrain", "chat", "--help"],
-        ["-m", "minitrain", "--version"],
+        ["-m", "minitrain", "teach", "--help"], ["-m", "minitrain", "--version"],
     ],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments):
@@ -51,6 +51,7 @@ def test_help_reads_like_a_page(capsys):
         "chat": "--system TEXT",
         "merge": "--weights W",
         "score": "--text-pair TEXT",
+        "teach": "--output FILE.safetensors",
     }.items():
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out

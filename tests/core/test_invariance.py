@@ -32,6 +32,7 @@ VARIANTS = {
         {"normaliser": "cispo", "advantages": "gae", "vf_coef": 0.1, "temperature": 0.7},
     ],
     "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],
+    "kd": [{"divergence": "jsd", "jsd_weight": 0.3}, {"divergence": "reverse_kl", "top_k": 5, "temperature": 1.0}],
 }
 CASES = [(name, options) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
 ALL = [[i] for i in range(N)]

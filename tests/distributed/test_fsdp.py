@@ -38,6 +38,7 @@ SETTINGS = {
     "pissa": ("lora.rank=4", "lora.init=pissa", "lora.use_dora=true", "activation_checkpointing=true"),
     "prompt": ("soft_prompt.num_virtual_tokens=4", "soft_prompt.init_text=say"),
     "prefix": ("soft_prompt.num_virtual_tokens=4", "soft_prompt.method=prefix"),
+    "kd": ("loss.name=kd", "loss.teacher=tiny", "packing=true", "validation_split=7", "eval_batch_size=3"),
     "dft": ("loss.name=dft", "activation_checkpointing=true", "validation_split=7", "eval_batch_size=3"),
 }
 
@@ -47,7 +48,7 @@ def test_two_ranks_train_as_one_process(job, scratch):
     (transformers#34242, torchtitan#1842, pytorch#72548, pytorch#25162)."""
     alone = {name: job(f"alone-{name}", *overrides) for name, overrides in SETTINGS.items()}
     launch(0, list(alone.values()), scratch / "alone")
-    shards = {"full": SETTINGS, "grad": ("plain", "uneven"), "none": ("frozen", "uneven", "packed", "lora")}
+    shards = {"full": SETTINGS, "grad": ("plain", "uneven"), "none": ("frozen", "uneven", "packed", "lora", "kd")}
     chosen = [(shard, name) for shard, names in shards.items() for name in names]
     ranked = [(job(f"{shard}-{name}", *SETTINGS[name], fsdp=shard), alone[name]) for shard, name in chosen]
     launch(2, [ours for ours, _ in ranked], scratch / "ranks")

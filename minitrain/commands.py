@@ -1,0 +1,202 @@
+"""What the commands do. Each imports what is heavy when it is called."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+RANK_0_TELLS_FIRST = 2.0  # seconds
+
+
+def fail(message: str, code: int) -> int:
+    """Tells an error, rank 0 before the others, and returns the exit code."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # Mostly rank 0 has the same to tell, and then the launcher ends this process before it repeats it.
+        time.sleep(RANK_0_TELLS_FIRST)
+        message = f"rank {rank}: {message}"
+    print(f"minitrain: {message}", file=sys.stderr)
+    return code
+
+
+def train(arguments: argparse.Namespace) -> int:
+    with _importing():
+        from .config import load_config
+        from .plugin import load_plugin
+        from .trainer import Trainer
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    config = load_config(arguments.config, arguments.overrides)
+    _hide_loading_bar()
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.parallel.close()
+    return 0 if trainer.signal is None else 128 + trainer.signal
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .errors import DataError
+
+    with _importing():
+        from .generate import Prompt, read_prompts
+    output = _new_file(arguments.output, arguments.force)
+    if arguments.input:
+        prompts = list(read_prompts(Path(arguments.input)))
+    else:
+        given = [("--prompt", {"prompt": text}) for text in arguments.prompt]
+        prompts = [Prompt(where, row, [{"role": "user", "content": row["prompt"]}]) for where, row in given]
+    if not prompts:
+        raise DataError(f"{arguments.input}: holds no prompts")
+    generator, sampling = _load_generator(arguments)
+    ids = []
+    for prompt in prompts:
+        try:
+            ids.append(generator.encode(prompt.messages))
+        except DataError as error:
+            raise DataError(f"{prompt.where}: {error}") from None
+    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
+    if output is None:
+        print("\n".join(answers))
+    else:
+        _write([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output, "answers")
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    output = _new_file(arguments.output, arguments.force)
+    with _importing():
+        from .score import asked_for, line, load_judge
+    _hide_loading_bar()
+    asked = asked_for(arguments)
+    judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
+    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=True))
+    if output is None:
+        print("\n".join(map(line, verdicts)))
+    else:
+        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output, "predictions")
+    return 0
+
+
+def _write(rows: list[dict], output, what: str) -> None:
+    import json
+
+    from .errors import ConfigError
+
+    part = output.with_name(f".{output.name}.part")
+    try:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.replace(output)
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{len(rows)} {what} written to {output}")
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    from .errors import DataError
+
+    generator, sampling = _load_generator(arguments)
+    first = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(first)
+    print("Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if text == "/exit":
+            return 0
+        if text == "/reset":
+            messages = list(first)
+        elif text:
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": generator.stream(asked, sampling)}]
+            except DataError as error:
+                print(f"{error}; say something else, or /reset")
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .errors import ConfigError
+
+    output = Path(arguments.output)
+    if output.exists() and not arguments.force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    shares = arguments.weights or [1.0] * len(arguments.runs)
+    if len(shares) != len(arguments.runs):
+        raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
+    with _importing():
+        from .merge import merge
+    _hide_loading_bar()
+    dtype = merge(arguments.runs, shares, output, arguments.dtype)
+    print(f"merged in float32, saved in {dtype}: {output}")
+    return 0
+
+
+def teach(arguments: argparse.Namespace) -> int:
+    output = _new_file(arguments.output, arguments.force)
+    with _importing():
+        from .config import load_config
+        from .teach import teach
+    config = load_config(arguments.config, arguments.overrides)
+    _hide_loading_bar()
+    written = teach(config, output)
+    print(f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}")
+    return 0
+
+
+def _new_file(name: str | None, force: bool):
+    """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
+    from pathlib import Path
+
+    from .errors import ConfigError
+
+    output = Path(name) if name else None
+    if output and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file in it")
+    if output and output.exists() and not force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if output and not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    return output
+
+
+def _load_generator(arguments: argparse.Namespace):
+    from .errors import ConfigError
+
+    if arguments.top_p < 1 and arguments.temperature == 0:
+        raise ConfigError("--top-p would be ignored: it needs a --temperature above 0")
+    with _importing():
+        from .generate import Sampling, load_generator
+    _hide_loading_bar()
+    generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)
+    return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: the exception that it raises is lost or garbled where torch is imported."""
+
+    def leave(number, frame):
+        os._exit(fail("interrupted", 128 + number))
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _hide_loading_bar() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,146 @@
+"""Knowledge distillation: towards a teacher's distribution at each supervised token."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..batch import Batch, Distillation, Likeliest
+from ..errors import ConfigError
+from ..schema import option
+from .base import DataFile, LossOutput, register_loss
+from .sft import TokenLoss
+
+IDS, LOGPS = "teacher_ids", "teacher_logps"  # columns, and what they are called in a file behind the key of the data
+
+# Each formula maps log-probabilities of student and teacher [n, V] to the divergence [n] and its derivative by those of
+# the student [n, V], up to a multiple of p_S in each row, which does not move a softmax.
+Compared = tuple[Tensor, Tensor]
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Compared:
+    """KL(T||S) = sum p_T (log p_T - log p_S), Hinton et al. 2015 (arXiv 1503.02531)."""
+    probs = teacher.exp()
+    return (teacher - student).mul_(probs).sum(1), probs.neg_()
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Compared:
+    """KL(S||T) = sum p_S (log p_S - log p_T), as in MiniLLM (arXiv 2306.08543)."""
+    slope = (student - teacher).mul_(student.exp())
+    return slope.sum(1), slope
+
+
+def symmetric(student: Tensor, teacher: Tensor) -> Compared:
+    """The mean of both."""
+    return tuple((a + b) / 2 for a, b in zip(forward_kl(student, teacher), reverse_kl(student, teacher), strict=True))
+
+
+def jsd(student: Tensor, teacher: Tensor, weight: float) -> Compared:
+    """b KL(T||M) + (1 - b) KL(S||M) with M = (1 - b) p_S + b p_T (arXiv 2306.13649, eq. 1).
+
+    Its limit is 0 for b = 0 and b = 1; there it is, as in TRL, KL(T||S) and KL(S||T), the limit of it over b, 1 - b.
+    """
+    if weight in (0, 1):
+        return reverse_kl(student, teacher) if weight else forward_kl(student, teacher)
+    mixture = torch.logaddexp(student + math.log(1 - weight), teacher + math.log(weight))
+    slope = (student - mixture).mul_(student.exp()).mul_(1 - weight)
+    return weight * forward_kl(mixture, teacher)[0] + slope.sum(1), slope
+
+
+DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, symmetric, jsd)}
+
+
+@dataclass
+class KDOptions:
+    teacher: str | None = option(
+        None, "A folder or hub name of a causal language model with the same tokenizer, or `tiny`."
+    )
+    teacher_dtype: str | None = option(
+        None,
+        "The dtype of its weights and compute; policy_dtype when left out.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    teacher_outputs: str | None = option(
+        None, "What the teacher says of all data: a file that `minitrain teach` made. Then no teacher is loaded."
+    )
+    temperature: float = option(4.0, "T: the logits of both are divided by it.", above=0)
+    alpha: float = option(0.7, "Weight of T^2 times the divergence.", least=0)
+    beta: float = option(0.3, "Weight of the cross entropy of the data's own tokens.", least=0)
+    divergence: str = option(
+        "forward_kl",
+        "forward_kl: KL(T||S). reverse_kl: KL(S||T). symmetric: the mean of both. jsd: see jsd_weight.",
+        choices=tuple(DIVERGENCES),
+    )
+    jsd_weight: float = option(
+        0.5, "jsd: b in b KL(T||M) + (1 - b) KL(S||M), M = (1 - b) S + b T; 0 is forward_kl.", least=0, most=1
+    )
+    top_k: int | None = option(
+        None, "Compare on the teacher's so many likeliest tokens, all others as one; on all when left out.", least=1
+    )
+
+
+@register_loss("kd", KDOptions)
+class KD(TokenLoss):
+    """``alpha T^2 D(student, teacher at temperature T) - beta log p``; the unit is the supervised token.
+
+    D is a true divergence, the teacher's entropy included. T^2 keeps its gradient as large as at T = 1 (arXiv
+    1503.02531, section 2); a jsd goes without, as in its paper.
+    """
+
+    def ignored(self) -> dict[str, str]:
+        return {} if self.options.divergence == "jsd" else {"jsd_weight": "it needs loss.divergence=jsd."}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher"} if self.options.teacher_outputs is None else ())
+
+    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
+        """Adds the teacher's outputs to the data where a file has them."""
+        if self.options.teacher_outputs is not None:
+            self.n_tokens = add_outputs([*train, *evaluation], self.options)
+
+    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+        o = self.options
+        formula = DIVERGENCES[o.divergence]
+        if o.divergence == "jsd":
+            formula = functools.partial(jsd, weight=o.jsd_weight)
+        weights = o.alpha if o.divergence == "jsd" else o.alpha * o.temperature**2, o.beta
+        theirs = self._noted(batch) if teacher is None else teacher.states(batch)
+        scores = policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
+        losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
+        output = self.output(losses.sum(), batch, scores.logps)
+        output.metrics["kl"] = (scores.divergence.detach().sum(), output.weight)
+        return output
+
+    def _noted(self, batch: Batch) -> Likeliest:
+        return Likeliest(batch.of_targets(IDS), batch.of_targets(LOGPS), self.n_tokens)
+
+
+def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
+    """Gives data files the columns of `options.teacher_outputs`, which stay on disk -> V, the tokens of the teacher.
+
+    Raises ConfigError for a file that was made for other data, of another teacher or with other options.
+    """
+    path = options.teacher_outputs
+    try:
+        with safe_open(path, "pt") as opened:
+            made, names = opened.metadata() or {}, set(opened.keys())
+            for file in files:
+                if f"{file.key}/{IDS}" not in names:
+                    raise ConfigError(
+                        f"loss.teacher_outputs: {path} holds nothing of {file.source} as it is tokenised now; "
+                        "make it anew with `minitrain teach`."
+                    )
+                file.columns |= {name: opened.get_tensor(f"{file.key}/{name}") for name in (IDS, LOGPS)}
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"loss.teacher_outputs: {path} is no file of `minitrain teach`: {error}.") from None
+    for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
+        given = getattr(options, key)
+        if str(given) != made.get(key) and not (given is None and key.startswith("teacher")):
+            told = f"{path} was made with {made.get(key)}, and here it is {given}; make it anew, or set it to the same."
+            raise ConfigError(f"loss.{key}: {told}")
+    return int(made["n_tokens"])
