@@ -138,6 +138,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 _LINE_FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda v: f"loss {v:.4f}",
+    "accuracy": lambda v: f"accuracy {v:.1%}",
     "lr": lambda v: f"lr {v:.2e}",
     "grad_norm": lambda v: f"grad_norm {v:.3g}",
     "tokens_per_second": lambda v: f"{v:,.0f} tok/s",
