@@ -247,10 +247,10 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
     for key, told in loss.ignored().items():
         if key in written:
             problems.add(f"loss.{key}", f"would be ignored: {told}")
+    _check_teacher(options, "teacher" in loss.needs, problems)
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.record == "labelled" and key in given:
             problems.add(key, f"would be ignored: {name} reads texts as they are.", "loss.name")
-    _check_teacher(options, "teacher" in loss.needs, problems)
     for i, entry in enumerate(config.datasets):
         if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
             told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."

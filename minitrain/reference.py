@@ -7,7 +7,6 @@ policy is and give `Scores` without gradients. A `Teacher` is another model over
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -70,18 +69,19 @@ class InitialValues:
 
 
 class FrozenModel:
-    """Another model, sharded as the policy is."""
+    """Another model, sharded as the policy is, that computes in a dtype of its own."""
 
     def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype):
         self.policy = parallel.wrap(policy, find_blocks(policy.model.base_model), dtype)
+        self.precision = Precision(dtype, parallel.device)
 
     def __call__(self, batch: Batch, **asked) -> Scores:
-        with torch.no_grad():
+        with torch.no_grad(), self.precision.autocast():
             return self.policy(batch, **asked)
 
 
 class Teacher(FrozenModel):
-    """Another model over the same tokens, which computes in a dtype of its own."""
+    """Another model over the same tokens."""
 
     def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype, n_tokens: int, packing: bool):
         """`n_tokens` are the tokenizer's; rows of the output layer beyond them are padding, which nobody learns from.
@@ -89,7 +89,7 @@ class Teacher(FrozenModel):
         Raises ConfigError for an architecture that minitrain would misread.
         """
         super().__init__(policy, parallel, dtype)
-        self.precision, self.n_tokens = Precision(dtype, parallel.device), n_tokens
+        self.n_tokens = n_tokens
         with self.precision.autocast():
             check_policy(self.policy, packing, parallel.device, lambda: parallel.gathered(self.policy))
         parallel.reshard(self.policy)
@@ -176,7 +176,8 @@ def _own_model(config: Config, policy: Policy, tokenizer, parallel: SingleDevice
     residual = policy.model.get_input_embeddings().weight.dtype
     with parallel.taking_turns():
         frozen = load_frozen(config.model, tokenizer, dtype, config.packing, residual)
-    return FrozenModel(frozen, parallel, precision.dtype)
+    # As the policy does; but weights in less than float32 have to meet their like.
+    return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)
 
 
 def _check_start(
@@ -209,10 +210,11 @@ def _noted(
     whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]), shares_prompts=False)
     logps = torch.zeros(len(cache.ids))
     quiet = None if parallel.rank == 0 else True  # None: a bar, where there is a terminal
-    bar = functools.partial(tqdm, desc="the reference", unit=" batches", disable=quiet, leave=False)
     with inference(policy), precision.autocast():
-        for batch, places in bar(batches_with_places(cache, whole)):
-            logps[places] = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
+        found = batches_with_places(cache, whole)
+        for batch, places in tqdm(found, desc="the reference", unit=" batches", disable=quiet, leave=False):
+            scores = policy(batch.to(parallel.device), temperature=loss.temperature)
+            logps[places] = scores.logps.float().cpu()
     parallel.reshard(policy)
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

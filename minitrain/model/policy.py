@@ -89,7 +89,7 @@ class Policy(nn.Module):
         """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options.
 
         `temperature` divides the logits, as when answers are sampled at it. With `distillation` the divergence from a
-        teacher, beside log-probabilities and in the place of the rest.
+        teacher, beside log-probabilities at temperature 1 and in the place of the rest.
         """
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
         values = self._values(hidden) if self.value_head is not None else None

@@ -334,6 +334,13 @@ def test_a_reference_in_bfloat16(dpo):
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=0.02)
 
 
+def test_a_reference_in_bfloat16_beside_a_policy_in_float32(dpo):
+    """Its weights in bfloat16 meet activations in bfloat16, and not the policy's float32."""
+    trainer = dpo("loss.reference=model", "model.reference_dtype=bfloat16", "n_steps=1")
+    assert trainer.models["reference"].policy.model.dtype == torch.bfloat16
+    assert first_loss(trainer) == pytest.approx(math.log(2), abs=0.02)
+
+
 def test_evaluation_and_resumption_with_a_reference(dpo):
     """An interrupted run goes on with the reference of its start, not with the weights of the checkpoint."""
     overrides = ("n_steps=4", "save_every_steps=2", "validation_split=4", "eval_every_steps=2", "lora.rank=4")

@@ -16,7 +16,7 @@ from tests.rows import ROWS
 
 TUNINGS = {"full": (), "lora": ("lora.rank=4",), "qlora": ("lora.rank=4", "model.quantization=4bit")}
 # What a loss needs to be told.
-OPTIONS: dict[str, tuple[str, ...]] = {}
+OPTIONS: dict[str, tuple[str, ...]] = {"kd": ("loss.teacher=tiny",)}
 
 
 @pytest.fixture
