@@ -82,6 +82,12 @@ def test_an_adapter_a_merged_model_and_the_run_agree(place, capsys, tmp_path):
     assert told(capsys, merged, "--text", "yes 1", "no 2") == found
     model = AutoModelForSequenceClassification.from_pretrained(merged)
     assert model.config.id2label == {0: "no", 1: "yes"}
+    shares = ["--weights", "0.25", "0.5", "--output", str(tmp_path / "shares")]
+    assert main(["merge", str(source), str(source), *shares]) == 0
+    part = AutoModelForSequenceClassification.from_pretrained(tmp_path / "shares")
+    for name in ("classifier", "bert.pooler.dense"):  # the base has none, so nothing of its random ones may stay
+        whole = model.get_submodule(name).weight
+        torch.testing.assert_close(part.get_submodule(name).weight, 0.75 * whole, rtol=1e-5, atol=1e-6)
 
 
 def test_numbers(place, capsys):

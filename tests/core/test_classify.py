@@ -90,6 +90,9 @@ def test_labels_mean_the_same_in_all_files():
     loss.prepare([one, two], [held, one])
     assert loss.outputs == ["a", "b", "c"]
     assert [f.values["label"].tolist() for f in (one, two, held)] == [[1, 0, 1], [2, 1], [2, 2, 0]]
+    numbers = file(["2.5", "1", "2.5"])
+    prepared([numbers], [numbers], regression=True)
+    assert numbers.values["label"].tolist() == [2.5, 1, 2.5]
 
 
 @pytest.mark.parametrize(
