@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .engine.folders import atomic_folder
 from .errors import ConfigError
 from .generate import find_model, model_config, saved_dtype
-from .model.adapter_files import load_adapter, read_config
-from .model.load import DTYPES, load_base, load_tokenizer, save_model, trained_outputs
-from .model.lora import fold
+from .model.adapter_files import read_config
+from .model.load import DTYPES, fold_adapter, load_base, load_tokenizer, save_model, trained_outputs
 from .model.scoring import heads_of
 from .schema import ModelConfig
 
@@ -40,7 +38,7 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     total = {}
     for config, share in zip(configs, shares, strict=True):
-        _merge_one(model, Path(config.adapter))
+        fold_adapter(model, Path(config.adapter))
         with torch.no_grad():
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 change = parameter - before[name]
@@ -59,8 +57,3 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
 def _base(config: ModelConfig) -> str:
     quantized = f" in {config.quantization}" if config.quantization != "none" else ""
     return f"{config.name_or_path}{f'@{config.revision}' if config.revision else ''}{quantized}"
-
-
-def _merge_one(model: nn.Module, folder: Path) -> None:
-    for module in load_adapter(model, folder).adapted.values():
-        fold(module)

@@ -160,9 +160,14 @@ def load_base(config: ModelConfig, tokenizer) -> nn.Module:
 def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
     """A model in float32 with the adapter of the config added to its weights."""
     model = load_base(config, tokenizer)
-    for module in load_adapter(model, Path(config.adapter)).adapted.values():
-        fold(module)
+    fold_adapter(model, Path(config.adapter))
     return model
+
+
+def fold_adapter(model: nn.Module, folder: Path) -> None:
+    """Adds what the LoRA of a folder does to the weights of its base model."""
+    for module in load_adapter(model, folder).adapted.values():
+        fold(module)
 
 
 def save_model(
