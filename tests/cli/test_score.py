@@ -154,7 +154,7 @@ def test_what_cannot_be_scored(place, monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_generate_and_predict_refuse_such_a_model(place, capsys):
+def test_generate_refuses_such_a_model(place, capsys):
     """Text from a head that was never there would be noise."""
     for name in ("labels", "reward"):
         assert main(["generate", str(place / "runs" / name), "--prompt", "a"]) == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
-from minitrain import DataError, Trainer, load_config
+from minitrain import ConfigError, DataError, Trainer, load_config
 from tests.conftest import metrics, weights
 from tests.core.scorers import random_base
 from tests.core.test_scorers import close
@@ -82,6 +82,8 @@ def test_a_run(make, kind):
         nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item() / 12
         hits += (logits.argmax(1) == labels).sum().item() / 12
     assert (nll, hits) == pytest.approx((ended["loss"], ended["accuracy"]), rel=1e-5)
+    with pytest.raises(ConfigError, match="gives scores and no text"):
+        trainer.predict(["a"])
     assert trainer.evaluate() == pytest.approx({k: v for k, v in ended.items() if k != "seconds"}, abs=1e-6)
 
 
