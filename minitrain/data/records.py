@@ -128,8 +128,8 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
         name = _recognise(dataset.columns, known) or _recognise(row, known)
     if name is None:
         kinds = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
-        example = {"labelled": "{text: my_column, label: my_other_column}"}.get(kind)
-        example = example or "{prompt: my_column, response: my_other_column}"
+        first, second = MAPPED[kind]
+        example = f"{{{first}: my_column, {second}: my_other_column}}"
         raise DataError(
             f"no known schema of {kind} rows has the keys {keys_of(row)}. Known are ({kinds}). "
             f"Map your columns, for example columns: {example}{_of_header(dataset.path)}"
@@ -140,6 +140,14 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
     return known[name].convert(row, dataset)
 
 
+# Columns that are shown as an example of a mapping.
+MAPPED = {
+    "conversation": ("prompt", "response"),
+    "preference": ("chosen", "rejected"),
+    "feedback": ("completion", "label"),
+    "labelled": ("text", "label"),
+    "rollout": ("response", "reward"),
+}
 TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", "raft", "raft_context")
 
 

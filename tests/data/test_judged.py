@@ -96,7 +96,11 @@ def test_rollouts():
 @pytest.mark.parametrize(
     "kind, row, reason",
     [
-        ("preference", {"prompt": "a", "response": "b"}, "no known schema of preference rows"),
+        (
+            "preference",
+            {"prompt": "a", "response": "b"},
+            "no known schema of preference rows.*columns: {chosen: my_column",
+        ),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, "chosen does not end with words"),
         ("preference", {"prompt": "a", "chosen": "c", "rejected": [ASK]}, "rejected does not end with words"),
