@@ -25,7 +25,15 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["bitsandbytes>=0.48"],
-        "dev": ["pytest>=8", "ruff>=0.11", "tensorboard>=2.16", "bitsandbytes>=0.48", "peft>=0.17"],
+        "plot": ["matplotlib>=3.8"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.11",
+            "tensorboard>=2.16",
+            "bitsandbytes>=0.48",
+            "peft>=0.17",
+            "matplotlib>=3.8",
+        ],
     },
     entry_points={"console_scripts": ["minitrain=minitrain.cli:main"]},
 )

@@ -154,6 +154,37 @@ def teach(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plot(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .errors import ConfigError
+    from .history import read_history, tell_broken
+    from .plot import plot
+
+    histories = [read_history(Path(run)) for run in arguments.runs]
+    for history in histories:
+        tell_broken(history)
+    folder = Path(arguments.runs[0]) if len(histories) == 1 else Path()
+    output = _new_file(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
+    plot(histories, output, arguments.force)
+    print(f"the plot is in {output}")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .doctor import report
+    from .history import read_history, tell_broken
+
+    history = read_history(Path(arguments.run))
+    tell_broken(history)
+    print(report(history))
+    return 0
+
+
 def _new_file(name: str | None, force: bool):
     """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
     from pathlib import Path
