@@ -247,9 +247,8 @@ def slower(run: History) -> Finding | None:
     speeds = run.values("train/tokens_per_second")[1:]  # the first line has the start in it
     if len(speeds) < ENOUGH:
         return None
-    third = len(speeds) // 3
-    before, after = median(speeds[:third]), median(speeds[-third:])
-    if after >= SLOWER * before:
+    before, after, least = _trend(speeds)
+    if after >= SLOWER * before or before - after <= least:
         return None
     memory = run.values("train/memory_gb")
     used = f"; memory_gb went from {memory[0]:.3g} to {memory[-1]:.3g}" if memory else ""

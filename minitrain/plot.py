@@ -40,6 +40,7 @@ def picture(histories: list[History]):
     columns = min(len(panels), 3 if len(panels) <= 9 else 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, name in zip(axes, panels):
         _draw(axis, name, histories, colours)
@@ -49,7 +50,7 @@ def picture(histories: list[History]):
     shown = _legend(histories, names, colours)
     figure.legend(handles=shown, loc="outside upper left", ncols=2 * columns, frameon=False)
     if len(names) == 1:
-        figure.suptitle(names[0])
+        figure.suptitle(names[0], fontweight="bold")
     return figure
 
 
@@ -91,16 +92,19 @@ def _draw(axis, name: str, histories: list[History], colours: list[dict[str, str
     last = max(history.last_step for history in histories)
     axis.set_xlim(-0.02 * last, 1.02 * last or 1)
     axis.set_xlabel("step")
-    axis.set_ylabel(name)
+    axis.set_title(name, loc="left", fontsize=11, fontweight="bold")  # the name of the y-axis, where it can be read
+    if name in LAST and axis.get_yscale() == "linear":
+        axis.set_ylim(0, 1.08 * max(values, default=0) or 1)  # so that small changes look small
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _curve(axis, points: list[Point], style: dict) -> None:
     """A line with a gap, and a cross at the foot of the panel, wherever a value is infinite or undefined."""
-    style = style | {"marker": style["marker"] if len(points) <= FEW else ""}
+    few = len(points) <= FEW
+    style = style | {"marker": style["marker"] if few else "", "linewidth": 1.4 if few else 0.8}
     finite = [point.value if point.finite else math.nan for point in points]
-    axis.plot([point.step for point in points], finite, markersize=4, linewidth=1.4, **style)
+    axis.plot([point.step for point in points], finite, markersize=4, **style)
     if gaps := [point.step for point in points if not point.finite]:
         foot = axis.get_xaxis_transform()
         axis.plot(gaps, [0.03] * len(gaps), linestyle="", marker="x", color=style["color"], transform=foot)

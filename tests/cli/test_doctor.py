@@ -83,8 +83,9 @@ def test_nothing_is_found_in_a_healthy_run(make_run, kind, capsys):
     assert findings == []
     assert main(["doctor", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert "30 train and 6 eval lines, up to step 300" in out and err == ""
-    assert f"Nothing looks wrong. Looked at: {', '.join(well)}." in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "30 train and 6 eval lines, up to step 300" in said and err == ""
+    assert f"Nothing looks wrong. Looked at: {', '.join(well)}." in said
 
 
 def test_healthy_runs_are_looked_at_from_all_sides(tmp_path, make_run):
@@ -247,6 +248,9 @@ UNSUSPICIOUS = {
         train={"grad_norm": lambda i: math.inf if i < 2 else 1.0}, settings={"model": {"policy_dtype": "float16"}}
     ),
     "packing is on": dict(train={"padding": lambda i: 0.4}, settings={"packing": True}),
+    "speed is unsteady": dict(
+        train={"tokens_per_second": lambda i: 1000.0 if i in (1, 2, 3, 4, 5, 10, 12, 14, 16, 18, 21, 24, 27) else 100.0}
+    ),
     "lr ends with 0": dict(train={"lr": lambda i: 0.0 if i == LINES - 1 else 1e-3}),
     "train noise hides in evaluations": dict(
         kind="dpo",

@@ -18,7 +18,7 @@ def picture():
 
     def make(*folders):
         drawn = picture([read_history(folder) for folder in folders])
-        return drawn, {axis.get_ylabel(): axis for axis in drawn.axes}
+        return drawn, {axis.get_title(loc="left"): axis for axis in drawn.axes}
 
     return make
 
