@@ -33,6 +33,7 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
         ["train.py", "--help"], ["train.py"], ["-m", "minitrain", "train", "--help"], ["-m", "minitrain", "--help"],
         ["-m", "minitrain", "generate", "--help"], ["-m", "minitrain", "chat", "--help"],
         ["-m", "minitrain", "teach", "--help"], ["-m", "minitrain", "--version"],
+        ["-m", "minitrain", "inspect", "--help"], ["-m", "minitrain", "validate", "--help"],
     ],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments):
@@ -52,6 +53,8 @@ def test_help_reads_like_a_page(capsys):
         "merge": "--weights W",
         "score": "--text-pair TEXT",
         "teach": "--output FILE.safetensors",
+        "inspect": "--split {train,eval}",
+        "validate": "--all FOLDER",
     }.items():
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out
