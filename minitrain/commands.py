@@ -189,7 +189,9 @@ def validate(arguments: argparse.Namespace) -> int:
             code = fail(str(error), error.exit_code)
             continue
         whole = arguments.full or len(paths) == 1
-        print(f"{path}: fine" if whole else f"{path}: fine; {figures['examples']}; {figures['steps']}", flush=True)
+        print(
+            f"{path}: fine" if whole else f"{path}: fine; {figures['examples']}; steps: {figures['steps']}", flush=True
+        )
         for name, told in figures.items() if whole else ():
             print(f"  {name:<12}{told}")
     return code

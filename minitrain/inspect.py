@@ -80,15 +80,15 @@ def _batch(batch: Batch, part: Part, loader: Loader, run: DryRun, ink: Ink) -> I
     places = batch.spans[:, 0].tolist()
     shown = [d for d, (example, _) in enumerate(documents) if example in part.chosen]
     for row, found in itertools.groupby(shown, key=places.__getitem__):
+        found = list(found)
         yield f"row {row + 1}"
-        count = 0
-        for count, d in enumerate(found, 1):
+        for d in found:
             example, which = documents[d]
             name = f", {PARTS[run.loss.record][which]}" if run.loss.record in PARTS else ""
             told = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
             yield f"  {loader.examples.where(example)}{name}: {told}"
             yield "    " + _text(batch, d, run.template.tokenizer, ink).replace("\n", "\n    ")
-        if others := places.count(row) - count:
+        if others := places.count(row) - len(found):
             yield f"  {others} other documents"
         if padding := int((batch.doc_ids[row] < 0).sum()):
             yield f"  {padding} padding"
@@ -117,7 +117,7 @@ def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
         elif name == "desirable":
             told.append("wanted" if number else "not wanted")
         elif name == "group":
-            told.append(f"group {int(number):x}")
+            told.append(f"group {int(number) >> 28:x}")  # a hash of 52 bits
         else:
             told.append(f"{name} {number:.4g}")
     row, start, stop = batch.spans[d].tolist()

@@ -151,7 +151,7 @@ def test_values_in_words(write, capsys, loss):
             assert head.endswith("; wanted" if row["label"] else "; not wanted")
             assert part or f"⟦{row['completion']}<|im_end|>⟧" in text
         else:
-            assert f"; reward {row['reward']:.4g}; group " in head and "; advantages " in head
+            assert f"; reward {row['reward']:.4g}; advantages " in head and "; group " in head
     assert sorted(lines) == sorted(list(range(1, N + 1)) * (2 if loss in ("pairwise", "kto") else 1))
 
 
