@@ -189,9 +189,8 @@ def validate(arguments: argparse.Namespace) -> int:
             code = fail(str(error), error.exit_code)
             continue
         whole = arguments.full or len(paths) == 1
-        print(
-            f"{path}: fine" if whole else f"{path}: fine; {figures['examples']}; steps: {figures['steps']}", flush=True
-        )
+        short = f"; {figures['examples']}; steps: {figures['steps']}"
+        print(f"{path}: fine{'' if whole else short}", flush=True)
         for name, told in figures.items() if whole else ():
             print(f"  {name:<12}{told}")
     return code
