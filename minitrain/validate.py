@@ -44,7 +44,12 @@ def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
     if kind not in ("labelled", "rollout"):  # a rollout may end where its sampling was cut off
         told = f"a learned answer does not end its turn (with {_named(template)}), so a model would not learn to stop"
         checks.append((_without_end(cache, _end_ids(template), run.config.max_length), told))
-    checks.append((_with_second_bos(cache, template), f"has more than one {template.tokenizer.bos_token!r}"))
+    checks.append(
+        (
+            _with_second_bos(cache, template, run.config.max_length),
+            f"has more than one {template.tokenizer.bos_token!r}",
+        )
+    )
     for documents, told in checks:
         examples = np.unique(documents // cache.n_documents)
         for line in cache.lines[examples[:MAX_TOLD]]:
@@ -76,7 +81,7 @@ def _without_end(cache: TokenCache, end_ids: list[int], max_length: int) -> np.n
     return documents[~cut]
 
 
-def _with_second_bos(cache: TokenCache, template: Template) -> np.ndarray:
+def _with_second_bos(cache: TokenCache, template: Template, max_length: int) -> np.ndarray:
     """Documents with a BOS behind the first one; at once behind it, where the template itself begins turns with it."""
     bos = template.tokenizer.bos_token_id
     if bos is None or bos in _end_ids(template):
@@ -85,7 +90,8 @@ def _with_second_bos(cache: TokenCache, template: Template) -> np.ndarray:
     documents = _document_of(cache, places)
     start = cache.offsets[documents]
     if _begins_turns(bos, template):
-        return documents[(places == start + 1) & (cache.ids.numpy()[start] == bos)]
+        cut = cache.offsets[documents + 1] - start == max_length  # truncation keeps the first BOS, before any turn
+        return documents[(places == start + 1) & (cache.ids.numpy()[start] == bos) & ~cut]
     return documents[places > start]
 
 

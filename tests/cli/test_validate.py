@@ -178,6 +178,9 @@ def test_more_than_one_bos(write, report, tmp_path):
     code, _, err = report(write(CHAT, model=model, chat_template=str(tmp_path / "twice.jinja")))
     assert code == 2 and f"{tmp_path / 'c.jsonl'}:1: has more than one '<|bos|>'." in err
     assert report(write(CHAT, model=model, chat_template=str(tmp_path / "each.jinja")))[0] == 0
+    for length in range(20, 30):  # a prompt that is cut may leave the kept BOS before a turn
+        path = write(CHAT, model=model, chat_template=str(tmp_path / "each.jinja"), max_length=length - 16)
+        assert report(path)[0] == 0
     rows = [*ROWS[:6], {"prompt": "<|bos|>say", "response": "a"}]
     code, _, err = report(write(rows, model=model))
     assert code == 2 and err.count("\n") == 1 and f"{tmp_path / 'c.jsonl'}:7: has more than one '<|bos|>'." in err
