@@ -77,6 +77,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     usage = "RUN [RUN ...] [--output FILE.png]"
     _plot_arguments(_command(commands, "plot", "draw what runs have logged", usage))
     _doctor_arguments(_command(commands, "doctor", "say what looks wrong in a run, and what to try", "RUN"))
+    usage = "CONFIG.yml [--rows N] [--split train|eval] [--overrides KEY=VALUE ...]"
+    _inspect_arguments(_command(commands, "inspect", "show what a config would train on, token by token", usage))
+    usage = "(CONFIG.yml ... | --all FOLDER) [--full] [--overrides KEY=VALUE ...]"
+    _validate_arguments(_command(commands, "validate", "check configs and every row of their data", usage))
     return parser
 
 
@@ -108,8 +112,29 @@ def _teach_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=commands.teach)
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument(
+        "--rows", type=_number(int, 1), default=4, metavar="N", help="rows of data; default %(default)s"
+    )
+    parser.add_argument("--split", choices=("train", "eval"), default="train", help="default %(default)s")
+    parser.set_defaults(command=commands.inspect)
+
+
+def _validate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("configs", nargs="*", metavar="CONFIG.yml")
+    parser.add_argument("--all", metavar="FOLDER", help="every .yml file in a folder")
+    parser.add_argument("--full", action="store_true", help="all figures of each, and not one line")
+    _more_config_arguments(parser)
+    parser.set_defaults(command=commands.validate)
+
+
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yml", help="every option is explained in docs/options.md")
+    _more_config_arguments(parser)
+
+
+def _more_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overrides",
         nargs="+",
@@ -121,7 +146,6 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", nargs="+", action="extend", default=[], metavar="FILE.py", help="run a file that registers losses"
     )
-    parser.set_defaults(command=commands.train)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -185,6 +185,61 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(arguments: argparse.Namespace) -> int:
+    with _importing():
+        from .config import load_config
+        from .inspect import BRACKETS, COLOURS, inspect
+        from .plugin import load_plugin
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    config = load_config(arguments.config, arguments.overrides)
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
+    for line in inspect(config, arguments.rows, arguments.split, COLOURS if coloured else BRACKETS):
+        print(line)
+    return 0
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    from .errors import ConfigError, MinitrainError
+
+    paths = arguments.configs + _configs_in(arguments.all)
+    if not paths:
+        raise ConfigError("name a config, or with --all a folder of them")
+    with _importing():
+        from .config import load_config
+        from .plugin import load_plugin
+        from .validate import validate
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    code = 0
+    for path in paths:
+        try:
+            figures = validate(load_config(path, arguments.overrides))
+        except MinitrainError as error:
+            print(f"{path}: refused", flush=True)
+            code = fail(str(error), error.exit_code)
+            continue
+        whole = arguments.full or len(paths) == 1
+        short = f"; {figures['examples']}; steps: {figures['steps']}"
+        print(f"{path}: fine{'' if whole else short}", flush=True)
+        for name, told in figures.items() if whole else ():
+            print(f"  {name:<12}{told}")
+    return code
+
+
+def _configs_in(folder: str | None) -> list[str]:
+    from pathlib import Path
+
+    from .errors import ConfigError
+
+    if folder is None:
+        return []
+    found = sorted(str(path) for kind in ("*.yml", "*.yaml") for path in Path(folder).glob(kind))
+    if not found:
+        raise ConfigError(f"--all: there is no .yml file in {folder}")
+    return found
+
+
 def _new_file(name: str | None, force: bool):
     """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
     from pathlib import Path

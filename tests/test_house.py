@@ -158,7 +158,8 @@ def test_the_commands_of_the_readme_run(user_folder, monkeypatch, capsys):
         if words[1] == "train":
             drop = ["n_epochs=1"] if "fused" in command else []
             more = [*short[1:], *drop, "datasets.0.n_examples=4"] if drop else short
-            more = [option for option in more if "classify" not in command or "eval_generate" not in option]
+            answers = not any(name in command for name in ("classify", "reward", "policy-grpo"))
+            more = [option for option in more if answers or "eval_generate" not in option]
             words += more if "--overrides" in words else ["--overrides", *more]
         if words[1] == "chat":
             monkeypatch.setattr("builtins.input", lambda prompt: "/exit")

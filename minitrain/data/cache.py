@@ -4,6 +4,7 @@ The file's name is a hash of all that determines its content (the bytes of the d
 template, the options), so nothing stale is ever read. Its tensors:
 
     offsets         [D + 1] int64, where each of the D documents begins
+    lines           [E] int64, where each of the E examples stands in the data file
     shared          [D] int32, how many of its tokens are those of the document before it, of the same example
     values/NAME     [D] float64, numbers that belong to a document
     ids             [sum of lengths] int32
@@ -46,7 +47,7 @@ from .files import Row, read_rows
 from .records import to_record
 from .template import Template, Tokens
 
-FORMAT = 4  # raise it when the same inputs give other tokens
+FORMAT = 5  # raise it when the same inputs give other tokens
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
 BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits
@@ -64,7 +65,7 @@ class Encoder:
     kind: str  # of the records
 
     def __call__(self, rows: list[Row]) -> "Chunk":
-        chunk = Chunk([], [], Counter())
+        chunk = Chunk([], [], [], Counter())
         read = [(line, self._record(row)) for line, row in rows]
         good = [record for _, record in read if not isinstance(record, DataError)]
         n_good = 0
@@ -83,6 +84,7 @@ class Encoder:
             for note in {note for document in documents for note in document.notes}:
                 chunk.counts[note] += max(document.notes.get(note, 0) for document in documents)
             chunk.examples.append([_as_arrays(document) for document in documents])
+            chunk.lines.append(line)
         return chunk
 
     def _record(self, row: dict | DataError):
@@ -117,6 +119,7 @@ class Chunk:
     """What one process made of some rows. `bad` holds (good examples before it, line, reason)."""
 
     examples: list[list[Tokens]]  # the documents of each, as arrays
+    lines: list[int]  # of each
     bad: list[tuple[int, int, str]]
     counts: Counter
 
@@ -141,6 +144,7 @@ class TokenCache:
             metadata = file.metadata()
         self.ids, self.mask = tensors.pop("ids"), tensors.pop("mask")
         self.offsets, self.shared = tensors.pop("offsets").numpy(), tensors.pop("shared").numpy()
+        self.lines = tensors.pop("lines").numpy()  # [E] in the data file
         named = [(*name.split("/"), tensor) for name, tensor in tensors.items()]
         self.values: dict[str, np.ndarray] = {name: t.numpy() for kind, name, t in named if kind == "values"}
         self.columns: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
@@ -237,8 +241,8 @@ def _build(path: Path, encoder: Encoder, config: Config) -> None:
             counts.update(chunk.counts)
             taken = chunk.examples[: wanted - n_examples]
             n_examples += len(taken)
-            for document in itertools.chain.from_iterable(taken):
-                writer.add(document)
+            for line, documents in zip(chunk.lines, taken):
+                writer.add(line, documents)
             if n_examples == wanted:
                 break
         labels = json.dumps(list(writer.labels))
@@ -262,7 +266,12 @@ class _Writer:
         for _, file in self.files.values():
             file.close()
 
-    def add(self, document: Tokens) -> None:
+    def add(self, line: int, documents: list[Tokens]) -> None:
+        self._append("lines", "I64", [line])
+        for document in documents:
+            self._add(document)
+
+    def _add(self, document: Tokens) -> None:
         if self.columns is None:
             self.columns = set(document.columns)
         if unlike := sorted(self.columns ^ set(document.columns)):
@@ -279,8 +288,8 @@ class _Writer:
 
     def finish(self, metadata: dict[str, str]) -> Path:
         """The whole as a safetensors file."""
-        for name in ("shared", "ids", "mask"):  # there, also of no document at all
-            self._append(name, "U8" if name == "mask" else "I32", [])
+        for name, dtype in (("lines", "I64"), ("shared", "I32"), ("ids", "I32"), ("mask", "U8")):
+            self._append(name, dtype, [])  # there, also of no document at all
         self._append("offsets", "I64", self.offsets)
         self.__exit__()
         # The widest first, so that each is aligned.

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..schema import Config
 from .cache import TokenCache, load_cache
 from .collate import Document, collate
-from .sampler import epoch_order, epoch_size, group_by_length, pack, plan_step
+from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_step
 from .template import Template
 
 
@@ -33,8 +33,17 @@ class Examples:
 
     def __getitem__(self, index: int) -> list[Document]:
         """The documents of one example."""
+        cache, number = self._place(index)
+        return cache[number]
+
+    def where(self, index: int) -> str:
+        """``file:line`` of one example."""
+        cache, number = self._place(index)
+        return f"{cache.source}:{cache.lines[number]}"
+
+    def _place(self, index: int) -> tuple[TokenCache, int]:
         which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.caches[which][int(self.chosen[which][index - self.starts[which]])]
+        return self.caches[which], int(self.chosen[which][index - self.starts[which]])
 
     def split(self, held_out: float, seed: int) -> tuple["Examples", "Examples"]:
         """(the rest, a random share or number of examples held out, the same for the same seed)."""
@@ -143,13 +152,21 @@ class Loader:
 
     def micro_batches(self, indices: np.ndarray) -> list[Batch]:
         """The examples of one step as this rank's micro-batches; every rank gets the same number of them."""
+        return [self.batch(rows) for rows in self.layout(indices)]
+
+    def layout(self, indices: np.ndarray) -> list[Rows]:
+        """The examples of one step in the rows of this rank's micro-batches."""
         n_micro = self.config.gradient_accumulation_steps
         lengths, packing = self.examples.lengths[indices], self.config.packing
         plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
-        return [self._batch([[indices[i] for i in row] for row in rows]) for rows in plan[self.rank]]
+        return [[[int(indices[i]) for i in row] for row in rows] for rows in plan[self.rank]]
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the examples once, each rank as many batches, longest first."""
+        return map(self.batch, self.eval_layout())
+
+    def eval_layout(self) -> Iterator[Rows]:
+        """The examples of an evaluation in the rows of this rank's batches."""
         lengths = self.examples.lengths
         n = math.ceil(len(lengths) / (self.config.eval_batch_size * self.world_size))
         by_length = np.argsort(-lengths, kind="stable")
@@ -158,9 +175,9 @@ class Loader:
             rows = [[int(i)] for i in mine]
             if self.config.packing and len(mine):
                 rows = [[int(mine[i]) for i in row] for row in pack(lengths[mine], self.row_capacity)]
-            yield self._batch(rows)
+            yield rows
 
-    def _batch(self, rows: list[list[int]]) -> Batch:
+    def batch(self, rows: list[list[int]]) -> Batch:
         """Rows of examples as rows of their documents; when these are not packed, each in a row of its own."""
         documents = [[document for i in row for document in self.examples[i]] for row in rows]
         if not self.config.packing:

@@ -48,6 +48,20 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
     return adapter
 
 
+def outline_adapter(config: Config, model: nn.Module) -> Adapter:
+    """The adapter that `adapt_model` makes, without values, in a model on the meta device. Raises ConfigError."""
+    folder, options, saved = Path(config.model.adapter or ""), config.soft_prompt, None
+    if config.model.adapter:
+        saved = _for_model(read_config(folder), model, folder)
+        if saved["peft_type"] != "LORA":
+            options = _prompt_options(saved)
+    if options.num_virtual_tokens:
+        _refuse_encoder(model)
+        model.soft_prompt = SoftPrompt(model, options, 0)
+        return PromptAdapter({}, {}, saved=heads_of(model).trained)
+    return inject(model, saved or _new_config(config, model))
+
+
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
     """Puts the adapter of a folder into a model. Raises ConfigError when it does not fit."""
     config = _for_model(read_config(folder), model, folder)
@@ -202,14 +216,18 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
     return _known_prompt(model, prompt_config(options, model, _base_config(config, model)), weights)
 
 
+def _prompt_options(config: dict[str, Any]) -> SoftPromptConfig:
+    """The options of a prompt that was saved."""
+    method = next(name for name, kind in KINDS.items() if kind == config["peft_type"])
+    return SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
+
+
 def _loaded_prompt(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path, weights: Weights | None
 ) -> PromptAdapter:
     _refuse_encoder(model)
-    method = next(name for name, kind in KINDS.items() if kind == config["peft_type"])
     found = tensors.get(TENSOR)
-    options = SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
-    model.soft_prompt = SoftPrompt(model, options, 0)
+    model.soft_prompt = SoftPrompt(model, _prompt_options(config), 0)
     wanted = model.soft_prompt.weight.shape
     if found is None or found.shape != wanted:
         shape = "missing" if found is None else list(found.shape)

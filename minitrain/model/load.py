@@ -47,7 +47,7 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
             name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ConfigError(f"no tokenizer could be loaded from {name!r}: {_first_line(error)} {_HUB_HINT}") from None
+        raise ConfigError(f"no tokenizer could be loaded from {name!r}: {first_line(error)} {_HUB_HINT}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
     if tokenizer.eos_token is None and not scores:
@@ -85,7 +85,7 @@ def load_model(
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
         parameter.data = parameter.data.to(dtype)
-    _grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, len(tokenizer))
     if config.archive:
         _load_archive(model, Path(config.archive))
     if model.can_generate():
@@ -293,7 +293,7 @@ def _from_pretrained(
     except Exception as error:
         wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
         hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
-        raise ConfigError(f"no {wanted} in {config.name_or_path!r}: {_first_line(error)}{hint}") from None
+        raise ConfigError(f"no {wanted} in {config.name_or_path!r}: {first_line(error)}{hint}") from None
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
@@ -312,12 +312,12 @@ def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn
             )
         weights = open_weights(config.name_or_path, config.revision, model)
     except Exception as error:
-        raise ConfigError(f"no causal language model in {config.name_or_path!r}: {_first_line(error)}") from None
+        raise ConfigError(f"no causal language model in {config.name_or_path!r}: {first_line(error)}") from None
     if weights is None:
         return None, None
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
-    _grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, len(tokenizer))
     if config.archive:
         state = _read_archive(Path(config.archive))
         _compare_names(model, state, config.archive)
@@ -331,7 +331,7 @@ def attention_of(config: ModelConfig) -> str | None:
     return None if config.attn_implementation == "auto" else config.attn_implementation
 
 
-def _grow_embeddings(model: nn.Module, n_tokens: int) -> None:
+def grow_embeddings(model: nn.Module, n_tokens: int) -> None:
     """Adds rows for new tokens, each the mean of the old rows. Rows beyond the tokenizer's are never removed."""
     rows = model.get_input_embeddings().weight.shape[0]
     model.has_new_tokens = rows < n_tokens
@@ -353,7 +353,7 @@ def _load_archive(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {_first_line(error)}") from None
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
 
 
 def _read_archive(path: Path) -> dict[str, torch.Tensor]:
@@ -364,7 +364,7 @@ def _read_archive(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state.get("state", state)
     except Exception as error:
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {_first_line(error)}") from None
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
 
 
 def _compare_names(model: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
@@ -385,6 +385,6 @@ def _compare_names(model: nn.Module, state: dict[str, torch.Tensor], path: Path 
             )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."

@@ -34,6 +34,7 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
         ["-m", "minitrain", "generate", "--help"], ["-m", "minitrain", "chat", "--help"],
         ["-m", "minitrain", "teach", "--help"], ["-m", "minitrain", "plot", "--help"],
         ["-m", "minitrain", "doctor", "--help"], ["-m", "minitrain", "--version"],
+        ["-m", "minitrain", "inspect", "--help"], ["-m", "minitrain", "validate", "--help"],
     ],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments):
@@ -55,6 +56,8 @@ def test_help_reads_like_a_page(capsys):
         "teach": "--output FILE.safetensors",
         "plot": "--output FILE.png",
         "doctor": "RUN",
+        "inspect": "--split {train,eval}",
+        "validate": "--all FOLDER",
     }.items():
         assert main([command, "--help"]) == 0
         page = capsys.readouterr().out

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from minitrain import ConfigError
 from minitrain.data.collate import Document, collate
-from minitrain.model.load import _grow_embeddings, freeze_layers, load_model, load_policy, load_tokenizer, save_model
+from minitrain.model.load import freeze_layers, grow_embeddings, load_model, load_policy, load_tokenizer, save_model
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, ModelConfig
@@ -106,9 +106,9 @@ def test_growing_embeddings_never_shrinks_them():
     """160 rows and a tokenizer of 130: untouched; a tokenizer of 170: the new rows are the mean (unsloth-zoo#923)."""
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE | {"vocab_size": 160}))
     before = model.get_input_embeddings().weight.detach().clone()
-    _grow_embeddings(model, 130)
+    grow_embeddings(model, 130)
     assert torch.equal(model.get_input_embeddings().weight, before)
-    _grow_embeddings(model, 170)
+    grow_embeddings(model, 170)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert layer.weight.shape[0] == 170
         torch.testing.assert_close(layer.weight[160:], layer.weight[:160].mean(0).expand(10, -1))

@@ -286,6 +286,7 @@ def test_cache_is_plain_safetensors(jsonl, config, template):
     tensors = load_file(cache.path)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         "offsets": torch.int64,
+        "lines": torch.int64,
         "shared": torch.int32,
         "ids": torch.int32,
         "mask": torch.uint8,

@@ -1,0 +1,53 @@
+"""All that a training does before its first step, but without weights: what `inspect` and `validate` look at."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from .data.loader import Data, Examples, Loader, load_data
+from .data.template import Template, make_template
+from .losses import Loss, create_loss
+from .model.load import load_tokenizer
+from .model.outline import outline_policy
+from .model.policy import Policy
+from .schema import Config
+
+
+@dataclass
+class DryRun:
+    """A training that will not take place. Its policy is on the meta device."""
+
+    config: Config
+    loss: Loss
+    template: Template
+    data: Data
+    policy: Policy
+
+    def loader(self, examples: Examples) -> Loader:
+        """The loader of a trainer on one device."""
+        return Loader(
+            examples,
+            self.config,
+            self.template.tokenizer.pad_token_id,
+            row_capacity=self.config.max_length if self.policy.pays_for_long_rows else None,
+            shares_prompts=self.policy.keeps_documents_apart,
+        )
+
+    def with_packing(self, packing: bool) -> "DryRun":
+        """The same, packed or not."""
+        config = dataclasses.replace(self.config, packing=packing)
+        return dataclasses.replace(self, config=config, policy=_outline(config, self.template, self.loss))
+
+
+def dry_run(config: Config) -> DryRun:
+    """Reads the data as the trainer does, and of the model its config alone. Raises ConfigError or DataError."""
+    options = {key: value for key, value in config.loss.items() if key != "name"}
+    loss = create_loss(config.loss["name"], **options)
+    tokenizer = load_tokenizer(config.model, scores=loss.outputs is not None)
+    template = make_template(tokenizer, config, loss.record)
+    data = load_data(config, template, loss.record)
+    loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
+    return DryRun(config, loss, template, data, _outline(config, template, loss))
+
+
+def _outline(config: Config, template: Template, loss: Loss) -> Policy:
+    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.needs)
