@@ -24,12 +24,8 @@ def fail(message: str, code: int) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     with _importing():
-        from .config import load_config
-        from .plugin import load_plugin
         from .trainer import Trainer
-    for plugin in arguments.plugin:
-        load_plugin(plugin)
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     _hide_loading_bar()
     trainer = Trainer(config)
     trainer.train()
@@ -145,9 +141,8 @@ def merge(arguments: argparse.Namespace) -> int:
 def teach(arguments: argparse.Namespace) -> int:
     output = _new_file(arguments.output, arguments.force)
     with _importing():
-        from .config import load_config
         from .teach import teach
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     _hide_loading_bar()
     written = teach(config, output)
     print(f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}")
@@ -187,12 +182,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     with _importing():
-        from .config import load_config
         from .inspect import BRACKETS, COLOURS, inspect
-        from .plugin import load_plugin
-    for plugin in arguments.plugin:
-        load_plugin(plugin)
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
     for line in inspect(config, arguments.rows, arguments.split, COLOURS if coloured else BRACKETS):
         print(line)
@@ -254,6 +245,16 @@ def _new_file(name: str | None, force: bool):
     if output and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
     return output
+
+
+def _config(arguments: argparse.Namespace):
+    """The config of a command line, read when its plugins have run."""
+    from .config import load_config
+    from .plugin import load_plugin
+
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _load_generator(arguments: argparse.Namespace):
