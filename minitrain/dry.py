@@ -9,6 +9,7 @@ from .losses import Loss, create_loss
 from .model.load import load_tokenizer
 from .model.outline import outline_policy
 from .model.policy import Policy
+from .prepare import make_loader
 from .schema import Config
 
 
@@ -24,13 +25,7 @@ class DryRun:
 
     def loader(self, examples: Examples) -> Loader:
         """The loader of a trainer on one device."""
-        return Loader(
-            examples,
-            self.config,
-            self.template.tokenizer.pad_token_id,
-            row_capacity=self.config.max_length if self.policy.pays_for_long_rows else None,
-            shares_prompts=self.policy.keeps_documents_apart,
-        )
+        return make_loader(examples, self.config, self.template.tokenizer, self.policy)
 
     def with_packing(self, packing: bool) -> "DryRun":
         """The same, packed or not."""
@@ -40,8 +35,7 @@ class DryRun:
 
 def dry_run(config: Config) -> DryRun:
     """Reads the data as the trainer does, and of the model its config alone. Raises ConfigError or DataError."""
-    options = {key: value for key, value in config.loss.items() if key != "name"}
-    loss = create_loss(config.loss["name"], **options)
+    loss = create_loss(**config.loss)
     tokenizer = load_tokenizer(config.model, scores=loss.outputs is not None)
     template = make_template(tokenizer, config, loss.record)
     data = load_data(config, template, loss.record)

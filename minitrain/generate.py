@@ -20,6 +20,7 @@ from .evaluate import inference
 from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
+from .model.policy import n_positions
 from .schema import ModelConfig
 
 Messages = list[dict[str, str]]
@@ -51,7 +52,7 @@ class Generator:
     ):
         self.model, self.template, self.gathered = model, template, gathered
         self.tokenizer = template.tokenizer
-        self.n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+        self.n_positions = n_positions(model)
         self.calls = 0
 
     @functools.cached_property

@@ -28,9 +28,11 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
             raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.")
         if _base(config) != _base(configs[0]):
             raise ConfigError(f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.")
-        if trained_outputs(config) != trained_outputs(configs[0]):
+    ends = [trained_outputs(config) for config in configs]
+    for source, end in zip(sources, ends, strict=True):
+        if end != ends[0]:
             raise ConfigError(f"{source} and {sources[0]} are adapters of models that end in other outputs.")
-    tokenizer = load_tokenizer(configs[0], scores=trained_outputs(configs[0]) is not None)
+    tokenizer = load_tokenizer(configs[0], scores=ends[0] is not None)
     model = load_base(configs[0], tokenizer)
     for name in heads_of(model).new:  # what the base has not is all of the adapters
         for parameter in model.get_submodule(name).parameters():

@@ -1,9 +1,13 @@
-"""A loaded policy made ready to train: frozen, recomputing, compiled, sharded, given its weights, and tried out."""
+"""A loaded policy made ready to train: frozen, recomputing, compiled, sharded, given its weights, and tried out.
+
+And the loader whose batches fit it.
+"""
 
 import contextlib
 
 import torch
 
+from .data.loader import Examples, Loader
 from .engine.parallel import SingleDevice
 from .engine.precision import Precision
 from .model.load import freeze_layers
@@ -38,3 +42,18 @@ def prepare_policy(
     with precision.autocast() if parallel.reads_rows else contextlib.nullcontext():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.gathered(policy))
     return policy.train(dropout)
+
+
+def make_loader(
+    examples: Examples, config: Config, tokenizer, policy: Policy, rank: int = 0, world_size: int = 1
+) -> Loader:
+    """The loader of one rank, with rows as the policy's attention likes them."""
+    return Loader(
+        examples,
+        config,
+        tokenizer.pad_token_id,
+        rank,
+        world_size,
+        row_capacity=config.max_length if policy.pays_for_long_rows else None,
+        shares_prompts=policy.keeps_documents_apart,
+    )

@@ -205,9 +205,10 @@ def _noted(
     settings = [cache.key, identity(config.model), parts, config.seed, loss.temperature]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
-    if parallel.max(int(not _is_whole(file, len(cache.ids)))) == 0:
-        return load_file(file)[NOTED]
-    whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]), shares_prompts=False)
+    noted = _read_noted(file, len(cache.ids))
+    if parallel.max(int(noted is None)) == 0:
+        return noted
+    whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
     logps = torch.zeros(len(cache.ids))
     quiet = None if parallel.rank == 0 else True  # None: a bar, where there is a terminal
     with inference(policy), precision.autocast():
@@ -232,8 +233,9 @@ def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Te
     del cache.columns["place"]
 
 
-def _is_whole(file: Path, n_tokens: int) -> bool:
+def _read_noted(file: Path, n_tokens: int) -> torch.Tensor | None:
     try:
-        return load_file(file)[NOTED].shape == (n_tokens,)
+        noted = load_file(file)[NOTED]  # [T]
     except Exception:  # not there, or cut off: made anew
-        return False
+        return None
+    return noted if noted.shape == (n_tokens,) else None

@@ -29,6 +29,7 @@ from .losses import create_loss
 from .losses.kd import IDS, LOGPS, KDOptions
 from .model.divergence import likeliest
 from .model.load import identity, load_tokenizer
+from .prepare import make_loader
 from .reference import Teacher, batches_with_places, load_teacher, teacher_config
 from .schema import Config
 
@@ -38,7 +39,7 @@ def teach(config: Config, output: Path | None = None) -> Path:
 
     Without `output` that is beside the token cache, where it stays when it is there already. Raises ConfigError.
     """
-    loss = create_loss(config.loss["name"], **{key: value for key, value in config.loss.items() if key != "name"})
+    loss = create_loss(**config.loss)
     _check(loss.needs, loss.options)
     parallel = SingleDevice(pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
@@ -56,8 +57,7 @@ def teach(config: Config, output: Path | None = None) -> Path:
         if output.exists():
             return output
     teacher = load_teacher(loss, config, tokenizer, parallel)
-    capacity = config.max_length if teacher.policy.pays_for_long_rows else None
-    loader = Loader(data.train, config, tokenizer.pad_token_id, row_capacity=capacity)
+    loader = make_loader(data.train, config, tokenizer, teacher.policy)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         with _Writer(part, caches.values(), {key: str(value) for key, value in made.items()}) as writer:

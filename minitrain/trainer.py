@@ -11,7 +11,7 @@ import torch
 
 from .batch import Batch
 from .card import model_card
-from .data.loader import Loader, load_data
+from .data.loader import load_data
 from .data.template import make_template
 from .engine.checkpoint import load_checkpoint, restore_rng
 from .engine.faults import failpoint
@@ -27,7 +27,7 @@ from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss
 from .model.load import DTYPES, identity, load_policy, load_tokenizer, save_model
 from .model.weights import whole_tensors
-from .prepare import prepare_policy
+from .prepare import make_loader, prepare_policy
 from .reference import companions
 from .run import RunFolder
 from .schema import Config
@@ -54,8 +54,7 @@ class Trainer:
         if unknown:
             raise ConfigError(f"there is no hook {', '.join(sorted(unknown))}; there are {', '.join(HOOKS)}")
         self.config, self.hooks = config, hooks
-        options = {key: value for key, value in config.loss.items() if key != "name"}
-        self.loss = loss or create_loss(config.loss["name"], **options)
+        self.loss = loss or create_loss(**config.loss)
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
         self.run = RunFolder(config, self.parallel)
@@ -71,11 +70,9 @@ class Trainer:
             ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
         self.notes = data.notes
-        settings = {"pad_token_id": self.tokenizer.pad_token_id, "shares_prompts": policy.keeps_documents_apart}
-        settings |= {"row_capacity": config.max_length if policy.pays_for_long_rows else None}
-        settings |= {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
-        self.train_loader = Loader(data.train, config, **settings)
-        self.eval_loader = Loader(data.eval, config, **settings) if data.eval else None
+        share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
+        self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
+        self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None
         loaders = list(filter(None, (self.train_loader, self.eval_loader)))
         self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
         self.models = companions(self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders)
@@ -276,7 +273,8 @@ class Trainer:
         self._say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
     def _call(self, hook: str) -> None:
-        self.hooks.get(hook, lambda trainer: None)(self)
+        if hook in self.hooks:
+            self.hooks[hook](self)
 
     def _say(self, line: str) -> None:
         self.tracking.say(line)

@@ -255,7 +255,10 @@ class _Writer:
 
     def __init__(self, folder: Path, source: str):
         self.folder, self.source = folder, source
-        self.offsets, self.labels = array("q", [0]), {}
+        self.labels: dict[str, int] = {}
+        # What is one number a document is gathered here and written at the end.
+        self.offsets, self.lines, self.shared = array("q", [0]), array("q"), array("i")
+        self.values: dict[str, array] = {}
         self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
         self.columns: set[str] | None = None
 
@@ -263,11 +266,10 @@ class _Writer:
         return self
 
     def __exit__(self, *error) -> None:
-        for _, file in self.files.values():
-            file.close()
+        self._close()
 
     def add(self, line: int, documents: list[Tokens]) -> None:
-        self._append("lines", "I64", [line])
+        self.lines.append(line)
         for document in documents:
             self._add(document)
 
@@ -277,10 +279,10 @@ class _Writer:
         if unlike := sorted(self.columns ^ set(document.columns)):
             raise DataError(f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.")
         self.offsets.append(self.offsets[-1] + len(document.ids))
-        self._append("shared", "I32", [document.shared])
+        self.shared.append(document.shared)
         for name, value in document.values.items():
             number = self.labels.setdefault(value, len(self.labels)) if isinstance(value, str) else value
-            self._append(f"values/{name}", "F64", [number])
+            self.values.setdefault(name, array("d")).append(number)
         self._append("ids", "I32", document.ids)
         self._append("mask", "U8", document.mask)
         for name, column in document.columns.items():
@@ -288,14 +290,22 @@ class _Writer:
 
     def finish(self, metadata: dict[str, str]) -> Path:
         """The whole as a safetensors file."""
-        for name, dtype in (("lines", "I64"), ("shared", "I32"), ("ids", "I32"), ("mask", "U8")):
+        for name, dtype in (("ids", "I32"), ("mask", "U8")):
             self._append(name, dtype, [])  # there, also of no document at all
-        self._append("offsets", "I64", self.offsets)
-        self.__exit__()
+        for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
+            self._append(name, "I64", numbers)
+        self._append("shared", "I32", self.shared)
+        for name, numbers in self.values.items():
+            self._append(f"values/{name}", "F64", numbers)
+        self._close()
         # The widest first, so that each is aligned.
         order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
         _join_safetensors(self.folder, order, {name: self.files[name][0] for name in order}, metadata)
         return self.folder / "joined"
+
+    def _close(self) -> None:
+        for _, file in self.files.values():
+            file.close()
 
     def _append(self, name: str, dtype: str, numbers: Iterable[float]) -> None:
         if name not in self.files:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Batch, Scores
+from ..batch import Batch
 from ..schema import option
-from .base import Loss, LossOutput, register_loss
+from .base import LossOutput, register_loss
+from .pairs import PairLoss, usable_pairs
 
 REFERENCE = option(
     "auto",
@@ -165,7 +166,7 @@ class DPOOptions:
 
 
 @register_loss("dpo", DPOOptions)
-class DPO(Loss):
+class DPO(PairLoss):
     """A pair's loss from the log-probabilities of its two answers; the unit is the pair.
 
     `variant` names a function of this file, each with its equation. Dropout is off in policy and reference, so the
@@ -189,13 +190,10 @@ class DPO(Loss):
         free = self.options.reference_free or self.options.variant in WITHOUT_REFERENCE
         return frozenset() if free else frozenset({"reference"})
 
-    def weight(self, batch: Batch) -> Tensor:
-        return usable_pairs(batch).sum().float()
-
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
         scores = policy(batch)
         sums = scores.per_document(scores.logps)  # [D]
-        ref = torch.zeros_like(sums) if reference is None else _sums(reference(batch))
+        ref = torch.zeros_like(sums) if reference is None else scores.per_document(reference(batch).logps)
         counts = scores.per_document(torch.ones_like(scores.logps))
         usable = usable_pairs(batch)  # [P]
         columns = [column.view(-1, 2)[usable].T for column in (sums, ref, counts)]  # [2, P] each
@@ -220,12 +218,3 @@ class DPO(Loss):
                 "logps/rejected": pairs.logps_l,
             }
             return {name: (values.sum(), weight) for name, values in figures.items()}
-
-
-def usable_pairs(batch: Batch) -> Tensor:
-    """Pairs of which both answers have something to learn -> [P] bool."""
-    return batch.learned_docs.view(-1, 2).all(1)
-
-
-def _sums(scores: Scores) -> Tensor:
-    return scores.per_document(scores.logps)

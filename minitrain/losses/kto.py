@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..schema import option
-from .base import Loss, LossOutput, register_loss
-from .dpo import REFERENCE, usable_pairs
+from .base import LossOutput, register_loss
+from .dpo import REFERENCE
+from .pairs import PairLoss, usable_pairs
 
 
 @dataclass
@@ -20,7 +21,7 @@ class KTOOptions:
 
 
 @register_loss("kto", KTOOptions)
-class KTO(Loss):
+class KTO(PairLoss):
     """lambda_D (1 - sig(beta (r - z))) of wanted answers, lambda_U (1 - sig(beta (z - r))) of others.
 
     z is the mean log-ratio of policy to reference over answers to other prompts, at least 0, without gradient, over
@@ -38,9 +39,6 @@ class KTO(Loss):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"reference"})
-
-    def weight(self, batch: Batch) -> Tensor:
-        return usable_pairs(batch).sum().float()
 
     def statistics(self, batch: Batch, policy, reference=None) -> Tensor:
         ratios = self._log_ratios(batch, policy, reference)  # [D]

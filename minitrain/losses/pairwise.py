@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..batch import Batch
 from ..schema import option
-from .base import Loss, LossOutput, register_loss
-from .dpo import usable_pairs
+from .base import LossOutput, register_loss
+from .pairs import PairLoss, usable_pairs
 
 
 @dataclass
@@ -26,7 +25,7 @@ class PairwiseOptions:
 
 
 @register_loss("pairwise", PairwiseOptions)
-class Pairwise(Loss):
+class Pairwise(PairLoss):
     """``-logsig(s_w - s_l - margin) + c (s_w + s_l)^2`` of a scalar head's scores; the unit is the pair.
 
     Bradley-Terry, as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); margins as in Llama 2 (arXiv 2307.09288).
@@ -37,9 +36,6 @@ class Pairwise(Loss):
     @property
     def outputs(self) -> list[str]:
         return ["score"]
-
-    def weight(self, batch: Batch) -> Tensor:
-        return usable_pairs(batch).sum().float()
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
         scores = policy(batch).scores[:, 0]  # [D]

@@ -28,6 +28,12 @@ class Group(NamedTuple):
     real: Tensor  # [tokens] flat places in [G, t] that are no such tail, nor another document's
 
 
+def attend_by_document(model: torch.nn.Module) -> None:
+    """Has a model of which packed rows are asked, and which has sdpa, use the attention of this file."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
 def as_mask(spans: Tensor) -> Tensor:
     """[D, 3] int64 (row, start, stop) of each document -> what `model(attention_mask=...)` takes.
 

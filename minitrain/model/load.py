@@ -72,10 +72,8 @@ def load_model(
     if config.name_or_path == "tiny":
         from .tiny import tiny_model, tiny_scorer
 
-        model, missing = (
-            tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id),
-            ["score.weight"],
-        )
+        model = tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        missing = ["score.weight"]
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
@@ -124,8 +122,8 @@ def load_policy(
         if weights is not None:
             head = policy.value_head.state_dict(prefix=f"{VALUE_HEAD}.")
             weights.replace(head)
-    if config.packing and policy.model.config._attn_implementation == "sdpa":
-        policy.model.set_attn_implementation(attention.NAME)
+    if config.packing:
+        attention.attend_by_document(policy.model)
     return policy, weights
 
 
@@ -135,8 +133,8 @@ def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: boo
     policy = make_policy(model.eval().requires_grad_(False))
     if dtype != residual:  # as autocast has it, whose matrix products alone are in less than the masters' precision
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))
-    if packing and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention.NAME)
+    if packing:
+        attention.attend_by_document(model)
     return policy
 
 
@@ -269,14 +267,27 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
     return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
 
 
+def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
+    """transformers' class of models that end in these scalars, or in a vocabulary, and what it has to be told."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if outputs is None:
+        return AutoModelForCausalLM, {}
+    return AutoModelForSequenceClassification, {"num_labels": len(outputs)}
+
+
+def no_model(config: ModelConfig, outputs: list[str] | None, error: Exception) -> ConfigError:
+    """What to tell when such a model cannot be made."""
+    wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
+    hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
+    return ConfigError(f"no {wanted} in {config.name_or_path!r}: {first_line(error)}{hint}")
+
+
 def _from_pretrained(
     config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int
 ) -> tuple[nn.Module, set[str]]:
     """The model, and the parameters that its files do not hold; these are drawn by `seed`."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
-    number = {} if outputs is None else {"num_labels": len(outputs)}
+    kind, number = auto_class(outputs)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -291,28 +302,23 @@ def _from_pretrained(
             )
         return model, found["missing_keys"]
     except Exception as error:
-        wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
-        hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
-        raise ConfigError(f"no {wanted} in {config.name_or_path!r}: {first_line(error)}{hint}") from None
+        raise no_model(config, outputs, error) from None
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
     """A model whose parameters have no memory yet, and where their rows are; (None, None) when files do not fit it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
+    kind, _ = auto_class(None)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         shape = AutoConfig.from_pretrained(config.name_or_path, **where)
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                shape,
-                dtype=dtype,
-                attn_implementation=attention_of(config),
-                trust_remote_code=config.trust_remote_code,
-            )
+            attends, trust = attention_of(config), config.trust_remote_code
+            model = kind.from_config(shape, dtype=dtype, attn_implementation=attends, trust_remote_code=trust)
         weights = open_weights(config.name_or_path, config.revision, model)
     except Exception as error:
-        raise ConfigError(f"no causal language model in {config.name_or_path!r}: {first_line(error)}") from None
+        raise no_model(config, None, error) from None
     if weights is None:
         return None, None
     with contextlib.suppress(OSError):  # not every model has one

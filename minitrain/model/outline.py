@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 
-from ..errors import ConfigError
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
-from .load import DTYPES, attention_of, first_line, freeze_layers, grow_embeddings
+from .load import DTYPES, attention_of, auto_class, freeze_layers, grow_embeddings, no_model
 from .policy import Policy
 from .scoring import make_policy, name_outputs
 from .tiny import tiny_model
@@ -32,16 +31,15 @@ def outline_policy(config: Config, tokenizer, outputs: list[str] | None = None, 
         if value_head:
             policy.add_value_head()
     freeze_layers(model, config.freeze_layers, compute)
-    if config.packing and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention.NAME)
+    if config.packing:
+        attention.attend_by_document(model)
     return policy
 
 
 def _outline(config: ModelConfig, tokenizer, outputs: list[str] | None) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
-    number = {} if outputs is None else {"num_labels": len(outputs)}
+    kind, number = auto_class(outputs)
     trust = {"trust_remote_code": config.trust_remote_code}
     try:
         if config.name_or_path == "tiny":
@@ -49,8 +47,6 @@ def _outline(config: ModelConfig, tokenizer, outputs: list[str] | None) -> nn.Mo
             shape.num_labels = number.get("num_labels", shape.num_labels)
         else:
             shape = AutoConfig.from_pretrained(config.name_or_path, revision=config.revision, **trust, **number)
-        dtype = torch.float32
-        return kind.from_config(shape, dtype=dtype, attn_implementation=attention_of(config), **trust)
+        return kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
     except Exception as error:
-        wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
-        raise ConfigError(f"no {wanted} in {config.name_or_path!r}: {first_line(error)}") from None
+        raise no_model(config, outputs, error) from None

@@ -91,7 +91,7 @@ class Policy(nn.Module):
         `temperature` divides the logits, as when answers are sampled at it. With `distillation` the divergence from a
         teacher, beside log-probabilities at temperature 1 and in the place of the rest.
         """
-        hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
+        hidden = self._predicting(batch)  # [N, H]
         values = self._values(hidden) if self.value_head is not None else None
         hidden, layer = self.output(hidden)
         if distillation is not None:
@@ -102,7 +102,11 @@ class Policy(nn.Module):
 
     def states(self, batch: Batch) -> tuple[Tensor, OutputLayer]:
         """What the distributions at the N supervised tokens are made of: hidden states [N, H], and the output layer."""
-        return self.output(self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors))
+        return self.output(self._predicting(batch))
+
+    def _predicting(self, batch: Batch) -> Tensor:
+        """The hidden states that the N supervised tokens are predicted from -> [N, H]."""
+        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)
 
     def add_value_head(self) -> None:
         """A scalar of each hidden state, 0 at first."""
@@ -124,6 +128,11 @@ class Policy(nn.Module):
     def score_of_second(self, scores: Scores) -> Tensor:
         """Something that depends on the second document -> []."""
         return scores.per_document(scores.logps)[1]
+
+
+def n_positions(model: nn.Module) -> int:
+    """The longest text, in tokens, that a decoder has places for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:

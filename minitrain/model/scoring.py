@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch, Scores
 from ..errors import ConfigError
-from .policy import Policy, check_packing, find_blocks, row_of
+from .policy import Policy, check_packing, find_blocks, n_positions, row_of
 
 
 class Heads(NamedTuple):
@@ -38,7 +38,7 @@ class Scorer(Policy):
     @property
     def n_positions(self) -> int:
         """The longest text that the model has places for."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+        return n_positions(self.model)
 
     def _scalars(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, L] float32."""
