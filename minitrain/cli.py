@@ -9,7 +9,7 @@ from . import commands
 
 EXIT_CODES = """exit codes:
   0    done
-  1    training failed (a non-finite loss that does not go away, a full disk)
+  1    training failed (a non-finite loss that does not go away, a full disk); of compare: the runs differ
   2    something to mend in the command, the config or the data
   130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
 """
@@ -77,6 +77,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     usage = "RUN [RUN ...] [--output FILE.png]"
     _plot_arguments(_command(commands, "plot", "draw what runs have logged", usage))
     _doctor_arguments(_command(commands, "doctor", "say what looks wrong in a run, and what to try", "RUN"))
+    usage = "RUN RUN"
+    _compare_arguments(_command(commands, "compare", "say at which step two runs part, and in what", usage))
     usage = "CONFIG.yml [--rows N] [--split train|eval] [--overrides KEY=VALUE ...]"
     _inspect_arguments(_command(commands, "inspect", "show what a config would train on, token by token", usage))
     usage = "(CONFIG.yml ... | --all FOLDER) [--full] [--overrides KEY=VALUE ...]"
@@ -223,6 +225,12 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, of a run that still goes on too")
     parser.set_defaults(command=commands.doctor)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("other", metavar="RUN", help="another one")
+    parser.set_defaults(command=commands.compare)
 
 
 def _number(kind: type, least: float, most: float = float("inf")) -> Callable:

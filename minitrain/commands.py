@@ -180,6 +180,16 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .compare import compare
+
+    lines, same = compare(Path(arguments.run), Path(arguments.other))
+    print("\n".join(lines))
+    return 0 if same else 1
+
+
 def inspect(arguments: argparse.Namespace) -> int:
     with _importing():
         from .inspect import BRACKETS, COLOURS, inspect

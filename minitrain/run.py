@@ -18,6 +18,7 @@ from .config import config_yaml
 from .engine.checkpoint import Save
 from .engine.folders import checkpoints, newest_sound, prune, sweep, verify
 from .engine.parallel import SingleDevice
+from .engine.tracking import LEDGER, METRICS
 from .errors import RunFolderError
 from .problems import related
 from .schema import Config
@@ -92,10 +93,10 @@ class RunFolder:
             (self.path / "config.yml").write_text(config_yaml(self.config))
             prune(self.checkpoints, self.config.keep_checkpoints)
             sweep(self.path)
-            file = self.path / "metrics.jsonl"
-            if file.exists():
-                lines = file.read_text().splitlines() if step else []
-                file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+            for file in (self.path / METRICS, self.path / LEDGER):
+                if file.is_file():
+                    lines = file.read_text().splitlines() if step else []
+                    file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
         self.parallel.first(lambda: self._writing(write))
 

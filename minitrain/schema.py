@@ -268,6 +268,9 @@ class Config:
     log_every_steps: int = option(
         10, "A line on the console and in metrics.jsonl every so many steps.", least=1, free=True
     )
+    ledger: bool = option(
+        True, "Note each step's loss, gradient norm and a hash of its tokens, for `minitrain compare`.", free=True
+    )
     wandb: WandbConfig = option(WandbConfig, "Weights & Biases.")
     report_to_tensorboard: bool = option(False, "Write TensorBoard files into the run folder.", free=True)
     swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")

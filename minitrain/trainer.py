@@ -1,6 +1,7 @@
 """The loop. It knows no loss, no data set, no model class and no number of devices."""
 
 import collections
+import functools
 import math
 import signal
 import time
@@ -145,6 +146,8 @@ class Trainer:
             self.step += 1
             self.consumed += len(indices)
             self.indices = indices
+            tokens = functools.partial(self.train_loader.examples.digest, indices)
+            self.tracking.note(self.step, tokens, self.step_loss, self.grad_norm)
             self.tracking.advance()
             self._after_step()
 
@@ -152,7 +155,7 @@ class Trainer:
         """One optimizer step: sums over all micro-batches and ranks, divided by the weight of the whole step."""
         weight = sum(self.loss.weight(batch) for batch in batches)
         weight = self.parallel.sum(weight.to(self.device))  # []
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        loss = torch.zeros((), device=self.device)
         with self.precision.autocast():
             step_statistics(self.loss, batches, self.policy, self.models, self.parallel)
         for i, batch in enumerate(batches):
@@ -165,14 +168,14 @@ class Trainer:
                 output.sum = failpoint("step.loss", output.sum)
                 failpoint("step.backward")
                 self.precision.backward(output.sum / weight)
-            finite &= torch.isfinite(output.sum.detach())
+            loss += output.sum.detach()
             self.totals.add(output)
         failpoint("step.reduce")
         self.precision.unscale(self.parameters)
         norm = self.parallel.clip_grad_norm(self.parameters, self.config.max_grad_norm)
         self.grad_norm = float(norm)
-        loss_is_bad = self.parallel.max(int(not finite))
-        self._update(bool(loss_is_bad), math.isfinite(self.grad_norm))
+        self.step_loss = float(self.parallel.sum(loss) / weight)  # the same on every rank
+        self._update(not math.isfinite(self.step_loss), math.isfinite(self.grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, loss_is_bad: bool, norm_is_finite: bool) -> None:
@@ -241,9 +244,8 @@ class Trainer:
         return True
 
     def _begin(self) -> None:
-        for note in self.notes:
-            self._say(note)
-        self._say(self._description())
+        for line in (*self.notes, self._description()):
+            self._say(line)
         if self.checkpoint is not None:
             self._say(f"going on from {self.checkpoint}")
         self._call("on_train_begin")

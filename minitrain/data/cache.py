@@ -161,6 +161,11 @@ class TokenCache:
         return self.path.stem
 
     @property
+    def bounds(self) -> np.ndarray:
+        """Where the tokens of each example begin, and of the last one end -> [E + 1]."""
+        return self.offsets[:: self.n_documents]
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, those that its documents share counted once -> [E]."""
         return (np.diff(self.offsets) - self.shared).reshape(-1, self.n_documents).sum(1)

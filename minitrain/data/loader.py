@@ -1,6 +1,7 @@
 """Data files -> the micro-batches of each optimizer step, and the batches of an evaluation."""
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -40,6 +41,18 @@ class Examples:
         """``file:line`` of one example."""
         cache, number = self._place(index)
         return f"{cache.source}:{cache.lines[number]}"
+
+    def digest(self, indices: list[int]) -> str:
+        """A hash of the tokens of examples, and of which are learned, however they are laid out in rows."""
+        digest = hashlib.blake2b(digest_size=8)
+        tokens = [(cache.ids.numpy(), cache.mask.numpy(), cache.bounds) for cache in self.caches]
+        which = np.searchsorted(self.starts, indices, side="right") - 1
+        for file, place in zip(which.tolist(), (indices - self.starts[which]).tolist(), strict=True):
+            ids, mask, bounds = tokens[file]
+            number = self.chosen[file][place]
+            digest.update(ids[bounds[number] : bounds[number + 1]])
+            digest.update(mask[bounds[number] : bounds[number + 1]])
+        return digest.hexdigest()
 
     def _place(self, index: int) -> tuple[TokenCache, int]:
         which = int(np.searchsorted(self.starts, index, side="right")) - 1

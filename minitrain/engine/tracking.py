@@ -1,5 +1,7 @@
 """Where figures go: the console, metrics.jsonl always, and TensorBoard, wandb, swanlab when asked for.
 
+Beside these the ledger: a line for every step, from which `minitrain compare` tells where two runs part.
+
 A tracker that fails is switched off with one warning; it never stops training.
 """
 
@@ -18,6 +20,8 @@ from tqdm import tqdm
 from ..batch import Batch
 from ..schema import Config
 from .parallel import SingleDevice
+
+METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"
 
 
 class Window:
@@ -54,7 +58,9 @@ class Tracking:
         self.sinks: dict[str, tuple[Callable, Callable]] = {}  # name -> (log, close)
         if not speaks:
             return
-        self._open("metrics.jsonl", lambda: _jsonl(folder))
+        self._open(METRICS, lambda: _metrics(folder))
+        if config.ledger:
+            self._open(LEDGER, lambda: _jsonl(folder / LEDGER))
         if config.report_to_tensorboard and not config.debug:
             self._open("tensorboard", lambda: _tensorboard(folder))
         if config.wandb.enabled and not config.debug:
@@ -65,7 +71,15 @@ class Tracking:
     def log(self, step: int, kind: str, figures: dict[str, float]) -> None:
         """`kind` is train or eval; trackers see `kind/name`."""
         for name, (log, _) in list(self.sinks.items()):
-            self._guard(name, lambda log=log: log(step, kind, figures))
+            if name != LEDGER:
+                self._guard(name, lambda log=log: log(step, kind, figures))
+
+    def note(self, step: int, tokens: Callable[[], str], loss: float, grad_norm: float) -> None:
+        """A line in the ledger: a hash of the step's tokens, its loss and gradient norm to the last bit."""
+        if LEDGER in self.sinks:
+            write, _ = self.sinks[LEDGER]
+            row = {"step": step, "tokens": tokens(), "loss": loss, "grad_norm": grad_norm}
+            self._guard(LEDGER, lambda: write(row))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -148,15 +162,20 @@ _LINE_FORMATS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _jsonl(folder: Path) -> tuple[Callable, Callable]:
-    file = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+def _jsonl(path: Path) -> tuple[Callable, Callable]:
+    file = open(path, "a", buffering=1, encoding="utf-8")
 
-    def log(step: int, kind: str, figures: dict[str, float]) -> None:
+    def write(row: dict) -> None:
         # JSON has no NaN; a text keeps the line readable for every parser.
-        plain = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
-        file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        file.write(json.dumps(plain) + "\n")
 
-    return log, file.close
+    return write, file.close
+
+
+def _metrics(folder: Path) -> tuple[Callable, Callable]:
+    write, close = _jsonl(folder / METRICS)
+    return lambda step, kind, figures: write({"step": step, "kind": kind, **figures}), close
 
 
 def _tensorboard(folder: Path) -> tuple[Callable, Callable]:

@@ -190,3 +190,19 @@ def test_padding_is_saved(jsonl, config, template):
     train = load_data(config, template).train
     assert places(packing=True) < 0.8 * places() and places(group_by_length=True) < 0.8 * places()
     assert int(train.lengths.sum()) <= places(packing=True)
+
+
+def test_the_digest_of_a_step(jsonl, config, template):
+    """It tells tokens, their order and which of them are learned, and not what else an example holds."""
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd")]
+
+    def digest(indices, train_on="all_turns", rows=({"prompt": "a", "response": "b"}, {"messages": turns})):
+        config.datasets, template.train_on = [jsonl(rows)], train_on
+        return load_data(config, template).train.digest(indices)
+
+    assert (
+        digest([0, 1])
+        == digest([0, 1])
+        == digest([0, 1], rows=({"prompt": "a", "response": "b"}, {"messages": turns}, {"text": "c"}))
+    )
+    assert len({digest([0, 1]), digest([1, 0]), digest([0]), digest([0, 1], "last_turn")}) == 4

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitrain.compare import read_ledger
 from tests.distributed.launch import launch, trace
 
 
@@ -24,6 +25,9 @@ def same_training(found: dict, wanted: dict, rtol: float = 1e-5) -> None:
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=tolerance, msg=f"{file} {name}")
     assert [line[1] for line in trace(Path(found["trace"]))] == [line[1] for line in trace(Path(wanted["trace"]))]
+    ledgers = [read_ledger(Path(job["config"]["output_dir"]) / job["config"]["exp_name"]) for job in (found, wanted)]
+    for ours, theirs in zip(*(ledger.values() for ledger in ledgers), strict=True):
+        assert ours.tokens == theirs.tokens and ours[1:] == pytest.approx(theirs[1:], rel=rtol)
     for ours, theirs in zip(figures(found), figures(wanted), strict=True):
         for key in ("loss", "grad_norm", "tokens", "lr"):
             assert ours[key] == pytest.approx(theirs[key], rel=rtol), key
