@@ -10,9 +10,8 @@ another loss.
 """
 
 import argparse
-import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -20,53 +19,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from meter import DTYPES, Meter, median, pick_device  # noqa: E402
+from meter import DTYPES, pick_device  # noqa: E402
+from turns import run  # noqa: E402
 
-KINDS = ("plain", "chunked", "top-64", "noted")
+SIZES = {"tokens": 2048, "hidden": 512, "teacher_hidden": 768, "vocab": 128_256, "repeats": 3}
 TEMPERATURE, ALPHA, BETA, TOP_K = 4.0, 0.7, 0.3, 64
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    if arguments.kind:
-        print(json.dumps(measure(arguments)))
-        return 0
-    widths = f"hidden {arguments.hidden}, teacher's {arguments.teacher_hidden}"
-    print(f"{arguments.tokens:,} tokens, {widths}, vocabulary {arguments.vocab:,}, {pick_device()}\n")
-    print("| dtype | divergence | ms | vs plain | peak above inputs, MiB | vs plain | loss |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    good = True
-    for dtype in DTYPES:
-        runs = {kind: [] for kind in KINDS}
-        for _ in range(arguments.rounds):
-            for kind in KINDS:
-                runs[kind].append(run(kind, dtype, arguments))
-        good &= tell(dtype, runs)
-    return 0 if good else 1
+    return run(__doc__, "divergence", ("plain", "chunked", "top-64", "noted"), SIZES, make)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--teacher-hidden", type=int, default=768)
-    parser.add_argument("--vocab", type=int, default=128_256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements in one process")
-    parser.add_argument("--kind", choices=KINDS, help="measure this one here and print JSON")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    return parser.parse_args()
-
-
-def run(kind: str, dtype: str, arguments: argparse.Namespace) -> dict:
-    given = vars(arguments).items()
-    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in given if isinstance(value, int)]
-    command = [sys.executable, __file__, f"--kind={kind}", f"--dtype={dtype}", *sizes]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def measure(arguments: argparse.Namespace) -> dict:
-    """Peak of the first pass over all; median seconds of the passes after it, gradients dropped between them."""
+def make(arguments: argparse.Namespace) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
     device, dtype = pick_device(), DTYPES[arguments.dtype]
     n, vocab = arguments.tokens, arguments.vocab
     torch.manual_seed(0)
@@ -75,16 +39,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     theirs = torch.randn(n, arguments.teacher_hidden, device=device)  # [N, H_t]
     matrix = torch.randn(vocab, arguments.teacher_hidden, device=device).mul_(0.05).to(dtype)  # [V, H_t]
     targets = torch.randint(vocab, (n,), device=device)  # [N]
-    loss_of = {"plain": plain}.get(arguments.kind) or chunked(arguments.kind, theirs, matrix)
-    meter = Meter(device)
-    meter.begin()
-    for _ in range(1 + arguments.repeats):
-        hidden.grad = weight.grad = None
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(hidden, weight, theirs, matrix, targets)
-        loss.backward()
-        meter.tick()
-    return {"ms": 1e3 * median(meter.seconds[1:]), "peak_mib": meter.peak_mib(), "loss": loss.item()}
+    loss_of = plain if arguments.kind == "plain" else chunked(arguments.kind, theirs, matrix)
+    return lambda: loss_of(hidden, weight, theirs, matrix, targets), [hidden, weight]
 
 
 def plain(hidden, weight, theirs, matrix, targets) -> torch.Tensor:
@@ -112,21 +68,6 @@ def chunked(kind: str, theirs: torch.Tensor, matrix: torch.Tensor):
         return (weights[0] * divergence - weights[1] * logps).mean()
 
     return loss_of
-
-
-def tell(dtype: str, runs: dict[str, list[dict]]) -> bool:
-    """Prints the lines of one dtype; whether the chunked divergence keeps its promise."""
-    found = {kind: {key: median(run[key] for run in runs[kind]) for key in runs[kind][0]} for kind in KINDS}
-    first = found["plain"]
-    for kind, f in found.items():
-        print(
-            f"| {dtype} | {kind} | {f['ms']:,.0f} | {f['ms'] / first['ms']:.2f} | {f['peak_mib']:,.0f} | "
-            f"{f['peak_mib'] / first['peak_mib']:.2f} | {f['loss']:.4f} |",
-            flush=True,
-        )
-    ours = found["chunked"]
-    same = abs(ours["loss"] - first["loss"]) <= (1e-4 if dtype == "float32" else 1e-2) * first["loss"]
-    return same and ours["peak_mib"] <= 0.2 * first["peak_mib"] and ours["ms"] <= first["ms"]
 
 
 if __name__ == "__main__":

@@ -131,40 +131,16 @@ def same_work(runs: dict[str, list[dict]]) -> bool:
 
 
 def peer_minitrain() -> None:
-    from peer_minitrain import Watch, measured
+    from peer_minitrain import train
 
-    from minitrain import Trainer, load_config
+    def prepare(trainer) -> None:
+        if job["kind"].endswith("unshared"):
+            trainer.train_loader.shares_prompts = False
 
     job = read_job()
-    config = load_config(
-        {
-            "exp_name": "bench",
-            "output_dir": job["scratch"],
-            "cache_dir": f"{job['scratch']}/cache",
-            "datasets": [f"{job['folder']}/pairs.jsonl"],
-            "chat_template": "none",
-            "model": {"name_or_path": f"{job['folder']}/model", "policy_dtype": job["dtype"]},
-            "loss": {
-                "name": "dpo",
-                "beta": BETA,
-                "reference": "precomputed" if job["kind"].endswith("precomputed") else "model",
-            },
-            "packing": not job["kind"].endswith("padded"),
-            "max_length": 1024,
-            "total_batch_size": job["batch"],
-            "n_steps": job["n_steps"],
-            "lr": job["lr"],
-            "lr_scheduler": "constant",
-            "log_every_steps": job["n_steps"] + 1,
-            "num_proc": 1,
-        }
-    )
-    watch = Watch(job)
-    config.n_steps += 1  # the last step logs itself and starts a new window of sums
-    trainer = Trainer(config, on_train_begin=watch.begin, on_step_end=lambda t: measured(t, watch))
-    if job["kind"].endswith("unshared"):
-        trainer.train_loader.shares_prompts = False
-    trainer.train()
+    reference = "precomputed" if job["kind"].endswith("precomputed") else "model"
+    loss = ("loss.name=dpo", f"loss.beta={BETA}", f"loss.reference={reference}")
+    train(job, "pairs.jsonl", "max_length=1024", *loss, prepare=prepare)
 
 
 def peer_hand() -> None:
@@ -212,7 +188,7 @@ def peer_hand() -> None:
 def peer_trl() -> None:
     import trl
     from datasets import Dataset
-    from peer_trl import Watch
+    from peer_trl import Watch, arguments
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     job, losses = read_job(), []
@@ -226,27 +202,7 @@ def peer_trl() -> None:
     rows = json.loads((Path(job["folder"]) / "pairs.json").read_text())
     texts = [{key: " ".join(f"w{i}" for i in ids) for key, ids in row.items()} for row in rows]
     texts = [row | {"prompt": row["prompt"] + " "} for row in texts]
-    config = trl.DPOConfig(
-        output_dir=job["scratch"],
-        max_steps=job["n_steps"],
-        per_device_train_batch_size=job["batch"],
-        learning_rate=job["lr"],
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        beta=BETA,
-        bf16=False,
-        max_length=1024,
-        use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        dataloader_num_workers=0,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    config = trl.DPOConfig(**arguments(job), beta=BETA, max_length=1024)
     meter = Meter(pick_device())
     folder = f"{job['folder']}/model"
     trainer = Watched(

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
@@ -71,33 +72,33 @@ class Watch:
 
 def main() -> None:
     job = read_job()
-    folder, scratch = Path(job["folder"]), Path(job["scratch"])
-    config = load_config(
-        {
-            "exp_name": "bench",
-            "output_dir": str(scratch),
-            "cache_dir": str(folder / "cache"),
-            "datasets": [str(folder / "data.jsonl")],
-            "chat_template": "none",
-            "model": {
-                "name_or_path": str(folder / "model"),
-                "policy_dtype": job["dtype"],
-                "adapter": str(folder / "adapter") if job["lora"] else None,
-            },
-            "max_length": job["max_length"],
-            "packing": job["kind"] == "minitrain packed",
-            "total_batch_size": job["batch"],
-            "n_steps": job["n_steps"],
-            "lr": job["lr"],
-            "lr_scheduler": "constant",
-            "log_every_steps": job["n_steps"] + 1,
-            "num_proc": 1,
-        }
-    )
+    adapter = [f"model.adapter={job['folder']}/adapter"] if job["lora"] else []
+    train(job, "data.jsonl", f"max_length={job['max_length']}", *adapter)
+
+
+def train(job: dict, data: str, *overrides: str, prepare: Callable[[Trainer], None] = lambda trainer: None) -> None:
+    """Trains on a file of the job's folder, and writes down what was seen."""
+    folder = Path(job["folder"])
+    settings = {
+        "exp_name": "bench",
+        "output_dir": job["scratch"],
+        "cache_dir": str(folder / "cache"),
+        "datasets": [str(folder / data)],
+        "chat_template": "none",
+        "model": {"name_or_path": str(folder / "model"), "policy_dtype": job["dtype"]},
+        "packing": not job["kind"].endswith("padded"),
+        "total_batch_size": job["batch"],
+        "n_steps": job["n_steps"] + 1,  # the last step logs itself and starts a new window of sums
+        "lr": job["lr"],
+        "lr_scheduler": "constant",
+        "log_every_steps": job["n_steps"] + 1,
+        "num_proc": 1,
+    }
     watch = Watch(job)
-    # The last step logs itself and starts a new window of sums, so one more is taken than is measured.
-    config.n_steps += 1
-    Trainer(config, on_train_begin=watch.begin, on_step_end=lambda t: measured(t, watch)).train()
+    config = load_config(settings, list(overrides))
+    trainer = Trainer(config, on_train_begin=watch.begin, on_step_end=lambda t: measured(t, watch))
+    prepare(trainer)
+    trainer.train()
 
 
 def measured(trainer: Trainer, watch: Watch) -> None:

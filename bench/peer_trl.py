@@ -41,28 +41,32 @@ def read_data(job: dict) -> Dataset:
     return Dataset.from_dict({"input_ids": [row["ids"] for row in rows], "labels": labels})
 
 
+def arguments(job: dict) -> dict:
+    """What is set alike in all its trainers."""
+    return {
+        "output_dir": job["scratch"],
+        "max_steps": job["n_steps"],
+        "per_device_train_batch_size": job["batch"],
+        "learning_rate": job["lr"],
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": job["dtype"] == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def main() -> None:
     job, folder = read_job(), Path(read_job()["folder"]) / "model"
-    config = trl.SFTConfig(
-        output_dir=job["scratch"],
-        max_steps=job["n_steps"],
-        per_device_train_batch_size=job["batch"],
-        learning_rate=job["lr"],
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=job["dtype"] == "bfloat16",
-        max_length=job["max_length"],
-        use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        dataloader_num_workers=0,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    config = trl.SFTConfig(**arguments(job), max_length=job["max_length"])
     meter = Meter(pick_device())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if job["lora"]:

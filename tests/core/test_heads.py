@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minitrain.model.heads import OutputLayer, token_scores
+from tests.core.tensors import Largest
 
 N, H, V = 11, 6, 17
 
@@ -122,20 +123,9 @@ def test_log_softmax_is_done_in_float32():
 
 def test_no_table_of_tokens_by_vocabulary_is_ever_made():
     """Forward and backward hold no tensor larger than a chunk of it."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)
     for weigh in (None, torch.ones_like):
-        with Watch():
+        with Largest() as seen:
             token_scores(hidden, torch.zeros(512).long(), OutputLayer(weight), weigh, chunk=32).logps.sum().backward()
-    assert largest == 32 * 1000
+        assert seen.numel == 32 * 1000

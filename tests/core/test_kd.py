@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitrain import ConfigError, create_loss
 from minitrain.batch import Distillation, Likeliest, Scores
@@ -19,6 +18,7 @@ from minitrain.model.load import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.teach import teach
 from tests.conftest import metrics, random_llama, weights
+from tests.core.tensors import Largest
 
 N, H, V = 11, 6, 17
 FORMULAS = {name: f for name, f in DIVERGENCES.items() if name != "jsd"}
@@ -244,24 +244,15 @@ def test_a_certain_teacher_gives_finite_numbers():
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_no_table_of_tokens_by_vocabulary_is_ever_made(top_k):
     """Forward, backward and the pass that recomputes hold no tensor larger than a chunk of it."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            largest = max(largest, out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
     hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
     teacher = torch.randn(512, 4), OutputLayer(torch.randn(1000, 4))
     for factor in (1.0, torch.rand(512)):
-        with Watch():
+        with Largest() as seen:
             asked = Distillation(teacher, forward_kl, 2.0, top_k)
             _, found = divergences(hidden, torch.zeros(512).long(), OutputLayer(weight), asked, chunk=32)
             (found * factor).sum().backward()
             likeliest(*teacher, 2.0, 3, chunk=32)
-    assert largest == 32 * 1000
+        assert seen.numel == 32 * 1000
 
 
 def test_no_supervised_token_gives_an_attached_zero():

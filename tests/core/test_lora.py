@@ -14,6 +14,7 @@ from minitrain.model.lora import _LoRALinear, fold
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.reference import InitialValues
 from minitrain.schema import Config, LoRAConfig, ModelConfig
+from tests.core.tensors import close, shaken
 from tests.core.test_policy import MODELS
 
 peft = pytest.importorskip("peft")
@@ -76,16 +77,6 @@ def base(folder):
     return load_model(ModelConfig(str(folder)), _Tokens(), 0).eval()
 
 
-def shaken(model):
-    """Other values for all that is trained, so that B and the like are not zero."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
 def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
 
@@ -99,10 +90,6 @@ def gradients(model):
     """Of the mean of the squared logits."""
     logits(model).square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

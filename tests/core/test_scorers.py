@@ -19,6 +19,7 @@ from minitrain.model.scoring import make_policy
 from minitrain.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
 from tests.conftest import SHARED
 from tests.core.scorers import BASES, DECODERS, ENCODERS, TOKENIZERS, random_base
+from tests.core.tensors import close, shaken
 
 NAMES = ["no", "yes", "maybe"]
 TEXTS = [("a", None), ("a longer text, é ☃", None), ("one", "two of a pair"), ("one that is long enough", "b")]
@@ -61,16 +62,6 @@ def widened(batch: Batch, more: int, ids: int) -> Batch:
     return Batch(*places, batch.n_docs, columns=columns)
 
 
-def shaken(model):
-    """Other values for all that is trained."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
 def one_by_one(model, tokenizer, texts=TEXTS) -> torch.Tensor:
     """transformers' own logits of each text alone -> [n, L]."""
     rows = [model(**tokenizer(*(part for part in text if part), return_tensors="pt")).logits[0] for text in texts]
@@ -79,10 +70,6 @@ def one_by_one(model, tokenizer, texts=TEXTS) -> torch.Tensor:
 
 def ours(policy, tokenizer, texts=TEXTS) -> torch.Tensor:
     return policy(collate([[document] for document in documents(tokenizer, texts)], tokenizer.pad_token_id)).scores
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------------------- plain models
