@@ -1,0 +1,276 @@
+"""The documents tell the truth: their tables name our options and commands, their YAML and commands are understood."""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from minitrain import load_config
+from minitrain.cli import _parser
+from minitrain.config import _long_forms, _override, _own_names
+from minitrain.losses import registered
+from minitrain.names import FOREIGN_NAMES
+from minitrain.problems import Problems, Source, check_types
+from minitrain.schema import Config, DatasetConfig, aliases, all_keys
+from tests.conftest import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = [page for page in PAGES if page.name.startswith("from-")]
+GENERATED = {"options.md": "generate_options.py", "commands.md": "generate_commands.py"}
+BY_NAME = {"ids": lambda page: page.name}
+LOSS_OPTIONS = {name: [f.name for f in fields(loss.options_class)] for name, loss in registered().items()}
+KEYS = {*all_keys(), *aliases(), "loss.name", *(f"loss.{key}" for keys in LOSS_OPTIONS.values() for key in keys)}
+KEYS |= {f"{name}[0].{f.name}" for name in ("datasets", "eval_datasets") for f in fields(DatasetConfig)}
+
+
+def tables(page: Path) -> list[tuple[str, list[str], list[str]]]:
+    """(place, what stands in backticks in the first column, and in the second) of each row under `| there | here | |`."""
+    rows, inside = [], False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        inside = cells == ["there", "here", ""] or (inside and len(cells) == 3)
+        if inside and cells[0] != "there" and set(line) - set("|-: "):
+            there, here = (re.findall(r"`([^`]+)`", cell.replace("\\|", "|")) for cell in cells[:2])
+            assert there, f"{page.name}:{number}: the first column names nothing of theirs"
+            assert here or cells[1] == "-", f"{page.name}:{number}: the second column is neither ours nor a dash"
+            rows.append((f"{page.name}:{number}", there, here))
+    return rows
+
+
+ROWS = [row for page in GUIDES for row in tables(page)]
+
+
+def words(item: str) -> list[str]:
+    """The overrides in one pair of backticks; spaces inside of brackets, braces and quotes belong to a value."""
+    return re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|[^\s\[{\"])+", item)
+
+
+def problems_of(item: str) -> list[str]:
+    """What is wrong with ``key`` or ``key=value``, or several of them, by the schema's names, types and limits."""
+    overrides = words(item)
+    keys = [word.partition("=")[0].replace("datasets.0.", "datasets[0].") for word in overrides]
+    if unknown := [key for key in keys if key not in KEYS]:
+        return [f"there is no option {', '.join(unknown)}"]
+    raw = OmegaConf.create({"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "model": {"name_or_path": "c"}})
+    found = Problems(Source("page"))
+    _override(raw, [word for word in overrides if "=" in word], found)
+    given = _own_names(_long_forms(OmegaConf.to_container(raw)))
+    check_types(Config, given, "", found)
+    loss = dict(given.get("loss", {}))
+    name = loss.pop("name", None)
+    if name is not None and name not in LOSS_OPTIONS:
+        return [f"there is no loss {name}"]
+    asked = {key.removeprefix("loss.") for key in keys if key.startswith("loss.")} - {"name"}
+    attempts = [check_loss(one, loss, asked) for one in ([name] if name else LOSS_OPTIONS)]
+    return [told for _, told in found.found] + (min(attempts, key=len) if asked else [])
+
+
+def check_loss(name: str, given: dict, asked: set[str]) -> list[str]:
+    """What one loss has against these options. One that must be given may stand elsewhere."""
+    found = Problems(Source("page"))
+    schema = registered()[name].options_class
+    needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
+    found.spoilt.update(f"loss.{key}" for key in needed - set(given))
+    check_types(schema, given, "loss.", found)
+    strange = [f"loss {name} has no option {key}" for key in sorted(asked - set(LOSS_OPTIONS[name]))]
+    return [told for _, told in found.found] + strange
+
+
+def problems_of_command(text: str) -> list[str]:
+    """What is wrong with a command line that begins with minitrain, python or torchrun."""
+    line = shlex.split(re.sub(r" \.\.\.$", "", text))
+    if line[0] == "make":
+        known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return [f"there is no target {target}" for target in line[1:] if target not in known]
+    if line[0] in ("python", "torchrun"):
+        if "train.py" not in line:
+            return ["it does not start train.py"]
+        line = ["minitrain", "train", *line[line.index("train.py") + 1 :]]
+    known = commands()
+    if line[1:2] == ["--help"] or len(line) == 1:
+        return []
+    if line[1] not in known:
+        return [f"there is no command {line[1]}"]
+    options = {option for action in known[line[1]]._actions for option in action.option_strings}
+    found = [f"{line[1]} has no {word}" for word in line[2:] if word.startswith("--") and word not in options]
+    if "--overrides" in line:
+        behind = line[line.index("--overrides") + 1 :]
+        stop = next((i for i, word in enumerate(behind) if word.startswith("--")), len(behind))
+        found += [told for word in behind[:stop] for told in problems_of(word)]
+    return found
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    return runpy.run_path(str(ROOT / "docs" / "generate_commands.py"))["commands"](_parser("minitrain"))
+
+
+def is_command(item: str) -> bool:
+    return item.split()[0] in ("minitrain", "python", "torchrun", "make")
+
+
+# ------------------------------------------------------------------------------------------------ tables of keys
+
+
+@pytest.mark.parametrize("page", GUIDES, **BY_NAME)
+def test_a_guide_has_tables(page):
+    """A page for those who come from elsewhere has rows under `| there | here | |`, or the next tests check nothing."""
+    assert len(tables(page)) >= 5
+
+
+def test_what_the_guides_call_ours_is_ours():
+    """Each item of the second column is an override that the schema takes, or a command that exists."""
+    wrong = [
+        f"{place}: `{item}`: {told}"
+        for place, _, here in ROWS
+        for item in here
+        for told in (problems_of_command(item) if is_command(item) else problems_of(item))
+    ]
+    assert wrong == []
+
+
+def test_the_guides_and_the_suggestions_agree():
+    """A key that the error of a config translates is translated likewise by the guides, and has no dash."""
+    for place, there, here in ROWS:
+        told = {word.partition("=")[0].split("[")[0] for item in here if not is_command(item) for word in words(item)}
+        for name in there:
+            if name in FOREIGN_NAMES and not any(map(is_command, here)):
+                meant = re.split(r", or | or ", FOREIGN_NAMES[name].split(" (")[0])
+                assert {key.partition("=")[0].split("[")[0] for key in meant} & told, f"{place}: {name}: {FOREIGN_NAMES[name]}"
+
+
+@pytest.mark.parametrize(
+    ("item", "wrong"),
+    [
+        ("lr", False),
+        ("batch_size=8", False),
+        ("lora.rank=16 lora.alpha=32", False),
+        ("loss.beta", False),
+        ("loss.variant=ipo loss.beta=0.1", False),
+        ("loss.name=kd loss.teacher=big loss.temperature=1", False),
+        ("datasets=[{path: a.jsonl, weight: 2}]", False),
+        ("datasets[0].columns={prompt: q, response: a}", False),
+        ("learning_rate", True),
+        ("lr=fast", True),
+        ("lora.rank=-1", True),
+        ("model.policy_dtype=bf16", True),
+        ("loss.variant=kto_pair", True),
+        ("loss.name=sft loss.beta=0.1", True),
+        ("loss.name=sftt", True),
+        ("datasets[0].colums", True),
+    ],
+)  # fmt: skip
+def test_the_check_of_the_tables_finds_what_is_wrong(item, wrong):
+    """The rule by which the tables are read takes what the schema takes, and nothing else."""
+    assert bool(problems_of(item)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("minitrain merge RUN --output DIR", False),
+        ("torchrun --nproc_per_node=4 train.py config.yml --overrides trainer=FSDPTrainer", False),
+        ("minitrain export RUN", True),
+        ("minitrain merge --into DIR", True),
+        ("python train.py config.yml --overrides learning_rate=1", True),
+        ("make everything", True),
+    ],
+)
+def test_the_check_of_command_lines_finds_what_is_wrong(line, wrong):
+    """The same for commands."""
+    assert bool(problems_of_command(line)) == wrong
+
+
+# ------------------------------------------------------------------------------------------- YAML, Python, commands
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks, but for those of other libraries, which begin with a comment that says so: ``# there: NAME``."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+    return [block for block in found if not block.startswith("# there: ")]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], **BY_NAME)
+def test_yaml_in_the_documents_is_understood(page, monkeypatch, tmp_path):
+    """Each block passes all checks of a config. Files that are only examples are made up, as is a model for a part."""
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "yaml"):
+        given = yaml.safe_load(block)
+        given.setdefault("model", {}).setdefault("name_or_path", "tiny")
+        given.setdefault("datasets", "data.jsonl")
+        make_files(given)
+        load_config(given)
+
+
+def make_files(given: dict) -> None:
+    """What a config names and nobody has: data, a template, an archive, an adapter."""
+    entries = [entry for key in ("datasets", "eval_datasets") for entry in as_list(given.get(key, []))]
+    paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
+    paths += [path for path in (given.get("chat_template"), given["model"].get("archive")) if "." in str(path)]
+    if given["model"].get("adapter"):
+        paths.append(given["model"]["adapter"] + "/adapter_config.json")
+    for path in map(Path, paths):
+        assert not path.is_absolute(), f"{path}: an example names a relative path"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in (given["model"]["name_or_path"], as_dict(given.get("loss")).get("teacher", "tiny")):
+        if name.count("/") > 1 or name.startswith("."):
+            Path(name).mkdir(parents=True, exist_ok=True)
+            (Path(name) / "config.json").touch()
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def as_dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
+def test_commands_in_the_documents_exist(page):
+    """Each line of a bash block that is ours names a command and options that there are."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    ours = [line.split("  #")[0] for line in lines if is_command(line)]
+    assert [f"{line}: {told}" for line in ours for told in problems_of_command(line)] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], **BY_NAME)
+def test_python_in_the_documents_is_python(page):
+    """It parses; what it does is the business of other tests."""
+    for block in blocks(page, "python"):
+        ast.parse(block)
+
+
+# ------------------------------------------------------------------------------------------------ pages that are made
+
+
+@pytest.mark.parametrize("page", GENERATED)
+def test_a_generated_page_is_up_to_date(page, monkeypatch):
+    """It is what its script makes, whatever the width of the terminal is."""
+    monkeypatch.setenv("COLUMNS", "60")
+    script = runpy.run_path(str(ROOT / "docs" / GENERATED[page]))
+    assert script["document"]() == (ROOT / "docs" / page).read_text(), "run: make docs"
+
+
+def test_the_examples_of_the_commands_page_are_understood():
+    """The parser takes each, so none has an option that is gone."""
+    more = runpy.run_path(str(ROOT / "docs" / "generate_commands.py"))["MORE"]
+    assert list(more) == list(commands())
+    for name, (example, _) in more.items():
+        program, *arguments = shlex.split(example)
+        assert program == "minitrain" and arguments[0] == name
+        assert _parser("minitrain").parse_args(arguments).parser.prog == f"minitrain {name}"
+        assert problems_of_command(example) == []
+
+
+def test_the_readme_links_every_page():
+    """A page that nobody finds is not there."""
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES if f"](docs/{page.name}" not in readme] == []
