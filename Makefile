@@ -37,8 +37,9 @@ bench: .venv/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/dpo.py
 	$(BIN)/python bench/divergence.py
 
-docs: .venv/ready  ## docs/options.md from the schema
+docs: .venv/ready  ## the pages that are made: options from the schema, commands from their --help
 	$(BIN)/python docs/generate_options.py > docs/options.md
+	$(BIN)/python docs/generate_commands.py > docs/commands.md
 
 clean:
 	rm -rf .venv runs

@@ -74,7 +74,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _merge_arguments(_command(commands, "merge", "make adapters part of the model's weights", usage))
     usage = "CONFIG.yml [--overrides KEY=VALUE ...] [--output FILE]"
     _teach_arguments(_command(commands, "teach", "note what a teacher says of a config's data", usage))
-    usage = "RUN [RUN ...] [--output FILE.png]"
+    usage = "RUN [RUN ...] [--figures NAME ...] [--output FILE.png]"
     _plot_arguments(_command(commands, "plot", "draw what runs have logged", usage))
     _doctor_arguments(_command(commands, "doctor", "say what looks wrong in a run, and what to try", "RUN"))
     usage = "RUN RUN"
@@ -218,6 +218,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn over one another")
     parser.add_argument("--output", metavar="FILE.png", help="RUN/metrics.png, of several metrics.png here")
+    parser.add_argument("--figures", nargs="+", metavar="NAME", help="only these, in this order, for example loss lr")
     parser.add_argument("--force", action="store_true", help="write over a file that is no plot of these runs")
     parser.set_defaults(command=commands.plot)
 

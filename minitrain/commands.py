@@ -163,7 +163,7 @@ def plot(arguments: argparse.Namespace) -> int:
     output = _new_file(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
-    plot(histories, output, arguments.force)
+    plot(histories, output, arguments.force, arguments.figures)
     print(f"the plot is in {output}")
     return 0
 

@@ -18,25 +18,30 @@ PANEL = (4.2, 2.7)  # inches
 NOTE = "Description"
 
 
-def plot(histories: list[History], output: Path, force: bool = False) -> None:
-    """Writes a PNG with a panel for each figure, in which train and eval of all runs stand together.
+def plot(histories: list[History], output: Path, force: bool = False, chosen: list[str] | None = None) -> None:
+    """Writes a PNG with a panel for each figure, or those that are `chosen`, train and eval of all runs together.
 
-    Raises ConfigError without matplotlib, or when `output` cannot be written or is another file's place.
+    Raises ConfigError without matplotlib, for a figure that no run has, or when `output` cannot be written or is
+    another file's place.
     """
-    figure = picture(histories)
+    figure = picture(histories, chosen)
     note = "minitrain plot of " + ", ".join(run_names(histories))
     if output.exists() and not force and _note(output) != note:
         raise ConfigError(f"--output: {output} exists and is no plot of these runs; choose another name or add --force")
     _save(figure, output, note)
 
 
-def picture(histories: list[History]):
-    """A matplotlib figure with a panel for each figure that was logged. Raises ConfigError without matplotlib."""
+def picture(histories: list[History], chosen: list[str] | None = None):
+    """A matplotlib figure with a panel for each figure that was logged, or that is chosen. Raises ConfigError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("plot: the package matplotlib is not installed: pip install minitrain[plot]") from None
     panels, colours = panels_of(histories), _colours(histories)
+    if missing := set(chosen or []) - set(panels):
+        told = f"no run has logged {', '.join(sorted(missing))}; there are {', '.join(panels)}"
+        raise ConfigError(f"--figures: {told}")
+    panels = chosen or panels
     columns = min(len(panels), 3 if len(panels) <= 9 else 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.6), layout="constrained")

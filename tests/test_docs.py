@@ -5,7 +5,7 @@ import ast
 import re
 import runpy
 import shlex
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from minitrain.cli import _parser
 from minitrain.config import _long_forms, _override, _own_names
 from minitrain.losses import registered
 from minitrain.names import FOREIGN_NAMES
-from minitrain.problems import Problems, Source, check_types
+from minitrain.problems import Problems, Source, check_types, related
 from minitrain.schema import Config, DatasetConfig, aliases, all_keys
 from tests.conftest import ROOT
 
@@ -58,7 +58,9 @@ def problems_of(item: str) -> list[str]:
     keys = [word.partition("=")[0].replace("datasets.0.", "datasets[0].") for word in overrides]
     if unknown := [key for key in keys if key not in KEYS]:
         return [f"there is no option {', '.join(unknown)}"]
-    raw = OmegaConf.create({"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "model": {"name_or_path": "c"}})
+    raw = OmegaConf.create(
+        {"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "model": {"name_or_path": "c"}}
+    )
     found = Problems(Source("page"))
     _override(raw, [word for word in overrides if "=" in word], found)
     given = _own_names(_long_forms(OmegaConf.to_container(raw)))
@@ -142,7 +144,8 @@ def test_the_guides_and_the_suggestions_agree():
         for name in there:
             if name in FOREIGN_NAMES and not any(map(is_command, here)):
                 meant = re.split(r", or | or ", FOREIGN_NAMES[name].split(" (")[0])
-                assert {key.partition("=")[0].split("[")[0] for key in meant} & told, f"{place}: {name}: {FOREIGN_NAMES[name]}"
+                asked = {key.partition("=")[0].split("[")[0] for key in meant}
+                assert any(related(a, b) for a in asked for b in told), f"{place}: {name} is {FOREIGN_NAMES[name]}"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from minitrain import load_config
 from minitrain.cli import main
@@ -92,15 +91,6 @@ def test_every_example_is_a_valid_config(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TEACHER", "tiny")
     load_config(file)
-
-
-def test_the_yaml_in_the_readme_is_valid(monkeypatch, tmp_path):
-    """Its keys and values pass, but for the files that are only examples."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "conversations.jsonl").write_text("{}")
-    (tmp_path / "more.csv").write_text("")
-    for block in re.findall(r"```yaml\n(.*?)```", README, re.S):
-        load_config(yaml.safe_load(block))
 
 
 def test_the_example_data_are_what_the_script_makes(tmp_path):

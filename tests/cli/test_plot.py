@@ -48,6 +48,17 @@ def data_of(axis) -> list[tuple[list, list]]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
 
 
+def test_only_the_figures_that_are_asked_for(picture, run, capsys):
+    """`--figures` gives panels in its order; one that no run has is refused with the names of those there are."""
+    from minitrain.plot import picture as draw
+
+    drawn = draw([read_history(run)], ["lr", "loss"])
+    assert [axis.get_title(loc="left") for axis in drawn.axes] == ["lr", "loss"]
+    assert main(["plot", str(run), "--figures", "loss", "los"]) == 2
+    assert "no run has logged los; there are loss, rewards/margins, lr, grad_norm" in capsys.readouterr().err
+    assert not (run / "metrics.png").exists()
+
+
 def test_train_and_eval_of_a_figure_share_a_panel(picture, run):
     """The loss first, the loss's own figures, then what all have; counters have none; axes and kinds are named."""
     drawn, panels = picture(run)
