@@ -2,9 +2,13 @@
 
 import argparse
 import ast
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -31,7 +35,7 @@ KEYS |= {f"{name}[0].{f.name}" for name in ("datasets", "eval_datasets") for f i
 
 
 def tables(page: Path) -> list[tuple[str, list[str], list[str]]]:
-    """(place, what stands in backticks in the first column, and in the second) of each row under `| there | here | |`."""
+    """(place, items in backticks of the first column, of the second) of each row under `| there | here | |`."""
     rows, inside = [], False
     for number, line in enumerate(page.read_text().splitlines(), 1):
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -277,3 +281,52 @@ def test_the_readme_links_every_page():
     """A page that nobody finds is not there."""
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in PAGES if f"](docs/{page.name}" not in readme] == []
+
+
+# ------------------------------------------------------------------------------------------ the walk through the code
+
+
+AFTERNOON = (ROOT / "docs" / "afternoon.md").read_text()
+STOPS = re.findall(r"^\| `(minitrain/\S+)` \| (\d+) \|", AFTERNOON, re.M)
+EXERCISES = re.findall(r"^\| (\d+) \| `(\S+)` \| `(.+?)` \| `(.+?)` \| `(\S+)` \|$", AFTERNOON, re.M)
+
+
+def test_the_files_of_the_walk_are_as_long_as_it_says():
+    """Line counts are right to a tenth, or to ten lines."""
+    assert len(STOPS) > 20
+    for file, lines in STOPS:
+        count = (ROOT / file).read_text().count("\n")
+        assert abs(count - int(lines)) <= max(10, count // 10), f"{file} has {count} lines"
+
+
+def test_the_names_of_the_walk_are_in_the_code():
+    """Functions, classes and attributes that it points to are there."""
+    code = "".join(path.read_text() for path in (ROOT / "minitrain").rglob("*.py"))
+    prose = AFTERNOON[: AFTERNOON.index("## Exercises")]
+    for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", prose):
+        assert name.endswith(".py") or all(part in code for part in name.split(".")), name
+
+
+def test_the_exercises_can_be_done():
+    """Each line stands once in its file, and the test that should fail is there."""
+    assert len(EXERCISES) == AFTERNOON.count("\n| ", AFTERNOON.index("## Exercises")) - 1
+    for number, file, line, becomes, test in EXERCISES:
+        assert (ROOT / file).read_text().count(line) == 1, f"exercise {number}: {line}"
+        assert line != becomes
+        path, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / path).read_text(), f"exercise {number}: {test}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise[0])
+def test_the_exercises_fail_as_they_say(exercise, tmp_path):
+    """A copy of the repository with the line broken: the test fails there, and by nothing else than a failure."""
+    _, file, line, becomes, test = exercise
+    for folder in ("minitrain", "tests", "example"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    broken = tmp_path / file
+    broken.write_text(broken.read_text().replace(line, becomes))
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert done.returncode == 1 and " failed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
