@@ -53,6 +53,10 @@ MORE = {
         "minitrain doctor runs/quickstart-sft",
         "[metrics.md](metrics.md#looking-at-a-run) lists what it looks at.",
     ),
+    "compare": (
+        "minitrain compare runs/quickstart-sft runs/warmer",
+        "[metrics.md](metrics.md#where-two-runs-part) says how to read it. Its exit code is 1 when the runs differ.",
+    ),
     "inspect": (
         "minitrain inspect example/dpo.yml --rows 2",
         "[data.md](data.md#seeing-what-is-trained) shows what it prints.",

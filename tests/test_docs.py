@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import os
 import re
 import runpy
@@ -34,15 +35,18 @@ KEYS = {*all_keys(), *aliases(), "loss.name", *(f"loss.{key}" for keys in LOSS_O
 KEYS |= {f"{name}[0].{f.name}" for name in ("datasets", "eval_datasets") for f in fields(DatasetConfig)}
 
 
-def tables(page: Path) -> list[tuple[str, list[str], list[str]]]:
+HEADER = ["there", "here", ""]
+
+
+def tables(page: Path, header: list[str] = HEADER) -> list[tuple[str, list[str], list[str]]]:
     """(place, items in backticks of the first column, of the second) of each row under `| there | here | |`."""
     rows, inside = [], False
     for number, line in enumerate(page.read_text().splitlines(), 1):
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        inside = cells == ["there", "here", ""] or (inside and len(cells) == 3)
-        if inside and cells[0] != "there" and set(line) - set("|-: "):
+        inside = cells == header or (inside and len(cells) == len(header))
+        if inside and cells != header and set(line) - set("|-: "):
             there, here = (re.findall(r"`([^`]+)`", cell.replace("\\|", "|")) for cell in cells[:2])
-            assert there, f"{page.name}:{number}: the first column names nothing of theirs"
+            assert there or header != HEADER, f"{page.name}:{number}: the first column names nothing of theirs"
             assert here or cells[1] == "-", f"{page.name}:{number}: the second column is neither ours nor a dash"
             rows.append((f"{page.name}:{number}", there, here))
     return rows
@@ -74,8 +78,8 @@ def problems_of(item: str) -> list[str]:
     if name is not None and name not in LOSS_OPTIONS:
         return [f"there is no loss {name}"]
     asked = {key.removeprefix("loss.") for key in keys if key.startswith("loss.")} - {"name"}
-    attempts = [check_loss(one, loss, asked) for one in ([name] if name else LOSS_OPTIONS)]
-    return [told for _, told in found.found] + (min(attempts, key=len) if asked else [])
+    attempts = [check_loss(one, loss, asked) for one in ([name] if name else LOSS_OPTIONS) if asked]
+    return [told for _, told in found.found] + min(attempts, key=len, default=[])
 
 
 def check_loss(name: str, given: dict, asked: set[str]) -> list[str]:
@@ -113,6 +117,7 @@ def problems_of_command(text: str) -> list[str]:
     return found
 
 
+@functools.cache
 def commands() -> dict[str, argparse.ArgumentParser]:
     return runpy.run_path(str(ROOT / "docs" / "generate_commands.py"))["commands"](_parser("minitrain"))
 
@@ -131,10 +136,13 @@ def test_a_guide_has_tables(page):
 
 
 def test_what_the_guides_call_ours_is_ours():
-    """Each item of the second column is an override that the schema takes, or a command that exists."""
+    """Each item of the second column, and of the README's adapters, is an override that the schema takes, or a command
+    that exists."""
+    adapters = tables(ROOT / "README.md", ["what", "option", ""])
+    assert len(adapters) > 5
     wrong = [
         f"{place}: `{item}`: {told}"
-        for place, _, here in ROWS
+        for place, _, here in ROWS + adapters
         for item in here
         for told in (problems_of_command(item) if is_command(item) else problems_of(item))
     ]

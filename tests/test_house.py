@@ -13,6 +13,7 @@ import pytest
 
 from minitrain import load_config
 from minitrain.cli import main
+from minitrain.losses import base
 from tests.conftest import ROOT
 
 SOURCES = sorted((ROOT / "minitrain").rglob("*.py"))
@@ -121,14 +122,24 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory):
-    """An empty folder with the examples and train.py, as a user has them."""
+    """An empty folder with the examples and train.py, as a user has them, and the loss that the README writes."""
     folder = tmp_path_factory.mktemp("user")
+    (folder / "my_loss.py").write_text(blocks("python")[1])
     shutil.copytree(ROOT / "example", folder / "example")
     shutil.copy(ROOT / "train.py", folder)
     return folder
 
 
-def test_the_commands_of_the_readme_run(user_folder, monkeypatch, capsys):
+@pytest.fixture
+def own_registry():
+    """What a test registers is gone after it."""
+    before = dict(base._REGISTRY)
+    yield
+    base._REGISTRY.clear()
+    base._REGISTRY.update(before)
+
+
+def test_the_commands_of_the_readme_run(user_folder, own_registry, monkeypatch, capsys):
     """In order, in one folder; trainings for a few steps only, make targets by their recipe."""
     monkeypatch.chdir(user_folder)
     short = ["n_steps=2", "eval_generate.n_examples=2", "log_every_steps=1"]
@@ -163,26 +174,20 @@ def test_the_commands_of_the_readme_run(user_folder, monkeypatch, capsys):
 def test_the_python_of_the_readme_runs(user_folder, monkeypatch, capsys):
     """The library example, for two steps."""
     monkeypatch.chdir(user_folder)
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     code = code.replace('"n_steps=400"', '"n_steps=2", "eval_generate.n_examples=2"')
     exec(compile(code, "README.md", "exec"), {})
     assert "right" in capsys.readouterr().out
 
 
-def test_the_loss_of_the_documents_runs(make_trainer):
-    """The example of docs/losses.md registers and trains."""
-    from minitrain.losses import base
-
+def test_the_loss_of_the_documents_trains(make_trainer, own_registry):
+    """The example of docs/losses.md registers and trains; it is the README's."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(), re.S)
-    before = dict(base._REGISTRY)
-    try:
-        exec(compile(code, "losses.md", "exec"), {"__name__": "example"})
-        trainer = make_trainer("loss.name=top_heavy", "loss.power=1.5")
-        trainer.train()
-        assert trainer.train_metrics["loss"] > 0
-    finally:
-        base._REGISTRY.clear()
-        base._REGISTRY.update(before)
+    assert code == blocks("python")[1]
+    exec(compile(code, "losses.md", "exec"), {"__name__": "example"})
+    trainer = make_trainer("loss.name=top_heavy", "loss.power=1.5")
+    trainer.train()
+    assert trainer.train_metrics["loss"] > 0
 
 
 @pytest.mark.slow
