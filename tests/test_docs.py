@@ -78,19 +78,21 @@ def problems_of(item: str) -> list[str]:
     if name is not None and name not in LOSS_OPTIONS:
         return [f"there is no loss {name}"]
     asked = {key.removeprefix("loss.") for key in keys if key.startswith("loss.")} - {"name"}
-    attempts = [check_loss(one, loss, asked) for one in ([name] if name else LOSS_OPTIONS) if asked]
+    takers = [one for one in ([name] if name else LOSS_OPTIONS) if asked <= {*LOSS_OPTIONS[one]}]
+    if not takers:
+        return [f"{f'loss {name} has not' if name else 'no loss has'} all of {', '.join(sorted(asked))}"]
+    attempts = [check_loss(one, loss) for one in takers if asked]
     return [told for _, told in found.found] + min(attempts, key=len, default=[])
 
 
-def check_loss(name: str, given: dict, asked: set[str]) -> list[str]:
+def check_loss(name: str, given: dict) -> list[str]:
     """What one loss has against these options. One that must be given may stand elsewhere."""
     found = Problems(Source("page"))
     schema = registered()[name].options_class
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
     found.spoilt.update(f"loss.{key}" for key in needed - set(given))
     check_types(schema, given, "loss.", found)
-    strange = [f"loss {name} has no option {key}" for key in sorted(asked - set(LOSS_OPTIONS[name]))]
-    return [told for _, told in found.found] + strange
+    return [told for _, told in found.found]
 
 
 def problems_of_command(text: str) -> list[str]:
