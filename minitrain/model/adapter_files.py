@@ -22,6 +22,7 @@ from .weights import Less, Weights
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of names in PEFT's files; of a head beside a soft prompt
 HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # the last layer of a scalar head
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+NEEDED = ("r", "lora_alpha", "target_modules")  # what a LoRA's file has to say
 # What PEFT can do and this does not: refused when an adapter uses it.
 FOREIGN = (
     *("layer_replication", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora"),
@@ -98,6 +99,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
     if kind not in ("LORA", *KINDS.values()):
         raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
+    if lacking := [key for key in NEEDED if kind == "LORA" and config.get(key) is None]:
+        raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.")
     for key in FOREIGN:
         if config.get(key):
             raise ConfigError(f"{folder}: it uses {key}, which is not known here.")
@@ -106,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: an adapter that was started by {config['init_lora_weights']} and goes on a changed base model. "
             "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
         )
-    return config
+    return {"bias": "none"} | config  # torchtune writes no more than what is needed
 
 
 def outputs_of(folder: Path) -> list[str] | None:

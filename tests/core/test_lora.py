@@ -171,6 +171,21 @@ def test_an_adapter_of_peft_is_loaded(folders, tmp_path, name):
     close(exact(again), exact(theirs), 1e-6)
 
 
+def test_a_file_that_says_no_more_than_it_must_is_enough(folders, tmp_path):
+    """r, lora_alpha, target_modules and peft_type, which is all that torchtune writes; without one of them it is told."""
+    theirs = shaken(peft.get_peft_model(base(folders["llama"]), peft.LoraConfig(r=4, target_modules=["q_proj"])))
+    theirs.save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "adapter_config.json").read_text())
+    said = {key: whole[key] for key in ("peft_type", "r", "lora_alpha", "target_modules")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    ours = base(folders["llama"])
+    load_adapter(ours, tmp_path)
+    close(exact(ours), exact(theirs.eval()), 1e-6)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"r": None}))
+    with pytest.raises(ConfigError, match="does not say r"):
+        load_adapter(base(folders["llama"]), tmp_path)
+
+
 def test_dropout_is_on_the_matrices_input_only(folders):
     """Training mode: with all dropped, what is left is the base."""
     model = shaken(adapted(folders["llama"], dropout=1.0)).train()
