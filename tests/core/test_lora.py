@@ -172,7 +172,7 @@ def test_an_adapter_of_peft_is_loaded(folders, tmp_path, name):
 
 
 def test_a_file_that_says_no_more_than_it_must_is_enough(folders, tmp_path):
-    """r, lora_alpha, target_modules and peft_type, which is all that torchtune writes; without one of them it is told."""
+    """r, lora_alpha, target_modules and peft_type are all that torchtune writes; what is missing of them is told."""
     theirs = shaken(peft.get_peft_model(base(folders["llama"]), peft.LoraConfig(r=4, target_modules=["q_proj"])))
     theirs.save_pretrained(tmp_path)
     whole = json.loads((tmp_path / "adapter_config.json").read_text())
