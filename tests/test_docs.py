@@ -96,14 +96,15 @@ def check_loss(name: str, given: dict) -> list[str]:
 
 
 def problems_of_command(text: str) -> list[str]:
-    """What is wrong with a command line that begins with minitrain, python or torchrun."""
+    """What is wrong with a command line that begins with minitrain, python, torchrun or make."""
     line = shlex.split(re.sub(r" \.\.\.$", "", text))
     if line[0] == "make":
         known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         return [f"there is no target {target}" for target in line[1:] if target not in known]
     if line[0] in ("python", "torchrun"):
-        if "train.py" not in line:
-            return ["it does not start train.py"]
+        script = next((word for word in line if word.endswith(".py")), "")
+        if script != "train.py":
+            return [] if (ROOT / script).is_file() else [f"there is no file {script}"]
         line = ["minitrain", "train", *line[line.index("train.py") + 1 :]]
     known = commands()
     if line[1:2] == ["--help"] or len(line) == 1:
@@ -229,7 +230,8 @@ def make_files(given: dict) -> None:
     """What a config names and nobody has: data, a template, an archive, an adapter."""
     entries = [entry for key in ("datasets", "eval_datasets") for entry in as_list(given.get(key, []))]
     paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
-    paths += [path for path in (given.get("chat_template"), given["model"].get("archive")) if "." in str(path)]
+    paths += [given.get("chat_template"), given["model"].get("archive")]
+    paths = [path for path in paths if path and Path(path).suffix]  # what has none is a name of something else
     if given["model"].get("adapter"):
         paths.append(given["model"]["adapter"] + "/adapter_config.json")
     for path in map(Path, paths):
