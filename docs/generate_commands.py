@@ -18,8 +18,8 @@ train`, and `python -m minitrain` is `minitrain`. Every command ends with one of
 ```
 {exit_codes}```
 
-What is to be mended is said in one line, or in a list of them, without a traceback. Of several devices each trains with
-`torchrun --nproc_per_node=N train.py ...` ([distributed.md](distributed.md)); the other commands use one.
+What is to be mended is said in one line, or in a list of them, without a traceback. Several devices train with
+`torchrun --nproc_per_node=N train.py CONFIG.yml` ([distributed.md](distributed.md)); the other commands use one.
 """
 
 # An example of each command, and where more is said about it.
@@ -81,7 +81,7 @@ def document() -> str:
     for name, parser in commands(_parser("minitrain")).items():
         told = parser.format_help().replace(EXIT_CODES.rstrip(), "").rstrip()
         example, more = MORE[name]
-        parts.append(f"## {name}\n\n```\n{told}\n```\n\nFor example `{example}`. {more}\n")
+        parts.append(f"## {name}\n\n```\n{told}\n```\n\n{more} For example:\n\n```bash\n{example}\n```\n")
     return "\n".join(parts)
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from minitrain import load_config
+from minitrain import ConfigError, load_config
 from minitrain.cli import _parser
 from minitrain.config import _long_forms, _override, _own_names
 from minitrain.losses import registered
@@ -242,6 +242,16 @@ def make_files(given: dict) -> None:
         if name.count("/") > 1 or name.startswith("."):
             Path(name).mkdir(parents=True, exist_ok=True)
             (Path(name) / "config.json").touch()
+
+
+@pytest.mark.parametrize("name", ["torchtune", "llama-factory"])
+def test_a_file_of_another_library_is_translated(name):
+    """Their side of the page, given to us as it is: one error that says what the keys are called here."""
+    (theirs,) = re.findall(r"```yaml\n# there: .*\n([^`]*)", (ROOT / "docs" / f"from-{name}.md").read_text())
+    with pytest.raises(ConfigError) as error:
+        load_config(yaml.safe_load(theirs))
+    told = [line for line in str(error.value).splitlines() if "Here it is called" in line]
+    assert len(told) >= 10
 
 
 def as_list(value) -> list:
