@@ -299,6 +299,14 @@ def test_the_examples_of_the_commands_page_are_understood():
         assert problems_of_command(example) == []
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], **BY_NAME)
+def test_links_to_headings_lead_to_one(page):
+    """What stands behind # in a link is a heading of that page, as GitHub names it."""
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+        headings = re.findall(r"^#+ (.*)$", (page.parent / target if target else page).read_text(), re.M)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
+
+
 def test_the_readme_links_every_page():
     """A page that nobody finds is not there."""
     readme = (ROOT / "README.md").read_text()
