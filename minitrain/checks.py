@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import ConfigError
 from .names import RIVALS
 from .problems import Problems, check_types, nearest
-from .schema import Config
+from .schema import Config, DatasetConfig
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -90,27 +90,49 @@ def _n_gpus() -> int:
 
 
 def _check_files(config: Config, problems: Problems) -> None:
-    from .data.files import FORMATS
     from .data.records import SCHEMAS
 
     if not config.datasets:
         problems.add("datasets", "is missing: name at least one file, for example datasets=[data.jsonl].")
     for name, entries in (("datasets", config.datasets), ("eval_datasets", config.eval_datasets)):
         for i, entry in enumerate(entries):
-            key, path = f"{name}[{i}]", Path(entry.path)
-            if path.is_dir():
-                problems.add(f"{key}.path", f"{path} is a folder; name a file in it.")
-            elif not path.exists():
-                problems.add(f"{key}.path", f"there is no file {path} (seen from {Path.cwd()}).{_near_file(path)}")
-            elif not os.access(path, os.R_OK):
-                problems.add(f"{key}.path", f"no permission to read {path}.")
-            elif path.name.removesuffix(".gz").rpartition(".")[2].lower() not in FORMATS:
-                problems.add(f"{key}.path", f"{path.name} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
+            key = f"{name}[{i}]"
+            _check_source(key, entry, problems)
             if entry.type is not None and entry.type not in SCHEMAS:
                 hint = nearest(entry.type, SCHEMAS)
                 problems.add(f"{key}.type", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
             if name == "eval_datasets" and entry.weight != 1:
                 problems.add(f"{key}.weight", "has no meaning for evaluation, which sees every example once.")
+
+
+def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
+    """Whether what an entry names can be read, as far as that can be seen here."""
+    from importlib.util import find_spec
+
+    from .data.files import FORMATS, format_of
+    from .data.source import is_file
+
+    path, extra = Path(entry.path), "is not installed: pip install minitrain[data]"
+    if not is_file(entry):
+        if path.is_dir() and not any(format_of(file) in FORMATS for file in path.rglob("*")):
+            problems.add(f"{key}.path", f"{path} is a folder without a .{', .'.join(FORMATS)} file; name a file.")
+        elif find_spec("datasets") is None:
+            problems.add(f"{key}.path", f"the package datasets, which reads it, {extra}")
+        if path.is_dir() and entry.revision:
+            problems.add(f"{key}.revision", "would be ignored: a folder has none.", f"{key}.path")
+        return
+    if not path.exists():
+        problems.add(f"{key}.path", f"there is no file {path} (seen from {Path.cwd()}).{_near_file(path)}")
+    elif not os.access(path, os.R_OK):
+        problems.add(f"{key}.path", f"no permission to read {path}.")
+    elif format_of(path) not in FORMATS:
+        problems.add(f"{key}.path", f"{path.name} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
+    elif format_of(path) == "parquet" and find_spec("pyarrow") is None:
+        problems.add(f"{key}.path", f"the package pyarrow, which reads it, {extra}")
+    for option in ("split", "name", "revision"):
+        if getattr(entry, option) is not None:
+            told = "would be ignored: it is for data sets on the hub or in a folder."
+            problems.add(f"{key}.{option}", told, f"{key}.path")
 
 
 def _near_file(path: Path) -> str:

@@ -11,6 +11,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    training failed (a non-finite loss that does not go away, a full disk); of compare: the runs differ
   2    something to mend in the command, the config or the data
+  3    validate: nothing wrong was found, but a model or data set on the hub could not be reached
   130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
 """
 
@@ -249,7 +250,10 @@ def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
 
 
 def _quiet_libraries() -> None:
-    """transformers' own bars and hints would drown ours. It reads these when it is imported."""
+    """The bars and hints of these libraries would drown ours. They read this when they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+UNREACHED = 3  # exit code of `validate`
 RANK_0_TELLS_FIRST = 2.0  # seconds
 
 
@@ -201,7 +202,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def validate(arguments: argparse.Namespace) -> int:
-    from .errors import ConfigError, MinitrainError
+    from .errors import ConfigError, MinitrainError, UnreachableError
 
     paths = arguments.configs + _configs_in(arguments.all)
     if not paths:
@@ -216,6 +217,10 @@ def validate(arguments: argparse.Namespace) -> int:
     for path in paths:
         try:
             figures = validate(load_config(path, arguments.overrides))
+        except UnreachableError as error:
+            print(f"{path}: not checked: {error}", flush=True)
+            code = code or UNREACHED
+            continue
         except MinitrainError as error:
             print(f"{path}: refused", flush=True)
             code = fail(str(error), error.exit_code)

@@ -11,6 +11,10 @@ class ConfigError(MinitrainError):
     """An option is unknown, missing, of the wrong type, ignored, or contradicts another one."""
 
 
+class UnreachableError(ConfigError):
+    """A model or a data set is on the hub, and the hub cannot be reached."""
+
+
 class DataError(MinitrainError):
     """A data file or a row of it cannot be used; the message starts with ``file:line``."""
 

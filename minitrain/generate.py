@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .checks import looks_local
-from .data.files import FORMATS, Row, read_rows
+from .data.files import FORMATS, Row, format_of, read_rows
 from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
@@ -225,10 +225,10 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
         raise DataError(f"{path}: there is no such file")
     if path.suffix == ".txt":
         rows = _text_rows(path)
-    elif path.name.removesuffix(".gz").rpartition(".")[2].lower() in FORMATS:
+    elif format_of(path) in FORMATS:
         rows = read_rows(path)
     else:
-        raise DataError(f"{path}: expected a .txt, .jsonl, .json, .csv or .tsv file")
+        raise DataError(f"{path}: expected a .txt, .{', .'.join(FORMATS)} file")
     for line, row in rows:
         where = f"{path}:{line}"
         if isinstance(row, DataError):

@@ -26,7 +26,14 @@ def option(default: Any, help: str, *, choices=(), least=None, above=None, most=
 
 @dataclass
 class DatasetConfig:
-    path: str = option(MISSING, "A .json, .jsonl, .csv or .tsv file, or one of these with .gz behind it.")
+    path: str = option(
+        MISSING,
+        "A .json, .jsonl, .csv, .tsv or .parquet file (.gz behind it is fine), a folder with a data set in "
+        "it, or the name of one on the hub (owner/name). Parquet, folders and the hub need the extra `data`.",
+    )
+    split: str | None = option(None, "Of a data set on the hub or in a folder: which split; train when left out.")
+    name: str | None = option(None, "Of such a data set: its configuration, where it has several.")
+    revision: str | None = option(None, "Of a data set on the hub: branch, tag or commit.")
     type: str | None = option(None, "The schema of its rows (see docs/data.md); told by their keys when left out.")
     columns: dict[str, str] = option({}, "Which column holds what, e.g. {prompt: query, response: reply}.")
     prompt_template: str | None = option(

@@ -43,8 +43,9 @@ from ..errors import DataError
 from ..schema import Config, DatasetConfig
 from .collate import Document
 from .encode import N_DOCUMENTS, Limits, encode
-from .files import Row, read_rows
+from .files import Row
 from .records import to_record
+from .source import Source, open_source
 from .template import Template, Tokens
 
 FORMAT = 5  # raise it when the same inputs give other tokens
@@ -93,8 +94,8 @@ class Encoder:
         except DataError as error:
             return error
 
-    def key(self) -> str:
-        """A hash of the data file and of all options that change its tokens."""
+    def key(self, source: Source) -> str:
+        """A hash of the data and of all options that change their tokens."""
         tokenizer, entry = self.template.tokenizer, dataclasses.asdict(self.dataset)
         settings = {
             "format": FORMAT,
@@ -108,9 +109,8 @@ class Encoder:
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.template.backend.to_str().encode())
-        with open(self.dataset.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        for block in source.content():
+            digest.update(block)
         return digest.hexdigest()[:32]
 
 
@@ -189,23 +189,24 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
     encoder = Encoder(dataset, template, limits, kind)
     folder = cache_folder(config)
     try:
-        path = folder / f"{encoder.key()}.safetensors"
+        source = open_source(dataset)
+        path = folder / f"{encoder.key(source)}.safetensors"
     except OSError as error:
         raise DataError(f"{dataset.path}: cannot be read: {error.strerror}") from None
-    cache = _usable_cache(path, dataset.path, config)
+    cache = _usable_cache(path, source.name, config)
     if cache is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_debris(folder)
-            _build(path, encoder, config)
+            _build(path, encoder, source, config)
         except OSError as error:
             raise DataError(f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.") from None
         except BrokenProcessPool:
-            raise DataError(f"{dataset.path}: a process that tokenised it was killed. Set a lower num_proc.") from None
-        cache = TokenCache(path, dataset.path)
+            raise DataError(f"{source.name}: a process that tokenised it was killed. Set a lower num_proc.") from None
+        cache = TokenCache(path, source.name)
     if len(cache) == 0:
         told = "; ".join(f"{count} {what}" for what, count in cache.counts.items())
-        raise DataError(f"{dataset.path}: no example can be trained on ({told or 'the file has no rows'})")
+        raise DataError(f"{source.name}: no example can be trained on ({told or 'the file has no rows'})")
     return cache
 
 
@@ -235,14 +236,14 @@ def _remove_debris(folder: Path) -> None:
                 shutil.rmtree(unfinished)
 
 
-def _build(path: Path, encoder: Encoder, config: Config) -> None:
+def _build(path: Path, encoder: Encoder, source: Source, config: Config) -> None:
     """Streams the rows through the processes into raw files, then joins these into one safetensors file."""
     wanted = encoder.dataset.n_examples or sys.maxsize
     n_examples, counts = 0, Counter()
     unfinished = tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED)
-    with unfinished as folder, _Writer(Path(folder), encoder.dataset.path) as writer:
-        for chunk in _encoded(encoder, config):
-            _judge_bad_rows(chunk, n_examples, wanted, encoder.dataset.path, config, counts)
+    with unfinished as folder, _Writer(Path(folder), source.name) as writer:
+        for chunk in _encoded(encoder, source, config):
+            _judge_bad_rows(chunk, n_examples, wanted, source.name, config, counts)
             counts.update(chunk.counts)
             taken = chunk.examples[: wanted - n_examples]
             n_examples += len(taken)
@@ -318,17 +319,16 @@ class _Writer:
         self.files[name][1].write(np.asarray(numbers, _DTYPES[dtype]).tobytes())
 
 
-def _encoded(encoder: Encoder, config: Config) -> Iterator[Chunk]:
+def _encoded(encoder: Encoder, source: Source, config: Config) -> Iterator[Chunk]:
     """Chunks in the order of the file, made by `num_proc` processes, with a progress bar."""
-    path = Path(encoder.dataset.path)
-    rows = read_rows(path)
+    rows = source.rows()
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), [])
     processes = config.num_proc or os.cpu_count() or 1
-    if processes == 1 or path.stat().st_size < SMALL_FILE_BYTES:
+    if processes == 1 or source.size < SMALL_FILE_BYTES:
         results = map(encoder, chunks)
     else:
         results = _in_processes(encoder, chunks, processes)
-    with tqdm(desc=f"tokenising {path.name}", unit=" rows", disable=None, leave=False) as bar:
+    with tqdm(desc=f"tokenising {Path(source.name).name}", unit=" rows", disable=None, leave=False) as bar:
         for chunk in results:
             bar.update(len(chunk.examples) + len(chunk.bad))
             yield chunk

@@ -1,4 +1,4 @@
-"""Rows out of .json, .jsonl, .csv and .tsv files, gzipped or not, each with the line it starts on."""
+"""Rows out of .json, .jsonl, .csv, .tsv and .parquet files, gzipped or not, each with the line it starts on."""
 
 import csv
 import gzip
@@ -9,20 +9,26 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from ..errors import DataError
+from .tables import read_parquet
 
-FORMATS = ("json", "jsonl", "csv", "tsv")
+FORMATS = ("json", "jsonl", "csv", "tsv", "parquet")
 MAX_LINE_BYTES = 32 << 20
 
 Row = tuple[int, dict | DataError]
 
 
+def format_of(path: Path) -> str:
+    """The last part of a file's name, that of gzip aside."""
+    return path.name.removesuffix(".gz").rpartition(".")[2].lower()
+
+
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yields (line number, row). A row that cannot be read comes as a DataError in place of the dict, so that
-    the caller decides whether to go on; what spoils the whole file is raised.
+    """Yields (line number, row), of a parquet file the row's own number. A row that cannot be read comes as a
+    DataError in place of the dict, so that the caller decides whether to go on; what spoils the whole file is raised.
     """
     path = Path(path)
-    readers = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv, "tsv": _read_tsv}
-    reader = readers[path.name.removesuffix(".gz").rpartition(".")[2].lower()]
+    readers = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv, "tsv": _read_tsv, "parquet": read_parquet}
+    reader = readers[format_of(path)]
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from reader(file, path)

@@ -101,7 +101,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
         caches = []
         for entry in entries:
             caches.append(load_cache(entry, template, config, kind))
-            notes.extend(_notes(entry.path, caches[-1].counts))
+            notes.extend(_notes(caches[-1].source, caches[-1].counts))
         return Examples(caches, [entry.weight for entry in entries])
 
     train, evaluation = read(config.datasets), None

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError
+from ..hub import ask_for, unreachable
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, outputs_of, save_adapter
@@ -23,10 +24,6 @@ from .weights import Weights, open_weights, parameters_on_meta, save_weights, wh
 CPU = torch.device("cpu")
 VALUE_HEAD, VALUE_HEAD_FILE = "value_head", "value_head.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_HINT = (
-    "If it is a hub name, it could not be reached and is not in the local cache; "
-    "download it elsewhere and name the folder."
-)
 
 
 def load_tokenizer(config: ModelConfig, scores: bool = False):
@@ -42,12 +39,14 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
     name = config.tokenizer_name_or_path or config.name_or_path
     if name == "tiny":
         return tiny_tokenizer()
+    ask_for(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ConfigError(f"no tokenizer could be loaded from {name!r}: {first_line(error)} {_HUB_HINT}") from None
+        told = f"no tokenizer could be loaded from {name!r}: {first_line(error)}"
+        raise unreachable(name, error) or ConfigError(told) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
     if tokenizer.eos_token is None and not scores:
@@ -257,12 +256,15 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
         return outputs_of(Path(config.adapter))
     if config.name_or_path == "tiny":
         return None
+    ask_for(config.name_or_path)
     try:
         saved = AutoConfig.from_pretrained(
             config.name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError):  # which loading it tells
-        return None
+    except (OSError, ValueError) as error:
+        if lost := unreachable(config.name_or_path, error):
+            raise lost from None
+        return None  # loading it tells what is wrong
     ends = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
     return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
 
@@ -279,8 +281,8 @@ def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
 def no_model(config: ModelConfig, outputs: list[str] | None, error: Exception) -> ConfigError:
     """What to tell when such a model cannot be made."""
     wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
-    hint = "" if Path(config.name_or_path).exists() else f" {_HUB_HINT}"
-    return ConfigError(f"no {wanted} in {config.name_or_path!r}: {first_line(error)}{hint}")
+    told = f"no {wanted} in {config.name_or_path!r}: {first_line(error)}"
+    return unreachable(config.name_or_path, error) or ConfigError(told)
 
 
 def _from_pretrained(
@@ -288,6 +290,7 @@ def _from_pretrained(
 ) -> tuple[nn.Module, set[str]]:
     """The model, and the parameters that its files do not hold; these are drawn by `seed`."""
     kind, number = auto_class(outputs)
+    ask_for(config.name_or_path)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -311,6 +314,7 @@ def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn
 
     kind, _ = auto_class(None)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    ask_for(config.name_or_path)
     try:
         shape = AutoConfig.from_pretrained(config.name_or_path, **where)
         with parameters_on_meta():

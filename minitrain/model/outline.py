@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
@@ -46,6 +47,7 @@ def _outline(config: ModelConfig, tokenizer, outputs: list[str] | None) -> nn.Mo
             shape = tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).config
             shape.num_labels = number.get("num_labels", shape.num_labels)
         else:
+            ask_for(config.name_or_path)
             shape = AutoConfig.from_pretrained(config.name_or_path, revision=config.revision, **trust, **number)
         return kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
     except Exception as error:
