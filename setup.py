@@ -25,6 +25,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["bitsandbytes>=0.48"],
+        "data": ["datasets>=3"],
         "plot": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
@@ -33,6 +34,7 @@ setup(
             "bitsandbytes>=0.48",
             "peft>=0.17",
             "matplotlib>=3.8",
+            "datasets>=3",
         ],
     },
     entry_points={"console_scripts": ["minitrain=minitrain.cli:main"]},

@@ -114,7 +114,9 @@ def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
 
     path, extra = Path(entry.path), "is not installed: pip install minitrain[data]"
     if not is_file(entry):
-        if path.is_dir() and not any(format_of(file) in FORMATS for file in path.rglob("*")):
+        if (path / "config.json").is_file():
+            problems.add(f"{key}.path", f"{path} is the folder of a model; name a file, or a folder of data.")
+        elif path.is_dir() and not any(format_of(file) in FORMATS for file in path.rglob("*")):
             problems.add(f"{key}.path", f"{path} is a folder without a .{', .'.join(FORMATS)} file; name a file.")
         elif find_spec("datasets") is None:
             problems.add(f"{key}.path", f"the package datasets, which reads it, {extra}")
@@ -136,8 +138,10 @@ def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
 
 
 def _near_file(path: Path) -> str:
-    """A file of nearly that name in the same folder."""
-    match = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1, cutoff=0.8)
+    """A file of nearly that name in the same folder, or of that name with an ending."""
+    names = sorted(p.name for p in path.parent.glob("*"))
+    whole = [name for name in names if path.name and name.startswith(f"{path.name}.")]
+    match = whole or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
     return f" Did you mean {path.parent / match[0]}?" if match else ""
 
 
@@ -340,9 +344,19 @@ def _check_evaluation(config: Config, given: set[str], problems: Problems) -> No
         for key in (*NEEDS_EVAL_DATA, "eval_generate", "early_stopping"):
             if key in given:
                 problems.add(key, needs_data, "eval_datasets", "validation_split")
+    if answers.match not in ("text", "number") and not _has_one_group(answers.match):
+        told = f"{answers.match!r} is neither text, number, nor a regular expression with one group in parentheses."
+        problems.add("eval_generate.match", told + nearest(answers.match, ("text", "number")))
     if config.n_eval_examples and answers.n_examples > config.n_eval_examples:
         problems.add("eval_generate.n_examples", f"is more than n_eval_examples={config.n_eval_examples}.")
     if stopping.patience and not config.eval_every_steps:
         problems.add("early_stopping.patience", "would be ignored: it needs eval_every_steps.", "eval_every_steps")
     if stopping.metric == "exact_match" and not answers.n_examples:
         problems.add("early_stopping.metric", "exact_match needs eval_generate.n_examples.", "eval_generate")
+
+
+def _has_one_group(expression: str) -> bool:
+    try:
+        return re.compile(expression).groups == 1
+    except re.error:
+        return False

@@ -172,7 +172,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
-    source.add_argument("--input", metavar="FILE", help=".txt with a prompt a line, or .jsonl, .json, .csv, .tsv rows")
+    source.add_argument(
+        "--input", metavar="FILE", help=".txt: a prompt a line; or .jsonl, .json, .csv, .tsv, .parquet rows"
+    )
     _output_arguments(parser, "response")
     parser.set_defaults(command=commands.generate)
 
@@ -189,7 +191,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", nargs="+", metavar="TEXT", help="texts to label")
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts whose answers are rated; see --response")
     source.add_argument(
-        "--input", metavar="FILE", help="rows of texts, pairs or conversations: .jsonl, .json, .csv, .tsv"
+        "--input", metavar="FILE", help="rows of texts, pairs or conversations: .jsonl, .json, .csv, .tsv, .parquet"
     )
     parser.add_argument("--text-pair", nargs="+", metavar="TEXT", help="the other half of each --text")
     parser.add_argument("--response", nargs="+", metavar="TEXT", help="the answer to each --prompt")

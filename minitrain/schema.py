@@ -137,6 +137,12 @@ class EvalGenerateConfig:
         0, "At each evaluation, answer so many eval prompts and log exact_match.", least=0, free=True
     )
     max_new_tokens: int = option(64, "Longest answer, in tokens.", least=1, free=True)
+    match: str = option(
+        "text",
+        "What has to be the same as in the reference. text: the whole answer. number: the final number, behind ####, "
+        "in \\boxed{} or the last one. Or a regular expression with one group: what that holds in its last match.",
+        free=True,
+    )
     show: int = option(3, "Print so many of the answers.", least=0, free=True)
 
 

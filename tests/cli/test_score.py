@@ -134,7 +134,7 @@ def test_ratings_of_answers(place, capsys, tmp_path):
         (["runs/labels", "--text", "a", "--columns", "text=b"], "--columns would be ignored: it needs --input"),
         (["runs/labels", "--input", "labels.jsonl", "--columns", "text"], "--columns: expected NAME=COLUMN"),
         (["runs/labels", "--input", "none.jsonl"], "none.jsonl: there is no such file"),
-        (["runs/labels", "--input", "labels.yml"], "labels.yml: expected a .json, .jsonl, .csv, .tsv file"),
+        (["runs/labels", "--input", "labels.yml"], "labels.yml: expected a .json, .jsonl, .csv, .tsv, .parquet file"),
         (["runs/labels", "--input", "labels.jsonl", "--columns", "text=b"], "labels.jsonl:1: columns names 'b'"),
         (
             ["runs/labels", "--input", "mixed.jsonl"],

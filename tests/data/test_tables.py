@@ -1,0 +1,247 @@
+"""Parquet files, folders with a data set, and data sets on the hub: what is read, what is told."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitrain import ConfigError, DataError, hub, load_config
+from minitrain.data.cache import load_cache
+from minitrain.data.files import read_rows
+from minitrain.data.source import is_file, open_source
+from minitrain.errors import UnreachableError
+from minitrain.schema import DatasetConfig
+
+datasets = pytest.importorskip("datasets")
+
+ROWS = [{"prompt": f"say {i}", "response": "ab" * (1 + i % 5)} for i in range(30)]
+PAIRS = {"sentence1": ["a", "b", "c"], "sentence2": ["a", "x", "c"], "label": [1, 0, 1], "idx": [0, 1, 2]}
+NAMES = ["not_equivalent", "equivalent"]
+
+
+def pairs(**changes):
+    """Three rows of MRPC as GLUE on the hub has them: labels are numbers that have names."""
+    values = {name: datasets.Value("string") for name in ("sentence1", "sentence2")}
+    features = values | {"label": datasets.ClassLabel(names=NAMES), "idx": datasets.Value("int32")}
+    return datasets.Dataset.from_dict(PAIRS | changes, features=datasets.Features(features))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A data set in a folder, as it is downloaded from the hub: two configurations, two splits."""
+    entries = []
+    for name, chosen in (("short", ROWS[:10]), ("long", ROWS)):
+        for split, rows in (("train", chosen), ("test", chosen[:4])):
+            file = tmp_path / "set" / name / f"{split}-00000-of-00001.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(rows).to_parquet(file)
+        files = "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in ("train", "test"))
+        entries.append(f"- config_name: {name}\n  data_files:\n{files}")
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{''.join(entries)}---\n")
+    return tmp_path / "set"
+
+
+def test_parquet_has_the_rows_of_any_file(tmp_path, template, config, jsonl):
+    """The same tokens as from JSON Lines, and the number of a row in the place of its line."""
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    one = load_cache(jsonl(ROWS), template, config)
+    other = load_cache(DatasetConfig(str(tmp_path / "rows.parquet")), template, config)
+    assert other.ids.tolist() == one.ids.tolist() and other.mask.tolist() == one.mask.tolist()
+    assert other.lines.tolist() == list(range(1, 31))
+    datasets.Dataset.from_list([*ROWS[:3], {"prompt": "a", "response": ""}]).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match=r"bad\.parquet:4: response is empty"):
+        load_cache(DatasetConfig(str(tmp_path / "bad.parquet")), template, config)
+
+
+def test_labels_by_name_and_empty_columns(tmp_path):
+    """Numbers that stand for labels become these; -1, as in GLUE's test files, is told; an empty column is gone."""
+    file = tmp_path / "pairs.parquet"
+    pairs(label=[1, 0, -1], sentence2=["a", None, "c"]).to_parquet(file)
+    rows = [row for _, row in read_rows(file)]
+    assert rows[0] == {"sentence1": "a", "sentence2": "a", "label": "equivalent", "idx": 0}
+    assert rows[1] == {"sentence1": "b", "label": "not_equivalent", "idx": 1}
+    assert str(rows[2]) == "label is -1, which stands for none of not_equivalent, equivalent"
+
+
+def test_labels_of_a_folder(tmp_path, template, config):
+    """The same through `datasets`; -1 has the number of its row."""
+    (tmp_path / "glue").mkdir()
+    pairs().to_parquet(tmp_path / "glue" / "train.parquet")
+    pairs(label=[1, 0, -1]).to_parquet(tmp_path / "glue" / "test.parquet")
+    cache = load_cache(DatasetConfig(str(tmp_path / "glue")), template, config, "labelled")
+    assert sorted(cache.labels) == sorted(NAMES) and len(cache) == 3
+    assert [cache.labels[int(number)] for number in cache.values["label"]] == [NAMES[i] for i in PAIRS["label"]]
+    with pytest.raises(DataError, match=r"glue:test:3: label is -1"):
+        load_cache(DatasetConfig(str(tmp_path / "glue"), split="test"), template, config, "labelled")
+
+
+@pytest.mark.parametrize("spoil", [lambda data: b"PAR1 no", lambda data: data[:-20], lambda data: b""])
+def test_what_is_no_parquet(tmp_path, spoil):
+    """Wrong, cut and empty files are told in one line."""
+    file = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(ROWS).to_parquet(file)
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(DataError, match=r"rows\.parquet: no sound parquet file: [^\n]+$"):
+        list(read_rows(file))
+
+
+def test_a_folder_has_configurations_and_splits(folder, template, config):
+    """`name` and `split` choose; what is not there is told with what is."""
+
+    def size(**options) -> int:
+        return len(load_cache(DatasetConfig(str(folder), **options), template, config))
+
+    assert (size(name="short"), size(name="long"), size(name="long", split="test")) == (10, 30, 4)
+    assert size(name="long", n_examples=7) == 7
+    with pytest.raises(DataError, match=r"set: Config name is missing\. .*short.*long"):
+        size()
+    with pytest.raises(DataError, match=r"set: .*tset.*train.*test"):
+        size(name="long", split="tset")
+
+
+def test_a_folder_whose_files_differ(tmp_path, template, config):
+    """Rows of other columns are an error that names the way out, since `datasets` reads all of them as one table."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "set" / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    with pytest.raises(
+        DataError, match=r"set:train: cannot be read: .* Files named one by one may hold rows of several"
+    ):
+        load_cache(DatasetConfig(str(tmp_path / "set")), template, config)
+
+
+def test_the_cache_of_a_folder_is_that_of_its_bytes(folder, template, config):
+    """Made anew when a file changes, also within the same second, and not when only its time does."""
+    entry = DatasetConfig(str(folder), name="short")
+    first = load_cache(entry, template, config).key
+    file = folder / "short" / "train-00000-of-00001.parquet"
+    file.touch()
+    assert load_cache(entry, template, config).key == first
+    datasets.Dataset.from_list(ROWS[:9]).to_parquet(file)
+    changed = load_cache(entry, template, config)
+    assert changed.key != first and len(changed) == 9
+
+
+def test_a_data_set_of_the_hub(monkeypatch, template, config):
+    """Configuration, split and revision reach `datasets`; the fingerprint is part of the cache's key."""
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    entry, rows = DatasetConfig("openai/gsm8k", name="main", split="test", revision="v1"), ROWS[:5]
+    first = load_cache(entry, template, config)
+    assert asked == [("openai/gsm8k", {"name": "main", "split": "test", "revision": "v1", "streaming": False})]
+    assert len(first) == 5 and first.source == "openai/gsm8k:test"
+    rows = ROWS[:6]
+    assert len(load_cache(entry, template, config)) == 6
+    rows = [{"prompt": "a", "response": 3.5}, {"prompt": "a"}]
+    with pytest.raises(DataError, match="openai/gsm8k:test:2: no known schema"):
+        load_cache(entry, template, config)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "file"),
+    [
+        ("openai/gsm8k", {}, False),
+        ("m-a-p/Code-Feedback", {}, False),
+        ("allenai/tulu-v3.1-mix", {}, False),
+        ("here", {}, False),  # a folder
+        ("here/rows.txt", {}, True),
+        ("here/rows", {}, True),  # there is a folder here/, so this is a file that is not
+        ("here/rows", {"split": "train"}, False),
+        ("there/rows.jsonl", {}, True),
+        ("there/rows.PARQUET", {}, True),
+        ("there/rows.jsonl.gz", {"split": "train"}, True),
+        ("./rows", {}, True),
+        ("../rows", {}, True),
+        ("/rows/x", {}, True),
+        ("a/b/c", {}, True),
+        ("squad", {}, True),
+        ("", {}, False),  # the current folder
+    ],
+)
+def test_names_of_files_and_of_the_hub(tmp_path, monkeypatch, path, options, file):
+    """A name on the hub is owner/name, and nothing that only a file can be called."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_file(DatasetConfig(path, **options)) == file
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("data/foo.jsonl", r"datasets\[0\].path: there is no file data/foo.jsonl \(seen from "),
+        ("rows", r"there is no file rows \(seen from .*\)\. Did you mean rows.jsonl\?"),
+        ("empty", r"empty is a folder without a .json, .jsonl, .csv, .tsv, .parquet file; name a file"),
+        ({"path": "rows.jsonl", "split": "test"}, r"datasets\[0\].split: would be ignored: it is for data sets on the"),
+        ({"path": "rows.jsonl", "name": "main"}, r"datasets\[0\].name: would be ignored"),
+        ({"path": "set", "revision": "v1"}, r"datasets\[0\].revision: would be ignored: a folder has none"),
+    ],
+)
+def test_entries_that_are_refused(folder, tmp_path, monkeypatch, entry, told):
+    """Told with the config, before anything is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(ConfigError, match=told):
+        load_config({"datasets": [entry], "model": {"name_or_path": "tiny"}})
+
+
+def test_without_the_package(folder, tmp_path, monkeypatch):
+    """One line says what to install, in the config and where a file is read without one."""
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    for name in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for path, package in ((folder, "datasets"), ("openai/gsm8k", "datasets"), (tmp_path / "rows.parquet", "pyarrow")):
+        with pytest.raises(
+            ConfigError, match=rf"{package}, which reads it, is not installed: pip install minitrain\[data"
+        ):
+            load_config({"datasets": [str(path)], "model": {"name_or_path": "tiny"}})
+    with pytest.raises(DataError, match=r"the package pyarrow is not installed: pip install minitrain\[data\]"):
+        list(read_rows(tmp_path / "rows.parquet"))
+    with pytest.raises(DataError, match=r"the package datasets is not installed: pip install minitrain\[data\]"):
+        open_source(DatasetConfig(str(folder)))
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """As on a machine without a network; the number of requests is counted."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(type(get_session()), "send", refuse)
+    hub.hub_answers.cache_clear()
+    yield asked
+    hub.hub_answers.cache_clear()
+
+
+def test_a_silent_hub_is_asked_once(silent_hub, monkeypatch):
+    """A data set and a model that are not there: one request for both, where the libraries make six for each and wait
+    for 47 seconds between them; one line each."""
+    from minitrain.model.load import load_model, load_tokenizer
+    from minitrain.schema import ModelConfig
+
+    with pytest.raises(
+        UnreachableError, match=r"^openai/gsm8k: it is not here, the hub does not answer \(https:"
+    ) as told:
+        open_source(DatasetConfig("openai/gsm8k"))
+    assert "hf download openai/gsm8k --repo-type dataset --local-dir DIR" in str(told.value)
+    model = ModelConfig("FacebookAI/roberta-base")
+    for load in (load_tokenizer, lambda config: load_model(config, range(9), 0)):
+        with pytest.raises(UnreachableError, match=r"hf download FacebookAI/roberta-base --local-dir DIR") as told:
+            load(model)
+        assert "\n" not in str(told.value)
+    assert len(silent_hub) == 1
