@@ -70,7 +70,7 @@ def _value(text: str) -> str | Fraction:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\\[$%]|[$%€£]", "", text).replace("−", "-")
+    return re.sub(r"\\[$%]|[$%€£]", "", text).replace("{,}", ",").replace("−", "-")
 
 
 def _last_boxed(text: str) -> str | None:
