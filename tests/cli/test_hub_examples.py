@@ -1,0 +1,92 @@
+"""Examples whose data and models are on the hub: the same keys on copies that are here, and without a network."""
+
+from pathlib import Path
+
+import pytest
+
+from minitrain import Trainer, load_config
+from minitrain.cli import main
+from tests.conftest import ROOT, SHARED, metrics
+from tests.core.scorers import random_base
+
+pytest.importorskip("datasets")
+
+HUB = ("code-feedback-qlora", "gsm8k-qlora", "metamath-lora", "mrpc-roberta")
+SHORT = ["n_steps=2", "eval_every_steps=2", "save_every_steps=0", "log_every_steps=1", "model.policy_dtype=float32"]
+
+
+@pytest.fixture
+def shared(monkeypatch, tmp_path):
+    """Finds real data beside the repository, with runs in a temporary folder; skips the test where there is none."""
+    monkeypatch.chdir(tmp_path)
+
+    def find(name: str) -> Path:
+        if not (SHARED / name).exists():
+            pytest.skip(f"{name} is not here")
+        return SHARED / name
+
+    return find
+
+
+def test_mrpc_with_roberta(shared, tmp_path):
+    """A LoRA on a random RoBERTa over the files of MRPC: all figures of GLUE, and the head is trained, too."""
+    columns = "columns: {text: '#1 String', text_pair: '#2 String', label: Quality}"
+    train, test = shared("data/mrpc/glue_train.tsv"), shared("data/mrpc/glue_dev.tsv")
+    overrides = [
+        *SHORT,
+        f"datasets=[{{path: {train}, n_examples: 64, {columns}}}]",
+        f"eval_datasets=[{{path: {test}, n_examples: 50, {columns}}}]",
+        f"model.name_or_path={random_base('roberta', tmp_path / 'roberta')}",
+        "loss.labels=[0, 1]",
+        "max_length=90",
+    ]
+    trainer = Trainer(load_config(ROOT / "example" / "mrpc-roberta.yml", overrides))
+    ended = trainer.train()
+    assert {"accuracy", "f1", "precision", "recall"} <= ended.keys()
+    assert [line["step"] for line in metrics(trainer)] == [1, 2]
+    trained = {name.partition(".lora")[0] for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    assert any(name.endswith("query") for name in trained) and any("classifier" in name for name in trained)
+    assert not any("key" in name or "embeddings" in name for name in trained)
+    assert (trainer.run.final / "adapter_config.json").is_file()
+
+
+def test_gsm8k_with_a_small_model(shared, tmp_path, capsys):
+    """Questions and answers of GSM8K, packed, in 4 bits where that can be; exact_match looks at the final numbers."""
+    quantization = "4bit"
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        quantization = "none"
+    train, test = shared("data/gsm8k/train.jsonl"), shared("data/gsm8k/test.jsonl")
+    overrides = [
+        *SHORT,
+        f"datasets=[{{path: {train}, n_examples: 64}}]",
+        f"eval_datasets=[{{path: {test}, n_examples: 8}}]",
+        f"model.name_or_path={shared('models/stories260K')}",
+        f"model.quantization={quantization}",
+        "max_length=512",
+        "eval_generate={n_examples: 2, max_new_tokens: 8, match: number}",
+    ]
+    trainer = Trainer(load_config(ROOT / "example" / "gsm8k-qlora.yml", overrides))
+    ended = trainer.train()
+    assert 0 <= ended["exact_match"] <= 1 and ended["loss"] > 0
+    assert metrics(trainer)[-1]["padding"] == 0
+    assert "expected '18'" in capsys.readouterr().out  # the first question's answer ends in #### 18
+
+
+def test_all_examples_without_a_network(monkeypatch, capsys, tmp_path):
+    """One line for each; those on the hub are not checked, which is another exit code than a wrong config's."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TEACHER", "tiny")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "example").glob("*.yml"))
+    assert main(["validate", "--all", "example"]) == 3
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == "" and [line.partition(":")[0] for line in lines] == files
+    for line in lines:
+        expected = "not checked: " if Path(line.partition(":")[0]).stem in HUB else "fine; "
+        assert line.partition(": ")[2].startswith(expected), line
+    (tmp_path / "wrong.yml").write_text("lr: fast")
+    assert main(["validate", "example/mrpc-roberta.yml", str(tmp_path / "wrong.yml")]) == 2
+    assert main(["validate", str(tmp_path / "wrong.yml"), "example/mrpc-roberta.yml"]) == 2
