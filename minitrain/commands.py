@@ -86,7 +86,9 @@ def _write(rows: list[dict], output, what: str) -> None:
 
     part = output.with_name(f".{output.name}.part")
     try:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.write_text(
+            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8"
+        )
         part.replace(output)
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minitrain import ConfigError, DataError, hub, load_config
+from minitrain.cli import main
 from minitrain.data.cache import load_cache
 from minitrain.data.files import read_rows
 from minitrain.data.source import is_file, open_source
@@ -245,3 +246,16 @@ def test_a_silent_hub_is_asked_once(silent_hub, monkeypatch):
             load(model)
         assert "\n" not in str(told.value)
     assert len(silent_hub) == 1
+
+
+def test_prompts_from_parquet(tmp_path, llama_folder):
+    """`generate --input` takes a table; what JSON has no word for, a date, comes back as a text."""
+    import datetime
+
+    day = datetime.date(2024, 5, 17)
+    datasets.Dataset.from_list([{"question": "say 1", "day": day}]).to_parquet(tmp_path / "asked.parquet")
+    output = tmp_path / "answered.jsonl"
+    source, limit = str(tmp_path / "asked.parquet"), ["--max-new-tokens", "2"]
+    assert main(["generate", str(llama_folder), "--input", source, "--output", str(output), *limit]) == 0
+    row = json.loads(output.read_text())
+    assert row["question"] == "say 1" and row["day"] == "2024-05-17" and isinstance(row["response"], str)
