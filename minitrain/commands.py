@@ -86,9 +86,8 @@ def _write(rows: list[dict], output, what: str) -> None:
 
     part = output.with_name(f".{output.name}.part")
     try:
-        part.write_text(
-            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8"
-        )
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]  # str: a date in parquet
+        part.write_text("".join(lines), encoding="utf-8")
         part.replace(output)
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
