@@ -22,6 +22,7 @@ SAME = [
     ("#### 3\n#### 18", "18"),
     (r"first \boxed{3}, then $\boxed{18.0}$, 5 in all", "18"),
     (r"\boxed{1{,}000}", "1000"),
+    (r"\boxed{18.}", "18"),
     (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{2}}"),
     ("48/2 = <<48/2=24>>24, altogether 48+24 = 72.", "72"),
     ("It costs $1,234.50.", "1234.5"),
@@ -47,6 +48,7 @@ def test_numbers_that_are_the_same(text, number):
     ("text", "number"),
     [
         ("#### 18", "81"),
+        ("#### none\n5", "5"),
         ("18 of 20", "18"),
         ("#### 3/4", "3"),
         (r"\boxed{\sqrt{2}}", "2"),
@@ -107,6 +109,7 @@ def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
 
     answers = ["so 7 and 2 is 9", "#### 12", "none", "1,000."]
     rows = [{"prompt": "?", "response": f"it is so\n#### {n}"} for n in ("9", "13", "4", "1000")]
+    rows[2]["response"] = "nothing"  # there is no number in it, nor in the answer
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(Generator, "answer", lambda *_, **__: answers)
