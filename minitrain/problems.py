@@ -94,7 +94,11 @@ def check_types(schema: type, given: dict, path: str, problems: Problems) -> dic
     for key, value in ((str(key), value) for key, value in given.items()):
         full = f"{path}{key}"
         if key not in known:
-            _add_unknown(key, path, list(known), problems)
+            section = value if isinstance(value, dict) and FOREIGN_NAMES.keys() & value.keys() else {}
+            for inner in section:  # of another library, which sorts its options otherwise
+                _add_unknown(str(inner), f"{full}.", [], problems)
+            if not section:
+                _add_unknown(key, path, list(known), problems)
         elif value == "???":
             problems.add(full, "is left open (???); give it a value.")
         else:
@@ -195,7 +199,7 @@ def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> 
     elif meant:
         hint = f"there is no such option. Did you mean {' or '.join(meant)}?"
     else:
-        hint = "there is no such option." + (f" There are {', '.join(known)}." if len(known) <= 12 else "")
+        hint = "there is no such option." + (f" There are {', '.join(known)}." if 0 < len(known) <= 12 else "")
     problems.add(f"{path}{name}", hint)
     problems.spoilt.update(key for key in meant if not problems.source.wrote(key))
 

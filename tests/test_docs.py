@@ -244,7 +244,7 @@ def make_files(given: dict) -> None:
             (Path(name) / "config.json").touch()
 
 
-@pytest.mark.parametrize("name", ["torchtune", "llama-factory"])
+@pytest.mark.parametrize("name", ["torchtune", "llama-factory", "peft-framework"])
 def test_a_file_of_another_library_is_translated(name):
     """Their side of the page, given to us as it is: one error that says what the keys are called here."""
     (theirs,) = re.findall(r"```yaml\n# there: .*\n([^`]*)", (ROOT / "docs" / f"from-{name}.md").read_text())
