@@ -229,14 +229,29 @@ def test_what_training_would_refuse(write, report, rows, options, told):
 
 
 def test_the_examples(monkeypatch, capsys):
-    """All that come with minitrain are fine, with a teacher in the place of the one that another example leaves."""
+    """Without a network, and with a teacher in the place of the one that another example leaves: those of the embedded
+    model are fine, those of models on the hub are not checked, one line each, and that has an exit code of its own."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TEACHER", "tiny")
-    assert main(["validate", "--all", "example/"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["validate", "--all", "example/"]) == 3
+    out, err = capsys.readouterr()
     paths = sorted(f"example/{path.name}" for path in (ROOT / "example").glob("*.yml"))
-    assert [line.partition(": ")[0] for line in lines] == paths
-    assert all(": fine; " in line and " to train on" in line and " epochs of " in line for line in lines)
+    assert err == "" and [line.partition(": ")[0] for line in out.splitlines()] == paths
+    for path, line in zip(paths, out.splitlines(), strict=True):
+        name = load_config(path).model.name_or_path
+        if name == "tiny":
+            assert ": fine; " in line and " to train on" in line and " epochs of " in line
+        else:
+            assert f": not checked: {name}: it is not here, the hub does not answer (HF_HUB_OFFLINE is set)" in line
+
+
+def test_what_is_refused_outweighs_what_cannot_be_reached(write, capsys, tmp_path):
+    """Exit code 2, whichever comes first."""
+    fine, away = write(ROWS, "a"), write(ROWS, "b", model={"name_or_path": "FacebookAI/roberta-base"})
+    wrong = write([*ROWS, "{"], "c")
+    assert main(["validate", fine, away]) == 3
+    assert main(["validate", away, wrong, fine]) == main(["validate", wrong, away]) == 2
+    assert capsys.readouterr().out.count("not checked: ") == 3
 
 
 def test_one_bad_config_among_others(write, capsys, tmp_path):
