@@ -169,12 +169,23 @@ def _check_model(config: Config, problems: Problems) -> None:
     tokenizer = model.tokenizer_name_or_path
     if tokenizer and looks_local(tokenizer) and not Path(tokenizer).is_dir():
         problems.add("model.tokenizer_name_or_path", f"there is no folder {tokenizer} (seen from {Path.cwd()}).")
-    archive = model.archive
-    if archive and not (Path(archive).is_file() and archive.endswith((".pt", ".bin", ".safetensors"))):
-        problems.add("model.archive", f"{archive} is not a .safetensors, .pt or .bin file that exists.")
+    if model.archive:
+        _check_archive(Path(model.archive), problems)
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             problems.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
+
+
+def _check_archive(path: Path, problems: Problems) -> None:
+    from .model.archive import archive_files
+
+    if (path / "final").is_dir():
+        problems.add("model.archive", f"{path} is the folder of a run; its model is {path / 'final'}.")
+    elif (path / "adapter_config.json").is_file():
+        problems.add("model.archive", f"{path} is an adapter; name it as model.adapter.")
+    elif not archive_files(path):
+        told = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
+        problems.add("model.archive", told + _near_file(path))
 
 
 def _check_folder(key: str, name: str, for_adapter: str, problems: Problems) -> None:
@@ -214,6 +225,11 @@ def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
     if has_adapter and config.freeze_layers:
         told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
         problems.add("freeze_layers", told, "lora.rank")
+    if has_adapter and model.archive:
+        told = (
+            "would be lost: an adapter's files name model.name_or_path as its base. Name a folder with these weights "
+        )
+        problems.add("model.archive", told + "there, and leave model.archive out.", "lora.rank")
     if has_adapter and model.master_dtype != "float32":
         problems.add("model.master_dtype", "would be ignored: adapters are trained in float32.", "lora.rank")
     if model.quantization == "none":

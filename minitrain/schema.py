@@ -67,7 +67,8 @@ class ModelConfig:
         choices=("float32", "bfloat16", "float16"),
     )
     archive: str | None = option(
-        None, "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict."
+        None,
+        "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict, or a folder like final/.",
     )
     adapter: str | None = option(None, "An adapter to go on with, in PEFT's format: a folder with adapter_config.json.")
     quantization: str = option(

@@ -15,6 +15,7 @@ from ..hub import ask_for, unreachable
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, outputs_of, save_adapter
+from .archive import archive_files, load_archive, read_archive
 from .lora import fold
 from .policy import Policy, find_blocks
 from .quantize import quantize_model, unpack_model
@@ -84,7 +85,7 @@ def load_model(
         parameter.data = parameter.data.to(dtype)
     grow_embeddings(model, len(tokenizer))
     if config.archive:
-        _load_archive(model, Path(config.archive))
+        load_archive(model, Path(config.archive))
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -218,7 +219,7 @@ def identity(config: ModelConfig) -> list[str]:
     found = []
     folders = [Path(folder) for folder in (config.name_or_path, config.adapter) if folder]
     files = sorted(file for folder in folders for file in folder.glob("*"))
-    for file in [*files, *([Path(config.archive)] if config.archive else [])]:
+    for file in [*files, *(archive_files(Path(config.archive)) if config.archive else [])]:
         if file.suffix in (".safetensors", ".bin", ".pt") or file.name in ("config.json", CONFIG_FILE):
             with open(file, "rb") as opened:
                 ends = opened.read(1 << 20)
@@ -329,8 +330,7 @@ def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
     grow_embeddings(model, len(tokenizer))
     if config.archive:
-        state = _read_archive(Path(config.archive))
-        _compare_names(model, state, config.archive)
+        state = read_archive(model, Path(config.archive))
         weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, weights
@@ -354,45 +354,6 @@ def grow_embeddings(model: nn.Module, n_tokens: int) -> None:
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             for parameter in layer.parameters():
                 parameter[rows:] = parameter[:rows].mean(0)
-
-
-def _load_archive(model: nn.Module, path: Path) -> None:
-    """Loads a state dict over the model."""
-    state = _read_archive(path)
-    _compare_names(model, state, path)
-    try:
-        model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
-
-
-def _read_archive(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict; a .pt file may hold it under the key `state`. Never unpickles objects."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return state.get("state", state)
-    except Exception as error:
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
-
-
-def _compare_names(model: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Raises ConfigError when an archive is of another model. A tied parameter may be left out."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = [name for name in wanted if name not in state and name not in tied]
-    unexpected = [name for name in state if name not in wanted]
-    if missing or unexpected:
-        raise ConfigError(
-            f"model.archive: {path} does not fit {type(model).__name__}: "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}."
-        )
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != wanted[name]:
-            raise ConfigError(
-                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, the model's has {wanted[name]}."
-            )
 
 
 def first_line(error: Exception) -> str:
