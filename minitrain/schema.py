@@ -68,7 +68,7 @@ class ModelConfig:
     )
     archive: str | None = option(
         None,
-        "Weights to start from, over those of name_or_path: a .safetensors or a .pt state dict, or a folder like final/.",
+        "Weights to start from, over those of name_or_path: a .safetensors or .pt state dict, or a folder like final/.",
     )
     adapter: str | None = option(None, "An adapter to go on with, in PEFT's format: a folder with adapter_config.json.")
     quantization: str = option(
