@@ -48,6 +48,8 @@ def _check_run(config: Config, given: set[str], problems: Problems) -> None:
         _check_parallel(config, device.type, given, problems)
     except ConfigError as error:
         problems.add("device", str(error).removeprefix("device: ") + ".")
+    if config.keep_models and not config.save_models_every_steps:
+        problems.add("keep_models", "would be ignored: it needs save_models_every_steps.", "save_models_every_steps")
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
         problems.add("report_to_tensorboard", "the package tensorboard is not installed: pip install tensorboard")
     for name in ("wandb", "swanlab"):

@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import config_yaml
 from .engine.checkpoint import Save
-from .engine.folders import checkpoints, newest_sound, prune, sweep, verify
+from .engine.folders import checkpoints, drop_after, newest_sound, prune, sweep, verify
 from .engine.parallel import SingleDevice
 from .engine.tracking import LEDGER, METRICS
 from .errors import RunFolderError
@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.best = self.path / "best"
+        self.models = self.path / "models"
         self.lock = None
         self.pending: Save | None = None  # a checkpoint that is being written
         parallel.first(self._refuse_changes)
@@ -49,6 +50,9 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
+
+    def model(self, step: int) -> Path:
+        return self.models / f"step-{step}"
 
     def finished_steps(self) -> tuple[int, int] | None:
         """(steps taken, steps planned) of an earlier run that ended, if one did."""
@@ -87,11 +91,13 @@ class RunFolder:
                 )
 
     def start(self, step: int) -> None:
-        """Writes config.yml, cleans up what a crash left, and drops figures after `step`, which will come anew."""
+        """Writes config.yml, cleans up what a crash left, and drops figures and models after `step`: they come anew."""
 
         def write() -> None:
             (self.path / "config.yml").write_text(config_yaml(self.config))
             prune(self.checkpoints, self.config.keep_checkpoints)
+            drop_after(self.models, step)
+            sweep(self.models)
             sweep(self.path)
             for file in (self.path / METRICS, self.path / LEDGER):
                 if file.is_file():
@@ -118,6 +124,10 @@ class RunFolder:
         pending, self.pending = self.pending, None
         pending.commit()
         self.parallel.first(lambda: prune(self.checkpoints, self.config.keep_checkpoints))
+
+    def prune_models(self) -> None:
+        """Removes older models than `keep_models`; rank 0 calls it."""
+        prune(self.models, self.config.keep_models)
 
     def finish(self, step: int, total_steps: int) -> None:
         """Notes that the run has ended by itself."""
@@ -158,7 +168,8 @@ class RunFolder:
             return
         if self.config.resume == "never":
             raise RunFolderError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
-        if self.config.resume != "auto" or not (checkpoints(self.checkpoints) or self._read_ended()):
+        trained = checkpoints(self.checkpoints) or checkpoints(self.models) or self._read_ended()
+        if self.config.resume != "auto" or not trained:
             return
         try:
             saved = yaml.safe_load((self.path / "config.yml").read_text())

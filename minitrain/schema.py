@@ -266,6 +266,10 @@ class Config:
         0, "Write a checkpoint to resume from every so many steps; 0: none.", least=0, free=True
     )
     keep_checkpoints: int = option(2, "Keep the newest so many checkpoints.", least=1, free=True)
+    save_models_every_steps: int = option(
+        0, "Write the model as final/ is, into models/step-N, every so many steps; 0: none.", least=0, free=True
+    )
+    keep_models: int | None = option(None, "Keep the newest so many of them; all when left out.", least=1, free=True)
     save_async: bool = option(False, "Write checkpoints while training goes on; takes memory for a copy.", free=True)
     save_best: bool = option(False, "Keep the model with the best early_stopping.metric in best/.", free=True)
     resume: str = option(

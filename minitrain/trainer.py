@@ -211,6 +211,8 @@ class Trainer:
         self.run.finish_saving(wait=False)
         if config.eval_every_steps and self.step % config.eval_every_steps == 0 and not last:
             self._evaluate_and_judge()
+        if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
+            self._save_model(self.run.model(self.step))
         if config.save_every_steps and (self.step % config.save_every_steps == 0 or last):
             self._save_checkpoint()
 
@@ -362,9 +364,8 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- saving
 
     def _save_model(self, folder) -> None:
-        results = {f"eval {k}": v for k, v in self.eval_metrics.items()} | {
-            f"train {k}": v for k, v in self.train_metrics.items() if k == "loss"
-        }
+        results = {f"eval {k}": v for k, v in self.eval_metrics.items()}
+        results |= {f"train {k}": v for k, v in self.train_metrics.items() if k == "loss"}
         card = model_card(self.config, results, len(self.train_loader.examples), self.step)
         model = self.generator.model
         tensors = whole_tensors(model, self.parallel.whole)
@@ -375,6 +376,7 @@ class Trainer:
             with atomic_folder(folder) as temporary:
                 save_model(model, self.tokenizer, temporary, self.precision.dtype, tensors, value_head)
                 (temporary / "README.md").write_text(card)
+            self.run.prune_models()
 
         self.parallel.note(f"saving {folder}")
         self.parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks

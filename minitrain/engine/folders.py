@@ -48,9 +48,13 @@ def verify(folder: Path, parallel: SingleDevice) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first. What has its name was committed; if it is damaged, that came later."""
+    """The checkpoints (or models) in a folder, oldest first. What has such a name was committed; damage came later."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def newest_sound(folder: Path, parallel: SingleDevice) -> tuple[Path | None, list[str]]:
@@ -71,13 +75,24 @@ def newest_sound(folder: Path, parallel: SingleDevice) -> tuple[Path | None, lis
     return None, []
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what a crash left behind."""
-    for path in checkpoints(folder)[:-keep]:
-        failpoint("prune.before")
-        path.rename(beside(path, "trash"))
-        failpoint("prune.renamed")
+def prune(folder: Path, keep: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints, or with None no checkpoint, and what a crash left behind."""
+    _remove(checkpoints(folder)[:-keep] if keep else [])
     sweep(folder)
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    _remove([path for path in checkpoints(folder) if step_of(path) > step])
+
+
+def _remove(found: list[Path]) -> None:
+    for path in found:
+        failpoint("prune.before")
+        trash = beside(path, "trash")
+        path.rename(trash)
+        failpoint("prune.renamed")
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
