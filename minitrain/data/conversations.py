@@ -4,9 +4,17 @@ import random
 
 from ..errors import DataError
 from ..schema import DatasetConfig
+from .judged import compared
 from .records import Conversation, Messages, PlainText, assistant, fill, schema, text_of, turns_of, user
 
 RAFT_TEMPLATE = "{documents}\n\n{question}"
+
+
+@schema("chosen", "conversation", "chosen", "rejected")
+def _chosen(row: dict, dataset: DatasetConfig) -> Conversation:
+    """The better answer of a preference is learned, as it is before a preference loss learns from the same rows."""
+    pair = compared(row, row["chosen"], row["rejected"])
+    return Conversation(pair.prompt + pair.chosen)
 
 
 @schema("messages", "conversation", "messages")

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import DataError
 from ..schema import DatasetConfig
 from .records import (
+    TRANSCRIPT,
     Feedback,
     Labelled,
     Messages,
@@ -15,6 +16,7 @@ from .records import (
     number_of,
     schema,
     text_of,
+    transcript_of,
     turn_of,
     turns_of,
     user,
@@ -26,12 +28,12 @@ _YES = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False} 
 
 @schema("preference", "preference", "chosen", "rejected")
 def _preference(row: dict, dataset: DatasetConfig) -> Preference:
-    return _compared(row, row["chosen"], row["rejected"])
+    return compared(row, row["chosen"], row["rejected"])
 
 
 @schema("chosen_messages", "preference", "chosen_messages", "rejected_messages")
 def _chosen_messages(row: dict, dataset: DatasetConfig) -> Preference:
-    return _compared(row, row["chosen_messages"], row["rejected_messages"])
+    return compared(row, row["chosen_messages"], row["rejected_messages"])
 
 
 @schema("completion_label", "feedback", "prompt", "completion", "label")
@@ -107,8 +109,8 @@ def _rollout_messages(row: dict, dataset: DatasetConfig) -> Rollout:
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _compared(row: dict, chosen: Any, rejected: Any) -> Preference:
-    """The prompt stands in a column of its own, or is what both continuations begin with."""
+def compared(row: dict, chosen: Any, rejected: Any) -> Preference:
+    """A preference. The prompt stands in a column of its own, or is what both continuations begin with."""
     good, bad = _continuation(chosen, "chosen"), _continuation(rejected, "rejected")
     prompt = _prompt(row)
     if not prompt:
@@ -130,7 +132,7 @@ def _prompt(row: dict) -> Messages:
     turns: Messages = []
     if row.get("system"):
         turns.append({"role": "system", "content": text_of(row, "system")})
-    for key in ("conversations", "messages", "prompt", "question", "instruction"):
+    for key in ("prompt", "conversations", "messages", "question", "instruction"):
         if key not in row:
             continue
         if isinstance(row[key], list):
@@ -143,11 +145,13 @@ def _prompt(row: dict) -> Messages:
 
 
 def _continuation(value: Any, key: str) -> Messages:
-    """An answer as a text, as one turn, or as a list of turns."""
+    """An answer as a text, as one turn, or as turns: a list of them, or a transcript."""
     if isinstance(value, dict):
         return [turn_of(value, key)]
     if isinstance(value, list):
         return turns_of(value, key)
+    if isinstance(value, str) and value.startswith(TRANSCRIPT):
+        return transcript_of(value)
     return [assistant(text_of({key: value}, key))]
 
 

@@ -27,6 +27,8 @@ ROLES = {
     "function": "tool",
 }
 
+TRANSCRIPT = "\n\nHuman:"  # how a text begins that is a conversation
+
 
 @dataclass
 class Conversation:
@@ -209,6 +211,12 @@ def turn_of(turn: object, where: str) -> dict[str, str]:
         raise DataError(f"{where} has the role {str(role)[:60]!r}; known are {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
     return {"role": ROLES[role], "content": _content(content, where)}
+
+
+def transcript_of(text: str) -> Messages:
+    """Turns of a text as in Anthropic's HH data: each stands behind an empty line and Human: or Assistant:."""
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
 
 
 def user(content: str) -> dict[str, str]:

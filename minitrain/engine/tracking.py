@@ -198,7 +198,7 @@ def _wandb(config: Config, folder: Path, settings: dict) -> tuple[Callable, Call
         project=config.wandb.project,
         entity=config.wandb.entity,
         name=config.exp_name,
-        dir=str(folder),
+        dir=os.environ.get("WANDB_DIR", str(folder)),
         config=settings,
         settings=wandb.Settings(silent=True),
     )

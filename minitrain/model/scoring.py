@@ -91,9 +91,19 @@ class EncoderScorer(Policy):
 
 def make_policy(model: nn.Module) -> Policy:
     """The policy that fits how a model ends."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(_as_weights)
     if model.get_output_embeddings() is not None:
         return Policy(model)
     return EncoderScorer(model) if is_encoder(model) else Scorer(model)
+
+
+def _as_weights(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Autocast makes layer_norm fit on a GPU only: on the CPU it refuses float32 beside weights of half precision."""
+    (x,) = inputs
+    wider = x.dtype == torch.float32 and x.device.type == "cpu" and norm.weight is not None
+    return (x.to(norm.weight.dtype),) if wider else inputs
 
 
 def is_encoder(model: nn.Module) -> bool:

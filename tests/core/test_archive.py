@@ -113,3 +113,17 @@ def test_folders_that_are_no_archive(make_trainer, tmp_path):
     save_file({}, tmp_path / "some.safetensors")
     with pytest.raises(ConfigError, match="would be lost"):
         make_trainer(f"model.archive={tmp_path / 'some.safetensors'}", "lora.rank=2")
+
+
+def test_pythia_in_half_precision(make_trainer, pythia, tmp_path):
+    """The CPU's layer_norm refuses float32 beside weights of half precision: frozen ones, and those of a reference."""
+    trainer = make_trainer(f"model.name_or_path={pythia}", "model.policy_dtype=bfloat16", "freeze_layers=[0]")
+    trainer.train()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(8))
+    )
+    dpo = ("loss.name=dpo", f"datasets=[{pairs}]", "exp_name=dpo", "model.policy_dtype=bfloat16")
+    trainer = make_trainer(f"model.name_or_path={pythia}", f"model.archive={trainer.run.final}", *dpo, "n_steps=1")
+    trainer.train()
+    assert trainer.train_metrics["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -82,6 +82,20 @@ def test_wandb_offline_gets_figures_and_config(make_trainer, monkeypatch):
     assert [figures["step"] for figures in logged] == [1, 2, 3] and "train/loss" in logged[0]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_wandb_writes_where_its_own_variable_says(make_trainer, monkeypatch, named):
+    """WANDB_DIR decides, as for every user of wandb; the run folder is the place when it is not set."""
+    import wandb
+
+    started = {}
+    monkeypatch.setenv("WANDB_DIR", "/elsewhere") if named else monkeypatch.delenv("WANDB_DIR", raising=False)
+    fake = types.SimpleNamespace(log=lambda figures: None, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: started.update(kwargs) or fake)
+    trainer = make_trainer("wandb.enabled=true")
+    trainer.train()
+    assert started["dir"] == ("/elsewhere" if named else str(trainer.run.path))
+
+
 @pytest.mark.slow
 def test_wandb_itself_runs_offline(make_trainer, monkeypatch):
     """A real offline run leaves its folder inside the run folder."""

@@ -56,6 +56,22 @@ def test_the_prompt_that_both_sides_begin_with():
     assert later == Preference([ASK], [TELL, ASK, LIE], [LIE])
 
 
+def test_transcripts():
+    """Texts of several turns as in Anthropic's HH data; what both begin with is the prompt."""
+    start = "\n\nHuman: ask\n\nAssistant: tell: Human\nis\n\nHuman: ask"
+    row = {"chosen": f"{start}\n\nAssistant: tell", "rejected": f"{start}\n\nAssistant: lie"}
+    said = {"role": "assistant", "content": "tell: Human\nis"}
+    assert record(row, "preference") == Preference([ASK, said, ASK], [TELL], [LIE])
+    with pytest.raises(DataError, match="chosen does not end with words of the assistant"):
+        record(row | {"chosen": f"{start}\n\nAssistant: "}, "preference")
+
+
+def test_a_prompt_beside_whole_conversations():
+    """`messages` may be the prompt with the chosen answer, beside a `prompt`, as in UltraFeedback's files."""
+    row = {"prompt": "ask", "chosen": [ASK, TELL], "rejected": [ASK, LIE], "messages": [ASK, TELL]}
+    assert record(row, "preference") == Preference([ASK], [TELL], [LIE])
+
+
 def test_margin_and_system():
     """A margin column, and a system turn beside the prompt."""
     made = record({"system": "s", "prompt": "ask", "chosen": "tell", "rejected": "lie", "margin": 2}, "preference")

@@ -18,6 +18,7 @@ def turns(row: dict, **options) -> list[tuple[str, str]]:
 
 PAIR = [("user", "ask"), ("assistant", "tell")]
 ROWS = {
+    "chosen": {"prompt": "ask", "chosen": "tell", "rejected": "lie"},
     "messages": {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]},
     "conversations": {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}]},
     "prompt_response": {"prompt": "ask", "response": "tell"},
@@ -62,6 +63,17 @@ def test_names_of_turns(name, keys):
     """from and role, value and content, in either kind."""
     who, what = keys
     assert turns({name: [{who: "human", what: "ask"}, {who: "gpt", what: "tell"}]}) == PAIR
+
+
+def test_the_better_answer_of_a_preference():
+    """In every shape that preferences have; a column with the turns so far is the prompt and not what is learned."""
+    so_far = {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}] * 2}
+    so_far["conversations"].pop()
+    row = so_far | {"chosen": {"from": "gpt", "value": "more"}, "rejected": {"from": "gpt", "value": "less"}}
+    assert turns(row) == [*PAIR, PAIR[0], ("assistant", "more")]
+    both = {"prompt": "ask", "messages": ROWS["messages"]["messages"]}
+    sides = {side: [{"role": r, "content": c} for r, c in (PAIR[0], ("assistant", side))] for side in ("a", "b")}
+    assert turns(both | {"chosen": sides["a"], "rejected": sides["b"]}) == [PAIR[0], ("assistant", "a")]
 
 
 def test_roles():
