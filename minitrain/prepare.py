@@ -38,7 +38,7 @@ def prepare_policy(
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:
         parallel.fill(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))
-    # A sharded policy and frozen blocks compute in policy_dtype, and need autocast beside them; else float32 is exacter.
+    # A sharded policy and frozen blocks compute in policy_dtype, and autocast goes with it; else float32 is more exact.
     with precision.autocast() if parallel.reads_rows or config.freeze_layers else contextlib.nullcontext():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.gathered(policy))
     return policy.train(dropout)
