@@ -13,7 +13,7 @@ from minitrain import Trainer, create_loss, load_config
 
 def settings(steps: int):
     """A YAML file with overrides, as on the command line. A dict of the same keys does as well."""
-    overrides = [f"n_steps={steps}", f"eval_every_steps={steps // 2}", f"log_every_steps={steps // 4}"]
+    overrides = [f"n_steps={steps}", f"eval_every_steps={steps // 4}", "eval_generate.n_examples=50"]
     return load_config("example/quickstart-sft.yml", ["exp_name=library", "save_every_steps=0", *overrides])
 
 

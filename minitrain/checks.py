@@ -278,7 +278,7 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
 
     name, known = config.loss["name"], registered()
     if name not in known:
-        hint = nearest(str(name), known)
+        hint = _as_variant(str(name), known) or nearest(str(name), known)
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
     written = {key: value for key, value in config.loss.items() if key != "name"}
@@ -304,6 +304,15 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("eval_generate", told, "loss.name")
     if loss.outputs is not None and config.eval_generate.n_examples:
         problems.add("eval_generate", f"a model that {name} trains gives scores and no text.", "loss.name")
+
+
+def _as_variant(name: str, known: dict[str, type]) -> str:
+    """What to write for a loss that is one of a family's."""
+    for family, loss in known.items():
+        for f in fields(loss.options_class):
+            if f.name == "variant" and name in f.metadata["choices"]:
+                return f" Did you mean loss.name={family} loss.variant={name}?"
+    return ""
 
 
 def _check_teacher(options: dict, needed: bool, problems: Problems) -> None:

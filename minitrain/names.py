@@ -1,4 +1,4 @@
-"""Names of options that exclude one another, and what users of other libraries call ours."""
+"""Names of options that exclude one another, and what users of other libraries call ours, or set in vain."""
 
 # Beside the first of a pair the second would be ignored, so both together are refused. One that is given in
 # the overrides takes the place of the other one in the file.
@@ -185,5 +185,36 @@ FOREIGN_NAMES = {
     "early_stopping_steps": "early_stopping.patience",
     "use_cpu": "device=cpu",
     "overwrite_output_dir": "resume",
+    "save_only_model": "save_models_every_steps",
+    "use_dft_loss": "loss.name=dft",
+    "eval_every": "eval_every_steps (counts steps and not examples)",
+    "n_examples": "n_steps (or n_examples of one of the datasets)",
+    "minimum_log_interval_secs": "log_every_steps",
+    "sample_during_eval": "eval_generate.n_examples",
+    "n_eval_model_samples": "eval_generate.n_examples",
+    "local_dirs": "output_dir (and cache_dir)",
+    "local_run_dir": "output_dir",
+    "fsdp_policy_mp": "model.policy_dtype",
+    "reference_free": "loss.reference_free",
+    "train_files": "datasets",
+    "data_files": "datasets",
+    "eval_files": "eval_datasets",
+    "val_file": "eval_datasets",
+    "model_name": "model.name_or_path",
+    "scheduler": "lr_scheduler",
+    "early_stopping_threshold": "early_stopping.threshold",
+    "ddp_timeout": "fsdp.timeout_seconds",
+    "tensorboard": "report_to_tensorboard",
     "name": "exp_name, or model.name_or_path, or loss.name",
+}
+
+# What users of other libraries type, and nobody needs here.
+NEEDLESS = {
+    "fsdp_port": "torchrun finds a port",
+    "block_name": "the model's blocks are found",
+    "overwrite_cache": "a stale cache is never used",
+    "use_liger_kernel": "the output layer is always computed in chunks",
+    "dataloader_num_workers": "tokens are made once and mapped into memory",
+    "dataloader_pin_memory": "tokens are made once and mapped into memory",
+    "remove_unused_columns": "columns that mean nothing are passed over",
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .names import FOREIGN_NAMES
+from .names import FOREIGN_NAMES, NEEDLESS
 from .schema import aliases, all_keys
 
 WORDS = {
@@ -194,6 +194,8 @@ def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> 
     here = re.split("[ =,]", foreign)[0]
     if name in aliases():
         hint = f"is another name of {aliases()[name]}; give only one of them."
+    elif name in NEEDLESS:
+        hint, meant = f"there is no such option, and none is needed: {NEEDLESS[name]}. Leave it out.", []
     elif foreign and here != f"{path}{name}":
         hint, meant = f"there is no such option. Here it is called {foreign}.", [here]
     elif meant:

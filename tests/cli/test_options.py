@@ -8,6 +8,7 @@ import pytest
 
 from minitrain import names, problems, schema
 from minitrain.config import load_config
+from minitrain.errors import ConfigError
 from minitrain.losses import registered
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,20 @@ def test_foreign_names_lead_to_options_that_exist():
         assert name not in {f.name for f in fields(schema.Config)}
         for key in ours.split(" (")[0].replace(", or ", " or ").split(" or "):
             assert key.partition("=")[0] in known, name
+
+
+def test_names_that_nobody_needs():
+    """They are no keys, have no translation, and are told to be left out, with the reason."""
+    keys = {key.rpartition(".")[2] for key in schema.all_keys()}
+    assert not names.NEEDLESS.keys() & (keys | names.FOREIGN_NAMES.keys())
+    with pytest.raises(ConfigError, match=r"model.block_name: .* none is needed: the model's blocks are found"):
+        load_config({"model": {"name_or_path": "tiny", "block_name": "GPTNeoXLayer"}})
+
+
+def test_a_loss_that_is_a_variant_of_another():
+    """`loss: ipo`, as others have it, names the family."""
+    with pytest.raises(ConfigError, match=r"Did you mean loss\.name=dpo loss\.variant=ipo"):
+        load_config({"model": {"name_or_path": "tiny"}, "loss": "ipo"})
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "example").rglob("*.yml")), ids=lambda path: path.name)

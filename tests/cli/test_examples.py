@@ -1,0 +1,94 @@
+"""What stands under example/ runs as it stands: for a few steps, by the command line, in a folder with nothing else."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from minitrain import load_config
+from minitrain.cli import main
+from minitrain.data.encode import Limits, encode
+from minitrain.data.records import to_record
+from minitrain.data.template import make_template
+from minitrain.model.tiny import tiny_tokenizer
+from minitrain.schema import DatasetConfig
+from tests.conftest import ROOT
+
+EMBEDDED = [
+    file
+    for file in sorted((ROOT / "example").glob("*.yml"))
+    if yaml.safe_load(file.read_text())["model"]["name_or_path"] == "tiny"
+]
+SHORT = ("log_every_steps=1", "eval_every_steps=0", "save_every_steps=0")
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch):
+    """A folder with the examples, and nothing else."""
+    shutil.copytree(ROOT / "example", tmp_path / "example")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEACHER", "tiny")
+    return tmp_path
+
+
+def train(name: str, *overrides: str) -> int:
+    """Trains an example for two steps, with answers where it has some."""
+    config = yaml.safe_load(Path(f"example/{name}.yml").read_text())
+    few = ["eval_generate.n_examples=2"] if "eval_generate" in config else []
+    stop = ["early_stopping.patience=0"] if config.get("early_stopping", {}).get("patience") else []
+    short = ("n_steps=2", "warmup_ratio=0.5", *SHORT, *few, *stop)
+    return main(["train", f"example/{name}.yml", "--overrides", *short, *overrides])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", EMBEDDED, ids=lambda file: file.name)
+def test_every_embedded_example_trains(file, user_folder, capsys):
+    """Two steps and an evaluation, and a model at the end."""
+    assert train(file.stem) == 0, capsys.readouterr().err
+    assert f"done: runs/{file.stem}/final" in capsys.readouterr().out
+
+
+def test_sft_then_dpo_by_an_archive(user_folder, capsys):
+    """Two commands: DPO starts from the weights of SFT, which are its reference, too."""
+    assert train("chat-sft") == 0
+    assert train("chat-dpo", "model.archive=runs/chat-sft/final", "lr=0") == 0, capsys.readouterr().err
+    sft, dpo = (load_file(f"runs/chat-{name}/final/model.safetensors") for name in ("sft", "dpo"))
+    assert all(torch.equal(tensor, dpo[name]) for name, tensor in sft.items())
+    losses = [json.loads(line)["loss"] for line in Path("runs/chat-dpo/metrics.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx([0.693147] * len(losses), abs=1e-5)
+
+
+def test_a_table_with_templates(user_folder):
+    """The texts of csv-sft.yml are what its templates make of the columns."""
+    (dataset,) = load_config("example/csv-sft.yml").datasets
+    asked, told = to_record({"task": "1 + 1 =", "solution": "2"}, dataset).messages
+    assert asked["content"] == "Task: 1 + 1 =" and told["content"] == "The answer is 2."
+
+
+def test_the_library_from_python(user_folder, capsys):
+    """Hooks, a loss by name, a run that is interrupted and goes on, answers, chat."""
+    history = runpy.run_path("example/library.py")["main"](4)
+    told = capsys.readouterr().out
+    assert "stopped by SIGINT at step 2" in told and "going on from runs/library/checkpoints/step-2" in told
+    assert list(history.losses) == [0, 1, 3, 4]  # that of step 2 was interrupted
+    assert "'role': 'assistant'" in told.splitlines()[-1]
+
+
+def test_dialogues_have_the_tokens_of_the_dpo_authors(user_folder):
+    """human-assistant.jinja: prompt up to ``Assistant:``, then the answer with its space and EOS, tokenised apart."""
+    tokenizer = tiny_tokenizer()
+    config = load_config("example/pythia28-sft.yml")
+    template = make_template(tokenizer, config, "conversation")
+    start = "\n\nHuman: What is up?\n\nAssistant: Not much.\n\nHuman: And now?\n\nAssistant:"
+    row = {"chosen": f"{start} The sky.", "rejected": f"{start} Go away."}
+    record = to_record(row, DatasetConfig("hh.jsonl"), "conversation")
+    (tokens,) = encode(record, record, template, Limits(512, "prompt", 256))
+    answer = tokenizer(" The sky.")["input_ids"] + [tokenizer.eos_token_id]
+    prompt = tokenizer(start)["input_ids"]
+    assert list(tokens.ids) == prompt + answer
+    assert list(tokens.mask) == [False] * len(prompt) + [True] * len(answer)
