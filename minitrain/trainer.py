@@ -219,16 +219,14 @@ class Trainer:
     def _stopping(self) -> bool:
         """Whether to stop, agreed on by all ranks; a signal that one of them got becomes everyone's."""
         code = int(self.parallel.max(self.signal or int(self.should_stop)))
-        if code > 1:
-            self.signal = code
+        self.signal = code if code > 1 else self.signal
         return code > 0
 
     def _note_signal(self, number: int) -> None:
         self.signal = number
 
     def _interrupted(self) -> bool:
-        self._stopping()
-        return self.signal is not None
+        return self._stopping() and self.signal is not None
 
     # ------------------------------------------------------------------------------------------ begin and end
 
