@@ -65,6 +65,22 @@ def test_mixed_precision(job, scratch, dtype, rtol):
         assert all(tensor.dtype == torch.float32 for tensor in ended.values())
 
 
+def test_layer_norms_in_half_precision(job, scratch, tmp_path):
+    """Blocks gathered in bfloat16 beside a float32 residual stream, which the CPU refuses; the model on the way is that
+    of its step."""
+    folder = random_folder("gpt2", tmp_path)
+    settings = (f"model.name_or_path={folder}", "model.policy_dtype=bfloat16", "save_models_every_steps=2")
+    alone, ours = job("alone", *settings), job("ranks", *settings, fsdp="full")
+    launch(0, [alone], scratch / "alone")
+    launch(2, [ours], scratch / "ranks")
+    for mine, theirs in zip(figures(ours), figures(alone), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+    runs = Path(ours["config"]["output_dir"])
+    saved = [load_file(runs / name / "models" / "step-2" / "model.safetensors") for name in ("ranks", "alone")]
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(tensor.float(), saved[1][name].float(), rtol=0, atol=5e-2)
+
+
 def test_two_machines(job, scratch):
     """hybrid: cut over two ranks of each of two machines, repeated across."""
     settings = ("gradient_accumulation_steps=2", "save_every_steps=2")
