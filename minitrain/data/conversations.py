@@ -4,8 +4,7 @@ import random
 
 from ..errors import DataError
 from ..schema import DatasetConfig
-from .judged import compared
-from .records import Conversation, Messages, PlainText, assistant, fill, schema, text_of, turns_of, user
+from .records import Conversation, Messages, PlainText, assistant, compared, fill, schema, text_of, turns_of, user
 
 RAFT_TEMPLATE = "{documents}\n\n{question}"
 

@@ -6,20 +6,18 @@ from typing import Any
 from ..errors import DataError
 from ..schema import DatasetConfig
 from .records import (
-    TRANSCRIPT,
     Feedback,
     Labelled,
     Messages,
     Preference,
     Rollout,
-    assistant,
+    compared,
+    continuation_of,
     number_of,
+    prompt_of,
     schema,
     text_of,
-    transcript_of,
-    turn_of,
     turns_of,
-    user,
 )
 
 TOKEN_COLUMNS = ("old_logps", "ref_logps", "values", "advantages", "returns")  # of a rollout
@@ -38,12 +36,12 @@ def _chosen_messages(row: dict, dataset: DatasetConfig) -> Preference:
 
 @schema("completion_label", "feedback", "prompt", "completion", "label")
 def _completion_label(row: dict, dataset: DatasetConfig) -> Feedback:
-    return Feedback(_prompt(row), _continuation(row["completion"], "completion"), _wanted(row["label"], "label"))
+    return Feedback(prompt_of(row), continuation_of(row["completion"], "completion"), _wanted(row["label"], "label"))
 
 
 @schema("response_label", "feedback", "prompt", "response", "label")
 def _response_label(row: dict, dataset: DatasetConfig) -> Feedback:
-    return Feedback(_prompt(row), _continuation(row["response"], "response"), _wanted(row["label"], "label"))
+    return Feedback(prompt_of(row), continuation_of(row["response"], "response"), _wanted(row["label"], "label"))
 
 
 @schema("messages_label", "feedback", "messages", "label")
@@ -98,7 +96,7 @@ def _rollout_ids(row: dict, dataset: DatasetConfig) -> Rollout:
 
 @schema("rollout", "rollout", "prompt", "response")
 def _rollout(row: dict, dataset: DatasetConfig) -> Rollout:
-    return _earned(row, _prompt(row), text_of(row, "response"))
+    return _earned(row, prompt_of(row), text_of(row, "response"))
 
 
 @schema("rollout_messages", "rollout", "messages", "response")
@@ -107,52 +105,6 @@ def _rollout_messages(row: dict, dataset: DatasetConfig) -> Rollout:
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
-
-
-def compared(row: dict, chosen: Any, rejected: Any) -> Preference:
-    """A preference. The prompt stands in a column of its own, or is what both continuations begin with."""
-    good, bad = _continuation(chosen, "chosen"), _continuation(rejected, "rejected")
-    prompt = _prompt(row)
-    if not prompt:
-        n = next((i for i, (a, b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
-        n = min(n, len(good) - 1, len(bad) - 1)
-        prompt, good, bad = good[:n], good[n:], bad[n:]
-    elif good[: len(prompt)] == prompt and bad[: len(prompt)] == prompt:  # it is in all three
-        good, bad = good[len(prompt) :], bad[len(prompt) :]
-    for key, turns in (("chosen", good), ("rejected", bad)):
-        if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
-            raise DataError(f"{key} does not end with words of the assistant")
-    if good == bad:
-        raise DataError("chosen and rejected are the same")
-    return Preference(prompt, good, bad, number_of(row, "margin") if "margin" in row else 0.0)
-
-
-def _prompt(row: dict) -> Messages:
-    """The turns before an answer, from whichever column holds them; none, if none does."""
-    turns: Messages = []
-    if row.get("system"):
-        turns.append({"role": "system", "content": text_of(row, "system")})
-    for key in ("prompt", "conversations", "messages", "question", "instruction"):
-        if key not in row:
-            continue
-        if isinstance(row[key], list):
-            return turns + turns_of(row[key], key)
-        text = text_of(row, key)
-        if key == "instruction" and row.get("input"):
-            text += "\n" + text_of(row, "input")
-        return [*turns, user(text)]
-    return []
-
-
-def _continuation(value: Any, key: str) -> Messages:
-    """An answer as a text, as one turn, or as turns: a list of them, or a transcript."""
-    if isinstance(value, dict):
-        return [turn_of(value, key)]
-    if isinstance(value, list):
-        return turns_of(value, key)
-    if isinstance(value, str) and value.startswith(TRANSCRIPT):
-        return transcript_of(value)
-    return [assistant(text_of({key: value}, key))]
 
 
 def _last_judged(turns: Messages, key: str, desirable: bool) -> Feedback:

@@ -219,6 +219,52 @@ def transcript_of(text: str) -> Messages:
     return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
 
 
+def compared(row: dict, chosen: Any, rejected: Any) -> Preference:
+    """A preference. The prompt stands in a column of its own, or is what both continuations begin with."""
+    good, bad = continuation_of(chosen, "chosen"), continuation_of(rejected, "rejected")
+    prompt = prompt_of(row)
+    if not prompt:
+        n = next((i for i, (a, b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
+        n = min(n, len(good) - 1, len(bad) - 1)
+        prompt, good, bad = good[:n], good[n:], bad[n:]
+    elif good[: len(prompt)] == prompt and bad[: len(prompt)] == prompt:  # it is in all three
+        good, bad = good[len(prompt) :], bad[len(prompt) :]
+    for key, turns in (("chosen", good), ("rejected", bad)):
+        if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
+            raise DataError(f"{key} does not end with words of the assistant")
+    if good == bad:
+        raise DataError("chosen and rejected are the same")
+    return Preference(prompt, good, bad, number_of(row, "margin") if "margin" in row else 0.0)
+
+
+def prompt_of(row: dict) -> Messages:
+    """The turns before an answer, from whichever column holds them; none, if none does."""
+    turns: Messages = []
+    if row.get("system"):
+        turns.append({"role": "system", "content": text_of(row, "system")})
+    for key in ("prompt", "conversations", "messages", "question", "instruction"):
+        if key not in row:
+            continue
+        if isinstance(row[key], list):
+            return turns + turns_of(row[key], key)
+        text = text_of(row, key)
+        if key == "instruction" and row.get("input"):
+            text += "\n" + text_of(row, "input")
+        return [*turns, user(text)]
+    return []
+
+
+def continuation_of(value: Any, key: str) -> Messages:
+    """An answer as a text, as one turn, or as turns: a list of them, or a transcript."""
+    if isinstance(value, dict):
+        return [turn_of(value, key)]
+    if isinstance(value, list):
+        return turns_of(value, key)
+    if isinstance(value, str) and value.startswith(TRANSCRIPT):
+        return transcript_of(value)
+    return [assistant(text_of({key: value}, key))]
+
+
 def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 

@@ -70,7 +70,7 @@ def write(name: str, *rows) -> str:
         (["optimizer=Adamm"], "torch.optim has no 'Adamm'"),
         (["optimizer=LBFGS"], "torch.optim has no 'LBFGS' that can be used"),
         (["optimizer_args.momentum=0.9"], "optimizer_args.momentum: AdamW takes amsgrad"),
-        (["datasets=[{path: rows.jsonl, type: alpca}]"], "'alpca' is not one of messages"),
+        (["datasets=[{path: rows.jsonl, type: alpca}]"], "'alpca' is not one of chosen, messages"),
         # types and limits
         (["lr=fast"], "lr: expected a number, got 'fast'"),
         (["lr=-1"], "lr: must be 0 or more, got -1.0"),
