@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from minitrain import load_config
 from minitrain.cli import main
@@ -189,27 +188,6 @@ def test_the_loss_of_the_documents_trains(make_trainer, own_registry):
     trainer = make_trainer("loss.name=top_heavy", "loss.power=1.5")
     trainer.train()
     assert trainer.train_metrics["loss"] > 0
-
-
-def embedded_examples() -> list[str]:
-    """Those that run as they stand, before them the ones whose models others start from."""
-    files = {file: yaml.safe_load(file.read_text()) for file in sorted((ROOT / "example").glob("*.yml"))}
-    names = [file.name for file, config in files.items() if config["model"]["name_or_path"] == "tiny"]
-    return sorted(names, key=lambda name: "sft" not in name)
-
-
-@pytest.mark.slow
-def test_every_embedded_example_runs(tmp_path, monkeypatch, capsys):
-    """Two steps of each at the command line, in one folder, with its evaluations and its model at the end."""
-    shutil.copytree(ROOT / "example", tmp_path / "example")
-    monkeypatch.chdir(tmp_path)
-    for name in embedded_examples():
-        text = (ROOT / "example" / name).read_text()
-        answers = ["eval_generate.n_examples=2"] if "eval_generate" in text else []
-        code = main(["train", f"example/{name}", "--overrides", "n_steps=2", "log_every_steps=1", *answers])
-        out, err = capsys.readouterr()
-        assert code == 0 and "step 2/2" in out and "done: runs" in out, (name, out, err)
-    assert len(list((tmp_path / "runs").glob("*/final"))) == len(embedded_examples()) > 0
 
 
 @pytest.mark.slow
