@@ -82,7 +82,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _compare_arguments(_command(commands, "compare", "say at which step two runs part, and in what", usage))
     usage = "CONFIG.yml [--rows N] [--split train|eval] [--overrides KEY=VALUE ...]"
     _inspect_arguments(_command(commands, "inspect", "show what a config would train on, token by token", usage))
-    usage = "(CONFIG.yml ... | --all FOLDER) [--full] [--overrides KEY=VALUE ...]"
+    usage = "(CONFIG.yml ... | --all FOLDER) [--full] [--devices N] [--overrides KEY=VALUE ...]"
     _validate_arguments(_command(commands, "validate", "check configs and every row of their data", usage))
     return parser
 
@@ -128,6 +128,12 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="*", metavar="CONFIG.yml")
     parser.add_argument("--all", metavar="FOLDER", help="every .yml file in a folder")
     parser.add_argument("--full", action="store_true", help="all figures of each, and not one line")
+    parser.add_argument(
+        "--devices",
+        type=_number(int, 1),
+        metavar="N",
+        help="tell the peak memory on each of N devices; those of torchrun, or 1, when left out",
+    )
     _more_config_arguments(parser)
     parser.set_defaults(command=commands.validate)
 

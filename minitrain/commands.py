@@ -209,15 +209,17 @@ def validate(arguments: argparse.Namespace) -> int:
     if not paths:
         raise ConfigError("name a config, or with --all a folder of them")
     with _importing():
+        from .checks import world_size
         from .config import load_config
         from .plugin import load_plugin
         from .validate import validate
     for plugin in arguments.plugin:
         load_plugin(plugin)
-    code = 0
+    code, whole = 0, arguments.full or len(paths) == 1
+    devices = arguments.devices or world_size()
     for path in paths:
         try:
-            figures = validate(load_config(path, arguments.overrides))
+            figures = validate(load_config(path, arguments.overrides), devices, with_memory=whole)
         except UnreachableError as error:
             print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED
@@ -226,7 +228,6 @@ def validate(arguments: argparse.Namespace) -> int:
             print(f"{path}: refused", flush=True)
             code = fail(str(error), error.exit_code)
             continue
-        whole = arguments.full or len(paths) == 1
         short = f"; {figures['examples']}; steps: {figures['steps']}"
         print(f"{path}: fine{'' if whole else short}", flush=True)
         for name, told in figures.items() if whole else ():

@@ -32,6 +32,10 @@ class DryRun:
         config = dataclasses.replace(self.config, packing=packing)
         return dataclasses.replace(self, config=config, policy=_outline(config, self.template, self.loss))
 
+    def packed_policy(self) -> Policy:
+        """Another policy on the meta device, of which quantised layers are as small as they will be."""
+        return _outline(self.config, self.template, self.loss, packed=True)
+
 
 def dry_run(config: Config) -> DryRun:
     """Reads the data as the trainer does, and of the model its config alone. Raises ConfigError or DataError."""
@@ -43,5 +47,5 @@ def dry_run(config: Config) -> DryRun:
     return DryRun(config, loss, template, data, _outline(config, template, loss))
 
 
-def _outline(config: Config, template: Template, loss: Loss) -> Policy:
-    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.needs)
+def _outline(config: Config, template: Template, loss: Loss, packed: bool = False) -> Policy:
+    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.needs, packed)

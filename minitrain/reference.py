@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from .model.load import DTYPES, identity, load_frozen, load_tokenizer
 from .model.policy import Policy, check_policy, find_blocks
 from .schema import Config, ModelConfig
 
+Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
 NOTED = "ref_logps"  # the column of precomputed log-probabilities
 
 
@@ -116,15 +118,17 @@ def companions(
     parallel: SingleDevice,
     precision: Precision,
     loaders: list[Loader],
+    load: Load | None = None,
 ) -> dict:
-    """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError."""
-    models = {}
+    """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError.
+
+    `load` makes those with weights of their own; `load_frozen` when left out.
+    """
+    models, load = {}, load or load_frozen
     if "teacher" in loss.needs:
-        models["teacher"] = load_teacher(loss, config, tokenizer, parallel)
+        models["teacher"] = load_teacher(loss, config, tokenizer, parallel, load)
     if "reference" in loss.needs:
-        kind = loss.options.reference
-        if kind == "auto":
-            kind = "adapter" if has_adapter(config) else "model"
+        kind = reference_kind(loss, config)
         if kind == "adapter":
             models["reference"] = InitialValues(policy, parallel)
         elif kind == "precomputed":
@@ -132,12 +136,18 @@ def companions(
                 cache.columns[NOTED] = _noted(cache, loss, policy, config, parallel, precision, loaders[0])
             models["reference"] = Precomputed()
         else:
-            models["reference"] = _own_model(config, policy, tokenizer, parallel, precision)
+            models["reference"] = _own_model(config, policy, tokenizer, parallel, precision, load)
             _check_start(policy, models["reference"], loaders[0], parallel, precision)
     return models
 
 
-def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice) -> Teacher:
+def reference_kind(loss: Loss, config: Config) -> str:
+    """How a loss that needs a reference gets it: model, adapter or precomputed."""
+    kind = loss.options.reference
+    return kind if kind != "auto" else "adapter" if has_adapter(config) else "model"
+
+
+def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = load_frozen) -> Teacher:
     """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
     if loss.options.teacher is None:
         raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.")
@@ -145,7 +155,7 @@ def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice) 
     dtype = DTYPES[chosen.policy_dtype]
     with parallel.taking_turns():
         _compare_tokenizers(tokenizer, load_tokenizer(chosen), chosen.name_or_path)
-        frozen = load_frozen(chosen, tokenizer, dtype, config.packing, torch.float32)
+        frozen = load(chosen, tokenizer, dtype, config.packing, torch.float32)
     return Teacher(frozen, parallel, dtype, len(tokenizer), config.packing)
 
 
@@ -171,11 +181,13 @@ def _compare_tokenizers(ours, theirs, name: str) -> None:
         )
 
 
-def _own_model(config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision) -> FrozenModel:
+def _own_model(
+    config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision, load: Load
+) -> FrozenModel:
     dtype = DTYPES[config.model.reference_dtype or config.model.policy_dtype]
     residual = policy.model.get_input_embeddings().weight.dtype
     with parallel.taking_turns():
-        frozen = load_frozen(config.model, tokenizer, dtype, config.packing, residual)
+        frozen = load(config.model, tokenizer, dtype, config.packing, residual)
     # As the policy does; but weights in less than float32 have to meet their like.
     return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)
 

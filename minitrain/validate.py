@@ -10,24 +10,26 @@ from .data.loader import Examples, Loader
 from .data.records import Conversation, assistant, user
 from .data.template import Template
 from .dry import DryRun, dry_run
+from .engine.parallel import pick_device
 from .errors import DataError
+from .memory import told_memory
 from .model.scoring import is_encoder
 from .schema import Config
 
 MAX_TOLD = 3  # rows of one kind of fault and file
 
 
-def validate(config: Config) -> dict[str, str]:
+def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict[str, str]:
     """Figures of a training by their names, from every row of its files and from its model's config.
 
-    Raises ConfigError, or DataError for rows that cannot be read or would teach something else than they say.
+    `with_memory`: also what it takes on each of so many devices, for which a step is tried out. Raises ConfigError, or DataError for rows that cannot be read or would teach something else than they say.
     """
     run = dry_run(config)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
     told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
     if told:
         raise DataError("\n".join(told))
-    return _figures(run)
+    return _figures(run) | (told_memory(run, pick_device(config.device), devices) if with_memory else {})
 
 
 # ----------------------------------------------------------------------------------------------------------- faults
@@ -119,8 +121,8 @@ def _figures(run: DryRun) -> dict[str, str]:
     loader = run.loader(train)
     n_steps, epoch = loader.total_steps, loader.epoch_size
     tokens, cells = _laid_out(loader)
-    lengths = _of_documents(train, lambda cache: np.diff(cache.offsets))  # [E, n]
-    learned = _of_documents(train, _n_learned).sum(1)[loader.order(0)].sum()
+    lengths = train.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
+    learned = train.of_documents(_n_learned).sum(1)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
     parameters = list(run.policy.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -161,25 +163,8 @@ def _padding(run: DryRun, share: float) -> str:
 
 def _laid_out(loader: Loader) -> tuple[int, int]:
     """(tokens, places for tokens) of all batches of the first epoch, without making them."""
-    whole = _of_documents(loader.examples, lambda cache: np.diff(cache.offsets))  # [E, n]
-    own = whole - _of_documents(loader.examples, lambda cache: cache.shared) if loader.shares_prompts else whole
-    order, size = loader.order(0), loader.config.total_batch_size
-    tokens = cells = 0
-    for start in range(0, len(order), size):
-        for rows in loader.layout(order[start : start + size]):
-            if loader.config.packing:
-                widths = [int(own[row].sum()) for row in rows]
-            else:
-                widths = own[[example for row in rows for example in row]].reshape(-1).tolist()
-            tokens += sum(widths)
-            cells += len(widths) * max(widths, default=0)
-    return tokens, cells
-
-
-def _of_documents(examples: Examples, numbers: Callable[[TokenCache], np.ndarray]) -> np.ndarray:
-    """A number of each document of the chosen examples -> [E, n]."""
-    pairs = zip(examples.caches, examples.chosen, strict=True)
-    return np.concatenate([numbers(cache).reshape(-1, cache.n_documents)[chosen] for cache, chosen in pairs])
+    widths = list(loader.widths(rows for step in loader.epoch_plan() for mine in step for rows in mine))
+    return sum(map(sum, widths)), sum(len(each) * max(each, default=0) for each in widths)
 
 
 def _share(part: float, whole: float) -> str:

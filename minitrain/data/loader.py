@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,11 @@ class Examples:
         """The same with other choices; caches of which nothing is chosen are left out."""
         kept = [i for i, indices in enumerate(chosen) if len(indices)]
         return Examples([self.caches[i] for i in kept], [self.weights[i] for i in kept], [chosen[i] for i in kept])
+
+    def of_documents(self, numbers: Callable[[TokenCache], np.ndarray]) -> np.ndarray:
+        """A number of each document, which a cache has as [D] -> [E, n]."""
+        pairs = zip(self.caches, self.chosen, strict=True)
+        return np.concatenate([numbers(cache).reshape(-1, cache.n_documents)[chosen] for cache, chosen in pairs])
 
     def first(self, n: int | None) -> "Examples":
         """The first n examples over all files in turn; all of them for None."""
@@ -169,10 +174,30 @@ class Loader:
 
     def layout(self, indices: np.ndarray) -> list[Rows]:
         """The examples of one step in the rows of this rank's micro-batches."""
+        return self.plan(indices)[self.rank]
+
+    def plan(self, indices: np.ndarray) -> list[list[Rows]]:
+        """The examples of one step in the rows of each rank's micro-batches."""
         n_micro = self.config.gradient_accumulation_steps
         lengths, packing = self.examples.lengths[indices], self.config.packing
         plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
-        return [[[int(indices[i]) for i in row] for row in rows] for rows in plan[self.rank]]
+        return [[[[int(indices[i]) for i in row] for row in rows] for rows in mine] for mine in plan]
+
+    def epoch_plan(self) -> Iterator[list[list[Rows]]]:
+        """The plan of each step of the first epoch."""
+        order, size = self.order(0), self.config.total_batch_size
+        return (self.plan(order[start : start + size]) for start in range(0, len(order), size))
+
+    def widths(self, batches: Iterable[Rows]) -> Iterator[list[int]]:
+        """Tokens in each row of each of these batches, without making them."""
+        own = self.examples.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
+        if self.shares_prompts:
+            own = own - self.examples.of_documents(lambda cache: cache.shared)
+        for rows in batches:
+            if self.config.packing:
+                yield [int(own[row].sum()) for row in rows]
+            else:
+                yield own[[example for row in rows for example in row]].reshape(-1).tolist()
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the examples once, each rank as many batches, longest first."""

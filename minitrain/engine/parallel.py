@@ -128,14 +128,18 @@ class FullySharded(SingleDevice):
             torch.cuda.set_device(device)
         super().__init__(device)
         _join(device, timedelta(seconds=options.timeout_seconds + 60))
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        shape = _mesh_shape(options.shard, self.world_size)
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
-        self.replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
-        self.store = self.watchdog = None
+        self.lay_out()
         if self.world_size > 1:
             self.store = _own_store()
             self.watchdog = Watchdog(self.rank, self.world_size, _own_store(), options.timeout_seconds)
+
+    def lay_out(self) -> None:
+        """Finds this rank's place among those of the process group."""
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        shape = _mesh_shape(self.options.shard, self.world_size)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+        self.replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        self.store = self.watchdog = None
 
     def wrap(self, policy: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> nn.Module:
         # Inside autocast, inputs keep their float32, so that the residual stream does as it does on one device.

@@ -129,7 +129,11 @@ def load_policy(
 
 def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
     """A model that is only looked at, in `dtype`, with the residual stream in another one."""
-    model = load_model(config, tokenizer, 0, dtype)
+    return frozen_policy(load_model(config, tokenizer, 0, dtype), dtype, packing, residual)
+
+
+def frozen_policy(model: nn.Module, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
+    """A model in `dtype` as one that is only looked at."""
     policy = make_policy(model.eval().requires_grad_(False))
     if dtype != residual:  # as autocast has it, whose matrix products alone are in less than the masters' precision
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))

@@ -7,28 +7,33 @@ from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
-from .load import DTYPES, attention_of, auto_class, freeze_layers, grow_embeddings, no_model
+from .load import DTYPES, attention_of, auto_class, freeze_layers, frozen_policy, grow_embeddings, no_model
 from .policy import Policy
-from .scoring import make_policy, name_outputs
+from .quantize import outline_quantized
+from .scoring import check_rows, make_policy, name_outputs
 from .tiny import tiny_model
 from .weights import parameters_on_meta
 
 
-def outline_policy(config: Config, tokenizer, outputs: list[str] | None = None, value_head: bool = False) -> Policy:
+def outline_policy(
+    config: Config, tokenizer, outputs: list[str] | None = None, value_head: bool = False, packed: bool = False
+) -> Policy:
     """The policy that `load_policy` loads and the trainer freezes, from the model's config alone. Raises ConfigError.
 
-    Its parameters are on the meta device, those that quantisation would pack as they are.
+    Its parameters are on the meta device. Those that quantisation packs are as they were before it, or with `packed`
+    as they are after it.
     """
     compute = DTYPES[config.model.policy_dtype]
+    dtype = compute if has_adapter(config) else DTYPES[config.model.master_dtype]
     with parameters_on_meta():
-        model = _outline(config.model, tokenizer, outputs)
-        if outputs is not None:
-            name_outputs(model, outputs, tokenizer.pad_token_id, [])
-        grow_embeddings(model, len(tokenizer))
+        model = _outline(config.model, tokenizer, dtype, outputs)
+        if packed and config.model.quantization != "none":
+            outline_quantized(model, config.model.quantization, compute)
         if has_adapter(config):
             model.adapter = outline_adapter(config, model)
             model.adapter.freeze(model, compute)
         policy = make_policy(model)
+        check_rows(model, config.packing)
         if value_head:
             policy.add_value_head()
     freeze_layers(model, config.freeze_layers, compute)
@@ -37,7 +42,17 @@ def outline_policy(config: Config, tokenizer, outputs: list[str] | None = None, 
     return policy
 
 
-def _outline(config: ModelConfig, tokenizer, outputs: list[str] | None) -> nn.Module:
+def outline_frozen(
+    config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype
+) -> Policy:
+    """The policy that `load_frozen` loads, in the same way."""
+    with parameters_on_meta():
+        model = _outline(config, tokenizer, dtype, None)
+    return frozen_policy(model, dtype, packing, residual)
+
+
+def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
+    """As `load_model` loads it. Its buffers are real, and of the dtype that they always have."""
     from transformers import AutoConfig
 
     kind, number = auto_class(outputs)
@@ -49,6 +64,12 @@ def _outline(config: ModelConfig, tokenizer, outputs: list[str] | None) -> nn.Mo
         else:
             ask_for(config.name_or_path)
             shape = AutoConfig.from_pretrained(config.name_or_path, revision=config.revision, **trust, **number)
-        return kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
+        model = kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
     except Exception as error:
         raise no_model(config, outputs, error) from None
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if outputs is not None:
+        name_outputs(model, outputs, tokenizer.pad_token_id, [])
+    grow_embeddings(model, len(tokenizer))
+    return model

@@ -84,9 +84,7 @@ class EncoderScorer(Policy):
         return 1 << 62
 
     def check(self, ids: Tensor, packing: bool, gathered) -> None:
-        if packing:
-            told = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
-            raise ConfigError(f"packing: {told}")
+        check_rows(self.model, packing)
 
 
 def make_policy(model: nn.Module) -> Policy:
@@ -109,6 +107,13 @@ def _as_weights(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 def is_encoder(model: nn.Module) -> bool:
     """Whether a model is one of BERT's kind: transformers calls a decoder's scalar head `score`."""
     return model.get_output_embeddings() is None and not hasattr(model, "score")
+
+
+def check_rows(model: nn.Module, packing: bool) -> None:
+    """Raises ConfigError for an encoder of packed rows."""
+    if packing and is_encoder(model):
+        told = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
+        raise ConfigError(f"packing: {told}")
 
 
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
