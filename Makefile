@@ -36,6 +36,7 @@ bench: .venv/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/ranks.py
 	$(BIN)/python bench/dpo.py
 	$(BIN)/python bench/divergence.py
+	$(BIN)/python bench/memory.py
 
 docs: .venv/ready  ## the pages that are made: options from the schema, commands from their --help
 	$(BIN)/python docs/generate_options.py > docs/options.md

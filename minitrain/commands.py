@@ -231,7 +231,7 @@ def validate(arguments: argparse.Namespace) -> int:
         short = f"; {figures['examples']}; steps: {figures['steps']}"
         print(f"{path}: fine{'' if whole else short}", flush=True)
         for name, told in figures.items() if whole else ():
-            print(f"  {name:<12}{told}")
+            print(f"  {name:<13}{told}")
     return code
 
 

@@ -1,14 +1,13 @@
 """How much memory a training takes at its worst and what takes it, before it starts and without weights.
 
-A step of it is taken with tensors that have shapes and no memory (PyTorch's fake tensors), by the very code that trains:
-policy, loss, optimizer, sharding. A ledger notes each tensor that is made and forgotten on the way. Only integers, which
-say where documents lie, are real. So nothing here knows how much some layer keeps, and what is new is counted too.
+A step of it is taken with tensors that have shapes and no memory (PyTorch's fake tensors), by the very code that
+trains: policy, loss, optimizer, sharding. A ledger notes each tensor that is made and forgotten on the way. Only
+integers, which say where documents lie, are real. So nothing here knows what some layer keeps, and what is new counts.
 """
 
 import contextlib
 import dataclasses
 import functools
-import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from .batch import Batch
 from .data.loader import Loader
@@ -30,16 +29,17 @@ from .dry import DryRun
 from .engine.optim import build_optimizer
 from .engine.parallel import FullySharded, SingleDevice, local_rows
 from .engine.precision import Precision
-from .errors import ConfigError, MinitrainError
+from .errors import ConfigError
 from .evaluate import inference
 from .losses import Loss
 from .model import heads
-from .model.load import CPU, DTYPES, first_line
+from .model.load import CPU, DTYPES
 from .model.outline import outline_frozen
 from .prepare import make_loader, prepare_policy
 from .reference import NOTED, Precomputed, companions, reference_kind
 from .schema import Config, FSDPConfig
 
+PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", "activations", "head", "gathered")
 HEAD = {f"{heads.__package__}.heads", f"{heads.__package__}.divergence"}  # whose backward passes are the output layer's
 OFFLOADED = frozenset({"weights", "gradients", "optimizer"})  # by fsdp.cpu_offload
 aten = torch.ops.aten
@@ -72,8 +72,9 @@ class Ledger(TorchDispatchMode):
         part = "head" if _in_head() else self.part
         if self._makes_floats(function, kwargs):
             part = "gathered"
+        given = {_key(tensor) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.held:
+            if isinstance(tensor, Tensor) and _key(tensor) not in given | self.held.keys():
                 self.hold(tensor, part)
         return made
 
@@ -85,7 +86,13 @@ class Ledger(TorchDispatchMode):
             return FROM_INPUTS[function]
         if function is aten.index.Tensor:  # how much a real mask chooses is known
             args = args[0], [place for given in args[1] for place in _places(given)], *args[2:]
-        return function(*args, **kwargs)
+        return function(*tree_map_only(Tensor, self._faked, args), **tree_map_only(Tensor, self._faked, kwargs))
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        with self.fake:  # its own way to do so keeps some real tensors alive
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
     def _makes_floats(self, function, kwargs: dict) -> bool:
         """Whether an operation makes memory for floats out of nothing, which only FSDP does here."""
@@ -94,8 +101,7 @@ class Ledger(TorchDispatchMode):
 
     def hold(self, tensor: Tensor, part: str) -> None:
         """Counts a tensor as this part's from now on."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key = tensor.untyped_storage(), _key(tensor)
         self._release(key)
         self.held[key] = part, storage.nbytes(), weakref.ref(storage, lambda _: self._release(key))
         self._add(part, storage.nbytes())
@@ -134,6 +140,11 @@ class Ledger(TorchDispatchMode):
             self.peak = max(self.peak, self.total)
 
 
+def _key(tensor: Tensor) -> int:
+    """The same for all views of a tensor's memory."""
+    return tensor.untyped_storage()._cdata
+
+
 def _in_head() -> bool:
     """Whether the backward pass is in the output layer."""
     node = torch._C._current_autograd_node()
@@ -167,6 +178,9 @@ def take(step: Step, ledger: Ledger) -> None:
     precision = Precision(DTYPES[step.config.model.policy_dtype], CPU)
     for tensor in (*step.policy.parameters(), *step.policy.buffers()):
         ledger.hold(local_rows(tensor)[0], "weights")
+    for name, model in step.models.items():
+        for tensor in model.tensors():
+            ledger.hold(local_rows(tensor)[0], name)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold(local_rows(p.grad)[0], "gradients"))
     _tell_head(step.policy, ledger)
@@ -233,11 +247,11 @@ def estimate(run: DryRun, device: torch.device, devices: int = 1) -> Estimate:
     """
     _check_devices(run.config, devices)
     offloads = run.config.fsdp.cpu_offload and device.type != "cpu"
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = FakeTensorMode()
     ledger = Ledger(fake, OFFLOADED if offloads else frozenset())
     with _parallel(run.config, devices, fake) as parallel, _head_of(device.type):
         take(_step(run, parallel, fake, ledger), ledger)
-    return Estimate({part: size for part, size in ledger.most.items() if size}, ledger.peak, ledger.elsewhere)
+    return Estimate({part: ledger.most[part] for part in PARTS if ledger.most[part]}, ledger.peak, ledger.elsewhere)
 
 
 def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Ledger) -> Step:
@@ -253,22 +267,16 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Led
     batches = [_largest(loader, held_out) for loader, held_out in zip(loaders, (False, True))]
 
     def load(*asked) -> nn.Module:
-        frozen = _faked(outline_frozen(*asked), fake)
-        for tensor in (*frozen.parameters(), *frozen.buffers()):
-            ledger.hold(tensor, ledger.part)
-        return frozen
+        return _faked(outline_frozen(*asked), fake)
 
     with ledger:
-        ledger.part = "weights"
         policy = prepare_policy(policy, None, config, parallel, precision, loss.dropout)
-        ledger.part = "teacher" if "teacher" in loss.needs else "reference"
         if "reference" in loss.needs and reference_kind(loss, config) == "precomputed":
             models = {"reference": Precomputed()}
             for batch in batches:
                 batch.columns[NOTED] = torch.zeros(batch.input_ids.shape)
         else:
             models = companions(loss, config, policy, tokenizer, parallel, precision, loaders, load)
-        ledger.part = "activations"
     several = 2 if config.gradient_accumulation_steps > 1 else 1  # the second one finds gradients there
     return Step(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:])
 
@@ -345,7 +353,7 @@ def _parallel(config: Config, devices: int, fake: FakeTensorMode) -> Iterator[Si
 
 @contextlib.contextmanager
 def _head_of(kind: str) -> Iterator[None]:
-    """Inside, the output layer cuts its chunks as on this kind of device, where tensors say that they are on the CPU."""
+    """Inside, the output layer cuts its chunks as on this kind of device, though tensors say they are on the CPU."""
     budget, native = heads.CHUNK_BYTES["cpu"], heads.cpu_has_bfloat16
     if kind != "cpu":
         heads.CHUNK_BYTES["cpu"] = heads.CHUNK_BYTES.get(kind, heads.CHUNK_BYTES["cuda"])
@@ -354,37 +362,3 @@ def _head_of(kind: str) -> Iterator[None]:
         yield
     finally:
         heads.CHUNK_BYTES["cpu"], heads.cpu_has_bfloat16 = budget, native
-
-
-# ------------------------------------------------------------------------------------------------------- in words
-
-
-def told_memory(run: DryRun, device: torch.device, devices: int = 1) -> dict[str, str]:
-    """The estimate in words, or why there is none, and a warning where the device has less."""
-    try:
-        found = estimate(run, device, devices)
-    except MinitrainError:
-        raise
-    except Exception as error:  # whatever a model may do that needs the values of its tensors
-        return {"peak memory": f"not known, since the model cannot run without values: {first_line(error)}"}
-    each = f" on each of {devices}" if devices > 1 else ""
-    parts = ", ".join(
-        f"{part} {_mib(size)}{' (on the CPU)' if part in found.elsewhere else ''}"
-        for part, size in found.parts.items()
-    )
-    told = {"peak memory": f"{_mib(found.peak)} MiB on {device.type}{each}; at most, not all at once: {parts}"}
-    there, what = _capacity(device)
-    needed = found.peak * (devices if device.type != "cuda" else 1)
-    if needed > there:
-        told["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(there)} MiB of {what}"
-    return told
-
-
-def _capacity(device: torch.device) -> tuple[int, str]:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1], torch.cuda.get_device_name(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f}"

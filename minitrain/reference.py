@@ -64,6 +64,10 @@ class InitialValues:
         finally:
             self._put(now)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return [value for _, value in self.pairs]
+
     def _put(self, values) -> None:
         for (rows, _), value in zip(self.pairs, values, strict=True):
             rows.data.copy_(value)
@@ -76,6 +80,10 @@ class FrozenModel:
     def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype):
         self.policy = parallel.wrap(policy, find_blocks(policy.model.base_model), dtype)
         self.precision = Precision(dtype, parallel.device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return [*self.policy.parameters(), *self.policy.buffers()]
 
     def __call__(self, batch: Batch, **asked) -> Scores:
         with torch.no_grad(), self.precision.autocast():
@@ -105,6 +113,10 @@ class Teacher(FrozenModel):
 
 class Precomputed:
     """Log-probabilities that the policy gave before training, kept beside the token cache."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps: a batch brings its own."""
+        return []
 
     def __call__(self, batch: Batch, **asked) -> Scores:
         return Scores(batch.of_targets(NOTED), batch.target_docs, batch.n_docs)

@@ -1,18 +1,21 @@
 """What can be known of a training before it starts, and what is wrong with its data: `minitrain validate`."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 
 import jinja2
 import numpy as np
+import torch
 
 from .data.cache import BAD_ROWS, TokenCache
-from .data.loader import Examples, Loader
+from .data.loader import Loader
 from .data.records import Conversation, assistant, user
 from .data.template import Template
 from .dry import DryRun, dry_run
 from .engine.parallel import pick_device
-from .errors import DataError
-from .memory import told_memory
+from .errors import DataError, MinitrainError
+from .memory import estimate
+from .model.load import first_line
 from .model.scoring import is_encoder
 from .schema import Config
 
@@ -22,14 +25,15 @@ MAX_TOLD = 3  # rows of one kind of fault and file
 def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict[str, str]:
     """Figures of a training by their names, from every row of its files and from its model's config.
 
-    `with_memory`: also what it takes on each of so many devices, for which a step is tried out. Raises ConfigError, or DataError for rows that cannot be read or would teach something else than they say.
+    `with_memory`: also what it takes on each of so many devices, for which a step is tried out. Raises ConfigError, or
+    DataError for rows that cannot be read or would teach something else than they say.
     """
     run = dry_run(config)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
     told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
     if told:
         raise DataError("\n".join(told))
-    return _figures(run) | (told_memory(run, pick_device(config.device), devices) if with_memory else {})
+    return _figures(run) | (_memory(run, pick_device(config.device), devices) if with_memory else {})
 
 
 # ----------------------------------------------------------------------------------------------------------- faults
@@ -169,3 +173,36 @@ def _laid_out(loader: Loader) -> tuple[int, int]:
 
 def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def _memory(run: DryRun, device: torch.device, devices: int = 1) -> dict[str, str]:
+    """The estimate in words, or why there is none, and a warning where the device has less."""
+    try:
+        found = estimate(run, device, devices)
+    except MinitrainError:
+        raise
+    except Exception as error:  # whatever a model may do that needs the values of its tensors
+        return {"peak memory": f"not known, since the model cannot run without values: {first_line(error)}"}
+    each = f" on each of {devices}" if devices > 1 else ""
+    parts = ", ".join(
+        f"{part} {_mib(size)}{' (on the CPU)' if part in found.elsewhere else ''}" for part, size in found.parts.items()
+    )
+    told = {"peak memory": f"{_mib(found.peak)} MiB on {device.type}{each}; at most, not all at once: {parts}"}
+    there, what = _capacity(device)
+    needed = found.peak * (devices if device.type != "cuda" else 1)
+    if needed > there:
+        told["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(there)} MiB of {what}"
+    return told
+
+
+def _capacity(device: torch.device) -> tuple[int, str]:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1], torch.cuda.get_device_name(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}" if size >= 10 << 20 else f"{size / 2**20:.1f}"

@@ -42,9 +42,7 @@ def outline_policy(
     return policy
 
 
-def outline_frozen(
-    config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype
-) -> Policy:
+def outline_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
     """The policy that `load_frozen` loads, in the same way."""
     with parameters_on_meta():
         model = _outline(config, tokenizer, dtype, None)

@@ -70,7 +70,7 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
-    """What `quantize_model` makes of a model, as far as memory goes, on the device of the weights and without values."""
+    """What `quantize_model` makes of a model, as far as memory goes, on the device of its weights, without values."""
     for module in _quantizable(model).values():
         sizes, device = module.weight.shape, module.weight.device
         del module.weight

@@ -6,14 +6,19 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from minitrain import Trainer, load_config
 from minitrain.batch import IGNORE
 from minitrain.cli import main
 from minitrain.dry import dry_run
+from minitrain.errors import ConfigError
+from minitrain.memory import estimate
+from minitrain.model.policy import Policy
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.validate import faults
 from tests.conftest import ROOT
+from tests.core.scorers import random_base
 
 ROWS = [{"prompt": f"say {i}", "response": "ab" * (1 + 7 * i % 11)} for i in range(20)]
 PAIRS = [{"prompt": f"say {i}", "chosen": "ab" * (1 + 5 * i % 9), "rejected": "no"} for i in range(20)]
@@ -223,6 +228,52 @@ def test_what_training_would_refuse(write, report, rows, options, told):
         options = options | {"truncation": "drop"}
     code, found, err = report(write(rows, **options))
     assert code == 2 and found == {} and told in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_encoder_of_packed_rows(write, report, packing, tmp_path):
+    """Refused before training in the words of training."""
+    path = write(LABELLED, loss="classify", packing=packing, model={"name_or_path": str(random_base("bert", tmp_path))})
+    code, _, err = report(path)
+    assert code == (2 if packing else 0), err
+    if packing:
+        with pytest.raises(ConfigError) as refused:
+            Trainer(load_config(path))
+        assert err.endswith(f"minitrain: {refused.value}\n") and "an encoder sees all of a row" in err
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def test_peak_memory_is_told_by_part(write, report):
+    """Of one device; of each of two that FSDP cuts the model over; BasicTrainer has no two."""
+    code, found, err = report(write(ROWS))
+    assert code == 0 and "warning" not in found, err
+    names = re.findall(r"(\w+) [\d,.]+(?:, |$)", found["peak memory"].partition(": ")[2])
+    assert names == ["weights", "activations", "gradients", "optimizer", "head"]
+    assert re.match(r"[\d.]+ MiB on cpu; at most, not all at once: ", found["peak memory"])
+    code, found, _ = report(write(ROWS, trainer="FSDPTrainer"), "--devices", "2")
+    assert code == 0 and " MiB on cpu on each of 2; " in found["peak memory"] and "gathered" in found["peak memory"]
+    code, _, err = report(write(ROWS), "--devices", "2")
+    assert code == 2 and "BasicTrainer trains on one device" in err
+
+
+def test_more_than_the_machine_has(write, report, monkeypatch):
+    """A warning and no error, on the CPU for all processes together."""
+    there = int(1.01 * estimate(dry_run(load_config(write(ROWS))), torch.device("cpu")).peak)
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": there}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    assert "warning" not in report(write(ROWS))[1]
+    code, found, _ = report(write(ROWS, trainer="FSDPTrainer"), "--devices", "2")
+    assert code == 0 and re.match(r"the peak memory of .* is more than the .* MiB of this machine", found["warning"])
+
+
+def test_a_model_that_needs_its_values(write, report, monkeypatch):
+    """Where no number can be told, it is said why; the other figures are there."""
+    monkeypatch.setattr(Policy, "output", lambda self, hidden: hidden.nonzero())
+    code, found, _ = report(write(ROWS))
+    assert code == 0 and found["peak memory"].startswith("not known, since the model cannot run without values: ")
+    assert "parameters" in found
 
 
 # ---------------------------------------------------------------------------------------------------- many configs

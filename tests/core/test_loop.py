@@ -252,6 +252,15 @@ def test_frozen_layers_do_not_move(make_trainer):
         assert torch.equal(p, before[name]) == ("layers.0." in name or "embed_tokens" in name), name
 
 
+def test_frozen_layers_in_bfloat16(make_trainer):
+    """They meet the float32 of the layers beside them in the check before the first step as in the steps."""
+    for frozen in ("0", "embeddings"):
+        trainer = make_trainer(f"freeze_layers=[{frozen}]", "model.policy_dtype=bfloat16", f"exp_name={frozen}")
+        assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32, torch.bfloat16}
+        trainer.train()
+        assert math.isfinite(metrics(trainer)[-1]["loss"])
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
