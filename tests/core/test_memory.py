@@ -1,4 +1,4 @@
-"""The estimate of memory against trainings that do take place: the same parts to the byte, and nothing left uncounted."""
+"""The estimate of memory against trainings that do take place: the same parts to the byte, and nothing uncounted."""
 
 import gc
 import json
@@ -251,5 +251,5 @@ def test_devices_that_do_not_fit(config):
     with pytest.raises(ConfigError, match="BasicTrainer trains on one device, and not on 2"):
         estimate(run, CPU, 2)
     run = dry_run(config("trainer=FSDPTrainer"))
-    with pytest.raises(ConfigError, match="8 examples cannot be cut into .* on each of 3 devices"):
+    with pytest.raises(ConfigError, match=r"8 examples cannot be cut into .* on each of 3 devices"):
         estimate(run, CPU, 3)
