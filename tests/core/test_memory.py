@@ -14,6 +14,9 @@ from minitrain.errors import ConfigError
 from minitrain.losses import registered
 from minitrain.memory import Ledger, Step, _largest, estimate, take
 from minitrain.model import attention
+from minitrain.model.load import save_model
+from minitrain.model.tiny import tiny_tokenizer
+from tests.conftest import random_llama
 from tests.core.scorers import random_base
 from tests.rows import ROWS
 
@@ -101,13 +104,9 @@ SETTINGS = [
     ("sft", ()),
     ("sft", ("packing=true", "gradient_accumulation_steps=2")),
     ("sft", ("activation_checkpointing=true", "model.policy_dtype=bfloat16")),
-    ("sft", ("loss.label_smoothing=0.1", "loss.focal_gamma=2", "optimizer=Adafactor")),
     ("sft", ("lora.rank=4", "lora.dropout=0.1", "model.policy_dtype=bfloat16", "packing=true")),
-    ("sft", ("soft_prompt.num_virtual_tokens=5", "model.policy_dtype=float16")),
     ("dft", ("freeze_layers=[embeddings]", "packing=true", "model.attn_implementation=eager")),
-    ("dpo", ("packing=true", "loss.reference=adapter")),
     ("dpo", ("model.reference_dtype=bfloat16",)),
-    ("dpo", ("lora.rank=4", "model.policy_dtype=bfloat16")),
     ("kto", ("gradient_accumulation_steps=2",)),
     ("kd", ("loss.teacher_dtype=bfloat16",)),
     ("policy", ()),
@@ -115,11 +114,28 @@ SETTINGS = [
     ("value", ()),
     ("classify", ("lora.rank=2",)),
 ]
+MORE_SETTINGS = [
+    ("sft", ("soft_prompt.num_virtual_tokens=5", "model.policy_dtype=float16")),
+    ("sft", ("loss.label_smoothing=0.1", "loss.focal_gamma=2", "optimizer=Adafactor")),
+    ("dpo", ("lora.rank=4", "model.policy_dtype=bfloat16")),
+    ("dpo", ("packing=true", "loss.reference=adapter")),
+]
 
 
 @pytest.mark.parametrize("loss, overrides", SETTINGS, ids=str)
 def test_a_step_without_weights_takes_what_a_real_one_takes(config, loss, overrides):
     """Every part, and the most of all together, to the byte: what autograd keeps, and what is made on the way."""
+    compare(config, loss, overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, overrides", MORE_SETTINGS, ids=str)
+def test_more_steps_without_weights(config, loss, overrides):
+    """The same with other options."""
+    compare(config, loss, overrides)
+
+
+def compare(config, loss: str, overrides: tuple[str, ...]) -> None:
     config = config(*overrides, loss=loss)
     found, real = estimate(dry_run(config), CPU), taken(config)
     assert found.parts == {part: size for part, size in real.most.items() if size}
@@ -168,7 +184,19 @@ def test_sharded_weights_gradients_and_moments(config, shard, ranks):
     assert found["gradients"] == rows
     steps = 4 * len(list(run.policy.parameters()))
     assert found["optimizer"] == 2 * rows + steps
-    assert found["gathered"] >= held(torch.empty(p.shape) for p in run.policy.parameters()) if shard == "grad" else True
+    assert found.get("gathered", 0) > 0
+
+
+@pytest.mark.slow
+def test_gathered_weights_are_given_back(config, tmp_path):
+    """With shard=full a block's are there while it computes; with grad all are there until the backward pass."""
+    save_model(random_llama(num_hidden_layers=6), tiny_tokenizer(), tmp_path / "deep", torch.float32)
+    gathered = {}
+    for shard in ("full", "grad"):
+        run = dry_run(config("trainer=FSDPTrainer", f"fsdp.shard={shard}", model=tmp_path / "deep"))
+        gathered[shard] = estimate(run, CPU, 2).parts["gathered"]
+    block = held(torch.empty(p.shape) for p in run.policy.model.model.layers[0].parameters())
+    assert gathered["grad"] - gathered["full"] > 2 * block
 
 
 # ------------------------------------------------------------------------------------------------------ the ledger
