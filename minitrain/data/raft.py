@@ -33,11 +33,16 @@ def teacher_answer(row: dict) -> str | None:
 def raft_prompt(row: dict, documents: Documents, dataset: DatasetConfig) -> str:
     """The user's turn: the documents, numbered, and then the question, or what `prompt_template` makes of both.
 
-    The oracle stays with probability p_oracle, and the documents are shuffled. Both are drawn for each question from
-    `dataset.seed`, whatever the order of the rows. Documents of which nobody has said what they are stay as they are.
+    The oracle stays with probability p_oracle, as do `n_distractors` of the others, and all are shuffled. This is drawn
+    for each question from `dataset.seed`, whatever the order of the rows. Documents of which nobody has said what they
+    are stay as they are.
     """
     draw = random.Random(f"{dataset.seed} {row['question']}")
-    texts = documents.distractors + (documents.oracle if draw.random() < dataset.p_oracle else [])
+    oracle = documents.oracle if draw.random() < dataset.p_oracle else []
+    distractors = documents.distractors
+    if dataset.n_distractors is not None and dataset.n_distractors < len(distractors):
+        distractors = draw.sample(distractors, dataset.n_distractors)
+    texts = distractors + oracle
     draw.shuffle(texts)
     numbered = "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(texts + documents.unsorted, 1))
     return fill(dataset.prompt_template or TEMPLATE, row | {"documents": numbered}, "prompt_template")

@@ -132,6 +132,16 @@ def test_raft_without_the_oracle():
         assert all("text 1" in made and "text 3" in made for made in prompts)
 
 
+def test_raft_with_fewer_distractors():
+    """n_distractors are drawn anew for each question; more than there are is all."""
+    prompts = raft(300, n_distractors=1)
+    for n in (1, 2, 3):
+        assert sum(f"text {n}" in made for made in prompts) == pytest.approx(100, abs=30)
+    assert all(made.count("Document") == 2 and "text 0" in made for made in prompts)
+    assert raft(20, n_distractors=3) == raft(20, n_distractors=9) == raft(20)
+    assert raft(1, n_distractors=0) == ["Document 1: text 0\n\nask 0?"]
+
+
 def test_raft_templates():
     """The template has the documents and every column of the row."""
     (made,) = raft(1, prompt_template="Q: {question} D: {documents}")
