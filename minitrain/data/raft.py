@@ -34,10 +34,10 @@ def raft_prompt(row: dict, documents: Documents, dataset: DatasetConfig) -> str:
     """The user's turn: the documents, numbered, and then the question, or what `prompt_template` makes of both.
 
     The oracle stays with probability p_oracle, as do `n_distractors` of the others, and all are shuffled. This is drawn
-    for each question from `dataset.seed`, whatever the order of the rows. Documents of which nobody has said what they
-    are stay as they are.
+    from `dataset.seed`, the question and its documents, whatever the order of the rows: a question that is asked again
+    about other documents has its oracle elsewhere. Documents of which nobody has said what they are stay as they are.
     """
-    draw = random.Random(f"{dataset.seed} {row['question']}")
+    draw = random.Random("\n".join([f"{dataset.seed} {row['question']}", *documents.oracle, *documents.distractors]))
     oracle = documents.oracle if draw.random() < dataset.p_oracle else []
     distractors = documents.distractors
     if dataset.n_distractors is not None and dataset.n_distractors < len(distractors):

@@ -124,6 +124,16 @@ def test_raft_prompts():
     assert len(set(places)) == 4 and prompts == raft() != raft(seed=1)
 
 
+def test_a_question_that_is_asked_again():
+    """About other documents its oracle stands elsewhere, so that no place is learned with the question."""
+    places = set()
+    for i in range(40):
+        documents = [*TYPED, {"type": "distractor", "text": f"no {i}"}]
+        made = prompt({"question": "ask", "documents": documents, "answer": "tell"})
+        places.add(made[: made.index("yes")].count("Document"))
+    assert places == {1, 2, 3, 4}
+
+
 def test_raft_without_the_oracle():
     """p_oracle is the share of questions that keep it; the distractors always stay."""
     for share in (0.0, 0.8, 1.0):
