@@ -194,6 +194,8 @@ def saved_dtype(config: ModelConfig) -> str | None:
     """The dtype named in config.json; None when nothing is named or can be read, which `load_model` then tells."""
     from transformers import AutoConfig
 
+    if config.name_or_path == "tiny":
+        return None
     try:
         saved = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
         return str(saved.dtype).removeprefix("torch.")
