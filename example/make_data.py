@@ -1,13 +1,17 @@
-"""Makes the small data sets of the examples: sums, differences, reversed words, and sentences with labels.
+"""Makes the small data sets of the examples: sums, differences, reversed words, sentences with labels, and questions
+about documents.
 
     python example/make_data.py            writes example/data/, the same files every time
+    python example/make_data.py FOLDER     writes them there
 
-No question of a test file stands in a training file.
+No question of a test file stands in a training file, and no document that it is about.
 """
 
 import csv
+import itertools
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +86,40 @@ def write_facts(folder: Path, seed: int = 0) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+DEEDS = (  # what somebody did, how one asks for it, and to what
+    ("ate", "eat", ("apples", "beans", "corn", "dates", "eggs", "figs", "grapes", "honey")),
+    ("sold", "sell", ("boats", "coats", "dolls", "gloves", "hats", "jugs", "kites", "lamps")),
+    ("drew", "draw", ("ants", "bears", "cats", "ducks", "foxes", "goats", "hens", "lions")),
+    ("built", "build", ("arches", "bridges", "domes", "forts", "gates", "mills", "roads", "towers")),
+)
+
+
+def raft_row(name: str, rng: random.Random) -> dict:
+    """A question, the document that holds its answer, three that distract, and what a teacher would say
+    (arXiv 2403.10131)."""
+    told = [(past, verb, rng.choice(things)) for past, verb, things in DEEDS]
+    (past, verb, answer), *others = rng.sample(told, len(told))
+    fact = f"{name} {past} {answer}."
+    documents = [{"type": "oracle", "text": fact}]
+    documents += [{"type": "distractor", "text": f"{name} {other} {thing}."} for other, _, thing in others]
+    return {
+        "question": f"What did {name} {verb}?",
+        "documents": documents,
+        "teacher_answer": f"What {name} {past}: ##begin_quote##{fact}##end_quote##\n<ANSWER>: {answer}",
+    }
+
+
+def write_raft(folder: Path, seed: int = 0) -> None:
+    """1,500 rows to learn from and 100 others, about people who are in none of these."""
+    rng = random.Random(seed)
+    names = ["".join(name) for name in itertools.product(CONSONANTS, VOWELS, CONSONANTS, VOWELS)]
+    chosen = rng.sample(names, 1600)
+    for name, part in (("raft-test", chosen[:100]), ("raft-train", chosen[100:])):
+        lines = (json.dumps(raft_row(one, rng)) for one in part)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
     """One {"prompt", "response"} a line."""
     lines = (json.dumps({"prompt": question, "response": answer}) for question, answer in rows)
@@ -131,8 +169,8 @@ def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(__file__).parent / "data"
-    folder.mkdir(exist_ok=True)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "data"
+    folder.mkdir(parents=True, exist_ok=True)
     train, test = make()
     write_jsonl(folder / "skills-train.jsonl", train)
     write_jsonl(folder / "skills-test.jsonl", test)
@@ -143,3 +181,4 @@ if __name__ == "__main__":
     write_rollouts(folder / "skills-rollouts.jsonl", train[:1000], random.Random(3))
     write_rollouts(folder / "skills-rollouts-test.jsonl", test[:100], random.Random(4))
     write_facts(folder)
+    write_raft(folder)

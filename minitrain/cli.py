@@ -181,6 +181,13 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--input", metavar="FILE", help=".txt: a prompt a line; or .jsonl, .json, .csv, .tsv, .parquet rows"
     )
+    parser.add_argument("--rows", type=_number(int, 1), metavar="N", help="answer the first N rows of --input only")
+    parser.add_argument(
+        "--documents", nargs="+", metavar="FILE", help="texts that --prompt asks about, numbered in this order"
+    )
+    parser.add_argument(
+        "--prompt-template", metavar="T", help="the prompt_template of training, with {prompt} or columns in braces"
+    )
     _output_arguments(parser, "response")
     parser.set_defaults(command=commands.generate)
 

@@ -35,20 +35,10 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .errors import DataError
 
-    with _importing():
-        from .generate import Prompt, read_prompts
     output = _new_file(arguments.output, arguments.force)
-    if arguments.input:
-        prompts = list(read_prompts(Path(arguments.input)))
-    else:
-        given = [("--prompt", {"prompt": text}) for text in arguments.prompt]
-        prompts = [Prompt(where, row, [{"role": "user", "content": row["prompt"]}]) for where, row in given]
-    if not prompts:
-        raise DataError(f"{arguments.input}: holds no prompts")
+    prompts = _prompts(arguments)
     generator, sampling = _load_generator(arguments)
     ids = []
     for prompt in prompts:
@@ -57,11 +47,54 @@ def generate(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from None
     answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
+    rows = [prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)]
+    told = _check_sections(rows) if arguments.input else None
     if output is None:
-        print("\n".join(answers))
+        print(("\n\n" if any("\n" in answer for answer in answers) else "\n").join(answers))
     else:
-        _write([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output, "answers")
+        _write(rows, output, "answers")
+    if told:
+        print(told, file=sys.stderr if output is None else sys.stdout)
     return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list:
+    """What `generate` is asked."""
+    from itertools import islice
+    from pathlib import Path
+
+    from .errors import ConfigError, DataError
+
+    with _importing():
+        from .generate import Prompt, messages_of, read_documents, read_prompts
+    template = arguments.prompt_template
+    if arguments.input:
+        if arguments.documents:
+            raise ConfigError("--documents goes with --prompt; rows of a file have documents of their own")
+        prompts = list(islice(read_prompts(Path(arguments.input), template), arguments.rows))
+        if not prompts:
+            raise DataError(f"{arguments.input}: holds no prompts")
+        return prompts
+    if arguments.rows:
+        raise ConfigError("--rows goes with --input")
+    rows = [{"prompt": text} for text in arguments.prompt]
+    if arguments.documents:
+        documents = read_documents(arguments.documents)
+        rows = [{"question": text, "documents": documents} for text in arguments.prompt]
+    return [Prompt("--prompt", row, messages_of(row, template)) for row in rows]
+
+
+def _check_sections(rows: list[dict]) -> str | None:
+    """Notes in rows with documents and a teacher's answer what stands in their responses; a table of it, if any."""
+    from .sections import table, verdict
+
+    checked = []
+    for row in rows:
+        found = verdict(row, row["response"])
+        if found is not None:
+            row["sections"] = found
+            checked.append(row)
+    return table(checked) if checked else None
 
 
 def score(arguments: argparse.Namespace) -> int:

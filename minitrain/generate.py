@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from .checks import looks_local
 from .data.files import FORMATS, Row, format_of, read_rows
+from .data.raft import documents_of, raft_prompt
+from .data.records import Messages, fill, user
 from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
@@ -21,9 +23,7 @@ from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions
-from .schema import ModelConfig
-
-Messages = list[dict[str, str]]
+from .schema import DatasetConfig, ModelConfig
 
 
 @dataclass
@@ -194,6 +194,8 @@ def saved_dtype(config: ModelConfig) -> str | None:
     """The dtype named in config.json; None when nothing is named or can be read, which `load_model` then tells."""
     from transformers import AutoConfig
 
+    if config.name_or_path == "tiny":
+        return None
     try:
         saved = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
         return str(saved.dtype).removeprefix("torch.")
@@ -216,10 +218,12 @@ class Prompt(NamedTuple):
     messages: Messages
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
+def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
     """Prompts from a .txt file with one a line, or from rows with messages, prompt, question, instruction or query.
 
-    A last turn of the assistant is left out, so that a training file serves too. Raises DataError.
+    Questions with documents (RAFT) become the prompts of training, the oracle always among them. A last turn of the
+    assistant is left out, so that a training file serves too. `template` is the prompt_template of training. Raises
+    DataError.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
@@ -233,7 +237,10 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
         where = f"{path}:{line}"
         if isinstance(row, DataError):
             raise DataError(f"{where}: {row}")
-        yield Prompt(where, row, _messages_of(row, where))
+        try:
+            yield Prompt(where, row, messages_of(row, template))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
@@ -247,19 +254,41 @@ def _text_rows(path: Path) -> Iterator[Row]:
                 yield number, {"prompt": text}
 
 
-def _messages_of(row: dict, where: str) -> Messages:
+def messages_of(row: dict, template: str | None = None) -> Messages:
+    """The conversation up to the answer. Raises DataError."""
     if "messages" in row:
-        messages = row["messages"] if isinstance(row["messages"], list) else []
-        if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-            raise DataError(f"{where}: messages is not a list of objects with role and content")
-        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        if not messages or not all(isinstance(m.get("role"), str) for m in messages):
-            raise DataError(f"{where}: messages holds no turn of the user, or one without a role")
-        return messages
+        return _unanswered(row["messages"], template)
+    if "prompt" not in row and (documents := documents_of(row)) is not None:
+        return [user(raft_prompt(row, documents, DatasetConfig(path="", prompt_template=template)))]
     for key in ("prompt", "question", "instruction", "query"):
         if isinstance(row.get(key), str):
-            extra = f"\n{row['input']}" if key == "instruction" and row.get("input") else ""
-            return [{"role": "user", "content": row[key] + extra}]
-    raise DataError(
-        f"{where}: none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}"
-    )
+            text = row[key] + (f"\n{row['input']}" if key == "instruction" and row.get("input") else "")
+            return [user(text if template is None else fill(template, row | {"prompt": text}, "--prompt-template"))]
+    raise DataError(f"none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}")
+
+
+def _unanswered(messages: object, template: str | None) -> Messages:
+    messages = messages if isinstance(messages, list) else []
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        raise DataError("messages is not a list of objects with role and content")
+    messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    if not messages or not all(isinstance(m.get("role"), str) for m in messages):
+        raise DataError("messages holds no turn of the user, or one without a role")
+    if template is not None:
+        raise DataError("--prompt-template does not apply to messages")
+    return messages
+
+
+def read_documents(paths: list[str]) -> list[str]:
+    """The texts of files, in their order. Raises DataError."""
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8-sig").strip())
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not UTF-8 text") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        if not texts[-1]:
+            raise DataError(f"{path}: is empty")
+    return texts

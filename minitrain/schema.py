@@ -41,7 +41,10 @@ class DatasetConfig:
     )
     response_template: str | None = option(None, "Text of the assistant's turn, with {response} or any column.")
     p_oracle: float = option(1.0, "RAFT rows: share of them that keep the oracle document.", least=0, most=1)
-    seed: int = option(0, "Seed of what is drawn in making examples: the order of RAFT documents, the oracle.", least=0)
+    n_distractors: int | None = option(
+        None, "RAFT rows: so many of their distractors, drawn for each question; all when left out.", least=0
+    )
+    seed: int = option(0, "Seed of what is drawn in making examples: which RAFT documents, and their order.", least=0)
     n_examples: int | None = option(None, "Use only the first so many rows.", least=1)
     weight: float = option(1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0)
 

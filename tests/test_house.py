@@ -1,6 +1,7 @@
 """The house stands as it was drawn: who imports whom, how long things are, and that the README tells the truth."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import pytest
 from minitrain import load_config
 from minitrain.cli import main
 from minitrain.losses import base
+from minitrain.sections import verdict
 from tests.conftest import ROOT
 
 SOURCES = sorted((ROOT / "minitrain").rglob("*.py"))
@@ -95,13 +97,31 @@ def test_every_example_is_a_valid_config(file, monkeypatch):
 
 
 def test_the_example_data_are_what_the_script_makes(tmp_path):
-    """example/make_data.py gives the committed files, byte for byte, and no test question is in a training file."""
+    """example/make_data.py gives the committed files, byte for byte, beside it or in a folder that is named; no test
+    question is in a training file, and no document of one."""
     shutil.copy(ROOT / "example" / "make_data.py", tmp_path)
-    subprocess.run([sys.executable, tmp_path / "make_data.py"], check=True)
-    for file in (ROOT / "example" / "data").iterdir():
-        assert (tmp_path / "data" / file.name).read_bytes() == file.read_bytes(), file.name
+    for folder in ("data", "new/samples"):
+        where = [] if folder == "data" else [tmp_path / folder]
+        subprocess.run([sys.executable, tmp_path / "make_data.py", *where], check=True)
+        for file in (ROOT / "example" / "data").iterdir():
+            assert (tmp_path / folder / file.name).read_bytes() == file.read_bytes(), file.name
     tests = set((tmp_path / "data" / "skills-test.jsonl").read_text().splitlines())
     assert not tests & set((tmp_path / "data" / "skills-train.jsonl").read_text().splitlines())
+    documents = [
+        {d["text"] for line in (tmp_path / "data" / f"raft-{name}.jsonl").open() for d in json.loads(line)["documents"]}
+        for name in ("train", "test")
+    ]
+    assert all(documents) and not documents[0] & documents[1]
+
+
+def test_the_teacher_of_the_example_is_right():
+    """Each answer about documents has all sections, quotes the oracle, and no distractor is about what is asked."""
+    for name in ("train", "test"):
+        for row in map(json.loads, (ROOT / "example" / "data" / f"raft-{name}.jsonl").open()):
+            found = verdict(row, row["teacher_answer"])
+            assert found["quotes"] == ["oracle"] and all(found.values()), row
+            asked = row["teacher_answer"].partition(":")[0].removeprefix("What ")
+            assert [d["type"] for d in row["documents"] if d["text"].startswith(f"{asked} ")] == ["oracle"]
 
 
 def test_the_prompts_of_the_demo_are_new_to_the_model():

@@ -1,12 +1,9 @@
 """Schemas of rows to learn from word by word: conversations, prompts with answers, and texts."""
 
-import random
-
 from ..errors import DataError
 from ..schema import DatasetConfig
+from .raft import in_columns, in_context, raft_conversation, typed
 from .records import Conversation, Messages, PlainText, assistant, compared, fill, schema, text_of, turns_of, user
-
-RAFT_TEMPLATE = "{documents}\n\n{question}"
 
 
 @schema("chosen", "conversation", "chosen", "rejected")
@@ -50,34 +47,19 @@ def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
     return Conversation(turns + pair.messages)
 
 
-@schema("raft", "conversation", "question", "documents", "teacher_answer")
+@schema("raft", "conversation", "question", "documents")
 def _raft(row: dict, dataset: DatasetConfig) -> Conversation:
-    """``documents``: objects with a type (oracle or distractor) and a text."""
-    texts: dict[str, list[str]] = {"oracle": [], "distractor": []}
-    documents = row["documents"]
-    if not isinstance(documents, list) or not documents:
-        raise DataError("documents is not a list of documents")
-    for i, document in enumerate(documents):
-        kind = document.get("type") if isinstance(document, dict) else None
-        key = next((key for key in ("text", "content") if isinstance(document, dict) and key in document), None)
-        if kind not in texts or key is None:
-            raise DataError(f"documents[{i}] is not an object with type: oracle or distractor, and a text")
-        texts[kind].append(text_of(document, key))
-    return _with_documents(row, text_of(row, "teacher_answer"), texts["oracle"], texts["distractor"], dataset)
+    return raft_conversation(row, typed(row), dataset)
 
 
-@schema("raft_context", "conversation", "question", "context", "oracle_context", "cot_answer")
+@schema("raft_context", "conversation", "question", "context", "oracle_context")
 def _raft_context(row: dict, dataset: DatasetConfig) -> Conversation:
-    """The files of RAFT's authors: ``context.sentences`` is a list with one list of documents."""
-    context = row["context"]
-    sentences = context.get("sentences") if isinstance(context, dict) else None
-    if isinstance(sentences, list) and len(sentences) == 1 and isinstance(sentences[0], list):
-        sentences = sentences[0]
-    if not isinstance(sentences, list) or not sentences or not all(isinstance(text, str) for text in sentences):
-        raise DataError("context.sentences is not a list of documents")
-    oracle = text_of(row, "oracle_context")
-    others = [text for text in sentences if text != oracle]
-    return _with_documents(row, text_of(row, "cot_answer"), [oracle], others, dataset)
+    return raft_conversation(row, in_context(row), dataset)
+
+
+@schema("raft_distractors", "conversation", "question", "oracle_context", "distractors")
+def _raft_distractors(row: dict, dataset: DatasetConfig) -> Conversation:
+    return raft_conversation(row, in_columns(row), dataset)
 
 
 @schema("question_answer", "conversation", "question", "answer")
@@ -109,25 +91,6 @@ def _pair(row: dict, prompt_key: str, response_key: str, dataset: DatasetConfig)
         response = fill(dataset.response_template, row, "response_template")
     if not response:
         raise DataError(f"{response_key} is empty, so there is nothing to learn")
-    return Conversation([user(prompt), assistant(response)])
-
-
-def _with_documents(
-    row: dict, answer: str, oracle: list[str], distractors: list[str], dataset: DatasetConfig
-) -> Conversation:
-    """RAFT (arXiv 2403.10131): the oracle stays with probability p_oracle, and the documents are shuffled.
-
-    Both are drawn for each question from `dataset.seed`, whatever the order of the rows.
-    """
-    draw = random.Random(f"{dataset.seed} {row['question']}")
-    documents = distractors + (oracle if draw.random() < dataset.p_oracle else [])
-    draw.shuffle(documents)
-    numbered = "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(documents, 1))
-    row = row | {"documents": numbered, "answer": answer, "response": answer}
-    prompt = fill(dataset.prompt_template or RAFT_TEMPLATE, row, "prompt_template")
-    response = fill(dataset.response_template, row, "response_template") if dataset.response_template else answer
-    if not response:
-        raise DataError("the teacher's answer is empty, so there is nothing to learn")
     return Conversation([user(prompt), assistant(response)])
 
 

@@ -150,7 +150,15 @@ MAPPED = {
     "labelled": ("text", "label"),
     "rollout": ("response", "reward"),
 }
-TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", "raft", "raft_context")
+TEMPLATED = (
+    "prompt_response",
+    "question_answer",
+    "query_response",
+    "alpaca",
+    "raft",
+    "raft_context",
+    "raft_distractors",
+)
 
 
 def _recognise(keys: dict, known: dict[str, Schema]) -> str | None:

@@ -93,6 +93,12 @@ def test_the_saved_dtype_where_the_processor_has_it(tmp_path, monkeypatch, dtype
     assert load_generator(str(tmp_path), device="cpu").model.dtype == expected
 
 
+def test_the_embedded_model_is_not_looked_for(monkeypatch):
+    """`tiny` is built on the spot: no hub is asked for a model of that name."""
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked for"))
+    assert load_generator("tiny", device="cpu").model.dtype == torch.float32
+
+
 def test_places_of_the_model(tmp_path):
     """A prompt without a place left is an error; an answer ends where the places do."""
     save_model(random_llama(max_position_embeddings=40), tiny_tokenizer(), tmp_path, torch.float32)

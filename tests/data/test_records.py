@@ -32,6 +32,7 @@ ROWS = {
         "oracle_context": "It.",
         "cot_answer": "tell",
     },
+    "raft_distractors": {"question": "ask", "oracle_context": "It.", "distractors": [], "answer": "tell"},
     "text": {"text": "ask tell"},
 }
 
@@ -95,40 +96,6 @@ def test_alpaca_input_and_history():
     row = {"instruction": "ask", "input": "this", "output": "tell", "history": [["q", "a"]]}
     assert turns(row) == [("user", "q"), ("assistant", "a"), ("user", "ask\nthis"), ("assistant", "tell")]
     assert turns(row | {"input": None, "history": None}) == PAIR
-
-
-def raft(n_rows: int = 200, **options) -> list[str]:
-    """The prompts made of rows with one oracle and three distractors."""
-    kinds = ["oracle", "distractor", "distractor", "distractor"]
-    documents = [{"type": kind, "text": f"text {i}"} for i, kind in enumerate(kinds)]
-    rows = [{"question": f"ask {i}?", "documents": documents, "teacher_answer": "tell"} for i in range(n_rows)]
-    return [record(row, **options).messages[0]["content"] for row in rows]
-
-
-def test_raft_prompts():
-    """All documents, numbered, in an order that differs by question and seed, then the question (arXiv 2403.10131)."""
-    prompts = raft()
-    for i, prompt in enumerate(prompts):
-        lines = prompt.split("\n\n")
-        assert [line.split(": ")[0] for line in lines[:-1]] == [f"Document {n}" for n in range(1, 5)]
-        assert {line.split(": ")[1] for line in lines[:-1]} == {f"text {n}" for n in range(4)}
-        assert lines[-1] == f"ask {i}?"
-    places = [prompt.index("text 0") for prompt in prompts]
-    assert len(set(places)) == 4 and prompts == raft() != raft(seed=1)
-
-
-def test_raft_without_the_oracle():
-    """p_oracle is the share of questions that keep it; the distractors always stay."""
-    for share in (0.0, 0.8, 1.0):
-        prompts = raft(1000, p_oracle=share)
-        assert sum("text 0" in prompt for prompt in prompts) == pytest.approx(1000 * share, abs=40 * (0 < share < 1))
-        assert all("text 1" in prompt and "text 3" in prompt for prompt in prompts)
-
-
-def test_raft_templates():
-    """The template has the documents and every column of the row."""
-    (prompt,) = raft(1, prompt_template="Q: {question} D: {documents}")
-    assert prompt.startswith("Q: ask 0? D: Document 1: text ")
 
 
 def test_parts_of_text():
