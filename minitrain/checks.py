@@ -11,12 +11,13 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .names import RIVALS
-from .problems import Problems, check_types, nearest
-from .schema import Config, DatasetConfig
+from .problems import Problems, check_types, nearest, related
+from .schema import Config, DatasetConfig, all_keys
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
 WHOLE_MATRIX_OPTIMIZERS = {"Adafactor"}
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 NEEDS_EVAL_DATA = ("do_first_eval", "eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
@@ -43,6 +44,9 @@ def _check_run(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         problems.add("resume", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
+    for key in config.allow_changes:
+        if not any(related(key, known) for known in all_keys()):
+            problems.add("allow_changes", f"there is no option {key!r}.{nearest(key, all_keys())}")
     try:
         device = pick_device(config.device)
         _check_parallel(config, device.type, given, problems)
@@ -115,6 +119,9 @@ def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
     from .data.source import is_file
 
     path, extra = Path(entry.path), "is not installed: pip install minitrain[data]"
+    if "://" in entry.path:
+        problems.add(f"{key}.path", f"{entry.path} is an address; download it, and name the file.")
+        return
     if not is_file(entry):
         if (path / "config.json").is_file():
             problems.add(f"{key}.path", f"{path} is the folder of a model; name a file, or a folder of data.")
@@ -127,6 +134,8 @@ def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
         return
     if not path.exists():
         problems.add(f"{key}.path", f"there is no file {path} (seen from {Path.cwd()}).{_near_file(path)}")
+    elif not path.is_file():
+        problems.add(f"{key}.path", f"{path} is a device or a pipe, which cannot be read twice.")
     elif not os.access(path, os.R_OK):
         problems.add(f"{key}.path", f"no permission to read {path}.")
     elif format_of(path) not in FORMATS:
@@ -141,7 +150,7 @@ def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
 
 def _near_file(path: Path) -> str:
     """A file of nearly that name in the same folder, or of that name with an ending."""
-    names = sorted(p.name for p in path.parent.glob("*"))
+    names = sorted(p.name for p in path.parent.glob("*") if p.name != path.name)
     whole = [name for name in names if path.name and name.startswith(f"{path.name}.")]
     match = whole or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
     return f" Did you mean {path.parent / match[0]}?" if match else ""
@@ -163,6 +172,8 @@ def _check_data(config: Config, given: set[str], problems: Problems) -> None:
 
 
 def _check_model(config: Config, problems: Problems) -> None:
+    from importlib.util import find_spec
+
     model = config.model
     key = "model.name_or_path"
     _check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", problems)
@@ -173,6 +184,9 @@ def _check_model(config: Config, problems: Problems) -> None:
         problems.add("model.tokenizer_name_or_path", f"there is no folder {tokenizer} (seen from {Path.cwd()}).")
     if model.archive:
         _check_archive(Path(model.archive), problems)
+    for name, package in ATTENTION_PACKAGES.items():
+        if model.attn_implementation == name and find_spec(package) is None:
+            problems.add("model.attn_implementation", f"the package {package} is not installed; use auto.")
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             problems.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
@@ -282,6 +296,9 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
     written = {key: value for key, value in config.loss.items() if key != "name"}
+    for key in [key for key in written if key not in _options_of(known[name])]:
+        if others := [other for other, one in known.items() if key in _options_of(one)]:
+            problems.add(f"loss.{key}", f"{name} has no such option (loss.name); {', '.join(others)} have.")
     options = check_types(known[name].options_class, written, "loss.", problems)
     config.loss = {"name": name} | options
     for f in fields(known[name].options_class):
@@ -315,6 +332,10 @@ def _as_variant(name: str, known: dict[str, type]) -> str:
     return ""
 
 
+def _options_of(loss: type) -> set[str]:
+    return {f.name for f in fields(loss.options_class)}
+
+
 def _check_teacher(options: dict, needed: bool, problems: Problems) -> None:
     """`options`: of the loss, those that are given."""
     name, outputs = options.get("teacher"), options.get("teacher_outputs")
@@ -323,7 +344,9 @@ def _check_teacher(options: dict, needed: bool, problems: Problems) -> None:
     elif needed:
         told = "is missing: name the folder or the hub name of a model, or what it says with loss.teacher_outputs."
         problems.add("loss.teacher", told)
-    if outputs is not None and not Path(outputs).is_file():
+    if outputs is not None and Path(outputs).is_dir():
+        problems.add("loss.teacher_outputs", f"{outputs} is a folder; name the file that `minitrain teach` made.")
+    elif outputs is not None and not Path(outputs).is_file():
         told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain teach` makes one."
         problems.add("loss.teacher_outputs", told + _near_file(Path(outputs)))
 

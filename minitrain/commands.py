@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 UNREACHED = 3  # exit code of `validate`
 RANK_0_TELLS_FIRST = 2.0  # seconds
@@ -35,8 +36,6 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .errors import DataError
 
     with _importing():
@@ -122,13 +121,10 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .errors import ConfigError
 
     output = Path(arguments.output)
-    if output.exists() and not arguments.force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    _refuse_place(output, arguments.force)
     shares = arguments.weights or [1.0] * len(arguments.runs)
     if len(shares) != len(arguments.runs):
         raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
@@ -138,6 +134,21 @@ def merge(arguments: argparse.Namespace) -> int:
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
     print(f"merged in float32, saved in {dtype}: {output}")
     return 0
+
+
+def _refuse_place(output: Path, force: bool) -> None:
+    """Raises ConfigError for a folder that a merged model must not be written to: --force replaces models alone."""
+    from .errors import ConfigError
+
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--output: {above} is a file, so no folder can be made in it")
+    if not output.exists():
+        return
+    if not force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if not (output / "config.json").is_file():
+        raise ConfigError(f"--output: {output} is no model's folder, and --force writes over nothing else")
 
 
 def teach(arguments: argparse.Namespace) -> int:
@@ -152,8 +163,6 @@ def teach(arguments: argparse.Namespace) -> int:
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .errors import ConfigError
     from .history import read_history, tell_broken
     from .plot import plot
@@ -171,8 +180,6 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .doctor import report
     from .history import read_history, tell_broken
 
@@ -235,8 +242,6 @@ def validate(arguments: argparse.Namespace) -> int:
 
 
 def _configs_in(folder: str | None) -> list[str]:
-    from pathlib import Path
-
     from .errors import ConfigError
 
     if folder is None:
@@ -249,8 +254,6 @@ def _configs_in(folder: str | None) -> list[str]:
 
 def _new_file(name: str | None, force: bool):
     """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
-    from pathlib import Path
-
     from .errors import ConfigError
 
     output = Path(name) if name else None

@@ -12,7 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .checks import looks_local
-from .data.files import FORMATS, Row, format_of, read_rows
+from .data.files import FORMATS, Row, format_of, read_rows, refuse_no_file
+from .data.records import turns_of
 from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
@@ -140,8 +141,6 @@ def load_generator(
 
     The model keeps the dtype it was saved in where the processor computes in it, else it becomes float32.
     """
-    if chat_template not in ("auto", "chatml", "none") and not Path(chat_template).is_file():
-        raise ConfigError(f"the chat template {chat_template!r} is neither auto, chatml, none, nor a file.")
     config = model_config(find_model(source), trust_remote_code)
     if trained_outputs(config) is not None:
         raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.")
@@ -162,8 +161,12 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
     if not (Path(source) / CONFIG_FILE).is_file():
         return ModelConfig(name_or_path=source, trust_remote_code=trust_remote_code)
     adapter = read_config(Path(source))
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or (looks_local(base) and not Path(base).is_dir()):
+        told = f"{source}: its base model {base!r} is not there (seen from {Path.cwd()})"
+        raise ConfigError(f"{told}; mend base_model_name_or_path in {Path(source) / CONFIG_FILE}.")
     return ModelConfig(
-        name_or_path=adapter["base_model_name_or_path"],
+        name_or_path=base,
         revision=adapter.get("revision"),
         adapter=source,
         tokenizer_name_or_path=source if (Path(source) / "tokenizer.json").is_file() else None,
@@ -197,7 +200,7 @@ def saved_dtype(config: ModelConfig) -> str | None:
     try:
         saved = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
         return str(saved.dtype).removeprefix("torch.")
-    except (OSError, ValueError):
+    except Exception:
         return None
 
 
@@ -221,8 +224,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
     A last turn of the assistant is left out, so that a training file serves too. Raises DataError.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    refuse_no_file(path)
     if path.suffix == ".txt":
         rows = _text_rows(path)
     elif format_of(path) in FORMATS:
@@ -249,12 +251,13 @@ def _text_rows(path: Path) -> Iterator[Row]:
 
 def _messages_of(row: dict, where: str) -> Messages:
     if "messages" in row:
-        messages = row["messages"] if isinstance(row["messages"], list) else []
-        if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-            raise DataError(f"{where}: messages is not a list of objects with role and content")
-        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        if not messages or not all(isinstance(m.get("role"), str) for m in messages):
-            raise DataError(f"{where}: messages holds no turn of the user, or one without a role")
+        try:
+            messages = turns_of(row["messages"], "messages")
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not messages:
+            raise DataError(f"{where}: messages holds no turn of the user")
         return messages
     for key in ("prompt", "question", "instruction", "query"):
         if isinstance(row.get(key), str):

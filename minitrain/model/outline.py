@@ -7,7 +7,8 @@ from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
-from .load import DTYPES, attention_of, auto_class, freeze_layers, grow_embeddings, no_model
+from .damage import named, no_model, refuse_encoder
+from .load import DTYPES, attention_of, auto_class, freeze_layers, grow_embeddings
 from .policy import Policy
 from .scoring import make_policy, name_outputs
 from .tiny import tiny_model
@@ -49,6 +50,8 @@ def _outline(config: ModelConfig, tokenizer, outputs: list[str] | None) -> nn.Mo
         else:
             ask_for(config.name_or_path)
             shape = AutoConfig.from_pretrained(config.name_or_path, revision=config.revision, **trust, **number)
+        if outputs is None:
+            refuse_encoder(shape)
         return kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
     except Exception as error:
-        raise no_model(config, outputs, error) from None
+        raise no_model(config, named(outputs), error) from None
