@@ -298,7 +298,8 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
     written = {key: value for key, value in config.loss.items() if key != "name"}
     for key in [key for key in written if key not in _options_of(known[name])]:
         if others := [other for other, one in known.items() if key in _options_of(one)]:
-            problems.add(f"loss.{key}", f"{name} has no such option (loss.name); {', '.join(others)} have.")
+            have = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'}"
+            problems.add(f"loss.{key}", f"loss.name={name} has no such option; {have} it.")
     options = check_types(known[name].options_class, written, "loss.", problems)
     config.loss = {"name": name} | options
     for f in fields(known[name].options_class):

@@ -12,11 +12,15 @@ from . import commands
 
 EXIT_CODES = """exit codes:
   0    done
-  1    training failed (a non-finite loss that does not go away, a full disk); of compare: the runs differ
+  1    training failed (a non-finite loss that does not go away, a full disk or memory); of compare: the runs differ
   2    something to mend in the command, the config or the data
   3    validate: nothing wrong was found, but a model or data set on the hub could not be reached
   130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
 """
+INSTALL = (
+    "`pip install -e .` in the folder of minitrain installs all it needs; after `make demo` that is done in .venv: "
+    "`source .venv/bin/activate`."
+)
 LESS_MEMORY = (
     "Make batches smaller (a higher gradient_accumulation_steps; --batch-size, eval_batch_size), or rows "
     "(max_length), or set activation_checkpointing=true."
@@ -48,6 +52,13 @@ def _run(argv: list[str] | None, prog: str) -> int:
         return commands.fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return commands.fail("interrupted", 130)
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "minitrain":
+            raise
+        return commands.fail(f"the package {package} is not installed for {sys.executable}. {INSTALL}", 2)
     except (OSError, MemoryError, RuntimeError) as error:
         told, code = _of_the_machine(error)
         if told is None:
@@ -67,7 +78,11 @@ def _of_the_machine(error: Exception) -> tuple[str | None, int]:
 
 
 def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
-    arguments, unknown = _parser(prog).parse_known_args(argv)
+    parser = _parser(prog)
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         arguments.parser.error(f"unknown arguments: {' '.join(unknown)}{_hint(unknown[0], arguments)}")
     return arguments
@@ -138,6 +153,10 @@ def _command(commands, name: str, text: str, usage: str) -> argparse.ArgumentPar
     return parser
 
 
+def _quiet_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and only warnings, errors and results")
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.set_defaults(command=commands.train)
@@ -184,6 +203,7 @@ def _more_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", nargs="+", action="extend", default=[], metavar="FILE.py", help="run a file that registers losses"
     )
+    _quiet_argument(parser)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +231,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", metavar="FILE", help=".txt: a prompt a line; or .jsonl, .json, .csv, .tsv, .parquet rows"
     )
     _output_arguments(parser, "response")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.generate)
 
 
@@ -234,6 +255,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="which column of FILE holds what"
     )
     _output_arguments(parser, "prediction")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.score)
 
 
@@ -250,15 +272,17 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     share = _number(float, -1000, 1000)
     parser.add_argument("--weights", nargs="+", type=share, metavar="W", help="of each adapter; 1 when left out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="that of the base when left out")
-    parser.add_argument("--force", action="store_true", help="write over a folder that exists")
+    parser.add_argument("--force", action="store_true", help="write over a model that exists")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.merge)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn over one another")
-    parser.add_argument("--output", metavar="FILE.png", help="RUN/metrics.png, of several metrics.png here")
+    parser.add_argument("--output", metavar="FILE.png", help="default RUN/metrics.png, of several runs metrics.png")
     parser.add_argument("--figures", nargs="+", metavar="NAME", help="only these, in this order, for example loss lr")
     parser.add_argument("--force", action="store_true", help="write over a file that is no plot of these runs")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.plot)
 
 

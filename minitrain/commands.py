@@ -24,6 +24,12 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def _inform(arguments: argparse.Namespace, line: str) -> None:
+    """A line that is no result."""
+    if not arguments.quiet:
+        print(line, flush=True)
+
+
 def train(arguments: argparse.Namespace) -> int:
     with _importing():
         from .trainer import Trainer
@@ -55,11 +61,12 @@ def generate(arguments: argparse.Namespace) -> int:
             ids.append(generator.encode(prompt.messages))
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from None
-    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
+    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet)
     if output is None:
         print("\n".join(answers))
     else:
-        _write([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output, "answers")
+        _write([prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)], output)
+        _inform(arguments, f"{len(answers)} answers written to {output}")
     return 0
 
 
@@ -70,15 +77,16 @@ def score(arguments: argparse.Namespace) -> int:
     _hide_loading_bar()
     asked = asked_for(arguments)
     judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
-    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=True))
+    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=not arguments.quiet))
     if output is None:
         print("\n".join(map(line, verdicts)))
     else:
-        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output, "predictions")
+        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output)
+        _inform(arguments, f"{len(verdicts)} predictions written to {output}")
     return 0
 
 
-def _write(rows: list[dict], output, what: str) -> None:
+def _write(rows: list[dict], output: Path) -> None:
     import json
 
     from .errors import ConfigError
@@ -92,7 +100,6 @@ def _write(rows: list[dict], output, what: str) -> None:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
-    print(f"{len(rows)} {what} written to {output}")
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -132,7 +139,7 @@ def merge(arguments: argparse.Namespace) -> int:
         from .merge import merge
     _hide_loading_bar()
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
-    print(f"merged in float32, saved in {dtype}: {output}")
+    _inform(arguments, f"merged in float32, saved in {dtype}: {output}")
     return 0
 
 
@@ -158,7 +165,8 @@ def teach(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _hide_loading_bar()
     written = teach(config, output)
-    print(f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}")
+    told = f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}"
+    print(written if config.quiet else told)
     return 0
 
 
@@ -175,7 +183,7 @@ def plot(arguments: argparse.Namespace) -> int:
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
     plot(histories, output, arguments.force, arguments.figures)
-    print(f"the plot is in {output}")
+    _inform(arguments, f"the plot is in {output}")
     return 0
 
 
@@ -190,8 +198,6 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .compare import compare
 
     lines, same = compare(Path(arguments.run), Path(arguments.other))
@@ -224,14 +230,16 @@ def validate(arguments: argparse.Namespace) -> int:
     code = 0
     for path in paths:
         try:
-            figures = validate(load_config(path, arguments.overrides))
+            figures = validate(load_config(path, _overrides(arguments)))
         except UnreachableError as error:
             print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED
             continue
         except MinitrainError as error:
-            print(f"{path}: refused", flush=True)
+            _inform(arguments, f"{path}: refused")
             code = fail(str(error), error.exit_code)
+            continue
+        if arguments.quiet:
             continue
         whole = arguments.full or len(paths) == 1
         short = f"; {figures['examples']}; steps: {figures['steps']}"
@@ -273,7 +281,11 @@ def _config(arguments: argparse.Namespace):
 
     for plugin in arguments.plugin:
         load_plugin(plugin)
-    return load_config(arguments.config, arguments.overrides)
+    return load_config(arguments.config, _overrides(arguments))
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    return [*arguments.overrides, "quiet=true"] if arguments.quiet else arguments.overrides
 
 
 def _load_generator(arguments: argparse.Namespace):

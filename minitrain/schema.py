@@ -197,6 +197,7 @@ class Config:
         free=True,
     )
     fsdp: FSDPConfig = option(FSDPConfig, "How FSDPTrainer cuts the model up.")
+    quiet: bool = option(False, "No progress bars, and of the lines on the console only warnings.", free=True)
     debug: bool = option(False, "Find the operation that makes a NaN (slow), and send nothing to trackers.", free=True)
 
     # data

@@ -41,15 +41,15 @@ def refuse_encoder(shape: Any) -> None:
         raise ConfigError(f"{shape.model_type} is an encoder and continues no text; loss.name=classify can train it.")
 
 
-def refuse_gaps(config: ModelConfig, found: dict, new_head: bool) -> None:
+def refuse_gaps(config: ModelConfig, found: dict, outputs: list[str] | None) -> None:
     """Raises ConfigError for weights that files do not hold: transformers draws them at random, and goes on.
 
-    `found` is its loading info. With `new_head`, gaps are for others to judge.
+    `found` is its loading info. With `outputs` the model may have a new head, so gaps are for others to judge.
     """
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        shapes = f"{name} has the shape {list(there)}, and not {list(wanted)}"
-        raise ConfigError(f"{config.name_or_path}: its files do not fit its config.json: {shapes}.")
-    if (missing := sorted(found["missing_keys"])) and not new_head and not config.archive:
+        told = f"in its files {name} has the shape {list(there)}, and not {list(wanted)} as in its config"
+        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {told}.")
+    if (missing := sorted(found["missing_keys"])) and outputs is None and not config.archive:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         told = f"its files do not hold {missing[0]}{others}, which its config.json asks for"
         raise ConfigError(f"{config.name_or_path}: {told}; copy or download it again.")

@@ -303,7 +303,7 @@ def _from_pretrained(
             refuse_encoder(model.config)
     except Exception as error:
         raise no_model(config, named(outputs), error) from None
-    refuse_gaps(config, found, new_head=outputs is not None)
+    refuse_gaps(config, found, outputs)
     return model, found["missing_keys"]
 
 
