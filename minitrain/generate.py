@@ -22,6 +22,7 @@ from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions
+from .problems import nearest
 from .schema import ModelConfig
 
 Messages = list[dict[str, str]]
@@ -177,8 +178,9 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
 
 def find_model(source: str) -> str:
     folder = Path(source)
-    if not folder.is_dir() and looks_local(source):
-        raise ConfigError(f"{source}: there is no such folder.")
+    if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
+        there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
+        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{nearest(source, there)}")
     if not folder.is_dir() or _holds_model(folder):
         return source
     for name in ("final", "best"):
@@ -187,6 +189,11 @@ def find_model(source: str) -> str:
     if (folder / "checkpoints").is_dir():
         raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
     raise ConfigError(f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).")
+
+
+def _beside_runs(folder: Path) -> bool:
+    """Whether ``runs/name`` can only be meant for a run, although hub names look like that too."""
+    return len(folder.parts) == 2 and (folder.parts[0] == "runs" or any(folder.parent.glob("*/metrics.jsonl")))
 
 
 def _holds_model(folder: Path) -> bool:

@@ -58,6 +58,7 @@ def _command(arguments: list[str], stop: str, seconds: float, folder: str) -> No
     os.chdir(folder)
     os.setpgrp()
     sys.stdin = io.StringIO("hello\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"../{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
 
