@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -21,6 +22,10 @@ def fail(message: str, code: int) -> int:
         time.sleep(RANK_0_TELLS_FIRST)
         message = f"rank {rank}: {message}"
     print(f"minitrain: {message}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of torchrun, which ends in a table of reasons
+        with contextlib.suppress(OSError):
+            more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
     return code
 
 
@@ -87,8 +92,6 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def _write(rows: list[dict], output: Path) -> None:
-    import json
-
     from .errors import ConfigError
 
     part = output.with_name(f".{output.name}.part")
