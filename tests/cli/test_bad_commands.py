@@ -224,7 +224,6 @@ def test_a_wrong_command(place, monkeypatch, capsys, arguments, told):
     "damage, told",
     [
         (lambda: Path("runs/c").write_text(""), "runs/c: cannot be written: File exists"),
-        (lambda: Path("runs/c/metrics.jsonl").mkdir(parents=True), "runs/c: cannot be written: Is a directory"),
         (lambda: Path("runs/c/config.yml").mkdir(parents=True), "runs/c: cannot be written: Is a directory"),
         (lambda: Path("runs/c/.lock").mkdir(parents=True), "runs/c: cannot be written: Is a directory"),
     ],
@@ -244,8 +243,6 @@ def test_a_run_folder_that_cannot_be_written(folder, capsys, damage, told):
         (["output_dir=/proc/1/x"], "/proc/1/x/c: cannot be written: No such file or directory. Set output_dir."),
         (["output_dir=/dev/null"], "/dev/null/c: cannot be written: Not a directory. Set output_dir."),
         (["cache_dir=rows.jsonl"], "rows.jsonl: the tokens cannot be kept there: File exists. Set cache_dir."),
-        (["resume=model"], "model: manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/"),
-        (["exp_name=" + "x" * 300], "File name too long"),
         (["output_dir=" + "x" * 300], "File name too long"),
         (["datasets=[" + "x" * 300 + ".jsonl]"], "File name too long"),
     ],
@@ -253,6 +250,13 @@ def test_a_run_folder_that_cannot_be_written(folder, capsys, damage, told):
 def test_places_that_cannot_be_had(fails, overrides, told):
     """Permission bits do not hold for root, so the places are such as nobody can write to."""
     assert told in fails(*overrides)
+
+
+def test_a_checkpoint_that_is_none(folder, capsys):
+    """The folder of a model, or any other one."""
+    assert main(["train", "c.yml", "--overrides", "resume=model"]) == 2
+    told = "model: manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
+    assert capsys.readouterr().err == f"minitrain: {told}\n"
 
 
 @pytest.mark.parametrize("override", ["lora.rank=9999999999999999", "soft_prompt.num_virtual_tokens=9999999999999"])

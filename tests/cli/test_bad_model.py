@@ -86,7 +86,10 @@ NO_MODEL, NO_TOKENIZER = "no causal language model in 'model': ", "no tokenizer 
         ),
         (changed("model/config.json", num_hidden_layers=3), "do not hold model.layers.2.input_layernorm.weight and 8"),
         (tensors(lambda state: state.pop(Q)), f"model: its files do not hold {Q}, which its config.json asks for"),
-        (tensors(lambda state: state[Q].fill_(torch.nan)), "the model gives NaN or inf, so its weights are damaged"),
+        (
+            tensors(lambda state: state["model.norm.weight"].fill_(torch.nan)),
+            "the model gives NaN or inf, so its weights are damaged",
+        ),
         (lambda: Path(WEIGHTS).unlink(), NO_MODEL),
         (weights_in_a_folder, NO_MODEL),
         (a_shard_less, NO_MODEL + "No such file or directory: model/model-00002-of-00002.safetensors"),
@@ -156,9 +159,9 @@ def adapter(tmp_path_factory, llama_folder, rows_file):
 @pytest.mark.parametrize(
     "spoil, told",
     [
-        (changed(CONFIG_FILE, r=...), "adapter_config.json: r is missing; take the file that came with the adapter"),
-        (changed(CONFIG_FILE, r="x"), "adapter_config.json: r is 'x'; take the file that came with the adapter"),
-        (changed(CONFIG_FILE, target_modules=...), "adapter_config.json: target_modules is missing"),
+        (changed(CONFIG_FILE, r=...), "lora/adapter_config.json does not say r."),
+        (changed(CONFIG_FILE, r="x"), "lora/adapter_config.json: r cannot be 'x'."),
+        (changed(CONFIG_FILE, target_modules=...), "lora/adapter_config.json does not say target_modules."),
         (changed(CONFIG_FILE, r=3), "lora_A.weight has the shape [2, 64], here it is [3, 64]"),
         (changed(CONFIG_FILE, peft_type="IA3"), "lora: an adapter of the kind IA3, which is not known here"),
         (changed(CONFIG_FILE, target_modules=["c_attn"]), "nothing in the model is called 'c_attn'"),

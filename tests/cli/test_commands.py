@@ -81,7 +81,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        ([], "required: COMMAND"),
+        ([], "usage: minitrain "),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "c.yml", "lr=1"], "unknown arguments: lr=1; options of the config stand behind --overrides"),
         (["train", "c.yml", "--override", "lr=1"], "unknown arguments: --override lr=1"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,11 @@ KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
 
 
 @pytest.fixture
-def bars(monkeypatch):
-    """As on a terminal, where bars are shown."""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-
-
-@pytest.fixture
-def say(folder, capsys, bars):
-    """``say("train", "c.yml")``: (stdout, stderr) of a command that ends well."""
+def say(folder, capsys, monkeypatch):
+    """``say("train", "c.yml")``: (stdout, stderr) of a command that ends well, on a terminal, which shows bars."""
 
     def say(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         assert main(list(arguments)) == 0
         return tuple(capsys.readouterr())
 
