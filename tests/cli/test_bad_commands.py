@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from minitrain.cli import main
+from tests.conftest import ROOT
+from tests.faults.test_faults import IN_A_NAMESPACE, NO_NAMESPACES
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +269,47 @@ def test_out_of_memory(folder, capsys, override):
     assert main(["train", "c.yml", "--overrides", override]) == 1
     err = capsys.readouterr().err
     assert err.startswith("minitrain: out of memory. Make batches smaller (") and len(err.splitlines()) == 1
+
+
+ON_A_FULL_DISK = """
+import os, shutil, subprocess, sys
+from minitrain.cli import main
+kd = "loss={name: kd, teacher: ./model, top_k: 4}"
+for command in (
+    ["train", "c.yml", "--overrides", "cache_dir=full/cache"],
+    ["train", "c.yml", "--overrides", "output_dir=full"],
+    ["generate", "runs/lora", "--prompt", "a", "--max-new-tokens", "1", "--output", "full/a.jsonl"],
+    ["score", "runs/labels", "--text", "a", "--output", "full/a.jsonl"],
+    ["merge", "runs/lora", "--output", "full/merged"],
+    ["teach", "c.yml", "--overrides", kd, "--output", "full/teacher"],
+    ["plot", "runs/lora", "--output", "full/plot.png"],
+):
+    print("exit code", main(command), file=sys.stderr, flush=True)
+"""
+TOLD = """\
+minitrain: full/cache: the tokens cannot be kept there: No space left on device. Set cache_dir.
+exit code 2
+minitrain: full/c: cannot be written: No space left on device. Set output_dir.
+exit code 2
+minitrain: --output: full/a.jsonl cannot be written: No space left on device
+exit code 2
+minitrain: --output: full/a.jsonl cannot be written: No space left on device
+exit code 2
+minitrain: full/merged: cannot be written: No space left on device
+exit code 1
+minitrain: full/teacher cannot be written: No space left on device. Name another place with --output.
+exit code 2
+minitrain: --output: full/plot.png cannot be written: No space left on device
+exit code 2
+"""
+
+
+@pytest.mark.skipif(NO_NAMESPACES, reason="this machine allows no user namespaces with mounts of their own")
+def test_a_full_disk(runs):
+    """A small tmpfs without a free block: each is told, and no file holds a part of anything."""
+    full = "mkdir full && mount -t tmpfs -o size=8k tmpfs full && ! dd if=/dev/zero of=full/fill 2> /dev/null"
+    script = f"{full}; {sys.executable} -c '{ON_A_FULL_DISK}'; find full -type f -size +0"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*IN_A_NAMESPACE, script], cwd=runs, env=environment, capture_output=True, text=True)
+    (runs / "full").rmdir()
+    assert done.stderr == TOLD and done.stdout == "full/fill\n"

@@ -206,3 +206,20 @@ def test_the_real_command(folder, arguments, told):
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"})
     assert done.returncode == 2 and told in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_a_python_without_the_packages(folder):
+    """As when the virtual environment was not entered: what is missing, where, and how to have it."""
+    done = subprocess.run([sys.executable, "-ES", str(ROOT / "train.py"), "c.yml"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert f"is not installed for {sys.executable}. `pip install -e .` in the folder of minitrain" in done.stderr
+
+
+def test_the_report_of_torchrun(fails, monkeypatch):
+    """torchrun ends in a table of the reasons that it finds in such a file, as torch's own error handler writes it."""
+    from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path("error.json").absolute()))
+    err = fails("lr=x")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file="error.json")
+    assert f"minitrain: {failure.message['extraInfo']['py_callstack']}\n" == err and failure.timestamp > 0
