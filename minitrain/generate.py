@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checks import looks_local
 from .data.files import FORMATS, Row, format_of, read_rows, refuse_no_file
 from .data.records import turns_of
 from .data.template import Template
@@ -22,6 +21,7 @@ from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions
+from .places import looks_local
 from .problems import nearest
 from .schema import ModelConfig
 
