@@ -33,7 +33,10 @@ from tests.cli.conftest import GOOD_ROW, write
         ([{"text": ""}], "bad.jsonl:1: text is empty"),
         ([{"prompt": "\ud800", "response": "a"}], "bad.jsonl:1: the text holds '\\ud800', half a surrogate pair"),
         ([{"prompt": "\ue0f0", "response": "a"}], "bad.jsonl:1: the text holds U+E0F0 or U+E0F1"),
-        ([{"Prompt": "a", "Response": "b"}], "has the keys Prompt, Response. Known are (messages: messages; "),
+        (
+            [{"Prompt": "a", "Response": "b"}],
+            "schema of conversation rows has the keys Prompt, Response. Known are (",
+        ),
         ([b"[" * 100_000], "bad.jsonl:1: not usable JSON: maximum recursion depth exceeded"),
         ([b'{"prompt": ' + b"1" * 5000 + b"}"], "bad.jsonl:1: not usable JSON: Exceeds the limit"),
         (

@@ -124,7 +124,7 @@ def test_a_tokenizer_without_pad_and_template_is_no_mistake(folder):
     [
         ({"x": torch.zeros(1)}, "does not fit LlamaForCausalLM: missing ['model.embed_tokens.weight'"),
         ([1, 2], "it holds something else than names with tensors; save a state dict"),
-        ({"state": {"a": 3}}, "it holds something else than names with tensors; save a state dict"),
+        ({"state": {"a": 3}}, "does not fit LlamaForCausalLM: missing ['model.embed_tokens.weight'"),
         ({"state": Path()}, "it holds something else than names with tensors; save a state dict"),
     ],
 )
