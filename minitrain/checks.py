@@ -3,7 +3,6 @@
 That is: options that contradict each other, would be ignored, or name what is not there.
 """
 
-import difflib
 import os
 import re
 from dataclasses import MISSING, fields
@@ -11,12 +10,14 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .names import RIVALS
-from .problems import Problems, check_types, nearest
-from .schema import Config, DatasetConfig
+from .places import check_archive, check_folder, check_source, looks_local, near_file
+from .problems import Problems, check_types, nearest, related
+from .schema import Config, all_keys
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
 WHOLE_MATRIX_OPTIMIZERS = {"Adafactor"}
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 NEEDS_EVAL_DATA = ("do_first_eval", "eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
@@ -43,6 +44,9 @@ def _check_run(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         problems.add("resume", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
+    for key in config.allow_changes:
+        if not any(related(key, known) for known in all_keys()):
+            problems.add("allow_changes", f"there is no option {key!r}.{nearest(key, all_keys())}")
     try:
         device = pick_device(config.device)
         _check_parallel(config, device.type, given, problems)
@@ -99,52 +103,12 @@ def _check_files(config: Config, problems: Problems) -> None:
     for name, entries in (("datasets", config.datasets), ("eval_datasets", config.eval_datasets)):
         for i, entry in enumerate(entries):
             key = f"{name}[{i}]"
-            _check_source(key, entry, problems)
+            check_source(key, entry, problems)
             if entry.type is not None and entry.type not in SCHEMAS:
                 hint = nearest(entry.type, SCHEMAS)
                 problems.add(f"{key}.type", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
             if name == "eval_datasets" and entry.weight != 1:
                 problems.add(f"{key}.weight", "has no meaning for evaluation, which sees every example once.")
-
-
-def _check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
-    """Whether what an entry names can be read, as far as that can be seen here."""
-    from importlib.util import find_spec
-
-    from .data.files import FORMATS, format_of
-    from .data.source import is_file
-
-    path, extra = Path(entry.path), "is not installed: pip install minitrain[data]"
-    if not is_file(entry):
-        if (path / "config.json").is_file():
-            problems.add(f"{key}.path", f"{path} is the folder of a model; name a file, or a folder of data.")
-        elif path.is_dir() and not any(format_of(file) in FORMATS for file in path.rglob("*")):
-            problems.add(f"{key}.path", f"{path} is a folder without a .{', .'.join(FORMATS)} file; name a file.")
-        elif find_spec("datasets") is None:
-            problems.add(f"{key}.path", f"the package datasets, which reads it, {extra}")
-        if path.is_dir() and entry.revision:
-            problems.add(f"{key}.revision", "would be ignored: a folder has none.", f"{key}.path")
-        return
-    if not path.exists():
-        problems.add(f"{key}.path", f"there is no file {path} (seen from {Path.cwd()}).{_near_file(path)}")
-    elif not os.access(path, os.R_OK):
-        problems.add(f"{key}.path", f"no permission to read {path}.")
-    elif format_of(path) not in FORMATS:
-        problems.add(f"{key}.path", f"{path.name} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
-    elif format_of(path) == "parquet" and find_spec("pyarrow") is None:
-        problems.add(f"{key}.path", f"the package pyarrow, which reads it, {extra}")
-    for option in ("split", "name", "revision"):
-        if getattr(entry, option) is not None:
-            told = "would be ignored: it is for data sets on the hub or in a folder."
-            problems.add(f"{key}.{option}", told, f"{key}.path")
-
-
-def _near_file(path: Path) -> str:
-    """A file of nearly that name in the same folder, or of that name with an ending."""
-    names = sorted(p.name for p in path.parent.glob("*"))
-    whole = [name for name in names if path.name and name.startswith(f"{path.name}.")]
-    match = whole or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    return f" Did you mean {path.parent / match[0]}?" if match else ""
 
 
 def _check_data(config: Config, given: set[str], problems: Problems) -> None:
@@ -163,46 +127,24 @@ def _check_data(config: Config, given: set[str], problems: Problems) -> None:
 
 
 def _check_model(config: Config, problems: Problems) -> None:
+    from importlib.util import find_spec
+
     model = config.model
     key = "model.name_or_path"
-    _check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", problems)
+    check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", problems)
     if model.revision is not None and (model.name_or_path == "tiny" or looks_local(model.name_or_path)):
         problems.add("model.revision", "would be ignored: the model does not come from the hub.", key)
     tokenizer = model.tokenizer_name_or_path
     if tokenizer and looks_local(tokenizer) and not Path(tokenizer).is_dir():
         problems.add("model.tokenizer_name_or_path", f"there is no folder {tokenizer} (seen from {Path.cwd()}).")
     if model.archive:
-        _check_archive(Path(model.archive), problems)
+        check_archive(Path(model.archive), problems)
+    for name, package in ATTENTION_PACKAGES.items():
+        if model.attn_implementation == name and find_spec(package) is None:
+            problems.add("model.attn_implementation", f"the package {package} is not installed; use auto.")
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             problems.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
-
-
-def _check_archive(path: Path, problems: Problems) -> None:
-    from .model.archive import archive_files
-
-    if (path / "final").is_dir():
-        problems.add("model.archive", f"{path} is the folder of a run; its model is {path / 'final'}.")
-    elif (path / "adapter_config.json").is_file():
-        problems.add("model.archive", f"{path} is an adapter; name it as model.adapter.")
-    elif not archive_files(path):
-        told = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
-        problems.add("model.archive", told + _near_file(path))
-
-
-def _check_folder(key: str, name: str, for_adapter: str, problems: Problems) -> None:
-    """`for_adapter`: what to do about a folder {} that is an adapter."""
-    folder = Path(name)
-    if name == "tiny" or not looks_local(name):
-        return
-    if not folder.is_dir():
-        problems.add(key, f"there is no folder {folder} (seen from {Path.cwd()}).{_near_file(folder)}")
-    elif (folder / "final" / "config.json").is_file():
-        problems.add(key, f"{folder} is the folder of a run; its model is {folder / 'final'}.")
-    elif (folder / "adapter_config.json").is_file():
-        problems.add(key, f"{folder} is an adapter; {for_adapter.format(folder)}.")
-    elif not (folder / "config.json").is_file():
-        problems.add(key, f"{folder} holds no config.json, so it is not a model's folder.")
 
 
 def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
@@ -267,11 +209,6 @@ def _check_prompt(config: Config, problems: Problems) -> None:
         problems.add("soft_prompt.encoder_hidden_size", told)
 
 
-def looks_local(name: str) -> bool:
-    """Whether a model's name can only be that of a folder; on the hub it is `name` or `owner/name`."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
-
-
 def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
     from .data.records import SCHEMAS
     from .losses import create_loss, registered
@@ -282,6 +219,10 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
     written = {key: value for key, value in config.loss.items() if key != "name"}
+    for key in [key for key in written if key not in _options_of(known[name])]:
+        if others := [other for other, one in known.items() if key in _options_of(one)]:
+            have = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'}"
+            problems.add(f"loss.{key}", f"loss.name={name} has no such option; {have} it.")
     options = check_types(known[name].options_class, written, "loss.", problems)
     config.loss = {"name": name} | options
     for f in fields(known[name].options_class):
@@ -315,17 +256,23 @@ def _as_variant(name: str, known: dict[str, type]) -> str:
     return ""
 
 
+def _options_of(loss: type) -> set[str]:
+    return {f.name for f in fields(loss.options_class)}
+
+
 def _check_teacher(options: dict, needed: bool, problems: Problems) -> None:
     """`options`: of the loss, those that are given."""
     name, outputs = options.get("teacher"), options.get("teacher_outputs")
     if name is not None:
-        _check_folder("loss.teacher", name, "make it part of its base model first: minitrain merge {}", problems)
+        check_folder("loss.teacher", name, "make it part of its base model first: minitrain merge {}", problems)
     elif needed:
         told = "is missing: name the folder or the hub name of a model, or what it says with loss.teacher_outputs."
         problems.add("loss.teacher", told)
-    if outputs is not None and not Path(outputs).is_file():
+    if outputs is not None and Path(outputs).is_dir():
+        problems.add("loss.teacher_outputs", f"{outputs} is a folder; name the file that `minitrain teach` made.")
+    elif outputs is not None and not Path(outputs).is_file():
         told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain teach` makes one."
-        problems.add("loss.teacher_outputs", told + _near_file(Path(outputs)))
+        problems.add("loss.teacher_outputs", told + near_file(Path(outputs)))
 
 
 def _check_steps(config: Config, problems: Problems) -> None:

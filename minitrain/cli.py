@@ -1,6 +1,9 @@
 """The command line. Nothing heavy is imported before it is known what to do, so that --help is quick."""
 
 import argparse
+import difflib
+import errno
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -9,11 +12,19 @@ from . import commands
 
 EXIT_CODES = """exit codes:
   0    done
-  1    training failed (a non-finite loss that does not go away, a full disk); of compare: the runs differ
+  1    training failed (a non-finite loss that does not go away, a full disk or memory); of compare: the runs differ
   2    something to mend in the command, the config or the data
   3    validate: nothing wrong was found, but a model or data set on the hub could not be reached
   130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
 """
+INSTALL = (
+    "`pip install -e .` in the folder of minitrain installs all it needs; after `make demo` that is done in .venv: "
+    "`source .venv/bin/activate`."
+)
+LESS_MEMORY = (
+    "Make batches smaller (a higher gradient_accumulation_steps; --batch-size, eval_batch_size), or rows "
+    "(max_length), or set activation_checkpointing=true."
+)
 
 
 def main(argv: list[str] | None = None, prog: str = "minitrain") -> int:
@@ -41,14 +52,53 @@ def _run(argv: list[str] | None, prog: str) -> int:
         return commands.fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return commands.fail("interrupted", 130)
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "minitrain":
+            raise
+        return commands.fail(f"the package {package} is not installed for {sys.executable}. {INSTALL}", 2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        told, code = _of_the_machine(error)
+        if told is None:
+            raise
+        return commands.fail(told, code)
+
+
+def _of_the_machine(error: Exception) -> tuple[str | None, int]:
+    """What to tell of a file that cannot be had or of memory that is full, and the exit code; None of other errors."""
+    if isinstance(error, OSError):
+        name = f"{str(error.filename)[:80]}: " if error.filename else ""
+        return error.strerror and f"{name}{error.strerror}", 1 if error.errno == errno.ENOSPC else 2
+    words = ("out of memory", "can't allocate memory")
+    if isinstance(error, MemoryError) or any(one in str(error) for one in words):
+        return f"out of memory. {LESS_MEMORY}", 1
+    return None, 1
 
 
 def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
-    arguments, unknown = _parser(prog).parse_known_args(argv)
+    parser = _parser(prog)
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = "; options of the config stand behind --overrides" if "=" in unknown[0] else ""
-        arguments.parser.error(f"unknown arguments: {' '.join(unknown)}{hint}")
+        arguments.parser.error(f"unknown arguments: {' '.join(unknown)}{_hint(unknown[0], arguments)}")
     return arguments
+
+
+def _hint(unknown: str, arguments: argparse.Namespace) -> str:
+    """What may have been meant by an argument that is not known."""
+    options = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+    if near := difflib.get_close_matches(unknown, options, n=1, cutoff=0.8):
+        return f"; did you mean {near[0]}?"
+    if "overrides" not in arguments:
+        return ""
+    if unknown.startswith("--") or "=" in unknown:
+        key = unknown.strip("-").partition("=")[0].replace("-", "_")
+        return f"; options of the config stand behind --overrides, like --overrides {key}=..."
+    return "; give one config at a time" if "config" in arguments else ""
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -103,6 +153,10 @@ def _command(commands, name: str, text: str, usage: str) -> argparse.ArgumentPar
     return parser
 
 
+def _quiet_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and only warnings, errors and results")
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.set_defaults(command=commands.train)
@@ -155,6 +209,7 @@ def _more_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", nargs="+", action="extend", default=[], metavar="FILE.py", help="run a file that registers losses"
     )
+    _quiet_argument(parser)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +225,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
     number("--max-new-tokens", type=_number(int, 1), default=max_new_tokens, metavar="N", help="default %(default)s")
     number("--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy")
     number("--top-p", type=_number(float, 0, 1), default=1.0, metavar="P", help="sample from the likeliest tokens only")
-    number("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default %(default)s")
+    number("--seed", type=_number(int, 0, 2**62), default=0, metavar="N", help="of sampling; default %(default)s")
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +244,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-template", metavar="T", help="the prompt_template of training, with {prompt} or columns in braces"
     )
     _output_arguments(parser, "response")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.generate)
 
 
@@ -212,6 +268,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="which column of FILE holds what"
     )
     _output_arguments(parser, "prediction")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.score)
 
 
@@ -225,17 +282,20 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or an adapter in PEFT's format")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the model is written")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of each adapter; 1 when left out")
+    share = _number(float, -1000, 1000)
+    parser.add_argument("--weights", nargs="+", type=share, metavar="W", help="of each adapter; 1 when left out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="that of the base when left out")
-    parser.add_argument("--force", action="store_true", help="write over a folder that exists")
+    parser.add_argument("--force", action="store_true", help="write over a model that exists")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.merge)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn over one another")
-    parser.add_argument("--output", metavar="FILE.png", help="RUN/metrics.png, of several metrics.png here")
+    parser.add_argument("--output", metavar="FILE.png", help="default RUN/metrics.png, of several runs metrics.png")
     parser.add_argument("--figures", nargs="+", metavar="NAME", help="only these, in this order, for example loss lr")
     parser.add_argument("--force", action="store_true", help="write over a file that is no plot of these runs")
+    _quiet_argument(parser)
     parser.set_defaults(command=commands.plot)
 
 
@@ -256,7 +316,7 @@ def _number(kind: type, least: float, most: float = float("inf")) -> Callable:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value <= most:
+        if value is None or not least <= value <= most or math.isinf(value):
             limits = f"from {least} to {most}" if most < float("inf") else f"of {least} or more"
             raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
         return value

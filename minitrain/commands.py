@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 UNREACHED = 3  # exit code of `validate`
 RANK_0_TELLS_FIRST = 2.0  # seconds
@@ -20,7 +22,17 @@ def fail(message: str, code: int) -> int:
         time.sleep(RANK_0_TELLS_FIRST)
         message = f"rank {rank}: {message}"
     print(f"minitrain: {message}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of torchrun, which ends in a table of reasons
+        with contextlib.suppress(OSError):
+            more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
     return code
+
+
+def _inform(arguments: argparse.Namespace, line: str) -> None:
+    """A line that is no result."""
+    if not arguments.quiet:
+        print(line, flush=True)
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -46,13 +58,14 @@ def generate(arguments: argparse.Namespace) -> int:
             ids.append(generator.encode(prompt.messages))
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from None
-    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=True)
+    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet)
     rows = [prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)]
     told = _check_sections(rows) if arguments.input else None
     if output is None:
         print(("\n\n" if any("\n" in answer for answer in answers) else "\n").join(answers))
     else:
-        _write(rows, output, "answers")
+        _write(rows, output)
+        _inform(arguments, f"{len(answers)} answers written to {output}")
     if told:
         print(told, file=sys.stderr if output is None else sys.stdout)
     return 0
@@ -104,17 +117,16 @@ def score(arguments: argparse.Namespace) -> int:
     _hide_loading_bar()
     asked = asked_for(arguments)
     judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
-    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=True))
+    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=not arguments.quiet))
     if output is None:
         print("\n".join(map(line, verdicts)))
     else:
-        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output, "predictions")
+        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output)
+        _inform(arguments, f"{len(verdicts)} predictions written to {output}")
     return 0
 
 
-def _write(rows: list[dict], output, what: str) -> None:
-    import json
-
+def _write(rows: list[dict], output: Path) -> None:
     from .errors import ConfigError
 
     part = output.with_name(f".{output.name}.part")
@@ -126,7 +138,6 @@ def _write(rows: list[dict], output, what: str) -> None:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
-    print(f"{len(rows)} {what} written to {output}")
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -155,13 +166,10 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .errors import ConfigError
 
     output = Path(arguments.output)
-    if output.exists() and not arguments.force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    _refuse_place(output, arguments.force)
     shares = arguments.weights or [1.0] * len(arguments.runs)
     if len(shares) != len(arguments.runs):
         raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
@@ -169,8 +177,23 @@ def merge(arguments: argparse.Namespace) -> int:
         from .merge import merge
     _hide_loading_bar()
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
-    print(f"merged in float32, saved in {dtype}: {output}")
+    _inform(arguments, f"merged in float32, saved in {dtype}: {output}")
     return 0
+
+
+def _refuse_place(output: Path, force: bool) -> None:
+    """Raises ConfigError for a folder that a merged model must not be written to: --force replaces models alone."""
+    from .errors import ConfigError
+
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--output: {above} is a file, so no folder can be made in it")
+    if not output.exists():
+        return
+    if not force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if not (output / "config.json").is_file():
+        raise ConfigError(f"--output: {output} is no model's folder, and --force writes over nothing else")
 
 
 def teach(arguments: argparse.Namespace) -> int:
@@ -180,13 +203,12 @@ def teach(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _hide_loading_bar()
     written = teach(config, output)
-    print(f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}")
+    told = f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}"
+    print(written if config.quiet else told)
     return 0
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .errors import ConfigError
     from .history import read_history, tell_broken
     from .plot import plot
@@ -199,13 +221,11 @@ def plot(arguments: argparse.Namespace) -> int:
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
     plot(histories, output, arguments.force, arguments.figures)
-    print(f"the plot is in {output}")
+    _inform(arguments, f"the plot is in {output}")
     return 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .doctor import report
     from .history import read_history, tell_broken
 
@@ -216,8 +236,6 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .compare import compare
 
     lines, same = compare(Path(arguments.run), Path(arguments.other))
@@ -252,14 +270,16 @@ def validate(arguments: argparse.Namespace) -> int:
     devices = arguments.devices or world_size()
     for path in paths:
         try:
-            figures = validate(load_config(path, arguments.overrides), devices, with_memory=whole)
+            figures = validate(load_config(path, _overrides(arguments)), devices, with_memory=whole)
         except UnreachableError as error:
             print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED
             continue
         except MinitrainError as error:
-            print(f"{path}: refused", flush=True)
+            _inform(arguments, f"{path}: refused")
             code = fail(str(error), error.exit_code)
+            continue
+        if arguments.quiet:
             continue
         short = f"; {figures['examples']}; steps: {figures['steps']}"
         print(f"{path}: fine{'' if whole else short}", flush=True)
@@ -269,8 +289,6 @@ def validate(arguments: argparse.Namespace) -> int:
 
 
 def _configs_in(folder: str | None) -> list[str]:
-    from pathlib import Path
-
     from .errors import ConfigError
 
     if folder is None:
@@ -283,8 +301,6 @@ def _configs_in(folder: str | None) -> list[str]:
 
 def _new_file(name: str | None, force: bool):
     """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
-    from pathlib import Path
-
     from .errors import ConfigError
 
     output = Path(name) if name else None
@@ -304,7 +320,11 @@ def _config(arguments: argparse.Namespace):
 
     for plugin in arguments.plugin:
         load_plugin(plugin)
-    return load_config(arguments.config, arguments.overrides)
+    return load_config(arguments.config, _overrides(arguments))
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    return [*arguments.overrides, "quiet=true"] if arguments.quiet else arguments.overrides
 
 
 def _load_generator(arguments: argparse.Namespace):

@@ -20,6 +20,16 @@ from .schema import Config, aliases
 
 MAX_VALUES = 10_000  # of one file, its aliases written out: a few lines of YAML can grow without bound
 MAX_DEPTH = 30
+YAML_HINTS = {  # what to do about an error, by words of its message
+    "'\\t'": "Indent with spaces, not tabs.",
+    "while scanning a simple key": "Write `key: value`, with a space behind the colon.",
+    "while scanning a quoted scalar": "A quotation mark that opens here is not closed.",
+    "while parsing a flow": "A bracket is not closed, or a comma is missing.",
+    "mapping values are not allowed": "Indent keys of one level alike, and put a text with `: ` in it in quotes.",
+    "while parsing a block mapping": "Indent keys of one level alike.",
+    "cannot start any token": "Put the text in quotes.",
+    "duplicate key": "Give it once.",
+}
 LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
@@ -63,6 +73,8 @@ def _read(source: str | Path | dict) -> tuple[DictConfig, Source]:
 
 
 def _read_text(path: Path) -> str:
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".tsv")):
+        raise ConfigError(f"{path}: this is a file of data; name the YAML file whose `datasets` name it.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -109,6 +121,8 @@ def _guarded(name: str, lines: dict[str, int], read: Callable) -> Any:
         return read()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if error.context_mark and "scanning" in error.context:  # where it begins, and not where the file ends
+            mark = error.context_mark
         place = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
     except OmegaConfBaseException as error:
@@ -125,7 +139,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         reason = error.problem or error.context
         reason = f"{error.context}, {reason}" if reason.startswith("but ") else reason
-        return f"{reason}." + (" Indent with spaces, not tabs." if "'\\t'" in reason else "")
+        hints = [hint for words, hint in YAML_HINTS.items() if words in f"{error.context} {reason}"]
+        return " ".join([f"{reason}.", *hints[:1]])
     reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
     return reason.strip('"') + "."
 

@@ -77,7 +77,8 @@ def report(run: History) -> str:
     for what, evidence, advice in findings:
         paragraphs.append("\n".join([what, _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")]))
     good = ", ".join(well)
-    paragraphs.append(_wrap(f"Nothing wrong with: {good}." if findings else f"Nothing looks wrong. Looked at: {good}."))
+    if good:
+        paragraphs.append(_wrap(f"{'Nothing wrong with' if findings else 'Nothing looks wrong. Looked at'}: {good}."))
     return "\n\n".join(paragraphs)
 
 

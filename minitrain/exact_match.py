@@ -13,7 +13,12 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d
 
 
 def exact_match(
-    generator: Generator, examples: Examples, settings: EvalGenerateConfig, batch_size: int, say: Callable[[str], None]
+    generator: Generator,
+    examples: Examples,
+    settings: EvalGenerateConfig,
+    batch_size: int,
+    say: Callable[[str], None],
+    progress: bool = True,
 ) -> float:
     """Share of the first `n_examples` whose greedy answer is the reference, as far as `settings.match` looks at it.
 
@@ -26,7 +31,7 @@ def exact_match(
         start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last answer begins
         prompts.append(document.ids[:start].tolist())
         references.append(tokenizer.decode(document.ids[start:], skip_special_tokens=True))
-    answers = generator.answer(prompts, Sampling(settings.max_new_tokens), batch_size, progress=True)
+    answers = generator.answer(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
     found = [(final_answer(a, settings.match), final_answer(r, settings.match)) for a, r in zip(answers, references)]
     matches = [answer is not None and answer == reference for answer, reference in found]
     for i in range(min(settings.show, len(answers))):

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checks import looks_local
-from .data.files import FORMATS, Row, format_of, read_rows
+from .data.files import FORMATS, Row, format_of, read_rows, refuse_no_file
 from .data.raft import documents_of, raft_prompt
-from .data.records import Messages, fill, user
+from .data.records import Messages, fill, turns_of, user
 from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
@@ -23,6 +22,8 @@ from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions
+from .places import looks_local
+from .problems import nearest
 from .schema import DatasetConfig, ModelConfig
 
 
@@ -140,8 +141,6 @@ def load_generator(
 
     The model keeps the dtype it was saved in where the processor computes in it, else it becomes float32.
     """
-    if chat_template not in ("auto", "chatml", "none") and not Path(chat_template).is_file():
-        raise ConfigError(f"the chat template {chat_template!r} is neither auto, chatml, none, nor a file.")
     config = model_config(find_model(source), trust_remote_code)
     if trained_outputs(config) is not None:
         raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.")
@@ -162,8 +161,12 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
     if not (Path(source) / CONFIG_FILE).is_file():
         return ModelConfig(name_or_path=source, trust_remote_code=trust_remote_code)
     adapter = read_config(Path(source))
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or (looks_local(base) and not Path(base).is_dir()):
+        told = f"{source}: its base model {base!r} is not there (seen from {Path.cwd()})"
+        raise ConfigError(f"{told}; mend base_model_name_or_path in {Path(source) / CONFIG_FILE}.")
     return ModelConfig(
-        name_or_path=adapter["base_model_name_or_path"],
+        name_or_path=base,
         revision=adapter.get("revision"),
         adapter=source,
         tokenizer_name_or_path=source if (Path(source) / "tokenizer.json").is_file() else None,
@@ -174,8 +177,9 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
 
 def find_model(source: str) -> str:
     folder = Path(source)
-    if not folder.is_dir() and looks_local(source):
-        raise ConfigError(f"{source}: there is no such folder.")
+    if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
+        there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
+        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{nearest(source, there)}")
     if not folder.is_dir() or _holds_model(folder):
         return source
     for name in ("final", "best"):
@@ -184,6 +188,11 @@ def find_model(source: str) -> str:
     if (folder / "checkpoints").is_dir():
         raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
     raise ConfigError(f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).")
+
+
+def _beside_runs(folder: Path) -> bool:
+    """Whether ``runs/name`` can only be meant for a run, although hub names look like that too."""
+    return len(folder.parts) == 2 and (folder.parts[0] == "runs" or any(folder.parent.glob("*/metrics.jsonl")))
 
 
 def _holds_model(folder: Path) -> bool:
@@ -199,7 +208,7 @@ def saved_dtype(config: ModelConfig) -> str | None:
     try:
         saved = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
         return str(saved.dtype).removeprefix("torch.")
-    except (OSError, ValueError):
+    except Exception:
         return None
 
 
@@ -225,8 +234,7 @@ def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
     assistant is left out, so that a training file serves too. `template` is the prompt_template of training. Raises
     DataError.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    refuse_no_file(path)
     if path.suffix == ".txt":
         rows = _text_rows(path)
     elif format_of(path) in FORMATS:
@@ -267,13 +275,11 @@ def messages_of(row: dict, template: str | None = None) -> Messages:
     raise DataError(f"none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}")
 
 
-def _unanswered(messages: object, template: str | None) -> Messages:
-    messages = messages if isinstance(messages, list) else []
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise DataError("messages is not a list of objects with role and content")
-    messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    if not messages or not all(isinstance(m.get("role"), str) for m in messages):
-        raise DataError("messages holds no turn of the user, or one without a role")
+def _unanswered(value: object, template: str | None) -> Messages:
+    messages = turns_of(value, "messages")
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not messages:
+        raise DataError("messages holds no turn of the user")
     if template is not None:
         raise DataError("--prompt-template does not apply to messages")
     return messages

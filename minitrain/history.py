@@ -88,7 +88,7 @@ def _points(line: str) -> dict[str, Point]:
     """Raises ValueError, KeyError, TypeError or OverflowError for a line that is not one of `Tracking`."""
     row = json.loads(line)
     step, kind = row["step"], row["kind"]
-    if not isinstance(step, int) or kind not in ("train", "eval"):
+    if type(step) is not int or kind not in ("train", "eval"):
         raise ValueError
     return {f"{kind}/{name}": Point(step, float(value)) for name, value in row.items() if name not in NOT_FIGURES}
 
@@ -103,6 +103,7 @@ def _settings(folder: Path) -> dict:
 
 def _finished(folder: Path) -> int | None:
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished_step"]
+        step = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished_step"]
+        return step if type(step) is int else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -32,6 +32,8 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     for source, end in zip(sources, ends, strict=True):
         if end != ends[0]:
             raise ConfigError(f"{source} and {sources[0]} are adapters of models that end in other outputs.")
+    if Path(configs[0].name_or_path).resolve() == output.resolve():
+        raise ConfigError(f"--output: {output} is the base model, and the adapters would no longer fit it.")
     tokenizer = load_tokenizer(configs[0], scores=ends[0] is not None)
     model = load_base(configs[0], tokenizer)
     for name in heads_of(model).new:  # what the base has not is all of the adapters

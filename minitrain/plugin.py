@@ -25,8 +25,9 @@ def load_plugin(path: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"--plugin: {path}: {error}") from None
     except SyntaxError as error:
-        raise ConfigError(f"--plugin: {path}:{error.lineno}: {error.msg}") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        raise ConfigError(f"--plugin: {path}:{error.lineno or 1}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
         place = f"{path}:{lines[-1]}" if lines else path
         raise ConfigError(f"--plugin: {place}: {type(error).__name__}: {error}") from None

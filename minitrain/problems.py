@@ -191,6 +191,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> None:
     """Tells of a key that does not exist, and of the one that was meant if it can be guessed."""
     foreign, meant = FOREIGN_NAMES.get(name, ""), _meant(name, path, known)
+    if not meant and (near := difflib.get_close_matches(name, FOREIGN_NAMES, n=1, cutoff=0.85)):
+        foreign = FOREIGN_NAMES[near[0]]
     here = re.split("[ =,]", foreign)[0]
     if name in aliases():
         hint = f"is another name of {aliases()[name]}; give only one of them."

@@ -234,7 +234,7 @@ def _noted(
         return noted
     whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
     logps = torch.zeros(len(cache.ids))
-    quiet = None if parallel.rank == 0 else True  # None: a bar, where there is a terminal
+    quiet = True if parallel.rank or config.quiet else None  # None: a bar, where there is a terminal
     with inference(policy), precision.autocast():
         found = batches_with_places(cache, whole)
         for batch, places in tqdm(found, desc="the reference", unit=" batches", disable=quiet, leave=False):

@@ -152,6 +152,9 @@ class RunFolder:
                 f"{self.path}: another process trains in this folder ({self.lock.read().strip()}); "
                 "wait for it, or choose another exp_name."
             ) from None
+        self._writing(self._sign_lock)
+
+    def _sign_lock(self) -> None:
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()

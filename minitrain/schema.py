@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+MAX_SEED = 2**63 - 1  # what torch takes
+
 
 def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
     """A dataclass field with its explanation and limits.
@@ -162,7 +164,11 @@ class FSDPConfig:
     )
     cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer in the memory of the CPU.", free=True)
     timeout_seconds: float = option(
-        1800, "End the run when nothing has moved for so long, and say which rank is stuck where.", above=0, free=True
+        1800,
+        "End the run when nothing has moved for so long, and say which rank is stuck where.",
+        above=0,
+        most=1e6,
+        free=True,
     )
 
 
@@ -185,7 +191,7 @@ class Config:
     # run
     exp_name: str | None = option(None, "Name of the run folder; the name of the YAML file when left out.", free=True)
     output_dir: str = option("runs", "Where run folders are made.", free=True)
-    seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", least=0)
+    seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", least=0, most=MAX_SEED)
     device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     trainer: str = option(
         "BasicTrainer",
@@ -194,6 +200,7 @@ class Config:
         free=True,
     )
     fsdp: FSDPConfig = option(FSDPConfig, "How FSDPTrainer cuts the model up.")
+    quiet: bool = option(False, "No progress bars, and of the lines on the console only warnings.", free=True)
     debug: bool = option(False, "Find the operation that makes a NaN (slow), and send nothing to trackers.", free=True)
 
     # data

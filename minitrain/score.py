@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .data.collate import Document, collate
 from .data.encode import Limits, encode
-from .data.files import FORMATS, format_of, read_rows
+from .data.files import FORMATS, format_of, read_rows, refuse_no_file
 from .data.records import Conversation, Labelled, Record, assistant, schemas_of, to_record, user
 from .data.template import Template
 from .engine.parallel import pick_device
@@ -137,8 +137,7 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[Asked]:
 
     Raises DataError for a row that is neither, and for rows of both kinds.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    refuse_no_file(path)
     if format_of(path) not in FORMATS:
         raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file")
     dataset, asked = DatasetConfig(str(path), columns=columns), []

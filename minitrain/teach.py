@@ -83,7 +83,8 @@ def _check(needs: frozenset[str], options) -> None:
 
 def _ask(teacher: Teacher, caches, loader: Loader, options: KDOptions, writer: "_Writer") -> None:
     """Each data file's supervised tokens, the longest examples first."""
-    with tqdm(total=sum(map(len, caches)), desc="teacher", unit=" examples", disable=None, leave=False) as bar:
+    total, quiet = sum(map(len, caches)), loader.config.quiet or None
+    with tqdm(total=total, desc="teacher", unit=" examples", disable=quiet, leave=False) as bar:
         for cache in caches:
             whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
             for batch, places in batches_with_places(cache, whole):

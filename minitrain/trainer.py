@@ -109,13 +109,13 @@ class Trainer:
         with self.parallel.contact(), self.run.locked():
             ended = self.run.finished_steps()
             self.checkpoint, complaints = self.run.find_checkpoint()
-            self.notes = complaints + self.notes
             if ended is not None and not self._may_go_on(*ended):
                 return {}
             if self.checkpoint is not None:
                 self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer, self.parallel))
             self.run.start(self.step)
             self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
+            self.tracking.warn(*complaints)
             try:
                 with signals_noted(self._note_signal):
                     self._run()
@@ -131,7 +131,7 @@ class Trainer:
         if self.signal is not None:
             self._save_checkpoint()
             name = signal.Signals(self.signal).name
-            self._say(f"stopped by {name} at step {self.step}; the same command goes on from there")
+            self.tracking.warn(f"stopped by {name} at step {self.step}; the same command goes on from there")
         self.run.finish_saving()
         self._call("on_train_end")
 
@@ -185,7 +185,7 @@ class Trainer:
             self.bad_steps += not overflow
             self.precision.update(overflow=True)
             if not overflow:
-                self._say(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped")
+                self.tracking.warn(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped")
             if self.bad_steps >= self.config.max_bad_steps:
                 raise RunError(
                     f"{self.bad_steps} steps in a row (up to step {self.step + 1}) had a non-finite loss or gradient; "
@@ -233,7 +233,7 @@ class Trainer:
     def _may_go_on(self, finished: int, planned: int) -> bool:
         if planned >= self.total_steps:
             early = f" (stopped early, of {planned})" if finished < planned else ""
-            if self.parallel.rank == 0:
+            if self.parallel.rank == 0 and not self.config.quiet:
                 print(f"{self.run.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
             return False
         if self.checkpoint is None:
@@ -320,8 +320,8 @@ class Trainer:
         generate = self.config.eval_generate
         if generate.n_examples:
             with self.precision.autocast():
-                examples, size = self.eval_loader.examples, self.config.eval_batch_size
-                metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self._say)
+                examples, size, bar = self.eval_loader.examples, self.config.eval_batch_size, not self.config.quiet
+                metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self._say, bar)
         metrics = self.parallel.first(lambda: metrics)  # so that all ranks judge alike, to the last bit
         self.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
         self.evaluated_step = self.step

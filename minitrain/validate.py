@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 
-import jinja2
 import numpy as np
 import torch
 
@@ -15,7 +14,7 @@ from .dry import DryRun, dry_run
 from .engine.parallel import pick_device
 from .errors import DataError, MinitrainError
 from .memory import estimate
-from .model.load import first_line
+from .model.damage import first_line
 from .model.scoring import is_encoder
 from .schema import Config
 
@@ -49,7 +48,7 @@ def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
         checks.append((np.flatnonzero(_n_learned(cache) == 0), "has no token to learn"))
     if kind not in ("labelled", "rollout"):  # a rollout may end where its sampling was cut off
         told = f"a learned answer does not end its turn (with {_named(template)}), so a model would not learn to stop"
-        checks.append((_without_end(cache, _end_ids(template), run.config.max_length), told))
+        checks.append((_without_end(cache, template.end_ids(), run.config.max_length), told))
     checks.append(
         (
             _with_second_bos(cache, template, run.config.max_length),
@@ -64,15 +63,8 @@ def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
             yield f"{cache.source}: so in {len(examples) - MAX_TOLD:,} more of {len(cache):,} examples."
 
 
-def _end_ids(template: Template) -> list[int]:
-    try:
-        return template.end_ids()
-    except jinja2.TemplateError:  # it refuses a question with its answer
-        return [template.tokenizer.eos_token_id]
-
-
 def _named(template: Template) -> str:
-    return " or ".join(map(repr, template.tokenizer.convert_ids_to_tokens(_end_ids(template))))
+    return " or ".join(map(repr, template.tokenizer.convert_ids_to_tokens(template.end_ids())))
 
 
 def _without_end(cache: TokenCache, end_ids: list[int], max_length: int) -> np.ndarray:
@@ -90,7 +82,7 @@ def _without_end(cache: TokenCache, end_ids: list[int], max_length: int) -> np.n
 def _with_second_bos(cache: TokenCache, template: Template, max_length: int) -> np.ndarray:
     """Documents with a BOS behind the first one; at once behind it, where the template itself begins turns with it."""
     bos = template.tokenizer.bos_token_id
-    if bos is None or bos in _end_ids(template):
+    if bos is None or bos in template.end_ids():
         return np.empty(0, np.int64)
     places = np.flatnonzero(cache.ids.numpy() == bos)
     documents = _document_of(cache, places)

@@ -328,7 +328,8 @@ def _encoded(encoder: Encoder, source: Source, config: Config) -> Iterator[Chunk
         results = map(encoder, chunks)
     else:
         results = _in_processes(encoder, chunks, processes)
-    with tqdm(desc=f"tokenising {Path(source.name).name}", unit=" rows", disable=None, leave=False) as bar:
+    name, quiet = Path(source.name).name, config.quiet or None  # None: a bar, where there is a terminal
+    with tqdm(desc=f"tokenising {name}", unit=" rows", disable=quiet, leave=False) as bar:
         for chunk in results:
             bar.update(len(chunk.examples) + len(chunk.bad))
             yield chunk

@@ -36,6 +36,14 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
+def refuse_no_file(path: Path) -> None:
+    """Raises DataError when there is no file to read."""
+    if path.is_dir():
+        raise DataError(f"{path}: this is a folder; name a file in it")
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file (seen from {Path.cwd()})")
+
+
 def _lines(file, path: Path) -> Iterator[tuple[int, bytes]]:
     """Line by line, without the byte-order mark and the ends of the lines."""
     number = 0
@@ -69,7 +77,8 @@ def _parse(raw: bytes) -> dict | DataError:
 def _as_row(row) -> dict | DataError:
     if isinstance(row, dict):
         return row
-    return DataError(f"expected an object with keys, got {type(row).__name__} {str(row)[:60]!r}")
+    hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
+    return DataError(f"expected an object with keys, got {type(row).__name__} {str(row)[:60]!r}{hint}")
 
 
 def _read_json(file, path: Path) -> Iterator[Row]:
@@ -96,6 +105,8 @@ def _start_of_data(text: str, path: Path) -> int:
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            raise DataError(f"{path}: holds one row a line; give it a name that ends in .jsonl") from None
         raise _bad_json(path, 1, error) from None
     if not isinstance(whole.get("data"), list):
         raise DataError(f"{path}: expected a list of rows under `data`, found the keys {', '.join(list(whole)[:5])}")

@@ -3,6 +3,7 @@
 To add a schema: a function decorated with `schema` in the file of its kind, and its test.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ def keys_of(row: dict) -> str:
 
 def text_of(row: dict, key: str) -> str:
     value = row[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
         raise DataError(f"{key} is not a text, but {str(value)[:60]!r}")

@@ -5,7 +5,9 @@ The text is built as inference builds it: up to each answer stands exactly what 
 the prompt's ids are those of inference, no token straddles a border, and the mask is exact to the character.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +29,7 @@ PLAIN = (
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
+_HIDDEN = "the chat template hides the answer; give chat_template=chatml or a template of your own"
 # Private-use characters, which no text of a data set should hold.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 
@@ -61,7 +64,7 @@ class Template:
         elif chat_template == "none":
             tokenizer.chat_template = PLAIN
         elif chat_template != "auto":
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = _read(chat_template)
         if not isinstance(tokenizer.chat_template, str):
             raise ConfigError("chat_template: the tokenizer has several templates; name a .jinja file.")
         try:
@@ -81,9 +84,11 @@ class Template:
 
     def end_ids(self) -> list[int]:
         """The tokens that end a turn, for generation: EOS and the one this template closes an answer with."""
-        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        last = self.encode_text(self._closed(self._render(example)))[-1]
-        return sorted({self.tokenizer.eos_token_id, last})
+        try:
+            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except jinja2.TemplateError:  # it refuses this very conversation
+            return [self.tokenizer.eos_token_id]
+        return sorted({self.tokenizer.eos_token_id, self.encode_text(self._closed(text))[-1]})
 
     # ------------------------------------------------------------------------------------------------ encoding
 
@@ -168,7 +173,8 @@ class Template:
     # ------------------------------------------------------------------------------------------- finding answers
 
     def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        with _as_template_errors():
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     def _pieces(
         self, messages: list[dict[str, str]], n_learned: int | None
@@ -191,12 +197,13 @@ class Template:
         """The text and the spans inside {% generation %}, each with the token that ends its turn."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, spans = render_jinja_template(
-            [messages],
-            chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        with _as_template_errors():
+            rendered, spans = render_jinja_template(
+                [messages],
+                chat_template=self.tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         text, closed = rendered[0], []
         for start, end in spans[0]:
             token = self._special_end.search(text, start, end) or self._special_start.match(text, end)
@@ -216,6 +223,8 @@ class Template:
             return self._split_at_mark(messages)
         whole, prompt = self._render(messages), self._render(messages[:-1], prompt=True)
         if whole.startswith(prompt):
+            if whole == prompt and messages[-1]["content"].strip():
+                raise DataError(_HIDDEN)
             return prompt, self._closed(whole[len(prompt) :])
         history = self._render(messages[:-1])
         common = _common_prefix(whole, prompt)
@@ -229,7 +238,7 @@ class Template:
         answer = {"role": "assistant", "content": OPEN + messages[-1]["content"]}
         before, mark, tail = self._render([*messages[:-1], answer]).rpartition(OPEN)
         if not mark:
-            raise DataError("the chat template hides the answer; give chat_template=chatml or a template of your own")
+            raise DataError(_HIDDEN)
         return before, self._closed(tail)
 
     def _closed(self, tail: str) -> str:
@@ -277,6 +286,22 @@ class Template:
 def make_template(tokenizer, config: Config, kind: str) -> Template:
     """The template for records of a kind; texts that are to be labelled are read as they are."""
     return Template(tokenizer, "none" if kind == "labelled" else config.chat_template, config.train_on)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"the chat template {file!r} is neither auto, chatml, none, nor a text file.") from None
+
+
+@contextlib.contextmanager
+def _as_template_errors() -> Iterator[None]:
+    """What a template's own expressions raise, as an error of the template."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -106,7 +106,8 @@ def _read_manifest(folder: Path) -> dict[str, dict]:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         assert all(isinstance(entry, dict) for entry in files.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise RunFolderError(f"{folder}: manifest.json is missing or damaged; this is no complete checkpoint") from None
+        told = "manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
+        raise RunFolderError(f"{folder}: {told}") from None
     for name in files:
         if Path(name).name != name:
             raise RunFolderError(f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint")

@@ -53,7 +53,7 @@ class Tracking:
 
     def __init__(self, config: Config, folder: Path, settings: dict, speaks: bool = True):
         """`speaks` is false on all ranks but the first, which then write nothing anywhere."""
-        self.speaks = speaks
+        self.speaks, self.quiet = speaks, config.quiet
         self.bar: tqdm | None = None
         self.sinks: dict[str, tuple[Callable, Callable]] = {}  # name -> (log, close)
         if not speaks:
@@ -89,18 +89,24 @@ class Tracking:
         self.sinks.clear()
 
     def say(self, line: str = "") -> None:
-        """A line on the console, above the progress bar."""
+        """A line on the console, above the progress bar; none when it is to be quiet."""
+        if not self.quiet:
+            self.warn(line)
+
+    def warn(self, *lines: str) -> None:
+        """Lines on the console in any case."""
         if not self.speaks:
             return
         try:
-            tqdm.write(line)
+            for line in lines:
+                tqdm.write(line)
             sys.stdout.flush()
         except OSError:  # nobody reads any more; training goes on
             self.speaks = False
             sys.stdout = open(os.devnull, "w")
 
     def start_bar(self, total: int, done: int) -> None:
-        if self.speaks:
+        if self.speaks and not self.quiet:
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, leave=False)
 
     def advance(self) -> None:
@@ -116,7 +122,7 @@ class Tracking:
         except Exception as error:
             self.sinks.pop(name, None)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.say(f"warning: {name} failed and is switched off, training goes on: {reason}")
+            self.warn(f"warning: {name} failed and is switched off, training goes on: {reason}")
 
 
 def train_line(step: int, total: int, figures: dict[str, float]) -> str:

@@ -22,7 +22,11 @@ from .weights import Less, Weights
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of names in PEFT's files; of a head beside a soft prompt
 HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # the last layer of a scalar head
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-NEEDED = ("r", "lora_alpha", "target_modules")  # what a LoRA's file has to say
+# What cannot be guessed, and its types.
+REQUIRED = {
+    "LORA": {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)},
+    "PROMPT": {"num_virtual_tokens": int},
+}
 # What PEFT can do and this does not: refused when an adapter uses it.
 FOREIGN = (
     *("layer_replication", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora"),
@@ -79,7 +83,9 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
     missing = [key for key in missing if key not in tensors]
     unknown = [key for key in tensors if key not in names]
     if missing or unknown:
-        raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}, unexpected {unknown[:3]}.")
+        base = config.get("base_model_name_or_path")
+        told = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
+        raise ConfigError(f"{folder} does not fit the model: {told}.")
     for key, tensor in tensors.items():
         parameter = parameters[names[key]]
         if parameter.shape != tensor.shape:
@@ -99,8 +105,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
     if kind not in ("LORA", *KINDS.values()):
         raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
-    if lacking := [key for key in NEEDED if kind == "LORA" and config.get(key) is None]:
+    needed = REQUIRED["LORA" if kind == "LORA" else "PROMPT"]
+    if lacking := [key for key in needed if config.get(key) is None]:
         raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.")
+    if odd := [key for key, types in needed.items() if not isinstance(config[key], types)]:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {odd[0]} cannot be {config[odd[0]]!r}.")
     for key in FOREIGN:
         if config.get(key):
             raise ConfigError(f"{folder}: it uses {key}, which is not known here.")

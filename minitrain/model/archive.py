@@ -1,6 +1,7 @@
 """Weights that take the place of those of a model: a state dict in a file, or the files of a model's folder."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
             else:
                 held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 state |= held.get("state", held)
+    except (AttributeError, pickle.UnpicklingError):
+        told = "it holds something else than names with tensors; save a state dict"
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {told}.") from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ConfigError(f"model.archive: {path} cannot be loaded: {reason}.") from None

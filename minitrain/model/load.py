@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError
-from ..hub import ask_for, unreachable
+from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, outputs_of, save_adapter
 from .archive import archive_files, load_archive, read_archive
+from .damage import named, no_model, no_tokenizer, refuse_encoder, refuse_gaps
 from .lora import fold
 from .policy import Policy, find_blocks
 from .quantize import quantize_model, unpack_model
@@ -46,8 +47,7 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
             name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        told = f"no tokenizer could be loaded from {name!r}: {first_line(error)}"
-        raise unreachable(name, error) or ConfigError(told) from None
+        raise no_tokenizer(name, error) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
     if tokenizer.eos_token is None and not scores:
@@ -254,7 +254,10 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
 
 
 def trained_outputs(config: ModelConfig) -> list[str] | None:
-    """Names of the scalars that a trained model or adapter ends in, as its files say; None for a vocabulary."""
+    """Names of the scalars that a trained model or adapter ends in, as its files say; None for a vocabulary.
+
+    Raises ConfigError when they cannot be read.
+    """
     from transformers import AutoConfig
 
     if config.adapter:
@@ -266,10 +269,8 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
         saved = AutoConfig.from_pretrained(
             config.name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        if lost := unreachable(config.name_or_path, error):
-            raise lost from None
-        return None  # loading it tells what is wrong
+    except Exception as error:
+        raise no_model(config, "model", error) from None
     ends = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
     return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
 
@@ -281,13 +282,6 @@ def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
     if outputs is None:
         return AutoModelForCausalLM, {}
     return AutoModelForSequenceClassification, {"num_labels": len(outputs)}
-
-
-def no_model(config: ModelConfig, outputs: list[str] | None, error: Exception) -> ConfigError:
-    """What to tell when such a model cannot be made."""
-    wanted = "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
-    told = f"no {wanted} in {config.name_or_path!r}: {first_line(error)}"
-    return unreachable(config.name_or_path, error) or ConfigError(told)
 
 
 def _from_pretrained(
@@ -306,11 +300,15 @@ def _from_pretrained(
                 attn_implementation=attention_of(config),
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused below
                 **number,
             )
-        return model, found["missing_keys"]
+        if outputs is None:
+            refuse_encoder(model.config)
     except Exception as error:
-        raise no_model(config, outputs, error) from None
+        raise no_model(config, named(outputs), error) from None
+    refuse_gaps(config, found, outputs)
+    return model, found["missing_keys"]
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
@@ -322,12 +320,13 @@ def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn
     ask_for(config.name_or_path)
     try:
         shape = AutoConfig.from_pretrained(config.name_or_path, **where)
+        refuse_encoder(shape)
         with parameters_on_meta():
             attends, trust = attention_of(config), config.trust_remote_code
             model = kind.from_config(shape, dtype=dtype, attn_implementation=attends, trust_remote_code=trust)
         weights = open_weights(config.name_or_path, config.revision, model)
     except Exception as error:
-        raise no_model(config, None, error) from None
+        raise no_model(config, named(None), error) from None
     if weights is None:
         return None, None
     with contextlib.suppress(OSError):  # not every model has one
@@ -358,8 +357,3 @@ def grow_embeddings(model: nn.Module, n_tokens: int) -> None:
         for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             for parameter in layer.parameters():
                 parameter[rows:] = parameter[:rows].mean(0)
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."

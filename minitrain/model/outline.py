@@ -7,7 +7,8 @@ from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
-from .load import DTYPES, attention_of, auto_class, freeze_layers, frozen_policy, grow_embeddings, no_model
+from .damage import named, no_model, refuse_encoder
+from .load import DTYPES, attention_of, auto_class, freeze_layers, frozen_policy, grow_embeddings
 from .policy import Policy
 from .quantize import outline_quantized
 from .scoring import check_rows, make_policy, name_outputs
@@ -62,9 +63,11 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
         else:
             ask_for(config.name_or_path)
             shape = AutoConfig.from_pretrained(config.name_or_path, revision=config.revision, **trust, **number)
+        if outputs is None:
+            refuse_encoder(shape)
         model = kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
     except Exception as error:
-        raise no_model(config, outputs, error) from None
+        raise no_model(config, named(outputs), error) from None
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if outputs is not None:

@@ -176,6 +176,10 @@ def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractCont
     policy.prompted = prompted
     with gathered():
         logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
+    if not logits.isfinite().all():
+        raise ConfigError(
+            "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for policy_dtype."
+        )
     plain = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
     tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2 + float(logits.abs().max()) / 64
     if not torch.allclose(plain, ours, rtol=tolerance, atol=tolerance):

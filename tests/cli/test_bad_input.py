@@ -1,8 +1,8 @@
 """What a user gets wrong: exit code 2, one clear message, no traceback, and nothing loaded in vain."""
 
+import gzip
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,49 +10,8 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli import main
-
-ROOT = Path(__file__).parents[2]
-CONFIG = """\
-datasets: [rows.jsonl]
-model: {name_or_path: model}
-output_dir: out
-batch_size: 8
-n_steps: 2
-"""
-GOOD_ROW = {"prompt": "a", "response": "b"}
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch, llama_folder, rows_file):
-    """A folder with c.yml, rows.jsonl and model/, which is the current one."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(rows_file, "rows.jsonl")
-    shutil.copytree(llama_folder, "model")
-    Path("c.yml").write_text(CONFIG)
-    return tmp_path
-
-
-@pytest.fixture
-def fails(folder, capsys):
-    """``fails("lr=x")``: the message of a training command that exits with 2 and leaves no run behind."""
-
-    def fails(*overrides: str) -> str:
-        code = main(["train", "c.yml", *(["--overrides", *overrides] if overrides else [])])
-        out, err = capsys.readouterr()
-        assert code == 2, err
-        assert err.startswith("minitrain: ") and "Traceback" not in err + out and out == ""
-        assert not Path("out").exists()
-        return err
-
-    return fails
-
-
-def write(name: str, *rows) -> str:
-    """A jsonl file of dicts or of lines as they are; returns the override that trains on it."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    Path(name).write_bytes(b"\n".join(lines) + b"\n" if lines else b"")
-    return f"datasets=[{name}]"
-
+from tests.cli.conftest import CONFIG, GOOD_ROW
+from tests.conftest import ROOT
 
 # ---------------------------------------------------------------------------- the config: nothing is loaded for it
 
@@ -65,7 +24,10 @@ def write(name: str, *rows) -> str:
         (["learning_rate=1"], "learning_rate: there is no such option. Here it is called lr."),
         (["model.dtype=bfloat16"], "Here it is called model.policy_dtype."),
         (["model.policy_dtyp=bfloat16"], "Did you mean model.policy_dtype?"),
-        (["loss.dft_alpha=1"], "loss.dft_alpha: there is no such option. There are label_smoothing, focal_gamma."),
+        (["loss.dft_alpha=1"], "loss.dft_alpha: loss.name=sft has no such option; dft has it."),
+        (["loss={beta: 0.1}"], "loss.beta: loss.name=sft has no such option; dpo, kd, kto have it."),
+        (["allow_changes=[lrr]"], "allow_changes: there is no option 'lrr'. Did you mean lr?"),
+        (["loss.name=null"], "there is no loss None; there are "),
         (["loss.name=sfft"], "there is no loss 'sfft'; there are "),
         (["optimizer=Adamm"], "torch.optim has no 'Adamm'"),
         (["optimizer=LBFGS"], "torch.optim has no 'LBFGS' that can be used"),
@@ -75,6 +37,22 @@ def write(name: str, *rows) -> str:
         (["lr=fast"], "lr: expected a number, got 'fast'"),
         (["lr=-1"], "lr: must be 0 or more, got -1.0"),
         (["lr=nan"], "lr: expected a number"),
+        (["lr=inf"], "lr: expected a number"),
+        (["lr=0,001"], "lr: expected a number, got '0,001'"),
+        (["lr=yes"], "lr: expected a number, got True"),
+        (["lr=null"], "lr: expected a number, got nothing"),
+        (["weight_decay=.nan"], "weight_decay: expected a number, got nan"),
+        (["gradient_accumulation_steps=-2"], "gradient_accumulation_steps: must be 1 or more, got -2"),
+        (["n_steps=null", "n_epochs=0"], "n_epochs: must be above 0, got 0.0"),
+        (["seed=99999999999999999999999"], "seed: must be 9223372036854775807 or less"),
+        (["fsdp.timeout_seconds=1e30", "trainer=FSDPTrainer"], "fsdp.timeout_seconds: must be 1000000.0 or less"),
+        (["warmup_steps=99999999999999999999999"], "is more than n_steps=2"),
+        (["betas=[a,b]"], "betas: expected a number, got 'a'"),
+        (["betas={a: 1}"], "betas: expected a list, got {'a': 1}"),
+        (["loss=3"], "loss: expected keys and values, got 3"),
+        (["loss=[sft]"], "loss: expected keys and values, got ['sft']"),
+        (["loss.label_smoothing=2"], "loss.label_smoothing: must be 1 or less, got 2.0"),
+        (["device=gpu"], "device: 'gpu' is not one of auto, cpu, cuda, mps."),
         (["n_steps=1.5"], "n_steps: expected a whole number, got 1.5"),
         (["n_steps=0"], "n_steps: must be 1 or more, got 0"),
         (["packing=1"], "packing: expected true or false, got 1"),
@@ -82,8 +60,15 @@ def write(name: str, *rows) -> str:
         (["lr_scheduler=cosin"], "'cosin' is not one of linear, cosine, constant. Did you mean cosine?"),
         (["model=tiny"], "model: expected keys and values (name_or_path"),
         (["datasets=3"], "datasets: expected a list, got 3"),
+        (["datasets=[]"], "datasets: is missing: name at least one file"),
+        (["datasets=[null]"], "datasets[0]: expected keys and values (path"),
+        (["datasets=[{type: text}]"], "datasets[0].path: is missing"),
+        (["datasets=[{path: rows.jsonl, weight: 0}]"], "datasets[0].weight: must be above 0"),
+        (["datasets=[{path: rows.jsonl, columns: [a]}]"], "columns: expected keys and values, got ['a']"),
         (["datasets=[3]"], "datasets[0]: expected keys and values (path"),
         (["freeze_layers=[last]"], "'last' is neither a number, a range like 0-5, nor `embeddings`"),
+        (["freeze_layers=[-1]"], "-1 is neither a number, a range like 0-5, nor `embeddings`"),
+        (["freeze_layers=[1.5]"], "1.5 is neither a number, a range like 0-5, nor `embeddings`"),
         (["warmup_ratio=1.5"], "warmup_ratio: must be 1 or less, got 1.5"),
         (["exp_name=../x"], "'../x' is not the name of a folder"),
         # options that would be ignored, or contradict each other
@@ -106,6 +91,10 @@ def write(name: str, *rows) -> str:
         # files
         (["loss={name: kd, teacher: ./nowhere}"], "loss.teacher: there is no folder nowhere"),
         (["loss={name: kd, teacher_outputs: nowhere}"], "loss.teacher_outputs: there is no file nowhere (seen from "),
+        (["loss={name: kd, teacher_outputs: model}"], "loss.teacher_outputs: model is a folder; name the file that"),
+        (["datasets=['https://a.b/c.jsonl']"], "https://a.b/c.jsonl is an address; download it, and name the file"),
+        (["datasets=[/dev/null]"], "/dev/null is a device or a pipe, which cannot be read twice"),
+        (["model.adapter=model"], "model.adapter: model holds no adapter_config.json, so it is no adapter"),
         (["datasets=[nowhere.jsonl]"], "there is no file nowhere.jsonl (seen from "),
         (["datasets=[row.jsonl]"], "Did you mean rows.jsonl?"),
         (["datasets=[model]"], "model is the folder of a model; name a file"),
@@ -116,6 +105,8 @@ def write(name: str, *rows) -> str:
         (["model.tokenizer_name_or_path=./nowhere"], "there is no folder ./nowhere"),
         (["model.archive=nowhere.pt"], "nowhere.pt is not a .safetensors, .pt or .bin file that exists"),
         (["chat_template=nowhere.jinja"], "'nowhere.jinja' is neither auto, chatml, none, nor a text file"),
+        (["chat_template=model"], "'model' is neither auto, chatml, none, nor a text file"),
+        (["resume=rows.jsonl"], "'rows.jsonl' is neither auto, never, nor the folder of a checkpoint"),
         (["resume=nowhere"], "'nowhere' is neither auto, never, nor the folder of a checkpoint"),
         # the form of an override
         (["lr"], "lr: write it as key=value"),
@@ -144,7 +135,7 @@ def test_torchrun_with_the_basic_trainer(fails, monkeypatch):
         ("cc.yml", "minitrain: cc.yml: there is no such file. Did you mean c.yml?\n"),
         ("model", "minitrain: model: this is a folder; name a YAML file in it.\n"),
         ("model/model.safetensors", "so it is no YAML file"),
-        ("rows.jsonl", "rows.jsonl:2: not valid YAML: "),
+        ("rows.jsonl", "rows.jsonl: this is a file of data; name the YAML file whose `datasets` name it.\n"),
         ("", "minitrain: .: this is a folder"),
     ],
 )
@@ -155,128 +146,53 @@ def test_a_config_that_is_none(folder, capsys, name, told):
     assert told in err and len(err.splitlines()) == 1
 
 
-# ----------------------------------------------------------------------------- the data: read before the model is
-
-
 @pytest.mark.parametrize(
-    "rows, told",
+    "more, told",
     [
-        ([], "bad.jsonl: no example can be trained on (the file has no rows)"),
-        ([GOOD_ROW, b"{"], "bad.jsonl:2: not valid JSON"),
-        ([GOOD_ROW, b"", b"3"], "bad.jsonl:3: expected an object with keys"),
-        ([b'{"prompt": "\xff"}'], "bad.jsonl:1: not UTF-8 text"),
-        ([{"foo": 1}], "bad.jsonl:1: no known schema of conversation rows has the keys foo"),
-        ([GOOD_ROW, {"prompt": "a"}], "bad.jsonl:2: no known schema of conversation rows has the keys prompt"),
-        ([GOOD_ROW, {"prompt": "a", "response": ""}], "bad.jsonl:2: response is empty"),
-        ([{"prompt": "a", "response": [1]}], "bad.jsonl:1: response is not a text"),
-        ([{"messages": "hi"}], "bad.jsonl:1: messages is not a list of turns"),
-        ([{"messages": [{"role": "boss", "content": "x"}]}], "bad.jsonl:1: messages[0] has the role 'boss'"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], "bad.jsonl:1: messages has no turn of the assistant"),
+        ("n_steps: 3", "c.yml:6: not valid YAML: found duplicate key n_steps. Give it once."),
+        ("lora:\n\trank: 2", "c.yml:7: not valid YAML: found character '\\t' that cannot start any token. Indent with"),
+        ("lr:1", "c.yml:6: not valid YAML: could not find expected ':'. Write `key: value`, with a space behind"),
+        ("exp_name: a: b", "c.yml:6: not valid YAML: mapping values are not allowed here. Indent keys of one level"),
+        ("exp_name: 'a", "c.yml:6: not valid YAML: found unexpected end of stream. A quotation mark that opens here"),
+        ("betas: [0.9, 0.99", "not valid YAML: expected ',' or ']', but got '<stream end>'. A bracket is not closed"),
+        ("exp_name: *a", "c.yml:6: not valid YAML: found undefined alias 'a'."),
+        ("exp_name: !!python/object:os.system x", "c.yml:6: not valid YAML: could not determine a constructor"),
+        ("---\nlr: 1", "c.yml:6: not valid YAML: expected a single document in the stream, but found another"),
+        ("? [1]\n: 2", "c.yml:6: not valid YAML: found unhashable key."),
+        ("exp_name: a\0b", "c.yml: not valid YAML: unacceptable character #x0000"),
+        ("exp_name: ${oc.env:NOT_SET}", "c.yml:6: exp_name: '${oc.env:NOT_SET}' cannot be filled in: Environment var"),
+        (
+            "exp_name: ${nothing}",
+            "c.yml:6: exp_name: '${nothing}' cannot be filled in: Interpolation key 'nothing'",
+        ),
+        ("exp_name: ${exp_name}", "c.yml:6: exp_name: '${exp_name}' cannot be filled in: Recursive interpolation"),
+        ("1: 2", "c.yml:6: 1: there is no such option."),
+        (b"exp_name: caf\xe9", "c.yml: not UTF-8 text (byte 106), so it is no YAML file."),
     ],
 )
-def test_bad_data(fails, monkeypatch, rows, told):
-    """File, line and reason, and the model was not read for it."""
-    monkeypatch.setattr("minitrain.trainer.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
-    assert told in fails(write("bad.jsonl", *rows))
+def test_a_config_that_is_no_yaml(fails, more, told):
+    """The line and what to do about it, in words for somebody who does not know YAML."""
+    Path("c.yml").write_bytes(CONFIG.encode() + (more if isinstance(more, bytes) else more.encode()) + b"\n")
+    assert told in fails()
 
 
-@pytest.mark.parametrize(
-    "overrides, told",
-    [
-        (["datasets=[{path: rows.jsonl, type: alpaca}]"], "rows.jsonl:1: type alpaca needs the key 'instruction'"),
-        (["datasets=[{path: rows.jsonl, columns: {prompt: q}}]"], "rows.jsonl:1: columns names 'q'"),
-        (["datasets=[{path: rows.jsonl, prompt_template: '{x}'}]"], "prompt_template names the column 'x'"),
-        (["validation_split=40"], "40 of 40 examples held out leave none to train on"),
-        (["max_length=2", "truncation=drop"], "rows.jsonl: no example can be trained on (40 examples left out"),
-        (["cache_dir=c.yml/x"], "the tokens cannot be kept there"),
-    ],
-)
-def test_options_that_do_not_fit_the_data(fails, overrides, told):
-    """What only the data can tell is told with file and line too."""
-    assert told in fails(*overrides)
+@pytest.mark.parametrize("whole", ["- a\n- b\n", "hello\n", '"lr: 1"\n'])
+def test_a_config_of_no_keys(fails, whole):
+    """A list or a text is not taken for an empty config."""
+    Path("c.yml").write_text(whole)
+    assert fails() == "minitrain: c.yml: expected lines of the form `key: value`, for example `lr: 2e-5`.\n"
 
 
-def test_a_chat_template_that_is_none(fails):
-    """A template that is not valid Jinja is told with the reason."""
-    Path("t.jinja").write_text("{% for x %}")
-    assert "expected token 'in'" in fails("chat_template=t.jinja")
-
-
-# ------------------------------------------------------------------------------------------------------ the model
-
-
-def no_causal_lm():
-    Path("model/config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
-
-
-def unknown_model_type():
-    Path("model/config.json").write_text(json.dumps({"model_type": "never-heard-of"}))
-
-
-def empty_config():
-    Path("model/config.json").write_text("")
-
-
-def no_weights():
-    Path("model/model.safetensors").unlink()
-
-
-def empty_weights():
-    Path("model/model.safetensors").write_bytes(b"")
-
-
-def cut_weights():
-    with open("model/model.safetensors", "r+b") as file:
-        file.truncate(1000)
-
-
-def no_tokenizer():
-    for file in Path("model").glob("token*"):
-        file.unlink()
-
-
-def corrupt_tokenizer():
-    Path("model/tokenizer.json").write_text("{}")
-
-
-def no_eos():
-    settings = json.loads(Path("model/tokenizer_config.json").read_text())
-    settings["eos_token"] = None
-    Path("model/tokenizer_config.json").write_text(json.dumps(settings))
-
-
-@pytest.mark.parametrize(
-    "spoil, told",
-    [
-        (no_causal_lm, "no causal language model in 'model'"),
-        (unknown_model_type, "'model'"),
-        (empty_config, "'model'"),
-        (no_weights, "no causal language model in 'model'"),
-        (empty_weights, "no causal language model in 'model'"),
-        (cut_weights, "no causal language model in 'model'"),
-        (no_tokenizer, "no tokenizer could be loaded from 'model'"),
-        (corrupt_tokenizer, "no tokenizer could be loaded from 'model'"),
-        (no_eos, "the tokenizer of 'model' has no EOS token"),
-    ],
-)
-def test_a_folder_that_is_no_model(fails, spoil, told):
-    """Wrong, empty, cut and incomplete folders are told in one line."""
-    spoil()
-    err = fails()
-    assert told in err and len(err.splitlines()) == 1
-
-
-def test_an_archive_that_does_not_fit(fails):
-    """An empty archive, and one that is no archive at all."""
-    Path("empty.safetensors").write_bytes((16).to_bytes(8, "little") + b'{"x":{}}        ')
-    assert "empty.safetensors cannot be loaded" in fails("model.archive=empty.safetensors")
-    Path("text.pt").write_text("hello")
-    assert "text.pt cannot be loaded" in fails("model.archive=text.pt")
-
-
-def test_blocks_that_the_model_does_not_have(fails):
-    """freeze_layers is checked against the model that was loaded."""
-    assert "freeze_layers: 0-9 is outside of the model's blocks 0-1" in fails("freeze_layers=[0-9]")
+def test_marks_of_windows_are_no_mistake(folder):
+    """Byte-order marks and CRLF, in configs and data, and gzip."""
+    mark, row = b"\xef\xbb\xbf", json.dumps(GOOD_ROW).encode() + b"\r\n"
+    Path("c.yml").write_bytes(mark + CONFIG.replace("\n", "\r\n").encode())
+    Path("a.jsonl").write_bytes(mark + row)
+    Path("b.csv").write_bytes(mark + b"prompt,response\r\na,b\r\n")
+    Path("c.tsv").write_bytes(mark + b"prompt\tresponse\r\na\tb\r\n")
+    Path("d.json").write_bytes(mark + b"[" + row + b"]")
+    Path("e.jsonl.gz").write_bytes(gzip.compress(mark + row))
+    assert main(["train", "c.yml", "--overrides", "datasets=[a.jsonl,b.csv,c.tsv,d.json,e.jsonl.gz]"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------- as a real command
@@ -290,3 +206,20 @@ def test_the_real_command(folder, arguments, told):
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"})
     assert done.returncode == 2 and told in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_a_python_without_the_packages(folder):
+    """As when the virtual environment was not entered: what is missing, where, and how to have it."""
+    done = subprocess.run([sys.executable, "-ES", str(ROOT / "train.py"), "c.yml"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert f"is not installed for {sys.executable}. `pip install -e .` in the folder of minitrain" in done.stderr
+
+
+def test_the_report_of_torchrun(fails, monkeypatch):
+    """torchrun ends in a table of the reasons that it finds in such a file, as torch's own error handler writes it."""
+    from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path("error.json").absolute()))
+    err = fails("lr=x")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file="error.json")
+    assert f"minitrain: {failure.message['extraInfo']['py_callstack']}\n" == err and failure.timestamp > 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import sys
 import types
 
@@ -178,3 +179,27 @@ def test_what_comes_from_the_environment_is_never_kept(make_trainer, monkeypatch
     assert started["entity"] == "top-secret-name" and "top-secret-name" not in json.dumps(started["config"])
     for file in trainer.run.path.rglob("*"):
         assert not file.is_file() or b"top-secret-name" not in file.read_bytes(), file
+
+
+def test_quiet_prints_nothing(make_trainer, rows_file, capsys):
+    """Neither lines nor answers nor bars, on either stream; the figures are in the file as always."""
+    generate = "eval_generate={n_examples: 2, max_new_tokens: 2}"
+    trainer = make_trainer("quiet=true", f"eval_datasets=[{rows_file}]", generate)
+    trainer.train()
+    assert capsys.readouterr() == ("", "") and len(metrics(trainer)) == 3 and trainer.run.final.exists()
+    make_trainer("quiet=true", f"eval_datasets=[{rows_file}]", generate).train()  # it is finished already
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_leaves_warnings(make_trainer, capsys):
+    """A step that is skipped, a tracker that fails and a signal are told in any case."""
+    trainer = make_trainer("quiet=true", "lr=1e30", "max_grad_norm=0", "optimizer=SGD", "n_steps=50", "max_bad_steps=2")
+    with pytest.raises(RunError):
+        trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("loss or gradient is not finite; the step is skipped" in line for line in lines)
+    trainer = make_trainer(
+        "quiet=true", "exp_name=other", on_step_end=lambda trainer: signal.raise_signal(signal.SIGINT)
+    )
+    trainer.train()
+    assert "stopped by SIGINT at step 1" in capsys.readouterr().out

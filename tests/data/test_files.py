@@ -144,7 +144,7 @@ def test_overlong_line(tmp_path, monkeypatch, name):
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', r"a\.json:2: not valid JSON: there is more behind the list"),
         ("a.json", '[\n{"a": ' + "9" * 5000 + "}]", r"a\.json:2: not valid JSON"),
         ("a.json", "[" * 100_000, r"a\.json:1: not valid JSON"),
-        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json:2: not valid JSON: Extra data"),
+        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json: holds one row a line; give it a name that ends in \.jsonl"),
         ("a.json", '{"rows": []}', r"a\.json: expected a list of rows under `data`, found the keys rows"),
         ("a.json", '"text"', r"a\.json: expected a list.* belongs in a \.jsonl file"),
         ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json:2: not UTF-8 text"),

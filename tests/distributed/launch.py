@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
 TIMEOUT = 240  # seconds
-_FORKS = multiprocessing.get_context("forkserver")
+FORKS = multiprocessing.get_context("forkserver")
 # What takes long to import; not minitrain, and so not conftest, since it reads MINITRAIN_FAULT when it is imported.
-_FORKS.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
+FORKS.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
 
 
 class Ranks:
@@ -29,7 +29,7 @@ class Ranks:
         self.output.write_text("")
         envs = [_rank_env(rank, ranks, machines, port) for rank in range(ranks)] or [{}]
         arguments = [(own | env, str(file), str(self.output)) for own in envs]
-        self.processes = [_FORKS.Process(target=_driver, args=each, daemon=True) for each in arguments]
+        self.processes = [FORKS.Process(target=_driver, args=each, daemon=True) for each in arguments]
         for process in self.processes:
             process.start()
         self.pids = [process.pid for process in self.processes]

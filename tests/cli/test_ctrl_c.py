@@ -1,0 +1,197 @@
+"""Ctrl-C at every stage of every command: exit code 130, one line, nothing half written, no process left.
+
+What it does to a training in its steps and saves is in tests/faults.
+"""
+
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minitrain.cli import main
+from tests.conftest import ROOT
+from tests.distributed.launch import FORKS
+
+DEADLINE = 120  # seconds; nothing here takes long, but on a machine that does much else
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, llama_folder, rows_file):
+    """A folder with configs, data, a model, and runs of a model, an adapter and a classifier."""
+    folder = tmp_path_factory.mktemp("ctrl-c")
+    shutil.copytree(llama_folder, folder / "model")
+    shutil.copy(rows_file, folder / "rows.jsonl")
+    rows = [{"text": f"say {i}", "label": "ab"[i % 2]} for i in range(20)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"datasets": ["rows.jsonl"], "model": {"name_or_path": "./model"}, "output_dir": "runs", "n_steps": 1}
+    (folder / "c.yml").write_text(json.dumps(config | {"cache_dir": "cache", "validation_split": 0.5}))
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["train", "c.yml", "--overrides", "exp_name=lora", "lora.rank=2"]) == 0
+        classify = ["exp_name=labels", "loss.name=classify", "datasets=[labels.jsonl]"]
+        assert main(["train", "c.yml", "--overrides", *classify]) == 0
+    finally:
+        os.chdir(before)
+    shutil.rmtree(folder / "cache")
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch):
+    """A copy of it, which is the current one."""
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def _command(arguments: list[str], stop: str, seconds: float, folder: str) -> None:
+    """`minitrain` in a process group of its own, which waits in the function `stop`."""
+    os.chdir(folder)
+    os.setpgrp()
+    sys.stdin = io.StringIO("hello\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"../{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+
+    def wait(*args, **kwargs):
+        Path("../reached").touch()
+        time.sleep(seconds)
+
+    module, _, name = stop.partition(":")
+    owner = importlib.import_module(f"minitrain.{module}")
+    *inside, name = name.split(".")
+    for part in inside:
+        owner = getattr(owner, part)
+    setattr(owner, name, wait)
+    sys.exit(main(arguments))
+
+
+class Command:
+    """A command that runs in the current folder; what it writes comes into files beside it."""
+
+    def __init__(self, *arguments: str, stop: str, seconds: float = DEADLINE):
+        self.outside = Path.cwd().parent
+        self.process = FORKS.Process(target=_command, args=(list(arguments), stop, seconds, os.getcwd()))
+        self.process.start()
+
+    def interrupt(self) -> int:
+        """Ctrl-C where it waits, which the terminal sends to the whole group; returns the exit code."""
+        end = time.monotonic() + DEADLINE
+        while not (self.outside / "reached").exists():
+            assert self.process.is_alive() and time.monotonic() < end, self.read("out") + self.read("err")
+            time.sleep(0.02)
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.process.join(DEADLINE)
+        assert self.process.exitcode is not None, "it goes on"
+        assert not group(self.process.pid)
+        return self.process.exitcode
+
+    def read(self, name: str) -> str:
+        file = self.outside / name
+        return file.read_text() if file.exists() else ""
+
+
+def group(number: int) -> list[str]:
+    """The living processes of a process group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, member = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(member) == number and state != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+def everything() -> dict[str, bytes]:
+    """All files of the current folder but the tokens, which are kept whole or not at all."""
+    files = [path for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts]
+    return {str(path): path.read_bytes() for path in files}
+
+
+KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
+GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl", "--force"]
+
+
+@pytest.mark.parametrize(
+    "stop, arguments",
+    [
+        ("config:_read_text", ["train", "c.yml"]),
+        ("plugin:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
+        ("trainer:load_tokenizer", ["train", "c.yml"]),
+        ("data.cache:_Writer.finish", ["train", "c.yml"]),
+        ("trainer:load_policy", ["train", "c.yml"]),
+        ("model.load:load_model", ["train", "c.yml"]),
+        ("trainer:prepare_policy", ["train", "c.yml"]),
+        ("trainer:companions", ["train", "c.yml"]),
+        ("generate:load_merged", GENERATE),
+        ("generate:Generator._generate", GENERATE),
+        ("commands:input", ["chat", "runs/lora"]),
+        ("generate:Generator.stream", ["chat", "runs/lora"]),
+        ("score:Judge.scores", ["score", "runs/labels", "--text", "a", "--output", "labels.jsonl", "--force"]),
+        ("merge:fold_adapter", ["merge", "runs/lora", "--output", "merged"]),
+        ("model.load:save_weights", ["merge", "runs/lora", "--output", "merged"]),
+        ("teach:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+        ("teach:likeliest", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+        ("dry:load_data", ["inspect", "c.yml"]),
+        ("inspect:_batch", ["inspect", "c.yml"]),
+        ("dry:outline_policy", ["validate", "c.yml"]),
+        ("validate:_figures", ["validate", "c.yml"]),
+        ("plot:plot", ["plot", "runs/lora"]),
+        ("doctor:examine", ["doctor", "runs/lora"]),
+        ("compare:compare", ["compare", "runs/lora", "runs/labels"]),
+    ],
+)
+def test_one_line_and_nothing_changed(folder, stop, arguments):
+    """While it waits in a function of each stage, Ctrl-C ends it; no file is new, gone or other than before."""
+    Path("p.py").touch()
+    before = everything()
+    command = Command(*arguments, stop=stop)
+    assert command.interrupt() == 130
+    assert command.read("err") == "minitrain: interrupted\n"
+    assert everything() == before and not list(Path().rglob(".building-*"))
+
+
+def test_while_several_processes_tokenise(folder):
+    """The parent answers, its workers end with it, and nothing is left of the cache."""
+    row = json.dumps({"prompt": "a", "response": "b" * 40_000})
+    Path("rows.jsonl").write_text(f"{row}\n" * 120)  # a small file is tokenised by one process
+    command = Command("train", "c.yml", "--overrides", "num_proc=2", stop="data.cache:Encoder.__call__", seconds=2)
+    assert command.interrupt() == 130
+    assert command.read("err") == "minitrain: interrupted\n"
+    assert not list(Path("cache").iterdir()) and not (Path("runs") / "c").exists()
+
+
+def test_in_the_first_evaluation(folder, capsys):
+    """It is noted, a checkpoint of step 0 is written, and the same command goes on from there."""
+    command = Command("train", "c.yml", stop="evaluate:failpoint", seconds=1)
+    assert command.interrupt() == 130
+    assert "stopped by SIGINT at step 0; the same command goes on" in command.read("out") and not command.read("err")
+    assert main(["train", "c.yml"]) == 0
+    assert "going on from runs/c/checkpoints/step-0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["generate", "tiny", "--prompt", "a"], ["inspect", "c.yml"]])
+def test_while_importing(folder, arguments):
+    """Also in the middle of numpy, which would swallow the exception."""
+    command = [sys.executable, "-X", "importtime", "-m", "minitrain", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    loading = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while "numpy" not in loading.stderr.readline():
+            assert loading.poll() is None
+        loading.send_signal(signal.SIGINT)
+        err = loading.communicate(timeout=DEADLINE)[1]
+    finally:
+        loading.kill()
+    assert loading.returncode == 130 and err.endswith("minitrain: interrupted\n") and "Traceback" not in err

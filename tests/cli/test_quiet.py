@@ -1,0 +1,82 @@
+"""--quiet: no bars and no lines of information, but results, warnings and errors."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitrain.cli import main
+
+KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
+
+
+@pytest.fixture
+def say(folder, capsys, monkeypatch):
+    """``say("train", "c.yml")``: (stdout, stderr) of a command that ends well, on a terminal, which shows bars."""
+
+    def say(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert main(list(arguments)) == 0
+        return tuple(capsys.readouterr())
+
+    say("train", "c.yml", "--quiet", "--overrides", "exp_name=lora", "lora.rank=2")
+    return say
+
+
+def test_bars_are_there_without_it(say):
+    """The fixture shows what the others look for: a bar of the steps, and one of the tokenising."""
+    Path("rows.jsonl").write_text('{"prompt": "other", "response": "rows"}\n')
+    out, err = say("train", "c.yml")
+    assert "done: out/c/final" in out and "tokenising rows.jsonl" in err and "step/s" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "c.yml"],
+        ["merge", "out/lora", "--output", "merged"],
+        ["plot", "out/lora"],
+        ["validate", "c.yml"],
+        ["validate", "c.yml", "c.yml", "--full"],
+        ["generate", "out/lora", "--prompt", "a", "--max-new-tokens", "1", "--output", "answers.jsonl"],
+    ],
+)
+def test_nothing_is_printed(say, arguments):
+    """Not on stdout and not on stderr, and the work is done."""
+    Path("rows.jsonl").write_text('{"prompt": "other", "response": "rows"}\n')  # which are not tokenised yet
+    assert say(*arguments, "--quiet") == ("", "")
+    made = {"train": "out/c/final", "merge": "merged", "plot": "out/lora/metrics.png", "generate": "answers.jsonl"}
+    assert Path(made.get(arguments[0], "c.yml")).exists()
+
+
+def test_results_are_printed(say):
+    """Answers and what is learned as without it, of a teacher's outputs the path alone."""
+    ask = ["generate", "out/lora", "--prompt", "a", "--max-new-tokens", "1"]
+    assert say(*ask, "--quiet") == (say(*ask)[0], "")
+    look = ["inspect", "c.yml", "--rows", "1"]
+    assert say(*look, "--quiet") == (say(*look)[0], "")
+    shutil.copy("rows.jsonl", "again.jsonl")
+    out, err = say("teach", "c.yml", *KD, "datasets=[again.jsonl]", "--output", "t.safetensors", "--quiet")
+    assert (out, err) == ("t.safetensors\n", "") and Path("t.safetensors").is_file()
+
+
+def test_scores_are_printed(say):
+    """Labels with their probabilities, and no bar."""
+    rows = [{"text": f"say {i}", "label": "ab"[i % 2]} for i in range(8)]
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    classify = ["--overrides", "loss.name=classify", "datasets=[labels.jsonl]", "exp_name=labels"]
+    assert say("train", "c.yml", "--quiet", *classify) == ("", "")
+    out, err = say("score", "out/labels", "--text", "a", "b", "--quiet")
+    assert len(out.splitlines()) == 2 and err == ""
+
+
+def test_errors_and_warnings_are_printed(folder, capsys):
+    """A wrong option, and rows that are left out."""
+    assert main(["train", "c.yml", "--quiet", "--overrides", "lr=x"]) == 2
+    assert "lr: expected a number, got 'x'" in capsys.readouterr().err
+    Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{\n')
+    assert main(["train", "c.yml", "--quiet", "--overrides", "on_bad_row=skip"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("left out rows.jsonl:2: not valid JSON") and len(out.splitlines()) == 1
