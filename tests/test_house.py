@@ -162,7 +162,7 @@ def own_registry():
 def test_the_commands_of_the_readme_run(user_folder, own_registry, monkeypatch, capsys):
     """In order, in one folder; trainings for a few steps only, make targets by their recipe."""
     monkeypatch.chdir(user_folder)
-    short = ["n_steps=2", "eval_generate.n_examples=2", "log_every_steps=1"]
+    short = ["n_steps=2", "warmup_ratio=0.5", "eval_generate.n_examples=2", "log_every_steps=1"]
     for command in commands():
         words = shlex.split(command)
         if words[0] == "make":
