@@ -172,7 +172,7 @@ def test_the_commands_of_the_readme_run(user_folder, own_registry, monkeypatch, 
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             env = os.environ | {"PYTHONPATH": str(ROOT)}
             done = subprocess.run([*torchrun, *words[1:], *short], env=env, capture_output=True, text=True)
-            assert done.returncode == 0 and "done: runs" in done.stdout, (command, done)
+            assert done.returncode == 0 and "done: runs" in done.stdout, f"{command}\n{done.stdout}\n{done.stderr}"
             continue
         if words[:2] == ["python", "train.py"]:
             words = ["minitrain", "train", *words[2:]]

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -291,7 +291,7 @@ def _from_pretrained(
     kind, number = auto_class(outputs)
     ask_for(config.name_or_path)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_bar():
             torch.manual_seed(seed)
             model, found = kind.from_pretrained(
                 config.name_or_path,
@@ -309,6 +309,20 @@ def _from_pretrained(
         raise no_model(config, named(outputs), error) from None
     refuse_gaps(config, found, outputs)
     return model, found["missing_keys"]
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers' bar would stand among our lines, and in runs that are to be quiet."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
