@@ -105,7 +105,7 @@ def test_from_the_hub_and_then_without_it(stand_in, tmp_path):
         return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
 
     first = validate()
-    assert first.returncode == 0 and "examples    20 to train on" in first.stdout and first.stderr == "", first
+    assert first.returncode == 0 and re.search(r"examples +20 to train on", first.stdout) and first.stderr == "", first
     absent = validate("datasets.0.path=me/sumz")
     assert absent.returncode == 2 and "me/sumz: Dataset 'me/sumz' doesn't exist on the Hub" in absent.stderr
     stop()
