@@ -275,15 +275,20 @@ def _check_teacher(options: dict, needed: bool, problems: Problems) -> None:
         problems.add("loss.teacher_outputs", told + near_file(Path(outputs)))
 
 
+def uneven_batch(config: Config, number: int, what: str) -> str | None:
+    """What is wrong with the batch size on so many processes or devices, if anything is."""
+    if config.total_batch_size % (config.gradient_accumulation_steps * number) == 0:
+        return None
+    over = f" on each of {number} {what}" if number > 1 else ""
+    return (
+        f"{config.total_batch_size} examples cannot be cut into gradient_accumulation_steps="
+        f"{config.gradient_accumulation_steps} equal micro-batches{over}."
+    )
+
+
 def _check_steps(config: Config, problems: Problems) -> None:
-    processes = world_size()
-    if config.total_batch_size % (config.gradient_accumulation_steps * processes):
-        over = f" on each of {processes} processes" if processes > 1 else ""
-        problems.add(
-            "total_batch_size",
-            f"{config.total_batch_size} examples cannot be cut into gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} equal micro-batches{over}.",
-        )
+    if uneven := uneven_batch(config, world_size(), "processes"):
+        problems.add("total_batch_size", uneven)
     if config.n_steps is not None and config.warmup_steps > config.n_steps:
         problems.add("warmup_steps", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
 

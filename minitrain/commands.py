@@ -39,7 +39,6 @@ def train(arguments: argparse.Namespace) -> int:
     with _importing():
         from .trainer import Trainer
     config = _config(arguments)
-    _hide_loading_bar()
     trainer = Trainer(config)
     trainer.train()
     trainer.parallel.close()
@@ -114,7 +113,6 @@ def score(arguments: argparse.Namespace) -> int:
     output = _new_file(arguments.output, arguments.force)
     with _importing():
         from .score import asked_for, line, load_judge
-    _hide_loading_bar()
     asked = asked_for(arguments)
     judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
     verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=not arguments.quiet))
@@ -175,7 +173,6 @@ def merge(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
     with _importing():
         from .merge import merge
-    _hide_loading_bar()
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
     _inform(arguments, f"merged in float32, saved in {dtype}: {output}")
     return 0
@@ -201,7 +198,6 @@ def teach(arguments: argparse.Namespace) -> int:
     with _importing():
         from .teach import teach
     config = _config(arguments)
-    _hide_loading_bar()
     written = teach(config, output)
     told = f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}"
     print(written if config.quiet else told)
@@ -334,7 +330,6 @@ def _load_generator(arguments: argparse.Namespace):
         raise ConfigError("--top-p would be ignored: it needs a --temperature above 0")
     with _importing():
         from .generate import Sampling, load_generator
-    _hide_loading_bar()
     generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)
     return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
 
@@ -351,9 +346,3 @@ def _importing() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _hide_loading_bar() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

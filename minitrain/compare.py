@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from .errors import ConfigError
+from .history import read_lines, read_settings
 
 FILE = "ledger.jsonl"
 OWN = ("exp_name", "output_dir")  # what always differs
@@ -53,13 +52,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
 
 def read_ledger(folder: Path) -> dict[int, Step]:
     """The steps of a run; a line that a crash has cut off is left out. Raises ConfigError."""
-    file = folder / FILE
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder; name a run folder, like runs/EXP_NAME")
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        raise ConfigError(f"{folder}: holds no {FILE}; a run writes it unless it has ledger=false") from None
+    lines = read_lines(folder, FILE, "; a run writes it unless it has ledger=false")
     steps = {}
     for line in lines:
         try:
@@ -68,7 +61,7 @@ def read_ledger(folder: Path) -> dict[int, Step]:
         except (ValueError, KeyError, TypeError):
             continue
     if not steps:
-        raise ConfigError(f"{file}: holds no steps")
+        raise ConfigError(f"{folder / FILE}: holds no steps")
     return steps
 
 
@@ -80,9 +73,8 @@ def _options(first: Path, second: Path) -> list[str]:
     """A line for each option in which the configs differ."""
     configs = []
     for folder in (first, second):
-        try:
-            settings = yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        settings = read_settings(folder)
+        if not settings:
             return [f"options: {folder / 'config.yml'} cannot be read"]
         configs.append(dict(_flat(settings)))
     a, b = configs

@@ -55,16 +55,8 @@ def read_history(folder: Path) -> History:
 
     Raises ConfigError for a folder that is no run, or in which nothing was logged.
     """
-    file = folder / "metrics.jsonl"
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder; name a run folder, like runs/EXP_NAME")
-    if not file.is_file():
-        raise ConfigError(f"{folder}: holds no metrics.jsonl, so it is no run folder")
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    history = History(folder, settings=_settings(folder), finished=_finished(folder))
+    lines = read_lines(folder, "metrics.jsonl", ", so it is no run folder")
+    history = History(folder, settings=read_settings(folder), finished=_finished(folder))
     for number, line in enumerate(lines, 1):
         try:
             for name, point in _points(line).items():
@@ -72,8 +64,21 @@ def read_history(folder: Path) -> History:
         except (ValueError, KeyError, TypeError, OverflowError):
             history.broken.append(number)
     if not history.figures:
-        raise ConfigError(f"{file}: holds no figures yet")
+        raise ConfigError(f"{folder / 'metrics.jsonl'}: holds no figures yet")
     return history
+
+
+def read_lines(folder: Path, name: str, otherwise: str) -> list[str]:
+    """The lines of a file in a run folder. Raises ConfigError; `otherwise` is what it means that there is none."""
+    file = folder / name
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder; name a run folder, like runs/EXP_NAME")
+    if not file.is_file():
+        raise ConfigError(f"{folder}: holds no {name}{otherwise}")
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def tell_broken(history: History) -> None:
@@ -93,7 +98,8 @@ def _points(line: str) -> dict[str, Point]:
     return {f"{kind}/{name}": Point(step, float(value)) for name, value in row.items() if name not in NOT_FIGURES}
 
 
-def _settings(folder: Path) -> dict:
+def read_settings(folder: Path) -> dict:
+    """config.yml; {} when it cannot be read."""
     try:
         settings = yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .batch import Batch
+from .checks import uneven_batch
 from .data.loader import Loader
 from .dry import DryRun
 from .engine.optim import build_optimizer
@@ -310,11 +311,8 @@ def _largest(loader: Loader, held_out: bool) -> Batch:
 def _check_devices(config: Config, devices: int) -> None:
     if devices > 1 and config.trainer == "BasicTrainer":
         raise ConfigError(f"trainer: BasicTrainer trains on one device, and not on {devices}; set trainer=FSDPTrainer.")
-    if config.total_batch_size % (config.gradient_accumulation_steps * devices):
-        raise ConfigError(
-            f"total_batch_size: {config.total_batch_size} examples cannot be cut into gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} equal micro-batches on each of {devices} devices."
-        )
+    if uneven := uneven_batch(config, devices, "devices"):
+        raise ConfigError(f"total_batch_size: {uneven}")
 
 
 class _Alone(SingleDevice):

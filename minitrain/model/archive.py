@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .damage import first_line
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,8 +37,7 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
         told = "it holds something else than names with tensors; save a state dict"
         raise ConfigError(f"model.archive: {path} cannot be loaded: {told}.") from None
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {reason}.") from None
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
     state = _by_own_names(model, state)
     _compare(model, state, path)
     return state

@@ -196,7 +196,8 @@ def save_model(
         return
     if getattr(model, "_weight_conversions", None):  # transformers knows the names that its files had
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
-        model.save_pretrained(folder, state_dict=cast)
+        with _without_bar():
+            model.save_pretrained(folder, state_dict=cast)
     else:
         save_weights(model, tensors, folder, dtype)
         _note_untied(model)
@@ -313,7 +314,7 @@ def _from_pretrained(
 
 @contextlib.contextmanager
 def _without_bar() -> Iterator[None]:
-    """transformers' bar would stand among our lines, and in runs that are to be quiet."""
+    """transformers' bars would stand among our lines, and in runs that are to be quiet."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

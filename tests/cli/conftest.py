@@ -28,6 +28,15 @@ def folder(tmp_path, monkeypatch, llama_folder, rows_file):
     return tmp_path
 
 
+def furnish(folder: Path, llama_folder: Path, rows_file: Path) -> dict:
+    """Puts a model, rows and labelled texts into a folder; returns the config of a step on them."""
+    shutil.copytree(llama_folder, folder / "model")
+    shutil.copy(rows_file, folder / "rows.jsonl")
+    rows = [{"text": f"say {i}", "label": "ab"[i % 2]} for i in range(20)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"datasets": ["rows.jsonl"], "model": {"name_or_path": "./model"}, "output_dir": "runs", "n_steps": 1}
+
+
 @pytest.fixture
 def fails(folder, capsys):
     """``fails("lr=x")``: the message of a training command that exits with 2 and leaves no run behind."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli import main
+from tests.cli.conftest import furnish
 from tests.conftest import ROOT
 from tests.faults.test_faults import IN_A_NAMESPACE, NO_NAMESPACES
 
@@ -18,11 +18,7 @@ from tests.faults.test_faults import IN_A_NAMESPACE, NO_NAMESPACES
 def runs(tmp_path_factory, llama_folder, rows_file):
     """Runs of a model, an adapter, a soft prompt and a classifier, with the data beside them."""
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(llama_folder, folder / "model")
-    shutil.copy(rows_file, folder / "rows.jsonl")
-    rows = [{"text": f"say {i}", "label": "ab"[i % 2]} for i in range(20)]
-    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"datasets": ["rows.jsonl"], "model": {"name_or_path": "./model"}, "output_dir": "runs", "n_steps": 1}
+    config = furnish(folder, llama_folder, rows_file)
     (folder / "c.yml").write_text(json.dumps(config))
     before = os.getcwd()
     os.chdir(folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli import main
+from tests.cli.conftest import furnish
 from tests.conftest import ROOT
 from tests.distributed.launch import FORKS
 
@@ -27,11 +28,7 @@ DEADLINE = 120  # seconds; nothing here takes long, but on a machine that does m
 def trained(tmp_path_factory, llama_folder, rows_file):
     """A folder with configs, data, a model, and runs of a model, an adapter and a classifier."""
     folder = tmp_path_factory.mktemp("ctrl-c")
-    shutil.copytree(llama_folder, folder / "model")
-    shutil.copy(rows_file, folder / "rows.jsonl")
-    rows = [{"text": f"say {i}", "label": "ab"[i % 2]} for i in range(20)]
-    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"datasets": ["rows.jsonl"], "model": {"name_or_path": "./model"}, "output_dir": "runs", "n_steps": 1}
+    config = furnish(folder, llama_folder, rows_file)
     (folder / "c.yml").write_text(json.dumps(config | {"cache_dir": "cache", "validation_split": 0.5}))
     before = os.getcwd()
     os.chdir(folder)
