@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment in .venv, made once.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal  # each process trains on one core
 
 .PHONY: demo test test-all faults lint bench docs clean
 
@@ -18,10 +19,10 @@ demo: .venv/ready  ## train the embedded model and show what it learned
 	$(BIN)/minitrain generate runs/quickstart-sft --prompt "57 + 36 =" "42 - 25 =" "reverse tiger"
 
 test: .venv/ready  ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/ready  ## every test; before a release
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(PARALLEL) -m ""
 
 faults: .venv/ready  ## runs that are killed, stopped and starved, all of them
 	$(BIN)/python -m pytest -m "" tests/faults -v
@@ -37,6 +38,7 @@ bench: .venv/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/dpo.py
 	$(BIN)/python bench/divergence.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/head.py
 
 docs: .venv/ready  ## the pages that are made: options from the schema, commands from their --help
 	$(BIN)/python docs/generate_options.py > docs/options.md

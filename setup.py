@@ -29,6 +29,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.11",
             "tensorboard>=2.16",
             "bitsandbytes>=0.48",

@@ -140,7 +140,8 @@ def peer_minitrain() -> None:
     job = read_job()
     reference = "precomputed" if job["kind"].endswith("precomputed") else "model"
     loss = ("loss.name=dpo", f"loss.beta={BETA}", f"loss.reference={reference}")
-    train(job, "pairs.jsonl", "max_length=1024", *loss, prepare=prepare)
+    packing = f"packing={not job['kind'].endswith('padded')}"
+    train(job, "pairs.jsonl", packing, "max_length=1024", *loss, prepare=prepare)
 
 
 def peer_hand() -> None:

@@ -73,7 +73,8 @@ class Watch:
 def main() -> None:
     job = read_job()
     adapter = [f"model.adapter={job['folder']}/adapter"] if job["lora"] else []
-    train(job, "data.jsonl", f"max_length={job['max_length']}", *adapter)
+    packing = f"packing={job['kind'] == 'minitrain packed'}"
+    train(job, "data.jsonl", packing, f"max_length={job['max_length']}", *adapter)
 
 
 def train(job: dict, data: str, *overrides: str, prepare: Callable[[Trainer], None] = lambda trainer: None) -> None:
@@ -86,7 +87,6 @@ def train(job: dict, data: str, *overrides: str, prepare: Callable[[Trainer], No
         "datasets": [str(folder / data)],
         "chat_template": "none",
         "model": {"name_or_path": str(folder / "model"), "policy_dtype": job["dtype"]},
-        "packing": not job["kind"].endswith("padded"),
         "total_batch_size": job["batch"],
         "n_steps": job["n_steps"] + 1,  # the last step logs itself and starts a new window of sums
         "lr": job["lr"],

@@ -138,11 +138,15 @@ def judge(summaries: list[dict], skipped: dict[str, str]) -> tuple[list[str], bo
 
 
 def does_same_work(f: dict, summary: dict) -> bool:
-    """As many supervised tokens in each step as the data says, and the loss of the hand-written loop."""
-    reference = summary["peers"].get("hand", f)["losses"]
+    """As many supervised tokens in each step as the data says, the loss of the hand-written loop, and its padding.
+
+    Only a packed peer has none.
+    """
+    hand, packed = summary["peers"].get("hand", f), f is summary["peers"].get("minitrain packed")
     tolerance = TOLERANCE[summary["setting"]["dtype"]]
-    near = all(abs(a - b) <= tolerance * abs(b) for a, b in zip(f["losses"], reference))
-    return near and f["supervised"] == summary["supervised"]
+    near = all(abs(a - b) <= tolerance * abs(b) for a, b in zip(f["losses"], hand["losses"]))
+    as_laid_out = abs(f["padding"] - (0 if packed else hand["padding"])) < 0.02
+    return near and as_laid_out and f["supervised"] == summary["supervised"]
 
 
 def setting_is_large(summary: dict) -> bool:

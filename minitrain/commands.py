@@ -73,7 +73,6 @@ def generate(arguments: argparse.Namespace) -> int:
 def _prompts(arguments: argparse.Namespace) -> list:
     """What `generate` is asked."""
     from itertools import islice
-    from pathlib import Path
 
     from .errors import ConfigError, DataError
 

@@ -54,9 +54,26 @@ class RunFolder:
     def model(self, step: int) -> Path:
         return self.models / f"step-{step}"
 
-    def finished_steps(self) -> tuple[int, int] | None:
-        """(steps taken, steps planned) of an earlier run that ended, if one did."""
-        return self.parallel.first(self._read_ended)
+    def is_finished(self, total_steps: int, checkpoint: Path | None) -> bool:
+        """Whether a run of so many steps or more has ended here by itself, which is said.
+
+        Raises RunFolderError when a shorter one has, and left no checkpoint to go on from.
+        """
+        ended = self.parallel.first(self._read_ended)
+        if ended is None:
+            return False
+        finished, planned = ended
+        if planned >= total_steps:
+            early = f" (stopped early, of {planned})" if finished < planned else ""
+            if self.parallel.rank == 0 and not self.config.quiet:
+                print(f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
+            return True
+        if checkpoint is None:
+            raise RunFolderError(
+                f"{self.path} was finished at step {finished} without a checkpoint (save_every_steps=0), so it "
+                "cannot go on. Choose another exp_name."
+            )
+        return False
 
     def find_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, as `resume` says, and complaints about damaged ones.
@@ -90,19 +107,25 @@ class RunFolder:
                     f"with what is there now: allow_changes=[{name}]."
                 )
 
-    def start(self, step: int) -> None:
-        """Writes config.yml, cleans up what a crash left, and drops figures and models after `step`: they come anew."""
+    def start(self, step: int | None, evaluates: bool) -> None:
+        """Writes config.yml, cleans up what a crash left, and drops figures and models that come anew.
+
+        These are what came after `step`, or for None all; with `evaluates` the evaluation of `step`, too.
+        """
+
+        def kept(line: str) -> bool:
+            number, kind = _step_and_kind(line)
+            return step is not None and (number < step or (number == step and not (evaluates and kind == "eval")))
 
         def write() -> None:
             (self.path / "config.yml").write_text(config_yaml(self.config))
             prune(self.checkpoints, self.config.keep_checkpoints)
-            drop_after(self.models, step)
+            drop_after(self.models, step or 0)
             sweep(self.models)
             sweep(self.path)
             for file in (self.path / METRICS, self.path / LEDGER):
                 if file.is_file():
-                    lines = file.read_text().splitlines() if step else []
-                    file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+                    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines() if kept(line)))
 
         self.parallel.first(lambda: self._writing(write))
 
@@ -206,8 +229,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _step_of(line: str) -> int:
+def _step_and_kind(line: str) -> tuple[int, str | None]:
     try:
-        return json.loads(line)["step"]
+        found = json.loads(line)
+        return found["step"], found.get("kind")
     except (ValueError, KeyError):
-        return 1 << 62  # a line cut off by a crash
+        return 1 << 62, None  # a line cut off by a crash

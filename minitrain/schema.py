@@ -133,7 +133,9 @@ class EarlyStoppingConfig:
     patience: int = option(0, "Stop after so many evaluations without a better `metric`; 0 never stops early.", least=0)
     threshold: float = option(0.0, "An improvement must be larger than this to count.", least=0)
     metric: str = option(
-        "loss", "The eval metric that decides, also for save_best. Less is better for losses, perplexity and kl."
+        "loss",
+        "The eval metric that decides, also for save_best. Less is better for losses, perplexity and kl. For another "
+        "than loss and exact_match there is an evaluation before the first step, to see that there is such a metric.",
     )
 
 

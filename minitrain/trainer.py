@@ -21,7 +21,7 @@ from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from .engine.parallel import make_parallel
 from .engine.precision import Precision
 from .engine.tracking import Tracking, Window, eval_line, train_line
-from .errors import ConfigError, RunError, RunFolderError
+from .errors import ConfigError, RunError
 from .evaluate import Totals, evaluate, lower_is_better, step_statistics
 from .exact_match import exact_match
 from .generate import Generator, Messages, Sampling
@@ -35,7 +35,7 @@ from .schema import Config
 from .signals import signals_noted
 
 # What a checkpoint holds besides tensors: attributes of the trainer.
-PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics")
+PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics", "evaluated_step")
 HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
 
 
@@ -107,17 +107,16 @@ class Trainer:
         After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
         """
         with self.parallel.contact(), self.run.locked():
-            ended = self.run.finished_steps()
             self.checkpoint, complaints = self.run.find_checkpoint()
-            if ended is not None and not self._may_go_on(*ended):
+            if self.run.is_finished(self.total_steps, self.checkpoint):
                 return {}
             if self.checkpoint is not None:
                 self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer, self.parallel))
-            self.run.start(self.step)
+            self.run.start(None if self.checkpoint is None else self.step, self._evaluation_is_due())
             self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
             self.tracking.warn(*complaints)
             try:
-                with signals_noted(self._note_signal):
+                with signals_noted(functools.partial(setattr, self, "signal")):
                     self._run()
             finally:
                 self.tracking.close()
@@ -209,7 +208,7 @@ class Trainer:
             self._log_train()
         self._call("on_step_end")
         self.run.finish_saving(wait=False)
-        if config.eval_every_steps and self.step % config.eval_every_steps == 0 and not last:
+        if self._evaluation_is_due():
             self._evaluate_and_judge()
         if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
             self._save_model(self.run.model(self.step))
@@ -222,34 +221,18 @@ class Trainer:
         self.signal = code if code > 1 else self.signal
         return code > 0
 
-    def _note_signal(self, number: int) -> None:
-        self.signal = number
-
     def _interrupted(self) -> bool:
         return self._stopping() and self.signal is not None
 
     # ------------------------------------------------------------------------------------------ begin and end
 
-    def _may_go_on(self, finished: int, planned: int) -> bool:
-        if planned >= self.total_steps:
-            early = f" (stopped early, of {planned})" if finished < planned else ""
-            if self.parallel.rank == 0 and not self.config.quiet:
-                print(f"{self.run.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
-            return False
-        if self.checkpoint is None:
-            raise RunFolderError(
-                f"{self.run.path} was finished at step {finished} without a checkpoint (save_every_steps=0), so it "
-                "cannot go on. Choose another exp_name."
-            )
-        return True
-
     def _begin(self) -> None:
         for line in (*self.notes, self._description()):
-            self._say(line)
+            self.tracking.say(line)
         if self.checkpoint is not None:
-            self._say(f"going on from {self.checkpoint}")
+            self.tracking.say(f"going on from {self.checkpoint}")
         self._call("on_train_begin")
-        if self.step == 0 and self.config.do_first_eval:
+        if self._evaluation_is_due():
             self._evaluate_and_judge()
         if self.checkpoint is not None:
             restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
@@ -272,14 +255,11 @@ class Trainer:
             return
         self._save_model(self.run.final)
         self.run.finish(self.step, self.total_steps)
-        self._say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
+        self.tracking.say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
     def _call(self, hook: str) -> None:
         if hook in self.hooks:
             self.hooks[hook](self)
-
-    def _say(self, line: str) -> None:
-        self.tracking.say(line)
 
     # ------------------------------------------------------------------------------------------------ logging
 
@@ -296,7 +276,7 @@ class Trainer:
             **self.window.figures(self.step, self.total_steps, self.parallel),
         }
         self.tracking.log(self.step, "train", self.train_metrics)
-        self._say(train_line(self.step, self.total_steps, self.train_metrics))
+        self.tracking.say(train_line(self.step, self.total_steps, self.train_metrics))
         self._start_window()
 
     # --------------------------------------------------------------------------------------------- evaluation
@@ -307,6 +287,15 @@ class Trainer:
             return {}
         batches = self.eval_loader.eval_batches
         return evaluate(self.policy, self.loss, batches, self.models, self.parallel, self.precision, self._interrupted)
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether one belongs to this step and was not made yet, as when a signal came in its place."""
+        config, every = self.config, self.config.eval_every_steps
+        if self.step == 0:  # that there is such a metric should not be found out after hours
+            asked = config.do_first_eval or config.early_stopping.metric not in ("loss", "exact_match")
+        else:
+            asked = every > 0 and self.step % every == 0 and self.step < self.total_steps
+        return asked and self.evaluated_step != self.step
 
     def _evaluate_and_judge(self) -> None:
         """Evaluates, logs, keeps the best model, counts towards early stopping."""
@@ -321,12 +310,12 @@ class Trainer:
         if generate.n_examples:
             with self.precision.autocast():
                 examples, size, bar = self.eval_loader.examples, self.config.eval_batch_size, not self.config.quiet
-                metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self._say, bar)
+                metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self.tracking.say, bar)
         metrics = self.parallel.first(lambda: metrics)  # so that all ranks judge alike, to the last bit
         self.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
         self.evaluated_step = self.step
         self.tracking.log(self.step, "eval", self.eval_metrics)
-        self._say(eval_line(self.step, metrics))
+        self.tracking.say(eval_line(self.step, metrics))
         self._judge(metrics)
         self._call("on_eval_end")
         self.window.start += time.perf_counter() - began  # not counted in tokens per second
@@ -344,7 +333,7 @@ class Trainer:
             return
         self.stale_evals += 1
         if stopping.patience and self.stale_evals >= stopping.patience and self.step < self.total_steps:
-            self._say(f"stopping early: {stopping.metric} has not improved in {self.stale_evals} evaluations")
+            self.tracking.say(f"stopping early: {stopping.metric} has not improved in {self.stale_evals} evaluations")
             self.should_stop = True
 
     # --------------------------------------------------------------------------------------- using the model

@@ -316,9 +316,17 @@ def test_the_readme_links_every_page():
 # ------------------------------------------------------------------------------------------ the walk through the code
 
 
-AFTERNOON = (ROOT / "docs" / "afternoon.md").read_text()
+AFTERNOON, BUGS = ((ROOT / "docs" / name).read_text() for name in ("afternoon.md", "silent-bugs.md"))
 STOPS = re.findall(r"^\| `(minitrain/\S+)` \| (\d+) \|", AFTERNOON, re.M)
-EXERCISES = re.findall(r"^\| (\d+) \| `(\S+)` \| `(.+?)` \| `(.+?)` \| `(\S+)` \|$", AFTERNOON, re.M)
+# (number, file, a line in it, what it becomes, the test that fails then)
+EXERCISES, PUT_BACK = (
+    re.findall(r"^\| (\d+) \| `(\S+)` \| `(.+?)` \| `(.+?)` \| `(\S+)` \|$", page, re.M) for page in (AFTERNOON, BUGS)
+)
+BROKEN = [
+    pytest.param(*row[1:], id=f"{kind}{row[0]}")
+    for kind in ("exercise", "bug")
+    for row in {"exercise": EXERCISES, "bug": PUT_BACK}[kind]
+]
 
 
 def test_the_files_of_the_walk_are_as_long_as_it_says():
@@ -337,21 +345,25 @@ def test_the_names_of_the_walk_are_in_the_code():
         assert name.endswith(".py") or all(part in code for part in name.split(".")), name
 
 
-def test_the_exercises_can_be_done():
-    """Each line stands once in its file, and the test that should fail is there."""
+def test_every_exercise_and_every_bug_has_its_line():
+    """No row of the tables is overlooked, and each bug that is told can be put back."""
     assert len(EXERCISES) == AFTERNOON.count("\n| ", AFTERNOON.index("## Exercises")) - 1
-    for number, file, line, becomes, test in EXERCISES:
-        assert (ROOT / file).read_text().count(line) == 1, f"exercise {number}: {line}"
-        assert line != becomes
-        path, _, name = test.partition("::")
-        assert f"def {name}" in (ROOT / path).read_text(), f"exercise {number}: {test}"
+    told = re.findall(r"^\| (\d+) \| \[", BUGS, re.M)
+    assert told == [number for number, *_ in PUT_BACK] and sorted(map(int, told)) == list(range(1, len(told) + 1))
+
+
+@pytest.mark.parametrize(("file", "line", "becomes", "test"), BROKEN)
+def test_a_line_can_be_broken(file, line, becomes, test):
+    """It stands once in its file, and the test that should fail is there."""
+    assert (ROOT / file).read_text().count(line) == 1 and line != becomes
+    path, _, name = test.partition("::")
+    assert f"def {name}" in (ROOT / path).read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise[0])
-def test_the_exercises_fail_as_they_say(exercise, tmp_path):
+@pytest.mark.parametrize(("file", "line", "becomes", "test"), BROKEN)
+def test_a_broken_line_is_noticed(file, line, becomes, test, tmp_path):
     """A copy of the repository with the line broken: the test fails there, and by nothing else than a failure."""
-    _, file, line, becomes, test = exercise
     for folder in ("minitrain", "tests", "example"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -264,6 +264,7 @@ class FullySharded(SingleDevice):
                 self.watchdog.stop()
 
     def close(self) -> None:
+        self.max(0)  # a barrier: one that leaves early would take its connections from under another's last collective
         self.store = self.watchdog = None  # connections have to end before the interpreter does
         dist.destroy_process_group()
 

@@ -77,10 +77,14 @@ def test_bad_data(fails, monkeypatch, rows, told):
         ("a.jsonl.gz", b"", "a.jsonl.gz: no example can be trained on (the file has no rows)"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"prompt": "a", "response": "b"}\n')[:-9],
+            gzip.compress(b'{"prompt": "a", "response": "b"}\n', mtime=0)[:-9],
             "a.jsonl.gz: cannot be read: Compressed",
         ),
-        ("a.jsonl.gz", gzip.compress(b"{}\n")[:-8] + b"12345678", "a.jsonl.gz: cannot be read: CRC check failed"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}\n", mtime=0)[:-8] + b"12345678",
+            "a.jsonl.gz: cannot be read: CRC check failed",
+        ),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says(fails, name, content, told):

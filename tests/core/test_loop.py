@@ -1,5 +1,6 @@
 """The loop against a plain one written here, and what it does with precision, schedules, NaN and evaluation."""
 
+import json
 import math
 
 import pytest
@@ -15,14 +16,14 @@ from tests.conftest import metrics, random_llama, weights
 QUIET = ("do_first_eval=false",)
 
 
-def plain_training(trainer, n_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_training(trainer, n_steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Ten lines of PyTorch: full logits, cross entropy over all labels of the step, clip, AdamW, linear schedule."""
     config, model = trainer.config, random_llama()
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr)
-    losses, steps = [], trainer.train_loader.steps()
+    losses, norms, steps = [], [], trainer.train_loader.steps()
     for step in range(n_steps):
         _, batches = next(steps)
         total, count = 0.0, sum((b.labels != -100).sum() for b in batches)
@@ -33,17 +34,18 @@ def plain_training(trainer, n_steps: int) -> tuple[list[float], dict[str, torch.
                 total = total + F.cross_entropy(logits, labels, reduction="sum")
         (total / count).backward()
         losses.append(total.item() / count.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item())
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / n_steps)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, dict(model.named_parameters())
+    return losses, norms, dict(model.named_parameters())
 
 
 def trains_as_plainly(trainer, n_steps: int) -> None:
-    losses, parameters = plain_training(trainer, n_steps)
+    losses, norms, parameters = plain_training(trainer, n_steps)
     trainer.train()
+    assert [row["grad_norm"] for row in metrics(trainer)] == pytest.approx(norms, rel=1e-4)
     assert [row["loss"] for row in metrics(trainer)] == pytest.approx(losses, rel=1e-4)
     for name, p in trainer.policy.model.named_parameters():
         torch.testing.assert_close(p, parameters[name], rtol=1e-3, atol=2e-4)
@@ -228,14 +230,19 @@ def test_activation_checkpointing_really_recomputes(make_trainer):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(make_trainer):
-    """torch.compile changes no loss beyond rounding, over batches of many lengths, without a recompilation limit
-    being hit (pytorch#135458)."""
+def test_compiled_blocks_give_the_same_losses(make_trainer, tmp_path):
+    """torch.compile changes no loss beyond rounding, over 12 batches of 12 lengths, without a recompilation limit being
+    hit (pytorch#135458)."""
     import torch._dynamo
 
     torch._dynamo.reset()
-    plain = make_trainer("exp_name=plain", "n_steps=12", "total_batch_size=2")
-    compiled = make_trainer("compile=true", "n_steps=12", "total_batch_size=2")
+    rows = [{"prompt": "say", "response": "ab" * (i // 2 + 1)} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (f"datasets=[{tmp_path / 'rows.jsonl'}]", "n_steps=12", "total_batch_size=2", "group_by_length=true")
+    plain = make_trainer("exp_name=plain", *options)
+    compiled = make_trainer("compile=true", *options)
+    widths = {batch.input_ids.shape[1] for _, (_, (batch,)) in zip(range(12), plain.train_loader.steps())}
+    assert len(widths) == 12
     plain.train()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         compiled.train()
@@ -344,11 +351,16 @@ def test_early_stopping_and_the_best_model(make_trainer, rows_file):
     assert not torch.equal(best.model.norm.weight, kept[4]["model.model.norm.weight"])
 
 
-def test_an_unknown_metric_is_refused_with_those_there_are(make_trainer, rows_file):
-    """early_stopping.metric has to be one that evaluation gives."""
-    trainer = make_trainer(f"eval_datasets=[{rows_file}]", "early_stopping.metric=f1")
-    with pytest.raises(ConfigError, match="perplexity"):
-        trainer.train()
+def test_another_metric_is_looked_for_before_the_first_step(make_trainer, rows_file):
+    """Also with do_first_eval=false: a misspelt one would else be found out at the first evaluation, hours later."""
+    options = (f"eval_datasets=[{rows_file}]", "do_first_eval=false", "n_steps=2")
+    steps = []
+    with pytest.raises(ConfigError, match="there is no 'perplexty'; there are loss, avg_p_correct, perplexity"):
+        make_trainer("early_stopping.metric=perplexty", *options, on_step_end=lambda t: steps.append(t.step)).train()
+    assert steps == []
+    trainer = make_trainer("early_stopping.metric=perplexity", "exp_name=right", *options)
+    trainer.train()
+    assert [row["step"] for row in metrics(trainer, "eval")] == [0, 2]
 
 
 # ------------------------------------------------------------------------------------------------------- hooks

@@ -257,6 +257,48 @@ def test_a_failing_save_leaves_what_was_there(tmp_path):
     assert (target / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_trainer, rows_file, step):
+    """Every evaluation stands once in metrics.jsonl, and best and the count towards early stopping are those of a run
+    that was let alone; one that was made is not made again, and no random number is drawn for it."""
+    options = (f"eval_datasets=[{rows_file}]", "n_steps=5", "eval_every_steps=2", "save_best=true")
+    whole = with_dropout(make_trainer("exp_name=whole", *options))
+    whole.train()
+    for name, before in (("cut", True), ("made", False)):
+        first = with_dropout(make_trainer(f"exp_name={name}", *options))
+        evaluate = first.evaluate
+
+        def interrupted(first=first, evaluate=evaluate, before=before):
+            found = {} if before and first.step == step else evaluate()
+            if first.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return found
+
+        first.evaluate = interrupted
+        first.train()
+        assert first.step == step and first.evaluated_step == (None if before and step == 0 else 0 if before else step)
+        second = with_dropout(make_trainer(f"exp_name={name}", *options))
+        second.train()
+        ours, theirs = (
+            [(row["kind"], row["step"], row["loss"]) for kind in ("train", "eval") for row in metrics(each, kind)]
+            for each in (second, whole)
+        )
+        assert ours == theirs and (second.best, second.stale_evals) == (whole.best, whole.stale_evals)
+        assert all(torch.equal(p, weights(second)[key]) for key, p in weights(whole).items())
+
+
+def test_a_longer_run_repeats_no_evaluation(make_trainer, rows_file):
+    """The last step of the shorter run is one on the way of the longer one, whose evaluations are those of a run that
+    was as long from the start."""
+    options = (f"eval_datasets=[{rows_file}]", "eval_every_steps=2", "save_every_steps=2", "lr_scheduler=constant")
+    for name, lengths in (("grown", (2, 4)), ("whole", (4,))):
+        for n_steps in lengths:
+            trainer = make_trainer(f"exp_name={name}", f"n_steps={n_steps}", *options)
+            trainer.train()
+        assert [row["step"] for row in metrics(trainer, "eval")] == [0, 2, 4]
+    assert trainer.stale_evals == 0
+
+
 def test_a_signal_during_evaluation_is_answered(make_trainer, rows_file):
     """SIGINT in the middle of the last evaluation: a checkpoint, no final/, and the same command finishes."""
     options = (f"eval_datasets=[{rows_file}]", "do_first_eval=false")

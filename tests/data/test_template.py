@@ -3,6 +3,7 @@
 import jinja2
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from minitrain.data.records import Conversation, PlainText
 from minitrain.data.template import Template, Tokens
@@ -125,6 +126,19 @@ def test_template_without_an_end_token():
     tokens = encode(template, talk("ask", "tell", "again", "told"))
     assert template.tokenizer.decode(tokens.ids).endswith("### Response:\ntold" + END)
     assert learned(template, tokens) == ["tell", "told" + END]
+
+
+@pytest.mark.parametrize("written", ["{{ bos_token }}", ""])
+def test_one_bos(written):
+    """A tokenizer that begins every text with BOS, a template that writes it or not: one (transformers#31796)."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.chat_template = written + BARE_CHATML
+    template = Template(tokenizer)
+    for ids in (encode(template, talk("ask", "tell")).ids, template.encode_prompt(talk("ask"))):
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_end_is_learned_when_pad_is_eos():

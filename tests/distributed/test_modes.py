@@ -153,6 +153,23 @@ def test_actor_and_critic_on_two_ranks(job, scratch, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
+def test_dropout_differs_between_ranks(job, scratch, tmp_path):
+    """Of a row given twice, each rank drops something else: the loss is not that of the row given once, which it would
+    be if both drew the same numbers (pytorch#5059)."""
+    for n in (1, 2):
+        (tmp_path / f"{n}.jsonl").write_text('{"prompt": "say it", "response": "and once more"}\n' * n)
+    losses = {}
+    for dropout in (0.0, 0.3):
+        given = [(f"datasets=[{tmp_path / f'{n}.jsonl'}]", f"total_batch_size={n}", "n_steps=1") for n in (1, 2)]
+        once = job(f"once-{dropout}", *given[0], dropout=dropout)
+        twice = job(f"twice-{dropout}", *given[1], fsdp="full", dropout=dropout)
+        launch(0, [once], scratch / f"once-{dropout}")
+        launch(2, [twice], scratch / f"twice-{dropout}")
+        losses[dropout] = [figures(each)[0]["loss"] for each in (once, twice)]
+    assert losses[0.0][0] == pytest.approx(losses[0.0][1], rel=1e-6)
+    assert losses[0.3][0] != pytest.approx(losses[0.3][1], rel=1e-3)
+
+
 @EVERYTHING
 def test_compiled_blocks(job, scratch):
     """compile=true under FSDP."""
