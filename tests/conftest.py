@@ -19,6 +19,7 @@ from minitrain.model.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data and models, which users do not have
+DEADLINE = 300  # seconds for a command; none takes long, but on a machine that does much else
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,14 +13,14 @@ import pytest
 
 from minitrain import __version__
 from minitrain.cli import main
+from tests.conftest import DEADLINE, ROOT
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
     """`python ARGUMENTS` as a process of its own."""
-    options = dict(capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120) | kwargs
+    options = dict(capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=DEADLINE) | kwargs
     return subprocess.run([sys.executable, *map(str, arguments)], **options)
 
 
@@ -258,7 +258,7 @@ def test_a_reader_that_stops_reading(arguments):
     command = [sys.executable, "-m", "minitrain", *arguments]
     writing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=ROOT)
     writing.stdout.close()
-    assert writing.stderr.read() == b"" and writing.wait(timeout=60) == 0
+    assert writing.stderr.read() == b"" and writing.wait(timeout=DEADLINE) == 0
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_ctrl_c_while_training(config_file, capsys):
     while "step " not in training.stdout.readline():
         assert training.poll() is None
     training.send_signal(signal.SIGINT)
-    out = training.communicate(timeout=60)[0]
+    out = training.communicate(timeout=DEADLINE)[0]
     assert training.returncode == 130 and "stopped by SIGINT at step " in out
     step = int(out.partition("SIGINT at step ")[2].partition(";")[0])
     for told in (f"going on from {runs}/x/checkpoints/step-{step}", f"is finished: {step + 2} steps"):
@@ -295,7 +295,7 @@ def test_ctrl_c_before_training(config_file):
         while "numpy" not in loading.stderr.readline():
             assert loading.poll() is None
         loading.send_signal(signal.SIGINT)
-        err = loading.communicate(timeout=30)[1]
+        err = loading.communicate(timeout=DEADLINE)[1]
     finally:
         loading.kill()
     assert loading.returncode == 130 and err.endswith("minitrain: interrupted\n") and "Traceback" not in err

@@ -18,10 +18,8 @@ import pytest
 
 from minitrain.cli import main
 from tests.cli.conftest import furnish
-from tests.conftest import ROOT
+from tests.conftest import DEADLINE, ROOT
 from tests.distributed.launch import FORKS
-
-DEADLINE = 120  # seconds; nothing here takes long, but on a machine that does much else
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
-TIMEOUT = 240  # seconds
+TIMEOUT = 300  # seconds
 FORKS = multiprocessing.get_context("forkserver")
 # What takes long to import; not minitrain, and so not conftest, since it reads MINITRAIN_FAULT when it is imported.
 FORKS.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
