@@ -1,7 +1,8 @@
 # Each target sets up what it needs: a virtual environment in .venv, made once.
 PYTHON ?= python3
 BIN := .venv/bin
-PARALLEL := -n auto --maxprocesses 4 --dist worksteal  # each process trains on one core
+# Processes of one core each.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all faults lint bench docs clean
 
