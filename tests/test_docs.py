@@ -323,9 +323,9 @@ EXERCISES, PUT_BACK = (
     re.findall(r"^\| (\d+) \| `(\S+)` \| `(.+?)` \| `(.+?)` \| `(\S+)` \|$", page, re.M) for page in (AFTERNOON, BUGS)
 )
 BROKEN = [
-    pytest.param(*row[1:], id=f"{kind}{row[0]}")
-    for kind in ("exercise", "bug")
-    for row in {"exercise": EXERCISES, "bug": PUT_BACK}[kind]
+    pytest.param(*row, id=f"{kind}{number}")
+    for kind, rows in (("exercise", EXERCISES), ("bug", PUT_BACK))
+    for number, *row in rows
 ]
 
 

@@ -277,8 +277,11 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_trainer, rows
         first.evaluate = interrupted
         first.train()
         assert first.step == step and first.evaluated_step == (None if before and step == 0 else 0 if before else step)
-        second = with_dropout(make_trainer(f"exp_name={name}", *options))
+        evaluated = []
+        hooks = {"on_eval_end": lambda t, evaluated=evaluated: evaluated.append(t.step)}
+        second = with_dropout(make_trainer(f"exp_name={name}", *options, **hooks))
         second.train()
+        assert evaluated == [each for each in (0, 2, 4, 5) if each > step or (before and each == step)]
         ours, theirs = (
             [(row["kind"], row["step"], row["loss"]) for kind in ("train", "eval") for row in metrics(each, kind)]
             for each in (second, whole)
