@@ -1,41 +1,35 @@
 """The loop. It knows no loss, no data set, no model class and no number of devices."""
 
-import collections
 import functools
 import math
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from .batch import Batch
-from .card import model_card
 from .data.loader import load_data
 from .data.template import make_template
-from .engine.checkpoint import load_checkpoint, restore_rng
+from .engine.checkpoint import restore_rng
 from .engine.faults import failpoint
-from .engine.folders import atomic_folder
 from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from .engine.parallel import make_parallel
 from .engine.precision import Precision
-from .engine.tracking import Tracking, Window, eval_line, train_line
+from .engine.tracking import Tracking, Window, train_line
 from .errors import ConfigError, RunError
-from .evaluate import Totals, evaluate, lower_is_better, step_statistics
-from .exact_match import exact_match
+from .evaluate import Totals, evaluate, step_statistics
+from .evaluation import evaluation_is_due, run_evaluation
 from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss
-from .model.load import DTYPES, identity, load_policy, load_tokenizer, save_model
-from .model.weights import whole_tensors
+from .model.load import DTYPES, load_policy, load_tokenizer
 from .prepare import make_loader, prepare_policy
 from .reference import companions
 from .run import RunFolder
+from .saving import restore_checkpoint, save_checkpoint, save_model
 from .schema import Config
 from .signals import signals_noted
 
-# What a checkpoint holds besides tensors: attributes of the trainer.
-PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics", "evaluated_step")
 HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
 
 
@@ -111,8 +105,8 @@ class Trainer:
             if self.run.is_finished(self.total_steps, self.checkpoint):
                 return {}
             if self.checkpoint is not None:
-                self._restore(load_checkpoint(self.checkpoint, self.policy, self.optimizer, self.parallel))
-            self.run.start(None if self.checkpoint is None else self.step, self._evaluation_is_due())
+                restore_checkpoint(self, self.checkpoint)
+            self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
             self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
             self.tracking.warn(*complaints)
             try:
@@ -128,11 +122,11 @@ class Trainer:
         if self.signal is None:
             self._finish()
         if self.signal is not None:
-            self._save_checkpoint()
+            save_checkpoint(self)
             name = signal.Signals(self.signal).name
             self.tracking.warn(f"stopped by {name} at step {self.step}; the same command goes on from there")
         self.run.finish_saving()
-        self._call("on_train_end")
+        self.call_hook("on_train_end")
 
     def _loop(self) -> None:
         self.tracking.start_bar(self.total_steps, self.step)
@@ -206,14 +200,14 @@ class Trainer:
         config, last = self.config, self.step == self.total_steps
         if self.step % config.log_every_steps == 0 or last:
             self._log_train()
-        self._call("on_step_end")
+        self.call_hook("on_step_end")
         self.run.finish_saving(wait=False)
-        if self._evaluation_is_due():
-            self._evaluate_and_judge()
+        if evaluation_is_due(self):
+            run_evaluation(self)
         if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
-            self._save_model(self.run.model(self.step))
+            save_model(self, self.run.model(self.step))
         if config.save_every_steps and (self.step % config.save_every_steps == 0 or last):
-            self._save_checkpoint()
+            save_checkpoint(self)
 
     def _stopping(self) -> bool:
         """Whether to stop, agreed on by all ranks; a signal that one of them got becomes everyone's."""
@@ -231,9 +225,9 @@ class Trainer:
             self.tracking.say(line)
         if self.checkpoint is not None:
             self.tracking.say(f"going on from {self.checkpoint}")
-        self._call("on_train_begin")
-        if self._evaluation_is_due():
-            self._evaluate_and_judge()
+        self.call_hook("on_train_begin")
+        if evaluation_is_due(self):
+            run_evaluation(self)
         if self.checkpoint is not None:
             restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
 
@@ -250,14 +244,15 @@ class Trainer:
 
     def _finish(self) -> None:
         if self.evaluated_step != self.step:
-            self._evaluate_and_judge()
+            run_evaluation(self)
         if self.signal is not None:
             return
-        self._save_model(self.run.final)
+        save_model(self, self.run.final)
         self.run.finish(self.step, self.total_steps)
         self.tracking.say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
-    def _call(self, hook: str) -> None:
+    def call_hook(self, hook: str) -> None:
+        """Call the function given as `hook`, if any."""
         if hook in self.hooks:
             self.hooks[hook](self)
 
@@ -288,54 +283,6 @@ class Trainer:
         batches = self.eval_loader.eval_batches
         return evaluate(self.policy, self.loss, batches, self.models, self.parallel, self.precision, self._interrupted)
 
-    def _evaluation_is_due(self) -> bool:
-        """Whether one belongs to this step and was not made yet, as when a signal came in its place."""
-        config, every = self.config, self.config.eval_every_steps
-        if self.step == 0:  # that there is such a metric should not be found out after hours
-            asked = config.do_first_eval or config.early_stopping.metric not in ("loss", "exact_match")
-        else:
-            asked = every > 0 and self.step % every == 0 and self.step < self.total_steps
-        return asked and self.evaluated_step != self.step
-
-    def _evaluate_and_judge(self) -> None:
-        """Evaluates, logs, keeps the best model, counts towards early stopping."""
-        if self.eval_loader is None:
-            return
-        began = time.perf_counter()
-        self.parallel.note(f"the evaluation at step {self.step}")
-        metrics = self.evaluate()
-        if not metrics:
-            return
-        generate = self.config.eval_generate
-        if generate.n_examples:
-            with self.precision.autocast():
-                examples, size, bar = self.eval_loader.examples, self.config.eval_batch_size, not self.config.quiet
-                metrics["exact_match"] = exact_match(self.generator, examples, generate, size, self.tracking.say, bar)
-        metrics = self.parallel.first(lambda: metrics)  # so that all ranks judge alike, to the last bit
-        self.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
-        self.evaluated_step = self.step
-        self.tracking.log(self.step, "eval", self.eval_metrics)
-        self.tracking.say(eval_line(self.step, metrics))
-        self._judge(metrics)
-        self._call("on_eval_end")
-        self.window.start += time.perf_counter() - began  # not counted in tokens per second
-
-    def _judge(self, metrics: dict[str, float]) -> None:
-        stopping = self.config.early_stopping
-        if stopping.metric not in metrics:
-            raise ConfigError(f"early_stopping.metric: there is no {stopping.metric!r}; there are {', '.join(metrics)}")
-        value = metrics[stopping.metric]
-        sign = -1 if lower_is_better(stopping.metric) else 1
-        if self.best is None or sign * (value - self.best) > stopping.threshold:
-            self.best, self.stale_evals = value, 0
-            if self.config.save_best and self.step > 0:
-                self._save_model(self.run.best)
-            return
-        self.stale_evals += 1
-        if stopping.patience and self.stale_evals >= stopping.patience and self.step < self.total_steps:
-            self.tracking.say(f"stopping early: {stopping.metric} has not improved in {self.stale_evals} evaluations")
-            self.should_stop = True
-
     # --------------------------------------------------------------------------------------- using the model
 
     def predict(self, prompts: list[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0) -> list[str]:
@@ -347,43 +294,3 @@ class Trainer:
     def chat(self, messages: Messages, **kwargs) -> str:
         """The answer to one conversation."""
         return self.predict([messages], **kwargs)[0]
-
-    # -------------------------------------------------------------------------------------------------- saving
-
-    def _save_model(self, folder) -> None:
-        results = {f"eval {k}": v for k, v in self.eval_metrics.items()}
-        results |= {f"train {k}": v for k, v in self.train_metrics.items() if k == "loss"}
-        card = model_card(self.config, results, len(self.train_loader.examples), self.step)
-        model = self.generator.model
-        tensors = whole_tensors(model, self.parallel.whole)
-        own = self.policy.value_head.named_parameters() if self.policy.value_head is not None else ()
-        value_head = {name: self.parallel.whole(parameter.detach()) for name, parameter in own}
-
-        def write() -> None:
-            with atomic_folder(folder) as temporary:
-                save_model(model, self.tokenizer, temporary, self.precision.dtype, tensors, value_head)
-                (temporary / "README.md").write_text(card)
-            self.run.prune_models()
-
-        self.parallel.note(f"saving {folder}")
-        self.parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
-        self._call("on_save")
-
-    def _save_checkpoint(self) -> None:
-        self.parallel.note(f"the checkpoint of step {self.step}")
-        state = {"precision": self.precision.state_dict(), "inputs": self._inputs()}
-        state |= {name: getattr(self, name) for name in PROGRESS}
-        self.run.save_checkpoint(self.policy, self.optimizer, state)
-        self._call("on_save")
-
-    def _restore(self, state: dict) -> None:
-        self.run.compare_inputs(self.checkpoint, state["inputs"], self._inputs())
-        self.precision.load_state_dict(state["precision"])
-        for name in PROGRESS:
-            setattr(self, name, state[name])
-
-    def _inputs(self) -> dict[str, list[str]]:
-        """What a checkpoint depends on and its tensors do not tell."""
-        examples = self.train_loader.examples
-        data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
-        return {"datasets": data, "model": identity(self.config.model)}

@@ -1,0 +1,69 @@
+"""When the trainer evaluates, what it logs of it, and what follows: the best model and early stopping.
+
+Functions that get the trainer, as hooks do, and keep their state in it.
+"""
+
+import time
+from typing import TYPE_CHECKING
+
+from .engine.tracking import eval_line
+from .errors import ConfigError
+from .evaluate import lower_is_better
+from .exact_match import exact_match
+from .saving import save_model
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def evaluation_is_due(trainer: "Trainer") -> bool:
+    """Return whether this step has an evaluation that was not made yet, as when a signal came instead of it."""
+    config, every = trainer.config, trainer.config.eval_every_steps
+    if trainer.step == 0:  # a metric that does not exist should not be reported after hours
+        wanted = config.do_first_eval or config.early_stopping.metric not in ("loss", "exact_match")
+    else:
+        wanted = every > 0 and trainer.step % every == 0 and trainer.step < trainer.total_steps
+    return wanted and trainer.evaluated_step != trainer.step
+
+
+def run_evaluation(trainer: "Trainer") -> None:
+    """Evaluate, log, keep the best model, count towards early stopping."""
+    if trainer.eval_loader is None:
+        return
+    began = time.perf_counter()
+    trainer.parallel.note(f"the evaluation at step {trainer.step}")
+    metrics = trainer.evaluate()
+    if not metrics:
+        return
+    generate = trainer.config.eval_generate
+    if generate.n_examples:
+        examples, batch_size = trainer.eval_loader.examples, trainer.config.eval_batch_size
+        progress, say = not trainer.config.quiet, trainer.tracking.say
+        with trainer.precision.autocast():
+            metrics["exact_match"] = exact_match(trainer.generator, examples, generate, batch_size, say, progress)
+    metrics = trainer.parallel.first(lambda: metrics)  # so that all ranks judge the same, to the last bit
+    trainer.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
+    trainer.evaluated_step = trainer.step
+    trainer.tracking.log(trainer.step, "eval", trainer.eval_metrics)
+    trainer.tracking.say(eval_line(trainer.step, metrics))
+    _update_best(trainer, metrics)
+    trainer.call_hook("on_eval_end")
+    trainer.window.start += time.perf_counter() - began  # not counted in tokens per second
+
+
+def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
+    """Save the model if it is the best so far; stop training after `early_stopping.patience` that were not."""
+    config, stopping = trainer.config, trainer.config.early_stopping
+    if stopping.metric not in metrics:
+        raise ConfigError(f"early_stopping.metric: there is no {stopping.metric!r}; there are {', '.join(metrics)}")
+    value = metrics[stopping.metric]
+    sign = -1 if lower_is_better(stopping.metric) else 1
+    if trainer.best is None or sign * (value - trainer.best) > stopping.threshold:
+        trainer.best, trainer.stale_evals = value, 0
+        if config.save_best and trainer.step > 0:
+            save_model(trainer, trainer.run.best)
+        return
+    trainer.stale_evals += 1
+    if stopping.patience and trainer.stale_evals >= stopping.patience and trainer.step < trainer.total_steps:
+        trainer.tracking.say(f"stopping early: {stopping.metric} has not improved in {trainer.stale_evals} evaluations")
+        trainer.should_stop = True

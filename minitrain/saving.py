@@ -1,0 +1,67 @@
+"""What the trainer saves: models to use, and checkpoints to resume from.
+
+Functions that get the trainer, as hooks do.
+"""
+
+import collections
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .card import model_card
+from .engine.checkpoint import load_checkpoint
+from .engine.folders import atomic_folder
+from .model import load
+from .model.weights import whole_tensors
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+# What a checkpoint holds besides tensors: attributes of the trainer.
+PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics", "evaluated_step")
+
+
+def save_model(trainer: "Trainer", folder: Path) -> None:
+    """Write the model as it is now, with its tokenizer and model card. All ranks call it."""
+    results = {f"eval {k}": v for k, v in trainer.eval_metrics.items()}
+    results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
+    card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step)
+    model, parallel = trainer.generator.model, trainer.parallel
+    tensors = whole_tensors(model, parallel.whole)
+    head = trainer.policy.value_head
+    head_parameters = head.named_parameters() if head is not None else ()
+    value_head = {name: parallel.whole(parameter.detach()) for name, parameter in head_parameters}
+
+    def write() -> None:
+        with atomic_folder(folder) as temporary:
+            load.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
+            (temporary / "README.md").write_text(card)
+        trainer.run.prune_models()
+
+    parallel.note(f"saving {folder}")
+    parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
+    trainer.call_hook("on_save")
+
+
+def save_checkpoint(trainer: "Trainer") -> None:
+    """Write a checkpoint of this step. All ranks call it."""
+    trainer.parallel.note(f"the checkpoint of step {trainer.step}")
+    state = {"precision": trainer.precision.state_dict(), "inputs": _inputs(trainer)}
+    state |= {name: getattr(trainer, name) for name in PROGRESS}
+    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state)
+    trainer.call_hook("on_save")
+
+
+def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
+    """Set the trainer to what a checkpoint holds. Raises RunFolderError when its data or base model are others."""
+    state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
+    trainer.run.compare_inputs(folder, state["inputs"], _inputs(trainer))
+    trainer.precision.load_state_dict(state["precision"])
+    for name in PROGRESS:
+        setattr(trainer, name, state[name])
+
+
+def _inputs(trainer: "Trainer") -> dict[str, list[str]]:
+    """What a checkpoint depends on and its tensors do not tell."""
+    examples = trainer.train_loader.examples
+    data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
+    return {"datasets": data, "model": load.identity(trainer.config.model)}
