@@ -8,7 +8,8 @@ from .engine.folders import atomic_folder
 from .errors import ConfigError
 from .generate import find_model, model_config, saved_dtype
 from .model.adapter_files import read_config
-from .model.load import DTYPES, fold_adapter, load_base, load_tokenizer, save_model, trained_outputs
+from .model.load import DTYPES, fold_adapter, load_base, load_tokenizer, trained_outputs
+from .model.save import save_model
 from .model.scoring import heads_of
 from .schema import ModelConfig
 

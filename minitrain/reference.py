@@ -30,7 +30,8 @@ from .evaluate import inference
 from .losses import Loss
 from .model.adapter_files import has_adapter
 from .model.heads import OutputLayer
-from .model.load import DTYPES, identity, load_frozen, load_tokenizer
+from .model.identity import identity
+from .model.load import DTYPES, load_frozen, load_tokenizer
 from .model.policy import Policy, check_policy, find_blocks
 from .schema import Config, ModelConfig
 

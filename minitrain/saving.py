@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from .card import model_card
 from .engine.checkpoint import load_checkpoint
 from .engine.folders import atomic_folder
-from .model import load
+from .model import save
+from .model.identity import identity
 from .model.weights import whole_tensors
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
 
     def write() -> None:
         with atomic_folder(folder) as temporary:
-            load.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
+            save.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
             (temporary / "README.md").write_text(card)
         trainer.run.prune_models()
 
@@ -64,4 +65,4 @@ def _inputs(trainer: "Trainer") -> dict[str, list[str]]:
     """What a checkpoint depends on and its tensors do not tell."""
     examples = trainer.train_loader.examples
     data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
-    return {"datasets": data, "model": load.identity(trainer.config.model)}
+    return {"datasets": data, "model": identity(trainer.config.model)}

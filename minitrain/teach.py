@@ -28,7 +28,8 @@ from .errors import ConfigError
 from .losses import create_loss
 from .losses.kd import IDS, LOGPS, KDOptions
 from .model.divergence import likeliest
-from .model.load import identity, load_tokenizer
+from .model.identity import identity
+from .model.load import load_tokenizer
 from .prepare import make_loader
 from .reference import Teacher, batches_with_places, load_teacher, teacher_config
 from .schema import Config

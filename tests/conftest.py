@@ -14,7 +14,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import torch
 
 from minitrain import Trainer, load_config
-from minitrain.model.load import save_model
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -1,30 +1,28 @@
-"""Tokenizer and model from a folder, the hub or the embedded default; and back into a folder."""
+"""Tokenizer and model from a folder, the hub or the embedded default."""
 
-import contextlib
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import ConfigError
 from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
-from .adapter_files import CONFIG_FILE, adapt_model, has_adapter, load_adapter, outputs_of, save_adapter
-from .archive import archive_files, load_archive, read_archive
-from .damage import named, no_model, no_tokenizer, refuse_encoder, refuse_gaps
+from .adapter_files import adapt_model, has_adapter, load_adapter, outputs_of
+from .archive import load_archive, read_archive
+from .damage import no_model, no_tokenizer
 from .lora import fold
 from .policy import Policy, find_blocks
+from .pretrained import attention_of, empty_model, from_pretrained
 from .quantize import quantize_model, unpack_model
+from .save import VALUE_HEAD_FILE
 from .scoring import make_policy, name_outputs
-from .weights import Weights, open_weights, parameters_on_meta, save_weights, whole_tensors
+from .weights import Weights
 
 CPU = torch.device("cpu")
-VALUE_HEAD, VALUE_HEAD_FILE = "value_head", "value_head.safetensors"
+VALUE_HEAD = "value_head"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,7 +76,7 @@ def load_model(
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
-        model, missing = _from_pretrained(config, dtype, outputs, seed)
+        model, missing = from_pretrained(config, dtype, outputs, seed)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
@@ -172,68 +170,6 @@ def fold_adapter(model: nn.Module, folder: Path) -> None:
         fold(module)
 
 
-def save_model(
-    model: nn.Module,
-    tokenizer,
-    folder: Path,
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
-    value_head: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes what `from_pretrained` reads: weights cast once to `dtype`, tied ones once, tokenizer and template.
-
-    Of a model with an adapter, it writes the adapter, in float32.
-
-    `tensors` are those of `weights.whole_tensors` where the model's own are not whole.
-    """
-    tensors = tensors or whole_tensors(model, lambda tensor: tensor)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    if value_head:
-        save_file({name: tensor.cpu() for name, tensor in value_head.items()}, folder / VALUE_HEAD_FILE)
-    if getattr(model, "adapter", None) is not None:
-        save_adapter(model, model.adapter, tensors, folder)
-        return
-    if getattr(model, "_weight_conversions", None):  # transformers knows the names that its files had
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
-        with _without_bar():
-            model.save_pretrained(folder, state_dict=cast)
-    else:
-        save_weights(model, tensors, folder, dtype)
-        _note_untied(model)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _note_untied(model: nn.Module) -> None:
-    """So that a model whose output layer has come to differ from its embeddings is loaded with both."""
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
-    if head is None:
-        return
-    if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
-        text.tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
-def identity(config: ModelConfig) -> list[str]:
-    """Tells whether the files of a local model are the same: size, beginning and end of each, without reading all."""
-    found = []
-    folders = [Path(folder) for folder in (config.name_or_path, config.adapter) if folder]
-    files = sorted(file for folder in folders for file in folder.glob("*"))
-    for file in [*files, *(archive_files(Path(config.archive)) if config.archive else [])]:
-        if file.suffix in (".safetensors", ".bin", ".pt") or file.name in ("config.json", CONFIG_FILE):
-            with open(file, "rb") as opened:
-                ends = opened.read(1 << 20)
-                opened.seek(max(0, file.stat().st_size - (1 << 20)))
-                digest = hashlib.sha256(ends + opened.read())
-            found.append(f"{file.name} {file.stat().st_size} {digest.hexdigest()[:16]}")
-    return found
-
-
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
     """Freezes blocks by number or range (``3``, ``"0-5"``) and ``"embeddings"``; frozen weights become `dtype`."""
     blocks = find_blocks(model.base_model)
@@ -276,87 +212,17 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
     return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
 
 
-def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
-    """transformers' class of models that end in these scalars, or in a vocabulary, and what it has to be told."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    if outputs is None:
-        return AutoModelForCausalLM, {}
-    return AutoModelForSequenceClassification, {"num_labels": len(outputs)}
-
-
-def _from_pretrained(
-    config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int
-) -> tuple[nn.Module, set[str]]:
-    """The model, and the parameters that its files do not hold; these are drawn by `seed`."""
-    kind, number = auto_class(outputs)
-    ask_for(config.name_or_path)
-    try:
-        with torch.random.fork_rng(devices=[]), _without_bar():
-            torch.manual_seed(seed)
-            model, found = kind.from_pretrained(
-                config.name_or_path,
-                revision=config.revision,
-                dtype=dtype,
-                attn_implementation=attention_of(config),
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which are refused below
-                **number,
-            )
-        if outputs is None:
-            refuse_encoder(model.config)
-    except Exception as error:
-        raise no_model(config, named(outputs), error) from None
-    refuse_gaps(config, found, outputs)
-    return model, found["missing_keys"]
-
-
-@contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    """transformers' bars would stand among our lines, and in runs that are to be quiet."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
-    """A model whose parameters have no memory yet, and where their rows are; (None, None) when files do not fit it."""
-    from transformers import AutoConfig, GenerationConfig
-
-    kind, _ = auto_class(None)
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    ask_for(config.name_or_path)
-    try:
-        shape = AutoConfig.from_pretrained(config.name_or_path, **where)
-        refuse_encoder(shape)
-        with parameters_on_meta():
-            attends, trust = attention_of(config), config.trust_remote_code
-            model = kind.from_config(shape, dtype=dtype, attn_implementation=attends, trust_remote_code=trust)
-        weights = open_weights(config.name_or_path, config.revision, model)
-    except Exception as error:
-        raise no_model(config, named(None), error) from None
-    if weights is None:
+    """What `load_model` loads, without memory, and its weights; (None, None) when files do not fit the model."""
+    model, weights = empty_model(config, dtype)
+    if model is None or weights is None:
         return None, None
-    with contextlib.suppress(OSError):  # not every model has one
-        model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
     grow_embeddings(model, len(tokenizer))
     if config.archive:
         state = read_archive(model, Path(config.archive))
         weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, weights
-
-
-def attention_of(config: ModelConfig) -> str | None:
-    """What transformers is asked for; None leaves the choice to it."""
-    return None if config.attn_implementation == "auto" else config.attn_implementation
 
 
 def grow_embeddings(model: nn.Module, n_tokens: int) -> None:

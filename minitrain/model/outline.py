@@ -8,8 +8,9 @@ from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
 from .damage import named, no_model, refuse_encoder
-from .load import DTYPES, attention_of, auto_class, freeze_layers, frozen_policy, grow_embeddings
+from .load import DTYPES, freeze_layers, frozen_policy, grow_embeddings
 from .policy import Policy
+from .pretrained import attention_of, auto_class
 from .quantize import outline_quantized
 from .scoring import check_rows, make_policy, name_outputs
 from .tiny import tiny_model

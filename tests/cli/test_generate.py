@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.generate import Generator, Sampling, load_generator
-from minitrain.model.load import save_model
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import random_llama
 

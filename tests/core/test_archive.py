@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from minitrain import ConfigError
 from minitrain.model import weights
 from minitrain.model.archive import read_archive
-from minitrain.model.load import load_model, load_policy, save_model
+from minitrain.model.load import load_model, load_policy
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, ModelConfig
 from tests.conftest import random_llama

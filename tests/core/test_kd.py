@@ -14,7 +14,7 @@ from minitrain.batch import Distillation, Likeliest, Scores
 from minitrain.losses.kd import DIVERGENCES, forward_kl, jsd
 from minitrain.model.divergence import divergences, likeliest
 from minitrain.model.heads import OutputLayer, cpu_has_bfloat16, token_scores
-from minitrain.model.load import save_model
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.teach import teach
 from tests.conftest import metrics, random_llama, weights

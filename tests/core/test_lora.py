@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from minitrain import ConfigError
 from minitrain.model.adapter_files import adapt_model, load_adapter
-from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, save_model
+from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
 from minitrain.model.lora import _LoRALinear, fold
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.reference import InitialValues
 from minitrain.schema import Config, LoRAConfig, ModelConfig

@@ -14,7 +14,7 @@ from minitrain.errors import ConfigError
 from minitrain.losses import registered
 from minitrain.memory import Ledger, Step, _largest, estimate, take
 from minitrain.model import attention
-from minitrain.model.load import save_model
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import random_llama
 from tests.core.scorers import random_base

@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from minitrain import ConfigError
 from minitrain.data.collate import Document, collate
-from minitrain.model.load import freeze_layers, grow_embeddings, load_model, load_policy, load_tokenizer, save_model
+from minitrain.model.load import freeze_layers, grow_embeddings, load_model, load_policy, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, find_blocks
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, ModelConfig
 from tests.conftest import SHARED, random_llama

@@ -14,7 +14,8 @@ from minitrain.data.encode import Limits, encode
 from minitrain.data.records import Labelled
 from minitrain.data.template import Template
 from minitrain.model.adapter_files import adapt_model, load_adapter, outputs_of
-from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, save_model, trained_outputs
+from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, trained_outputs
+from minitrain.model.save import save_model
 from minitrain.model.scoring import make_policy
 from minitrain.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
 from tests.conftest import SHARED

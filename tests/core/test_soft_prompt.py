@@ -8,8 +8,9 @@ from minitrain import ConfigError, load_config
 from minitrain.batch import Batch
 from minitrain.generate import Sampling, load_generator
 from minitrain.model.adapter_files import load_adapter
-from minitrain.model.load import load_policy, save_model
+from minitrain.model.load import load_policy
 from minitrain.model.policy import Policy
+from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, ModelConfig, SoftPromptConfig
 from tests.conftest import weights
