@@ -44,10 +44,10 @@ class Pairs(NamedTuple):
         return self.r_w - self.r_l
 
     def mean(self) -> "Pairs":
-        """The same with means over tokens in the place of sums."""
+        """Return the same pairs with means over tokens instead of sums. The mean of means is the mean again."""
+        one = torch.ones_like(self.n_w)  # [P]
         return Pairs(
-            self.logps_w / self.n_w, self.logps_l / self.n_l, self.ref_w / self.n_w, self.ref_l / self.n_l,
-            self.n_w, self.n_l,
+            self.logps_w / self.n_w, self.logps_l / self.n_l, self.ref_w / self.n_w, self.ref_l / self.n_l, one, one
         )  # fmt: skip
 
 
@@ -59,8 +59,7 @@ def sigmoid(p: Pairs, o: "DPOOptions") -> Tensor:
 
 def ipo(p: Pairs, o: "DPOOptions") -> Tensor:
     """(D - 1 / (2 beta))^2 over token means, or sums with `ipo_sums` (arXiv 2310.12036, eq. 17)."""
-    delta = p.delta if o.ipo_sums else p.mean().delta
-    return (delta - 1 / (2 * o.beta)) ** 2
+    return (p.delta - 1 / (2 * o.beta)) ** 2
 
 
 def hinge(p: Pairs, o: "DPOOptions") -> Tensor:
@@ -110,20 +109,18 @@ def apo_down(p: Pairs, o: "DPOOptions") -> Tensor:
 
 def sigmoid_norm(p: Pairs, o: "DPOOptions") -> Tensor:
     """-logsig(beta D) over token means: length-normalised DPO (arXiv 2411.15124)."""
-    return -F.logsigmoid(o.beta * p.mean().delta)
+    return -F.logsigmoid(o.beta * p.delta)
 
 
 def simpo(p: Pairs, o: "DPOOptions") -> Tensor:
     """-logsig(beta (mean lp_w - mean lp_l) - gamma) (arXiv 2405.14734, eq. 6)."""
-    mean = p.mean()
-    return -F.logsigmoid(o.beta * (mean.logps_w - mean.logps_l) - o.gamma)
+    return -F.logsigmoid(o.beta * (p.logps_w - p.logps_l) - o.gamma)
 
 
 def orpo(p: Pairs, o: "DPOOptions") -> Tensor:
     """NLL_w - beta logsig(log odds ratio), all over token means (arXiv 2403.07691, eq. 6-7)."""
-    mean = p.mean()
-    log_odds = mean.logps_w - mean.logps_l - (_log1mexp(mean.logps_w) - _log1mexp(mean.logps_l))
-    return -mean.logps_w - o.beta * F.logsigmoid(log_odds)
+    log_odds = p.logps_w - p.logps_l - (_log1mexp(p.logps_w) - _log1mexp(p.logps_l))
+    return -p.logps_w - o.beta * F.logsigmoid(log_odds)
 
 
 def cpo(p: Pairs, o: "DPOOptions") -> Tensor:
@@ -143,6 +140,7 @@ VARIANTS: dict[str, Callable[[Pairs, "DPOOptions"], Tensor]] = {
               simpo, orpo, cpo)
 }  # fmt: skip
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
+OVER_MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # these get pairs of token means, all others of sums
 
 
 @dataclass
@@ -154,15 +152,23 @@ class DPOOptions:
     )
     gamma: float = option(1.0, "simpo: the margin.", least=0)
     alpha: float = option(1.0, "cpo: weight of the chosen answer's negative log-likelihood.", least=0)
-    ipo_sums: bool = option(False, "ipo: over sums, as in the DPO authors' code, in the place of token means.")
+    ipo_sums: bool = option(False, "ipo: over sums, as in the DPO authors' code, instead of token means.")
     reference_free: bool = option(False, "Take a reference that finds all answers equally likely.")
-    average_log_prob: bool = option(False, "Take means over an answer's tokens in the place of sums.")
+    average_log_prob: bool = option(
+        False, "Take means over an answer's tokens instead of sums; ipo, sigmoid_norm, simpo and orpo always do."
+    )
     sft_weight: float = option(0.0, "Weight of the chosen answer's mean negative log-likelihood beside it.", least=0)
     reference: str = REFERENCE
 
     def __post_init__(self):
         if self.beta is None:
             self.beta = 2.0 if self.variant == "simpo" else 0.1
+
+    @property
+    def over_means(self) -> bool:
+        """Whether the loss is over token means, not sums."""
+        sums = self.variant not in OVER_MEANS or (self.variant == "ipo" and self.ipo_sums)
+        return self.average_log_prob or not sums
 
 
 @register_loss("dpo", DPOOptions)
@@ -181,6 +187,8 @@ class DPO(PairLoss):
         only = {"gamma": ("simpo",), "alpha": ("cpo",), "ipo_sums": ("ipo",)}
         only["label_smoothing"] = ("sigmoid", "robust", "exo_pair")
         told = {key: f"it needs loss.variant={' or '.join(fit)}." for key, fit in only.items() if variant not in fit}
+        if self.options.average_log_prob and "ipo_sums" not in told:
+            told["ipo_sums"] = "loss.average_log_prob takes means."
         if "reference" not in self.needs:
             told["reference"] = "neither reference_free nor simpo, orpo and cpo have one."
         return told
@@ -198,17 +206,18 @@ class DPO(PairLoss):
         usable = usable_pairs(batch)  # [P]
         columns = [column.view(-1, 2)[usable].T for column in (sums, ref, counts)]  # [2, P] each
         pairs = Pairs(*(side for column in columns for side in column))
-        used = pairs.mean() if self.options.average_log_prob else pairs
-        losses = VARIANTS[self.options.variant](used, self.options)  # [P]
+        compared = pairs.mean() if self.options.over_means else pairs
+        losses = VARIANTS[self.options.variant](compared, self.options)  # [P]
         if self.options.sft_weight:
             losses = losses - self.options.sft_weight * pairs.logps_w / pairs.n_w
         # The sum over no pairs has to stay attached to the graph.
-        return LossOutput(losses.sum() + 0 * sums.sum(), self.weight(batch), self._metrics(pairs))
+        return LossOutput(losses.sum() + 0 * sums.sum(), self.weight(batch), self._metrics(pairs, compared))
 
-    def _metrics(self, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(self, pairs: Pairs, compared: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rewards are those that the loss compares: of means where it takes means, so that they do not favor length."""
         with torch.no_grad():
             weight = pairs.n_w.new_tensor(float(len(pairs.n_w)))
-            chosen, rejected = self.options.beta * pairs.r_w, self.options.beta * pairs.r_l
+            chosen, rejected = self.options.beta * compared.r_w, self.options.beta * compared.r_l
             figures = {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,

@@ -16,6 +16,7 @@ from tests.conftest import metrics, weights
 from tests.core.examples import N, collated, examples, prepared
 
 BETA = 0.3
+OWN = {"simpo": {"gamma": 0.7}, "cpo": {"alpha": 0.5}}  # options of one variant, as `plain` has them
 
 
 def sig(x: float) -> float:
@@ -86,8 +87,8 @@ def of_pairs(batch, logps: torch.Tensor) -> list[tuple[float, float]]:
 def test_variants_equal_their_formulas(pairs, variant, smoothing):
     """Each pair's loss is the formula of docs/losses.md in float64, and the gradient is its slope (gradcheck)."""
     batch, logps, ref = pairs
-    options = {"variant": variant, "beta": BETA, "label_smoothing": smoothing, "gamma": 0.7, "alpha": 0.5}
-    loss = create_loss("dpo", **options)
+    smooth = {"label_smoothing": smoothing} if variant in ("sigmoid", "robust", "exo_pair") else {}
+    loss = create_loss("dpo", variant=variant, beta=BETA, **smooth, **OWN.get(variant, {}))
     counts = of_pairs(batch, torch.ones_like(ref))
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), counts)
     want = sum(plain(variant, *pi, *pr, *n, smoothing) for pi, pr, n in sides)
@@ -97,8 +98,20 @@ def test_variants_equal_their_formulas(pairs, variant, smoothing):
     assert torch.autograd.gradcheck(lambda x: loss(batch, Table(x), reference).sum, (logps,), eps=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_means_are_taken_once(pairs, variant):
+    """average_log_prob gives the formula of means for every variant, and changes nothing where means are taken anyway:
+    never a mean divided by the length again."""
+    batch, logps, ref = pairs
+    loss = create_loss("dpo", average_log_prob=True, beta=BETA, variant=variant, **OWN.get(variant, {}))
+    sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), of_pairs(batch, torch.ones_like(ref)))
+    want = sum(plain(variant, w / n, l / m, rw / n, rl / m, 1, 1, 0.0) for (w, l), (rw, rl), (n, m) in sides)  # noqa: E741
+    reference = Table(ref) if "reference" in loss.needs else None
+    assert loss(batch, Table(logps), reference).sum.item() == pytest.approx(want, rel=1e-9)
+
+
 def test_other_options_of_dpo(pairs):
-    """ipo over sums, means in the place of sums, no reference, and the chosen answer's likelihood beside the loss."""
+    """ipo over sums, means instead of sums, no reference, and the chosen answer's likelihood beside the loss."""
     batch, logps, ref = pairs
     ours, theirs, counts = (of_pairs(batch, t) for t in (logps.detach(), ref, torch.ones_like(ref)))
 
@@ -117,16 +130,27 @@ def test_other_options_of_dpo(pairs):
     assert free(batch, Table(logps)).sum.item() == pytest.approx(want)
 
 
-def test_metrics_of_dpo(pairs):
-    """Rewards are beta times the log-ratios; accuracy is how often the chosen one's is larger."""
+MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # the variants of docs/losses.md that are over token means
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_metrics_of_dpo(pairs, variant, average):
+    """Rewards are beta times what the loss compares: means for simpo, orpo, ipo and sigmoid_norm, else sums. The
+    accuracy is how often the chosen one's is larger; logps are sums, whatever the variant."""
     batch, logps, ref = pairs
-    output = create_loss("dpo", beta=BETA)(batch, Table(logps), Table(ref))
-    figures = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
-    ours, theirs = of_pairs(batch, logps.detach()), of_pairs(batch, ref)
-    chosen = [BETA * (w - rw) for (w, _), (rw, _) in zip(ours, theirs)]
-    rejected = [BETA * (l - rl) for (_, l), (_, rl) in zip(ours, theirs)]  # noqa: E741
+    loss = create_loss("dpo", beta=BETA, variant=variant, average_log_prob=average)
+    free = "reference" not in loss.needs
+    output = loss(batch, Table(logps), None if free else Table(ref))
+    metrics = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
+    ours, counts = of_pairs(batch, logps.detach()), of_pairs(batch, torch.ones_like(ref))
+    theirs = of_pairs(batch, torch.zeros_like(ref) if free else ref)
+    over_means = average or variant in MEANS
+    chosen, rejected = (
+        [BETA * (a[i] - b[i]) / (n[i] if over_means else 1) for a, b, n in zip(ours, theirs, counts)] for i in (0, 1)
+    )
     mean = lambda values: sum(values) / N  # noqa: E731
-    assert figures == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "rewards/chosen": mean(chosen),
             "rewards/rejected": mean(rejected),
@@ -136,6 +160,18 @@ def test_metrics_of_dpo(pairs):
             "logps/rejected": mean([l for _, l in ours]),  # noqa: E741
         }
     )
+
+
+@pytest.mark.parametrize("variant", MEANS)
+def test_the_accuracy_does_not_favor_short_answers(pairs, variant):
+    """Each token of a chosen answer at -1, of a rejected one at -1.5: all pairs are right, however long the answers
+    are. Of their sums it would be the shorter one more often."""
+    batch, _, ref = pairs
+    logps = torch.where(batch.target_docs % 2 == 0, -1.0, -1.5).double()
+    loss = create_loss("dpo", variant=variant)
+    total, weight = loss(batch, Table(logps), Table(torch.zeros_like(ref))).metrics["rewards/accuracies"]
+    assert total == weight == N
+    assert any(w < l for w, l in of_pairs(batch, logps))  # noqa: E741
 
 
 def test_orpo_is_stable_at_both_ends():
@@ -410,6 +446,7 @@ def test_options_that_would_be_ignored(dpo):
         (["loss.gamma=2"], "loss.gamma: would be ignored: it needs loss.variant=simpo"),
         (["loss.variant=orpo", "loss.reference=model"], "loss.reference: would be ignored"),
         (["loss.variant=apo_zero", "loss.label_smoothing=0.1"], "loss.label_smoothing: would be ignored"),
+        (["loss.variant=ipo", "loss.ipo_sums=true", "loss.average_log_prob=true"], "loss.ipo_sums: would be ignored"),
         (["loss.variant=ippo"], "Did you mean ipo"),
     ):
         with pytest.raises(ConfigError, match=told):
