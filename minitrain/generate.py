@@ -99,6 +99,8 @@ class Generator:
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
         """Left-padded generation -> ids of the answers [B, <= max_new_tokens]."""
+        from transformers import GenerationConfig
+
         end_ids, width = self.end_ids, max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         with inference(self.model), self.gathered():
@@ -109,15 +111,15 @@ class Generator:
                 torch.manual_seed(sampling.seed + self.calls)
             self.calls += 1
             inputs, width = self._inputs(ids, mask)
-            output = self.model.generate(
-                **inputs,
+            options = GenerationConfig(
                 max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - ids.shape[1])),
                 eos_token_id=end_ids,
                 pad_token_id=pad,
                 use_cache=True,
-                streamer=streamer,
                 **sampling.arguments(),
             )
+            with _without_defaults(self.model):
+                output = self.model.generate(**inputs, generation_config=options, streamer=streamer)
         return output[:, width:]
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, int]:
@@ -132,6 +134,21 @@ class Generator:
             return inputs, 0
         inputs["input_ids"] = torch.cat([places, ids], 1)  # `generate` drops as many ids as the cache holds
         return inputs, inputs["input_ids"].shape[1]
+
+
+@contextlib.contextmanager
+def _without_defaults(model: nn.Module) -> Iterator[None]:
+    """Inside, `model.generate` follows only the options of the call.
+
+    transformers fills every option that a call leaves out from the model's generation_config.json, so a base model with
+    a repetition penalty would have it in greedy answers too.
+    """
+    defaults = model.generation_config
+    model.generation_config = type(defaults)()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
 
 
 def load_generator(

@@ -40,6 +40,7 @@ def from_pretrained(
                 ignore_mismatched_sizes=True,  # which are refused below
                 **number,
             )
+        vars(model).pop("generate", None)  # a custom_generate of the repository would follow options of its own
         if outputs is None:
             refuse_encoder(model.config)
     except Exception as error:
