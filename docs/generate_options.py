@@ -3,13 +3,13 @@
 import sys
 import types
 import typing
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minitrain.losses import registered
-from minitrain.schema import Config
+from minitrain.schema import Config, option_fields
 
 HEAD = """\
 # Options
@@ -29,7 +29,7 @@ command line too, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[
 def document() -> str:
     """The whole page."""
     parts = [HEAD, section("Top level", Config)]
-    for f in fields(Config):
+    for f in option_fields(Config):
         schema = nested(typing.get_type_hints(Config).get(f.name))
         if schema:
             also = " and `eval_datasets`" if f.name == "datasets" else ""
@@ -53,12 +53,11 @@ def section(title: str, schema: type) -> str:
     """A heading and a table of one dataclass."""
     hints = typing.get_type_hints(schema)
     lines = [f"## {title}", "", "| key | default | value | |", "|---|---|---|---|"]
-    for f in fields(schema):
-        if f.init:
-            alias = f" (or `{f.metadata['alias']}`)" if f.metadata["alias"] else ""
-            free = " *free*" if f.metadata["free"] else ""
-            help_text = f.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `{f.name}`{alias} | {default(f)} | {value(f, hints[f.name])} | {help_text}{free} |")
+    for f in option_fields(schema):
+        alias = f" (or `{f.metadata['alias']}`)" if f.metadata["alias"] else ""
+        free = " *free*" if f.metadata["free"] else ""
+        help_text = f.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `{f.name}`{alias} | {default(f)} | {value(f, hints[f.name])} | {help_text}{free} |")
     return "\n".join([*lines, ""])
 
 

@@ -1,7 +1,7 @@
 """The model card that goes with a saved model."""
 
 from . import __version__
-from .config import config_yaml
+from .saved_config import config_yaml
 from .schema import Config
 
 

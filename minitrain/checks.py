@@ -12,7 +12,7 @@ from .errors import ConfigError
 from .names import RIVALS
 from .places import check_archive, check_folder, check_source, looks_local, near_file
 from .problems import Problems, check_types, nearest, related
-from .schema import Config, all_keys
+from .schema import Config, all_keys, option_fields
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -21,15 +21,18 @@ ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "f
 NEEDS_EVAL_DATA = ("do_first_eval", "eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
-def check_config(config: Config, defaults: Config, problems: Problems) -> None:
-    """Adds to `problems` what is wrong with `config`. An option at its default does not count as ignored."""
-    given = {f.name for f in fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
+def check_config(config: Config, defaults: Config, problems: Problems, loss_is_object: bool = False) -> None:
+    """Adds to `problems` what is wrong with `config`. An option at its default does not count as ignored.
+
+    `loss_is_object`: the loss was given in Python, so that its class need not be registered.
+    """
+    given = {f.name for f in option_fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
     _check_run(config, given, problems)
     _check_files(config, problems)
     _check_data(config, given, problems)
     _check_model(config, problems)
     _check_adapter(config, given, problems)
-    _check_loss(config, given, problems)
+    _check_loss(config, given, problems, loss_is_object)
     _check_steps(config, problems)
     _check_optimizer(config, given, problems)
     _check_evaluation(config, given, problems)
@@ -209,13 +212,15 @@ def _check_prompt(config: Config, problems: Problems) -> None:
         problems.add("soft_prompt.encoder_hidden_size", told)
 
 
-def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
+def _check_loss(config: Config, given: set[str], problems: Problems, is_object: bool) -> None:
     from .data.records import SCHEMAS
     from .losses import create_loss, registered
 
     name, known = config.loss["name"], registered()
+    if name not in known and is_object:
+        return
     if name not in known:
-        hint = _as_variant(str(name), known) or nearest(str(name), known)
+        hint = _of_python_class(str(name)) or _as_variant(str(name), known) or nearest(str(name), known)
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
     written = {key: value for key, value in config.loss.items() if key != "name"}
@@ -247,11 +252,21 @@ def _check_loss(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("eval_generate", f"a model that {name} trains gives scores and no text.", "loss.name")
 
 
+def _of_python_class(name: str) -> str:
+    """What to do about the name that a run folder has of a loss object whose class is not registered."""
+    if "." not in name:
+        return ""
+    return (
+        " It was given in Python as an object of this class. Give it again, Trainer(config, loss=...), or register the "
+        "class with register_loss and name its file with --plugin."
+    )
+
+
 def _as_variant(name: str, known: dict[str, type]) -> str:
     """What to write for a loss that is one of a family's."""
     for family, loss in known.items():
         for f in fields(loss.options_class):
-            if f.name == "variant" and name in f.metadata["choices"]:
+            if f.name == "variant" and name in f.metadata.get("choices", ()):
                 return f" Did you mean loss.name={family} loss.variant={name}?"
     return ""
 

@@ -16,7 +16,8 @@ from .checks import check_config
 from .errors import ConfigError
 from .names import RIVALS
 from .problems import Problems, Source, check_types, shown
-from .schema import Config, aliases
+from .saved_config import config_yaml, plain
+from .schema import DEFAULT_LOSS, Config, Written, aliases
 
 MAX_VALUES = 10_000  # of one file, its aliases written out: a few lines of YAML can grow without bound
 MAX_DEPTH = 30
@@ -41,20 +42,60 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
     raw, where = _read(source)
     problems = Problems(where)
     _override(raw, overrides or [], problems)
-    values = check_types(Config, _own_names(_long_forms(_resolve(raw, "", problems))), "", problems)
-    config = _build(Config, values)
-    config.loss = Config.__dataclass_fields__["loss"].default_factory() | config.loss
-    if config.exp_name is None:
-        config.exp_name = Path(where.name).stem
-    check_config(config, _build(Config, {"model": {}}), problems)
-    problems.raise_if_any()
-    config.given = _own_names(OmegaConf.to_container(raw))
+    config = _checked(_resolve(raw, "", problems), problems)
+    config.written = Written(_own_names(OmegaConf.to_container(raw)), plain(config))
     return config
 
 
-def config_yaml(config: Config) -> str:
-    """The whole config as YAML, defaults filled in, and ``${...}`` as it was written, never what it stands for."""
-    return OmegaConf.to_yaml(OmegaConf.create(_as_written(_plain(config), config.given)))
+def check_python_config(config: Config, loss: dict | None = None) -> Config:
+    """Return a checked copy of a config that was built, or changed after loading, in Python.
+
+    Args:
+        loss: The `describe_loss` of a loss object, which the copy then names.
+
+    Raises:
+        ConfigError: As `load_config` does; also when the config names another loss than `loss`.
+    """
+    problems, given = Problems(Source("Config")), _attributes(config)
+    if loss is not None:
+        given["loss"] = _merge_loss(given["loss"], loss)
+    checked = _checked(given, problems, is_object=loss is not None)
+    checked.written = config.written
+    try:
+        config_yaml(checked)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"Config: {error.full_key}: cannot be written to config.yml: {_reason(error)}") from None
+    return checked
+
+
+def _checked(given: dict, problems: Problems, is_object: bool = False) -> Config:
+    """Return the config of these values. Raises ConfigError with all that is wrong with them.
+
+    `is_object`: the loss was given as an object, so that its class need not be registered.
+    """
+    config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", problems))
+    config.loss = DEFAULT_LOSS | config.loss
+    if config.exp_name is None:
+        config.exp_name = Path(problems.source.name).stem.lower()
+    check_config(config, _build(Config, {"model": {}}), problems, is_object)
+    problems.raise_if_any()
+    return config
+
+
+def _merge_loss(configured: Any, described: dict) -> dict:
+    """Return the description of a loss object. Raises ConfigError when the config names another loss than that."""
+    written = _long_forms({"loss": configured})["loss"]
+    if written not in (DEFAULT_LOSS, described):
+        both = f"the config has {shown(written)}, and Trainer(loss=...) got {shown(described)}"
+        raise ConfigError(f"loss: {both}. Set only one of them.")
+    return described
+
+
+def _attributes(value: Any) -> Any:
+    """Return a dataclass as dicts and lists, attributes that are no fields included, so that they can be refused."""
+    if is_dataclass(value):
+        return {name: _attributes(entry) for name, entry in vars(value).items() if not isinstance(entry, Written)}
+    return [_attributes(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -237,20 +278,3 @@ def _build(schema: type, values: dict) -> Any:
             value = [_build(args[0], entry) for entry in value]
         built[name] = value
     return schema(**built)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
-    return [_plain(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _as_written(base: Any, given: Any) -> Any:
-    """`base` with the interpolations of `given` put back in."""
-    if isinstance(given, str) and "${" in given:
-        return given
-    if isinstance(base, dict) and isinstance(given, dict):
-        return {key: _as_written(value, given.get(key)) for key, value in base.items()}
-    if isinstance(base, list) and isinstance(given, list) and len(base) == len(given):
-        return [_as_written(b, g) for b, g in zip(base, given, strict=True)]
-    return base

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .names import FOREIGN_NAMES, NEEDLESS
-from .schema import aliases, all_keys
+from .schema import aliases, all_keys, option_fields
 
 WORDS = {
     bool: "true or false",
@@ -88,7 +88,7 @@ class _Unfit(Exception):
 
 def check_types(schema: type, given: dict, path: str, problems: Problems) -> dict:
     """The values of `given` converted to the types of `schema`. What does not fit is told and left out."""
-    known = {f.name: f for f in fields(schema) if f.init}
+    known = {f.name: f for f in option_fields(schema)}
     hints = typing.get_type_hints(schema)
     values = {}
     for key, value in ((str(key), value) for key, value in given.items()):
@@ -104,13 +104,14 @@ def check_types(schema: type, given: dict, path: str, problems: Problems) -> dic
         else:
             try:
                 values[key] = _value(hints[key], value, full, problems)
-                check_limits(known[key].metadata, values[key])
+                if known[key].metadata:  # a loss of the user's own may have plain dataclass fields
+                    check_limits(known[key].metadata, values[key])
             except _Unfit as error:
                 values.pop(key, None)
                 problems.add(full, str(error))
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            problems.add(f"{path}{name}", f"is missing. {f.metadata['help']}")
+            problems.add(f"{path}{name}", f"is missing. {f.metadata.get('help', '')}".rstrip())
         if name not in values and is_dataclass(hints[name]):
             values[name] = check_types(hints[name], {}, f"{path}{name}.", problems)
     return values
@@ -144,7 +145,7 @@ def _leaf(hint: Any, value: Any) -> Any:
     converted = _scalar(hint, value)
     if converted is None:
         quotes = " Put it in quotes." if hint is str and type(value) is float else ""
-        raise _Unfit(f"expected {WORDS[origin or hint]}, got {shown(value)}.{quotes}")
+        raise _Unfit(f"expected {WORDS.get(origin or hint, hint)}, got {shown(value)}.{quotes}")
     return converted
 
 

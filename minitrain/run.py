@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 import yaml
 from torch import nn
 
-from .config import config_yaml
 from .engine.checkpoint import Save
 from .engine.folders import checkpoints, drop_after, newest_sound, prune, sweep, verify
 from .engine.parallel import SingleDevice
 from .engine.tracking import LEDGER, METRICS
 from .errors import RunFolderError
 from .problems import related
-from .schema import Config
+from .saved_config import config_yaml
+from .schema import Config, option_fields
 
 INPUTS = {
     "datasets": "other data: the files, the tokenizer or their options have changed",
@@ -214,8 +214,8 @@ class RunFolder:
 
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
     """(key, ``old -> new``) of each option that changes what is computed."""
-    for f in fields(schema):
-        if not f.init or f.metadata["free"]:
+    for f in option_fields(schema):
+        if f.metadata["free"]:
             continue
         old, now, value = saved.get(f.name), new.get(f.name), getattr(schema, f.name)
         if is_dataclass(value) and isinstance(old, dict):

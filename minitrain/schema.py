@@ -5,10 +5,11 @@ them and `docs/options.md` is generated from them.
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, get_type_hints
 
 MAX_SEED = 2**63 - 1  # what torch takes
+DEFAULT_LOSS = {"name": "sft"}
 
 
 def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
@@ -24,6 +25,13 @@ def option(default: Any, help: str, *, choices=(), least=None, above=None, most=
         factory = default if isinstance(default, type) else lambda: type(default)(default)
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class Written(NamedTuple):
+    """What the user wrote before `${...}` was resolved, and the values that it was resolved to."""
+
+    raw: dict
+    resolved: dict
 
 
 @dataclass
@@ -240,7 +248,7 @@ class Config:
     lora: LoRAConfig = option(LoRAConfig, "Small trained matrices beside the frozen model.")
     soft_prompt: SoftPromptConfig = option(SoftPromptConfig, "Prompt or prefix tuning beside the frozen model.")
     freeze_layers: list[Any] = option([], "Blocks that are not trained: numbers, ranges like 0-5, or `embeddings`.")
-    loss: dict[str, Any] = option({"name": "sft"}, "name: which loss; beside it its own options (see docs/losses.md).")
+    loss: dict[str, Any] = option(DEFAULT_LOSS, "name: which loss; beside it its own options (see docs/losses.md).")
 
     # optimisation
     total_batch_size: int = option(
@@ -305,19 +313,23 @@ class Config:
     report_to_tensorboard: bool = option(False, "Write TensorBoard files into the run folder.", free=True)
     swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")
 
-    # What the user wrote, before `${...}` was resolved: the saved config keeps those as they are.
-    given: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Not an option. `dataclasses.replace` keeps it, so that a copy saves `${...}` unresolved, too.
+    written: Written = field(default=Written({}, {}), repr=False, compare=False, metadata={"internal": True})
+
+
+def option_fields(schema: Any) -> list[Field]:
+    """Return the fields of a dataclass, or of an instance of one, that are options."""
+    return [f for f in fields(schema) if not f.metadata.get("internal")]
 
 
 def aliases() -> dict[str, str]:
     """Second names of options -> their names."""
-    return {f.metadata["alias"]: f.name for f in fields(Config) if f.init and f.metadata["alias"]}
+    return {f.metadata["alias"]: f.name for f in option_fields(Config) if f.metadata["alias"]}
 
 
 def all_keys(schema: type = Config, path: str = "") -> Iterator[str]:
     """Every key, ``a`` and ``a.b``."""
-    for f in fields(schema):
-        if f.init:
-            yield f"{path}{f.name}"
-            if is_dataclass(hint := get_type_hints(schema)[f.name]):
-                yield from all_keys(hint, f"{path}{f.name}.")
+    for f in option_fields(schema):
+        yield f"{path}{f.name}"
+        if is_dataclass(hint := get_type_hints(schema)[f.name]):
+            yield from all_keys(hint, f"{path}{f.name}.")

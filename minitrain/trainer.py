@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .batch import Batch
+from .config import check_python_config
 from .data.loader import load_data
 from .data.template import make_template
 from .engine.checkpoint import restore_rng
@@ -21,7 +22,7 @@ from .errors import ConfigError, RunError
 from .evaluate import Totals, evaluate, step_statistics
 from .evaluation import evaluation_is_due, run_evaluation
 from .generate import Generator, Messages, Sampling
-from .losses import Loss, create_loss
+from .losses import Loss, create_loss, describe_loss
 from .model.load import DTYPES, load_policy, load_tokenizer
 from .prepare import make_loader, prepare_policy
 from .reference import companions
@@ -48,6 +49,7 @@ class Trainer:
         unknown = set(hooks) - set(HOOKS)
         if unknown:
             raise ConfigError(f"there is no hook {', '.join(sorted(unknown))}; there are {', '.join(HOOKS)}")
+        config = check_python_config(config, None if loss is None else describe_loss(loss))
         self.config, self.hooks = config, hooks
         self.loss = loss or create_loss(**config.loss)
         self.parallel = make_parallel(config)
@@ -239,7 +241,7 @@ class Trainer:
         return (
             f"{self.config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{self.device} in "
             f"{self.config.model.policy_dtype}; {len(self.train_loader.examples):,} examples{held}; "
-            f"{self.total_steps} steps of {self.config.total_batch_size}; loss {self.loss.name}"
+            f"{self.total_steps} steps of {self.config.total_batch_size}; loss {self.config.loss['name']}"
         )
 
     def _finish(self) -> None:

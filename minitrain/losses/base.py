@@ -5,7 +5,7 @@ whole optimizer step, over all micro-batches and ranks. So the gradient does not
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -136,3 +136,33 @@ def create_loss(name: str, **options) -> Loss:
     if unknown:
         raise ConfigError(f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     return cls(cls.options_class(**options))
+
+
+def describe_loss(loss: Loss) -> dict[str, Any]:
+    """Return what a config has to say under `loss` for the same loss: its name, and options that are not the default.
+
+    A class that is not registered is described by its full name, which no config can load, so that its run is never
+    resumed with another loss.
+    """
+    options = loss.options
+    described = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
+    for f in fields(options) if is_dataclass(options) else ():
+        rest = {key: value for key, value in described.items() if key != f.name}
+        if _builds(type(options), rest, options):  # the default, or what __post_init__ makes of the others
+            described = rest
+    kind = type(loss)
+    if _REGISTRY.get(getattr(loss, "name", None)) is kind:
+        return {"name": kind.name} | described
+    named = {"name": f"{kind.__module__}.{kind.__qualname__}"}
+    return named | {key: _as_yaml(value) for key, value in described.items()}
+
+
+def _builds(options_class: type, given: dict[str, Any], options: Any) -> bool:
+    try:
+        return options_class(**given) == options
+    except TypeError:  # one that has no default
+        return False
+
+
+def _as_yaml(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else repr(value)

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import yaml
 
-from minitrain.config import config_yaml, load_config
+from minitrain.config import load_config
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
+from minitrain.saved_config import config_yaml
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_every_option_is_read_by_the_code():
 
 def test_every_option_is_explained_and_its_default_allowed():
     """Each has a help text, and a default that passes the check of its own limits."""
-    for f in (f for c in OPTION_CLASSES for f in fields(c) if f.init):
+    for f in (f for c in OPTION_CLASSES for f in schema.option_fields(c)):
         assert f.metadata["help"].endswith("."), f.name
         if f.default is not MISSING:
             problems.check_limits(f.metadata, f.default)

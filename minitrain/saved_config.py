@@ -1,0 +1,45 @@
+"""A config as the YAML that run directories, model cards and trackers get."""
+
+import re
+from dataclasses import is_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .schema import Config, option_fields
+
+
+def config_yaml(config: Config) -> str:
+    """Return the full config as YAML, with defaults, and with `${...}` as it was written instead of its value.
+
+    An option that was changed in Python afterwards is saved with its new value.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_as_written(plain(config), config.written.raw, config.written.resolved)))
+
+
+def plain(value: Any) -> Any:
+    """Return a config, or a part of it, as dicts and lists."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in option_fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _as_written(value: Any, raw: Any, resolved: Any) -> Any:
+    """Return `value` with the interpolations of `raw` put back where they still stand for the same value."""
+    if isinstance(raw, str) and "${" in raw and value == resolved:
+        return raw
+    if isinstance(value, dict):
+        raw, resolved = (part if isinstance(part, dict) else {} for part in (raw, resolved))
+        return {key: _as_written(entry, raw.get(key), resolved.get(key)) for key, entry in value.items()}
+    if isinstance(value, list):
+        fits = isinstance(raw, list) and isinstance(resolved, list) and len(raw) == len(resolved) == len(value)
+        entries = zip(value, raw, resolved, strict=True) if fits else ((entry, None, None) for entry in value)
+        return [_as_written(*entry) for entry in entries]
+    return _escaped(value) if isinstance(value, str) else value
+
+
+def _escaped(text: str) -> str:
+    """Return a text in which `${` has no meaning, however many backslashes stand before it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
