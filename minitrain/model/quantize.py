@@ -1,34 +1,66 @@
 """Frozen weights in 4 or 8 bits by bitsandbytes (the extra `quant`); what is trained lies beside them in float32."""
 
-import logging
+import copy
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scoring import heads_of
 
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the linear layers, all but the output layer or head, and moves them to `device`, which packs weights.
+    """Replace the linear layers, all but the output layer or head, and move them to `device`, which packs weights.
 
-    4bit is NF4 with double quantisation (QLoRA, arXiv 2305.14314), computed in `dtype`; 8bit is LLM.int8()
-    (arXiv 2208.07339).
+    4bit is NF4 with double quantization (QLoRA, arXiv 2305.14314); 8bit is one scale for each row of a weight, as in
+    LLM.int8() (arXiv 2208.07339). Both compute in `dtype`.
     """
     import bitsandbytes as bnb
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast in each step
     for name, module in _quantizable(model).items():
-        sizes, bias = (module.in_features, module.out_features), module.bias is not None
+        layer = QuantizedLinear(module.in_features, module.out_features, bias=False, device="meta")
         if bits == "4bit":
-            layer = bnb.nn.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4", device="meta")
-            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            packed = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
         else:
-            layer = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False, device="meta")
-            layer.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
-        layer.bias = module.bias
+            packed = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.weight, layer.dtype = packed.to(device), dtype
+        layer.bias = None if module.bias is None else nn.Parameter(module.bias.data.to(device))
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer.to(device))
+        setattr(model.get_submodule(parent), last, layer)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that computes in `dtype` with a frozen weight, which it unpacks for each product.
+
+    bitsandbytes' own layers change what they hold: Linear4bit repacks its weight in eval mode on CPUs with AVX512-BF16,
+    and both cast a bias that is trained. On CPUs, Linear8bitLt rounds its input to 8 bits in eval mode only.
+    """
+
+    dtype: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _QuantizedProduct.apply(x.to(self.dtype), self)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight -> [out, in]."""
+        return dequantized(self).to(dtype)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """x W^T. The unpacked weight is made again in the backward pass, not kept."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.dense(x.dtype))
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx, grad):
+        return grad @ ctx.layer.dense(grad.dtype), None
 
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
@@ -56,16 +88,18 @@ def is_quantized(parameter: Tensor) -> bool:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """The weight of a layer, made whole again where it was packed."""
+    """Return the weight of a layer, unpacked where it is packed -> [out, in]."""
     weight = module.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)
+        # As one row: the CPU kernel of bitsandbytes takes a wrong scale for rows of 16 n values that are not 64 n.
+        state = copy.copy(weight.quant_state)
+        state.shape = (1, weight.quant_state.shape.numel())
+        return dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
     if kind == "Int8Params":
-        scales = module.state.SCB if weight.SCB is None else weight.SCB
-        return weight.data.float() * (scales / 127)[:, None]
+        return weight.data.float() * (weight.SCB / 127)[:, None]
     return weight
 
 
@@ -75,7 +109,8 @@ def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
         sizes, device = module.weight.shape, module.weight.device
         del module.weight
         module.__class__ = _Outlined
-        n, module.computes = sizes.numel(), dtype if bits == "4bit" else None
+        n, module.dtype = sizes.numel(), dtype
+        module.unpacked = dtype if bits == "4bit" else torch.float32
         tensors = {"weight": (n, torch.int8), "scales": (sizes[0], torch.float32)}
         if bits == "4bit":  # scales of 64 weights each in 8 bits, scales of 256 of these, and both code books
             n_scales = math.ceil(n / 64)
@@ -85,22 +120,8 @@ def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
             module.register_buffer(name, torch.empty(size, dtype=kind, device=device))
 
 
-class _Outlined(nn.Linear):
-    """Makes and keeps tensors as bitsandbytes' linear layers do."""
+class _Outlined(QuantizedLinear):
+    """Makes the tensors of a quantized layer, without values."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _OutlinedLinear.apply(x.to(self.computes or x.dtype), self.out_features, self.computes is None)
-        return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
-
-
-class _OutlinedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, out_features, keeps_input):
-        whole = x.new_empty(out_features, x.shape[-1])  # the weight made whole again
-        ctx.save_for_backward(x if keeps_input else None)
-        ctx.in_features, ctx.out_features = x.shape[-1], out_features
-        return x @ whole.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ grad.new_empty(ctx.out_features, ctx.in_features), None, None
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.scales.new_empty(self.out_features, self.in_features, dtype=self.unpacked).to(dtype)

@@ -353,8 +353,8 @@ def test_the_reference_is_the_policy_as_it_was_loaded(make_trainer, loaded):
     assert not torch.allclose(ended, began, atol=1e-3) and torch.equal(trainer.policy(batch).logps, ended)
 
 
-@pytest.mark.parametrize("bits, tolerance", [("4bit", 1e-4), ("8bit", 5e-2)])
-def test_a_quantised_base_computes_with_its_rounded_weights(folders, tmp_path, bits, tolerance):
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_base_computes_with_its_rounded_weights(folders, tmp_path, bits):
     """Logits and gradients are those of the dense model with the weights made whole again; merged likewise."""
     pytest.importorskip("bitsandbytes")
     model_config = ModelConfig(str(folders["llama"]), quantization=bits)
@@ -363,7 +363,7 @@ def test_a_quantised_base_computes_with_its_rounded_weights(folders, tmp_path, b
     assert all(p.dtype in (torch.uint8, torch.int8) for n, p in model.named_parameters() if n.endswith("proj.weight"))
     save_model(model, _Tokens(), tmp_path, torch.float32)
     dense = load_merged(ModelConfig(str(folders["llama"]), quantization=bits, adapter=str(tmp_path)), _Tokens()).eval()
-    close(logits(model), logits(dense), tolerance)
+    close(logits(model), logits(dense), 1e-4)
     assert (logits(dense) - logits(base(folders["llama"]))).abs().max() > 0.1
     trained = base(folders["llama"])
     for name, p in trained.named_parameters():

@@ -303,9 +303,9 @@ def test_soft_prompts_of_encoders_are_refused(folders, kind):
         loaded(folders[kind], soft_prompt=SoftPromptConfig(num_virtual_tokens=5))
 
 
-@pytest.mark.parametrize("bits, tolerance", [("4bit", 1e-4), ("8bit", 0.3)])  # 8bit rounds activations, too
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
-def test_a_quantised_base_keeps_its_head(folders, tmp_path, kind, bits, tolerance):
+def test_a_quantised_base_keeps_its_head(folders, tmp_path, kind, bits):
     """The head and what the base lacks stay whole and trained; scores are those of the rounded weights."""
     pytest.importorskip("bitsandbytes")
     config = {"model": {"quantization": bits}, "lora": LoRAConfig(rank=4)}
@@ -317,7 +317,7 @@ def test_a_quantised_base_keeps_its_head(folders, tmp_path, kind, bits, toleranc
     assert heads and all(kinds[n] == torch.float32 for n in heads)
     save_model(policy.model, tokenizer, tmp_path, torch.float32)
     merged = load_merged(ModelConfig(str(folders[kind]), adapter=str(tmp_path), quantization=bits), tokenizer)
-    close(ours(make_policy(merged).eval(), tokenizer), ours(policy, tokenizer), tolerance)
+    close(ours(make_policy(merged).eval(), tokenizer), ours(policy, tokenizer), 1e-4)
 
 
 def test_an_adapter_of_another_end_is_refused(folders, tmp_path):
