@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import ConfigError
 from .names import RIVALS
 from .places import check_archive, check_folder, check_source, looks_local, near_file
-from .problems import Problems, check_types, nearest, related
+from .problems import Problems, check_types, nearest, related, shown
 from .schema import Config, all_keys, option_fields
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
@@ -217,9 +217,10 @@ def _check_loss(config: Config, given: set[str], problems: Problems, is_object: 
     from .losses import create_loss, registered
 
     name, known = config.loss["name"], registered()
-    if name not in known and is_object:
+    known_name = isinstance(name, str) and name in known
+    if not known_name and is_object:
         return
-    if name not in known:
+    if not known_name:
         hint = _of_python_class(str(name)) or _as_variant(str(name), known) or nearest(str(name), known)
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
@@ -312,7 +313,7 @@ def _check_optimizer(config: Config, given: set[str], problems: Problems) -> Non
     from .engine.optim import accepted_options, optimizer_class
 
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        problems.add("betas", f"expected two numbers from 0 to below 1, got {config.betas}.")
+        problems.add("betas", f"expected two numbers from 0 to below 1, got {shown(config.betas)}.")
     try:
         chosen = optimizer_class(config.optimizer, UNFIT_OPTIMIZERS)
     except ConfigError as error:

@@ -2,8 +2,9 @@
 
 import difflib
 import re
+import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from .names import RIVALS
 from .problems import Problems, Source, check_types, shown
 from .saved_config import config_yaml, plain
 from .schema import DEFAULT_LOSS, Config, Written, aliases
+from .yaml_nodes import MAX_DEPTH, check_yaml
 
-MAX_VALUES = 10_000  # of one file, its aliases written out: a few lines of YAML can grow without bound
-MAX_DEPTH = 30
+MAX_CALLS = 5_000_000  # of functions while `${...}` are filled in, some seconds: they can refer to one another
 YAML_HINTS = {  # what to do about an error, by words of its message
     "'\\t'": "Indent with spaces, not tabs.",
     "while scanning a simple key": "Write `key: value`, with a space behind the colon.",
@@ -42,7 +43,7 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
     raw, where = _read(source)
     problems = Problems(where)
     _override(raw, overrides or [], problems)
-    config = _checked(_resolve(raw, "", problems), problems)
+    config = _checked(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
     config.written = Written(_own_names(OmegaConf.to_container(raw)), plain(config))
     return config
 
@@ -131,29 +132,13 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(text: str, name: str, lines: dict[str, int]) -> DictConfig:
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    node, found = check_yaml(text, name)
+    lines |= found
     if node is None:
         return OmegaConf.create()
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{name}: expected lines of the form `key: value`, for example `lr: 2e-5`.")
-    if not _note_lines(node, "", lines, iter(range(MAX_VALUES))):
-        raise ConfigError(f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.")
     return OmegaConf.create(text)
-
-
-def _note_lines(node: yaml.Node, path: str, lines: dict[str, int], budget: Iterator, depth: int = 0) -> bool:
-    """Notes the line of ``a.b[0].c`` for each value; false when there are more of them than `budget`."""
-    if isinstance(node, yaml.MappingNode):
-        children = [(path if k.value == "<<" else f"{path}.{k.value}".lstrip("."), k, v) for k, v in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(f"{path}[{i}]", value, value) for i, value in enumerate(node.value)]
-    else:
-        children = []
-    for name, place, value in children:
-        lines.setdefault(name, place.start_mark.line + 1)
-        if next(budget, None) is None or depth == MAX_DEPTH or not _note_lines(value, name, lines, budget, depth + 1):
-            return False
-    return True
 
 
 def _guarded(name: str, lines: dict[str, int], read: Callable) -> Any:
@@ -192,20 +177,27 @@ def _override(raw: DictConfig, overrides: list[str], problems: Problems) -> None
     twins = aliases() | {key: alias for alias, key in aliases().items()}
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
+        if not separator or key.count(".") > MAX_DEPTH or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
             overridden.add(text)
             problems.add(text, "write it as key=value, for example lr=2e-5.")
             continue
         if key not in raw and twins.get(key) in raw:
             key = twins[key]
         try:
+            check_yaml(value, key)
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
             parsed = [parsed] if key in LISTS and isinstance(parsed, dict) else parsed
             overridden.update(_leaves(key, parsed) + _leaves(twins.get(key, key), parsed))
             OmegaConf.update(raw, key, parsed)
+        except ConfigError as error:
+            overridden.add(key)
+            problems.add(key, str(error).partition(": ")[2])
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
             overridden.add(key)
             problems.add(key, f"cannot be set to {shown(value)}: {_reason(error)}")
+        except ValueError:  # of a part that is no index
+            overridden.add(key)
+            problems.add(key, "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.")
     given = OmegaConf.to_container(raw)
     for one, other in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
         if one in overridden and given.get(one) and other not in overridden:
@@ -217,6 +209,28 @@ def _leaves(key: str, value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [key]
     return [leaf for name, entry in value.items() for leaf in _leaves(f"{key}.{name}", entry)]
+
+
+class _TooManyCalls(BaseException):
+    """Is no Exception, so that OmegaConf does not make one of its own of it."""
+
+
+def _in_bounds(fill: Callable, name: str) -> Any:
+    """Return what `fill` returns. Raises ConfigError when it calls more than `MAX_CALLS` functions."""
+    budget, before = iter(range(MAX_CALLS)), sys.getprofile()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if next(budget, None) is None:
+            raise _TooManyCalls  # which ends the counting, too
+
+    sys.setprofile(count)
+    try:
+        return fill()
+    except _TooManyCalls:
+        told = "the references to other options, ${...}, multiply without bound. Write the values out."
+        raise ConfigError(f"{name}: {told}") from None
+    finally:
+        sys.setprofile(before)
 
 
 def _resolve(node: Any, path: str, problems: Problems) -> Any:

@@ -22,6 +22,8 @@ WORDS = {
     list: "a list",
     dict: "keys and values",
 }
+MAX_HINTS = 20  # unknown options for which a similar name is searched: each takes milliseconds
+MAX_PROBLEMS = 100
 
 
 @dataclass
@@ -59,10 +61,13 @@ class Problems:
         self.spoilt.add(key)
         order, place = self.source.where(key)
         self.found.append((order, f"{place}: {key}: {what}"))
+        if len(self.found) == MAX_PROBLEMS:
+            self.raise_if_any()
 
     def raise_if_any(self) -> None:
         if self.found:
             count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
+            count += " or more" if len(self.found) == MAX_PROBLEMS else ""
             lines = [line for _, line in sorted(self.found, key=lambda pair: pair[0])]
             raise ConfigError(f"{count} in the configuration\n" + "\n".join(f"  {line}" for line in lines))
 
@@ -75,7 +80,10 @@ def related(a: str, b: str) -> bool:
 
 def shown(value: Any) -> str:
     """A value as an error message shows it."""
-    text = "nothing" if value is None else repr(value)
+    try:
+        text = "nothing" if value is None else repr(value)
+    except ValueError:  # an integer of thousands of digits, which Python does not write
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -191,6 +199,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> None:
     """Tells of a key that does not exist, and of the one that was meant if it can be guessed."""
+    if len(problems.found) > MAX_HINTS:
+        problems.add(f"{path}{name}", "there is no such option.")
+        return
     foreign, meant = FOREIGN_NAMES.get(name, ""), _meant(name, path, known)
     if not meant and (near := difflib.get_close_matches(name, FOREIGN_NAMES, n=1, cutoff=0.85)):
         foreign = FOREIGN_NAMES[near[0]]

@@ -111,6 +111,12 @@ from tests.conftest import ROOT
         # the form of an override
         (["lr"], "lr: write it as key=value"),
         (["lr=[1"], "lr: cannot be set to '[1'"),
+        (["datasets.path=x"], "datasets.path: names an option of a list. Name an entry of it, for example datasets[0]"),
+        (["lr=!!int x"], "lr: 'x' is not of the type !!int. Leave the tag out."),
+        (["lr=" + "1" * 5000], "lr: 1111111111111111111111111111111111111... is a number of 5000 digits."),
+        (["a." * 1000 + "b=1"], "write it as key=value, for example lr=2e-5"),
+        (["loss={name: [a]}"], "loss.name: there is no loss ['a']; there are "),
+        (["loss={name: {a: b}}"], "loss.name: there is no loss {'a': 'b'}; there are "),
         (["datasets[3].path=x"], "datasets[3].path: cannot be set to 'x': list index out of range"),
     ],
 )
@@ -158,7 +164,7 @@ def test_a_config_that_is_none(folder, capsys, name, told):
         ("exp_name: *a", "c.yml:6: not valid YAML: found undefined alias 'a'."),
         ("exp_name: !!python/object:os.system x", "c.yml:6: not valid YAML: could not determine a constructor"),
         ("---\nlr: 1", "c.yml:6: not valid YAML: expected a single document in the stream, but found another"),
-        ("? [1]\n: 2", "c.yml:6: not valid YAML: found unhashable key."),
+        ("? [1]\n: 2", "c.yml:6: a key is a list or a mapping. Write `key: value`."),
         ("exp_name: a\0b", "c.yml: not valid YAML: unacceptable character #x0000"),
         ("exp_name: ${oc.env:NOT_SET}", "c.yml:6: exp_name: '${oc.env:NOT_SET}' cannot be filled in: Environment var"),
         (

@@ -1,5 +1,6 @@
 """Reading a config: what is accepted, what is told about the rest, and what is written down of it."""
 
+import sys
 import warnings
 
 import pytest
@@ -212,11 +213,18 @@ def test_unknown_names_get_a_hint(load, key, meant):
         ("a: 1\n---\nb: 2\n", "c.yml:2: not valid YAML: expected a single document"),
         ("lr: \0\n", "c.yml: not valid YAML: unacceptable character"),
         ("null: 1\n", "c.yml: a key: Incompatible key type"),
-        ("? [a]\n: 1\n", "c.yml:1: not valid YAML: found unhashable key"),
+        ("? [a]\n: 1\n", "c.yml:1: a key is a list or a mapping. Write `key: value`."),
         ("lr: 1\nseed: '${oc.env:X'\n", "c.yml:2: seed: missing BRACE_CLOSE"),
         ("lr: !!set {a}\n", "c.yml:1: lr: Value 'set'"),
         ("x: &x [*x]\n", "more than 10000 values, or they are nested too deeply"),
         ("x: " + "[" * 40 + "]" * 40, "nested too deeply"),
+        ("x: !!int y\n", "c.yml:1: 'y' is not of the type !!int. Leave the tag out."),
+        ("x: !!float y\n", "c.yml:1: 'y' is not of the type !!float."),
+        ("x: !!bool y\n", "c.yml:1: 'y' is not of the type !!bool."),
+        ("x: !!timestamp y\n", "c.yml:1: 'y' is not of the type !!timestamp."),
+        ("a: 1\nx: " + "1" * 5000, "c.yml:2: 1111111111111111111111111111111111111... is a number of 5000 digits."),
+        ("a: 1\nx: 0x" + "1" * 5000, "c.yml:2: 0x11111111111111111111111111111111111... is a number of 19997 bits."),
+        ("x: '" + "x" * (1 << 20) + "'", "c.yml: is too large for a configuration, got 1,048,581 characters."),
         ("", "model.name_or_path: is missing"),
         ("model:\n", "c.yml:1: model: expected keys and values (name_or_path"),
     ],
@@ -231,6 +239,32 @@ def test_alias_bombs_are_refused(load, step):
     """Aliases that grow ninefold at each level, as values or as merged keys, are not written out."""
     levels = [f"x{i + 1}: &x{i + 1} " + step.format(",".join([f"*x{i}"] * 9)) for i in range(9)]
     assert "more than 10000 values" in problems(load, "\n".join(["x0: &x0 {a: 1}", *levels]), base=False)[0]
+
+
+def test_an_alias_bomb_as_a_key_is_refused(load):
+    """It would be hashed value by value."""
+    levels = [f"x{i + 1}: &x{i + 1} [" + ",".join([f"*x{i}"] * 9) + "]" for i in range(9)]
+    text = "\n".join(["x0: &x0 [1]", *levels, "? *x9", ": 1"])
+    assert "more than 10000 values" in problems(load, text, base=False)[0]
+    assert "a key is a list or a mapping" in problems(load, "", "lr={? [[1]] : 2}")[1]
+
+
+@pytest.mark.parametrize(
+    "step", ["${{{0}}}${{{0}}}", "{{x: '${{{0}}}', y: '${{{0}}}'}}", "${{oc.select:{0}}}${{oc.select:{0}}}"]
+)
+def test_references_that_multiply_are_refused(load, monkeypatch, step):
+    """Each level is twice the one before: 2^40 references, as texts, as sections and through a resolver."""
+    monkeypatch.setattr("minitrain.config.MAX_CALLS", 200_000)
+    levels = [f"x{i + 1}: {step.format(f'x{i}')}" for i in range(40)]
+    told = problems(load, "\n".join(["x0: {a: 1}", *levels]), base=False)
+    assert told == ["c.yml: the references to other options, ${...}, multiply without bound. Write the values out."]
+    assert sys.getprofile() is None
+
+
+def test_a_hundred_problems_are_enough(load):
+    """Each unknown option is compared with all others, so the time for thousands of them would have no bound."""
+    lines = problems(load, "\n".join(f"k{i}: 1" for i in range(3000)))
+    assert lines[0] == "100 problems or more in the configuration" and len(lines) == 101
 
 
 def test_nothing_in_a_config_is_executed(load, tmp_path):
