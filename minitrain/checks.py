@@ -5,7 +5,7 @@ That is: options that contradict each other, would be ignored, or name what is n
 
 import os
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 from .errors import ConfigError
@@ -214,7 +214,8 @@ def _check_prompt(config: Config, problems: Problems) -> None:
 
 def _check_loss(config: Config, given: set[str], problems: Problems, is_object: bool) -> None:
     from .data.records import SCHEMAS
-    from .losses import create_loss, registered
+    from .losses import registered
+    from .losses.base import build_loss
 
     name, known = config.loss["name"], registered()
     known_name = isinstance(name, str) and name in known
@@ -231,13 +232,9 @@ def _check_loss(config: Config, given: set[str], problems: Problems, is_object: 
             problems.add(f"loss.{key}", f"loss.name={name} has no such option; {have} it.")
     options = check_types(known[name].options_class, written, "loss.", problems)
     config.loss = {"name": name} | options
-    for f in fields(known[name].options_class):
-        if f.name not in options and f.default is MISSING and f.default_factory is MISSING:
-            return
-    loss = create_loss(name, **options)
-    for key, told in loss.ignored().items():
-        if key in written:
-            problems.add(f"loss.{key}", f"would be ignored: {told}")
+    loss = build_loss(name, options, written, problems)
+    if loss is None:
+        return
     _check_teacher(options, "teacher" in loss.needs, problems)
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.record == "labelled" and key in given:

@@ -163,7 +163,7 @@ def _scalar(kind: type, value: Any) -> bool | int | float | str | None:
         return {"true": True, "false": False}.get(str(value).lower())
     if kind is str:
         return str(value) if type(value) is int or isinstance(value, (str, Path)) else None
-    if kind not in (int, float) or type(value) not in (int, float, str):
+    if kind not in (int, float) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
@@ -176,7 +176,7 @@ def _scalar(kind: type, value: Any) -> bool | int | float | str | None:
 
 def check_limits(meta: dict, value: Any) -> None:
     """Raises _Unfit for a value that its option does not allow."""
-    if value is None:
+    if value is None or not meta:  # a field without `option` has no limits
         return
     if meta["choices"] and value not in meta["choices"]:
         raise _Unfit(f"{value!r} is not one of {', '.join(meta['choices'])}.{nearest(value, meta['choices'])}")

@@ -348,7 +348,7 @@ def test_the_names_of_the_walk_are_in_the_code():
 def test_every_exercise_and_every_bug_has_its_line():
     """No row of the tables is overlooked, and each bug that is told can be put back."""
     assert len(EXERCISES) == AFTERNOON.count("\n| ", AFTERNOON.index("## Exercises")) - 1
-    told = re.findall(r"^\| (\d+) \| \[", BUGS, re.M)
+    told = re.findall(r"^\| (\d+) \| [^`]", BUGS, re.M)
     assert told == [number for number, *_ in PUT_BACK] and len(set(told)) == len(told)
 
 

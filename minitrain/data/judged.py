@@ -21,6 +21,8 @@ from .records import (
 )
 
 TOKEN_COLUMNS = ("old_logps", "ref_logps", "values", "advantages", "returns")  # of a rollout
+LOGPS = ("old_logps", "ref_logps")  # of these, the log-probabilities
+ROUNDING = 1e-4  # a log-probability may come out above 0 by the last digits of large logits
 _YES = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False}  # True and 1 are one key
 
 
@@ -139,6 +141,11 @@ def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) 
             continue
         numbers = given if isinstance(given, list) else [given]
         tokens[name] = [number_of({name: value}, name) for value in numbers]
+        if name in LOGPS and (above := [number for number in tokens[name] if number > ROUNDING]):
+            raise DataError(
+                f"{name} holds {above[0]:g}, but a log-probability is never above 0. Give logarithms of probabilities, "
+                "with their sign"
+            )
     if "reward" not in row and "advantages" not in tokens and "returns" not in tokens:
         raise DataError("there is neither a reward, nor advantages, nor returns")
     return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else math.nan, tokens)

@@ -15,6 +15,7 @@ from .base import DataFile
 ADVANTAGES = ("grpo", "rloo", "reinforce++", "gae", "given")
 DISCOUNTED = ("gae", "reinforce++")  # those that tell one token of a rollout from another
 ESTIMATORS = ("k1", "k2", "k3")
+MAX_LOG_RATIO = 20.0  # in nats; exp overflows float32 at 88, and then makes a gradient of 0 * inf = NaN (trl#6637)
 
 
 class Rollouts:
@@ -71,11 +72,22 @@ class Rollouts:
             file.columns[name] = torch.zeros(len(places)).masked_scatter(places, part)
 
 
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """Return exp(log_ratio), at most exp(MAX_LOG_RATIO); what is bounded has gradient 0."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
 def kl_estimate(difference: Tensor, estimator: str) -> Tensor:
-    """KL of each sampled token from d = log p - log p_ref: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1 (Schulman 2020)."""
+    """KL of each sampled token from d = log p - log p_ref: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1 (Schulman 2020).
+
+    k3 takes d to be at least -MAX_LOG_RATIO, and has gradient 0 below it.
+    """
     if estimator == "k1":
         return difference
-    return difference**2 / 2 if estimator == "k2" else torch.expm1(-difference) + difference
+    if estimator == "k2":
+        return difference**2 / 2
+    bounded = difference.clamp(min=-MAX_LOG_RATIO)
+    return torch.expm1(-bounded) + bounded
 
 
 def token_rewards(rewards: Tensor, stops: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:

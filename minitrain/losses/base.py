@@ -4,8 +4,8 @@ A loss returns a sum and the weight of that sum in its own units; the trainer di
 whole optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is cut.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..errors import ConfigError
+from ..problems import Problems, Source, check_types
 
 
 @dataclass
@@ -56,7 +57,11 @@ class Loss:
         self.options = options
 
     def ignored(self) -> dict[str, str]:
-        """Options that would be ignored when they are given, each with what it needs; for the check of a config."""
+        """Return the options that have no effect beside the others, each with what it needs."""
+        return {}
+
+    def conflicts(self) -> dict[str, str]:
+        """Return the options whose values cannot work together, each with the reason and what to do instead."""
         return {}
 
     @property
@@ -124,18 +129,43 @@ def registered() -> dict[str, type[Loss]]:
 
 
 def create_loss(name: str, **options) -> Loss:
-    """Makes a loss by name: ``create_loss("sft", label_smoothing=0.1)``.
+    """Create a loss by name: ``create_loss("sft", label_smoothing=0.1)``.
 
-    Raises ConfigError for an unknown name, option or value.
+    Raises ConfigError for an unknown name and for every option that the check of a config refuses: unknown ones, values
+    that are not allowed or do not go together, and options that would have no effect.
     """
     if name not in _REGISTRY:
         raise ConfigError(f"there is no loss {name!r}; there are {', '.join(_REGISTRY)}")
-    cls = _REGISTRY[name]
-    known = [f.name for f in fields(cls.options_class)]
+    known = [f.name for f in fields(_REGISTRY[name].options_class)]
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ConfigError(f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    return cls(cls.options_class(**options))
+    problems = Problems(Source(f"loss {name}"))
+    loss = build_loss(name, check_types(_REGISTRY[name].options_class, options, "loss.", problems), options, problems)
+    problems.raise_if_any()
+    return loss
+
+
+def build_loss(name: str, options: dict[str, Any], given: Collection[str], problems: Problems) -> Loss | None:
+    """Build a loss from checked options, and add to `problems` what these have against one another.
+
+    Args:
+        options: Those of the right type, by name.
+        given: Names of all options that were given.
+
+    Returns None where a required option is missing.
+    """
+    cls = _REGISTRY[name]
+    required = [f.name for f in fields(cls.options_class) if f.default is MISSING and f.default_factory is MISSING]
+    if any(key not in options for key in required):
+        return None
+    loss = cls(cls.options_class(**options))
+    for key, reason in loss.ignored().items():
+        if key in given:
+            problems.add(f"loss.{key}", f"would be ignored: {reason}")
+    for key, reason in loss.conflicts().items():
+        problems.add(f"loss.{key}", reason)
+    return loss
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:

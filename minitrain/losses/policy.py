@@ -13,8 +13,10 @@ from .advantages import (
     ADVANTAGES,
     DISCOUNTED,
     ESTIMATORS,
+    MAX_LOG_RATIO,
     Rollouts,
     apart,
+    bounded_exp,
     common_columns,
     estimate,
     kl_estimate,
@@ -48,7 +50,10 @@ class PolicyOptions:
         None, "dr_grpo: tokens that an answer could have had; the longest of the training files when left out.", least=1
     )
     ratio: str = option(
-        "token", "token, or sequence: the geometric mean over an answer's tokens (GSPO).", choices=("token", "sequence")
+        "token",
+        "token: of each token. sequence: the geometric mean over a response's tokens (GSPO). product: that of the "
+        "whole response (RLOO).",
+        choices=("token", "sequence", "product"),
     )
     eps_low: float = option(0.2, "The ratio is clipped below 1 - eps_low.", least=0, most=1)
     eps_high: float | None = option(
@@ -67,6 +72,9 @@ class PolicyOptions:
     )
     kl_estimator: str | None = option(
         None, "k1, k2 or k3 (see docs/losses.md); when left out k3 in the loss, k1 in the rewards.", choices=ESTIMATORS
+    )
+    kl_times_ratio: bool = option(
+        False, "Multiply the KL in the loss by the ratio: its gradient is then that of KL(policy || reference)."
     )
     reference: str = REFERENCE
     vf_coef: float = option(
@@ -116,14 +124,22 @@ class PolicyLoss(Loss):
         if o.normaliser == "cispo":
             told |= dict.fromkeys(("eps_low", "dual_clip"), "cispo clips at eps_high alone.")
         if not o.kl_coef:
-            told |= dict.fromkeys(("kl_in", "kl_estimator", "reference"), "it needs loss.kl_coef.")
+            told |= dict.fromkeys(("kl_in", "kl_estimator", "kl_times_ratio", "reference"), "it needs loss.kl_coef.")
         elif o.kl_in == "reward":
             told["reference"] = "the KL is in the rewards, which needs old_logps and ref_logps in the rows."
+            told["kl_times_ratio"] = "it needs loss.kl_in=loss."
             if o.advantages == "given":
                 told["kl_in"] = "advantages that are given come from no rewards."
         if not o.vf_coef:
             told["eps_value"] = "it needs loss.vf_coef."
         return told
+
+    def conflicts(self) -> dict[str, str]:
+        o = self.options
+        if o.kl_coef and o.kl_in == "loss" and o.kl_estimator == "k1" and not o.kl_times_ratio:
+            reason = "the gradient of k1 in the loss is 0 in expectation. Use k2 or k3, loss.kl_times_ratio=true, or "
+            return {"kl_estimator": reason + "loss.kl_in=reward."}
+        return {}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -172,14 +188,20 @@ class PolicyLoss(Loss):
         advantages = batch.of_targets("advantages")  # [N]
         old = batch.of_targets("old_logps") if "old_logps" in self.columns else scores.logps.detach()  # [N]
         log_ratio = scores.logps - old  # [N]
-        rho = (_means(scores, log_ratio) if o.ratio == "sequence" else log_ratio).exp()  # [N]
+        used_ratio = _over_rollouts(scores, log_ratio, o.ratio)  # [N]
+        rho = bounded_exp(used_ratio)  # [N]
         losses = surrogate(scores.logps, rho, advantages, o)  # [N]
         metrics = self._metrics(batch, scores, advantages, log_ratio, rho)
+        bounded = used_ratio > MAX_LOG_RATIO  # [N]
         apart = self._from_reference(batch, scores, reference)  # [N]
         if apart is not None:
             kl = kl_estimate(apart, o.kl_estimator)
             metrics["kl"] = kl.detach().sum(), metrics["ratio"][1]
-            losses = losses + o.kl_coef * kl if o.kl_in == "loss" else losses
+            if o.kl_estimator == "k3":
+                bounded = bounded | (apart < -MAX_LOG_RATIO)
+            if o.kl_in == "loss":
+                losses = losses + o.kl_coef * (kl * rho if o.kl_times_ratio else kl)
+        metrics["bounded_fraction"] = bounded.float().sum(), metrics["ratio"][1]
         if o.entropy_coef:
             losses = losses - o.entropy_coef * scores.entropy
         if o.vf_coef:
@@ -247,6 +269,9 @@ def _lengths(scores: Scores) -> Tensor:
     return scores.per_document(torch.ones_like(scores.logps))[scores.doc_ids]
 
 
-def _means(scores: Scores, numbers: Tensor) -> Tensor:
-    """[N] -> [N], the mean of its rollout for each token."""
-    return scores.per_document(numbers)[scores.doc_ids] / _lengths(scores)
+def _over_rollouts(scores: Scores, log_ratio: Tensor, kind: str) -> Tensor:
+    """Log of the ratio that counts for each token, of `PolicyOptions.ratio` -> [N]."""
+    if kind == "token":
+        return log_ratio
+    sums = scores.per_document(log_ratio)[scores.doc_ids]  # [N]
+    return sums if kind == "product" else sums / _lengths(scores)

@@ -92,7 +92,10 @@ def value_losses(values: Tensor, returns: Tensor, old: Tensor | None, eps: float
 @torch.no_grad()
 def value_metrics(values: Tensor, returns: Tensor, old: Tensor | None, eps: float) -> dict[str, tuple[Tensor, Tensor]]:
     """Means over tokens, and the moments that `with_explained_variance` needs."""
-    weight, errors = values.new_tensor(float(len(values))), returns - values
+    weight = values.new_tensor(float(len(values)))
+    # A variance from moments in float32 loses its digits where the mean is large.
+    values, returns = (values, returns) if values.device.type == "mps" else (values.double(), returns.double())
+    errors = returns - values
     figures = {"value": values, "return": returns, "return^2": returns**2, "error": errors, "error^2": errors**2}
     if old is not None:
         figures["value_clip_fraction"] = ((values - old).abs() > eps).float()

@@ -122,6 +122,12 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("policy", [ROLLOUT | {"reward": INFINITE}], "bad.jsonl:1: reward is not a finite number, but inf"),
         ("policy", [ROLLOUT | {"reward": None}], "bad.jsonl:1: reward is not a number, but 'None'"),
         ("policy", [ROLLOUT | {"old_logps": [NAN, 0]}], "bad.jsonl:1: old_logps is not a finite number, but nan"),
+        ("policy", [ROLLOUT | {"old_logps": [-1, 0.5]}], "bad.jsonl:1: old_logps holds 0.5, but a log-probability is"),
+        (
+            "policy",
+            [ROLLOUT | {"ref_logps": [3, -1]}],
+            "bad.jsonl:1: ref_logps holds 3, but a log-probability is never",
+        ),
         ("policy", [ROLLOUT | {"old_logps": [0] * 5}], "old_logps has 5 numbers for the 2 tokens of the response"),
         ("policy", [ROLLOUT, ROLLOUT | {"advantages": 1}], "some rows have advantages and others have not"),
         ("policy", [{"prompt_ids": [1], "response_ids": [9**9], "reward": 1}], "the token id 387420489 is beyond"),

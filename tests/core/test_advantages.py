@@ -107,9 +107,9 @@ def test_advantages_equal_their_formulas(kind, whiten, kl_coef):
     """Over two files, whose rollouts of one prompt are one group; returns are those before whitening."""
     rows = rollouts()
     files = [file(rows[:4], "a.jsonl"), file(rows[4:], "b.jsonl")]
-    gamma = {"gamma": 0.9, "lam": 0.8}
-    kl = {"kl_coef": kl_coef, "kl_in": "reward"}
-    create_loss("policy", advantages=kind, whiten=whiten, vf_coef=0.1, **gamma, **kl).prepare(files, [])
+    options = {"gamma": 0.9} | ({"lam": 0.8} if kind == "gae" else {})
+    options |= {"kl_coef": kl_coef, "kl_in": "reward"} if kl_coef else {}
+    create_loss("policy", advantages=kind, whiten=whiten, vf_coef=0.1, **options).prepare(files, [])
     advantages, returns = plain(rows, kind, 0.9, 0.8, kl_coef)
     close(kept(files[0], "advantages") + kept(files[1], "advantages"), whitened(advantages) if whiten else advantages)
     close(kept(files[0], "returns") + kept(files[1], "returns"), returns)

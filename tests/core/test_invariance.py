@@ -29,6 +29,7 @@ VARIANTS = {
     "policy": [
         {"normaliser": "grpo", "ratio": "sequence", "kl_coef": 0.1, "entropy_coef": 0.01},
         {"normaliser": "dr_grpo", "advantages": "rloo", "dual_clip": 2.0},
+        {"normaliser": "grpo", "advantages": "rloo", "kl_coef": 0.1, "kl_times_ratio": True},
         {"normaliser": "cispo", "advantages": "gae", "vf_coef": 0.1, "temperature": 0.7},
     ],
     "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],

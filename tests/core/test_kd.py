@@ -127,6 +127,22 @@ def test_float32_is_close_to_float64(name):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_distributions_that_are_far_apart_are_finite(name, top_k):
+    """Logits 300 nats apart, the other way round for student and teacher: value and gradient are finite in float32."""
+    student = (300 * torch.eye(V)[:N]).requires_grad_()
+    teacher = 300 * torch.eye(V)[torch.arange(N) + 2]
+    layer = OutputLayer(torch.eye(V))
+    asked = Distillation((teacher, layer), FORMULAS[name], 1.0, top_k, (1.0, 0.5))
+    logps, found = divergences(student, torch.arange(N), layer, asked)
+    (found - 0.5 * logps).sum().backward()
+    assert torch.isfinite(found).all() and torch.isfinite(student.grad).all()
+    want = plain(name, student.detach().double().log_softmax(-1), teacher.double().log_softmax(-1))
+    if top_k is None:
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("top_k", [None, 4, V])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_gradcheck(name, top_k):

@@ -1,12 +1,14 @@
 """Each loss against hand algebra and against PyTorch."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minitrain import ConfigError, create_loss
+from minitrain import ConfigError, create_loss, load_config
 from minitrain.batch import Scores
 from minitrain.model.heads import OutputLayer, token_scores
 
@@ -123,3 +125,33 @@ def test_unknown_names_and_options_are_refused():
         create_loss("dtf")
     with pytest.raises(ConfigError, match="label_smoothing"):
         create_loss("sft", smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("sft", {"label_smoothing": 2}, "must be 1 or less, got 2"),
+        ("sft", {"label_smoothing": "much"}, "expected a number, got 'much'"),
+        ("sft", {"label_smoothing": math.nan}, "expected a number"),
+        ("dpo", {"beta": 0}, "must be above 0, got 0"),
+        ("dpo", {"variant": "ippo"}, "'ippo' is not one of .* Did you mean ipo"),
+        ("dpo", {"gamma": 1.0}, "would be ignored: it needs loss.variant=simpo"),
+        ("policy", {"lam": 0.5}, "would be ignored: it needs loss.advantages=gae"),
+        ("policy", {"kl_coef": 0.1, "kl_estimator": "k1"}, "the gradient of k1 in the loss is 0"),
+        ("kd", {"jsd_weight": 0.5}, "would be ignored: it needs loss.divergence=jsd"),
+    ],
+)
+def test_create_loss_refuses_what_a_config_refuses(name, options, reason):
+    """Limits, types, and options that have no effect or do not go together: the same words, from the same code."""
+    with pytest.raises(ConfigError, match=reason) as from_python:
+        create_loss(name, **options)
+    teacher = {"teacher": "tiny"} if name == "kd" else {}
+    config = {"datasets": [str(Path(__file__))], "model": {"name_or_path": "tiny"}}
+    with pytest.raises(ConfigError, match=reason) as from_config:
+        load_config(config | {"loss": {"name": name} | options | teacher})
+    assert str(from_python.value).split("loss.", 1)[1] in str(from_config.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As a sweep over np.linspace gives them."""
+    assert create_loss("sft", label_smoothing=np.float64(0.25)).options.label_smoothing == 0.25

@@ -184,6 +184,25 @@ def test_orpo_is_stable_at_both_ends():
         assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
 
 
+@pytest.mark.parametrize("gap", [-300.0, 300.0])
+@pytest.mark.parametrize("variant", [*VARIANTS, "kto"])
+def test_answers_that_are_far_off_are_finite(variant, gap):
+    """The policy finds all of one answer 300 nats a token likelier, or less likely, than the reference and the other
+    answer: loss, gradient and metrics are finite in float32, where exp(88) is not (trl#6637)."""
+    kto = variant == "kto"
+    batch = collated(examples("feedback" if kto else "preference"), [[i] for i in range(N)])
+    first = batch.target_docs % 2 == 0
+    logps = torch.where(first == (gap < 0), -301.0, -1.0).requires_grad_()
+    loss = create_loss("kto") if kto else create_loss("dpo", variant=variant)
+    ref = Table(torch.where(first == (gap < 0), -1.0, -301.0)) if "reference" in loss.needs else None
+    if kto:
+        loss.receive(loss.statistics(batch, Table(logps.detach()), ref))
+    output = loss(batch, Table(logps), ref)
+    output.sum.backward()
+    assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
+    assert all(torch.isfinite(total) for total, _ in output.metrics.values())
+
+
 def test_kto_equals_its_formula():
     """z is the mean log-ratio of the mismatched answers of all of the step, at least 0, and has no gradient."""
     made = examples("feedback")

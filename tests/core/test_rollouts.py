@@ -9,7 +9,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from minitrain import ConfigError, DataError, create_loss
 from minitrain.batch import Scores
-from minitrain.data.collate import collate
+from minitrain.data.collate import Document, collate
+from minitrain.engine.parallel import SingleDevice
+from minitrain.evaluate import Totals
+from minitrain.losses import LossOutput
+from minitrain.losses.value import value_metrics, with_explained_variance
 from tests.conftest import metrics, weights
 from tests.core.examples import LENGTHS, N, collated, prepared
 
@@ -57,7 +61,8 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
     for lp, h, v, old, ref, a, v_old, r in of_docs(batch, logps, entropy, values, *columns):
         terms = 0.0
         for t in range(len(lp)):
-            rho = ((lp - old).mean() if o.get("ratio") == "sequence" else lp[t] - old[t]).exp()
+            ratios = {"sequence": (lp - old).mean(), "product": (lp - old).sum()}
+            rho = ratios.get(o.get("ratio"), lp[t] - old[t]).exp()
             if o.get("normaliser") == "cispo":
                 term = -min(rho.item(), o["eps_high"]) * a[t] * lp[t]
             else:
@@ -67,11 +72,8 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
                     gain = torch.max(gain, o["dual_clip"] * a[t])
                 term = -gain
             d = lp[t] - ref[t]
-            term = (
-                term
-                + o.get("kl_coef", 0.0)
-                * {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[o.get("kl_estimator", "k3")]
-            )
+            kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[o.get("kl_estimator", "k3")]
+            term = term + o.get("kl_coef", 0.0) * (kl * rho if o.get("kl_times_ratio") else kl)
             term = term - o.get("entropy_coef", 0.0) * h[t]
             near = v_old[t] + (v[t] - v_old[t]).clamp(-0.2, 0.2)
             term = term + o.get("vf_coef", 0.0) * 0.5 * torch.max((v[t] - r[t]) ** 2, (near - r[t]) ** 2)
@@ -93,7 +95,11 @@ CASES = [
     {"ratio": "sequence", "normaliser": "cispo", "eps_high": 1.1},
     {"dual_clip": 1.3, "advantages": "rloo"},
     {"entropy_coef": 0.1},
-    *({"kl_coef": 0.2, "kl_estimator": kind} for kind in ("k1", "k2", "k3")),
+    {"ratio": "product", "normaliser": "grpo", "advantages": "rloo"},  # RLOO as in TRL
+    {"ratio": "product", "kl_coef": 0.2, "kl_times_ratio": True},
+    *({"kl_coef": 0.2, "kl_estimator": kind} for kind in ("k2", "k3")),
+    *({"kl_coef": 0.2, "kl_estimator": kind, "kl_times_ratio": True} for kind in ("k1", "k2", "k3")),
+    {"kl_coef": 0.2, "kl_times_ratio": True, "ratio": "sequence", "normaliser": "cispo", "eps_high": 1.1},
     {"kl_coef": 0.2, "entropy_coef": 0.1, "vf_coef": 0.3, "normaliser": "grpo", "advantages": "given"},
     {"vf_coef": 0.1, "advantages": "gae", "normaliser": "dr_grpo", "max_new_tokens": 30},
 ]
@@ -102,7 +108,7 @@ CASES = [
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_policy_equals_its_formula(drawn, options):
     """Value and gradient in float64, with ratios on both sides of the clip."""
-    options = EPS | options
+    options = options if options.get("normaliser") == "cispo" else EPS | options
     loss = create_loss("policy", **options)
     batch, inputs = drawn(loss)
     output = loss(batch, Table(*inputs))
@@ -132,6 +138,110 @@ def test_the_value_loss_equals_its_formula(drawn):
     free = loss(batch, Table(None, None, values))
     assert free.sum.item() == pytest.approx(0.5 * ((values - returns) ** 2).sum().item())
     assert "value_clip_fraction" in output.metrics and "value_clip_fraction" not in free.metrics
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "product"])
+@pytest.mark.parametrize("normaliser", ["dapo", "grpo", "dr_grpo", "cispo"])
+@pytest.mark.parametrize("sign", [1.0, 0.0, -1.0])
+def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, ratio):
+    """One old_logp of -120 for a token of logp -3: exp(117) overflows float32. Its gradient is that of the formula in
+    float64 wherever clipping ends it, 0 where nothing else bounds it (A < 0), and never NaN (trl#6637)."""
+    clip = {"eps_high": 5.0} if normaliser == "cispo" else EPS
+    loss = create_loss("policy", normaliser=normaliser, ratio=ratio, advantages="given", **clip)
+    batch, (logps, entropy, _) = drawn(loss)
+    doc = int(batch.learned_docs.numel() - 1)
+    mine = batch.target_docs == doc  # all tokens of one rollout, so that the mean of its log-ratios is as far off
+    far = mine if ratio == "sequence" else mine & (torch.arange(len(mine)) == int(mine.nonzero()[0]))
+    places = batch.target_places
+    batch.columns["old_logps"].flatten()[places[far]] = -120.0
+    logps = torch.where(far, -3.0, logps.detach()).requires_grad_()
+    batch.columns["advantages"].flatten()[places[mine]] = sign
+    exact = dict(clip, normaliser=normaliser, ratio=ratio) | {"max_new_tokens": loss.max_new_tokens}
+    (want,) = torch.autograd.grad(plain(batch, logps, entropy, torch.zeros_like(logps), exact), logps)
+    small = [x.detach().float().requires_grad_() for x in (logps, entropy)]
+    batch.columns = {name: column.float() for name, column in batch.columns.items()}
+    output = loss(batch, Table(*small))
+    value = output.sum / output.weight
+    (got,) = torch.autograd.grad(value, small[:1])
+    assert torch.isfinite(value) and torch.isfinite(got).all()
+    if sign < 0 and normaliser != "cispo":
+        want[mine if ratio != "token" else far] = 0
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-7)
+    metrics = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
+    assert all(map(math.isfinite, metrics.values()))
+    n_bounded = (far if ratio == "token" else mine).sum().item()
+    assert metrics["bounded_fraction"] == pytest.approx(n_bounded / batch.n_labels)
+
+
+@pytest.mark.parametrize("times_ratio", [False, True])
+def test_a_reference_100_nats_away_is_bounded(drawn, times_ratio):
+    """k3 would be exp(100): that token has no gradient of the KL and is counted; the other tokens have theirs."""
+    loss = create_loss("policy", kl_coef=0.2, kl_times_ratio=times_ratio, advantages="given", **EPS)
+    batch, (logps, entropy, _) = drawn(loss)
+    batch.columns["advantages"].zero_()  # the KL alone
+    options = EPS | {"kl_coef": 0.2, "kl_times_ratio": times_ratio}
+    want = torch.autograd.grad(plain(batch, logps, entropy, torch.zeros_like(logps), options), logps)[0]
+    small = [x.detach().float() for x in (logps, entropy)]
+    small[0][4] = batch.of_targets("ref_logps")[4] - 100
+    if times_ratio:  # whose own ratio is 1, so that only the KL is bounded
+        batch.columns["old_logps"].flatten()[batch.target_places[4]] = small[0][4].item()
+    batch.columns = {name: column.float() for name, column in batch.columns.items()}
+    output = loss(batch, Table(small[0].requires_grad_(), small[1]))
+    (output.sum / output.weight).backward()
+    got = small[0].grad.double()
+    assert torch.isfinite(got).all() and math.isfinite(output.metrics["kl"][0])
+    if not times_ratio:
+        assert got[4] == 0
+    got[4] = want[4] = 0
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    assert output.metrics["bounded_fraction"][0] == 1
+
+
+def test_the_gradient_of_a_kl_in_the_loss_is_that_of_a_kl():
+    """All three tokens of a vocabulary, weighted by their probability: k2, and k1 and k3 times the ratio, have the
+    gradient of KL(p || q); k3 alone has that of KL(q || p). k1 alone has none at all, and is refused (NeMo-RL#2506)."""
+    made = [[Document(torch.tensor([5, 6 + v]), torch.tensor([0, 1], dtype=torch.uint8))] for v in range(3)]
+    q = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    logits = torch.tensor([0.3, -0.4, 0.9], dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(-1)
+    for v, (document,) in enumerate(made):
+        document.values = {"reward": 0.0, "group": 0.0}
+        columns = {"advantages": 0.0, "old_logps": logps[v].item(), "ref_logps": q[v].log().item()}
+        document.columns = {name: torch.tensor([0.0, x], dtype=torch.float64) for name, x in columns.items()}
+
+    def expected(**options) -> torch.Tensor:
+        loss = create_loss("policy", advantages="given", kl_coef=1.0, **options)
+        loss.columns = frozenset(made[0][0].columns)
+        output = loss(collate(made, 0), Table(logps, torch.zeros(3)))
+        (slopes,) = torch.autograd.grad(output.sum, logps, retain_graph=True)
+        return torch.autograd.grad((logps.detach().exp() * slopes * logps).sum(), logits, retain_graph=True)[0]
+
+    p = logps.exp()
+    (want,) = torch.autograd.grad((p * (logps - q.log())).sum(), logits, retain_graph=True)
+    (backward,) = torch.autograd.grad(-(q * logps).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(expected(kl_estimator="k2"), want)
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close(expected(kl_estimator=kind, kl_times_ratio=True), want)
+    torch.testing.assert_close(expected(), backward)
+    with pytest.raises(ConfigError, match=r"loss.kl_estimator: the gradient of k1 in the loss is 0 in expectation"):
+        expected(kl_estimator="k1")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -3e4])
+def test_the_explained_variance_of_large_returns(mean):
+    """Returns around a mean that is large, in float32 and uneven micro-batches: as numpy has it in float64."""
+    noise = torch.randn(2, 2000, generator=torch.Generator().manual_seed(0))
+    returns = mean + noise[0]
+    values = returns + 0.5 * noise[1]
+    r, v = returns.double().numpy(), values.double().numpy()
+    for old in (None, values):
+        totals = Totals(torch.device("cpu"))
+        for part in torch.arange(2000).split([1, 1200, 799]):
+            metrics = value_metrics(values[part], returns[part], None if old is None else old[part], 0.2)
+            totals.add(LossOutput(torch.zeros(()), torch.ones(()), metrics))
+        found = with_explained_variance(totals.means(SingleDevice(torch.device("cpu"))))
+        assert found["explained_variance"] == pytest.approx(1 - (r - v).var() / r.var(), rel=1e-6)
+        assert found["value"] == pytest.approx(v.mean(), rel=1e-9) and found["return"] == pytest.approx(r.mean())
 
 
 def test_without_old_log_probabilities_the_ratio_is_1(drawn):
@@ -173,7 +283,7 @@ def test_metrics_of_the_policy(drawn):
         }
     assert want["clip_fraction/high"] > 0.02 and want["clip_fraction/low"] > 0.02
     assert {n: found.get(n) for n in want} == pytest.approx({n: x.item() for n, x in want.items()}, rel=1e-5, abs=1e-6)
-    assert found.keys() - want.keys() == {"value_loss"}
+    assert found.keys() - want.keys() == {"value_loss", "bounded_fraction"} and found["bounded_fraction"] == 0
 
 
 def test_the_entropy_is_that_of_the_whole_distribution():
@@ -206,8 +316,8 @@ def test_units_of_the_normalisers():
 
 def test_defaults_of_the_clip():
     """0.28 with dapo, 5 with cispo, else that below."""
-    found = [create_loss("policy", normaliser=name, eps_low=0.1).options.eps_high for name in ("dapo", "cispo", "grpo")]
-    assert found == [0.28, 5.0, 0.1]
+    cases = ({"normaliser": "dapo", "eps_low": 0.1}, {"normaliser": "cispo"}, {"normaliser": "grpo", "eps_low": 0.1})
+    assert [create_loss("policy", **options).options.eps_high for options in cases] == [0.28, 5.0, 0.1]
 
 
 # ----------------------------------------------------------------------------------------------- through the trainer
@@ -296,6 +406,21 @@ def test_log_probabilities_of_the_rows_take_the_place_of_a_reference(train):
 def _trained(trainer):
     trainer.train()
     return trainer
+
+
+def test_one_far_off_token_does_not_cost_the_step(train):
+    """An old_logp of -120 in a file: every step is taken, its figures are finite, and the token is counted."""
+    given = rows(old_logps=lambda n: [-5.0] * n)
+    for row in given[:2]:
+        row["old_logps"][0] = -120.0
+    trainer = train(given, "loss.kl_coef=0.1", "total_batch_size=24", "n_steps=2")
+    before = weights(trainer)
+    lines = metrics(_trained(trainer))
+    assert trainer.updates == 2 and all(isinstance(x, (int, float, str)) for line in lines for x in line.values())
+    assert not any(value in ("nan", "inf") for line in lines for value in line.values())
+    n_tokens = sum(len(row["response_ids"]) for row in given)
+    assert lines[0]["bounded_fraction"] == pytest.approx(2 / n_tokens)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
 
 
 def test_rewarded_answers_become_likelier(train):
@@ -392,6 +517,9 @@ def test_evaluation_does_not_depend_on_the_batch_size(train):
         (["loss.max_new_tokens=5"], "loss.max_new_tokens: would be ignored: it needs loss.normaliser=dr_grpo"),
         (["loss.normaliser=cispo", "loss.dual_clip=3"], "loss.dual_clip: would be ignored: cispo clips"),
         (["loss.kl_estimator=k1"], "loss.kl_estimator: would be ignored: it needs loss.kl_coef"),
+        (["loss.kl_coef=1", "loss.kl_estimator=k1"], "loss.kl_estimator: the gradient of k1 in the loss is 0"),
+        (["loss.kl_times_ratio=true"], "loss.kl_times_ratio: would be ignored: it needs loss.kl_coef"),
+        (["loss.advantages=gae", "loss.kl_coef=1", "loss.kl_times_ratio=true"], "it needs loss.kl_in=loss"),
         (["loss.reference=model"], "loss.reference: would be ignored: it needs loss.kl_coef"),
         (["loss.advantages=gae", "loss.kl_coef=1", "loss.reference=model"], "the KL is in the rewards"),
         (["loss.advantages=given", "loss.kl_coef=1", "loss.kl_in=reward"], "loss.kl_in: would be ignored"),
