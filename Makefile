@@ -1,38 +1,50 @@
-# Each target sets up what it needs: a virtual environment in .venv, made once.
+# Each target sets up what it needs: a virtual environment, made once.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The supported interpreters that this machine has, in PATH or from pyenv.
+PYTHONS ?= $(shell for v in 10 11 12 13 14; do \
+	for p in python3.$$v $(HOME)/.pyenv/versions/3.$$v.*/bin/python; do \
+	if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done; done)
 # Processes of one core each.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all faults lint bench docs clean
+.PHONY: demo test test-all test-pythons faults lint bench docs clean
 
-.venv/ready: setup.py constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch -c constraints.txt
 	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
 	touch $@
 
-demo: .venv/ready  ## train the embedded model and show what it learned
+demo: $(VENV)/ready  ## train the embedded model and show what it learned
 	$(BIN)/python train.py example/quickstart-sft.yml
 	@echo
 	@echo "Three prompts that it has not seen, answered by the trained model:"
 	$(BIN)/minitrain generate runs/quickstart-sft --prompt "57 + 36 =" "42 - 25 =" "reverse tiger"
 
-test: .venv/ready  ## the tests, without the slow ones
+test: $(VENV)/ready  ## the tests, without the slow ones
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-all: .venv/ready  ## every test; before a release
+test-all: $(VENV)/ready  ## every test; before a release
 	$(BIN)/python -m pytest $(PARALLEL) -m ""
 
-faults: .venv/ready  ## runs that are killed, stopped and starved, all of them
+test-pythons:  ## the tests under every Python from 3.10 on that this machine has
+	@for python in $(PYTHONS); do \
+		version=$$($$python -c "import sys; print('%d.%d' % sys.version_info[:2])"); \
+		echo "== Python $$version"; \
+		$(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	done
+
+faults: $(VENV)/ready  ## runs that are killed, stopped and starved, all of them
 	$(BIN)/python -m pytest -m "" tests/faults -v
 
-lint: .venv/ready
+lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready  ## against TRL and a loop written by hand, in one run
+bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/run.py --lora 16
 	$(BIN)/python bench/ranks.py
@@ -41,9 +53,9 @@ bench: .venv/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/head.py
 
-docs: .venv/ready  ## the pages that are made: options from the schema, commands from their --help
+docs: $(VENV)/ready  ## the pages that are made: options from the schema, commands from their --help
 	$(BIN)/python docs/generate_options.py > docs/options.md
 	$(BIN)/python docs/generate_commands.py > docs/commands.md
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-* runs

@@ -1,6 +1,7 @@
 """Preferences, feedback, labels and rollouts: from rows to documents."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,7 +107,9 @@ def test_rollouts():
     assert record({"prompt": "ask", "response": "tell", "reward": 1}, "rollout") == Rollout([ASK], "tell", 1.0)
     assert record({"messages": [ASK], "response": "tell", "reward": 1}, "rollout") == Rollout([ASK], "tell", 1.0)
     row = {"prompt_ids": [3, 4], "response_ids": [5], "advantages": 0.5, "old_logps": [-1]}
-    assert record(row, "rollout") == Rollout([3, 4], [5], math.nan, {"old_logps": [-1.0], "advantages": [0.5]})
+    unrewarded = record(row, "rollout")
+    assert math.isnan(unrewarded.reward)
+    assert replace(unrewarded, reward=0) == Rollout([3, 4], [5], 0, {"old_logps": [-1.0], "advantages": [0.5]})
 
 
 @pytest.mark.parametrize(
