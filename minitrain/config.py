@@ -57,7 +57,7 @@ def check_python_config(config: Config, loss: dict | None = None) -> Config:
     Raises:
         ConfigError: As `load_config` does; also when the config names another loss than `loss`.
     """
-    problems, given = Problems(Source("Config")), _attributes(config)
+    problems, given = Problems(Source("config")), _attributes(config)
     if loss is not None:
         given["loss"] = _merge_loss(given["loss"], loss)
     checked = _checked(given, problems, is_object=loss is not None)
@@ -65,7 +65,7 @@ def check_python_config(config: Config, loss: dict | None = None) -> Config:
     try:
         config_yaml(checked)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"Config: {error.full_key}: cannot be written to config.yml: {_reason(error)}") from None
+        raise ConfigError(f"config: {error.full_key}: cannot be written to config.yml: {_reason(error)}") from None
     return checked
 
 
@@ -77,7 +77,7 @@ def _checked(given: dict, problems: Problems, is_object: bool = False) -> Config
     config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", problems))
     config.loss = DEFAULT_LOSS | config.loss
     if config.exp_name is None:
-        config.exp_name = Path(problems.source.name).stem.lower()
+        config.exp_name = Path(problems.source.name).stem
     check_config(config, _build(Config, {"model": {}}), problems, is_object)
     problems.raise_if_any()
     return config

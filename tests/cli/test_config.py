@@ -299,6 +299,13 @@ def test_overrides_that_are_no_dotlist(load, override):
     assert problems(load, "", override)[1] == f"--overrides: {override}: write it as key=value, for example lr=2e-5."
 
 
+def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
+    """Letters stay as they are, so that a run is found again."""
+    assert load().exp_name == "c"
+    (tmp_path / "Qwen-SFT.yml").write_text((tmp_path / "c.yml").read_text())
+    assert load_config("Qwen-SFT.yml").exp_name == "Qwen-SFT"
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a\\b", "/x"])
 def test_exp_name_is_the_name_of_one_folder(load, name):
     """A run can be written nowhere but into output_dir."""

@@ -90,7 +90,7 @@ def test_a_config_from_python_is_checked(config, key, value, message):
     setattr(config, key, value)
     with pytest.raises(ConfigError) as caught:
         Trainer(config)
-    assert f"Config: {message}" in str(caught.value)
+    assert f"config: {message}" in str(caught.value)
 
 
 def test_short_forms_serve_in_python_too(config, rows_file):
