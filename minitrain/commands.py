@@ -205,12 +205,12 @@ def teach(arguments: argparse.Namespace) -> int:
 
 def plot(arguments: argparse.Namespace) -> int:
     from .errors import ConfigError
-    from .history import read_history, tell_broken
+    from .history import read_history, warn_damaged
     from .plot import plot
 
     histories = [read_history(Path(run)) for run in arguments.runs]
     for history in histories:
-        tell_broken(history)
+        warn_damaged(history.damaged)
     folder = Path(arguments.runs[0]) if len(histories) == 1 else Path()
     output = _new_file(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
     if output.suffix.lower() != ".png":
@@ -222,10 +222,10 @@ def plot(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     from .doctor import report
-    from .history import read_history, tell_broken
+    from .history import read_history, warn_damaged
 
     history = read_history(Path(arguments.run))
-    tell_broken(history)
+    warn_damaged(history.damaged)
     print(report(history))
     return 0
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import ConfigError
-from .history import read_lines, read_settings
+from .errors import ConfigError, RunFolderError
+from .history import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
 
 FILE = "ledger.jsonl"
 OWN = ("exp_name", "output_dir")  # what always differs
@@ -51,15 +51,17 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
 
 
 def read_ledger(folder: Path) -> dict[int, Step]:
-    """The steps of a run; a line that a crash has cut off is left out. Raises ConfigError."""
+    """The steps of a run; lines that cannot be read are skipped, with a warning on stderr. Raises ConfigError."""
     lines = read_lines(folder, FILE, "; a run writes it unless it has ledger=false")
-    steps = {}
-    for line in lines:
+    steps, damaged = {}, []
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            steps[int(row["step"])] = Step(str(row["tokens"]), float(row["loss"]), float(row["grad_norm"]))
-        except (ValueError, KeyError, TypeError):
-            continue
+            row = parse_line(line)
+            steps[row["step"]] = Step(str(row["tokens"]), float(row["loss"]), float(row["grad_norm"]))
+        except (ValueError, KeyError, TypeError, OverflowError):
+            damaged.append(number)
+    if damaged:
+        warn_damaged([damaged_lines_message(folder / FILE, damaged) + " skipped"])
     if not steps:
         raise ConfigError(f"{folder / FILE}: holds no steps")
     return steps
@@ -73,8 +75,11 @@ def _options(first: Path, second: Path) -> list[str]:
     """A line for each option in which the configs differ."""
     configs = []
     for folder in (first, second):
-        settings = read_settings(folder)
-        if not settings:
+        try:
+            settings = read_settings(folder)
+        except RunFolderError:
+            settings = None
+        if settings is None:
             return [f"options: {folder / 'config.yml'} cannot be read"]
         configs.append(dict(_flat(settings)))
     a, b = configs
@@ -95,7 +100,7 @@ def _flat(settings, path: str = ""):
 
 
 def _shown(config: dict, key: str) -> str:
-    return json.dumps(config[key], default=str) if key in config else "(not there)"
+    return json.dumps(config[key], default=str, skipkeys=True) if key in config else "(not there)"
 
 
 def _figure(steps: list[int], a: list, b: list) -> tuple[str, Parting | None]:

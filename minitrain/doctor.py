@@ -126,7 +126,7 @@ def diverging_loss(run: History) -> Finding | None:
 
 def not_finite(run: History) -> Finding | None:
     # With loss scaling an overflow is how the scale is found.
-    scaled = (run.settings.get("model") or {}).get("policy_dtype") == "float16"
+    scaled = run.setting("model.policy_dtype", str) == "float16"
     names = ["train/loss", "eval/loss"] + ([] if scaled else ["train/grad_norm"])
     bad = {name: [p for p in run.figures.get(name, []) if not p.finite] for name in names}
     told = "; ".join(f"{name} at {_steps(points)}" for name, points in bad.items() if points)
@@ -158,7 +158,7 @@ def gradient_spikes(run: History) -> Finding | None:
 
 
 def always_clipped(run: History) -> Finding | None:
-    limit, norms = run.settings.get("max_grad_norm"), run.values("train/grad_norm")
+    limit, norms = run.setting("max_grad_norm", int | float), run.values("train/grad_norm")
     if not limit or len(norms) < ENOUGH or min(norms) <= limit or median(norms) <= CLIPPED * limit:
         return None
     return Finding(
@@ -235,7 +235,7 @@ def far_ratio(run: History) -> Finding | None:
 
 def much_padding(run: History) -> Finding | None:
     shares = run.values("train/padding")
-    if run.settings.get("packing") or not shares or fmean(shares) <= PADDING:
+    if run.setting("packing", bool) or not shares or fmean(shares) <= PADDING:
         return None
     return Finding(
         "Much of the computation is padding.",
@@ -278,7 +278,7 @@ def no_lr(run: History) -> Finding | None:
 def never_evaluated(run: History) -> Finding | None:
     if any(name.startswith("eval/") for name in run.figures):
         return None
-    held_out = run.settings.get("eval_datasets") or run.settings.get("validation_split")
+    held_out = run.setting("eval_datasets", list) or run.setting("validation_split", int | float)
     return Finding(
         "The model was never evaluated.",
         f"There is no eval line up to step {run.last_step}, so overfitting cannot be seen.",
@@ -289,7 +289,7 @@ def never_evaluated(run: History) -> Finding | None:
 
 
 def unfinished(run: History) -> Finding | None:
-    if run.finished is not None and run.finished >= run.last_step:
+    if run.end is not None and run.end[0] >= run.last_step:
         return None
     written = time.localtime((run.folder / "metrics.jsonl").stat().st_mtime)
     left = run.values("train/eta_seconds")

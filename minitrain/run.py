@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
@@ -15,14 +17,28 @@ import yaml
 from torch import nn
 
 from .engine.checkpoint import Save
-from .engine.folders import checkpoints, drop_after, newest_sound, prune, sweep, verify
+from .engine.folders import (
+    checkpoints,
+    drop_after,
+    holds_checkpoint,
+    newest_sound,
+    prune,
+    recover,
+    replace_file,
+    step_of,
+    sweep,
+    verify,
+)
 from .engine.parallel import SingleDevice
 from .engine.tracking import LEDGER, METRICS
 from .errors import RunFolderError
+from .history import UNREADABLE, damaged_lines_message, last_step, read_end, read_settings, truncate_log
 from .problems import related
 from .saved_config import config_yaml
 from .schema import Config, option_fields
 
+LOGS = (METRICS, LEDGER)
+WRITTEN_BY_STEPS = (*LOGS, "tensorboard", "models", "best", "final")  # what a restart from step 0 would write over
 INPUTS = {
     "datasets": "other data: the files, the tokenizer or their options have changed",
     "model": "another base model: the files of model.name_or_path have changed",
@@ -41,6 +57,7 @@ class RunFolder:
         self.best = self.path / "best"
         self.models = self.path / "models"
         self.lock = None
+        self.messages: list[str] = []  # what was damaged or interrupted in this folder, for the console
         self.pending: Save | None = None  # a checkpoint that is being written
         parallel.first(self._refuse_changes)
 
@@ -59,7 +76,7 @@ class RunFolder:
 
         Raises RunFolderError when a shorter one has, and left no checkpoint to go on from.
         """
-        ended = self.parallel.first(self._read_ended)
+        ended = self.parallel.first(lambda: read_end(self.path))
         if ended is None:
             return False
         finished, planned = ended
@@ -70,28 +87,34 @@ class RunFolder:
             return True
         if checkpoint is None:
             raise RunFolderError(
-                f"{self.path} was finished at step {finished} without a checkpoint (save_every_steps=0), so it "
-                "cannot go on. Choose another exp_name."
+                f"{self.path} was finished at step {finished} and holds no checkpoint (see save_every_steps), so it "
+                "cannot be continued. Choose another exp_name."
             )
         return False
 
-    def find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, as `resume` says, and complaints about damaged ones.
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, as `resume` says; damaged ones are reported in `messages`.
 
         Raises RunFolderError when the one that was named is damaged, or none is sound.
         """
         resume = self.config.resume
         if resume == "never":
-            return None, []
+            return None
         if resume != "auto":
             verify(Path(resume), self.parallel)
-            return Path(resume), []
-        return newest_sound(self.checkpoints, self.parallel)
+            return Path(resume)
+        found, complaints = newest_sound(self.checkpoints, self.parallel)
+        self.messages += complaints
+        return found
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process can train in this folder. Raises RunFolderError when one does already."""
+        """Inside, no other process can train in this folder, and what a kill interrupted has been completed.
+
+        Raises RunFolderError when another process trains in it.
+        """
         self.parallel.first(self._take_lock)
+        self.parallel.first(lambda: self._writing(self._recover))
         try:
             yield
         finally:
@@ -108,24 +131,26 @@ class RunFolder:
                 )
 
     def start(self, step: int | None, evaluates: bool) -> None:
-        """Writes config.yml, cleans up what a crash left, and drops figures and models that come anew.
+        """Write config.yml, remove what a kill left, and the logs and models that are computed again.
 
-        These are what came after `step`, or for None all; with `evaluates` the evaluation of `step`, too.
+        Args:
+            step: That of the checkpoint; None without one. Later logs and models are computed again.
+            evaluates: Whether the evaluation of `step` is, too.
         """
 
-        def kept(line: str) -> bool:
-            number, kind = _step_and_kind(line)
-            return step is not None and (number < step or (number == step and not (evaluates and kind == "eval")))
+        def is_kept(row: dict) -> bool:
+            return row["step"] < step or (row["step"] == step and not (evaluates and row.get("kind") == "eval"))
 
         def write() -> None:
-            (self.path / "config.yml").write_text(config_yaml(self.config))
-            prune(self.checkpoints, self.config.keep_checkpoints)
+            for folder in (self.checkpoints, self.models, self.path):
+                sweep(folder)
+            self._set_aside_former_attempt(step)
+            replace_file(self.path / "config.yml", [config_yaml(self.config).encode()])
+            prune(self.checkpoints, self.config.keep_checkpoints, step)
             drop_after(self.models, step or 0)
-            sweep(self.models)
-            sweep(self.path)
-            for file in (self.path / METRICS, self.path / LEDGER):
-                if file.is_file():
-                    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines() if kept(line)))
+            for file in (self.path / name for name in LOGS):
+                if step is not None and file.is_file() and (damaged := truncate_log(file, is_kept)):
+                    self.messages.append(f"{damaged_lines_message(file, damaged)} removed")
 
         self.parallel.first(lambda: self._writing(write))
 
@@ -146,7 +171,7 @@ class RunFolder:
             return
         pending, self.pending = self.pending, None
         pending.commit()
-        self.parallel.first(lambda: prune(self.checkpoints, self.config.keep_checkpoints))
+        self.parallel.first(lambda: self._prune_checkpoints(pending.state["step"]))
 
     def prune_models(self) -> None:
         """Removes older models than `keep_models`; rank 0 calls it."""
@@ -154,15 +179,50 @@ class RunFolder:
 
     def finish(self, step: int, total_steps: int) -> None:
         """Notes that the run has ended by itself."""
-        ended = json.dumps({"finished_step": step, "total_steps": total_steps})
-        self.parallel.first(lambda: self._writing(lambda: (self.path / "run.json").write_text(ended)))
+        end = json.dumps({"finished_step": step, "total_steps": total_steps}).encode()
+        self.parallel.first(lambda: self._writing(lambda: replace_file(self.path / "run.json", [end])))
 
-    def _read_ended(self) -> tuple[int, int] | None:
-        try:
-            ended = json.loads((self.path / "run.json").read_text())
-            return ended["finished_step"], ended["total_steps"]
-        except (OSError, ValueError, KeyError):
-            return None
+    def _prune_checkpoints(self, step: int) -> None:
+        drop_after(self.checkpoints, step)  # damaged ones, which this one replaces
+        prune(self.checkpoints, self.config.keep_checkpoints)
+
+    def _recover(self) -> None:
+        for folder in (self.checkpoints, self.models, self.path):
+            for name in recover(folder):
+                self.messages.append(f"{folder / name}: recovered; a kill had interrupted its replacement")
+
+    def _set_aside_former_attempt(self, step: int | None) -> None:
+        """Move what a former attempt wrote, and this one would replace or mix with its own, to attempt-N."""
+        resume = self.config.resume
+        start, reached = "step 0, since there is no checkpoint", 0
+        if step is None:
+            found = [self.path / name for name in WRITTEN_BY_STEPS]
+        elif resume == "auto":
+            return
+        elif Path(resume).resolve().parent == self.checkpoints.resolve():
+            later = [*checkpoints(self.checkpoints), *checkpoints(self.models)]
+            found, start = [path for path in later if step_of(path) > step], resume
+            reached = max(map(step_of, found), default=0)
+        else:
+            found, start = [self.path / name for name in (*WRITTEN_BY_STEPS, "checkpoints")], resume
+        found = [path for path in found if (path.is_file() if path.name in LOGS else _holds_files(path))]
+        if not found:
+            return
+        reached = max([reached, *(last_step(file) for file in found if file.name in LOGS)])
+        if not reached and not any(path.name in ("models", "final", "checkpoints") for path in found):
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.messages.append(f"{self.path} holds a run that logged no step; training starts from {start}")
+            return
+        attempt = next(path for n in itertools.count(1) if not (path := self.path / f"attempt-{n}").exists())
+        for path in found:
+            moved = attempt / path.relative_to(self.path)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(moved)
+        self.messages.append(
+            f"{self.path} holds a run that reached step {reached}; training starts from {start}. What that run wrote "
+            f"is now in {attempt}"
+        )
 
     def _take_lock(self) -> None:
         self._writing(lambda: self.path.mkdir(parents=True, exist_ok=True))
@@ -190,18 +250,15 @@ class RunFolder:
 
     def _refuse_changes(self) -> None:
         """Raises RunFolderError for a folder with a run that `resume` forbids, or that had other options."""
-        if not (self.path / "config.yml").exists():
+        holds_checkpoints = holds_checkpoint(self.checkpoints)
+        if not holds_checkpoints and not (self.path / "config.yml").exists():
             return
         if self.config.resume == "never":
             raise RunFolderError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
-        trained = checkpoints(self.checkpoints) or checkpoints(self.models) or self._read_ended()
+        trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
         if self.config.resume != "auto" or not trained:
             return
-        try:
-            saved = yaml.safe_load((self.path / "config.yml").read_text())
-        except (OSError, yaml.YAMLError):
-            return
-        changes = dict(_changes(saved if isinstance(saved, dict) else {}, self.settings(), self.config))
+        changes = dict(_changes(self._saved_settings(), self.settings(), self.config))
         allowed = self.config.allow_changes
         refused = {key: told for key, told in changes.items() if not any(related(key, name) for name in allowed)}
         if refused:
@@ -210,6 +267,31 @@ class RunFolder:
                 f"{self.path} holds a run with other options ({told}). Choose another exp_name, take the options back, "
                 f"or go on with them: allow_changes=[{','.join(refused)}]."
             )
+
+    def _saved_settings(self) -> dict:
+        """The options of the run in this folder: those of config.yml, or of a checkpoint when it is damaged."""
+        file = self.path / "config.yml"
+        try:
+            settings = read_settings(self.path)
+            problem = f"{file}: is missing"
+        except RunFolderError as error:
+            settings, problem = None, str(error)
+        if settings is not None:
+            return settings
+        for checkpoint in reversed(checkpoints(self.checkpoints)):
+            with contextlib.suppress(*UNREADABLE, KeyError, TypeError):
+                settings = json.loads((checkpoint / "state.json").read_text())["config"]
+                if isinstance(settings, dict):
+                    self.messages.append(f"{problem}. The options were compared with those in {checkpoint}")
+                    return settings
+        raise RunFolderError(
+            f"{problem}, and so are those that were changed. Write it again (the model card of best/ or final/ has its "
+            "text), or choose another exp_name."
+        )
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
@@ -225,13 +307,5 @@ def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=str, skipkeys=True)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _step_and_kind(line: str) -> tuple[int, str | None]:
-    try:
-        found = json.loads(line)
-        return found["step"], found.get("kind")
-    except (ValueError, KeyError):
-        return 1 << 62, None  # a line cut off by a crash

@@ -44,11 +44,14 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
 
 
 def save_checkpoint(trainer: "Trainer") -> None:
-    """Write a checkpoint of this step. All ranks call it."""
+    """Write a checkpoint of this step, unless one of exactly this state is there. All ranks call it."""
     trainer.parallel.note(f"the checkpoint of step {trainer.step}")
-    state = {"precision": trainer.precision.state_dict(), "inputs": _inputs(trainer)}
-    state |= {name: getattr(trainer, name) for name in PROGRESS}
-    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state)
+    progress = {name: getattr(trainer, name) for name in PROGRESS}
+    if progress == trainer.saved_progress:
+        return
+    state = {"precision": trainer.precision.state_dict(), "inputs": _inputs(trainer), "config": trainer.run.settings()}
+    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
+    trainer.saved_progress = progress
     trainer.call_hook("on_save")
 
 
@@ -59,6 +62,8 @@ def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
     trainer.precision.load_state_dict(state["precision"])
     for name in PROGRESS:
         setattr(trainer, name, state[name])
+    if folder == trainer.run.checkpoint(trainer.step):
+        trainer.saved_progress = {name: state[name] for name in PROGRESS}
 
 
 def _inputs(trainer: "Trainer") -> dict[str, list[str]]:

@@ -85,6 +85,7 @@ class Trainer:
         self.consumed = 0  # examples seen, over all ranks
         self.indices: list[int] = []  # the examples of the last step
         self.checkpoint: Path | None = None
+        self.saved_progress: dict = {}  # of the newest checkpoint in the run folder
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
         self.best: float | None = None
@@ -103,14 +104,14 @@ class Trainer:
         After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
         """
         with self.parallel.contact(), self.run.locked():
-            self.checkpoint, complaints = self.run.find_checkpoint()
+            self.checkpoint = self.run.find_checkpoint()
             if self.run.is_finished(self.total_steps, self.checkpoint):
                 return {}
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)
             self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
             self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
-            self.tracking.warn(*complaints)
+            self.tracking.warn(*self.run.messages)
             try:
                 with signals_noted(functools.partial(setattr, self, "signal")):
                     self._run()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import RunError, RunFolderError
 from .faults import failpoint
-from .folders import beside, fingerprint, fsync, reason, take_place
+from .folders import fingerprint, fsync, reason, replace_folder, sibling
 from .parallel import SingleDevice, local_rows, writes
 
 SPARE = 1.2  # of the estimated size has to be free on the disk
@@ -109,14 +109,14 @@ class Save:
             versions = {"torch": torch.__version__}
             self._write_json("manifest", {"files": self.files, "step": self.state["step"], "versions": versions})
             failpoint("save.rename")
-            take_place(self.temporary, self.folder)
+            replace_folder(self.temporary, self.folder)
             failpoint("save.renamed")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise RunError(f"{self.folder}: cannot be written: {reason(error)}") from None
 
     def _make_temporary(self) -> str:
-        temporary = beside(self.folder, "tmp")
+        temporary = sibling(self.folder, "tmp")
         try:
             temporary.mkdir(parents=True)
         except OSError as error:
@@ -157,18 +157,23 @@ def load_checkpoint(
     The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
     the first step. The folder was verified before. Raises RunFolderError when it is of another model.
     """
-    reader = _Reader(folder)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: list(p.shape) for name, p in parameters.items()}
-    if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
-        raise RunFolderError(
-            f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            reader.read_into(parameter, "model", name)
-        state = json.loads((folder / "state.json").read_text())
-        _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
+    try:
+        reader = _Reader(folder)
+        if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
+            raise RunFolderError(
+                f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                reader.read_into(parameter, "model", name)
+            state = json.loads((folder / "state.json").read_text())
+            _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, RunFolderError):
+            raise
+        raise RunFolderError(f"{folder}: its files contradict one another ({reason(error)}). Remove it") from None
     parallel.reshard(model)
     return state
 
@@ -195,11 +200,11 @@ class _Reader:
     def read_into(self, tensor: Tensor, part: str, name: str) -> None:
         """Fills this rank's rows of a tensor."""
         rows, start = local_rows(tensor)
-        entry = self.index[part][name]
-        if not entry["shape"]:
-            rows.copy_(self._open(entry["pieces"][0][0]).get_tensor(name))
+        pieces = self._pieces(part, name)
+        if not rows.shape:
+            rows.copy_(self._open(pieces[0][0]).get_tensor(name))
             return
-        for file, first, last in entry["pieces"]:
+        for file, first, last in pieces:
             low, high = max(start, first), min(start + len(rows), last)
             if low < high:
                 found = self._open(file).get_slice(name)[low - first : high - first]
@@ -209,9 +214,31 @@ class _Reader:
         return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:0].dtype
 
     def whole(self, part: str, name: str) -> Tensor:
-        entry = self.index[part][name]
-        pieces = [self._open(file).get_tensor(name) for file, *_ in entry["pieces"]]
-        return torch.cat(pieces) if entry["shape"] else pieces[0]
+        pieces = [self._open(file).get_tensor(name) for file, *_ in self._pieces(part, name)]
+        return torch.cat(pieces) if self.index[part][name]["shape"] else pieces[0]
+
+    def _pieces(self, part: str, name: str) -> list[tuple[str, int, int]]:
+        """(file, first row, row after the last) of each piece, in order.
+
+        Raises RunFolderError unless they are all rows of the tensor, each once, and as large in the files as said:
+        `copy_` would broadcast a piece that is too small, and rows that no piece has would keep their values.
+        """
+        entry, pieces, end = self.index[part][name], [], 0
+        for file, first, last in sorted(entry["pieces"], key=lambda piece: piece[1]):
+            shape = [last - first, *entry["shape"][1:]] if entry["shape"] else []
+            found = list(self._open(file).get_slice(name).get_shape())
+            if found != shape or first != end:
+                raise RunFolderError(
+                    f"{self.folder / file}: {name} is {found} from row {end} on, and index.json says {shape} from row "
+                    f"{first} on. The checkpoint cannot be used; remove it"
+                )
+            pieces.append((file, first, last))
+            end = last
+        if end != (entry["shape"][0] if entry["shape"] else 1):
+            raise RunFolderError(
+                f"{self.folder / 'index.json'}: {name} lacks rows from {end} on. Remove the checkpoint"
+            )
+        return pieces
 
     def _open(self, name: str):
         if Path(name).name != name:

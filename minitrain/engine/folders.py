@@ -1,4 +1,13 @@
-"""Folders that are whole or not there: written beside their place, flushed, then renamed; checked when read."""
+"""Folders and files that are complete or not there: written under another name, flushed, renamed; verified when read.
+
+Hidden folders next to NAME, each with a random suffix:
+
+    .tmp-NAME-*     being written, incomplete
+    .new-NAME-*     complete, about to become NAME
+    .trash-NAME-*   being removed
+
+A kill leaves them: `recover` completes what is complete, `sweep` removes the rest.
+"""
 
 import contextlib
 import hashlib
@@ -7,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +33,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     Raises RunError when the disk is full or the folder cannot be written.
     """
-    temporary = beside(target, "tmp")
+    temporary = sibling(target, "tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             fsync(file)
-        take_place(temporary, target)
+        replace_folder(temporary, target)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{target}: cannot be written: {reason(error)}") from None
     finally:
@@ -51,6 +60,11 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints (or models) in a folder, oldest first. What has such a name was committed; damage came later."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=step_of)
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint, also one whose replacement a kill interrupted."""
+    return any(True for pattern in ("step-*", ".new-step-*") for _ in folder.glob(pattern))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -75,9 +89,10 @@ def newest_sound(folder: Path, parallel: SingleDevice) -> tuple[Path | None, lis
     return None, []
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints, or with None no checkpoint, and what a crash left behind."""
-    _remove(checkpoints(folder)[:-keep] if keep else [])
+def prune(folder: Path, keep: int | None, step: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step` (None: no checkpoint, of any step), and debris."""
+    found = [path for path in checkpoints(folder) if step is None or step_of(path) <= step]
+    _remove(found[:-keep] if keep else [])
     sweep(folder)
 
 
@@ -89,25 +104,45 @@ def drop_after(folder: Path, step: int) -> None:
 def _remove(found: list[Path]) -> None:
     for path in found:
         failpoint("prune.before")
-        trash = beside(path, "trash")
+        trash = sibling(path, "trash")
         path.rename(trash)
         failpoint("prune.renamed")
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def recover(folder: Path) -> list[str]:
+    """Complete the replacements in a folder that a kill interrupted, so that the last of a name is never lost.
+
+    Returns:
+        The names of the folders that were put back.
+    """
+    recovered = []
+    for path in sorted(folder.glob(".new-*")):
+        target = folder / path.name.removeprefix(".new-").rpartition("-")[0]
+        if target.exists():
+            target.rename(sibling(target, "trash"))
+        failpoint("recover.new")
+        path.rename(target)
+        recovered.append(target.name)
+    return recovered
+
+
 def sweep(folder: Path) -> None:
-    """Removes what a crash left behind."""
+    """Remove what a kill left half written or half removed."""
     for debris in (*folder.glob(".trash-*"), *folder.glob(".tmp-*")):
-        shutil.rmtree(debris, ignore_errors=True)
+        debris.unlink() if debris.is_file() else shutil.rmtree(debris, ignore_errors=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, dict]:
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        assert all(isinstance(entry, dict) for entry in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files, step = manifest["files"], manifest["step"]
+        assert all(isinstance(entry, dict) for entry in files.values()) and type(step) is int
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
         told = "manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
         raise RunFolderError(f"{folder}: {told}") from None
+    if re.fullmatch(r"step-\d+", folder.name) and step_of(folder) != step:
+        raise RunFolderError(f"{folder}: holds the checkpoint of step {step}. Rename it to step-{step}")
     for name in files:
         if Path(name).name != name:
             raise RunFolderError(f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint")
@@ -132,19 +167,48 @@ def fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def beside(target: Path, kind: str) -> Path:
+def sibling(target: Path, kind: str) -> Path:
+    """A hidden name next to `target`, as at the top of this file."""
     return target.parent / f".{kind}-{target.name}-{uuid.uuid4().hex[:8]}"
 
 
-def take_place(temporary: Path, target: Path) -> None:
-    """Renames a written folder to its place; what was there goes only once the new one is there."""
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Rename a complete folder to `target`. What was there is removed once the new one is in its place.
+
+    Raises OSError, and then `target` is as it was. After a kill in the middle `recover` completes it.
+    """
     fsync(temporary)
-    trash = beside(target, "trash")
-    if target.exists():
-        target.rename(trash)
-    temporary.rename(target)
+    new, trash = sibling(target, "new"), sibling(target, "trash")
+    temporary.rename(new)
+    try:
+        failpoint("replace.new")
+        if target.exists():
+            target.rename(trash)
+        failpoint("replace.old")
+        new.rename(target)
+        failpoint("replace.done")
+    except OSError:
+        if trash.exists() and not target.exists():
+            trash.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     fsync(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def replace_file(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a file under another name, then rename it, so that a kill leaves the old content or the new."""
+    temporary = sibling(path, "tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        failpoint("replace.file")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
 
 
 def reason(error: Exception) -> str:

@@ -274,7 +274,7 @@ def test_few_lines_say_little(make_run, capsys):
     folder = make_run("dpo", finished=True)
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    (folder / "run.json").write_text('{"finished_step": 20}')
+    (folder / "run.json").write_text('{"finished_step": 20, "total_steps": 20}')
     file.write_text("".join(lines[:3]))
     assert found(folder) == []
     (folder / "config.yml").unlink()
@@ -316,7 +316,7 @@ def test_a_run_of_the_trainer(make_trainer, rows_file, capsys):
     trainer = make_trainer(f"eval_datasets=[{rows_file}]", "n_steps=6", "max_grad_norm=1e-4", "lr=1e-3")
     trainer.train()
     history = read_history(trainer.run.path)
-    assert history.finished == 6 and history.last_step == 6 and history.broken == []
+    assert history.end == (6, 6) and history.last_step == 6 and history.damaged == []
     whats = found(trainer.run.path)
     assert {"Gradients are always clipped.", "Much of the computation is padding."} <= set(whats)
     assert "The run has not finished." not in whats and "The model was never evaluated." not in whats

@@ -28,7 +28,7 @@ def sample(*values, rest=()):
     return [*values, *(pytest.param(value, marks=EVERYTHING) for value in rest)]
 
 
-OF_RANK_0 = ("save.manifest@2", "save.rename@2", "save.renamed@2", "prune.before@1", "prune.renamed@1")
+OF_RANK_0 = ("save.manifest@2", "save.rename@2", "save.renamed@2", "prune.before@1", "prune.renamed@1", "replace.new@2")
 OF_EACH_RANK = ("save.write@3", "save.written@2", "save.written@6", "step.batch@5", "step.backward@7", "step.reduce@9")
 
 
@@ -39,7 +39,7 @@ OF_EACH_RANK = ("save.write@3", "save.written@2", "save.written@6", "step.batch@
 def test_killed_at_a_point(lab, ranks, point):
     """F1, F2: kill -9 in the middle of a save, of the removal of an old checkpoint, or of a step."""
     job = lab.job(ranks)
-    of_one = ranks and not point.startswith(("save.m", "save.r", "prune"))
+    of_one = ranks and not point.startswith(("save.m", "save.r", "prune", "replace"))
     code, output = lab.run(ranks, job, f"{point}:kill9" + ("#1" if of_one else ""))
     assert code == -signal.SIGKILL, output
     lab.recover(ranks, job)
