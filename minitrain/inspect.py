@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from .batch import IGNORE, Batch
-from .data.encode import N_DOCUMENTS
 from .data.loader import Loader
 from .data.sampler import Rows
 from .dry import DryRun, dry_run
@@ -74,7 +73,7 @@ def _batch(batch: Batch, part: Part, loader: Loader, run: DryRun, ink: Ink) -> I
     padding = batch.input_ids.numel() - batch.n_tokens
     share = f"{100 * padding / batch.input_ids.numel():.1f} %"
     yield f"{part.title}: {n_rows} rows of {n_columns} tokens; {batch.n_labels} learned, {padding} padding ({share})"
-    parts = range(N_DOCUMENTS[run.loss.record])
+    parts = range(run.data.train.caches[0].n_documents)
     documents = [(example, which) for row in part.rows for example in row for which in parts]  # [D]
     assert len(documents) == batch.n_docs
     places = batch.spans[:, 0].tolist()

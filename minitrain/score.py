@@ -65,7 +65,7 @@ class Judge:
 
     def _document(self, asked: Asked) -> Document:
         try:
-            documents = encode(asked.record, asked.record, self.template, self.limits)
+            documents = encode(asked.record, self.template, self.limits)
         except DataError as error:
             raise DataError(f"{asked.where}: {error}") from None
         if isinstance(documents, str):

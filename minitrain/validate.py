@@ -48,7 +48,9 @@ def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
         checks.append((np.flatnonzero(_n_learned(cache) == 0), "has no token to learn"))
     if kind not in ("labelled", "rollout"):  # a rollout may end where its sampling was cut off
         told = f"a learned answer does not end its turn (with {_named(template)}), so a model would not learn to stop"
-        checks.append((_without_end(cache, template.end_ids(), run.config.max_length), told))
+        documents = _without_end(cache, template.end_ids(), run.config.max_length)
+        # Of feedback only the judged answer is learned; the other one may be of a row whose end was cut.
+        checks.append((documents[documents % 2 == 0] if kind == "feedback" else documents, told))
     checks.append(
         (
             _with_second_bos(cache, template, run.config.max_length),

@@ -24,11 +24,9 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -41,6 +39,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..schema import Config, DatasetConfig
+from .cache_writer import UNFINISHED, new_cache
 from .collate import Document
 from .encode import N_DOCUMENTS, Limits, encode
 from .files import Row
@@ -52,8 +51,6 @@ FORMAT = 8  # raise it when the same inputs give other tokens
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
 BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits
-UNFINISHED = ".building-"  # how the folders begin in which caches are made
-_DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
 
 @dataclass
@@ -67,15 +64,12 @@ class Encoder:
 
     def __call__(self, rows: list[Row]) -> "Chunk":
         chunk = Chunk([], [], [], Counter())
-        read = [(line, self._record(row)) for line, row in rows]
-        good = [record for _, record in read if not isinstance(record, DataError)]
-        n_good = 0
-        for line, record in read:
+        for line, row in rows:
             try:
-                if isinstance(record, DataError):
-                    raise record
-                n_good += 1
-                documents = encode(record, good[n_good % len(good)], self.template, self.limits)
+                if isinstance(row, DataError):
+                    raise row
+                record = to_record(row, self.dataset, self.kind)
+                documents = encode(record, self.template, self.limits)
             except DataError as error:
                 chunk.bad.append((len(chunk.examples), line, str(error)))
                 continue
@@ -87,12 +81,6 @@ class Encoder:
             chunk.examples.append([_as_arrays(document) for document in documents])
             chunk.lines.append(line)
         return chunk
-
-    def _record(self, row: dict | DataError):
-        try:
-            return row if isinstance(row, DataError) else to_record(row, self.dataset, self.kind)
-        except DataError as error:
-            return error
 
     def key(self, source: Source) -> str:
         """A hash of the data and of all options that change their tokens."""
@@ -193,7 +181,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
         path = folder / f"{encoder.key(source)}.safetensors"
     except OSError as error:
         raise DataError(f"{dataset.path}: cannot be read: {error.strerror}") from None
-    cache = _usable_cache(path, source.name, config)
+    cache = usable_cache(path, source.name, config)
     if cache is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +204,7 @@ def cache_folder(config: Config) -> Path:
     return Path(config.cache_dir) if config.cache_dir else default
 
 
-def _usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
+def usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
     """The cache, unless it is missing, damaged, or was made with more bad rows than are allowed now."""
     if not path.exists():
         return None
@@ -240,8 +228,7 @@ def _build(path: Path, encoder: Encoder, source: Source, config: Config) -> None
     """Streams the rows through the processes into raw files, then joins these into one safetensors file."""
     wanted = encoder.dataset.n_examples or sys.maxsize
     n_examples, counts = 0, Counter()
-    unfinished = tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED)
-    with unfinished as folder, _Writer(Path(folder), source.name) as writer:
+    with new_cache(path, source.name) as writer:
         for chunk in _encoded(encoder, source, config):
             _judge_bad_rows(chunk, n_examples, wanted, source.name, config, counts)
             counts.update(chunk.counts)
@@ -251,72 +238,7 @@ def _build(path: Path, encoder: Encoder, source: Source, config: Config) -> None
                 writer.add(line, documents)
             if n_examples == wanted:
                 break
-        labels = json.dumps(list(writer.labels))
-        metadata = {"counts": json.dumps(counts), "labels": labels, "n_documents": str(N_DOCUMENTS[encoder.kind])}
-        os.replace(writer.finish(metadata), path)
-
-
-class _Writer:
-    """Appends documents to one raw file a tensor, and joins these at the end."""
-
-    def __init__(self, folder: Path, source: str):
-        self.folder, self.source = folder, source
-        self.labels: dict[str, int] = {}
-        # What is one number a document is gathered here and written at the end.
-        self.offsets, self.lines, self.shared = array("q", [0]), array("q"), array("i")
-        self.values: dict[str, array] = {}
-        self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
-        self.columns: set[str] | None = None
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._close()
-
-    def add(self, line: int, documents: list[Tokens]) -> None:
-        self.lines.append(line)
-        for document in documents:
-            self._add(document)
-
-    def _add(self, document: Tokens) -> None:
-        if self.columns is None:
-            self.columns = set(document.columns)
-        if unlike := sorted(self.columns ^ set(document.columns)):
-            raise DataError(f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.")
-        self.offsets.append(self.offsets[-1] + len(document.ids))
-        self.shared.append(document.shared)
-        for name, value in document.values.items():
-            number = self.labels.setdefault(value, len(self.labels)) if isinstance(value, str) else value
-            self.values.setdefault(name, array("d")).append(number)
-        self._append("ids", "I32", document.ids)
-        self._append("mask", "U8", document.mask)
-        for name, column in document.columns.items():
-            self._append(f"columns/{name}", "F32", column)
-
-    def finish(self, metadata: dict[str, str]) -> Path:
-        """The whole as a safetensors file."""
-        for name, dtype in (("ids", "I32"), ("mask", "U8")):
-            self._append(name, dtype, [])  # there, also of no document at all
-        for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
-            self._append(name, "I64", numbers)
-        self._append("shared", "I32", self.shared)
-        for name, numbers in self.values.items():
-            self._append(f"values/{name}", "F64", numbers)
-        self._close()
-        # The widest first, so that each is aligned.
-        order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
-        _join_safetensors(self.folder, order, {name: self.files[name][0] for name in order}, metadata)
-        return self.folder / "joined"
-
-    def _close(self) -> None:
-        for _, file in self.files.values():
-            file.close()
-
-    def _append(self, name: str, dtype: str, numbers: Iterable[float]) -> None:
-        if name not in self.files:
-            self.files[name] = dtype, open(self.folder / name.replace("/", "-"), "wb")
-        self.files[name][1].write(np.asarray(numbers, _DTYPES[dtype]).tobytes())
+        writer.counts, writer.n_documents = counts, N_DOCUMENTS[encoder.kind]
 
 
 def _encoded(encoder: Encoder, source: Source, config: Config) -> Iterator[Chunk]:
@@ -378,21 +300,3 @@ def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: C
             tqdm.write(f"left out {where}")
         if counts[BAD_ROWS] > config.max_bad_rows:
             raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.")
-
-
-def _join_safetensors(folder: Path, order: list[str], dtypes: dict[str, str], metadata: dict) -> None:
-    """Writes a safetensors file from raw files, without holding a tensor in memory."""
-    header, position = {"__metadata__": metadata}, 0
-    files = {name: folder / name.replace("/", "-") for name in order}
-    for name in order:
-        size = files[name].stat().st_size
-        shape = [size // np.dtype(_DTYPES[dtypes[name]]).itemsize]
-        header[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [position, position + size]}
-        position += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(folder / "joined", "wb") as joined:
-        joined.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            with open(files[name], "rb") as file:
-                shutil.copyfileobj(file, joined, 1 << 20)

@@ -1,12 +1,14 @@
 """Records -> documents: one for each text that the model reads, cut to length, with the numbers that go with it."""
 
+import hashlib
+import json
 from typing import NamedTuple
 
 from ..errors import DataError
-from .records import Conversation, Feedback, Labelled, Preference, Record, Rollout, assistant
+from .records import Conversation, Feedback, Labelled, Messages, Preference, Record, Rollout, assistant
 from .template import Template, Tokens, refuse_unusable
 
-N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 2, "labelled": 1, "rollout": 1}  # of an example
+N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example
 TOO_LONG, NOTHING_LEFT = "too long", "nothing to learn after truncation"
 
 
@@ -18,15 +20,12 @@ class Limits(NamedTuple):
     max_prompt_length: int | None = None
 
 
-def encode(record: Record, following: Record, template: Template, limits: Limits) -> list[Tokens] | str:
-    """The documents of a record, or why nothing of it is left. Raises DataError for what cannot be encoded.
-
-    `following` is another record of the same file, for losses that look at an answer that was given to another prompt.
-    """
+def encode(record: Record, template: Template, limits: Limits) -> list[Tokens] | str:
+    """The documents of a record, or why nothing of it is left. Raises DataError for what cannot be encoded."""
     if isinstance(record, Preference):
         return _preference(record, template, limits)
     if isinstance(record, Feedback):
-        return _feedback(record, following, template, limits)
+        return _feedback(record, template, limits)
     if isinstance(record, Labelled):
         return _labelled(record, template, limits)
     if isinstance(record, Rollout):
@@ -42,12 +41,17 @@ def _preference(record: Preference, template: Template, limits: Limits) -> list[
     return _sharing(truncate(documents, limits, template.tokenizer.bos_token_id))
 
 
-def _feedback(record: Feedback, following: Feedback, template: Template, limits: Limits) -> list[Tokens] | str:
-    """The answer that was judged, then another prompt's answer to this prompt, which KTO's KL is estimated from."""
-    documents = [_continued(record.prompt, answer, template) for answer in (record.response, following.response)]
-    for document in documents:
-        document.values["desirable"] = float(record.desirable)
-    return _sharing(truncate(documents, limits, template.tokenizer.bos_token_id))
+def _feedback(record: Feedback, template: Template, limits: Limits) -> list[Tokens] | str:
+    """The answer that was judged, with a number that stands for its prompt; `mismatched.py` adds another answer."""
+    document = _continued(record.prompt, record.response, template)
+    document.values |= {"desirable": float(record.desirable), "prompt": _number_of(record.prompt)}
+    return truncate([document], limits, template.tokenizer.bos_token_id)
+
+
+def _number_of(prompt: Messages) -> float:
+    """The same number for the same prompt, in every process and run."""
+    digest = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest()
+    return float(int.from_bytes(digest, "big") >> 12)  # as many bits as float64 holds
 
 
 def _continued(prompt: list, continuation: list, template: Template) -> Tokens:

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..schema import Config
 from .cache import TokenCache, load_cache
 from .collate import Document, collate
+from .mismatched import add_mismatched_answers
 from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_step
 from .template import Template
 
@@ -107,6 +108,8 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
         for entry in entries:
             caches.append(load_cache(entry, template, config, kind))
             notes.extend(_notes(caches[-1].source, caches[-1].counts))
+        if kind == "feedback":
+            caches = add_mismatched_answers(caches, config)
         return Examples(caches, [entry.weight for entry in entries])
 
     train, evaluation = read(config.datasets), None

@@ -26,7 +26,7 @@ class KTO(PairLoss):
 
     z is the mean log-ratio of policy to reference over answers to other prompts, at least 0, without gradient, over
     the whole optimizer step (arXiv 2402.01306, eq. 8). The unit is the judged answer. Each example is two documents:
-    the answer that was judged, and another row's answer to the same prompt, which only z is estimated from.
+    the answer that was judged, and behind the same prompt an answer to another one, which only z is estimated from.
     """
 
     record = "feedback"

@@ -124,7 +124,7 @@ GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl"
         ("config:_read_text", ["train", "c.yml"]),
         ("plugin:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
         ("trainer:load_tokenizer", ["train", "c.yml"]),
-        ("data.cache:_Writer.finish", ["train", "c.yml"]),
+        ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
         ("trainer:load_policy", ["train", "c.yml"]),
         ("model.load:load_model", ["train", "c.yml"]),
         ("trainer:prepare_policy", ["train", "c.yml"]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minitrain.data import cache as cache_module
+from minitrain.data import cache_writer
 from minitrain.data.cache import TokenCache, load_cache
 from minitrain.data.records import to_record
 from minitrain.data.template import Template
@@ -218,7 +219,7 @@ def test_full_disk(jsonl, config, template, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "_join_safetensors", full)
+    monkeypatch.setattr(cache_writer, "_join_safetensors", full)
     with pytest.raises(DataError, match="the tokens cannot be kept there: No space left on device"):
         load_cache(jsonl(ROWS[:5]), template, config)
     assert files_in(config) == []

@@ -153,8 +153,8 @@ def byte_template() -> Template:
 WIDE = Limits(100)
 
 
-def documents(made, template, limits=WIDE, following=None):
-    return encode(made, following or made, template, limits)
+def documents(made, template, limits=WIDE):
+    return encode(made, template, limits)
 
 
 def shown(document, template) -> str:
@@ -194,11 +194,12 @@ def test_prompts_are_cut_alike(byte_template):
 
 
 def test_documents_of_feedback(byte_template):
-    """The judged answer, and the next row's answer to the same prompt."""
-    other = Feedback([{"role": "user", "content": "why"}], [LIE], False)
-    judged, mismatched = documents(Feedback([ASK], [TELL], True), byte_template, following=other)
-    assert shown(judged, byte_template).startswith("askTELL") and shown(mismatched, byte_template).startswith("askLIE")
-    assert judged.values == mismatched.values == {"desirable": 1.0} and mismatched.shared == 3
+    """The judged answer alone, with a number that is the same for the same prompt."""
+    (judged,) = documents(Feedback([ASK], [TELL], True), byte_template)
+    (same,) = documents(Feedback([ASK], [LIE], False), byte_template, Limits(4, "prompt"))
+    (other,) = documents(Feedback([ASK, TELL, ASK], [TELL], True), byte_template)
+    assert shown(judged, byte_template).startswith("askTELL") and judged.values["desirable"] == 1.0
+    assert judged.values["prompt"] == same.values["prompt"] != other.values["prompt"]
 
 
 def test_documents_of_labels(byte_template, shared):

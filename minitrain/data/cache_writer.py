@@ -1,0 +1,119 @@
+"""Writing token caches: documents go to raw files, one a tensor, which become one safetensors file."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .template import Tokens
+
+UNFINISHED = ".building-"  # how the folders begin in which caches are made
+_DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
+
+
+@contextlib.contextmanager
+def new_cache(path: Path, source: str) -> Iterator["CacheWriter"]:
+    """Yield a writer for a cache, which takes its place when all is written, and not at all after an error.
+
+    Args:
+        source: What messages call the data file.
+    """
+    unfinished = tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED)
+    with unfinished as folder, CacheWriter(Path(folder), source) as writer:
+        yield writer
+        os.replace(writer.finish(), path)
+
+
+class CacheWriter:
+    """Appends documents to one raw file a tensor, and joins these at the end.
+
+    `counts` and `n_documents` of each example are set by who writes, and stand in the metadata.
+    """
+
+    def __init__(self, folder: Path, source: str):
+        self.folder, self.source = folder, source
+        self.labels: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
+        self.n_documents = 1
+        # What is one number a document is gathered here and written at the end.
+        self.offsets, self.lines, self.shared = array("q", [0]), array("q"), array("i")
+        self.values: dict[str, array] = {}
+        self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
+        self.columns: set[str] | None = None
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._close()
+
+    def add(self, line: int, documents: list[Tokens]) -> None:
+        self.lines.append(line)
+        for document in documents:
+            self._add(document)
+
+    def _add(self, document: Tokens) -> None:
+        if self.columns is None:
+            self.columns = set(document.columns)
+        if unlike := sorted(self.columns ^ set(document.columns)):
+            raise DataError(f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.")
+        self.offsets.append(self.offsets[-1] + len(document.ids))
+        self.shared.append(document.shared)
+        for name, value in document.values.items():
+            number = self.labels.setdefault(value, len(self.labels)) if isinstance(value, str) else value
+            self.values.setdefault(name, array("d")).append(number)
+        self._append("ids", "I32", document.ids)
+        self._append("mask", "U8", document.mask)
+        for name, column in document.columns.items():
+            self._append(f"columns/{name}", "F32", column)
+
+    def finish(self) -> Path:
+        """Return the whole as a safetensors file."""
+        for name, dtype in (("ids", "I32"), ("mask", "U8")):
+            self._append(name, dtype, [])  # there, also of no document at all
+        for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
+            self._append(name, "I64", numbers)
+        self._append("shared", "I32", self.shared)
+        for name, numbers in self.values.items():
+            self._append(f"values/{name}", "F64", numbers)
+        self._close()
+        # The widest first, so that each is aligned.
+        order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
+        metadata = {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
+        metadata["n_documents"] = str(self.n_documents)
+        _join_safetensors(self.folder, order, {name: self.files[name][0] for name in order}, metadata)
+        return self.folder / "joined"
+
+    def _close(self) -> None:
+        for _, file in self.files.values():
+            file.close()
+
+    def _append(self, name: str, dtype: str, numbers: Iterable[float]) -> None:
+        if name not in self.files:
+            self.files[name] = dtype, open(self.folder / name.replace("/", "-"), "wb")
+        self.files[name][1].write(np.asarray(numbers, _DTYPES[dtype]).tobytes())
+
+
+def _join_safetensors(folder: Path, order: list[str], dtypes: dict[str, str], metadata: dict) -> None:
+    """Writes a safetensors file from raw files, without holding a tensor in memory."""
+    header, position = {"__metadata__": metadata}, 0
+    files = {name: folder / name.replace("/", "-") for name in order}
+    for name in order:
+        size = files[name].stat().st_size
+        shape = [size // np.dtype(_DTYPES[dtypes[name]]).itemsize]
+        header[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(folder / "joined", "wb") as joined:
+        joined.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            with open(files[name], "rb") as file:
+                shutil.copyfileobj(file, joined, 1 << 20)
