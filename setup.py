@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10",
-        "transformers>=5",
+        "transformers>=5.3",  # CVE-2026-4372: before it, a config.json could run code
         "safetensors>=0.5",
         "omegaconf>=2.3",
         "wandb>=0.19",

@@ -22,6 +22,7 @@ from .model.adapter_files import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions
+from .model.pretrained import read_model_config
 from .places import looks_local
 from .problems import nearest
 from .schema import DatasetConfig, ModelConfig
@@ -218,13 +219,10 @@ def _holds_model(folder: Path) -> bool:
 
 def saved_dtype(config: ModelConfig) -> str | None:
     """The dtype named in config.json; None when nothing is named or can be read, which `load_model` then tells."""
-    from transformers import AutoConfig
-
     if config.name_or_path == "tiny":
         return None
     try:
-        saved = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=config.trust_remote_code)
-        return str(saved.dtype).removeprefix("torch.")
+        return str(read_model_config(config).dtype).removeprefix("torch.")
     except Exception:
         return None
 

@@ -15,7 +15,7 @@ from .archive import load_archive, read_archive
 from .damage import no_model, no_tokenizer
 from .lora import fold
 from .policy import Policy, find_blocks
-from .pretrained import attention_of, empty_model, from_pretrained
+from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
 from .quantize import quantize_model, unpack_model
 from .save import VALUE_HEAD_FILE
 from .scoring import make_policy, name_outputs
@@ -195,17 +195,12 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
 
     Raises ConfigError when they cannot be read.
     """
-    from transformers import AutoConfig
-
     if config.adapter:
         return outputs_of(Path(config.adapter))
     if config.name_or_path == "tiny":
         return None
-    ask_for(config.name_or_path)
     try:
-        saved = AutoConfig.from_pretrained(
-            config.name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        saved = read_model_config(config)
     except Exception as error:
         raise no_model(config, "model", error) from None
     ends = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())

@@ -3,14 +3,13 @@
 import torch
 from torch import nn
 
-from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
 from .damage import named, no_model, refuse_encoder
 from .load import DTYPES, freeze_layers, frozen_policy, grow_embeddings
 from .policy import Policy
-from .pretrained import attention_of, auto_class
+from .pretrained import attention_of, auto_class, read_model_config
 from .quantize import outline_quantized
 from .scoring import check_rows, make_policy, name_outputs
 from .tiny import tiny_model
@@ -53,8 +52,6 @@ def outline_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: 
 
 def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
     """As `load_model` loads it. Its buffers are real, and of the dtype that they always have."""
-    from transformers import AutoConfig
-
     kind, number = auto_class(outputs)
     trust = {"trust_remote_code": config.trust_remote_code}
     try:
@@ -62,10 +59,9 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
             shape = tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).config
             shape.num_labels = number.get("num_labels", shape.num_labels)
         else:
-            ask_for(config.name_or_path)
-            shape = AutoConfig.from_pretrained(config.name_or_path, revision=config.revision, **trust, **number)
-        if outputs is None:
-            refuse_encoder(shape)
+            shape = read_model_config(config, **number)
+            if outputs is None:
+                refuse_encoder(shape)
         model = kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
     except Exception as error:
         raise no_model(config, named(outputs), error) from None

@@ -9,7 +9,8 @@ from torch import nn
 from ..hub import ask_for
 from ..schema import ModelConfig
 from .damage import named, no_model, refuse_encoder, refuse_gaps
-from .weights import Weights, open_weights, parameters_on_meta
+from .dequantize import dequantized, method_of
+from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
 
 def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
@@ -21,44 +22,107 @@ def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
     return AutoModelForSequenceClassification, {"num_labels": len(outputs)}
 
 
+def read_model_config(config: ModelConfig, **changes):
+    """Return transformers' config of a model, in which nothing names code to load.
+
+    Raises what transformers raises, or ConfigError for a quantization that minitrain cannot read.
+    """
+    from transformers import AutoConfig
+
+    ask_for(config.name_or_path)
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    shape = AutoConfig.from_pretrained(config.name_or_path, **where, **changes)
+    for part in _parts(shape):
+        # transformers would load the kernel that config.json names here, from the hub (CVE-2026-4372).
+        part._attn_implementation = part._experts_implementation = None
+        vars(part).pop("fusion_config", None)
+    if quantization := quantization_of(shape):
+        method_of(quantization)
+    return shape
+
+
+def quantization_of(shape) -> dict | None:
+    """Return the quantization_config in a config or in one of its parts, if one has any."""
+    for part in _parts(shape):
+        if found := vars(part).get("quantization_config") or vars(part).get("compression_config"):
+            return found if isinstance(found, dict) else found.to_dict()
+    return None
+
+
+def _parts(shape) -> Iterator:
+    """A config, and all configs within it."""
+    from transformers import PreTrainedConfig
+
+    yield shape
+    for value in vars(shape).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
 def from_pretrained(
     config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int
 ) -> tuple[nn.Module, set[str]]:
     """The model, and the parameters that its files do not hold; these are drawn by `seed`."""
     kind, number = auto_class(outputs)
-    ask_for(config.name_or_path)
+    options = {"attn_implementation": attention_of(config), "trust_remote_code": config.trust_remote_code}
     try:
+        shape = read_model_config(config, **number)
+        if outputs is None:
+            refuse_encoder(shape)
         with torch.random.fork_rng(devices=[]), without_bar():
             torch.manual_seed(seed)
-            model, found = kind.from_pretrained(
-                config.name_or_path,
-                revision=config.revision,
-                dtype=dtype,
-                attn_implementation=attention_of(config),
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which are refused below
-                **number,
-            )
+            if quantization := quantization_of(shape):
+                model, found = _from_quantized(config, shape, quantization, dtype, kind, options)
+            else:
+                model, found = kind.from_pretrained(
+                    config.name_or_path,
+                    config=shape,
+                    revision=config.revision,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # which are refused below
+                    **options,
+                )
         vars(model).pop("generate", None)  # a custom_generate of the repository would follow options of its own
-        if outputs is None:
-            refuse_encoder(model.config)
     except Exception as error:
         raise no_model(config, named(outputs), error) from None
     refuse_gaps(config, found, outputs)
     return model, found["missing_keys"]
 
 
+def _from_quantized(
+    config: ModelConfig, shape, quantization: dict, dtype: torch.dtype, kind: type, options: dict
+) -> tuple[nn.Module, dict]:
+    """As `kind.from_pretrained`, with the weights dequantized, and without a trace of that in the model's config."""
+    for part in _parts(shape):
+        for key in ("quantization_config", "compression_config"):
+            vars(part).pop(key, None)
+    with parameters_on_meta():
+        empty = kind.from_config(shape, **options)
+    state = dequantized(weight_files(config.name_or_path, config.revision), quantization, dtype)
+    model, found = type(empty).from_pretrained(
+        None,
+        config=empty.config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        attn_implementation=attention_of(config),
+    )
+    model.config.name_or_path = config.name_or_path
+    if model.can_generate():
+        _read_generation_config(model, config)
+    return model, found
+
+
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
     """A model whose parameters have no memory yet, and where their rows are; (None, None) when files do not fit it."""
-    from transformers import AutoConfig, GenerationConfig
-
     kind, _ = auto_class(None)
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    ask_for(config.name_or_path)
     try:
-        shape = AutoConfig.from_pretrained(config.name_or_path, **where)
+        shape = read_model_config(config)
         refuse_encoder(shape)
+        if quantization_of(shape):
+            return None, None
         with parameters_on_meta():
             attends, trust = attention_of(config), config.trust_remote_code
             model = kind.from_config(shape, dtype=dtype, attn_implementation=attends, trust_remote_code=trust)
@@ -67,9 +131,15 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | No
         raise no_model(config, named(None), error) from None
     if weights is None:
         return None, None
+    _read_generation_config(model, config)
+    return model, weights
+
+
+def _read_generation_config(model: nn.Module, config: ModelConfig) -> None:
+    from transformers import GenerationConfig
+
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
-    return model, weights
 
 
 def attention_of(config: ModelConfig) -> str | None:

@@ -58,7 +58,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
 
     if get_model_conversion_mapping(model, add_legacy=False):
         return None
-    files = {key: safe_open(path, framework="pt") for path in _files(name, revision) for key in _keys(path)}
+    files = {key: safe_open(path, framework="pt") for path in weight_files(name, revision) for key in _keys(path)}
     sources, sizes = {}, {}
     for parameter, value in model.named_parameters():
         key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
@@ -152,7 +152,7 @@ def _size(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.dtype.itemsize)
 
 
-def _files(name: str, revision: str | None) -> list[Path]:
+def weight_files(name: str, revision: str | None) -> list[Path]:
     """The safetensors files of a model; none when it has no such files."""
     from transformers.utils.hub import cached_file
 

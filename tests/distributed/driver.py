@@ -72,7 +72,8 @@ def main() -> int:
 
 def run(job: dict) -> int:
     config = load_config(job["config"], job.get("overrides", []))
-    config.fsdp.timeout_seconds = min(120, config.fsdp.timeout_seconds)  # a hang tells its place before a test gives up
+    if config.trainer == "FSDPTrainer":  # a hang tells its place before a test gives up
+        config.fsdp.timeout_seconds = min(120, config.fsdp.timeout_seconds)
     hooks = {}
     if "trace" in job:
         hooks["on_step_end"] = lambda t: note_step(t, job["trace"])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitrain.model.tiny import tiny_tokenizer
+from tests.core.test_dequantize import as_fp8
 from tests.core.test_policy import MODELS
 from tests.core.test_rollouts import rows
 from tests.distributed.launch import launch, trace
@@ -48,6 +49,20 @@ def test_other_architectures(job, scratch, tmp_path, names):
         assert all(torch.equal(tensor, saved[key]) for key, tensor in trained.items() if not key.startswith("moments/"))
         kept = load_file(final / "model.safetensors")
         assert ("lm_head.weight" in kept) == (name in ("phi-bias", "mistral-window"))
+
+
+def test_quantized_base(job, scratch, tmp_path):
+    """An FP8 base is dequantized for each rank, and what is saved are ordinary weights."""
+    folder = random_folder("qwen2-tied", tmp_path)
+    as_fp8(folder, block=(24, 24))
+    settings = (f"model.name_or_path={folder}",)
+    alone, ours = job("alone", *settings), job("ranks", *settings, fsdp="full")
+    launch(0, [alone], scratch / "alone")
+    launch(2, [ours], scratch / "ranks")
+    same_training(ours, alone)
+    saved = AutoModelForCausalLM.from_pretrained(Path(ours["config"]["output_dir"]) / "ranks" / "final")
+    trained = load_file(ours["ended"])
+    assert all(torch.equal(value, trained[name]) for name, value in saved.state_dict().items() if name in trained)
 
 
 @pytest.mark.parametrize("dtype, rtol", [("bfloat16", 2e-2), ("float16", 5e-3)])

@@ -1,0 +1,135 @@
+"""Weights of quantized checkpoints as ordinary tensors: FP8 in blocks, MXFP4, and bitsandbytes' 4 and 8 bits.
+
+They are read here and not by transformers' quantizers: those keep packed weights that a cast or a save destroys, and
+they infer the size of FP8 blocks from the number of scales, which is wrong where a matrix ends within a block.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import ConfigError
+
+Read = Callable[[str], Tensor]  # the tensor of a key
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # e2m1
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+PACKED = (*FP8, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.int8, torch.uint8)
+
+
+def method_of(quantization: dict) -> str:
+    """Return the method that a config's quantization_config names.
+
+    Raises ConfigError for one that `dequantized` cannot read.
+    """
+    bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    method = quantization.get("quant_method", "bitsandbytes" if bits else None)
+    if method not in METHODS:
+        raise ConfigError(
+            f"its weights are quantized (quant_method {method!r}), and minitrain can dequantize only "
+            f"{', '.join(METHODS)}. Choose the model without quantization, or dequantize it first."
+        )
+    if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+        raise ConfigError("its weights are quantized by bitsandbytes, which is not installed: pip install bitsandbytes")
+    return method
+
+
+def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of safetensors files, quantized ones in `dtype` under the names of their weights.
+
+    Raises ConfigError for a tensor that cannot be dequantized.
+    """
+    files = {key: safe_open(path, framework="pt") for path in paths for key in _keys(path)}
+    if not files:
+        raise ConfigError("its weights are quantized and not in safetensors files, so minitrain cannot read them.")
+    tensors = {}
+    for name, tensor in METHODS[method_of(quantization)](
+        files.keys(), lambda key: files[key].get_tensor(key), quantization
+    ):
+        if tensor.dtype in PACKED:
+            raise ConfigError(f"{name} is quantized ({tensor.dtype}) in a way that minitrain cannot dequantize.")
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
+    """`NAME_scale_inv` holds a factor for each block of NAME. Scales of activations are for FP8 products only."""
+    for key in keys:
+        if key.endswith(("_scale_inv", ".activation_scale", ".input_scale")):
+            continue
+        tensor = read(key)
+        if f"{key}_scale_inv" in keys and tensor.dtype in FP8:
+            tensor = _scaled(key, tensor, read(f"{key}_scale_inv"), quantization.get("weight_block_size"))
+        yield key, tensor
+
+
+def _scaled(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) -> Tensor:
+    """weight [..., rows, columns] times a scale for each block, those at the edges cut off."""
+    if scales.numel() == 1:
+        return weight.float() * scales.float().view(())
+    rows, columns = weight.shape[-2:]
+    wanted = block and (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    if wanted != tuple(scales.shape[-2:]) or not scales.is_floating_point():
+        told = f"{list(scales.shape)} scales ({scales.dtype}) and weight_block_size {block}"
+        raise ConfigError(f"{name} of shape {list(weight.shape)} has {told}, which do not fit each other.")
+    scales = scales.float().repeat_interleave(block[0], -2)[..., :rows, :]
+    return weight.float() * scales.repeat_interleave(block[1], -1)[..., :columns]
+
+
+def _mxfp4(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
+    """`NAME_blocks` [E, columns, G, 16] holds two values a byte, the low four bits first; `NAME_scales` exponents."""
+    for key in keys:
+        name = key.removesuffix("_blocks")
+        if f"{name}_scales" in keys and name != key:
+            blocks = read(key)
+            table = torch.tensor(FP4)
+            values = torch.stack([table[(blocks & 15).int()], table[(blocks >> 4).int()]], -1).flatten(-2)
+            exponents = read(f"{name}_scales").int() - 127  # [E, columns, G]
+            yield name, torch.ldexp(values, exponents[..., None]).flatten(-2).transpose(-1, -2)  # [E, rows, columns]
+        elif not (key.endswith("_scales") and f"{key.removesuffix('_scales')}_blocks" in keys):
+            yield key, read(key)
+
+
+def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
+    """In 4 bits NAME.absmax and others belong to NAME, in 8 bits MODULE.SCB to MODULE.weight."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    states: dict[str, dict[str, str]] = {
+        key.partition(".quant_state.")[0]: {} for key in keys if ".quant_state." in key
+    }
+    for key in keys:
+        name = next((name for name in _parents(key) if name in states), None)
+        if name is not None:
+            states[name][key.removeprefix(f"{name}.")] = key
+    companions = {key for found in states.values() for key in found.values()}
+    for key in keys:
+        scales = f"{key.removesuffix('weight')}SCB"
+        if key in companions or key.endswith((".SCB", ".weight_format")):
+            continue
+        if key in states:
+            state = QuantState.from_dict({k: read(v) for k, v in states[key].items()}, torch.device("cpu"))
+            state.dtype = torch.float32
+            yield key, dequantize_4bit(read(key), state)
+        elif scales in keys:
+            yield key, read(key).float() * (read(scales).float() / 127)[:, None]
+        else:
+            yield key, read(key)
+
+
+def _parents(key: str) -> Iterator[str]:
+    """`a.b` and `a` of `a.b.c`."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+METHODS = {"fp8": _fp8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes}
