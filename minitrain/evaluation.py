@@ -3,6 +3,7 @@
 Functions that get the trainer, as hooks do, and keep their state in it.
 """
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,14 @@ def run_evaluation(trainer: "Trainer") -> None:
     trainer.window.start += time.perf_counter() - began  # not counted in tokens per second
 
 
+def _warn_without_best(trainer: "Trainer") -> None:
+    """Say that best/ does not exist although `save_best` is set, as when it was not set or the folder was removed."""
+    metric, best = trainer.config.early_stopping.metric, trainer.best
+    if trainer.config.save_best and not trainer.run.best.exists():
+        value = f"nan at step {trainer.step}" if best is None else f"not better than {best:.6g}, the best before"
+        trainer.tracking.warn(f"warning: {trainer.run.best} does not exist: {metric} is {value}")
+
+
 def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
     """Save the model if it is the best so far; stop training after `early_stopping.patience` that were not."""
     config, stopping = trainer.config, trainer.config.early_stopping
@@ -58,11 +67,13 @@ def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
         raise ConfigError(f"early_stopping.metric: there is no {stopping.metric!r}; there are {', '.join(metrics)}")
     value = metrics[stopping.metric]
     sign = -1 if lower_is_better(stopping.metric) else 1
-    if trainer.best is None or sign * (value - trainer.best) > stopping.threshold:
+    improved = trainer.best is None or sign * (value - trainer.best) > stopping.threshold
+    if improved and not math.isnan(value):
         trainer.best, trainer.stale_evals = value, 0
-        if config.save_best and trainer.step > 0:
+        if config.save_best:
             save_model(trainer, trainer.run.best)
         return
+    _warn_without_best(trainer)
     trainer.stale_evals += 1
     if stopping.patience and trainer.stale_evals >= stopping.patience and trainer.step < trainer.total_steps:
         trainer.tracking.say(f"stopping early: {stopping.metric} has not improved in {trainer.stale_evals} evaluations")

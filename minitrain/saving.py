@@ -4,12 +4,14 @@ Functions that get the trainer, as hooks do.
 """
 
 import collections
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .card import model_card
 from .engine.checkpoint import load_checkpoint
 from .engine.folders import atomic_folder
+from .errors import RunError
 from .model import save
 from .model.identity import identity
 from .model.weights import whole_tensors
@@ -43,8 +45,25 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     trainer.call_hook("on_save")
 
 
+def save_if_due(trainer: "Trainer") -> None:
+    """Write a checkpoint if the schedule says so. All ranks call it.
+
+    One that the user did not ask for, and that cannot be written, does not end the training.
+    """
+    if not trainer.save_schedule.is_due(trainer.step, trainer.total_steps):
+        return
+    try:
+        save_checkpoint(trainer)
+    except RunError as error:  # the same on all ranks
+        if trainer.config.save_every_steps is not None:
+            raise
+        trainer.save_schedule.failed()
+        trainer.tracking.warn(f"warning: {error} Training continues without this checkpoint.")
+
+
 def save_checkpoint(trainer: "Trainer") -> None:
     """Write a checkpoint of this step, unless one of exactly this state is there. All ranks call it."""
+    began = time.perf_counter()
     trainer.parallel.note(f"the checkpoint of step {trainer.step}")
     progress = {name: getattr(trainer, name) for name in PROGRESS}
     if progress == trainer.saved_progress:
@@ -52,6 +71,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
     state = {"precision": trainer.precision.state_dict(), "inputs": _inputs(trainer), "config": trainer.run.settings()}
     trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
     trainer.saved_progress = progress
+    trainer.save_schedule.saved(time.perf_counter() - began)
     trainer.call_hook("on_save")
 
 

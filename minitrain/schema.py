@@ -282,8 +282,12 @@ class Config:
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "Stop when evaluation no longer improves.")
 
     # saving
-    save_every_steps: int = option(
-        0, "Write a checkpoint to resume from every so many steps; 0: none.", least=0, free=True
+    save_every_steps: int | None = option(
+        None,
+        "Write a checkpoint to resume from every so many steps and at the end; 0: none. When left out, about once a "
+        "minute, or less often if that would take more than 2 % of the time.",
+        least=0,
+        free=True,
     )
     keep_checkpoints: int = option(2, "Keep the newest so many checkpoints.", least=1, free=True)
     save_models_every_steps: int = option(

@@ -17,7 +17,8 @@ from .engine.faults import failpoint
 from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from .engine.parallel import make_parallel
 from .engine.precision import Precision
-from .engine.tracking import Tracking, Window, train_line
+from .engine.save_schedule import SaveSchedule
+from .engine.tracking import Tracking, Window, duration, train_line
 from .errors import ConfigError, RunError
 from .evaluate import Totals, evaluate, step_statistics
 from .evaluation import evaluation_is_due, run_evaluation
@@ -27,7 +28,7 @@ from .model.load import DTYPES, load_policy, load_tokenizer
 from .prepare import make_loader, prepare_policy
 from .reference import companions
 from .run import RunFolder
-from .saving import restore_checkpoint, save_checkpoint, save_model
+from .saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
 from .schema import Config
 from .signals import signals_noted
 
@@ -86,6 +87,8 @@ class Trainer:
         self.indices: list[int] = []  # the examples of the last step
         self.checkpoint: Path | None = None
         self.saved_progress: dict = {}  # of the newest checkpoint in the run folder
+        n_bytes = 3 * sum(p.numel() * p.element_size() for p in self.parameters)  # with two moments
+        self.save_schedule = SaveSchedule(config.save_every_steps, n_bytes, self.parallel)
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
         self.best: float | None = None
@@ -133,6 +136,7 @@ class Trainer:
 
     def _loop(self) -> None:
         self.tracking.start_bar(self.total_steps, self.step)
+        self.save_schedule.start()
         self._start_window()
         for indices, batches in self.train_loader.steps(self.consumed):
             if self.step >= self.total_steps or self._stopping():
@@ -209,8 +213,7 @@ class Trainer:
             run_evaluation(self)
         if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
             save_model(self, self.run.model(self.step))
-        if config.save_every_steps and (self.step % config.save_every_steps == 0 or last):
-            save_checkpoint(self)
+        save_if_due(self)
 
     def _stopping(self) -> bool:
         """Whether to stop, agreed on by all ranks; a signal that one of them got becomes everyone's."""
@@ -228,6 +231,9 @@ class Trainer:
             self.tracking.say(line)
         if self.checkpoint is not None:
             self.tracking.say(f"going on from {self.checkpoint}")
+        if self.save_schedule.every is None:
+            interval = duration(self.save_schedule.interval)
+            self.tracking.say(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
         self.call_hook("on_train_begin")
         if evaluation_is_due(self):
             run_evaluation(self)
@@ -252,6 +258,8 @@ class Trainer:
             return
         save_model(self, self.run.final)
         self.run.finish(self.step, self.total_steps)
+        if self.save_schedule.count:
+            self.tracking.say(self.save_schedule.summary())
         self.tracking.say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
     def call_hook(self, hook: str) -> None:

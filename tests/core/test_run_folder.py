@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitrain import RunError
-from minitrain.engine import folders
+from minitrain.engine import checkpoint, folders, save_schedule
 from minitrain.engine.folders import atomic_folder, checkpoints, fingerprint, recover, replace_file
+from minitrain.engine.parallel import SingleDevice
+from minitrain.engine.save_schedule import SaveSchedule
 from minitrain.history import last_step
 from tests.conftest import metrics, weights
 
@@ -263,8 +265,8 @@ def test_a_damaged_config_does_not_switch_off_the_check_of_options(make_trainer,
     assert f"were compared with those in {trainer.run.checkpoint(2)}" in capsys.readouterr().out
     assert file.read_text() == whole
     file.unlink() if content is None else file.write_bytes(content)
-    for checkpoint in checkpoints(trainer.run.checkpoints):
-        rewrite(checkpoint, "state.json", lambda state: state.pop("config"))
+    for folder in checkpoints(trainer.run.checkpoints):
+        rewrite(folder, "state.json", lambda state: state.pop("config"))
     with pytest.raises(RunError, match=r"config.yml: .*Write it again"):
         make_trainer(*options)
 
@@ -354,3 +356,121 @@ def test_falling_back_keeps_the_checkpoint_it_falls_back_to(make_trainer):
     third.train()
     assert third.checkpoint == trainer.run.checkpoint(2)
     assert [path.name for path in checkpoints(trainer.run.checkpoints)] == ["step-4"]
+
+
+class Clock:
+    """`time.perf_counter` that a test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(save_schedule.time, "perf_counter", lambda: self.now)
+
+    def steps_with_a_save(self, schedule, seconds_per_step: float, n_steps: int, cost: float) -> list[int]:
+        saved = []
+        schedule.start()
+        for step in range(1, n_steps + 1):
+            self.now += seconds_per_step
+            if schedule.is_due(step, n_steps):
+                self.now += cost
+                schedule.saved(cost)
+                saved.append(step)
+        return saved
+
+
+PARALLEL = SingleDevice(torch.device("cpu"))
+
+
+def test_checkpoints_by_time_cost_little(monkeypatch):
+    """One a minute while that is cheap; at most 2 % of the time for those that take long, the first one included."""
+    clock = Clock(monkeypatch)
+    schedule = SaveSchedule(None, 10, PARALLEL)
+    assert clock.steps_with_a_save(schedule, 20, 12, 0.5) == [3, 6, 9, 12]
+    for speed in (save_schedule.WRITE_SPEED, 1e9):
+        began, n_bytes = clock.now, 84e9
+        schedule = SaveSchedule(None, n_bytes, PARALLEL)
+        saved = clock.steps_with_a_save(schedule, 60, 2000, n_bytes / speed)
+        assert saved and schedule.count == len(saved) and schedule.seconds <= 0.02 * (clock.now - began)
+        assert schedule.summary().startswith(f"{len(saved)} checkpoints took")
+    assert saved[1] - saved[0] == 70  # minutes
+
+
+def test_checkpoints_by_steps(monkeypatch):
+    """Every N and the last one; 0: none, whatever the time."""
+    clock = Clock(monkeypatch)
+    assert clock.steps_with_a_save(SaveSchedule(4, 10, PARALLEL), 1, 10, 0) == [4, 8, 10]
+    assert clock.steps_with_a_save(SaveSchedule(0, 10, PARALLEL), 1e6, 10, 0) == []
+
+
+def test_ranks_save_after_the_same_step(monkeypatch):
+    """The clock of another rank says that a checkpoint is due, and this one's does not."""
+    Clock(monkeypatch)
+    monkeypatch.setattr(PARALLEL, "max", lambda value: 1, raising=False)
+    assert SaveSchedule(None, 10, PARALLEL).is_due(1, 10)
+
+
+def test_a_run_with_defaults_that_is_killed_goes_on(make_trainer, monkeypatch, capsys):
+    """No option names a checkpoint; time passes; the same command resumes, and ends as an uninterrupted run."""
+    whole = make_trainer("exp_name=whole", "n_steps=5")
+    whole.train()
+    assert not whole.run.checkpoints.exists()  # it took less than a minute
+    monkeypatch.setattr(save_schedule, "MIN_INTERVAL", 0)
+    monkeypatch.setattr(save_schedule, "MAX_SHARE", float("inf"))
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer("n_steps=5", **kill_at(4)).train()
+    second = make_trainer("n_steps=5")
+    second.train()
+    assert second.checkpoint == second.run.checkpoint(3) and [row["step"] for row in metrics(second)] == [1, 2, 3, 4, 5]
+    assert all(torch.equal(p, weights(second)[name]) for name, p in weights(whole).items())
+    out = capsys.readouterr().out
+    assert "a checkpoint about every 0:00" in out and "2 checkpoints took" in out
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_checkpoint_that_nobody_asked_for_ends_no_run(make_trainer, monkeypatch, capsys, asked):
+    """A full disk is reported at each attempt, and training goes on; with save_every_steps it ends the run."""
+    monkeypatch.setattr(save_schedule, "MIN_INTERVAL", 0)
+    monkeypatch.setattr(save_schedule, "MAX_SHARE", float("inf"))
+    monkeypatch.setattr(checkpoint, "SPARE", 1e12)
+    trainer = make_trainer(*(["save_every_steps=1"] if asked else []))
+    if asked:
+        with pytest.raises(RunError, match="the disk has"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert capsys.readouterr().out.count("Training continues without this checkpoint") == 3
+        assert trainer.run.final.exists() and trainer.step == 3
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+def test_the_best_so_far_is_always_there(make_trainer, rows_file, monkeypatch, losses):
+    """Nothing beats step 0, ties included: best/ is the model of step 0."""
+    trainer = make_trainer(f"eval_datasets=[{rows_file}]", "save_best=true", "eval_every_steps=2")
+    values = iter(losses)
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"loss": next(values)})
+    before = weights(trainer)
+    trainer.train()
+    saved = load_file(trainer.run.best / "model.safetensors")
+    assert trainer.best == 1 and all(torch.equal(saved[name], before[f"model.{name}"]) for name in saved)
+
+
+def test_a_metric_that_is_nan_is_not_the_best(make_trainer, rows_file, monkeypatch, capsys):
+    """NaN at step 0 does not stay the best, as no comparison with it is true; that best/ is missing is said."""
+    trainer = make_trainer(f"eval_datasets=[{rows_file}]", "save_best=true", "eval_every_steps=2")
+    values = iter([float("nan"), 2.0, float("nan")])
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"loss": next(values)})
+    trainer.train()
+    out = capsys.readouterr().out
+    assert (
+        out.count("best does not exist: loss is nan at step 0") == 1 and "not exist: loss is nan at step 3" not in out
+    )
+    assert trainer.best == 2 and trainer.run.best.exists()
+
+
+def test_a_best_that_is_missing_is_reported(make_trainer, rows_file, monkeypatch, capsys):
+    """save_best set only when the run goes on: there is no best/ until something is better, which is said."""
+    options = (f"eval_datasets=[{rows_file}]", "save_every_steps=1")
+    make_trainer(*options, **stop_at(2)).train()
+    trainer = make_trainer(*options, "save_best=true", "lr=0", "allow_changes=[lr]")
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"loss": 99.0})
+    trainer.train()
+    assert "best does not exist: loss is not better than" in capsys.readouterr().out
