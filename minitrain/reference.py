@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -34,6 +34,7 @@ from .model.identity import identity
 from .model.load import DTYPES, load_frozen, load_tokenizer
 from .model.policy import Policy, check_policy, find_blocks
 from .schema import Config, ModelConfig
+from .tensor_files import save_file
 
 Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
 NOTED = "ref_logps"  # the column of precomputed log-probabilities

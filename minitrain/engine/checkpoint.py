@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RunError, RunFolderError
+from ..tensor_files import save_file
 from .faults import failpoint
 from .folders import fingerprint, fsync, reason, replace_folder, sibling
 from .parallel import SingleDevice, local_rows, writes

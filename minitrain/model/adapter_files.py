@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..schema import Config, SoftPromptConfig
+from ..tensor_files import save_file
 from . import lora
 from .adapter import Adapter, inject
 from .scoring import heads_of, is_encoder

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from ..tensor_files import save_file
 from .adapter_files import save_adapter
 from .pretrained import without_bar
 from .weights import save_weights, whole_tensors
@@ -41,6 +41,8 @@ def save_model(
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
         with without_bar():
             model.save_pretrained(folder, state_dict=cast)
+        for file in folder.glob("*.safetensors"):
+            file.chmod((folder / "config.json").stat().st_mode)
     else:
         save_weights(model, tensors, folder, dtype)
         _note_untied(model)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..tensor_files import save_file
 
 SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
 

@@ -1,5 +1,6 @@
 """Models that are written while training goes on, without what it takes to resume."""
 
+import json
 import os
 import signal
 
@@ -16,6 +17,25 @@ EVERY = ("n_steps=7", "save_models_every_steps=2")
 
 def models(trainer) -> list[str]:
     return [path.name for path in checkpoints(trainer.run.models)]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_are_as_the_umask_says(make_trainer, tmp_path, monkeypatch, umask):
+    """Models, adapters, checkpoints, token caches and precomputed references."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = tmp_path / "pairs.jsonl"
+    options = (f"datasets=[{rows}]", "loss.name=dpo", "loss.reference=precomputed", "save_every_steps=2")
+    before = os.umask(umask)
+    try:
+        row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+        rows.write_text("".join(json.dumps(row | {"prompt": str(i)}) + "\n" for i in range(9)))
+        make_trainer(*options, "exp_name=whole").train()
+        make_trainer(*options, "exp_name=part", "lora.rank=2").train()
+    finally:
+        os.umask(before)
+    modes = {str(file): oct(file.stat().st_mode & 0o777) for file in tmp_path.rglob("*") if file.is_file()}
+    assert len([name for name in modes if name.endswith(".safetensors")]) > 6
+    assert {name: mode for name, mode in modes.items() if mode != oct(0o666 & ~umask)} == {}
 
 
 @pytest.mark.parametrize("keep, left", [(None, ["step-2", "step-4", "step-6"]), (2, ["step-4", "step-6"])])
