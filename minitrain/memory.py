@@ -352,11 +352,19 @@ def _parallel(config: Config, devices: int, fake: FakeTensorMode) -> Iterator[Si
 @contextlib.contextmanager
 def _head_of(kind: str) -> Iterator[None]:
     """Inside, the output layer cuts its chunks as on this kind of device, though tensors say they are on the CPU."""
-    budget, native = heads.CHUNK_BYTES["cpu"], heads.cpu_has_bfloat16
-    if kind != "cpu":
-        heads.CHUNK_BYTES["cpu"] = heads.CHUNK_BYTES.get(kind, heads.CHUNK_BYTES["cuda"])
-        heads.cpu_has_bfloat16 = lambda: True
+    if kind == "cpu":
+        yield
+        return
+    budget, keeps_float32_sums = heads.CHUNK_BYTES.get(kind, heads.CHUNK_BYTES["cuda"]), heads.keeps_float32_sums
+    stand_ins = {
+        "CHUNK_BYTES": heads.CHUNK_BYTES | {"cpu": budget},
+        "cpu_has_bfloat16": lambda: True,
+        "cpu_has_float16": lambda: True,
+        "keeps_float32_sums": lambda _: keeps_float32_sums(kind),
+    }
+    own = {name: getattr(heads, name) for name in stand_ins}
+    vars(heads).update(stand_ins)
     try:
         yield
     finally:
-        heads.CHUNK_BYTES["cpu"], heads.cpu_has_bfloat16 = budget, native
+        vars(heads).update(own)

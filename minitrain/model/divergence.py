@@ -20,9 +20,12 @@ from .heads import (
     OutputLayer,
     common_factor,
     compute_dtype,
+    logits_dtype,
     logits_of,
     matmul_dtype_of,
     native_dtype,
+    needs_loss_scale,
+    products_in,
     through_output,
 )
 
@@ -44,8 +47,10 @@ def divergences(
     are empty and their sums are zeros attached to the graph.
     """
     chunk = chunk or _default_chunk(hidden, layer)
-    settings = _Settings(layer, distillation, chunk, matmul_dtype_of(hidden), torch.is_grad_enabled())
-    with torch.autocast(hidden.device.type, enabled=False):
+    dtype = matmul_dtype_of(hidden)
+    early = torch.is_grad_enabled() and not needs_loss_scale(dtype)
+    settings = _Settings(layer, distillation, chunk, dtype, early)
+    with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
         return _Divergences.apply(hidden, layer.weight, layer.bias, targets, settings)
 
 
@@ -56,7 +61,7 @@ def likeliest(hidden: Tensor, layer: OutputLayer, temperature: float, k: int, ch
     head = _Head(hidden, layer, chunk)
     ids = hidden.new_empty((n, k), dtype=torch.int64)
     logps = hidden.new_empty((n, k + 1), dtype=compute_dtype(hidden))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), products_in(layer.weight.dtype):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             ids[rows], logps[rows] = _likeliest_of(head.logits(rows).div_(temperature), k)
@@ -68,13 +73,14 @@ class _Head:
 
     def __init__(self, hidden: Tensor, layer: OutputLayer, chunk: int):
         self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
-        self.matrix = layer.weight.to(native_dtype(layer.weight.dtype, hidden.device.type))  # [V, H]
+        kind = hidden.device.type
+        self.matrix = layer.weight.to(logits_dtype(native_dtype(layer.weight.dtype, kind), kind))  # [V, H]
         size = min(chunk, len(hidden)), self.n_tokens
         self.buffer = hidden.new_empty(size, dtype=compute_dtype(hidden))  # [chunk, V]
 
     def logits(self, rows: slice) -> Tensor:
         """[n, V], in a buffer that the next ones will take."""
-        part = self.hidden[rows].to(self.matrix.dtype)  # [n, H]
+        part = self.hidden[rows]  # [n, H]
         return logits_of(part, self.matrix, self.layer.bias, self.layer, False, self.buffer[: len(part)])[0]
 
 
@@ -106,7 +112,8 @@ class _Divergences(torch.autograd.Function):
         if grads is None or factor is None:
             factor = None
             weights = grad_logps, grad_divergence
-            *_, grads = _sweep(*ctx.saved_tensors, ctx.settings, weights, ctx.needs_input_grad)
+            with products_in(ctx.settings.matmul_dtype):
+                *_, grads = _sweep(*ctx.saved_tensors, ctx.settings, weights, ctx.needs_input_grad)
         return *grads.scaled(factor), None, None
 
 
@@ -131,12 +138,14 @@ def _sweep(
     n_tokens = min(weight.shape[0], teacher.n_tokens)
     logps, divergence = (hidden.new_empty(n, dtype=dtype) for _ in range(2))  # [N]
     grads = None if weights is None else Gradients(hidden, weight, bias, needed)
-    matrix = weight.to(settings.matmul_dtype)  # [V, H]
+    logit_matrix = weight.to(logits_dtype(settings.matmul_dtype, weight.device.type))  # [V, H]
+    matrix = None if grads is None else weight.to(settings.matmul_dtype)  # [V, H]
     buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=dtype)  # [chunk, V]
     for start in range(0, n, settings.chunk):
         rows = slice(start, start + settings.chunk)
-        part, wanted = hidden[rows].to(settings.matmul_dtype), targets[rows, None]  # [n, H], [n, 1]
-        logits, slope = logits_of(part, matrix, bias, settings.layer, grads is not None, buffer[: len(part)])  # [n, V]
+        part, wanted = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
+        slots = buffer[: len(part)]
+        logits, slope = logits_of(part, logit_matrix, bias, settings.layer, grads is not None, slots)  # [n, V]
         lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
         logps[rows] = (logits.gather(1, wanted) - lse)[:, 0]
         tempered = logits[:, :n_tokens] / asked.temperature  # [n, n_tokens]

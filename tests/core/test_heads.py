@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minitrain.model import heads
 from minitrain.model.heads import OutputLayer, token_scores
 from tests.core.tensors import Largest
 
@@ -109,16 +110,56 @@ def test_no_supervised_token_gives_an_attached_zero(weigh):
     assert loss == 0 and not weight.grad.any()
 
 
-def test_log_softmax_is_done_in_float32():
-    """bf16 matrices over 50,000 rows stay within 1e-3 of float64 on the same logits (OpenRLHF#634)."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hardware", ["none", "products", "amx"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_softmax_is_done_in_float32(monkeypatch, dtype, hardware, autocast):
+    """Half-precision matrices over 50,000 rows stay within 1e-3 of float64 on the same logits (OpenRLHF#634).
+
+    So do the gradients, but for the rounding of the products that they come from.
+    """
+    pretend(monkeypatch, hardware)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(32, 64, generator=generator).bfloat16()
-    weight = torch.randn(50_000, 64, generator=generator).bfloat16() * 0.5
+    hidden = torch.randn(32, 64, generator=generator).to(dtype)
+    weight = (torch.randn(50_000, 64, generator=generator) * 0.5).to(dtype)
     targets = torch.randint(50_000, (32,), generator=generator)
-    logps = token_scores(hidden, targets, OutputLayer(weight)).logps
-    logits = (hidden.float() @ weight.float().T).double()
-    want = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    assert (logps - want).abs().max() < 1e-3
+    exact = double((hidden, weight))
+    want = (exact[0] @ exact[1].T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    want.sum().backward()
+    for weigh in (None, torch.ones_like):
+        leaves = [t.to(torch.float32 if autocast else dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            logps = token_scores(leaves[0], targets, OutputLayer(leaves[1]), weigh).logps
+        logps.sum().backward()
+        assert (logps.detach() - want.detach()).abs().max() < 1e-3
+        for leaf, true in zip(leaves, exact):
+            assert (leaf.grad.double() - true.grad).norm() < 1e-2 * true.grad.norm()
+
+
+def pretend(monkeypatch, hardware: str) -> None:
+    """Has the head act as on a processor that multiplies half-precision matrices, or not; or has AMX, too."""
+    for name in ("cpu_has_bfloat16", "cpu_has_float16"):
+        monkeypatch.setattr(heads, name, lambda: hardware != "none")
+    monkeypatch.setattr(heads, "cpu_has_amx", lambda: hardware == "amx")
+
+
+@pytest.mark.parametrize("hardware", ["none", "products"])
+@pytest.mark.parametrize("likely", [-2.0, -9.0, -14.0])
+def test_float16_gradients_of_unlikely_tokens_are_not_rounded_to_nothing(monkeypatch, hardware, likely):
+    """DFT weighs a token by its probability; the loss scale lifts that into the range of float16."""
+    pretend(monkeypatch, hardware)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(16, 64, generator=generator).half().requires_grad_()
+    weight = (torch.randn(500, 64, generator=generator) * 0.2).half().requires_grad_()
+    exact, scale = double((hidden, weight)), 2.0**16 / 16
+    table = (exact[0] @ exact[1].T).log_softmax(-1)
+    targets = (table.detach() - likely).abs().argmin(1)  # of about this log-probability
+    want = table.gather(1, targets[:, None])[:, 0]
+    (-scale * (want.detach().exp() * want).sum()).backward()
+    logps = token_scores(hidden, targets, OutputLayer(weight), torch.exp).logps
+    (-scale * (logps.detach().exp() * logps).sum()).backward()
+    for leaf, true in zip((hidden, weight), exact):
+        assert (leaf.grad.double() - true.grad).norm() < 1e-2 * true.grad.norm()
 
 
 def test_no_table_of_tokens_by_vocabulary_is_ever_made():
