@@ -239,6 +239,11 @@ def _check_loss(config: Config, given: set[str], problems: Problems, is_object: 
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.record == "labelled" and key in given:
             problems.add(key, f"would be ignored: {name} reads texts as they are.", "loss.name")
+    if loss.record != "rollout" and config.mask_truncated:
+        problems.add("mask_truncated", f"would be ignored: {name} does not learn from rollouts.", "loss.name")
+    for key in ("truncation", "max_prompt_length"):
+        if loss.record == "rollout" and key in given:
+            problems.add(key, "would be ignored: rollouts are never cut. See mask_truncated.", "loss.name")
     for i, entry in enumerate(config.datasets):
         if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
             told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."

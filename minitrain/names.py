@@ -155,6 +155,7 @@ FOREIGN_NAMES = {
     "kto_chosen_weight": "loss.desirable_weight",
     "kto_rejected_weight": "loss.undesirable_weight",
     "importance_sampling_level": "loss.ratio",
+    "mask_truncated_completions": "mask_truncated",
     "use_bias_correction_kl": "loss.kl_times_ratio",
     "kl_coeff": "loss.kl_coef",
     "value_coeff": "loss.vf_coef",

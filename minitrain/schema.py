@@ -234,6 +234,11 @@ class Config:
         "What a longer example loses: the oldest of its prompt, its end, or (drop) the example is left out.",
         choices=("prompt", "end", "drop"),
     )
+    mask_truncated: bool = option(
+        False,
+        "policy, value: do not train on rollouts whose sampling was cut off before an end token. Their rewards still "
+        "count in the means of their groups, as those of rollouts longer than max_length always do.",
+    )
     packing: bool = option(False, "Several examples in a row, so that padding is not computed. Same numbers, faster.")
     group_by_length: bool = option(False, "Batches of examples of like length, so that there is less padding.")
     on_bad_row: str = option("error", "What a row that cannot be used does.", choices=("error", "skip"))

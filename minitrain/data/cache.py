@@ -41,7 +41,7 @@ from ..errors import DataError
 from ..schema import Config, DatasetConfig
 from .cache_writer import UNFINISHED, new_cache
 from .collate import Document
-from .encode import N_DOCUMENTS, Limits, encode
+from .encode import EXCLUDED, N_DOCUMENTS, Limits, encode
 from .files import Row
 from .records import to_record
 from .source import Source, open_source
@@ -135,10 +135,12 @@ class TokenCache:
         self.lines = tensors.pop("lines").numpy()  # [E] in the data file
         named = [(*name.split("/"), tensor) for name, tensor in tensors.items()]
         self.values: dict[str, np.ndarray] = {name: t.numpy() for kind, name, t in named if kind == "values"}
+        excluded = self.values.pop(EXCLUDED, np.zeros(len(self.offsets) - 1))  # [D]
         self.columns: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
         self.counts: dict[str, int] = json.loads(metadata["counts"])
         self.labels: list[str] = json.loads(metadata["labels"])  # what the numbers in values["label"] stand for
         self.n_documents = int(metadata["n_documents"])  # of each example
+        self.trained = np.flatnonzero(excluded[:: self.n_documents] == 0)  # examples that are trained on
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.n_documents
@@ -173,7 +175,7 @@ class TokenCache:
 def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind: str = "conversation") -> TokenCache:
     """The tokens of a data file, from the cache or made now. Raises DataError for a bad row, an empty file, or
     a cache folder that cannot be written."""
-    limits = Limits(config.max_length, config.truncation, config.max_prompt_length)
+    limits = Limits(config.max_length, config.truncation, config.max_prompt_length, config.mask_truncated)
     encoder = Encoder(dataset, template, limits, kind)
     folder = cache_folder(config)
     try:
@@ -192,7 +194,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
         except BrokenProcessPool:
             raise DataError(f"{source.name}: a process that tokenised it was killed. Set a lower num_proc.") from None
         cache = TokenCache(path, source.name)
-    if len(cache) == 0:
+    if len(cache.trained) == 0:
         told = "; ".join(f"{count} {what}" for what, count in cache.counts.items())
         raise DataError(f"{source.name}: no example can be trained on ({told or 'the file has no rows'})")
     return cache

@@ -10,14 +10,19 @@ from .template import Template, Tokens, refuse_unusable
 
 N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example
 TOO_LONG, NOTHING_LEFT = "too long", "nothing to learn after truncation"
+EXCLUDED = "excluded"  # the value of documents that are not trained on, and only take part in what is made of all files
 
 
 class Limits(NamedTuple):
-    """`truncation`: what a longer example loses: the oldest of its `prompt`, its `end`, or (`drop`) all of it."""
+    """`truncation`: what a longer example loses: the oldest of its `prompt`, its `end`, or (`drop`) all of it.
+
+    `mask_truncated`: train on no rollout whose sampling was cut off.
+    """
 
     max_length: int
     truncation: str = "prompt"
     max_prompt_length: int | None = None
+    mask_truncated: bool = False
 
 
 def encode(record: Record, template: Template, limits: Limits) -> list[Tokens] | str:
@@ -86,16 +91,20 @@ def _labelled(record: Labelled, template: Template, limits: Limits) -> list[Toke
     return [tokens]
 
 
-def _rollout(record: Rollout, template: Template, limits: Limits) -> list[Tokens] | str:
-    """A prompt that was cut would have other log-probabilities than those noted, so long ones are left out."""
-    if isinstance(record.response, str):
-        tokens = template.encode(Conversation([*record.prompt, assistant(record.response)]), 1)
-    else:
-        _check_ids([*record.prompt, *record.response], len(template.tokenizer))
-        prompt, response = record.prompt, record.response
-        tokens = Tokens([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+def _rollout(record: Rollout, template: Template, limits: Limits) -> list[Tokens]:
+    """The whole rollout, since a prompt that was cut would have other log-probabilities than those in the row.
+
+    One that is too long to train on is excluded and not left out, or failures by length would be missing from the
+    mean of their group (open-instruct#1794). So is one whose sampling was cut off, with `mask_truncated`.
+    """
+    tokens, truncated = _sampled(record, template, limits.mask_truncated)
+    excluded = ""
     if len(tokens.ids) > limits.max_length:
-        return TOO_LONG
+        excluded = "rollouts longer than max_length, not trained on"
+    elif limits.mask_truncated and truncated:
+        excluded = "truncated rollouts, not trained on"
+    if excluded:
+        tokens.notes = tokens.notes | {excluded: 1}
     n = sum(tokens.mask)
     for name, numbers in record.tokens.items():
         numbers = numbers * n if len(numbers) == 1 and name in ("advantages", "returns") else numbers
@@ -108,7 +117,27 @@ def _rollout(record: Rollout, template: Template, limits: Limits) -> list[Tokens
         tokens.columns[name] = [next(following) if learned else 0.0 for learned in tokens.mask]
     prompt_ids = tuple(tokens.ids[: tokens.mask.index(True)])
     tokens.values |= {"reward": record.reward, "group": float(hash(prompt_ids) % (1 << 52))}
+    tokens.values[EXCLUDED] = float(bool(excluded))
     return [tokens]
+
+
+def _sampled(record: Rollout, template: Template, must_know: bool) -> tuple[Tokens, bool]:
+    """The tokens of a rollout, and whether its sampling was cut off, which may be False unless it `must_know`.
+
+    A response of text is taken to have ended, unless the row says that it was truncated; then it has no end token.
+    """
+    if not isinstance(record.response, str):
+        _check_ids([*record.prompt, *record.response], len(template.tokenizer))
+        prompt, response = record.prompt, record.response
+        tokens = Tokens([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+        if record.truncated is None and must_know:
+            return tokens, response[-1] not in template.end_ids()
+        return tokens, bool(record.truncated)
+    tokens = template.encode(Conversation([*record.prompt, assistant(record.response)]), 1)
+    if record.truncated and tokens.ids[-1] in template.end_ids() and sum(tokens.mask) > 1:
+        tokens.ids.pop()
+        tokens.mask.pop()
+    return tokens, bool(record.truncated)
 
 
 def _check_ids(ids: list[int], n_tokens: int) -> None:

@@ -148,4 +148,5 @@ def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) 
             )
     if "reward" not in row and "advantages" not in tokens and "returns" not in tokens:
         raise DataError("there is neither a reward, nor advantages, nor returns")
-    return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else math.nan, tokens)
+    truncated = None if row.get("truncated") is None else _wanted(row["truncated"], "truncated")
+    return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else math.nan, tokens, truncated)

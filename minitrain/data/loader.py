@@ -20,11 +20,11 @@ from .template import Template
 
 
 class Examples:
-    """Examples of several token caches, or a choice of them, as one sequence."""
+    """Examples of several token caches, or a choice of them, as one sequence; at first all that are trained on."""
 
     def __init__(self, caches: list[TokenCache], weights: list[float], chosen: list[np.ndarray] | None = None):
         self.caches, self.weights = caches, weights
-        self.chosen = chosen or [np.arange(len(cache)) for cache in caches]
+        self.chosen = chosen or [cache.trained for cache in caches]
         self.sizes = [len(indices) for indices in self.chosen]
         self.starts = np.cumsum([0, *self.sizes])
         pairs = zip(caches, self.chosen, strict=True)

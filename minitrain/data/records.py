@@ -78,13 +78,14 @@ class Rollout:
     """An answer that a policy gave, as texts or as token ids, and what it earned.
 
     `tokens` maps old_logps, ref_logps, values, advantages or returns to one number for each token of the response.
-    A row without a reward has NaN.
+    A row without a reward has NaN. `truncated` says whether the sampling was cut off; None leaves it to the last token.
     """
 
     prompt: Messages | list[int]
     response: str | list[int]
     reward: float
     tokens: dict[str, list[float]] = field(default_factory=dict)
+    truncated: bool | None = None
 
 
 Record = Conversation | PlainText | Preference | Feedback | Labelled | Rollout

@@ -14,6 +14,7 @@ from minitrain.engine.parallel import SingleDevice
 from minitrain.evaluate import Totals
 from minitrain.losses import LossOutput
 from minitrain.losses.value import value_metrics, with_explained_variance
+from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import metrics, weights
 from tests.core.examples import LENGTHS, N, collated, prepared
 
@@ -423,6 +424,28 @@ def test_one_far_off_token_does_not_cost_the_step(train):
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
 
 
+@pytest.mark.parametrize("how", ["too long", "mask_truncated"])
+def test_what_is_not_trained_on_counts_in_the_mean_of_its_group(train, how):
+    """Of four answers to a prompt the two that fail go on beyond max_length, or were cut off in sampling: the others
+    have the advantages that they have among four, and there are half as many examples (open-instruct#1794)."""
+    end = tiny_tokenizer().eos_token_id
+    given = []
+    for i in range(24):
+        tail = [end] if i % 4 < 2 or how == "too long" else []
+        length = 30 if i % 4 >= 2 and how == "too long" else 3
+        response = [10 + (i + k) % 40 for k in range(length)] + tail
+        given.append({"prompt_ids": [5, 6, 7 + i // 4], "response_ids": response, "reward": float(i % 4 < 2)})
+    option = "max_length=20" if how == "too long" else "mask_truncated=true"
+    trainer = train(given, option, "n_steps=1", "total_batch_size=24", "loss.scale_rewards=false")
+    assert len(trainer.train_loader.examples) == 12
+    assert [line for line in trainer.notes if "12 " in line and "not trained on" in line]
+    (line,) = metrics(_trained(trainer))
+    assert line["advantage"] == pytest.approx(0.5) and line["reward"] == 1
+    whole = train(given, "n_steps=1", "total_batch_size=24", "loss.scale_rewards=false", "exp_name=whole")
+    (line,) = metrics(_trained(whole))
+    assert line["reward"] == 0.5 and len(whole.train_loader.examples) == 24
+
+
 def test_rewarded_answers_become_likelier(train):
     """From nothing but rewards; the others become unlikelier."""
     lines = metrics(_trained(train(rows(), "n_steps=12", "lr=3e-3")))
@@ -520,6 +543,11 @@ def test_evaluation_does_not_depend_on_the_batch_size(train):
         (["loss.kl_coef=1", "loss.kl_estimator=k1"], "loss.kl_estimator: the gradient of k1 in the loss is 0"),
         (["loss.kl_times_ratio=true"], "loss.kl_times_ratio: would be ignored: it needs loss.kl_coef"),
         (["loss.advantages=gae", "loss.kl_coef=1", "loss.kl_times_ratio=true"], "it needs loss.kl_in=loss"),
+        (["truncation=end"], "truncation: would be ignored: rollouts are never cut"),
+        (
+            ["loss.name=sft", "mask_truncated=true"],
+            "mask_truncated: would be ignored: sft does not learn",
+        ),
         (["loss.reference=model"], "loss.reference: would be ignored: it needs loss.kl_coef"),
         (["loss.advantages=gae", "loss.kl_coef=1", "loss.reference=model"], "the KL is in the rewards"),
         (["loss.advantages=given", "loss.kl_coef=1", "loss.kl_in=reward"], "loss.kl_in: would be ignored"),

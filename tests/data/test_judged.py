@@ -217,12 +217,26 @@ def test_documents_of_labels(byte_template, shared):
 
 
 def test_documents_of_rollouts(byte_template):
-    """Numbers stand at the tokens of the response; those of a wrong count are refused, and long ones left out."""
+    """Numbers stand at the tokens of the response; those of a wrong count are refused. What is too long, or was cut off
+    in sampling, is whole, and marked as not to be trained on."""
     made = Rollout([5, 6], [7, 8, 9], 2.0, {"old_logps": [-1.0, -2.0, -3.0], "advantages": [0.5]})
     (document,) = documents(made, byte_template)
     assert document.ids == [5, 6, 7, 8, 9] and document.mask == [False, False, True, True, True]
     assert document.columns == {"old_logps": [0, 0, -1, -2, -3], "advantages": [0, 0, 0.5, 0.5, 0.5]}
-    assert documents(made, byte_template, Limits(4)) == "too long"
+    end = byte_template.tokenizer.eos_token_id
+    for response, truncated, limits, excluded in (
+        ([7, 8, 9], None, Limits(4), True),
+        ([7, 8, 9], None, Limits(5), False),
+        ([7, 8, 9], None, Limits(5, mask_truncated=True), True),
+        ([7, 8, end], None, Limits(5, mask_truncated=True), False),
+        ([7, 8, 9], False, Limits(5, mask_truncated=True), False),
+        ([7, 8, end], True, Limits(5, mask_truncated=True), True),
+        ([7, 8, end], True, Limits(5), False),
+    ):
+        (found,) = documents(Rollout([5, 6], response, 1.0, truncated=truncated), byte_template, limits)
+        assert found.ids == [5, 6, *response] and found.values["excluded"] == excluded == bool(found.notes)
+    ended, cut = (documents(Rollout([ASK], "tell", 1.0, {}, cut), byte_template)[0] for cut in (None, True))
+    assert ended.ids == [*cut.ids, end] and all(cut.mask[-4:])
     with pytest.raises(DataError, match=r"old_logps has 1 numbers for the .* tokens of the response with its end"):
         documents(Rollout([ASK], "tell", 1.0, {"old_logps": [-1.0]}), byte_template)
     with pytest.raises(DataError, match="token id 100000 is beyond"):
