@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from .batch import Batch, Scores
+from .checksum import PLACEHOLDER, is_intact, seal
 from .data.cache import cache_folder
 from .data.loader import Examples, Loader
 from .engine.parallel import SingleDevice, local_rows
@@ -246,7 +248,8 @@ def _noted(
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         part = file.with_suffix(f".{os.getpid()}.part")
-        save_file({NOTED: logps}, part)
+        save_file({NOTED: logps}, part, PLACEHOLDER)
+        seal(part)
         part.replace(file)
     return logps
 
@@ -260,8 +263,10 @@ def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Te
 
 
 def _read_noted(file: Path, n_tokens: int) -> torch.Tensor | None:
-    try:
-        noted = load_file(file)[NOTED]  # [T]
-    except Exception:  # not there, or cut off: made anew
+    if not file.exists():
         return None
-    return noted if noted.shape == (n_tokens,) else None
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        if is_intact(file) and (noted := load_file(file)[NOTED]).shape == (n_tokens,):  # [T]
+            return noted
+    tqdm.write(f"{file}: the log-probabilities of the reference are damaged, and are computed again")
+    return None

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from .checks import world_size
+from .checksum import PLACEHOLDER, is_intact, seal
 from .data.cache import TokenCache, cache_folder
 from .data.loader import Examples, Loader, load_data
 from .data.template import make_template
@@ -56,13 +57,16 @@ def teach(config: Config, output: Path | None = None) -> Path:
         digest = hashlib.sha256(json.dumps([made, list(caches), identity(chosen)]).encode()).hexdigest()[:32]
         output = cache_folder(config) / f"{digest}-teacher.safetensors"
         if output.exists():
-            return output
+            if is_intact(output):
+                return output
+            tqdm.write(f"{output}: the teacher's outputs are damaged, and are computed again")
     teacher = load_teacher(loss, config, tokenizer, parallel)
     loader = make_loader(data.train, config, tokenizer, teacher.policy)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         with _Writer(part, caches.values(), {key: str(value) for key, value in made.items()}) as writer:
             _ask(teacher, caches.values(), loader, loss.options, writer)
+        seal(part)
         part.replace(output)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}. Name another place with --output.") from None
@@ -101,7 +105,7 @@ class _Writer:
 
     def __init__(self, path: Path, caches: list[TokenCache], metadata: dict[str, str]):
         k, at = int(metadata["top_k"]), 0
-        header, self.places = {"__metadata__": metadata}, {}  # tensor -> (its first byte, bytes of a row)
+        header, self.places = {"__metadata__": PLACEHOLDER | metadata}, {}  # tensor -> (its first byte, bytes of a row)
         for cache in caches:
             for name, dtype, width in ((IDS, "I32", k), (LOGPS, "F32", k + 1)):
                 end = at + 4 * width * len(cache.ids)

@@ -11,7 +11,8 @@ template, the options), so nothing stale is ever read. Its tensors:
     mask            [sum of lengths] uint8, 1 where the token is learned
     columns/NAME    [sum of lengths] float32, numbers that belong to a token
 
-and its metadata holds the counts that are told at each start, the documents of an example, and names of labels.
+and its metadata holds the counts that are told at each start, the documents of an example, names of labels, and a
+checksum that is compared whenever a cache is opened.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checksum import is_intact
 from ..errors import DataError
 from ..schema import Config, DatasetConfig
 from .cache_writer import UNFINISHED, new_cache
@@ -211,8 +213,12 @@ def usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
     if not path.exists():
         return None
     try:
+        if not is_intact(path):
+            raise OSError(None, "its checksum is not right")
         cache = TokenCache(path, source)
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        tqdm.write(f"{path}: the tokens of {source} are damaged ({reason}), and are made again")
         return None
     allowed = config.max_bad_rows if config.on_bad_row == "skip" else 0
     return cache if cache.counts.get(BAD_ROWS, 0) <= allowed else None

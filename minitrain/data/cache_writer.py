@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checksum import PLACEHOLDER, seal
 from ..errors import DataError
 from .template import Tokens
 
@@ -86,9 +87,10 @@ class CacheWriter:
         self._close()
         # The widest first, so that each is aligned.
         order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
-        metadata = {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
+        metadata = PLACEHOLDER | {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
         metadata["n_documents"] = str(self.n_documents)
         _join_safetensors(self.folder, order, {name: self.files[name][0] for name in order}, metadata)
+        seal(self.folder / "joined")
         return self.folder / "joined"
 
     def _close(self) -> None:

@@ -4,12 +4,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..batch import Batch, Distillation, Likeliest
+from ..checksum import is_intact, is_sealed
 from ..errors import ConfigError
 from ..schema import option
 from .base import DataFile, LossOutput, register_loss
@@ -125,8 +127,12 @@ def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
 
     Raises ConfigError for a file that was made for other data, of another teacher or with other options.
     """
-    path = options.teacher_outputs
+    path = Path(options.teacher_outputs)
     try:
+        if is_sealed(path) and not is_intact(path):
+            raise ConfigError(
+                f"loss.teacher_outputs: {path} is damaged, its checksum is wrong. Make it again with `minitrain teach`."
+            )
         with safe_open(path, "pt") as opened:
             made, names = opened.metadata() or {}, set(opened.keys())
             for file in files:

@@ -43,7 +43,9 @@ def test_what_is_written(teach, rows_file):
         learned = cache.get_tensor("mask").bool()
         ids = file.get_tensor(f"{tokens.stem}/teacher_ids")
         logps = file.get_tensor(f"{tokens.stem}/teacher_logps")
-        assert file.metadata() == {
+        metadata = file.metadata()
+        assert len(metadata.pop("checksum")) == 8
+        assert metadata == {
             "temperature": "2.0", "top_k": "5", "n_tokens": "259", "teacher": "tiny", "teacher_dtype": "float32",
         }  # fmt: skip
     assert ids.shape == (len(learned), 5) and logps.shape == (len(learned), 6)
@@ -64,6 +66,19 @@ def test_it_is_made_once_beside_the_tokens(teach, monkeypatch):
         assert teach() == (0, out, "")
     assert teach("--overrides", "loss.temperature=3")[0] == 0
     assert len(list(Path("cache").glob("*-teacher.safetensors"))) == 2
+
+
+def test_damaged_outputs_are_not_trained_on(teach, capsys):
+    """A page of zeros, which are tokens and log-probabilities, too: refused if the file was named, else made again."""
+    assert teach("--output", "t.safetensors")[0] == teach()[0] == 0
+    (kept,) = Path("cache").glob("*-teacher.safetensors")
+    whole = kept.read_bytes()
+    for file in (Path("t.safetensors"), kept):
+        content = file.read_bytes()
+        file.write_bytes(content[:-4000] + bytes(4000))
+    code = main(["train", "c.yml", "--overrides", "loss.teacher_outputs=t.safetensors", "loss.teacher=null"])
+    assert code == 2 and "t.safetensors is damaged, its checksum is wrong" in capsys.readouterr().err
+    assert "are damaged, and are computed again" in teach()[1] and kept.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

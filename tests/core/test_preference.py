@@ -354,15 +354,17 @@ def test_precomputed_log_probabilities_are_kept(dpo, monkeypatch, tmp_path):
         dpo(*settings, "exp_name=bf16", "model.policy_dtype=bfloat16")
 
 
-def test_a_damaged_file_of_log_probabilities_is_made_anew(dpo, tmp_path):
-    """Cut off by a full disk, say."""
+@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: content[:-400] + bytes(400)])
+def test_a_damaged_file_of_log_probabilities_is_made_anew(dpo, tmp_path, capsys, damage):
+    """Cut off by a full disk, or with a page of zeros, which are log-probabilities, too."""
     settings = ("loss.reference=precomputed", f"cache_dir={tmp_path / 'cache'}")
     first = dpo(*settings).train_loader.examples.caches[0]
     (file,) = first.path.parent.glob("*-reference.safetensors")
     whole = load_file(file)["ref_logps"].clone()
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(damage(file.read_bytes()))
     again = dpo(*settings, "exp_name=again").train_loader.examples.caches[0]
     assert torch.equal(again.columns["ref_logps"], whole)
+    assert f"{file}: the log-probabilities of the reference are damaged" in capsys.readouterr().out
 
 
 def test_a_reference_that_differs_is_refused(dpo, monkeypatch):

@@ -258,16 +258,51 @@ def test_debris_of_a_killed_build_is_removed(jsonl, config, template):
     assert not old.exists() and young.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
-def test_damaged_cache_is_made_again(jsonl, config, template, damage):
-    """A cache file that a crash of the machine left cut or empty is made again."""
+def tensor_bytes(content: bytes, name: str) -> slice:
+    """Where a tensor is in a safetensors file."""
+    size = int.from_bytes(content[:8], "little")
+    begin, end = json.loads(content[8 : 8 + size])[name]["data_offsets"]
+    return slice(8 + size + begin, 8 + size + end)
+
+
+def overwrite(content: bytes, name: str, byte: int) -> bytes:
+    """A tensor of one byte repeated, as a disk may give back a page of zeros."""
+    place = tensor_bytes(content, name)
+    return content[: place.start] + bytes([byte]) * (place.stop - place.start) + content[place.stop :]
+
+
+def flip(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGE = {
+    "cut": lambda content: content[:-10],
+    "empty": lambda content: b"",
+    "garbage": lambda content: b"x" * 100,
+    "ids of zeros": lambda content: overwrite(content, "ids", 0),
+    "masks of zeros": lambda content: overwrite(content, "mask", 0),
+    "masks of 255": lambda content: overwrite(content, "mask", 255),
+    "offsets of zeros": lambda content: overwrite(content, "offsets", 0),
+    "one bit": lambda content: flip(content, tensor_bytes(content, "ids").start + 40),
+    "a count": lambda content: content.replace(b'"n_documents": "1"', b'"n_documents": "2"'),
+    "the checksum": lambda content: flip(content, content.index(b'"checksum": "') + 13),
+    "no checksum": lambda content: content.replace(b'"checksum"', b'"checksun"'),
+    "longer": lambda content: content + b"x",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_cache_is_made_again(jsonl, config, template, damage, capsys):
+    """Whatever has changed in it: it is reported, and never trained on."""
     entry = jsonl(ROWS[:50])
     expected = contents(load_cache(entry, template, config))
     (path,) = files_in(config)
     whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-10], "empty": b"", "garbage": b"x" * 100}[damage])
+    path.write_bytes(DAMAGE[damage](whole))
+    assert path.read_bytes() != whole
     assert contents(load_cache(entry, template, config)) == expected
     assert path.read_bytes() == whole
+    assert f"{path}: the tokens of {entry.path} are damaged" in capsys.readouterr().out
 
 
 def test_killed_worker(jsonl, config, template, two_processes, monkeypatch):
@@ -293,7 +328,9 @@ def test_cache_is_plain_safetensors(jsonl, config, template):
         "mask": torch.uint8,
     }
     header = cache.path.read_bytes()[8:]
-    assert json.loads(header[: header.index(b"}}") + 2])["__metadata__"] == {
+    metadata = json.loads(header[: header.index(b"}}") + 2])["__metadata__"]
+    assert len(metadata.pop("checksum")) == 8
+    assert metadata == {
         "counts": "{}",
         "labels": "[]",
         "n_documents": "1",
