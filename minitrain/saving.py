@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .card import model_card
 from .engine.checkpoint import load_checkpoint
+from .engine.faults import failpoint
 from .engine.folders import atomic_folder
 from .errors import RunError
 from .model import save
@@ -41,6 +42,7 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
         trainer.run.prune_models()
 
     parallel.note(f"saving {folder}")
+    failpoint("model.save")
     parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
     trainer.call_hook("on_save")
 
@@ -66,12 +68,13 @@ def save_checkpoint(trainer: "Trainer") -> None:
     began = time.perf_counter()
     trainer.parallel.note(f"the checkpoint of step {trainer.step}")
     progress = {name: getattr(trainer, name) for name in PROGRESS}
-    if progress == trainer.saved_progress:
+    if trainer.parallel.first(lambda: progress == trainer.saved_progress):
         return
     state = {"precision": trainer.precision.state_dict(), "inputs": _inputs(trainer), "config": trainer.run.settings()}
     trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
     trainer.saved_progress = progress
     trainer.save_schedule.saved(time.perf_counter() - began)
+    failpoint("save.end")
     trainer.call_hook("on_save")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .agreement import check_inputs, check_options
 from .batch import Batch
 from .config import check_python_config
 from .data.loader import load_data
@@ -55,6 +56,7 @@ class Trainer:
         self.loss = loss or create_loss(**config.loss)
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
+        check_options(config, self.parallel)
         self.run = RunFolder(config, self.parallel)
         self.precision = Precision(DTYPES[config.model.policy_dtype], self.device)
 
@@ -67,6 +69,7 @@ class Trainer:
             self.loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
             ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
+        check_inputs(config, data, self.parallel)
         self.notes = data.notes
         share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
         self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
@@ -96,7 +99,8 @@ class Trainer:
         self.train_metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
-        self.signal: int | None = None
+        self.signal: int | None = None  # what all ranks agreed to stop for
+        self._received: int | None = None  # what reached this rank, which the others do not know yet
         self._start_window()
 
     # ---------------------------------------------------------------------------------------------- the loop
@@ -116,7 +120,7 @@ class Trainer:
             self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
             self.tracking.warn(*self.run.messages)
             try:
-                with signals_noted(functools.partial(setattr, self, "signal")):
+                with signals_noted(functools.partial(setattr, self, "_received")):
                     self._run()
             finally:
                 self.tracking.close()
@@ -132,6 +136,8 @@ class Trainer:
             name = signal.Signals(self.signal).name
             self.tracking.warn(f"stopped by {name} at step {self.step}; the same command goes on from there")
         self.run.finish_saving()
+        failpoint("train.end")
+        self._stopping()  # a signal that came while the final model was saved decides the exit code
         self.call_hook("on_train_end")
 
     def _loop(self) -> None:
@@ -139,7 +145,7 @@ class Trainer:
         self.save_schedule.start()
         self._start_window()
         for indices, batches in self.train_loader.steps(self.consumed):
-            if self.step >= self.total_steps or self._stopping():
+            if self._stopping() or self.step >= self.total_steps:
                 break
             self.parallel.note(f"step {self.step + 1}")
             self._train_step(batches)
@@ -214,10 +220,14 @@ class Trainer:
         if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
             save_model(self, self.run.model(self.step))
         save_if_due(self)
+        failpoint("step.end")
 
     def _stopping(self) -> bool:
-        """Whether to stop, agreed on by all ranks; a signal that one of them got becomes everyone's."""
-        code = int(self.parallel.max(self.signal or int(self.should_stop)))
+        """Whether to stop, agreed on by all ranks; a signal that one of them received becomes everyone's.
+
+        Nothing else sets `signal`, so that every rank takes the same branch before a collective.
+        """
+        code = int(self.parallel.max(self._received or int(self.should_stop)))
         self.signal = code if code > 1 else self.signal
         return code > 0
 
@@ -235,6 +245,7 @@ class Trainer:
             interval = duration(self.save_schedule.interval)
             self.tracking.say(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
         self.call_hook("on_train_begin")
+        failpoint("train.begin")
         if evaluation_is_due(self):
             run_evaluation(self)
         if self.checkpoint is not None:

@@ -74,6 +74,9 @@ class SingleDevice:
         """What each rank has (anything that JSON can hold), in the order of ranks."""
         return [value]
 
+    def check_same(self, **values: Any) -> None:
+        """Raise ConfigError on all ranks when one has another value than rank 0: they would wait for one another."""
+
     def first(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
         """Calls a function on rank 0 only; what it returns, or the user's error it raises, reaches all ranks.
 
@@ -205,6 +208,15 @@ class FullySharded(SingleDevice):
         dist.all_gather(found, padded)
         return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in found]
 
+    def check_same(self, **values: Any) -> None:
+        found = self.gather(values)
+        for rank, theirs in enumerate(found):
+            if differing := [name for name, value in found[0].items() if theirs[name] != value]:
+                raise ConfigError(
+                    f"{', '.join(differing)}: rank {rank} has another value than rank 0. Start all ranks with the same "
+                    "config, data and model."
+                )
+
     def first(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
         value, error = None, None
         if self.rank == 0:
@@ -264,7 +276,8 @@ class FullySharded(SingleDevice):
                 self.watchdog.stop()
 
     def close(self) -> None:
-        self.max(0)  # a barrier: one that leaves early would take its connections from under another's last collective
+        with _loss_told():
+            self.max(0)  # a barrier: one that leaves early would take the connections of another's last collective
         self.store = self.watchdog = None  # connections have to end before the interpreter does
         dist.destroy_process_group()
 

@@ -1,10 +1,11 @@
 """A training under torchrun (or alone) that writes down what it did; started by the tests.
 
     driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
-                            "began": file, "ended": file}, ...]
+                            "began": file, "ended": file, "stop": [rank, step]}, ...]
 
 Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
 get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
+At `stop` a hook of that rank wants training to end.
 """
 
 import hashlib
@@ -54,16 +55,20 @@ def write_gradients(trainer: Trainer, file: str) -> None:
     trainer.parallel.clip_grad_norm = noted
 
 
-def note_step(trainer: Trainer, file: str) -> None:
+def note_step(trainer: Trainer, job: dict) -> None:
     weights = digest(whole(trainer))
+    if [trainer.parallel.rank, trainer.step] == job.get("stop"):
+        trainer.should_stop = True
     if trainer.parallel.rank == 0:
         loss = trainer.train_metrics["loss"].hex()
-        with open(file, "a") as opened:
+        with open(job["trace"], "a") as opened:
             opened.write(json.dumps([trainer.step, trainer.indices, loss, weights]) + "\n")
 
 
 def main() -> int:
     codes = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    if len(codes) > 1:
+        print(f"exit codes: {codes}\n", end="", flush=True)  # in one piece, since ranks share the output
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the launcher ends all when one leaves with a code, and rank 0 may still write
         torch.distributed.destroy_process_group()
@@ -76,7 +81,7 @@ def run(job: dict) -> int:
         config.fsdp.timeout_seconds = min(120, config.fsdp.timeout_seconds)
     hooks = {}
     if "trace" in job:
-        hooks["on_step_end"] = lambda t: note_step(t, job["trace"])
+        hooks["on_step_end"] = lambda t: note_step(t, job)
     if "began" in job:
         hooks["on_train_begin"] = lambda t: write_state(t, job["began"])
     trainer = Trainer(config, **hooks)
