@@ -49,7 +49,7 @@ from .records import to_record
 from .source import Source, open_source
 from .template import Template, Tokens
 
-FORMAT = 8  # raise it when the same inputs give other tokens
+FORMAT = 9  # raise it when the same inputs give other tokens
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
 BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits

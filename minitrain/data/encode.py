@@ -10,6 +10,7 @@ from .template import Template, Tokens, refuse_unusable
 
 N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example
 TOO_LONG, NOTHING_LEFT = "too long", "nothing to learn after truncation"
+ALIKE = "chosen and rejected are the same after truncation"
 EXCLUDED = "excluded"  # the value of documents that are not trained on, and only take part in what is made of all files
 
 
@@ -35,15 +36,34 @@ def encode(record: Record, template: Template, limits: Limits) -> list[Tokens] |
         return _labelled(record, template, limits)
     if isinstance(record, Rollout):
         return _rollout(record, template, limits)
+    if isinstance(record, Conversation):
+        refuse_empty_answers(record.messages, 1 if template.train_on == "last_turn" else None)
     return truncate([template.encode(record)], limits, template.tokenizer.bos_token_id)
+
+
+def refuse_empty_answers(messages: Messages, n_learned: int | None = None) -> None:
+    """Raise DataError when an answer that is trained on is empty or only white space: it would teach to say nothing.
+
+    Args:
+        n_learned: How many answers are trained on, counted from the last one; None for all.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in answers[-n_learned:] if n_learned else answers:
+        if not messages[i]["content"].strip():
+            raise DataError(f"turn {i + 1} of {len(messages)} is an empty answer, so there is nothing to learn")
 
 
 def _preference(record: Preference, template: Template, limits: Limits) -> list[Tokens] | str:
     """The chosen document, then the rejected one."""
     documents = [_continued(record.prompt, continuation, template) for continuation in (record.chosen, record.rejected)]
+    if _alike(documents):
+        raise DataError("chosen and rejected are the same in the chat template")
     for document in documents:
         document.values["margin"] = record.margin
-    return _sharing(truncate(documents, limits, template.tokenizer.bos_token_id))
+    documents = truncate(documents, limits, template.tokenizer.bos_token_id)
+    if isinstance(documents, list) and _alike(documents):
+        return ALIKE
+    return _sharing(documents)
 
 
 def _feedback(record: Feedback, template: Template, limits: Limits) -> list[Tokens] | str:
@@ -59,8 +79,15 @@ def _number_of(prompt: Messages) -> float:
     return float(int.from_bytes(digest, "big") >> 12)  # as many bits as float64 holds
 
 
+def _alike(documents: list[Tokens]) -> bool:
+    """Whether both documents are the same, so that nothing can be learned from comparing them."""
+    first, second = documents
+    return first.ids == second.ids and first.mask == second.mask
+
+
 def _continued(prompt: list, continuation: list, template: Template) -> Tokens:
     answers = sum(message["role"] == "assistant" for message in continuation)
+    refuse_empty_answers([*prompt, *continuation], answers)
     return template.encode(Conversation(prompt + continuation), answers)
 
 

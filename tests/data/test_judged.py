@@ -9,7 +9,7 @@ import torch
 from minitrain.data.encode import Limits, encode
 from minitrain.data.files import read_rows
 from minitrain.data.loader import load_data
-from minitrain.data.records import Feedback, Labelled, Preference, Rollout, schemas_of, to_record
+from minitrain.data.records import Conversation, Feedback, Labelled, Preference, Rollout, schemas_of, to_record
 from minitrain.data.template import Template
 from minitrain.errors import DataError
 from minitrain.model.tiny import tiny_tokenizer
@@ -191,6 +191,44 @@ def test_prompts_are_cut_alike(byte_template):
     made = Preference(prompt, *answers)
     assert documents(made, byte_template, Limits(9, "drop")) == "too long"
     assert documents(made, byte_template, Limits(10, "end")) == "nothing to learn after truncation"
+
+
+def test_pairs_with_the_same_answer_twice(byte_template, template):
+    """Two answers that a template strips to the same one are refused; those that truncation makes the same are left
+    out, and counted. 0.1.0 took both, with a gradient of 0 and an accuracy that counts as wrong."""
+    spaced = {"role": "assistant", "content": "tell "}
+    template.tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content | trim + eos_token }}{% endfor %}"
+    stripping = Template(template.tokenizer, "auto")
+    with pytest.raises(DataError, match="chosen and rejected are the same in the chat template"):
+        documents(Preference([ASK], [TELL], [spaced]), stripping)
+    longer = {"role": "assistant", "content": "tell me"}
+    made = Preference([ASK], [TELL], [longer])
+    assert documents(made, byte_template, Limits(7, "end")) == "chosen and rejected are the same after truncation"
+    assert isinstance(documents(made, byte_template, Limits(9, "end")), list)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_empty_answers_are_refused_wherever_they_are_learned(byte_template, content):
+    """One rule: alone, in the middle, at the end of a conversation, in a preference and in feedback. Where an answer is
+    only part of the prompt, it may be empty."""
+    empty = {"role": "assistant", "content": content}
+    for made in (
+        Conversation([ASK, empty]),
+        Conversation([ASK, empty, ASK, TELL]),
+        Conversation([ASK, TELL, ASK, empty]),
+        Preference([ASK], [empty, ASK, TELL], [LIE]),
+        Preference([ASK], [TELL], [empty]),
+        Feedback([ASK], [empty], True),
+    ):
+        with pytest.raises(DataError, match=r"turn \d of \d is an empty answer, so there is nothing to learn"):
+            documents(made, byte_template)
+    last = Template(tiny_tokenizer(), "none", "last_turn")
+    for made, template in (
+        (Conversation([ASK, empty, ASK, TELL]), last),
+        (Preference([ASK, empty, ASK], [TELL], [LIE]), byte_template),
+        (Feedback([ASK, empty, ASK], [TELL], True), byte_template),
+    ):
+        assert isinstance(documents(made, template), list)
 
 
 def test_documents_of_feedback(byte_template):
