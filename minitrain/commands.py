@@ -128,13 +128,21 @@ def _write(rows: list[dict], output: Path) -> None:
 
     part = output.with_name(f".{output.name}.part")
     try:
-        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]  # str: a date in parquet
-        part.write_text("".join(lines), encoding="utf-8")
+        part.write_text("".join(map(_line, rows)), encoding="utf-8")
         part.replace(output)
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _line(row: dict) -> str:
+    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"  # str: a date in parquet
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in some column
+        return json.dumps(row, default=str) + "\n"
+    return line
 
 
 def chat(arguments: argparse.Namespace) -> int:

@@ -29,3 +29,16 @@ class RunFolderError(RunError):
     """A run folder or a checkpoint is refused: it is damaged, or of another run. Nothing was written over."""
 
     exit_code = 2
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether it is an error of what was called: also a panic of Rust code, as of tokenizers, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def short(value: object) -> str:
+    """Return the beginning of a value as text, for an error message."""
+    try:
+        return str(value)[:60]
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        return f"a {type(value).__name__} that is too large to show"

@@ -305,6 +305,6 @@ def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: C
             raise DataError(f"{where}. Mend the row, or leave such rows out with on_bad_row=skip.")
         counts[BAD_ROWS] += 1
         if counts[BAD_ROWS] <= 3:
-            tqdm.write(f"left out {where}")
+            tqdm.write(f"left out {where}".encode(errors="backslashreplace").decode())
         if counts[BAD_ROWS] > config.max_bad_rows:
             raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.")

@@ -1,6 +1,6 @@
 """Schemas of rows to learn from word by word: conversations, prompts with answers, and texts."""
 
-from ..errors import DataError
+from ..errors import DataError, short
 from ..schema import DatasetConfig
 from .raft import in_columns, in_context, raft_conversation, typed
 from .records import Conversation, Messages, PlainText, assistant, compared, fill, schema, text_of, turns_of, user
@@ -36,7 +36,10 @@ def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
     turns = []
     if row.get("system"):
         turns.append({"role": "system", "content": text_of(row, "system")})
-    for i, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"history is not a list of pairs, but {short(history)!r}")
+    for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"history[{i}] is not a pair of texts [instruction, output]")
         turns += [user(pair[0]), assistant(pair[1])]

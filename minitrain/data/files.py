@@ -5,10 +5,11 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, short
 from .tables import read_parquet
 
 FORMATS = ("json", "jsonl", "csv", "tsv", "parquet")
@@ -64,7 +65,7 @@ def _read_jsonl(file, path: Path) -> Iterator[Row]:
 
 def _parse(raw: bytes) -> dict | DataError:
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 text (byte {error.start} of the line)")
     except json.JSONDecodeError as error:
@@ -74,11 +75,20 @@ def _parse(raw: bytes) -> dict | DataError:
     return _as_row(row)
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """Raises ValueError for a key that is there twice, of which Python would take the last."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {short(twice)!r} is there twice")
+    return made
+
+
 def _as_row(row) -> dict | DataError:
     if isinstance(row, dict):
         return row
     hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
-    return DataError(f"expected an object with keys, got {type(row).__name__} {str(row)[:60]!r}{hint}")
+    return DataError(f"expected an object with keys, got {type(row).__name__} {short(row)!r}{hint}")
 
 
 def _read_json(file, path: Path) -> Iterator[Row]:
@@ -103,14 +113,14 @@ def _read_json(file, path: Path) -> Iterator[Row]:
 def _start_of_data(text: str, path: Path) -> int:
     """Where the list of `{"data": [...]}` opens."""
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
             raise DataError(f"{path}: holds one row a line; give it a name that ends in .jsonl") from None
         raise _bad_json(path, 1, error) from None
     if not isinstance(whole.get("data"), list):
         raise DataError(f"{path}: expected a list of rows under `data`, found the keys {', '.join(list(whole)[:5])}")
-    decoder, position = json.JSONDecoder(), text.index("{") + 1
+    decoder, position = json.JSONDecoder(object_pairs_hook=_object), text.index("{") + 1
     while True:
         position = _skip(text, position, " \t\r\n,")
         key, position = decoder.raw_decode(text, position)
@@ -122,7 +132,7 @@ def _start_of_data(text: str, path: Path) -> int:
 
 def _list_entries(text: str, position: int, path: Path) -> Generator[Row, None, int]:
     """Decodes one entry at a time, so that each row knows its line; returns where the list ends."""
-    decoder, line, counted, first = json.JSONDecoder(), 1, 0, True
+    decoder, line, counted, first = json.JSONDecoder(object_pairs_hook=_object), 1, 0, True
     while True:
         position = _skip(text, position, " \t\r\n")
         line, counted = line + text.count("\n", counted, position), position

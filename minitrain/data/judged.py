@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, short
 from ..schema import DatasetConfig
 from .records import (
     Feedback,
@@ -118,14 +118,14 @@ def _last_judged(turns: Messages, key: str, desirable: bool) -> Feedback:
 def _wanted(value: Any, key: str) -> bool:
     value = value.strip().lower() if isinstance(value, str) else value
     if isinstance(value, (list, dict)) or value not in _YES:
-        raise DataError(f"{key} is neither true nor false, but {str(value)[:60]!r}")
+        raise DataError(f"{key} is neither true nor false, but {short(value)!r}")
     return _YES[value]
 
 
 def _judged_text(row: dict, key: str, pair: str | None) -> Labelled:
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label != label or label == "":
-        raise DataError(f"label is neither a text nor a number, but {str(label)[:60]!r}")
+        raise DataError(f"label is neither a text nor a number, but {short(label)!r}")
     return Labelled(text_of(row, key), text_of(row, pair) if pair else None, str(label))
 
 

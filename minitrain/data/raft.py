@@ -37,7 +37,8 @@ def raft_prompt(row: dict, documents: Documents, dataset: DatasetConfig) -> str:
     from `dataset.seed`, the question and its documents, whatever the order of the rows: a question that is asked again
     about other documents has its oracle elsewhere. Documents of which nobody has said what they are stay as they are.
     """
-    draw = random.Random("\n".join([f"{dataset.seed} {row['question']}", *documents.oracle, *documents.distractors]))
+    key = "\n".join([f"{dataset.seed} {text_of(row, 'question')}", *documents.oracle, *documents.distractors])
+    draw = random.Random(key.encode(errors="surrogatepass"))  # half a surrogate pair is told when the text is encoded
     oracle = documents.oracle if draw.random() < dataset.p_oracle else []
     distractors = documents.distractors
     if dataset.n_distractors is not None and dataset.n_distractors < len(distractors):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, short
 from ..schema import DatasetConfig
 
 Messages = list[dict[str, str]]  # each with `role` (system, user, assistant, tool) and `content`
@@ -188,10 +188,10 @@ def keys_of(row: dict) -> str:
 
 def text_of(row: dict, key: str) -> str:
     value = row[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{key} is not a text, but {str(value)[:60]!r}")
+        raise DataError(f"{key} is not a text, but {short(value)!r}")
     return value
 
 
@@ -199,8 +199,8 @@ def number_of(row: dict, key: str) -> float:
     value = row[key]
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{key} is not a number, but {str(value)[:60]!r}") from None
+    except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer beyond 1e308
+        raise DataError(f"{key} is not a number, but {short(value)!r}") from None
     if not -float("inf") < number < float("inf"):
         raise DataError(f"{key} is not a finite number, but {value}")
     return number
@@ -218,7 +218,7 @@ def turn_of(turn: object, where: str) -> dict[str, str]:
         raise DataError(f"{where} is not an object with a role and a content")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where} has the role {str(role)[:60]!r}; known are {', '.join(ROLES)}")
+        raise DataError(f"{where} has the role {short(role)!r}; known are {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
     return {"role": ROLES[role], "content": _content(content, where)}
 
@@ -301,7 +301,7 @@ def _content(content: Any, where: str) -> str:
         kinds = [str(part.get("type", "text")) for part in content if isinstance(part, dict)]
         if set(kinds) <= {"text"} and all(isinstance(text, str) for text in texts):
             return "".join(texts)
-        raise DataError(f"{where} has parts that are not text, but {str(content)[:60]}")
+        raise DataError(f"{where} has parts that are not text, but {short(content)}")
     if not isinstance(content, str):
-        raise DataError(f"{where} has no text as its content, but {str(content)[:60]!r}")
+        raise DataError(f"{where} has no text as its content, but {short(content)!r}")
     return content

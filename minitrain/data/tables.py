@@ -22,14 +22,16 @@ def read_parquet(file, path: Path) -> Iterator[tuple[int, dict | DataError]]:
     except ImportError:
         raise DataError(f"{path}: the package pyarrow is not installed: {PACKAGE}") from None
     try:
-        table, number = pyarrow.parquet.ParquetFile(file), 0
+        number = 0
+        table = pyarrow.parquet.ParquetFile(file)
         names = _names_in(table.schema_arrow.metadata or {})
         for batch in table.iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, _row(row, names)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: no sound parquet file: {_told(error)}") from None
+    except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        where = f"{path}:{number + 1}" if number else str(path)
+        raise DataError(f"{where}: no sound parquet file: {_told(error)}") from None
 
 
 def load_table(dataset: DatasetConfig) -> Any:
@@ -70,7 +72,7 @@ def _row(row: dict, names: LabelNames) -> dict | DataError:
     """A row of a table as that of a file: labels by name, and without the columns that it leaves empty."""
     row = {key: value for key, value in row.items() if value is not None}
     for key in names.keys() & row.keys():
-        if not 0 <= row[key] < len(names[key]):
+        if not isinstance(row[key], int) or not 0 <= row[key] < len(names[key]):
             return DataError(f"{key} is {row[key]}, which stands for none of {', '.join(names[key])}")
         row[key] = names[key][row[key]]
     return row

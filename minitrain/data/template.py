@@ -5,17 +5,16 @@ The text is built as inference builds it: up to each answer stands exactly what 
 the prompt's ids are those of inference, no token straddles a border, and the mask is exact to the character.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, is_failure
 from ..schema import Config
 from .records import Conversation, PlainText
+from .sandbox import UnboundedTemplate, render, render_marked
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -30,6 +29,7 @@ PLAIN = (
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 _HIDDEN = "the chat template hides the answer; give chat_template=chatml or a template of your own"
+UNUSUAL = "a\u16a0\u5b57\u2603"  # characters that not every tokenizer has a token for
 # Private-use characters, which no text of a data set should hold.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 
@@ -71,6 +71,8 @@ class Template:
             self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
+        except UnboundedTemplate as error:
+            raise ConfigError(f"chat_template: {error}. Name another template.") from None
         except jinja2.TemplateError:
             pass  # a template may refuse this very conversation
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
@@ -79,8 +81,10 @@ class Template:
         any_special = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_start = re.compile(any_special)
         self._special_end = re.compile(f"(?:{any_special})(?=\\s*$)")
-        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        self._prepends_space = tokenizer.tokenize("a")[0].startswith(("\u2581", "\u0120"))
+        bos = tokenizer.bos_token_id
+        self._adds_bos = bos is not None and self._encode("a", add_special_tokens=True).ids[:1] == [bos]
+        self._prepends_space = "".join(self._encode("a").tokens[:1]).startswith(("\u2581", "\u0120"))
+        self._loses_characters = not all(self._encode(character).ids for character in UNUSUAL)
 
     def end_ids(self) -> list[int]:
         """The tokens that end a turn, for generation: EOS and the one this template closes an answer with."""
@@ -147,8 +151,25 @@ class Template:
             backend.no_padding()
         return backend
 
+    def _encode(self, text: str, add_special_tokens: bool = False):
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:  # of a tokenizer that is damaged
+            if not is_failure(error):
+                raise
+            raise DataError(f"the tokenizer cannot read {text[:40]!r}: {error}") from None
+
     def _ids(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text).ids
+        if self._loses_characters:
+            self._refuse_lost(text)
+        return ids
+
+    def _refuse_lost(self, text: str) -> None:
+        """Raise DataError for a character that the tokenizer leaves out without a word."""
+        for character in sorted(set(text)):
+            if not character.isspace() and not self._encode(character).ids:
+                raise DataError(f"the tokenizer has no token for {character!r}, and would leave it out")
 
     def _join(self, pieces: list[tuple[str, bool]], notes: dict[str, int]) -> Tokens:
         ids, mask, before = [], [], ""
@@ -157,6 +178,8 @@ class Template:
             ids += part
             mask += [learned] * len(part)
             before = text or before
+        if not ids:
+            raise DataError("the tokenizer makes no token of the text")
         n = len(ids)
         ids = self._with_bos(ids)
         mask = [False] * (len(ids) - n) + mask
@@ -173,8 +196,8 @@ class Template:
     # ------------------------------------------------------------------------------------------- finding answers
 
     def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-        with _as_template_errors():
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        variables = self.tokenizer.special_tokens_map
+        return render(self.tokenizer.chat_template, messages, add_generation_prompt=prompt, **variables)
 
     def _pieces(
         self, messages: list[dict[str, str]], n_learned: int | None
@@ -195,17 +218,10 @@ class Template:
 
     def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the spans inside {% generation %}, each with the token that ends its turn."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _as_template_errors():
-            rendered, spans = render_jinja_template(
-                [messages],
-                chat_template=self.tokenizer.chat_template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        text, closed = rendered[0], []
-        for start, end in spans[0]:
+        variables = self.tokenizer.special_tokens_map
+        text, spans = render_marked(self.tokenizer.chat_template, messages, add_generation_prompt=False, **variables)
+        closed = []
+        for start, end in spans:
             token = self._special_end.search(text, start, end) or self._special_start.match(text, end)
             closed.append((start, token.end() if token else end))
         if not closed:
@@ -293,15 +309,6 @@ def _read(file: str) -> str:
         return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"the chat template {file!r} is neither auto, chatml, none, nor a text file.") from None
-
-
-@contextlib.contextmanager
-def _as_template_errors() -> Iterator[None]:
-    """What a template's own expressions raise, as an error of the template."""
-    try:
-        yield
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -62,6 +62,8 @@ def damage(folder: Path) -> str | None:
             json.loads(path.read_bytes())
         except json.JSONDecodeError as error:
             return f"{path}:{error.lineno} is no valid JSON ({error.msg}); copy or download it again."
+        except RecursionError:
+            return f"{path} is nested too deeply; copy or download it again."
         except (OSError, ValueError):
             continue
     for path in sorted(folder.glob("*.safetensors")):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, is_failure
 from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
@@ -44,11 +44,13 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise no_tokenizer(name, error) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
-    if tokenizer.eos_token is None and not scores:
+    if tokenizer.eos_token_id is None and not scores:
         raise ConfigError(f"the tokenizer of {name!r} has no EOS token, so no answer could end.")
     if scores and tokenizer.pad_token in (None, tokenizer.eos_token):
         others = (tokenizer.unk_token, tokenizer.bos_token)
