@@ -9,6 +9,7 @@ from .losses import Loss, create_loss
 from .model.load import load_tokenizer
 from .model.outline import outline_policy
 from .model.policy import Policy
+from .model.save import check_saving
 from .prepare import make_loader
 from .schema import Config
 
@@ -44,7 +45,9 @@ def dry_run(config: Config) -> DryRun:
     template = make_template(tokenizer, config, loss.record)
     data = load_data(config, template, loss.record)
     loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
-    return DryRun(config, loss, template, data, _outline(config, template, loss))
+    policy = _outline(config, template, loss)
+    check_saving(policy.model, tokenizer)
+    return DryRun(config, loss, template, data, policy)
 
 
 def _outline(config: Config, template: Template, loss: Loss, packed: bool = False) -> Policy:

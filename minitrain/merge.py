@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
+from .data.template import Template
 from .engine.folders import atomic_folder
 from .errors import ConfigError
 from .generate import find_model, model_config, saved_dtype
 from .model.adapter_files import read_config
 from .model.load import DTYPES, fold_adapter, load_base, load_tokenizer, trained_outputs
-from .model.save import save_model
+from .model.save import check_saving, save_model, set_end_tokens
 from .model.scoring import heads_of
 from .schema import ModelConfig
 
@@ -37,6 +38,9 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
         raise ConfigError(f"--output: {output} is the base model, and the adapters would no longer fit it.")
     tokenizer = load_tokenizer(configs[0], scores=ends[0] is not None)
     model = load_base(configs[0], tokenizer)
+    if tokenizer.chat_template:
+        set_end_tokens(model, Template(tokenizer).end_ids())
+    check_saving(model, tokenizer)
     for name in heads_of(model).new:  # what the base has not is all of the adapters
         for parameter in model.get_submodule(name).parameters():
             parameter.data.zero_()

@@ -8,6 +8,7 @@ policy is and give `Scores` without gradients. A `Teacher` is another model over
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -233,10 +234,10 @@ def _noted(
     settings = [cache.key, identity(config.model), parts, config.seed, loss.temperature]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
-    noted = _read_noted(file, len(cache.ids))
-    if parallel.max(int(noted is None)) == 0:
-        return noted
     whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
+    noted = _read_noted(file, len(cache.ids))
+    if parallel.max(int(noted is None)) == 0 and _still_right(noted, cache, loss, policy, parallel, precision, whole):
+        return noted
     logps = torch.zeros(len(cache.ids))
     quiet = True if parallel.rank or config.quiet else None  # None: a bar, where there is a terminal
     with inference(policy), precision.autocast():
@@ -254,12 +255,27 @@ def _noted(
     return logps
 
 
+def _still_right(
+    noted: torch.Tensor, cache, loss: Loss, policy: Policy, parallel: SingleDevice, precision: Precision, loader: Loader
+) -> bool:
+    """Return whether the policy gives the noted log-probabilities for the first batch of a data file, on all ranks."""
+    apart = 0.0
+    with inference(policy), precision.autocast(), contextlib.closing(batches_with_places(cache, loader)) as batches:
+        for batch, places in itertools.islice(batches, 1):
+            logps = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
+            apart = float((logps - noted[places]).abs().mean()) if len(logps) else 0.0
+    parallel.reshard(policy)
+    return parallel.max(apart) <= (1e-3 if precision.dtype == torch.float32 else 0.1)
+
+
 def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Tensor]]:
     """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
     cache.columns["place"] = torch.arange(len(cache.ids))
-    for batch in loader.eval_batches():
-        yield batch, batch.of_targets("place").long()
-    del cache.columns["place"]
+    try:
+        for batch in loader.eval_batches():
+            yield batch, batch.of_targets("place").long()
+    finally:
+        del cache.columns["place"]
 
 
 def _read_noted(file: Path, n_tokens: int) -> torch.Tensor | None:

@@ -26,6 +26,7 @@ from .evaluation import evaluation_is_due, run_evaluation
 from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss, describe_loss
 from .model.load import DTYPES, load_policy, load_tokenizer
+from .model.save import check_saving, set_end_tokens
 from .prepare import make_loader, prepare_policy
 from .reference import companions
 from .run import RunFolder
@@ -79,6 +80,8 @@ class Trainer:
         self.models = companions(self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.policy, config)
+        set_end_tokens(policy.model, self.template.end_ids())
+        check_saving(policy.model, self.tokenizer)
         self.generator = Generator(policy.model, self.template, lambda: self.parallel.gathered(self.policy))
         torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
 

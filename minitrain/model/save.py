@@ -1,14 +1,17 @@
 """A model's folder as `from_pretrained` reads it: weights, config, tokenizer and template; or an adapter's."""
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..tensor_files import save_file
 from .adapter_files import save_adapter
+from .damage import first_line
 from .pretrained import without_bar
 from .weights import save_weights, whole_tensors
 
@@ -38,18 +41,61 @@ def save_model(
         save_adapter(model, model.adapter, tensors, folder)
         return
     if getattr(model, "_weight_conversions", None):  # transformers knows the names that its files had
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors}
-        with without_bar():
-            model.save_pretrained(folder, state_dict=cast)
-        for file in folder.glob("*.safetensors"):
-            file.chmod((folder / "config.json").stat().st_mode)
+        _save_converted(model, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors}, folder)
     else:
         save_weights(model, tensors, folder, dtype)
         _note_untied(model)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+    _save_configs(model, folder, dtype)
+
+
+def check_saving(model: nn.Module, tokenizer) -> None:
+    """Save all but the weights once, into a temporary folder, so that what fails does so before training.
+
+    Raises ConfigError.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            if getattr(model, "adapter", None) is None:
+                _save_configs(model, Path(folder), torch.float32)
+    except Exception as error:
+        raise ConfigError(
+            f"model.name_or_path: this model could not be saved after training: {first_line(error)} "
+            "Fix config.json or the tokenizer in the model's folder."
+        ) from None
+
+
+def set_end_tokens(model: nn.Module, end_ids: list[int]) -> None:
+    """Have the saved model end its answers with these tokens, as in training, and not with those of its base."""
+    if model.can_generate():
+        ends = end_ids[0] if len(end_ids) == 1 else end_ids
+        model.generation_config.eos_token_id = model.config.eos_token_id = ends
+
+
+def _save_converted(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Have transformers write weights under the names of the base model's files."""
+    defaults = model.generation_config
+    model.generation_config = type(defaults)()  # `save_pretrained` refuses what published models have in it
+    try:
+        with without_bar():
+            model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = defaults
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)
+
+
+def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json, generation_config.json and the code of a model that brings its own."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    model.config.architectures = [type(model).__name__]
+    if type(model)._auto_class is not None:
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        # Not by its `save_pretrained`, which refuses what published models have in it (a temperature without sampling).
+        model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
