@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,14 @@ def refuse_gaps(config: ModelConfig, found: dict, outputs: list[str] | None) -> 
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         told = f"its files do not hold {missing[0]}{others}, which its config.json asks for"
         raise ConfigError(f"{config.name_or_path}: {told}; copy or download it again.")
+
+
+def warn_unused(name: str, keys: Iterable[str]) -> None:
+    """Log the tensors of a model's files that the model has no place for; rank 0 alone does."""
+    if (unused := sorted(keys)) and os.environ.get("RANK", "0") == "0":
+        others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        told = "its files hold {}{}, which the model of its config.json does not use"
+        logging.getLogger("minitrain").warning(f"{name}: {told.format(unused[0], others)}.")
 
 
 def damage(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..tensor_files import save_file
+from .damage import warn_unused
 
 SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
 
@@ -60,18 +62,27 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
     if get_model_conversion_mapping(model, add_legacy=False):
         return None
     files = {key: safe_open(path, framework="pt") for path in weight_files(name, revision) for key in _keys(path)}
-    sources, sizes = {}, {}
+    sources, sizes, used = {}, {}, {}
     for parameter, value in model.named_parameters():
         key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
         if key not in files:
             return None
+        used[parameter] = key
         sources[parameter] = files[key].get_slice(key)
         sizes[parameter] = sources[parameter].get_shape()
         if sizes[parameter][1:] != list(value.shape[1:]):
             return None
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # of a name, the one that it is tied to
+    for parameter in tied.keys() & files.keys():
+        key = used.get(tied[parameter])
+        if key is None or not torch.equal(files[parameter].get_tensor(parameter), files[key].get_tensor(key)):
+            return None  # the config says tied, the files hold two: transformers takes both
     for buffer, value in model.named_buffers():
         if buffer in files:
             value.copy_(files[buffer].get_tensor(buffer))
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    unused = files.keys() - set(used.values()) - tied.keys() - dict(model.named_buffers()).keys()
+    warn_unused(name, [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)])
     return Weights(sources, sizes)
 
 

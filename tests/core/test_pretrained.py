@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config
 
 from minitrain.generate import load_generator
@@ -63,3 +65,35 @@ def test_parts_of_a_config_name_no_kernel(tmp_path):
     found = read_model_config(ModelConfig(name_or_path=str(tmp_path)))
     for part in (found, found.text_config, found.vision_config):
         assert part._attn_implementation is None and part._experts_implementation is None
+
+
+def edit_weights(folder, **tensors) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_head_of_its_own_is_read_on_every_path(base, factor):
+    """Where config.json says tied and the files hold an output layer, a model that is built empty has that one too."""
+    config = Config(model=ModelConfig(name_or_path=str(base)))
+    head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] * factor
+    edit_weights(base, **{"lm_head.weight": head})
+    for empty in (False, True):
+        policy, weights = load_policy(config, load_tokenizer(config.model), empty=empty)
+        assert (weights is not None) == (empty and factor == 1)  # equal ones are tied, and read by rows
+        if weights is None:
+            assert torch.equal(policy.model.get_output_embeddings().weight, head)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_tensors_without_a_place_are_told(base, empty, caplog):
+    """Weights in the files that the model does not use, such as a bias that config.json does not ask for."""
+    config = Config(model=ModelConfig(name_or_path=str(base)))
+    load_policy(config, load_tokenizer(config.model), empty=empty)
+    assert not caplog.messages
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_weights(base, **{name: torch.ones(32), "visual.weight": torch.ones(2)})
+    load_policy(config, load_tokenizer(config.model), empty=empty)
+    assert caplog.messages == [
+        f"{base}: its files hold {name} and 1 more, which the model of its config.json does not use."
+    ]
