@@ -312,7 +312,7 @@ def _check_steps(config: Config, problems: Problems) -> None:
 
 
 def _check_optimizer(config: Config, given: set[str], problems: Problems) -> None:
-    from .engine.optim import accepted_options, optimizer_class
+    from .engine.optim import accepted_options, check_optimizer, optimizer_class
 
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         problems.add("betas", f"expected two numbers from 0 to below 1, got {shown(config.betas)}.")
@@ -332,6 +332,11 @@ def _check_optimizer(config: Config, given: set[str], problems: Problems) -> Non
     for key in config.optimizer_args:
         if key not in own:
             problems.add(f"optimizer_args.{key}", f"{chosen.__name__} takes {', '.join(own)}.", "optimizer")
+    try:
+        check_optimizer(config)
+    except ConfigError as error:
+        told = str(error).removeprefix("optimizer: ")
+        problems.add("optimizer", told, "optimizer_args", "betas", "eps", "lr", "weight_decay")
 
 
 def _check_evaluation(config: Config, given: set[str], problems: Problems) -> None:

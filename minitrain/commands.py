@@ -285,6 +285,7 @@ def validate(arguments: argparse.Namespace) -> int:
         if arguments.quiet:
             continue
         short = f"; {figures['examples']}; steps: {figures['steps']}"
+        short += f"; warning: {figures['warning']}" if "warning" in figures else ""
         print(f"{path}: fine{'' if whole else short}", flush=True)
         for name, told in figures.items() if whole else ():
             print(f"  {name:<13}{told}")

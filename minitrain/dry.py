@@ -3,14 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 
-from .data.loader import Data, Examples, Loader, load_data
-from .data.template import Template, make_template
+from .data.loader import Data, Examples, Loader
+from .data.template import Template
 from .losses import Loss, create_loss
-from .model.load import load_tokenizer
 from .model.outline import outline_policy
 from .model.policy import Policy
 from .model.save import check_saving
-from .prepare import make_loader
+from .prepare import make_loader, read_data
 from .schema import Config
 
 
@@ -33,6 +32,10 @@ class DryRun:
         config = dataclasses.replace(self.config, packing=packing)
         return dataclasses.replace(self, config=config, policy=_outline(config, self.template, self.loss))
 
+    def outline(self) -> Policy:
+        """Return another policy on the meta device."""
+        return _outline(self.config, self.template, self.loss)
+
     def packed_policy(self) -> Policy:
         """Another policy on the meta device, of which quantised layers are as small as they will be."""
         return _outline(self.config, self.template, self.loss, packed=True)
@@ -41,12 +44,9 @@ class DryRun:
 def dry_run(config: Config) -> DryRun:
     """Reads the data as the trainer does, and of the model its config alone. Raises ConfigError or DataError."""
     loss = create_loss(**config.loss)
-    tokenizer = load_tokenizer(config.model, scores=loss.outputs is not None)
-    template = make_template(tokenizer, config, loss.record)
-    data = load_data(config, template, loss.record)
-    loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
+    template, data = read_data(config, loss)
     policy = _outline(config, template, loss)
-    check_saving(policy.model, tokenizer)
+    check_saving(policy.model, template.tokenizer)
     return DryRun(config, loss, template, data, policy)
 
 

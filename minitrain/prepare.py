@@ -1,19 +1,35 @@
-"""A loaded policy made ready to train: frozen, recomputing, compiled, sharded, given its weights, and tried out.
+"""What comes before the first step: the data read, a loaded policy made ready and tried out, the loader that fits it.
 
-And the loader whose batches fit it.
+Training, `validate` and `inspect` all go through here, so that they refuse the same things.
 """
 
 import contextlib
 
+import numpy as np
 import torch
 
-from .data.loader import Examples, Loader
+from .data.loader import Data, Examples, Loader, load_data
+from .data.template import Template, make_template
 from .engine.parallel import SingleDevice
 from .engine.precision import Precision
-from .model.load import freeze_layers
+from .errors import ConfigError
+from .losses import Loss
+from .model.load import freeze_layers, load_tokenizer
 from .model.policy import Policy, check_policy, checkpoint_activations, find_blocks
 from .model.weights import Weights
 from .schema import Config
+
+
+def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:
+    """Return the template over the tokenizer, and the data, which the loss has seen.
+
+    Raises ConfigError or DataError.
+    """
+    tokenizer = load_tokenizer(config.model, scores=loss.outputs is not None)
+    template = make_template(tokenizer, config, loss.record)
+    data = load_data(config, template, loss.record)
+    loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
+    return template, data
 
 
 def prepare_policy(
@@ -47,7 +63,11 @@ def prepare_policy(
 def make_loader(
     examples: Examples, config: Config, tokenizer, policy: Policy, rank: int = 0, world_size: int = 1
 ) -> Loader:
-    """The loader of one rank, with rows as the policy's attention likes them."""
+    """The loader of one rank, with rows as the policy's attention likes them.
+
+    Raises ConfigError for an example that is longer than the policy can read.
+    """
+    check_lengths(examples, policy)
     return Loader(
         examples,
         config,
@@ -57,3 +77,13 @@ def make_loader(
         row_capacity=config.max_length if policy.pays_for_long_rows else None,
         shares_prompts=policy.keeps_documents_apart,
     )
+
+
+def check_lengths(examples: Examples, policy: Policy) -> None:
+    """Raise ConfigError for an example that is longer than a policy, or a teacher, can read."""
+    lengths = examples.of_documents(lambda cache: np.diff(cache.offsets)).max(1)  # [E]
+    longest = int(lengths.argmax())
+    if lengths[longest] > policy.position_limit:
+        name, limit = type(policy.model).__name__, policy.position_limit
+        too_long = f"{examples.where(longest)} has {lengths[longest]} tokens, and {name} has positions for {limit}"
+        raise ConfigError(f"max_length: {too_long}. Set max_length={limit}.")

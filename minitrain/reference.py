@@ -36,6 +36,7 @@ from .model.heads import OutputLayer
 from .model.identity import identity
 from .model.load import DTYPES, load_frozen, load_tokenizer
 from .model.policy import Policy, check_policy, find_blocks
+from .prepare import check_lengths
 from .schema import Config, ModelConfig
 from .tensor_files import save_file
 
@@ -144,6 +145,8 @@ def companions(
     models, load = {}, load or load_frozen
     if "teacher" in loss.needs:
         models["teacher"] = load_teacher(loss, config, tokenizer, parallel, load)
+        for loader in loaders:
+            check_lengths(loader.examples, models["teacher"].policy)
     if "reference" in loss.needs:
         kind = reference_kind(loss, config)
         if kind == "adapter":
@@ -171,7 +174,7 @@ def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, 
     chosen = teacher_config(loss, config)
     dtype = DTYPES[chosen.policy_dtype]
     with parallel.taking_turns():
-        _compare_tokenizers(tokenizer, load_tokenizer(chosen), chosen.name_or_path)
+        check_teacher_tokenizer(chosen, tokenizer)
         frozen = load(chosen, tokenizer, dtype, config.packing, torch.float32)
     return Teacher(frozen, parallel, dtype, len(tokenizer), config.packing)
 
@@ -186,8 +189,9 @@ def teacher_config(loss: Loss, config: Config) -> ModelConfig:
     )
 
 
-def _compare_tokenizers(ours, theirs, name: str) -> None:
-    """Raises ConfigError when an id does not stand for the same token in both."""
+def check_teacher_tokenizer(teacher: ModelConfig, ours) -> None:
+    """Raise ConfigError when an id does not stand for the same token in the teacher's tokenizer and in ours."""
+    theirs, name = load_tokenizer(teacher), teacher.name_or_path
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if differing := sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token)):
         token = differing[0]

@@ -11,8 +11,6 @@ import torch
 from .agreement import check_inputs, check_options
 from .batch import Batch
 from .config import check_python_config
-from .data.loader import load_data
-from .data.template import make_template
 from .engine.checkpoint import restore_rng
 from .engine.faults import failpoint
 from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
@@ -25,9 +23,9 @@ from .evaluate import Totals, evaluate, step_statistics
 from .evaluation import evaluation_is_due, run_evaluation
 from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss, describe_loss
-from .model.load import DTYPES, load_policy, load_tokenizer
+from .model.load import DTYPES, load_policy
 from .model.save import check_saving, set_end_tokens
-from .prepare import make_loader, prepare_policy
+from .prepare import make_loader, prepare_policy, read_data
 from .reference import companions
 from .run import RunFolder
 from .saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
@@ -64,14 +62,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         torch.autograd.set_detect_anomaly(config.debug)
         with self.parallel.taking_turns():  # the first process of a machine tokenises and downloads
-            self.tokenizer = load_tokenizer(config.model, scores=self.loss.outputs is not None)
-            self.template = make_template(self.tokenizer, config, self.loss.record)
-            data = load_data(config, self.template, self.loss.record)
-            self.loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
+            self.template, data = read_data(config, self.loss)
+            self.tokenizer = self.template.tokenizer
             ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
         check_inputs(config, data, self.parallel)
-        self.notes = data.notes
+        self.notes, self.warnings = data.notes, data.warnings
         share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
         self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
         self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None
@@ -240,6 +236,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ begin and end
 
     def _begin(self) -> None:
+        self.tracking.warn(*(f"warning: {line}" for line in self.warnings))
         for line in (*self.notes, self._description()):
             self.tracking.say(line)
         if self.checkpoint is not None:

@@ -2,20 +2,29 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from .data.cache import BAD_ROWS, TokenCache
-from .data.loader import Loader
+from .config import check_python_config
+from .data.cache import TokenCache
+from .data.loader import Loader, describe_losses
 from .data.records import Conversation, assistant, user
 from .data.template import Template
 from .dry import DryRun, dry_run
-from .engine.parallel import pick_device
+from .engine.parallel import SingleDevice, pick_device
 from .errors import DataError, MinitrainError
 from .memory import estimate
+from .model.archive import read_archive
 from .model.damage import first_line
+from .model.load import DTYPES
+from .model.outline import outline_frozen
 from .model.scoring import is_encoder
+from .model.trial import try_outline
+from .prepare import check_lengths
+from .reference import check_teacher_tokenizer, teacher_config
+from .run import RunFolder
 from .schema import Config
 
 MAX_TOLD = 3  # rows of one kind of fault and file
@@ -27,12 +36,37 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     `with_memory`: also what it takes on each of so many devices, for which a step is tried out. Raises ConfigError, or
     DataError for rows that cannot be read or would teach something else than they say.
     """
+    config = check_python_config(config)
+    parallel = SingleDevice(pick_device(config.device))
+    RunFolder(config, parallel)  # refuses a folder with another run
     run = dry_run(config)
+    warnings = run.data.warnings + _try_out(run)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
     told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
     if told:
         raise DataError("\n".join(told))
-    return _figures(run) | (_memory(run, pick_device(config.device), devices) if with_memory else {})
+    figures = _figures(run) | (_memory(run, parallel.device, devices) if with_memory else {})
+    if "warning" in figures:
+        warnings.append(figures.pop("warning"))
+    return figures | ({"warning": "; ".join(warnings)} if warnings else {})
+
+
+def _try_out(run: DryRun) -> list[str]:
+    """Try what training tries between the data and the first step, and return warnings. Raises ConfigError."""
+    config, tokenizer = run.config, run.template.tokenizer
+    for examples in filter(None, (run.data.train, run.data.eval)):
+        run.loader(examples)
+    if config.model.archive:
+        read_archive(run.policy.model, Path(config.model.archive))
+    warnings = try_outline(run.outline(), config.packing)
+    if "teacher" in run.loss.needs:
+        teacher = teacher_config(run.loss, config)
+        check_teacher_tokenizer(teacher, tokenizer)
+        outline = outline_frozen(teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32)
+        for examples in filter(None, (run.data.train, run.data.eval)):
+            check_lengths(examples, outline)
+        warnings += [f"teacher: {warning}" for warning in try_outline(outline, config.packing)]
+    return warnings
 
 
 # ----------------------------------------------------------------------------------------------------------- faults
@@ -53,7 +87,7 @@ def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
         checks.append((documents[documents % 2 == 0] if kind == "feedback" else documents, told))
     checks.append(
         (
-            _with_second_bos(cache, template, run.config.max_length),
+            _with_second_bos(cache, kind, template, run.config.max_length),
             f"has more than one {template.tokenizer.bos_token!r}",
         )
     )
@@ -81,13 +115,17 @@ def _without_end(cache: TokenCache, end_ids: list[int], max_length: int) -> np.n
     return documents[~cut]
 
 
-def _with_second_bos(cache: TokenCache, template: Template, max_length: int) -> np.ndarray:
+def _with_second_bos(cache: TokenCache, kind: str, template: Template, max_length: int) -> np.ndarray:
     """Documents with a BOS behind the first one; at once behind it, where the template itself begins turns with it."""
     bos = template.tokenizer.bos_token_id
     if bos is None or bos in template.end_ids():
         return np.empty(0, np.int64)
     places = np.flatnonzero(cache.ids.numpy() == bos)
     documents = _document_of(cache, places)
+    if kind == "labelled":  # read as the tokenizer itself writes a text or a pair of them
+        allowed = template.tokenizer("a", "b")["input_ids"].count(bos)
+        found, counts = np.unique(documents, return_counts=True)
+        return found[counts > max(1, allowed)]
     start = cache.offsets[documents]
     if _begins_turns(bos, template):
         cut = cache.offsets[documents + 1] - start == max_length  # truncation keeps the first BOS, before any turn
@@ -143,10 +181,7 @@ def _left_out(caches: list[TokenCache]) -> str:
     counts: dict[str, int] = {}
     for what, count in (pair for cache in caches for pair in cache.counts.items()):
         counts[what] = counts.get(what, 0) + count
-    lost = sum(count for what, count in counts.items() if what == BAD_ROWS or "left out" in what)
-    n_rows = sum(map(len, caches)) + lost
-    shares = {what: "" if "turns" in what else f" ({_share(count, n_rows)})" for what, count in counts.items()}
-    return "; ".join(f"{count:,} {what}{shares[what]}" for what, count in counts.items()) or "nothing"
+    return "; ".join(describe_losses(counts, sum(cache.n_rows for cache in caches))) or "nothing"
 
 
 def _padding(run: DryRun, share: float) -> str:

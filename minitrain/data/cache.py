@@ -65,7 +65,7 @@ class Encoder:
     kind: str  # of the records
 
     def __call__(self, rows: list[Row]) -> "Chunk":
-        chunk = Chunk([], [], [], Counter())
+        chunk = Chunk([], [], [], [])
         for line, row in rows:
             try:
                 if isinstance(row, DataError):
@@ -76,10 +76,13 @@ class Encoder:
                 chunk.bad.append((len(chunk.examples), line, str(error)))
                 continue
             if isinstance(documents, str):
-                chunk.counts[f"examples left out ({documents})"] += 1
+                chunk.notes.append((len(chunk.examples), {f"examples left out ({documents})": 1}))
                 continue
-            for note in {note for document in documents for note in document.notes}:
-                chunk.counts[note] += max(document.notes.get(note, 0) for document in documents)
+            counts: dict[str, int] = {}
+            for document in documents:
+                counts |= {note: max(n, counts.get(note, 0)) for note, n in document.notes.items()}
+            if counts:
+                chunk.notes.append((len(chunk.examples), counts))
             chunk.examples.append([_as_arrays(document) for document in documents])
             chunk.lines.append(line)
         return chunk
@@ -106,12 +109,13 @@ class Encoder:
 
 @dataclass
 class Chunk:
-    """What one process made of some rows. `bad` holds (good examples before it, line, reason)."""
+    """What one process made of some rows. `bad` holds (good examples before it, line, reason), `notes` (good
+    examples before it, what is counted of it)."""
 
     examples: list[list[Tokens]]  # the documents of each, as arrays
     lines: list[int]  # of each
     bad: list[tuple[int, int, str]]
-    counts: Counter
+    notes: list[tuple[int, dict[str, int]]]
 
 
 def _as_arrays(document: Tokens) -> Tokens:
@@ -146,6 +150,11 @@ class TokenCache:
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.n_documents
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that its examples were made of, with those that were left out."""
+        return len(self) + sum(count for what, count in self.counts.items() if "left out" in what)
 
     @property
     def key(self) -> str:
@@ -239,7 +248,8 @@ def _build(path: Path, encoder: Encoder, source: Source, config: Config) -> None
     with new_cache(path, source.name) as writer:
         for chunk in _encoded(encoder, source, config):
             _judge_bad_rows(chunk, n_examples, wanted, source.name, config, counts)
-            counts.update(chunk.counts)
+            for before, found in chunk.notes:  # of rows behind the last one that is used, nothing is told
+                counts.update(found if n_examples + before < wanted else {})
             taken = chunk.examples[: wanted - n_examples]
             n_examples += len(taken)
             for line, documents in zip(chunk.lines, taken):

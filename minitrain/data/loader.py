@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 from ..batch import Batch
 from ..errors import ConfigError
 from ..schema import Config
-from .cache import TokenCache, load_cache
+from .cache import BAD_ROWS, TokenCache, load_cache
 from .collate import Document, collate
 from .mismatched import add_mismatched_answers
 from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_step
@@ -92,22 +91,24 @@ class Examples:
 
 @dataclass
 class Data:
-    """What a config's files hold: examples to train on, to evaluate on, and what there is to tell about them."""
+    """What a config's files hold: examples to train on, to evaluate on, and what was cut or left out of them.
+
+    `warnings` are about files that lost more than a third in some way.
+    """
 
     train: Examples
     eval: Examples | None
     notes: list[str]
+    warnings: list[str]
 
 
 def load_data(config: Config, template: Template, kind: str = "conversation") -> Data:
     """Reads all files of a config as records of a kind. Raises DataError or ConfigError."""
-    notes: list[str] = []
+    every: list[TokenCache] = []
 
     def read(entries) -> Examples:
-        caches = []
-        for entry in entries:
-            caches.append(load_cache(entry, template, config, kind))
-            notes.extend(_notes(caches[-1].source, caches[-1].counts))
+        caches = [load_cache(entry, template, config, kind) for entry in entries]
+        every.extend(caches)
         if kind == "feedback":
             caches = add_mismatched_answers(caches, config)
         return Examples(caches, [entry.weight for entry in entries])
@@ -117,11 +118,30 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
         evaluation = read(config.eval_datasets)
     elif config.validation_split:
         train, evaluation = train.split(config.validation_split, config.seed)
-    return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, notes)
+    notes = [f"{cache.source}: {lost}" for cache in every for lost in describe_losses(cache.counts, cache.n_rows)]
+    warnings = [line for cache in every for line in _warnings(cache, config)]
+    return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, notes, warnings)
 
 
-def _notes(path: str, counts: Counter) -> list[str]:
-    return [f"{path}: {count} {what}" for what, count in counts.items()]
+def describe_losses(counts: dict[str, int], n_rows: int) -> list[str]:
+    """Return how many of so many rows were cut or left out, each count with its share of them."""
+    return [f"{count:,} {what}{'' if _of_turns(what) else _share(count, n_rows)}" for what, count in counts.items()]
+
+
+def _warnings(cache: TokenCache, config: Config) -> Iterator[str]:
+    for what, count in cache.counts.items():
+        if count * 3 > cache.n_rows and not _of_turns(what):
+            longer = f"raise max_length={config.max_length}" if what != BAD_ROWS else "look at why they are bad"
+            yield f"{cache.source}: {count:,} {what}{_share(count, cache.n_rows)}, more than a third: {longer}"
+
+
+def _of_turns(what: str) -> bool:
+    """Whether turns are counted, of which a row has several."""
+    return "turns" in what
+
+
+def _share(count: int, n_rows: int) -> str:
+    return f" of {n_rows:,} ({100 * count / n_rows:.1f} %)"
 
 
 @dataclass

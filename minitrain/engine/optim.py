@@ -55,6 +55,11 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return optimizer
 
 
+def check_optimizer(config: Config) -> None:
+    """Raise the ConfigError that the optimizer's options would give when it is built over a model."""
+    build_optimizer(nn.Linear(1, 1), config)
+
+
 def lr_factor(step: int, total: int, warmup: int, shape: str) -> float:
     """What the peak learning rate is multiplied by at the 0-based optimizer step.
 

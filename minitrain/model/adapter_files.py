@@ -56,16 +56,13 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 def outline_adapter(config: Config, model: nn.Module) -> Adapter:
     """The adapter that `adapt_model` makes, without values, in a model on the meta device. Raises ConfigError."""
-    folder, options, saved = Path(config.model.adapter or ""), config.soft_prompt, None
     if config.model.adapter:
-        saved = _for_model(read_config(folder), model, folder)
-        if saved["peft_type"] != "LORA":
-            options = _prompt_options(saved)
-    if options.num_virtual_tokens:
+        return load_adapter(model, Path(config.model.adapter))  # what it sets has no values here, but has to fit
+    if config.soft_prompt.num_virtual_tokens:
         _refuse_encoder(model)
-        model.soft_prompt = SoftPrompt(model, options, 0)
+        model.soft_prompt = SoftPrompt(model, config.soft_prompt, 0)
         return PromptAdapter({}, {}, saved=heads_of(model).trained)
-    return inject(model, saved or _new_config(config, model))
+    return inject(model, _new_config(config, model))
 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:

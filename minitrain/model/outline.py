@@ -1,19 +1,21 @@
 """A policy without its weights, on the meta device: what it is made of, how much of it is trained, how it attends."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_files import has_adapter, outline_adapter
-from .damage import named, no_model, refuse_encoder
+from .damage import named, no_model, refuse_encoder, refuse_gaps
 from .load import DTYPES, freeze_layers, frozen_policy, grow_embeddings
 from .policy import Policy
-from .pretrained import attention_of, auto_class, read_model_config
+from .pretrained import attention_of, auto_class, quantization_of, read_model_config
 from .quantize import outline_quantized
 from .scoring import check_rows, make_policy, name_outputs
 from .tiny import tiny_model
-from .weights import parameters_on_meta
+from .weights import find_gaps, parameters_on_meta
 
 
 def outline_policy(
@@ -63,8 +65,11 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
             if outputs is None:
                 refuse_encoder(shape)
         model = kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
+        gaps = find_gaps(Path(config.name_or_path), model) if quantization_of(shape) is None else None
     except Exception as error:
         raise no_model(config, named(outputs), error) from None
+    if gaps is not None:
+        refuse_gaps(config, gaps, outputs)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if outputs is not None:

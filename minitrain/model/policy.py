@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from ..batch import IGNORE, Batch, Distillation, Scores
 from ..errors import ConfigError
 from . import attention
+from .damage import first_line
 from .divergence import divergences
 from .heads import OutputLayer, token_scores
+from .positions import position_limit
 
 
 class Policy(nn.Module):
@@ -56,6 +58,12 @@ class Policy(nn.Module):
             return_dict=True,
         )
         return outputs.last_hidden_state[:, n_before:]
+
+    @property
+    def position_limit(self) -> int:
+        """The longest text that the model can read, trained vectors before it not counted."""
+        prompt = self.model.soft_prompt.n_tokens if self.prompted else 0
+        return position_limit(self.model) - prompt
 
     @property
     def pays_for_long_rows(self) -> bool:
@@ -193,10 +201,22 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
     """The second document's score must not depend on the first one's embeddings at all. Raises ConfigError."""
     seen = []
     embedding = policy.model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad_()))
-    with torch.enable_grad():
-        score = policy.score_of_second(policy(row_of(ids, [5, len(ids) - 5])))  # []
-    hook.remove()
+
+    def note(module, args, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())  # [1, 12, H]
+        return seen[-1].clone()  # which a model may change in place
+
+    hook = embedding.register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            score = policy.score_of_second(policy(row_of(ids, [5, len(ids) - 5])))  # []
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        name, reason = type(policy.model).__name__, first_line(error)
+        raise ConfigError(f"packing: {name} cannot read packed rows ({reason}). Set packing=false.") from None
+    finally:
+        hook.remove()
     gradient = torch.autograd.grad(score, seen[0])[0]  # [1, 12, H]
     if gradient[0, :5].any():
         raise ConfigError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..batch import Batch, Scores
 from ..errors import ConfigError
 from .policy import Policy, check_packing, find_blocks, n_positions, row_of
+from .positions import UNLIMITED
 
 
 class Heads(NamedTuple):
@@ -61,12 +62,7 @@ class EncoderScorer(Policy):
     """An encoder of BERT's kind with the head that transformers gives it; one document a row, padded on the right."""
 
     def forward(self, batch: Batch) -> Scores:
-        """`scores` [D, L] of the documents. Raises ConfigError for more tokens than the model has positions."""
-        if batch.input_ids.shape[1] > self.n_positions:
-            raise ConfigError(
-                f"max_length: a text has {batch.input_ids.shape[1]} tokens, and {type(self.model).__name__} has places "
-                f"for {self.n_positions}; set max_length={self.n_positions}."
-            )
+        """`scores` [D, L] of the documents."""
         mask = batch.doc_ids >= 0  # [R, T]
         mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not come to NaN
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
@@ -81,7 +77,11 @@ class EncoderScorer(Policy):
         for name, module in self.model.base_model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        return 1 << 62
+        return UNLIMITED
+
+    @property
+    def position_limit(self) -> int:
+        return self.n_positions
 
     def check(self, ids: Tensor, packing: bool, gathered) -> None:
         check_rows(self.model, packing)

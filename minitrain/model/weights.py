@@ -183,3 +183,28 @@ def weight_files(name: str, revision: str | None) -> list[Path]:
 def _keys(path: Path) -> list[str]:
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
+
+
+def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
+    """Return the missing and mismatched keys of a local model's safetensors files, as transformers names them.
+
+    Only the headers are read. Nothing is returned of files that are named otherwise than the model's parameters.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    gaps = {"missing_keys": [], "mismatched_keys": []}
+    files = weight_files(str(folder), None) if folder.is_dir() else []
+    if not files or get_model_conversion_mapping(model, add_legacy=False):
+        return gaps
+    shapes = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, parameter in model.named_parameters():
+        key = name if name in shapes else name.removeprefix(f"{model.base_model_prefix}.")
+        if key in shapes and shapes[key] != list(parameter.shape):
+            gaps["mismatched_keys"].append((name, tuple(shapes[key]), tuple(parameter.shape)))
+        elif key not in shapes and name not in tied:
+            gaps["missing_keys"].append(name)
+    return gaps

@@ -73,7 +73,7 @@ def test_figures(write, report):
     code, found, err = report(write(rows, **options))
     assert code == 0 and err == ""
     assert found["examples"] == "15 to train on, 5 to evaluate on"
-    assert found["left out"] == "1 bad rows left out (4.3 %); 2 examples left out (too long) (8.7 %)"
+    assert found["left out"] == "1 bad rows left out of 23 (4.3 %); 2 examples left out (too long) of 23 (8.7 %)"
     assert found["steps"] == "6 of 8 examples, 3.00 epochs of 15 examples"
     code, found, _ = report(write(ROWS, n_steps=7))
     texts = [f"|user\nsay {i}|\n|assistant\n{row['response']}|" for i, row in enumerate(ROWS)]

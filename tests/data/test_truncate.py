@@ -75,7 +75,7 @@ def test_dropped_examples_are_counted(jsonl, config, template, how, reason):
     entry = jsonl([long, {"prompt": "x", "response": "y"}, long])
     config.datasets = [entry]
     data = load_data(config, template)
-    assert len(data.train) == 1 and data.notes == [f"{entry.path}: 2 examples left out ({reason})"]
+    assert len(data.train) == 1 and data.notes == [f"{entry.path}: 2 examples left out ({reason}) of 3 (66.7 %)"]
     config.datasets = [jsonl([long], "all.jsonl")]
     for _ in range(2):  # also when the cache is there already
         with pytest.raises(DataError, match=r"all\.jsonl: no example can be trained on \(1 examples left out"):
@@ -87,6 +87,6 @@ def test_truncated_examples_are_counted(jsonl, config, template):
     config.max_length = 24
     config.datasets = [jsonl([{"prompt": "x" * 50, "response": "yes"}])]
     data = load_data(config, template)
-    assert data.notes == [f"{config.datasets[0].path}: 1 truncated examples"]
+    assert data.notes == [f"{config.datasets[0].path}: 1 truncated examples of 1 (100.0 %)"]
     (cut,) = data.train[0]
     assert template.tokenizer.decode(cut.ids[cut.mask.bool()]) == "yes<|im_end|>" and len(cut.ids) == 24

@@ -1,0 +1,85 @@
+"""A policy on the meta device tried out as a loaded one is, with random values that take next to no memory."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .damage import first_line
+from .policy import Policy, check_packing, check_policy, find_blocks
+from .scoring import is_encoder
+
+SPREAD = 0.05  # of the values: large enough for gradients that are not 0, small enough not to overflow
+N_VALUES = 1 << 20  # which are repeated
+MAX_VOCABULARY = 1024  # rows of the output layer; the trial needs the first few tokens only
+
+
+def try_outline(policy: Policy, packing: bool) -> list[str]:
+    """Try what training tries with the weights, and return warnings. The policy is of no further use.
+
+    Raises:
+        ConfigError: With `packing`, when documents of one row see each other. Values make no difference to that.
+    """
+    _give_values(policy)
+    warnings = []
+    for _ in _fewer_blocks(policy.model.base_model):
+        try:
+            check_policy(policy, packing=False)
+            warnings = []
+            break
+        except Exception as error:  # whatever a model may do with such values
+            warnings = [f"tried out with random values: {first_line(error)}"]
+    if packing and not is_encoder(policy.model):
+        policy.eval()
+        refused = None
+        for _ in _fewer_blocks(policy.model.base_model):
+            try:
+                check_packing(policy, torch.arange(3, 15))
+                return warnings
+            except ConfigError as error:
+                refused = error
+        raise refused
+    return warnings
+
+
+def _fewer_blocks(model: nn.Module) -> Iterator[None]:
+    """Yield with one block of each kind in the model, which is quicker, and then with all of them."""
+    blocks = find_blocks(model)
+    every = list(blocks)
+    distinct = list({_signature(block): block for block in reversed(every)}.values())[::-1]
+    for chosen in (distinct, every):
+        del blocks[:]
+        blocks.extend(chosen)
+        yield
+
+
+def _signature(block: nn.Module) -> tuple:
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
+    return (*((name, type(module)) for name, module in block.named_modules()), *shapes)
+
+
+def _give_values(policy: Policy) -> None:
+    values = SPREAD * torch.randn(N_VALUES, generator=torch.Generator().manual_seed(0))
+    head = policy.model.get_output_embeddings()
+    vocabulary = () if hasattr(head, "lora") else (head, policy.model.get_input_embeddings())
+    made: dict[int, nn.Parameter] = {}  # what is tied stays so
+    for module in policy.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            shape = list(parameter.shape)
+            if module in vocabulary:
+                shape[0] = min(shape[0], MAX_VOCABULARY)
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(_view(values, shape), requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _view(values: Tensor, shape: list[int]) -> Tensor:
+    """Return a tensor over few values: rows overlap by all but one, and matrices of a stack are the same one."""
+    pitch = shape[-1] if len(shape) > 2 else 1  # products of stacked matrices refuse rows that overlap
+    strides = [0] * (len(shape) - 2) + [pitch, 1][2 - min(2, len(shape)) :]
+    n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    values = values if n <= len(values) else values.repeat(-(-n // len(values)))
+    return values.as_strided(shape, strides)
