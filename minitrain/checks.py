@@ -148,6 +148,13 @@ def _check_model(config: Config, problems: Problems) -> None:
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             problems.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
+        elif entry != "embeddings" and _is_reversed(str(entry)):
+            problems.add("freeze_layers", f"the range {entry} ends before it begins. Write the smaller number first.")
+
+
+def _is_reversed(span: str) -> bool:
+    first, _, last = span.partition("-")
+    return bool(last) and int(last) < int(first)
 
 
 def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:

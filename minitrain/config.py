@@ -118,6 +118,8 @@ def _read_text(path: Path) -> str:
     if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".tsv")):
         raise ConfigError(f"{path}: this is a file of data; name the YAML file whose `datasets` name it.")
     try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise ConfigError(f"{path}: not a regular file (a pipe or a device). Name a YAML file.")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)

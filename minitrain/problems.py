@@ -111,6 +111,8 @@ def check_types(schema: type, given: dict, path: str, problems: Problems) -> dic
             problems.add(full, "is left open (???); give it a value.")
         else:
             try:
+                if isinstance(value, str) and "\0" in value:
+                    raise _Unfit(f"holds a NUL character, got {shown(value)}. Remove it.")
                 values[key] = _value(hints[key], value, full, problems)
                 if known[key].metadata:  # a loss of the user's own may have plain dataclass fields
                     check_limits(known[key].metadata, values[key])

@@ -1,5 +1,6 @@
 """Reading a config: what is accepted, what is told about the rest, and what is written down of it."""
 
+import os
 import sys
 import warnings
 
@@ -310,3 +311,24 @@ def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
 def test_exp_name_is_the_name_of_one_folder(load, name):
     """A run can be written nowhere but into output_dir."""
     assert "is not the name of a folder" in problems(load, f"exp_name: '{name}'")[1]
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("freeze_layers: [9-0]", "freeze_layers: the range 9-0 ends before it begins."),
+        ('cache_dir: "a\\0b"', "cache_dir: holds a NUL character"),
+        ('output_dir: "\\0"', "output_dir: holds a NUL character"),
+        ('chat_template: "\\0"', "chat_template: holds a NUL character"),
+    ],
+)
+def test_values_that_would_fail_late(load, lines, told):
+    """They are refused with their line, before anything is loaded."""
+    assert told in problems(load, lines)[1]
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    """It is refused at once, where reading it would wait for ever."""
+    os.mkfifo(tmp_path / "c.yml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_config(tmp_path / "c.yml")
