@@ -217,6 +217,19 @@ def much_clipping(run: History) -> Finding | None:
     )
 
 
+def bounded_ratios(run: History) -> Finding | None:
+    bounded = [point for point in run.points("train/bounded_fraction") if point.value > 0]
+    if not bounded:
+        return None
+    worst = max(bounded, key=lambda point: point.value)
+    return Finding(
+        "Some log-ratios are so large that they were bounded.",
+        f"At step {worst.step} {worst.value:.1%} of the tokens had no gradient (bounded_fraction). "
+        f"It is above 0 at {_steps(bounded)}.",
+        "checking that old_logps and ref_logps are of this model, template and loss.temperature, and a lower lr.",
+    )
+
+
 def far_ratio(run: History) -> Finding | None:
     low, high = RATIOS
     far = [point for point in run.points("train/ratio") if not low <= point.value <= high]
@@ -314,6 +327,7 @@ CHECKS = [
     Check("overfitting", overfitting, ("train/loss", "eval/loss"), unless="train/ratio"),
     Check("log-probabilities of chosen answers", chosen_falls, ("train/logps/chosen", "train/rewards/margins")),
     Check("clip fractions", much_clipping, ("train/clip_fraction/high",)),
+    Check("bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
     Check("distance from the sampling policy", far_ratio, ("train/ratio",)),
     Check("padding", much_padding, ("train/padding",)),
     Check("speed", slower, ("train/tokens_per_second",)),

@@ -37,7 +37,7 @@ def preferences(i: int) -> dict:
 
 
 def rollouts(i: int) -> dict:
-    clips = {"clip_fraction/high": 0.05 + 0.02 * wobble(i), "clip_fraction/low": 0.05}
+    clips = {"clip_fraction/high": 0.05 + 0.02 * wobble(i), "clip_fraction/low": 0.05, "bounded_fraction": 0.0}
     return common(i) | clips | {"loss": 0.1 * wobble(i), "ratio": 1 + 0.05 * wobble(i)}
 
 
@@ -164,6 +164,11 @@ CASES = {
         dict(kind="policy", train={"clip_fraction/high": lambda i: 0.02 * i}),
         "Much of the data is clipped.",
         "Over the last third of the lines 54% of the tokens",
+    ),
+    "bounded log-ratios": (
+        dict(kind="policy", train={"bounded_fraction": lambda i: 0.02 * (i == 4)}),
+        "Some log-ratios are so large that they were bounded.",
+        "2.0% of the tokens had no gradient (bounded_fraction)",
     ),
     "ratio": (
         dict(kind="policy", train={"ratio": lambda i: 1 + 0.02 * i}),
