@@ -9,7 +9,10 @@ PYTHONS ?= $(shell for v in 10 11 12 13 14; do \
 # Processes of one core each.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-pythons faults lint bench docs clean
+# Of tests/processors.py.
+PROCESSORS := sse avx2 bfloat16 amx
+
+.PHONY: demo test test-all test-processors test-pythons faults lint bench docs clean
 
 $(VENV)/ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +32,13 @@ test: $(VENV)/ready  ## the tests, without the slow ones
 
 test-all: $(VENV)/ready  ## every test; before a release
 	$(BIN)/python -m pytest $(PARALLEL) -m ""
+	$(MAKE) test-processors
+
+test-processors: $(VENV)/ready  ## the numeric tests as on other processors
+	@for processor in $(PROCESSORS); do \
+		echo "== as on $$processor"; \
+		AS_PROCESSOR=$$processor $(BIN)/python -m pytest $(PARALLEL) -m "numeric and not slow" || exit 1; \
+	done
 
 test-pythons:  ## the tests under every Python from 3.10 on that this machine has
 	@for python in $(PYTHONS); do \

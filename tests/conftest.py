@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processors import PROCESSOR, set_answers
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -16,6 +18,9 @@ import torch
 from minitrain import Trainer, load_config
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
+
+if PROCESSOR:
+    set_answers(PROCESSOR)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data and models, which users do not have

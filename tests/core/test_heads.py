@@ -7,6 +7,8 @@ from minitrain.model import heads
 from minitrain.model.heads import OutputLayer, token_scores
 from tests.core.tensors import Largest
 
+pytestmark = pytest.mark.numeric
+
 N, H, V = 11, 6, 17
 
 

@@ -19,6 +19,8 @@ from minitrain.model.policy import Policy
 from tests.conftest import random_llama
 from tests.core.examples import LENGTHS, N, collated, examples, prepared, step
 
+pytestmark = pytest.mark.numeric
+
 # Options under which each loss is tried besides its defaults.
 VARIANTS = {
     "sft": [{"label_smoothing": 0.1}, {"focal_gamma": 2.0}],

@@ -20,6 +20,8 @@ from minitrain.teach import teach
 from tests.conftest import metrics, random_llama, weights
 from tests.core.tensors import Largest
 
+pytestmark = pytest.mark.numeric
+
 N, H, V = 11, 6, 17
 FORMULAS = {name: f for name, f in DIVERGENCES.items() if name != "jsd"}
 FORMULAS |= {f"jsd {b}": functools.partial(jsd, weight=b) for b in (0, 0.3, 0.5, 1)}

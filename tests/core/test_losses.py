@@ -12,6 +12,8 @@ from minitrain import ConfigError, create_loss, load_config
 from minitrain.batch import Scores
 from minitrain.model.heads import OutputLayer, token_scores
 
+pytestmark = pytest.mark.numeric
+
 
 class TablePolicy:
     """A policy whose logits are a given [N, V] table: hidden states times the identity."""

@@ -12,6 +12,8 @@ from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import random_llama
 from tests.core.tensors import close
 
+pytestmark = pytest.mark.numeric
+
 bnb = pytest.importorskip("bitsandbytes")
 
 BITS = pytest.mark.parametrize("bits", ["4bit", "8bit"])
