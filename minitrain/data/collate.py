@@ -39,17 +39,18 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     prefixes = torch.zeros(len(documents), 2, dtype=torch.int64)  # [D, 2]
     n_docs = 0
     for r, row in enumerate(rows):
-        start = owner = 0
+        start = owner = length = 0
         for document in row:
             shared = document.shared
             assert not shared or start > owner
             own = slice(shared, None)
-            span = slice(start, start + len(document.ids) - shared)
+            length = len(document.ids)
+            span = slice(start, start + length - shared)
             ids = document.ids[own].long()
             input_ids[r, span] = ids
             labels[r, span] = torch.where(document.mask[own].bool(), ids, IGNORE)
             doc_ids[r, span] = n_docs
-            position_ids[r, start:] = torch.arange(shared, shared + n_columns - start)
+            position_ids[r, span] = torch.arange(shared, length)
             for name, column in document.columns.items():
                 columns[name][r, span] = column[own]
             if shared:
@@ -58,6 +59,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
                 owner = start
             n_docs += 1
             start = span.stop
+        position_ids[r, start:] = torch.arange(length, length + n_columns - start)
     values = {
         name: torch.tensor([document.values[name] for document in documents])  # [D]
         for name in (documents[0].values if documents else {})

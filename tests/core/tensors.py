@@ -27,3 +27,14 @@ class Largest(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
         return out
+
+
+class Written(TorchDispatchMode):
+    """``with Written() as seen: ...``: `seen.numel` of all tensors together that operations made or wrote inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel += out.numel() if isinstance(out, torch.Tensor) and not function.is_view else 0
+        return out

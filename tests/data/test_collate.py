@@ -6,6 +6,7 @@ import torch
 from minitrain.batch import IGNORE
 from minitrain.data.collate import Document, collate
 from minitrain.model.tiny import tiny_model
+from tests.core.tensors import Written
 
 PAD = 9
 
@@ -29,6 +30,17 @@ def test_layout():
     assert batch.targets.tolist() == [3, 5, PAD] and batch.target_docs.tolist() == [0, 1, 2]
     assert batch.predictors.tolist() == [1, 3, 5]
     assert {batch.input_ids.dtype, batch.labels.dtype, batch.doc_ids.dtype} == {torch.int64}
+
+
+def test_a_row_is_written_once_however_many_documents_it_holds():
+    """Twice the documents of the same length in a row write twice the elements, not four times."""
+    written = []
+    for n_documents in (100, 200):
+        documents = [document(*range(1, 9)) for _ in range(n_documents)]
+        with Written() as seen:
+            collate([documents], PAD)
+        written.append(seen.numel)
+    assert written[1] <= 2.1 * written[0]
 
 
 def test_nothing_to_collate():
