@@ -1,8 +1,8 @@
 """The policy: a transformers causal language model that gives per-token scores instead of logits."""
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ class Policy(nn.Module):
         attention gets them in the mask's place. Rows of one document each have the same positions.
         """
         by_document = batch.packed and self.keeps_documents_apart
-        positions = batch.position_ids if batch.packed else batch.position_ids[:1]
+        # In packed rows, padding that continues the positions could go beyond those that the model has places for.
+        positions = batch.position_ids * (batch.doc_ids >= 0) if batch.packed else batch.position_ids[:1]
         inputs, n_before = {"input_ids": batch.input_ids}, 0
         if self.prompted:
             prompt = self.model.soft_prompt
@@ -177,24 +178,57 @@ def check_policy(
     policy.train(training)
 
 
-@torch.no_grad()
+LARGE_LOGIT = 30.0  # large enough to see a softcap, a scale or a multiplier
+
+
 def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager]) -> None:
+    """Compare log-probabilities as they are, and on hidden states scaled so that the largest logit is `LARGE_LOGIT`.
+
+    New models, above all, have logits so small that what an output layer does to them could not be told from rounding.
+    """
+    largest = _compare_logps(policy, ids, gathered, 1.0)
+    if largest > 0:
+        _compare_logps(policy, ids, gathered, LARGE_LOGIT / largest)
+
+
+@torch.no_grad()
+def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager], scale: float) -> float:
+    """Compare the policy with its model on the last hidden states times `scale`; return the model's largest logit."""
     prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
-    ours = policy(row_of(ids, [12])).logps  # [11]
-    policy.prompted = prompted
-    with gathered():
-        logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
+    with _scaled_states(policy.model.base_model, scale):
+        ours = policy(row_of(ids, [12])).logps  # [11]
+        policy.prompted = prompted
+        with gathered():
+            logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
     if not logits.isfinite().all():
         raise ConfigError(
             "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for policy_dtype."
         )
     plain = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2 + float(logits.abs().max()) / 64
-    if not torch.allclose(plain, ours, rtol=tolerance, atol=tolerance):
+    largest = float(logits.abs().max())
+    tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2 + largest / 64
+    relative = tolerance if scale == 1.0 else min(tolerance, 1e-2)
+    if not torch.allclose(plain, ours, rtol=relative, atol=tolerance):
         raise ConfigError(
             f"model.name_or_path: the output layer of {type(policy.model).__name__} does something that minitrain "
             "does not know, so its log-probabilities would be wrong. Please report this architecture."
         )
+    return largest
+
+
+@contextmanager
+def _scaled_states(body: nn.Module, scale: float) -> Iterator[None]:
+    """Inside, a model without its output layer gives its last hidden states times `scale`."""
+
+    def scaled(module, inputs, outputs):
+        outputs.last_hidden_state = outputs.last_hidden_state * scale
+        return outputs
+
+    hook = body.register_forward_hook(scaled)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_packing(policy: Policy, ids: Tensor) -> None:

@@ -19,6 +19,8 @@ from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, ModelConfig
 from tests.conftest import SHARED, random_llama
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = dict(
     vocab_size=128,
     hidden_size=32,
@@ -84,6 +86,22 @@ def test_an_unknown_output_layer_is_refused():
     """A head that does more than minitrain knows is found before training, not by a strange loss."""
     model = random_llama()
     model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(ConfigError, match="output layer"):
+        check_policy(Policy(model), packing=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["softcap", "scale", "multiplier"])
+def test_an_output_layer_is_checked_on_large_logits(change, dtype):
+    """A new model's logits are so small that none of these shows in them."""
+    changes = {
+        "softcap": lambda logits: 50 * torch.tanh(logits / 50),
+        "scale": lambda logits: logits / 1.2,
+        "multiplier": lambda logits: logits * 0.9,
+    }
+    model = random_llama(initializer_range=0.002).to(dtype).eval()
+    check_policy(Policy(model), packing=False)
+    model.lm_head.register_forward_hook(lambda module, args, out: changes[change](out))
     with pytest.raises(ConfigError, match="output layer"):
         check_policy(Policy(model), packing=False)
 
