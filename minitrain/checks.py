@@ -175,6 +175,8 @@ def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
     wanted = config.lora.target_modules
     if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
         problems.add("lora.target_modules", "expected names in a list, a regular expression, or all-linear.")
+    elif config.lora.rank and not wanted:
+        problems.add("lora.target_modules", "is empty, so that nothing would be trained. Name layers, or leave it out.")
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
         told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."

@@ -46,7 +46,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             groups.setdefault((ratio, decay), []).append(parameter)
     try:
         optimizer = chosen([{"params": each} for each in groups.values()], **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"optimizer: {chosen.__name__} refuses its options: {error}") from None
     for group, (ratio, decay) in zip(optimizer.param_groups, groups, strict=True):
         group["lr_ratio"] = ratio

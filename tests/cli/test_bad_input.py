@@ -111,6 +111,7 @@ from tests.conftest import ROOT
         # the form of an override
         (["lr"], "lr: write it as key=value"),
         (["lr=[1"], "lr: cannot be set to '[1'"),
+        (["lora={rank: 2, target_modules: []}"], "lora.target_modules: is empty, so that nothing would be trained."),
         (["datasets.path=x"], "datasets.path: names an option of a list. Name an entry of it, for example datasets[0]"),
         (["lr=!!int x"], "lr: 'x' is not of the type !!int. Leave the tag out."),
         (["lr=" + "1" * 5000], "lr: 1111111111111111111111111111111111111... is a number of 5000 digits."),
