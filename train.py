@@ -2,7 +2,7 @@
 
 import sys
 
-from minitrain.cli import main
+from minitrain.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]], prog="train.py"))
+    run(["train", *sys.argv[1:]], prog="train.py")

@@ -12,6 +12,7 @@ _HOMES = {
     "LossOutput": "losses",
     "Batch": "batch",
     "Scores": "batch",
+    "exit_process": "engine.process",
     "MinitrainError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",

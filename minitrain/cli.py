@@ -7,8 +7,10 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from . import commands
+from .engine.process import exit_process
 
 EXIT_CODES = """exit codes:
   0    done
@@ -25,6 +27,11 @@ LESS_MEMORY = (
     "Make batches smaller (a higher gradient_accumulation_steps; --batch-size, eval_batch_size), or rows "
     "(max_length), or set activation_checkpointing=true."
 )
+
+
+def run(argv: list[str] | None = None, prog: str = "minitrain") -> NoReturn:
+    """Run a command and end the process with its exit code."""
+    exit_process(main(argv, prog))
 
 
 def main(argv: list[str] | None = None, prog: str = "minitrain") -> int:

@@ -1,5 +1,6 @@
 """One device or many behind one small interface, so that the loop does not know which."""
 
+import atexit
 import contextlib
 import dataclasses
 import itertools
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .. import errors
 from ..errors import ConfigError, MinitrainError, RunError
 from ..schema import Config, FSDPConfig
+from .process import let_threads_settle
 from .watchdog import Watchdog
 
 _turns = itertools.count()
@@ -334,6 +336,8 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if world_size > 1:
+        atexit.register(let_threads_settle)
 
 
 @contextlib.contextmanager
