@@ -95,7 +95,7 @@ def build_adapter(setting: Setting, folder: Path) -> None:
     from minitrain.schema import Config, LoRAConfig, ModelConfig
 
     model = build_model(setting)
-    model.has_new_tokens = False
+    model.new_ids = []
     config = Config(
         model=ModelConfig(str(folder / "model")), lora=LoRAConfig(rank=setting.lora, alpha=2 * setting.lora)
     )

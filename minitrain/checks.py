@@ -8,6 +8,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import regex
+
 from .errors import ConfigError
 from .names import RIVALS
 from .places import check_archive, check_folder, check_source, looks_local, near_file
@@ -177,6 +179,8 @@ def _check_adapter(config: Config, given: set[str], problems: Problems) -> None:
         problems.add("lora.target_modules", "expected names in a list, a regular expression, or all-linear.")
     elif config.lora.rank and not wanted:
         problems.add("lora.target_modules", "is empty, so that nothing would be trained. Name layers, or leave it out.")
+    elif isinstance(wanted, str) and (error := _no_expression(wanted)):
+        problems.add("lora.target_modules", f"{wanted!r} is no regular expression: {error}.")
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
         told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
@@ -364,6 +368,15 @@ def _check_evaluation(config: Config, given: set[str], problems: Problems) -> No
         problems.add("early_stopping.patience", "would be ignored: it needs eval_every_steps.", "eval_every_steps")
     if stopping.metric == "exact_match" and not answers.n_examples:
         problems.add("early_stopping.metric", "exact_match needs eval_generate.n_examples.", "eval_generate")
+
+
+def _no_expression(expression: str) -> str | None:
+    """What is wrong with a regular expression, if anything is."""
+    try:
+        regex.compile(expression)
+    except regex.error as error:
+        return str(error)
+    return None
 
 
 def _has_one_group(expression: str) -> bool:

@@ -18,7 +18,7 @@ from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
 from .evaluate import inference
-from .model.adapter_files import CONFIG_FILE, read_config
+from .model.adapter_config import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions

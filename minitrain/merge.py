@@ -8,7 +8,7 @@ from .data.template import Template
 from .engine.folders import atomic_folder
 from .errors import ConfigError
 from .generate import find_model, model_config, saved_dtype
-from .model.adapter_files import read_config
+from .model.adapter_config import read_config
 from .model.load import DTYPES, fold_adapter, load_base, load_tokenizer, trained_outputs
 from .model.save import check_saving, save_model, set_end_tokens
 from .model.scoring import heads_of

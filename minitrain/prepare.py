@@ -45,7 +45,7 @@ def prepare_policy(
     `dropout`: whether it is on in training.
     """
     blocks = find_blocks(policy.model.base_model)
-    freeze_layers(policy.model, config.freeze_layers, precision.dtype)
+    freeze_layers(policy.model, config.freeze_layers, precision.dtype, weights)
     if config.activation_checkpointing:
         checkpoint_activations(policy.model)
     if config.compile:

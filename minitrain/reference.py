@@ -31,11 +31,12 @@ from .engine.precision import Precision
 from .errors import ConfigError
 from .evaluate import inference
 from .losses import Loss
-from .model.adapter_files import has_adapter
+from .model.adapter_config import has_adapter
 from .model.heads import OutputLayer
 from .model.identity import identity
 from .model.load import DTYPES, load_frozen, load_tokenizer
 from .model.policy import Policy, check_policy, find_blocks
+from .model.vocabulary import count_ids
 from .prepare import check_lengths
 from .schema import Config, ModelConfig
 from .tensor_files import save_file
@@ -176,7 +177,7 @@ def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, 
     with parallel.taking_turns():
         check_teacher_tokenizer(chosen, tokenizer)
         frozen = load(chosen, tokenizer, dtype, config.packing, torch.float32)
-    return Teacher(frozen, parallel, dtype, len(tokenizer), config.packing)
+    return Teacher(frozen, parallel, dtype, count_ids(tokenizer), config.packing)
 
 
 def teacher_config(loss: Loss, config: Config) -> ModelConfig:

@@ -99,7 +99,7 @@ class ModelConfig:
 
 @dataclass
 class LoRAConfig:
-    rank: int = option(0, "Rank of the matrices; 0 trains without LoRA.", least=0)
+    rank: int = option(0, "Rank of the matrices; 0 trains without LoRA.", least=0, most=32768)
     alpha: float = option(16.0, "The update is scaled by alpha / rank.", above=0)
     dropout: float = option(0.0, "Dropout of the matrices' input.", least=0, most=1)
     target_modules: Any = option(
@@ -125,7 +125,7 @@ class LoRAConfig:
 
 @dataclass
 class SoftPromptConfig:
-    num_virtual_tokens: int = option(0, "Trained vectors before every example; 0 trains without.", least=0)
+    num_virtual_tokens: int = option(0, "Trained vectors before every example; 0 trains without.", least=0, most=32768)
     method: str = option(
         "prompt",
         "prompt: in the place of embeddings. prefix: keys and values in every layer's attention.",

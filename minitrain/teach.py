@@ -31,6 +31,7 @@ from .losses.kd import IDS, LOGPS, KDOptions
 from .model.divergence import likeliest
 from .model.identity import identity
 from .model.load import load_tokenizer
+from .model.vocabulary import count_ids
 from .prepare import make_loader
 from .reference import Teacher, batches_with_places, load_teacher, teacher_config
 from .schema import Config
@@ -45,13 +46,13 @@ def teach(config: Config, output: Path | None = None) -> Path:
     _check(loss.needs, loss.options)
     parallel = SingleDevice(pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
-    if loss.options.top_k > len(tokenizer):
-        raise ConfigError(f"loss.top_k: is {loss.options.top_k}, and the tokenizer has {len(tokenizer)} tokens.")
+    if loss.options.top_k > count_ids(tokenizer):
+        raise ConfigError(f"loss.top_k: is {loss.options.top_k}, and the tokenizer has {count_ids(tokenizer)} tokens.")
     data = load_data(config, make_template(tokenizer, config, loss.record), loss.record)
     found = [*data.train.caches, *(data.eval.caches if data.eval else [])]
     caches = {cache.key: cache for cache in found}
     chosen = teacher_config(loss, config)
-    made = {"temperature": loss.options.temperature, "top_k": loss.options.top_k, "n_tokens": len(tokenizer)}
+    made = {"temperature": loss.options.temperature, "top_k": loss.options.top_k, "n_tokens": count_ids(tokenizer)}
     made |= {"teacher": loss.options.teacher, "teacher_dtype": chosen.policy_dtype}
     if output is None:
         digest = hashlib.sha256(json.dumps([made, list(caches), identity(chosen)]).encode()).hexdigest()[:32]

@@ -25,6 +25,7 @@ from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss, describe_loss
 from .model.load import DTYPES, load_policy
 from .model.save import check_saving, set_end_tokens
+from .model.vocabulary import describe_new
 from .prepare import make_loader, prepare_policy, read_data
 from .reference import companions
 from .run import RunFolder
@@ -67,7 +68,9 @@ class Trainer:
             ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
         check_inputs(config, data, self.parallel)
-        self.notes, self.warnings = data.notes, data.warnings
+        new = describe_new(policy.model, self.tokenizer)
+        self.notes = [*data.notes, *([f"new tokens: {new}"] if new else [])]
+        self.warnings = data.warnings
         share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
         self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
         self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None

@@ -22,6 +22,7 @@ from .model.load import DTYPES
 from .model.outline import outline_frozen
 from .model.scoring import is_encoder
 from .model.trial import try_outline
+from .model.vocabulary import describe_new
 from .prepare import check_lengths
 from .reference import check_teacher_tokenizer, teacher_config
 from .run import RunFolder
@@ -160,7 +161,7 @@ def _figures(run: DryRun) -> dict[str, str]:
     lengths = train.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
     learned = train.of_documents(_n_learned).sum(1)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
-    parameters = list(run.policy.parameters())
+    parameters, new = list(run.policy.parameters()), describe_new(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return {
         "examples": f"{len(train):,} to train on" + (f", {len(held):,} to evaluate on" if held else ""),
@@ -172,6 +173,7 @@ def _figures(run: DryRun) -> dict[str, str]:
         "tokens": f"{tokens / loader.steps_per_epoch:,.0f} a step, {tokens:,} an epoch; "
         f"{_share(learned, tokens)} learned",
         "padding": _padding(run, 1 - tokens / cells),
+        **({"new tokens": new} if new else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
     }
 

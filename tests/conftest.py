@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from minitrain import Trainer, load_config
 from minitrain.model.save import save_model
@@ -42,7 +44,39 @@ def random_llama(**changes):
     """A Llama of 2 layers and width 32 over the embedded tokenizer, with weights large enough to matter."""
     tokenizer = tiny_tokenizer()
     shape = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2} | changes
-    return tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, **shape)
+    model = tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, **shape)
+    model.new_ids = []
+    return model
+
+
+def byte_tokenizer(hole: int = 0, spare: int = 0) -> PreTrainedTokenizerFast:
+    """One token a byte and an EOS, without a chat template.
+
+    `hole` ids are missing before the last bytes; `spare` more tokens are special ones that no text has.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {"<|end|>": 0} | {symbol: i + 1 + (hole if i > 200 else 0) for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([f"<|spare-{i}|>" for i in range(spare)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="session")
+def byte_folder(tmp_path_factory) -> str:
+    """`byte_tokenizer` as a folder, without a model: beside one, transformers would add tokens of its own."""
+    folder = tmp_path_factory.mktemp("bytes")
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def more_bytes_folder(tmp_path_factory) -> str:
+    """The same with more tokens than the random Llama has rows."""
+    folder = tmp_path_factory.mktemp("more-bytes")
+    byte_tokenizer(spare=10).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,8 @@ class Template:
         self.tokenizer = tokenizer
         self.train_on = train_on
         if chat_template == "chatml" or (chat_template == "auto" and not tokenizer.chat_template):
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+            added = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+            tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
             tokenizer.chat_template = CHATML
         elif chat_template == "none":
             tokenizer.chat_template = PLAIN

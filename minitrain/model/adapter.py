@@ -2,18 +2,22 @@
 
 import difflib
 import math
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex  # unlike `re` it can stop
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from . import lora
+from . import lora, token_rows
 from .policy import find_blocks
 from .quantize import is_quantized
+from .vocabulary import embedding_layers, embedding_parameters
 from .weights import Weights
+
+MATCH_SECONDS = 2
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Adapter:
     adapted: dict[str, nn.Module]  # layers by name
     taken: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B that were taken out of the base
     saved: list[str] = field(default_factory=list)  # modules that are trained and saved whole
+    carried: list[str] = field(default_factory=list)  # frozen tensors that are saved with it
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters that are trained."""
@@ -34,7 +39,12 @@ class Adapter:
         for name, parameter in found.items():
             module, _, last = name.rpartition(".")
             whole = any(module == path or module.startswith(f"{path}.") for path in self.saved)
-            if last in lora.MATRICES or whole or name in biases or (bias == "all" and last == "bias"):
+            if (
+                last in (*lora.MATRICES, token_rows.NAME)
+                or whole
+                or name in biases
+                or (bias == "all" and last == "bias")
+            ):
                 wanted[name] = parameter
         return wanted
 
@@ -47,18 +57,19 @@ class Adapter:
                 parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else dtype)
 
     def names(self, model: nn.Module) -> list[str]:
-        """The model's tensors that are saved: those that are trained, and embeddings with rows of their own."""
-        layers = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
-        grown = {id(layer.weight) for layer in layers}
-        more = [name for name, p in model.named_parameters() if model.has_new_tokens and id(p) in grown]
-        return list(dict.fromkeys([*self.parameters(model), *more]))
+        """Return the names of the tensors that are saved; those of trained rows in a carried weight are not."""
+        inside = {name.removesuffix("weight") + token_rows.NAME for name in self.carried}
+        return [*(name for name in self.parameters(model) if name not in inside), *self.carried]
 
 
 # --------------------------------------------------------------------------------------------------- where it goes
 
 
-def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = None) -> Adapter:
-    """Gives every layer that the config names its matrices, still zero. Raises ConfigError."""
+def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = None, strict: bool = True) -> Adapter:
+    """Gives every layer that the config names its matrices, still zero. Raises ConfigError.
+
+    With `strict` each name in target_modules has to be there; PEFT wants one of them.
+    """
     modules = dict(model.named_modules())
     saved = []
     for wanted in config.get("modules_to_save") or []:
@@ -66,42 +77,131 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
         if not found:
             raise ConfigError(f"lora.modules_to_save: {_no_such(wanted, modules)}")
         saved += found
-    adapted = {name: modules[name] for name in _targets(model, modules, config, saved)}
-    for name, module in adapted.items():
-        rank = _pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    adapter = Adapter(config, {}, saved=list(dict.fromkeys(saved)))
+    keep = bool(config.get("ensure_weight_tying"))
+    if keep:
+        adapter.saved = _with_tied(model, adapter.saved)
+    untied = _untie(model, adapter.saved, weights, keep)
+    rows = train_new_rows(model, config.get("trainable_token_indices"), adapter.saved, weights)
+    adapter.adapted |= {name: modules[name] for name in _targets(model, modules, config, adapter.saved, strict)}
+    if keep and (tied := _with_tied(model, adapter.adapted)[len(adapter.adapted) :]):
+        raise ConfigError(
+            f"ensure_weight_tying: LoRA on a layer that is tied to {tied[0]} is not supported. Train it whole "
+            "(modules_to_save) or make the adapter without ensure_weight_tying."
+        )
+    adapter.carried += [name for name in rows if untied or not _has_place(model, name, adapter)]
+    adapter.carried += new_biases(model, adapter)
+    for name, module in adapter.adapted.items():
+        rank = _pattern(config, "rank_pattern", name, config["r"])
+        alpha = _pattern(config, "alpha_pattern", name, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         dropout, dora = config.get("lora_dropout", 0.0), bool(config.get("use_dora"))
         lora.adapt(module, lora.Settings(rank, scaling, 0.0 if isinstance(module, nn.Embedding) else dropout, dora))
-    adapter = Adapter(config, adapted, saved=list(dict.fromkeys(saved)))
-    _untie(model, adapter.saved, weights)
     return adapter
 
 
-def _targets(model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], saved: list[str]) -> list[str]:
+def _has_place(model: nn.Module, weight: str, adapter: Adapter) -> bool:
+    """Whether PEFT's format has a place for rows of a weight: not beside LoRA, nor in a layer with a bias."""
+    owned = [module for module in model.modules() if getattr(module, "weight", None) is model.get_parameter(weight)]
+    adapted = [module for module in adapter.adapted.values() if any(module is one for one in owned)]
+    return not adapted and all(getattr(module, "bias", None) is None for module in owned)
+
+
+def new_biases(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the names of frozen biases that have grown with the vocabulary, beyond what the base's files hold."""
+    trained = adapter.parameters(model)
+    biases = [name for name, parameter in embedding_parameters(model).items() if parameter.ndim == 1]
+    return [name for name in biases if model.new_ids and name not in trained]
+
+
+def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Weights | None) -> list[str]:
+    """Give frozen embeddings trained rows for new tokens and those in `wanted`; return the names of their weights.
+
+    The rows start as those of the weight. Tied layers share them.
+
+    Args:
+        wanted: Token ids of the input embeddings, or of layers by name, as PEFT's trainable_token_indices.
+        whole: Modules that are trained whole.
+
+    Raises:
+        ConfigError: A wanted layer has no rows, is trained whole, or is tied to one with other rows.
+    """
+    layers = embedding_layers(model)
+    chosen = wanted_rows(model, wanted)
+    first: dict[int, str] = {}  # weight -> the first layer that has it
+    for name, layer in layers.items():
+        if any(f"{name}.".startswith(f"{path}.") for path in whole):
+            if name in chosen:
+                raise ConfigError(
+                    f"trainable_token_indices: {name} is in modules_to_save, too. Leave it out of one of them."
+                )
+            continue
+        owner = first.setdefault(id(layer.weight), name)
+        if chosen.get(name, chosen.get(owner)) != chosen.get(owner):
+            raise ConfigError(f"trainable_token_indices: {name} and {owner} are tied, so they need the same token ids.")
+        ids = sorted({*chosen.get(owner, ()), *model.new_ids})
+        if ids:
+            rows = token_rows.add(layer, ids, None if owner == name else layers[owner].token_rows)
+            if owner == name:
+                start_rows(model, name, rows, weights)
+    return [f"{name}.weight" for name in first.values() if token_rows.has_rows(layers[name])]
+
+
+def start_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights | None) -> None:
+    """Set the trained rows of a layer to those of its weight."""
+    layer = model.get_submodule(name)
+    if weights is None:
+        with torch.no_grad():
+            rows.copy_(layer.weight[layer.token_ids.to(layer.weight.device)])
+        return
+    found = [weights.rows(f"{name}.weight", number, number + 1) for number in layer.token_ids.tolist()]
+    weights.replace({f"{name}.{token_rows.NAME}": torch.cat(found).float()})
+
+
+def wanted_rows(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
+    """Return PEFT's trainable_token_indices by whole names of layers. Raises ConfigError."""
+    if wanted is None:
+        return {}
+    key, chosen, layers = "trainable_token_indices", {}, embedding_layers(model)
+    if isinstance(wanted, list):
+        wanted = {next(name for name, layer in layers.items() if layer is model.get_input_embeddings()): wanted}
+    if not isinstance(wanted, dict):
+        raise ConfigError(f"{key}: expected token ids in a list, or lists by names of layers, got {wanted!r}.")
+    for one, ids in wanted.items():
+        names = [name for name in layers if name.endswith(one)]
+        if not names:
+            raise ConfigError(f"{key}: no embedding or output layer is called {one!r}. There are {', '.join(layers)}.")
+        n_rows = layers[names[0]].weight.shape[0]
+        plain = isinstance(ids, list) and all(type(number) is int for number in ids)
+        if not plain or len(set(ids)) < len(ids) or not all(0 <= number < n_rows for number in ids):
+            raise ConfigError(f"{key}: {one} needs different token ids from 0 to {n_rows - 1}, got {str(ids)[:100]}.")
+        chosen |= dict.fromkeys(names, ids)
+    return chosen
+
+
+def _targets(
+    model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], saved: list[str], strict: bool
+) -> list[str]:
     """Names of the layers to adapt, in the model's order; none in the modules that are trained whole."""
     wanted, excluded = config["target_modules"], config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     head, whole = model.get_output_embeddings(), {part for name in saved for part in modules[name].modules()}
-    names = []
-    for name, module in modules.items():
-        if not lora.is_adaptable(module) or module in whole or (excluded and _matches(excluded, name)):
-            continue
-        if wanted == "all-linear":
-            chosen = not isinstance(module, nn.Embedding) and module is not head
-        else:
-            chosen = _matches(wanted, name)
-        if chosen:
-            names.append(name)
-    missing = [one for one in wanted if not any(_matches([one], name) for name in names)] if _is_list(wanted) else []
-    if missing or not names:
-        told = missing[0] if missing else wanted
-        there = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
-        raise ConfigError(f"lora.target_modules: {_no_such(told, there)}")
-    if layers:
-        names = _of_layers(model, modules, names, layers)
-    return names
+    there = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
+    if wanted == "all-linear":
+        named = [n for n, module in there.items() if not isinstance(module, nn.Embedding) and module is not head]
+    else:
+        named = [name for name in there if _matches(wanted, name)]
+    missing = [one for one in wanted if not any(_matches([one], name) for name in named)] if _is_list(wanted) else []
+    if not named or (missing and strict):
+        raise ConfigError(f"lora.target_modules: {_no_such(missing[0] if missing else wanted, there)}")
+    names = [n for n in named if there[n] not in whole and not (excluded and _matches(excluded, n, "exclude_modules"))]
+    if not names:
+        raise ConfigError(
+            f"lora.target_modules: exclude_modules or modules_to_save has all layers that it names, like {named[0]}. "
+            "Name a layer that is in neither."
+        )
+    return _of_layers(model, modules, names, layers) if layers else names
 
 
 def _of_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:
@@ -111,21 +211,34 @@ def _of_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str]
     outside = [number for number in layers if not 0 <= number < len(blocks)]
     if outside:
         raise ConfigError(f"lora.layers_to_transform: {outside[0]} is outside of the blocks 0-{len(blocks) - 1}.")
-    return [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
+    inside = [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
+    if not inside:
+        raise ConfigError(f"lora.layers_to_transform: no layer to adapt is in these blocks, like {names[0]}.")
+    return inside
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set))
 
 
-def _matches(wanted: Any, name: str) -> bool:
+def _matches(wanted: Any, name: str, key: str = "target_modules") -> bool:
     """A name or the end of one in a list, or a regular expression of the whole name; as PEFT reads them."""
     if _is_list(wanted):
         return any(name == one or name.endswith(f".{one}") for one in wanted)
+    return _full_match(wanted, name, key) or name == wanted or name.endswith(f".{wanted}")
+
+
+def _full_match(expression: str, name: str, key: str) -> bool:
+    """Whether a regular expression matches a whole name. Raises ConfigError for one that is wrong or takes too long."""
     try:
-        return re.fullmatch(wanted, name) is not None or name == wanted or name.endswith(f".{wanted}")
-    except re.error as error:
-        raise ConfigError(f"lora.target_modules: {wanted!r} is no regular expression: {error}.") from None
+        return regex.fullmatch(expression, name, timeout=MATCH_SECONDS) is not None
+    except regex.error as error:
+        raise ConfigError(f"lora.{key}: {expression!r} is no regular expression: {error}.") from None
+    except TimeoutError:
+        raise ConfigError(
+            f"lora.{key}: matching {expression!r} with {name} takes more than {MATCH_SECONDS} seconds. "
+            "Use a simpler expression, or a list of names."
+        ) from None
 
 
 def _no_such(wanted: str, modules: dict[str, nn.Module]) -> str:
@@ -135,22 +248,36 @@ def _no_such(wanted: str, modules: dict[str, nn.Module]) -> str:
     return f"nothing in the model is called {wanted!r}.{hint} There are {', '.join(there)}."
 
 
-def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> Any:
+    for key, value in (config.get(patterns) or {}).items():
+        if _full_match(rf"(.*\.)?({key})", name, patterns):
             return value
     return default
 
 
-def _untie(model: nn.Module, saved: list[str], weights: Weights | None) -> None:
-    """A module that is trained whole must not change another one that has the same weight, as with PEFT."""
+def _with_tied(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return names of modules, and behind them those of other modules with the same weight."""
+    own = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    tied = [name for name, module in model.named_modules() if id(module._parameters.get("weight")) in own]
+    return list(dict.fromkeys([*names, *tied]))
+
+
+def _untie(model: nn.Module, saved: list[str], weights: Weights | None, keep: bool) -> bool:
+    """Whether weights had to be untied: a module that is trained whole must not change another one, as with PEFT.
+
+    With `keep`, modules that are both trained whole stay tied.
+    """
     owners: dict[int, str] = {}
+    untied = False
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner = owners.setdefault(id(parameter), name)
-        if owner == name or not any(one.startswith(f"{path}.") for path in saved for one in (name, owner)):
+        inside = [any(one.startswith(f"{path}.") for path in saved) for one in (name, owner)]
+        if owner == name or not any(inside) or (all(inside) and keep):
             continue
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, nn.Parameter(parameter.detach().clone()))
         model.config.get_text_config().tie_word_embeddings = False
+        untied = True
         if weights is not None:
             weights.alias(name, owner)
+    return untied

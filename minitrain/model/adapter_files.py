@@ -2,41 +2,27 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..schema import Config, SoftPromptConfig
 from ..tensor_files import save_file
-from . import lora
-from .adapter import Adapter, inject
+from . import lora, token_rows
+from .adapter import Adapter, inject, new_biases, start_rows, train_new_rows, wanted_rows
+from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
 from .scoring import heads_of, is_encoder
 from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
+from .vocabulary import count_ids
 from .weights import Less, Weights
 
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of names in PEFT's files; of a head beside a soft prompt
-HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # the last layer of a scalar head
-FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-# What cannot be guessed, and its types.
-REQUIRED = {
-    "LORA": {"r": int, "lora_alpha": (int, float), "target_modules": (str, list)},
-    "PROMPT": {"num_virtual_tokens": int},
-}
-# What PEFT can do and this does not: refused when an adapter uses it.
-FOREIGN = (
-    *("layer_replication", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora"),
-    *("alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"),
-)
-
-
-def has_adapter(config: Config) -> bool:
-    return bool(config.lora.rank or config.soft_prompt.num_virtual_tokens or config.model.adapter)
 
 
 def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> Adapter:
@@ -48,7 +34,7 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         return load_adapter(model, Path(config.model.adapter), weights)
     if config.soft_prompt.num_virtual_tokens:
         return _new_prompt(config, model, tokenizer, weights)
-    adapter = inject(model, _new_config(config, model), weights)
+    adapter = inject(model, new_config(config, model), weights)
     for name, module in adapter.adapted.items():
         _start(adapter, name, module, config, weights)
     return adapter
@@ -61,8 +47,8 @@ def outline_adapter(config: Config, model: nn.Module) -> Adapter:
     if config.soft_prompt.num_virtual_tokens:
         _refuse_encoder(model)
         model.soft_prompt = SoftPrompt(model, config.soft_prompt, 0)
-        return PromptAdapter({}, {}, saved=heads_of(model).trained)
-    return inject(model, _new_config(config, model))
+        return _known_prompt(model, {}, None)
+    return inject(model, new_config(config, model))
 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
@@ -74,63 +60,65 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
         raise ConfigError(f"{folder / FILE} cannot be read: {error}") from None
     if config["peft_type"] != "LORA":
         return _loaded_prompt(model, config, tensors, folder, weights)
-    adapter = inject(model, config, weights)
-    names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    try:
+        adapter = inject(model, config, weights, strict=False)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {str(error).removeprefix('lora.')}") from None
+    named = _by_own_names(model, adapter, tensors, folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = [_peft_name(name, adapter) for name in adapter.parameters(model)]
-    missing = [key for key in missing if key not in tensors]
-    unknown = [key for key in tensors if key not in names]
-    if missing or unknown:
-        base = config.get("base_model_name_or_path")
-        told = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
-        raise ConfigError(f"{folder} does not fit the model: {told}.")
-    for key, tensor in tensors.items():
-        parameter = parameters[names[key]]
-        if parameter.shape != tensor.shape:
-            raise ConfigError(
-                f"{folder}: {key} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}."
-            )
-        _set(names[key], parameter, tensor, weights)
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = adapter.parameters(model)
+    for name, tensor in named.items():
+        if not name.endswith(token_rows.NAME):
+            _fill(folder, name, parameters[name], tensor, weights)
+    carried = {owners[id(parameters[name])] for name in named} - trained.keys()
+    adapter.carried = list(dict.fromkeys([*adapter.carried, *sorted(carried)]))
+    for name in (name for name in trained if name.endswith(f".{token_rows.NAME}")):
+        module = name.removesuffix(f".{token_rows.NAME}")
+        start_rows(model, module, parameters[name], weights)  # its weight may have come from the file
+        if name in named:
+            ids = wanted_rows(model, config.get("trainable_token_indices"))[module]
+            _fill_rows(folder, name, model.get_submodule(module), ids, named[name], weights)
     return adapter
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises ConfigError for what minitrain cannot do."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
-    if kind not in ("LORA", *KINDS.values()):
-        raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
-    needed = REQUIRED["LORA" if kind == "LORA" else "PROMPT"]
-    if lacking := [key for key in needed if config.get(key) is None]:
-        raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.")
-    if odd := [key for key, types in needed.items() if not isinstance(config[key], types)]:
-        raise ConfigError(f"{folder / CONFIG_FILE}: {odd[0]} cannot be {config[odd[0]]!r}.")
-    for key in FOREIGN:
-        if config.get(key):
-            raise ConfigError(f"{folder}: it uses {key}, which is not known here.")
-    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in ("gaussian", "eva"):
+def _by_own_names(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by the names of the model's. Raises ConfigError when they do not fit."""
+    names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules():  # as PEFT has it of embeddings that have grown
+        if token_rows.has_rows(module):
+            names[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = f"{name}.weight"
+    wanted = wanted_rows(model, adapter.config.get("trainable_token_indices"))
+    missing = []
+    for name in adapter.parameters(model):
+        module, _, last = name.rpartition(".")
+        if _peft_name(name, adapter) not in tensors and (last != token_rows.NAME or module in wanted):
+            missing.append(_peft_name(name, adapter))
+    unknown = [key for key in tensors if key not in names]
+    if missing or unknown:
+        base = adapter.config.get("base_model_name_or_path")
+        told = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
+        raise ConfigError(f"{folder} does not fit the model: {told}.")
+    return {names[key]: tensor for key, tensor in tensors.items()}
+
+
+def _fill(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weights: Weights | None) -> None:
+    if parameter.shape != tensor.shape:
+        raise ConfigError(f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}.")
+    _set(name, parameter, tensor, weights)
+
+
+def _fill_rows(
+    folder: Path, name: str, module: nn.Module, ids: list[int], tensor: Tensor, weights: Weights | None
+) -> None:
+    """Set the trained rows of these token ids; a layer may train those of new tokens besides."""
+    if list(tensor.shape) != [len(ids), module.weight.shape[1]]:
         raise ConfigError(
-            f"{folder}: an adapter that was started by {config['init_lora_weights']} and goes on a changed base model. "
-            "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
+            f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {[len(ids), module.weight.shape[1]]}."
         )
-    return {"bias": "none"} | config  # torchtune writes no more than what is needed
-
-
-def outputs_of(folder: Path) -> list[str] | None:
-    """Names of the scalars that an adapter's model ends in; None for a vocabulary. Raises ConfigError."""
-    config = read_config(folder)
-    if config.get("task_type") != "SEQ_CLS":
-        return None
-    if "minitrain_outputs" in config:
-        return config["minitrain_outputs"]
-    with safe_open(folder / FILE, "pt") as file:  # PEFT notes no names
-        heads = [key for key in file.keys() if key.endswith(HEADS)]  # noqa: SIM118
-        if not heads:
-            raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.")
-        return [f"LABEL_{number}" for number in range(file.get_slice(heads[0]).get_shape()[0])]
+    rows = module.token_rows.detach() if weights is None else weights.sources[name]
+    at = torch.searchsorted(module.token_ids.cpu(), torch.tensor(ids))
+    rows[at.to(rows.device)] = tensor.to(rows)
 
 
 def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -156,56 +144,40 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
     if isinstance(adapter, PromptAdapter):
         found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
         heads = tuple(f"{name}." for name in adapter.saved)
-        kept = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if name.startswith(heads)}
+        wanted = (*heads, *adapter.carried)
+        kept = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if name.startswith(wanted)}
         _write(folder, kept | {TENSOR: vectors_of(found)}, adapter.config)
         return
-    kept = {_peft_name(name, adapter): tensor.to("cpu").contiguous() for name, tensor in tensors}
+    found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
+    found |= {name: found[owner].clone() for name, owner in _tied_names(model, adapter).items()}
+    kept = {_peft_name(name, adapter): tensor for name, tensor in found.items()}
     config = adapter.config | {"target_modules": _concise(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     config["modules_to_save"] = adapter.saved or None  # whole names: PEFT takes all that end in one
+    config["trainable_token_indices"] = _saved_rows(model, adapter) or None
     config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
     if adapter.taken:
         _give_back(adapter, kept, config)
     _write(folder, kept, config)
 
 
+def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Further names of what is trained whole in several modules: PEFT wants one tensor for each."""
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    owned = {name: owners[id(parameter)] for name, parameter in named if name != owners[id(parameter)]}
+    return {name: owner for name, owner in owned.items() if any(name.startswith(f"{one}.") for one in adapter.saved)}
+
+
+def _saved_rows(model: nn.Module, adapter: Adapter) -> dict[str, list[int]]:
+    """The token ids whose rows are saved by themselves, by the layer that has them."""
+    modules = [name.rpartition(".")[0] for name in adapter.names(model) if name.endswith(f".{token_rows.NAME}")]
+    return {name: model.get_submodule(name).token_ids.tolist() for name in modules}
+
+
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config | {"inference_mode": True}, indent=2) + "\n")
-
-
-def _base_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """What adapter_config.json says of the base model."""
-    quantization = config.model.quantization
-    return {
-        "task_type": "SEQ_CLS" if heads_of(model).trained else "CAUSAL_LM",
-        "base_model_name_or_path": config.model.name_or_path,
-        "revision": config.model.revision,
-        **({"minitrain_quantization": quantization} if quantization != "none" else {}),
-        **({"minitrain_outputs": list(model.config.id2label.values())} if heads_of(model).trained else {}),
-    }
-
-
-def _new_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """adapter_config.json for the options of a LoRA. A scalar head is new, and so trained whole."""
-    options = config.lora
-    whole = [*options.modules_to_save, *heads_of(model).trained]
-    return _base_config(config, model) | {
-        "peft_type": "LORA",
-        "r": options.rank,
-        "lora_alpha": options.alpha,
-        "lora_dropout": options.dropout,
-        "target_modules": options.target_modules,
-        "exclude_modules": options.exclude_modules,
-        "layers_to_transform": options.layers_to_transform,
-        "modules_to_save": whole or None,
-        "bias": options.bias,
-        "use_rslora": options.use_rslora,
-        "use_dora": options.use_dora,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "init_lora_weights": True,
-    }
 
 
 def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> PromptAdapter:
@@ -218,12 +190,12 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
             ids = (ids * (options.num_virtual_tokens // max(1, len(ids)) + 1))[: options.num_virtual_tokens]
         else:  # any tokens are a better start than noise (section 3.2 of Lester et al.)
             generator = torch.Generator().manual_seed(config.seed)
-            ids = torch.randint(len(tokenizer), (options.num_virtual_tokens,), generator=generator).tolist()
+            ids = torch.randint(count_ids(tokenizer), (options.num_virtual_tokens,), generator=generator).tolist()
         name = next(name for name, p in model.named_parameters() if p is embeddings.weight)
         rows = [embeddings.weight[i] if weights is None else weights.rows(name, i, i + 1)[0] for i in ids]
         with torch.no_grad():
             model.soft_prompt.weight.copy_(torch.stack(rows))
-    return _known_prompt(model, prompt_config(options, model, _base_config(config, model)), weights)
+    return _known_prompt(model, prompt_config(options, model, base_config(config, model)), weights)
 
 
 def _prompt_options(config: dict[str, Any]) -> SoftPromptConfig:
@@ -245,12 +217,22 @@ def _loaded_prompt(
     with torch.no_grad():
         model.soft_prompt.weight.copy_(found)
     adapter = _known_prompt(model, config, weights)
+    parameters = dict(model.named_parameters())
+    whole = [
+        n for n in adapter.parameters(model) if not n.startswith("soft_prompt.") and not n.endswith(token_rows.NAME)
+    ]
+    if missing := [name for name in whole if f"{PROMPT_PREFIX}{name}" not in tensors]:
+        raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}.")
+    for key in tensors.keys() - {TENSOR}:
+        name = key.removeprefix(PROMPT_PREFIX)
+        if name not in parameters:
+            raise ConfigError(f"{folder} does not fit the model: unexpected {key}.")
+        _fill(folder, name, parameters[name], tensors[key], weights)
+    carried = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(whole))
+    adapter.carried = list(dict.fromkeys([*adapter.carried, *carried]))
     for name, parameter in adapter.parameters(model).items():
-        if not name.startswith("soft_prompt."):
-            found = tensors.get(f"{PROMPT_PREFIX}{name}")
-            if found is None or found.shape != parameter.shape:
-                raise ConfigError(f"{folder}: {name} is missing, or not of the shape {list(parameter.shape)}.")
-            _set(name, parameter, found, weights)
+        if name.endswith(f".{token_rows.NAME}"):
+            start_rows(model, name.removesuffix(f".{token_rows.NAME}"), parameter, weights)
     return adapter
 
 
@@ -264,6 +246,7 @@ def _known_prompt(model: nn.Module, config: dict[str, Any], weights: Weights | N
     adapter = PromptAdapter(config, {}, saved=heads_of(model).trained)
     if weights is not None:
         weights.replace({name: p.detach() for name, p in adapter.parameters(model).items()})
+    adapter.carried = train_new_rows(model, None, adapter.saved, weights) + new_biases(model, adapter)
     return adapter
 
 
@@ -280,7 +263,13 @@ def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weigh
     kind = config.lora.init
     first, second = lora.initial_values(kind, weight, module, name, config.seed)
     if config.lora.use_dora:
-        _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, weight().norm(dim=1), weights)
+        lengths = weight().norm(dim=1)  # [out]
+        if not lengths.all():
+            raise ConfigError(
+                f"lora.use_dora: row {int(lengths.argmin())} of {name} is all zeros, so it has no direction. "
+                f"Add {name} to lora.exclude_modules, or leave use_dora out."
+            )
+        _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, lengths, weights)
     kinds = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
     for matrix, parameter, value in zip(kinds, lora.matrices(module), (first, second), strict=True):
         _set(f"{name}.{matrix}", parameter, value, weights)
@@ -306,6 +295,8 @@ def _set(name: str, parameter: nn.Parameter, value: Tensor, weights: Weights | N
 def _peft_name(name: str, adapter: Adapter) -> str:
     """`model.layers.0.q_proj.lora_A` -> `base_model.model.model.layers.0.q_proj.lora_A.weight`."""
     module, _, last = name.rpartition(".")
+    if last == token_rows.NAME:
+        return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
     if last in ("lora_A", "lora_B"):
         return f"{PREFIX}{name}.weight"
     inner = ".base_layer" if module in adapter.adapted and last not in lora.MATRICES else ""
@@ -325,5 +316,8 @@ def _give_back(adapter: Adapter, kept: dict[str, Tensor], config: dict[str, Any]
         key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
         kept[key_a] = torch.cat([kept[key_a], first])
         kept[key_b] = torch.cat([kept[key_b], -second], 1)
+    others = [name for name in adapter.adapted if name not in adapter.taken]  # embeddings keep their rank
+    config["rank_pattern"] = dict.fromkeys(map(re.escape, others), config["r"])
+    config["alpha_pattern"] = dict.fromkeys(map(re.escape, others), config["lora_alpha"])
     config["r"] *= 2
     config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2

@@ -23,6 +23,7 @@ from .heads import (
     logits_dtype,
     logits_of,
     matmul_dtype_of,
+    matrix_of,
     native_dtype,
     needs_loss_scale,
     products_in,
@@ -43,15 +44,15 @@ def divergences(
         distillation: the teacher at the same tokens, the formula, the temperature.
         chunk: tokens at a time; by default what fits `heads.CHUNK_BYTES`.
 
-    Both are differentiable with respect to hidden, weight and bias, but not to the teacher. N may be 0: the results
-    are empty and their sums are zeros attached to the graph.
+    Both are differentiable with respect to hidden, weight, bias and rows, but not to the teacher. N may be 0: the
+    results are empty and their sums are zeros attached to the graph.
     """
     chunk = chunk or _default_chunk(hidden, layer)
     dtype = matmul_dtype_of(hidden)
     early = torch.is_grad_enabled() and not needs_loss_scale(dtype)
     settings = _Settings(layer, distillation, chunk, dtype, early)
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
-        return _Divergences.apply(hidden, layer.weight, layer.bias, targets, settings)
+        return _Divergences.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ class _Head:
     def __init__(self, hidden: Tensor, layer: OutputLayer, chunk: int):
         self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
         kind = hidden.device.type
-        self.matrix = layer.weight.to(logits_dtype(native_dtype(layer.weight.dtype, kind), kind))  # [V, H]
+        self.matrix = layer.matrix(logits_dtype(native_dtype(layer.weight.dtype, kind), kind))  # [V, H]
         size = min(chunk, len(hidden)), self.n_tokens
         self.buffer = hidden.new_empty(size, dtype=compute_dtype(hidden))  # [chunk, V]
 
@@ -94,14 +95,15 @@ class _Settings(NamedTuple):
 
 class _Divergences(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, settings):
+    def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
         weights = None
         if settings.with_gradient:
             dtype = compute_dtype(hidden)
             weights = [hidden.new_full(targets.shape, number, dtype=dtype) for number in _weights(settings)]
-        logps, divergence, ctx.grads = _sweep(hidden, weight, bias, targets, settings, weights, ctx.needs_input_grad)
+        inputs = hidden, weight, bias, trained_rows, targets
+        logps, divergence, ctx.grads = _sweep(*inputs, settings, weights, ctx.needs_input_grad)
         ctx.settings = settings
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.save_for_backward(*inputs)
         return logps, divergence
 
     @staticmethod
@@ -127,6 +129,7 @@ def _sweep(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    trained_rows: Tensor | None,
     targets: Tensor,
     settings: _Settings,
     weights: tuple[Tensor, Tensor] | None,
@@ -137,9 +140,11 @@ def _sweep(
     teacher = asked.teacher if isinstance(asked.teacher, Likeliest) else _Head(*asked.teacher, settings.chunk)
     n_tokens = min(weight.shape[0], teacher.n_tokens)
     logps, divergence = (hidden.new_empty(n, dtype=dtype) for _ in range(2))  # [N]
-    grads = None if weights is None else Gradients(hidden, weight, bias, needed)
-    logit_matrix = weight.to(logits_dtype(settings.matmul_dtype, weight.device.type))  # [V, H]
-    matrix = None if grads is None else weight.to(settings.matmul_dtype)  # [V, H]
+    row_ids, grads, matrix = settings.layer.row_ids, None, None
+    logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
+    if weights is not None:
+        grads = Gradients(hidden, weight, bias, trained_rows, row_ids, needed)
+        matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
     buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=dtype)  # [chunk, V]
     for start in range(0, n, settings.chunk):
         rows = slice(start, start + settings.chunk)

@@ -23,12 +23,21 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of one float32 [chunk, V]
 
 
 class OutputLayer(NamedTuple):
-    """logits = softcap * tanh(z / softcap), z = (hidden @ weight.T + bias) * scale."""
+    """logits = softcap * tanh(z / softcap), z = (hidden @ weight.T + bias) * scale.
+
+    The rows of the weight at `row_ids` are `rows`, which are trained where the rest is frozen.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float | None = None
+    rows: Tensor | None = None  # [n, H]
+    row_ids: Tensor | None = None  # [n]
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight with its rows, for matrix products -> [V, H]."""
+        return matrix_of(self.weight, self.rows, self.row_ids, dtype)
 
     def at(self, temperature: float) -> "OutputLayer":
         """The layer whose logits are divided by a temperature, after the softcap."""
@@ -64,7 +73,7 @@ def token_scores(
             It saves a matrix product; when the loss turns out to be another one, the gradient is still right.
         chunk: tokens at a time; by default what fits `CHUNK_BYTES`.
 
-    All results are differentiable with respect to hidden, weight and bias. N may be 0: the results are empty
+    All results are differentiable with respect to hidden, weight, bias and rows. N may be 0: the results are empty
     and their sums are zeros attached to the graph.
     """
     if chunk is None:
@@ -73,16 +82,17 @@ def token_scores(
     dtype = matmul_dtype_of(hidden)
     if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
         token_weights = None
-    settings = _Settings(layer.scale, layer.softcap, chunk, dtype, token_weights, entropy, mean_logps)
+    settings = _Settings(layer.scale, layer.softcap, layer.row_ids, chunk, dtype, token_weights, entropy, mean_logps)
     # Autocast would cast the products of the forward pass again.
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
-        logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, targets, settings)
+        logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
     return TokenScores(logps, entropies if entropy else None, means if mean_logps else None)
 
 
 class _Settings(NamedTuple):
     scale: float
     softcap: float | None
+    row_ids: Tensor | None
     chunk: int
     matmul_dtype: torch.dtype
     token_weights: Callable[[Tensor], Tensor] | None
@@ -92,12 +102,14 @@ class _Settings(NamedTuple):
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, settings):
+    def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
         n = targets.numel()
         logps, lse, entropy, means = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))  # [N] each
-        grads = Gradients(hidden, weight, bias, ctx.needs_input_grad) if settings.token_weights else None
-        logit_matrix = weight.to(logits_dtype(settings.matmul_dtype, weight.device.type))  # [V, H]
-        matrix = weight.to(settings.matmul_dtype) if grads else None  # [V, H]
+        row_ids, grads, matrix = settings.row_ids, None, None
+        logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
+        if settings.token_weights:
+            grads = Gradients(hidden, weight, bias, trained_rows, row_ids, ctx.needs_input_grad)
+            matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=torch.float32)  # [chunk, V]
         for start in range(0, n, settings.chunk):
             rows = slice(start, start + settings.chunk)
@@ -124,21 +136,22 @@ class _TokenScores(torch.autograd.Function):
             if settings.entropy:
                 entropy[rows] = -(logits.exp() * logits).sum(1)
         ctx.settings, ctx.grads = settings, grads
-        ctx.save_for_backward(hidden, weight, bias, targets, logps, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, trained_rows, targets, logps, lse, entropy)
         return logps, entropy, means
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, grad_means):
-        hidden, weight, bias, targets, logps, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, trained_rows, targets, logps, lse, entropy = ctx.saved_tensors
         settings, grads = ctx.settings, ctx.grads
         if grads is not None:
             factor = common_factor(grad_logps, -settings.token_weights(logps))
             if factor is not None:
                 ctx.grads = None
                 return *grads.scaled(factor), None, None
-        grads = Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        logit_matrix = weight.to(logits_dtype(settings.matmul_dtype, weight.device.type))  # [V, H]
-        matrix = weight.to(settings.matmul_dtype)  # [V, H]
+        row_ids = settings.row_ids
+        grads = Gradients(hidden, weight, bias, trained_rows, row_ids, ctx.needs_input_grad)
+        logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
+        matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(targets.numel(), settings.chunk), weight.shape[0]), dtype=torch.float32)
         with products_in(settings.matmul_dtype):
             for start in range(0, targets.numel(), settings.chunk):
@@ -158,14 +171,24 @@ class _TokenScores(torch.autograd.Function):
 
 
 class Gradients:
-    """Sums of the gradients of hidden, weight and bias over the chunks, in float32 or better."""
+    """Sums of the gradients of hidden, weight, bias and rows over the chunks, in float32 or better."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]):
-        self.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        trained_rows: Tensor | None,
+        row_ids: Tensor | None,
+        needed: tuple[bool, ...],
+    ):
+        self.dtypes = tuple(t.dtype if t is not None else None for t in (hidden, weight, bias, trained_rows))
+        self.row_ids = row_ids
         dtype = compute_dtype(hidden)
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if needed[0] else None  # [N, H]
         self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None  # [V, H]
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None  # [V]
+        self.rows = torch.zeros_like(trained_rows, dtype=dtype) if needed[3] else None  # [n, H]
 
     def add(self, rows: slice, dlogits: Tensor, part: Tensor, matrix: Tensor) -> None:
         """dlogits [n, V] float32 or better, part [n, H], and matrix [V, H] in the dtype of the matrix products."""
@@ -178,12 +201,22 @@ class Gradients:
             self.weight.addmm_(dlogits.T, part)
         elif self.weight is not None:
             self.weight += dlogits.T @ part
+        if self.rows is not None:
+            self.rows += dlogits[:, self.row_ids].T @ part
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = (self.hidden, self.weight, self.bias)
+        if self.weight is not None and self.row_ids is not None:
+            self.weight.index_fill_(0, self.row_ids, 0.0)  # the logits there are of the rows
+        grads = (self.hidden, self.weight, self.bias, self.rows)
         if factor is not None:
             grads = tuple(g if g is None else g.mul_(factor) for g in grads)
         return tuple(g if g is None else g.to(d) for g, d in zip(grads, self.dtypes, strict=True))
+
+
+def matrix_of(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a weight with other rows at `row_ids`, for matrix products -> [V, H]."""
+    matrix = weight.to(dtype)
+    return matrix if rows is None else matrix.index_copy(0, row_ids, rows.to(dtype))
 
 
 def logits_of(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..schema import ModelConfig
-from .adapter_files import CONFIG_FILE
+from .adapter_config import CONFIG_FILE
 from .archive import archive_files
 
 WHOLE = 1 << 30  # bytes of all files

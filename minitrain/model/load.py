@@ -10,7 +10,9 @@ from ..errors import ConfigError, is_failure
 from ..hub import ask_for
 from ..schema import Config, ModelConfig
 from . import attention
-from .adapter_files import adapt_model, has_adapter, load_adapter, outputs_of
+from .adapter import train_new_rows
+from .adapter_config import has_adapter, outputs_of
+from .adapter_files import adapt_model, load_adapter
 from .archive import load_archive, read_archive
 from .damage import no_model, no_tokenizer
 from .lora import fold
@@ -19,6 +21,8 @@ from .pretrained import attention_of, empty_model, from_pretrained, read_model_c
 from .quantize import quantize_model, unpack_model
 from .save import VALUE_HEAD_FILE
 from .scoring import make_policy, name_outputs
+from .token_rows import has_rows
+from .vocabulary import count_ids, embedding_layers, grow_embeddings, mark_known
 from .weights import Weights
 
 CPU = torch.device("cpu")
@@ -48,6 +52,7 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
         if not is_failure(error):
             raise
         raise no_tokenizer(name, error) from None
+    mark_known(tokenizer)
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
     if tokenizer.eos_token_id is None and not scores:
@@ -72,7 +77,7 @@ def load_model(
     if config.name_or_path == "tiny":
         from .tiny import tiny_model, tiny_scorer
 
-        model = tiny_model(seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        model = tiny_model(seed, count_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
         missing = ["score.weight"]
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
         if attention_of(config) is not None:
@@ -83,7 +88,7 @@ def load_model(
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
         parameter.data = parameter.data.to(dtype)
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, tokenizer)
     if config.archive:
         load_archive(model, Path(config.archive))
     if model.can_generate():
@@ -168,12 +173,17 @@ def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
 
 def fold_adapter(model: nn.Module, folder: Path) -> None:
     """Adds what the LoRA of a folder does to the weights of its base model."""
-    for module in load_adapter(model, folder).adapted.values():
-        fold(module)
+    load_adapter(model, folder)
+    for module in list(model.modules()):
+        if hasattr(module, "lora") or has_rows(module):
+            fold(module)
 
 
-def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
-    """Freezes blocks by number or range (``3``, ``"0-5"``) and ``"embeddings"``; frozen weights become `dtype`."""
+def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: Weights | None = None) -> None:
+    """Freezes blocks by number or range (``3``, ``"0-5"``) and ``"embeddings"``; frozen weights become `dtype`.
+
+    Rows of new tokens are trained all the same. `weights` are those of a model that was built empty.
+    """
     blocks = find_blocks(model.base_model)
     for entry in map(str, entries):
         if entry == "embeddings":
@@ -188,6 +198,9 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype) -> None:
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
                 parameter.data = parameter.data.to(dtype)
+    if "embeddings" in entries:
+        layers = embedding_layers(model)
+        train_new_rows(model, None, [name for name in layers if layers[name].weight.requires_grad], weights)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("freeze_layers: nothing is left to train.")
 
@@ -214,24 +227,9 @@ def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn
     model, weights = empty_model(config, dtype)
     if model is None or weights is None:
         return None, None
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, tokenizer, weights)
     if config.archive:
         state = read_archive(model, Path(config.archive))
         weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, weights
-
-
-def grow_embeddings(model: nn.Module, n_tokens: int) -> None:
-    """Adds rows for new tokens, each the mean of the old rows. Rows beyond the tokenizer's are never removed."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    model.has_new_tokens = rows < n_tokens
-    if not model.has_new_tokens:
-        return
-    model.resize_token_embeddings(n_tokens, mean_resizing=False)
-    if model.get_input_embeddings().weight.is_meta:
-        return
-    with torch.no_grad():
-        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            for parameter in layer.parameters():
-                parameter[rows:] = parameter[:rows].mean(0)

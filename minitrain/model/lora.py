@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import token_rows
+from .heads import OutputLayer
 from .quantize import dequantized
 
 MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -78,7 +80,7 @@ def merged(module: nn.Module, weight: Tensor) -> Tensor:
     base = weight.float().T if is_transposed(module) else weight.float()  # [out, in]
     total = base + module.lora.scaling * (second @ first)
     if module.lora.dora:
-        total *= (module.lora_magnitude_vector.detach() / total.norm(dim=1))[:, None]
+        total *= _shares(module, total)[:, None].detach()
     return total.T.contiguous() if is_transposed(module) else total
 
 
@@ -136,15 +138,32 @@ class _AdaptedLinear:
         update = F.linear(F.linear(dropped, self.lora_A.to(_compute(x))), self.lora_B.to(_compute(x))) * lora.scaling
         if not lora.dora:
             return y + update.to(y.dtype)
-        # The norm counts as a constant in the gradient (section 4.3 of arXiv 2402.09353).
         weight = dense_weight(self)  # [out, in]
-        norm = (weight.float() + lora.scaling * (self.lora_B @ self.lora_A).detach()).norm(dim=1)  # [out]
-        share = (self.lora_magnitude_vector / norm).to(y.dtype)
+        share = dora_shares(self).to(y.dtype)  # [out]
         if dropped is x:
             plain = y if self.bias is None else y - self.bias
         else:
             plain = F.linear(dropped, weight.to(_compute(x)))
         return y + (share - 1) * plain + share * update
+
+    def as_output(self, hidden: Tensor, layer: OutputLayer) -> tuple[Tensor, OutputLayer]:
+        """Return the same as a hidden state [N, K] and a weight [V, K] to multiply, for an output layer.
+
+        h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T, and with DoRA's factors m of the rows
+        h W^T + d ((m - 1) W)^T + s (d A^T) (m B)^T, where d is h after dropout.
+        """
+        lora, dtype = self.lora, hidden.dtype
+        dropped = F.dropout(hidden, lora.dropout, self.training) if lora.dropout else hidden
+        low = (F.linear(dropped, self.lora_A.to(dtype)) * lora.scaling).to(dtype)  # [N, r]
+        weight, second = dense_weight(self), self.lora_B.to(self.weight.dtype)  # [V, H], [V, r]
+        states, matrices = [hidden, low], [weight, second]
+        if lora.dora:
+            share = dora_shares(self)[:, None].to(weight.dtype)  # [V, 1]
+            if dropped is hidden:
+                matrices = [share * weight, share * second]
+            else:
+                states, matrices = [hidden, dropped, low], [weight, (share - 1) * weight, share * second]
+        return torch.cat(states, 1), layer._replace(weight=torch.cat(matrices, 1), rows=None, row_ids=None)
 
 
 class _AdaptedEmbedding:
@@ -155,9 +174,7 @@ class _AdaptedEmbedding:
         update = update * getattr(self, "embed_scale", 1.0)  # of Gemma, whose embeddings grow on their way out
         if not self.lora.dora:
             return y + update.to(y.dtype)
-        total = self.weight.float() + self.lora.scaling * (second @ first).detach().T  # [V, H]
-        share = self.lora_magnitude_vector / total.norm(dim=0)  # [H]
-        return (share * (y + update)).to(y.dtype)
+        return (dora_shares(self) * (y + update)).to(y.dtype)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -191,22 +208,43 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def fold(module: nn.Module) -> None:
-    """Makes an adapted layer an ordinary one again, with the adapter in its weight: in float32, cast once.
+    """Make an adapted layer an ordinary one again, with the adapter in its weight: in float32, cast once.
 
-    A weight that was tied to another layer's is so no more, since that one stays as it is.
+    A weight that was tied to another layer's is tied no longer if LoRA changes it, since the other one stays as it is.
     """
-    weight = module.weight.detach()
-    module.weight = nn.Parameter(merged(module, weight).to(weight.dtype), requires_grad=False)
-    for name in MATRICES:
-        module._parameters.pop(name, None)
-    del module.lora
-    module.__class__ = type(module).__mro__[2]
+    if token_rows.has_rows(module):
+        token_rows.fold(module)
+    if hasattr(module, "lora"):
+        weight = module.weight.detach()
+        module.weight = nn.Parameter(merged(module, weight).to(weight.dtype), requires_grad=False)
+        for name in MATRICES:
+            module._parameters.pop(name, None)
+        del module.lora
+    ours = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
+    module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, ours))
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """W [out, in] of a layer, what is quantised made whole again."""
-    weight = dequantized(module)
+    """W [out, in] of a layer, what is quantised made whole again, with the rows that are trained alone."""
+    weight = token_rows.put_rows(module, dequantized(module))
     return weight.T if is_transposed(module) else weight
+
+
+def dora_shares(module: nn.Module) -> Tensor:
+    """Return the factor of each row of W + sBA [out], in float32.
+
+    Its norm counts as a constant in the gradient (section 4.3 of arXiv 2402.09353).
+    """
+    first, second = matrices(module)
+    with torch.no_grad():
+        total = dense_weight(module).float() + module.lora.scaling * (second @ first)  # [out, in]
+    return _shares(module, total)
+
+
+def _shares(module: nn.Module, total: Tensor) -> Tensor:
+    """The same for W + sBA [out, in]. A row of zeros has no direction, so its length does not matter."""
+    norm = total.norm(dim=1)
+    return module.lora_magnitude_vector / torch.where(norm > 0, norm, 1.0)
 
 
 def _compute(x: Tensor) -> torch.dtype:

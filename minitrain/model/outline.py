@@ -7,14 +7,16 @@ from torch import nn
 
 from ..schema import Config, ModelConfig
 from . import attention
-from .adapter_files import has_adapter, outline_adapter
+from .adapter_config import has_adapter
+from .adapter_files import outline_adapter
 from .damage import named, no_model, refuse_encoder, refuse_gaps
-from .load import DTYPES, freeze_layers, frozen_policy, grow_embeddings
+from .load import DTYPES, freeze_layers, frozen_policy
 from .policy import Policy
 from .pretrained import attention_of, auto_class, quantization_of, read_model_config
 from .quantize import outline_quantized
 from .scoring import check_rows, make_policy, name_outputs
 from .tiny import tiny_model
+from .vocabulary import count_ids, grow_embeddings
 from .weights import find_gaps, parameters_on_meta
 
 
@@ -58,7 +60,7 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
     trust = {"trust_remote_code": config.trust_remote_code}
     try:
         if config.name_or_path == "tiny":
-            shape = tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).config
+            shape = tiny_model(0, count_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).config
             shape.num_labels = number.get("num_labels", shape.num_labels)
         else:
             shape = read_model_config(config, **number)
@@ -74,5 +76,5 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
         parameter.data = parameter.data.to(dtype)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, [])
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, tokenizer)
     return model

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batch import IGNORE, Batch, Distillation, Scores
 from ..errors import ConfigError
-from . import attention
+from . import attention, token_rows
 from .damage import first_line
 from .divergence import divergences
 from .heads import OutputLayer, token_scores
@@ -79,12 +78,10 @@ class Policy(nn.Module):
     def output(self, hidden: Tensor) -> tuple[Tensor, OutputLayer]:
         """What goes into the output layer, and the layer; hidden is [N, H]."""
         head = self.model.get_output_embeddings()
-        weight = head.weight
-        if hasattr(head, "lora"):  # h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T
-            low = F.linear(hidden, head.lora_A.to(hidden.dtype)) * head.lora.scaling  # [N, r]
-            hidden = torch.cat([hidden, low.to(hidden.dtype)], 1)  # [N, H + r]
-            weight = torch.cat([weight, head.lora_B.to(weight.dtype)], 1)  # [V, H + r]
-        return hidden, OutputLayer(weight, getattr(head, "bias", None), self.scale, self.softcap)
+        layer = OutputLayer(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
+        if token_rows.has_rows(head):
+            layer = layer._replace(rows=head.token_rows, row_ids=head.token_ids)
+        return head.as_output(hidden, layer) if hasattr(head, "lora") else (hidden, layer)
 
     def forward(
         self,

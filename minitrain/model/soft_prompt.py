@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..schema import SoftPromptConfig
+from . import token_rows
 from .adapter import Adapter
 from .scoring import heads_of
 
@@ -90,7 +91,8 @@ class PromptAdapter(Adapter):
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         wanted = ("soft_prompt.", *(f"{name}." for name in self.saved))
-        return {name: p for name, p in model.named_parameters() if name.startswith(wanted)}
+        rows = f".{token_rows.NAME}"
+        return {name: p for name, p in model.named_parameters() if name.startswith(wanted) or name.endswith(rows)}
 
 
 def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..tensor_files import save_file
+from . import token_rows
 from .damage import warn_unused
 
 SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
@@ -26,13 +27,8 @@ class Weights:
         self.sources, self.sizes = sources, sizes
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor; those beyond its last one, of tokens that are new, are the mean of the others."""
-        there = self.sizes[name][0] if self.sizes[name] else 1
-        found = self.sources[name][start : min(stop, there)]
-        if stop <= there:
-            return found
-        mean = self.sources[name][:there].float().mean(0, keepdim=True)
-        return torch.cat([found, mean.to(found.dtype).expand(stop - max(start, there), *mean.shape[1:])])
+        """Rows of a tensor."""
+        return self.sources[name][start:stop]
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
         """Takes these tensors in the place of those of the files."""
@@ -106,7 +102,8 @@ def parameters_on_meta() -> Iterator[None]:
 def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Name and whole of each tensor that is saved, tied ones once; `whole` joins the shards of one.
 
-    Those are all of a model, or with an adapter those that the adapter's files hold.
+    Those are all of a model, or with an adapter those that the adapter's files hold. Rows that are trained alone are
+    in the weight that they belong to.
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
@@ -115,7 +112,12 @@ def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterat
         everything = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: everything[name] for name in adapter.names(model)}
     for name, tensor in tensors.items():
-        yield name, whole(tensor.detach())
+        joined = whole(tensor.detach())
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and token_rows.has_rows(module):
+            rows = whole(module.token_rows.detach())
+            joined = joined.index_copy(0, module.token_ids, rows.to(joined.dtype))
+        yield name, joined
 
 
 def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
@@ -150,7 +152,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a state dict holds, each of several tied parameters under the name that transformers keeps."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     kept: dict[int, str] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    everything = model.named_parameters(remove_duplicate=False)
+    parameters = {name: p for name, p in everything if not name.endswith(f".{token_rows.NAME}")}
     for name, parameter in parameters.items():
         if id(parameter) not in kept or kept[id(parameter)] in tied:
             kept[id(parameter)] = name

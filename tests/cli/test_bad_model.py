@@ -160,9 +160,9 @@ def adapter(tmp_path_factory, llama_folder, rows_file):
     "spoil, told",
     [
         (changed(CONFIG_FILE, r=...), "lora/adapter_config.json does not say r."),
-        (changed(CONFIG_FILE, r="x"), "lora/adapter_config.json: r cannot be 'x'."),
+        (changed(CONFIG_FILE, r="x"), "lora/adapter_config.json: r is wrong, got 'x'. It has to be a whole number"),
         (changed(CONFIG_FILE, target_modules=...), "lora/adapter_config.json does not say target_modules."),
-        (changed(CONFIG_FILE, r=3), "lora_A.weight has the shape [2, 64], here it is [3, 64]"),
+        (changed(CONFIG_FILE, r=3), "lora_A has the shape [2, 64], here it is [3, 64]"),
         (changed(CONFIG_FILE, peft_type="IA3"), "lora: an adapter of the kind IA3, which is not known here"),
         (changed(CONFIG_FILE, target_modules=["c_attn"]), "nothing in the model is called 'c_attn'"),
         (written(CONFIG_FILE, "{"), "lora/adapter_config.json cannot be read: "),
@@ -230,6 +230,9 @@ def test_blocks_that_the_model_does_not_have(fails):
         "lora={rank: 2, layers_to_transform: [7]}": "lora.layers_to_transform: 7 is outside of the blocks 0-1",
         "lora={rank: 2, target_modules: [nothing]}": "lora.target_modules: nothing in the model is called 'nothing'",
         "lora={rank: 2, target_modules: '['}": "lora.target_modules: '[' is no regular expression",
+        "lora={rank: 2, target_modules: '('}": "lora.target_modules: '(' is no regular expression",
+        "lora={rank: 2, target_modules: []}": "lora.target_modules: is empty",
+        "lora={rank: 999999999999}": "lora.rank: must be 32768 or less",
         "lora={rank: 2, modules_to_save: [nothing]}": "lora.modules_to_save: nothing in the model is called 'nothing'",
         "optimizer_args={momentum: -1}": "optimizer_args.momentum: AdamW takes",
     }.items():

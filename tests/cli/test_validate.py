@@ -322,3 +322,14 @@ def test_nothing_to_validate(capsys, tmp_path):
     for arguments, told in (([], "name a config"), (["--all", str(tmp_path)], "there is no .yml file in")):
         assert main(["validate", *arguments]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}])
+def test_new_tokens_are_named(write, report, byte_folder, llama_folder, lora):
+    """Which tokens the model lacks, and how their rows are trained."""
+    model = {"name_or_path": str(llama_folder), "tokenizer_name_or_path": byte_folder}
+    code, figures, _ = report(write(ROWS, model=model, lora=lora))
+    alone = "alone, the other rows are frozen" if lora else ""
+    told = f"<|im_start|>, <|im_end|>, which the model does not know: their rows are trained {alone}"
+    assert code == 0 and figures["new tokens"] == told.strip()
+    assert "new tokens" not in report(write(ROWS, lora=lora))[1]

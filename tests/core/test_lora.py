@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from minitrain import ConfigError
+from minitrain.data.collate import Document, collate
 from minitrain.model.adapter_files import adapt_model, load_adapter
+from minitrain.model.heads import token_scores
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
 from minitrain.model.lora import _LoRALinear, fold
+from minitrain.model.policy import Policy
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.reference import InitialValues
@@ -67,10 +70,13 @@ def adapted(folder, **options):
 class _Tokens:
     """Enough of a tokenizer to load a model of 128 tokens."""
 
-    pad_token_id = 0
+    pad_token_id, eos_token_id = 0, 1
 
     def __len__(self):
         return 128
+
+    def get_vocab(self):
+        return {str(number): number for number in range(128)}
 
     def save_pretrained(self, folder):
         pass
@@ -175,6 +181,68 @@ def test_an_adapter_of_peft_is_loaded(folders, tmp_path, name):
     close(exact(again), exact(theirs), 1e-6)
 
 
+CARRIED = {
+    "tied-embedding": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "auto"),
+    "tied-head": ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "auto"),
+    "embeddings": ({}, True),
+    "adapted-embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, True),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+@pytest.mark.parametrize("case", CARRIED)
+def test_base_weights_in_an_adapters_file_are_saved_again(folders, tmp_path, name, case):
+    """PEFT's tied modules and saved embeddings: loaded, saved, merged, loaded by PEFT: one model (peft#2864)."""
+    options, embeddings = CARRIED[case]
+    config = peft.LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | options))
+    theirs = peft.get_peft_model(base(folders[name]), config)
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    plain = dict(base(folders[name]).named_parameters())
+    for key, p in theirs.named_parameters():  # what is neither trained nor saved stays that of the base
+        own = key.removeprefix("base_model.model.").replace(".base_layer", "")
+        if own in plain and not ("embed" in own or "lm_head" in own):
+            p.data.copy_(plain[own].data)
+    theirs.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=embeddings)
+    theirs = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path / "theirs").eval()
+    ours = base(folders[name])
+    ours.adapter = load_adapter(ours, tmp_path / "theirs")
+    ours.adapter.freeze(ours, torch.float32)
+    close(exact(ours), exact(theirs), 1e-5)
+    if "ensure_weight_tying" in options:
+        assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (name == "qwen2-tied")
+        assert ours.model.embed_tokens.weight.requires_grad or case == "tied-head"
+    save_model(ours, _Tokens(), tmp_path / "ours", torch.float32)
+    again = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path / "ours").eval()
+    close(exact(again), exact(theirs), 1e-5)
+    merged = load_merged(ModelConfig(str(folders[name]), adapter=str(tmp_path / "ours")), _Tokens()).eval()
+    close(logits(merged), logits(theirs), 1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_started_adapter_with_an_embedding_is_loaded(folders, tmp_path, init, rslora):
+    """Twice the rank is of the layers that something was taken from, and not of an embedding."""
+    options = {"target_modules": ["embed_tokens", "q_proj"], "init": init, "use_rslora": rslora}
+    model = shaken(adapted(folders["llama"], **options))
+    save_model(model, _Tokens(), tmp_path, torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base(folders["llama"]), tmp_path).eval()
+    close(exact(theirs), exact(model), 1e-4)
+    merged = load_merged(ModelConfig(str(folders["llama"]), adapter=str(tmp_path)), _Tokens())
+    close(logits(merged.eval()), logits(model), 1e-4)
+
+
+def test_dora_over_a_row_of_zeros_is_refused(folders, tmp_path):
+    """It has no direction: the error names the layer, and not the model's weights."""
+    model = base(folders["llama"])
+    model.model.layers[1].mlp.up_proj.weight.data[5] = 0.0
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"lora.use_dora: row 5 of model.layers.1.mlp.up_proj is all zeros"):
+        adapted(tmp_path, use_dora=True)
+    adapted(tmp_path, use_dora=True, exclude_modules=["up_proj"])
+    adapted(tmp_path)
+
+
 def test_a_file_that_says_no_more_than_it_must_is_enough(folders, tmp_path):
     """r, lora_alpha, target_modules and peft_type are all that torchtune writes; what is missing of them is told."""
     theirs = shaken(peft.get_peft_model(base(folders["llama"]), peft.LoraConfig(r=4, target_modules=["q_proj"])))
@@ -194,6 +262,75 @@ def test_dropout_is_on_the_matrices_input_only(folders):
     """Training mode: with all dropped, what is left is the base."""
     model = shaken(adapted(folders["llama"], dropout=1.0)).train()
     close(logits(model), logits(base(folders["llama"])), 1e-5)
+
+
+FEATURES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"dropout": 0.5},
+    "dora-dropout": {"use_dora": True, "dropout": 0.5},
+    "bias": {"bias": "all"},
+}
+LAYERS = {
+    "linear": ("llama", ["q_proj", "down_proj"]),
+    "conv1d": ("gpt2", ["c_attn", "c_fc"]),
+    "embedding": ("llama", ["embed_tokens"]),
+    "tied-embedding": ("qwen2-tied", ["embed_tokens"]),
+    "head": ("cohere-scale", ["lm_head"]),
+    "head-bias": ("phi-bias", ["lm_head", "q_proj"]),
+    "tied-head": ("gemma2-softcap", ["lm_head"]),
+    "tied-both": ("qwen2-tied", ["lm_head", "embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_is_logged_is_what_is_saved_and_merged(folders, tmp_path, layer, feature):
+    """Log-probabilities of the policy are those of PEFT over the file and of the merged model (unsloth-zoo#828)."""
+    name, targets = LAYERS[layer]
+    policy = Policy(shaken(adapted(folders[name], target_modules=targets, **FEATURES[feature]))).eval()
+    batch = collate([[Document(row.int(), (torch.arange(16) > 0).to(torch.uint8))] for row in IDS], 0)
+    logps = policy(batch).logps.view(2, 15)
+    save_model(policy.model, _Tokens(), tmp_path, torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path).eval()
+    merged = load_merged(ModelConfig(str(folders[name]), adapter=str(tmp_path)), _Tokens()).eval()
+    for model in (policy.model, theirs, merged):
+        wanted = logits(model)[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
+        close(logps, wanted, 2e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_acts_on_an_adapted_output_layer(folders, dora):
+    """When all of the matrices' input is dropped, the policy gives what the base gives."""
+    model = shaken(adapted(folders["llama"], target_modules=["lm_head"], dropout=1.0, use_dora=dora))
+    batch = collate([[Document(row.int(), (torch.arange(16) > 0).to(torch.uint8))] for row in IDS], 0)
+    with torch.no_grad():
+        plain = Policy(base(folders["llama"]))(batch).logps
+        if not dora:
+            close(Policy(model.train())(batch).logps, plain, 1e-5)
+        assert (Policy(model.eval())(batch).logps - plain).abs().max() > 0.1
+        assert (Policy(model.train())(batch).logps - Policy(model.eval())(batch).logps).abs().max() > 0.1
+
+
+def test_the_gradient_of_an_adapted_output_layer_is_that_of_its_own_forward(folders):
+    """With DoRA, and with dropout of the same places: A, B and magnitude through the chunked head."""
+    for feature in ("plain", "dora", "dora-dropout"):
+        model = shaken(adapted(folders["llama"], target_modules=["lm_head"], **FEATURES[feature])).train()
+        batch = collate([[Document(row.int(), (torch.arange(16) > 0).to(torch.uint8))] for row in IDS], 0)
+        policy = Policy(model).train()
+        hidden = policy.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)
+        torch.manual_seed(5)
+        states, layer = policy.output(hidden)
+        (-token_scores(states, batch.targets, layer).logps.sum()).backward()
+        found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        torch.manual_seed(5)
+        torch.nn.functional.cross_entropy(model.lm_head(hidden.detach()), batch.targets, reduction="sum").backward()
+        own = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == own.keys() and len(found) == (2 if feature == "plain" else 3)
+        for key, grad in found.items():
+            close(grad, own[key], 1e-3)
 
 
 def test_rank_stabilised_scaling_survives(folders, tmp_path):
@@ -233,6 +370,76 @@ def test_grown_embeddings_are_in_the_adapter(folders, tmp_path):
     close(logits(theirs.eval()), logits(model), 1e-4)
     config = ModelConfig(str(folders["qwen2-tied"]), adapter=str(tmp_path))
     close(logits(load_merged(config, tokenizer).eval()), logits(model), 1e-4)
+
+
+WRONG = {
+    "r": (0, -1, True, 1.5, "4", 10**12),
+    "lora_alpha": (float("nan"), float("inf"), "16", 10**400),
+    "lora_dropout": (2, float("nan"), "0.1"),
+    "target_modules": ([], "", [1], ["q_proj", ""], {"q_proj": 1}, "(", "nothing", ["nothing"]),
+    "exclude_modules": ([1], "(", {"a": 1}),
+    "rank_pattern": ({"(": 5}, {"q_proj": 0}, {"q_proj": 10**12}, [5]),
+    "alpha_pattern": ({"(": 5}, {"q_proj": float("nan")}, 3),
+    "layers_to_transform": (["1"], "1", [9], 1.5),
+    "modules_to_save": ("lm_head", [1]),
+    "bias": ("some", 1),
+    "trainable_token_indices": ([1, 1], [-1], [128], ["a"], {"nothing": [1]}, 5),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_in_an_adapters_config_is_one_error(folders, tmp_path, key):
+    """It names the file and the key, before anything of that size is made."""
+    save_model(adapted(folders["llama"], target_modules=["q_proj"]), _Tokens(), tmp_path, torch.float32)
+    file = tmp_path / "adapter_config.json"
+    right = json.loads(file.read_text())
+    for value in WRONG[key]:
+        file.write_text(json.dumps(right | {key: value}))
+        with pytest.raises(ConfigError, match=rf"adapter_config.json: {key}") as raised:
+            load_adapter(base(folders["llama"]), tmp_path)
+        assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 500, value
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_expression_that_never_ends_is_stopped(folders, tmp_path, monkeypatch, key):
+    """Matching is cut off after a time, and the error says by which expression."""
+    monkeypatch.setattr("minitrain.model.adapter.MATCH_SECONDS", 0.2)
+    save_model(adapted(folders["llama"], target_modules=["q_proj"]), _Tokens(), tmp_path, torch.float32)
+    file = tmp_path / "adapter_config.json"
+    endless = r"(.|\w)*(?=\d\d\d)"
+    value = {endless: 4} if key == "rank_pattern" else endless
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=rf"{key}: matching .* takes more than 0.2 seconds"):
+        load_adapter(base(folders["llama"]), tmp_path)
+
+
+def test_names_that_peft_accepts_are_accepted(folders, tmp_path):
+    """A target that the model lacks beside one it has, excluded ones, and a start that leaves the base as it is."""
+    for number, options in enumerate(
+        (
+            {"target_modules": ["q_proj", "Wqkv"]},
+            {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+            {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+            {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+        )
+    ):
+        folder = tmp_path / str(number)
+        theirs = shaken(peft.get_peft_model(base(folders["llama"]), peft.LoraConfig(r=4, **options))).eval()
+        theirs.save_pretrained(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | options))  # PEFT may have shortened them
+        ours = base(folders["llama"])
+        load_adapter(ours, folder)
+        close(exact(ours), exact(theirs), 1e-6)
+
+
+def test_layers_that_are_all_left_out_are_told(folders):
+    """The layer is there, but another option has it."""
+    for options in ({"exclude_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(ConfigError, match=r"exclude_modules or modules_to_save has all layers.* like lm_head"):
+            adapted(folders["llama"], target_modules=["lm_head"], **options)
+    with pytest.raises(ConfigError, match="layers_to_transform: no layer to adapt is in these blocks, like lm_head"):
+        adapted(folders["llama"], target_modules=["lm_head"], layers_to_transform=[0])
 
 
 def test_what_cannot_be_adapted_is_told(folders, tmp_path):

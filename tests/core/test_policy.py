@@ -12,10 +12,11 @@ from safetensors import safe_open
 
 from minitrain import ConfigError
 from minitrain.data.collate import Document, collate
-from minitrain.model.load import freeze_layers, grow_embeddings, load_model, load_policy, load_tokenizer
+from minitrain.model.load import freeze_layers, load_model, load_policy, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.model.vocabulary import grow_embeddings
 from minitrain.schema import Config, ModelConfig
 from tests.conftest import SHARED, random_llama
 
@@ -122,16 +123,30 @@ def test_checking_leaves_modes_and_gradients_alone():
 
 
 def test_growing_embeddings_never_shrinks_them():
-    """160 rows and a tokenizer of 130: untouched; a tokenizer of 170: the new rows are the mean (unsloth-zoo#923)."""
+    """160 rows and 130 tokens: untouched; 170 tokens: new rows are near the mean and distinct (unsloth-zoo#923)."""
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE | {"vocab_size": 160}))
     before = model.get_input_embeddings().weight.detach().clone()
-    grow_embeddings(model, 130)
+    grow_embeddings(model, _Tokens(130))
     assert torch.equal(model.get_input_embeddings().weight, before)
-    grow_embeddings(model, 170)
+    grow_embeddings(model, _Tokens(170))
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert layer.weight.shape[0] == 170
-        torch.testing.assert_close(layer.weight[160:], layer.weight[:160].mean(0).expand(10, -1))
+        known, new = layer.weight[:160], layer.weight[160:]
+        away = (new - known.mean(0)) / known.std(0, correction=0)  # [10, H]
+        assert 0.05 < away.std() < 0.15 and away.abs().max() < 0.5
+        assert torch.pdist(new).min() > 0.01
     assert torch.equal(model.get_input_embeddings().weight[:160], before)
+
+
+class _Tokens:
+    """A tokenizer of so many tokens."""
+
+    def __init__(self, n_tokens):
+        self.n_tokens = n_tokens
+        self.pad_token_id, self.eos_token_id = 0, 1
+
+    def get_vocab(self):
+        return {str(number): number for number in range(self.n_tokens)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

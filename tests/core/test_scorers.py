@@ -13,7 +13,8 @@ from minitrain.data.collate import Document, collate
 from minitrain.data.encode import Limits, encode
 from minitrain.data.records import Labelled
 from minitrain.data.template import Template
-from minitrain.model.adapter_files import adapt_model, load_adapter, outputs_of
+from minitrain.model.adapter_config import outputs_of
+from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, trained_outputs
 from minitrain.model.save import save_model
 from minitrain.model.scoring import make_policy
@@ -45,7 +46,7 @@ def documents(tokenizer, texts=TEXTS) -> list[Document]:
     template, made = Template(tokenizer, "none"), []
     for text, pair in texts:
         record = Labelled(text, pair, "yes")
-        (tokens,) = encode(record, record, template, Limits(96))
+        (tokens,) = encode(record, template, Limits(96))
         columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
         made.append(Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns))
     return made

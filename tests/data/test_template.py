@@ -8,7 +8,9 @@ from tokenizers.processors import TemplateProcessing
 from minitrain.data.records import Conversation, PlainText
 from minitrain.data.template import Template, Tokens
 from minitrain.errors import ConfigError, DataError
+from minitrain.model.load import load_tokenizer
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.schema import ModelConfig
 
 # Written the way model makers write them: without generation markers.
 BARE_CHATML = (
@@ -340,3 +342,11 @@ def test_a_template_that_is_not_jinja_is_refused_by_name(tmp_path):
     file.write_text("{% for message in messages %}{{ message }")
     with pytest.raises(ConfigError, match="chat_template: not valid Jinja, line 1"):
         Template(tiny_tokenizer(), str(file))
+
+
+def test_chatml_keeps_the_special_tokens_of_the_base(byte_folder):
+    """Its two tokens come to those that the tokenizer lists, and do not replace them."""
+    tokenizer = load_tokenizer(ModelConfig("", byte_folder))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>", "<|call|>"]})
+    Template(tokenizer)
+    assert set(tokenizer.all_special_tokens) == {"<|end|>", "<|tool|>", "<|call|>", "<|im_start|>", "<|im_end|>"}

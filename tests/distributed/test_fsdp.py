@@ -43,18 +43,27 @@ SETTINGS = {
     "prompt": ("soft_prompt.num_virtual_tokens=4", "soft_prompt.init_text=say"),
     "prefix": ("soft_prompt.num_virtual_tokens=4", "soft_prompt.method=prefix"),
     "kd": ("loss.name=kd", "loss.teacher=tiny", "packing=true", "validation_split=7", "eval_batch_size=3"),
+    "new-full": ("model.tokenizer_name_or_path=MORE",),
+    "new-lora": ("lora.rank=4", "model.tokenizer_name_or_path=MORE"),
+    "new-saved": ("lora.rank=4", "lora.modules_to_save=[embed_tokens]", "model.tokenizer_name_or_path=MORE"),
+    "new-frozen": ("freeze_layers=[0, embeddings]", "model.tokenizer_name_or_path=MORE"),
+    "new-prompt": ("soft_prompt.num_virtual_tokens=4", "model.tokenizer_name_or_path=MORE"),
     "dft": ("loss.name=dft", "activation_checkpointing=true", "validation_split=7", "eval_batch_size=3"),
 }
 
 
-def test_two_ranks_train_as_one_process(job, scratch):
+def test_two_ranks_train_as_one_process(job, scratch, more_bytes_folder):
     """For full, grad and none: what a step computes does not depend on who computes it
     (transformers#34242, torchtitan#1842, pytorch#72548, pytorch#25162)."""
-    alone = {name: job(f"alone-{name}", *overrides) for name, overrides in SETTINGS.items()}
+    settings = {
+        name: [override.replace("MORE", more_bytes_folder) for override in overrides]
+        for name, overrides in SETTINGS.items()
+    }
+    alone = {name: job(f"alone-{name}", *overrides) for name, overrides in settings.items()}
     launch(0, list(alone.values()), scratch / "alone")
     shards = {"full": SETTINGS, "grad": ("plain", "uneven"), "none": ("frozen", "uneven", "packed", "lora", "kd")}
     chosen = [(shard, name) for shard, names in shards.items() for name in names]
-    ranked = [(job(f"{shard}-{name}", *SETTINGS[name], fsdp=shard), alone[name]) for shard, name in chosen]
+    ranked = [(job(f"{shard}-{name}", *settings[name], fsdp=shard), alone[name]) for shard, name in chosen]
     launch(2, [ours for ours, _ in ranked], scratch / "ranks")
     for ours, wanted in ranked:
         same_training(ours, wanted)

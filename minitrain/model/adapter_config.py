@@ -1,0 +1,142 @@
+"""What adapter_config.json says: read and checked, and made of the options of a new adapter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from ..errors import ConfigError
+from ..schema import Config
+from .scoring import heads_of
+from .soft_prompt import KINDS
+
+FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # the last layer of a scalar head
+REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "PROMPT": ("num_virtual_tokens",)}  # nobody could guess them
+MAX_RANK = 1 << 15  # a rank or a number of vectors beyond it is a mistake that would take all memory
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+# What PEFT can do and this does not: refused when an adapter uses it.
+FOREIGN = (
+    *("layer_replication", "lora_bias", "target_parameters", "use_qalora"),
+    *("alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"),
+)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _are_by_pattern(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
+
+
+# What the options of adapter_config.json have to be, where they are given.
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, f"a whole number from 1 to {MAX_RANK}"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "target_modules": (
+        lambda value: bool(value) and (isinstance(value, str) or _are_names(value)),
+        "names of layers in a list, or a regular expression",
+    ),
+    "exclude_modules": (lambda value: isinstance(value, str) or _are_names(value), "names, or a regular expression"),
+    "modules_to_save": (_are_names, "names of modules in a list"),
+    "layers_to_transform": (
+        lambda value: all(type(one) is int for one in (value if isinstance(value, list) else [value])),
+        "a number of a block, or several in a list",
+    ),
+    "rank_pattern": (_are_by_pattern(_is_rank), f"whole numbers from 1 to {MAX_RANK} by regular expressions"),
+    "alpha_pattern": (_are_by_pattern(_is_number), "finite numbers by regular expressions"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "num_virtual_tokens": (_is_rank, f"a whole number from 1 to {MAX_RANK}"),
+}
+
+
+def has_adapter(config: Config) -> bool:
+    return bool(config.lora.rank or config.soft_prompt.num_virtual_tokens or config.model.adapter)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises ConfigError for what minitrain cannot do."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
+    if kind not in ("LORA", *KINDS.values()):
+        raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
+    needed = REQUIRED["LORA" if kind == "LORA" else "PROMPT"]
+    if lacking := [key for key in needed if config.get(key) is None]:
+        raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.")
+    for key, (is_valid, expected) in VALUES.items():
+        if config.get(key) is not None and not is_valid(config[key]):
+            value = repr(config[key])[:100]
+            raise ConfigError(f"{folder / CONFIG_FILE}: {key} is wrong, got {value}. It has to be {expected}.")
+    for key in FOREIGN:
+        if config.get(key):
+            raise ConfigError(f"{folder}: it uses {key}, which is not known here.")
+    if isinstance(start := config.get("init_lora_weights"), str) and start.startswith(CHANGES_BASE):
+        raise ConfigError(
+            f"{folder}: an adapter that was started by {start} and goes on a changed base model. "
+            "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
+        )
+    return {"bias": "none"} | config  # torchtune writes no more than what is needed
+
+
+def outputs_of(folder: Path) -> list[str] | None:
+    """Names of the scalars that an adapter's model ends in; None for a vocabulary. Raises ConfigError."""
+    config = read_config(folder)
+    if config.get("task_type") != "SEQ_CLS":
+        return None
+    if "minitrain_outputs" in config:
+        return config["minitrain_outputs"]
+    with safe_open(folder / FILE, "pt") as file:  # PEFT notes no names
+        heads = [key for key in file.keys() if key.endswith(HEADS)]  # noqa: SIM118
+        if not heads:
+            raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.")
+        return [f"LABEL_{number}" for number in range(file.get_slice(heads[0]).get_shape()[0])]
+
+
+def base_config(config: Config, model: nn.Module) -> dict[str, Any]:
+    """What adapter_config.json says of the base model."""
+    quantization = config.model.quantization
+    return {
+        "task_type": "SEQ_CLS" if heads_of(model).trained else "CAUSAL_LM",
+        "base_model_name_or_path": config.model.name_or_path,
+        "revision": config.model.revision,
+        **({"minitrain_quantization": quantization} if quantization != "none" else {}),
+        **({"minitrain_outputs": list(model.config.id2label.values())} if heads_of(model).trained else {}),
+    }
+
+
+def new_config(config: Config, model: nn.Module) -> dict[str, Any]:
+    """adapter_config.json for the options of a LoRA. A scalar head is new, and so trained whole."""
+    options = config.lora
+    whole = [*options.modules_to_save, *heads_of(model).trained]
+    return base_config(config, model) | {
+        "peft_type": "LORA",
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": options.target_modules,
+        "exclude_modules": options.exclude_modules,
+        "layers_to_transform": options.layers_to_transform,
+        "modules_to_save": whole or None,
+        "bias": options.bias,
+        "use_rslora": options.use_rslora,
+        "use_dora": options.use_dora,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+    }

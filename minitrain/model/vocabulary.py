@@ -1,0 +1,120 @@
+"""Tokens that are new to a model: which they are, and the embedding rows that they start with.
+
+A new row is the mean of the known rows (Hewitt 2021) plus a little noise: with equal rows, two tokens would have the
+same probability. The noise depends on the token's id alone, so that the policy, its reference, every rank and a later
+merge have the same row.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .weights import Weights
+
+NOISE = 0.1  # standard deviation, as a share of that of the known rows
+
+
+def mark_known(tokenizer) -> None:
+    """Remember the ids that a tokenizer comes with, so that those of tokens added later are new."""
+    tokenizer.known = frozenset(tokenizer.get_vocab().values())
+
+
+def count_ids(tokenizer) -> int:
+    """Return one more than the largest token id, which is more than `len(tokenizer)` where ids have holes.
+
+    Raises ConfigError when two tokens have one id, as when a token is added to a tokenizer with holes.
+    """
+    vocabulary = tokenizer.get_vocab()
+    tokens: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        first = tokens.setdefault(number, token)
+        if first != token:
+            raise ConfigError(
+                f"model.tokenizer_name_or_path: the tokens {first!r} and {token!r} have the same id, got {number}. "
+                "The ids of this tokenizer have holes; add the token to its tokenizer.json, with a free id."
+            )
+    return max(tokens) + 1
+
+
+def grow_embeddings(model: nn.Module, tokenizer, weights: Weights | None = None) -> None:
+    """Give every token id a row, and new tokens new rows. No row is removed.
+
+    New are the ids beyond the model's rows, and those of tokens added since the tokenizer was loaded, even where the
+    model has a spare row. `model.new_ids` lists those that a model learns from: all but padding.
+
+    Args:
+        weights: Rows of a model without memory.
+    """
+    n_rows, n_ids = model.get_input_embeddings().weight.shape[0], count_ids(tokenizer)
+    ids = set(tokenizer.get_vocab().values())
+    added = ids - getattr(tokenizer, "known", ids)  # nothing was added to a tokenizer that nobody marked
+    new = sorted(added | set(range(n_rows, n_ids)))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
+    model.new_ids = [number for number in new if number != padding]
+    if n_ids > n_rows:
+        model.resize_token_embeddings(n_ids, mean_resizing=False)
+    if not new:
+        return
+    for name, parameter in embedding_parameters(model).items():
+        if weights is not None:
+            rows = NewRows(weights.sources[name], weights.sizes[name][0], new)
+            weights.sources[name], weights.sizes[name] = rows, list(parameter.shape)
+        elif not parameter.is_meta:
+            with torch.no_grad():
+                parameter[new] = NewRows(parameter[:n_rows], n_rows, new).start(new).to(parameter.dtype)
+
+
+def embedding_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the input embeddings and the output layer by name, as far as the model has them."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return weights and biases with a row for each token by name, tied ones once."""
+    layers = embedding_layers(model).values()
+    wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+class NewRows:
+    """Rows of a tensor, with new ones for new tokens."""
+
+    def __init__(self, source: Any, n_rows: int, ids: list[int]):
+        """`source[start:stop]` are the known rows, of which there are `n_rows`."""
+        self.source, self.n_rows, self.ids = source, n_rows, ids
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        known = self.source[rows.start : min(rows.stop, self.n_rows)]
+        ids = [number for number in self.ids if rows.start <= number < rows.stop]
+        if not ids:
+            return known
+        found = known.new_empty(rows.stop - rows.start, *known.shape[1:])
+        found[: len(known)] = known
+        found[[number - rows.start for number in ids]] = self.start(ids).to(known.dtype)
+        return found
+
+    def start(self, ids: list[int]) -> Tensor:
+        """Return the rows that these tokens start with, in float32."""
+        mean, deviation = self._moments
+        noise = [torch.randn(mean.shape, generator=torch.Generator().manual_seed(number)) for number in ids]
+        return mean + NOISE * deviation * torch.stack(noise)
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        known = self.source[: self.n_rows].float()
+        return known.mean(0), known.std(0, correction=0)
+
+
+def describe_new(model: nn.Module, tokenizer) -> str | None:
+    """Say in words which tokens are new and how they are trained; None where there are none."""
+    if not model.new_ids:
+        return None
+    names = [str(tokenizer.convert_ids_to_tokens(number)) for number in model.new_ids[:4]]
+    more = f" and {len(model.new_ids) - 4:,} more" if len(model.new_ids) > 4 else ""
+    alone = any(name.endswith("token_rows") for name, _ in model.named_parameters())
+    how = "their rows are trained alone, the other rows are frozen" if alone else "their rows are trained"
+    return f"{', '.join(names)}{more}, which the model does not know: {how}"
