@@ -226,7 +226,7 @@ def test_blocks_that_the_model_does_not_have(fails):
     """What is checked against the model that was loaded."""
     for override, told in {
         "freeze_layers=[0-9]": "freeze_layers: 0-9 is outside of the model's blocks 0-1",
-        "freeze_layers=[5-0]": "freeze_layers: 5-0 is outside of the model's blocks 0-1",
+        "freeze_layers=[5-0]": "freeze_layers: the range 5-0 ends before it begins",
         "lora={rank: 2, layers_to_transform: [7]}": "lora.layers_to_transform: 7 is outside of the blocks 0-1",
         "lora={rank: 2, target_modules: [nothing]}": "lora.target_modules: nothing in the model is called 'nothing'",
         "lora={rank: 2, target_modules: '['}": "lora.target_modules: '[' is no regular expression",
