@@ -17,6 +17,7 @@ import yaml
 from .engine.folders import replace_file
 from .errors import ConfigError, RunFolderError
 
+KINDS = ("train", "eval")
 NOT_FIGURES = ("step", "kind")
 LARGEST_STEP = 2**53  # beyond it a step is not a number that a float can hold
 UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, yaml.YAMLError)
@@ -130,9 +131,19 @@ def parse_line(line: str | bytes) -> dict:
     return row
 
 
+def last_steps(file: Path) -> dict[str | None, int]:
+    """The largest step that a log holds of each kind of row; {} when there is none."""
+    steps: dict[str | None, int] = {}
+    for _, row in _rows(file):
+        if row is not None:
+            kind = row.get("kind") if row.get("kind") in KINDS else None
+            steps[kind] = max(row["step"], steps.get(kind, 0))
+    return steps
+
+
 def last_step(file: Path) -> int:
     """The largest step that a log holds; 0 when there is none."""
-    return max((row["step"] for _, row in _rows(file) if row is not None), default=0)
+    return max(last_steps(file).values(), default=0)
 
 
 def truncate_log(file: Path, is_kept: Callable[[dict], bool]) -> list[int]:
@@ -169,7 +180,7 @@ def _points(line: str) -> dict[str, Point]:
     """Raises ValueError, TypeError or OverflowError for a line that is not one of `Tracking`."""
     row = parse_line(line)
     step, kind = row["step"], row.get("kind")
-    if kind not in ("train", "eval"):
+    if kind not in KINDS:
         raise ValueError
     return {f"{kind}/{name}": Point(step, float(value)) for name, value in row.items() if name not in NOT_FIGURES}
 

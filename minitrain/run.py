@@ -30,15 +30,32 @@ from .engine.folders import (
     verify,
 )
 from .engine.parallel import SingleDevice
-from .engine.tracking import LEDGER, METRICS
+from .engine.tracking import LEDGER, METRICS, RUN_ID, Logged
 from .errors import RunFolderError
-from .history import UNREADABLE, damaged_lines_message, last_step, read_end, read_settings, truncate_log
+from .history import (
+    KINDS,
+    UNREADABLE,
+    damaged_lines_message,
+    last_step,
+    last_steps,
+    read_end,
+    read_settings,
+    truncate_log,
+)
 from .problems import related
 from .saved_config import config_yaml
 from .schema import Config, option_fields
 
 LOGS = (METRICS, LEDGER)
-WRITTEN_BY_STEPS = (*LOGS, "tensorboard", "models", "best", "final")  # what a restart from step 0 would write over
+WRITTEN_BY_STEPS = (
+    *LOGS,
+    RUN_ID,
+    "tensorboard",
+    "models",
+    "best",
+    "final",
+)  # what a restart from step 0 would write over
+FILES = (*LOGS, RUN_ID)
 INPUTS = {
     "datasets": "other data: the files, the tokenizer or their options have changed",
     "model": "another base model: the files of model.name_or_path have changed",
@@ -130,16 +147,25 @@ class RunFolder:
                     f"with what is there now: allow_changes=[{name}]."
                 )
 
-    def start(self, step: int | None, evaluates: bool) -> None:
+    def start(self, step: int | None, evaluates: bool) -> Logged | None:
         """Write config.yml, remove what a kill left, and the logs and models that are computed again.
 
         Args:
             step: That of the checkpoint; None without one. Later logs and models are computed again.
             evaluates: Whether the evaluation of `step` is, too.
+
+        Returns:
+            What has been logged, for trackers; None without a checkpoint. Only rank 0 knows.
         """
 
+        rows, steps = [], {}
+
         def is_kept(row: dict) -> bool:
-            return row["step"] < step or (row["step"] == step and not (evaluates and row.get("kind") == "eval"))
+            if row["step"] != step or (evaluates and row.get("kind") == "eval"):
+                return row["step"] < step
+            if row.get("kind") in KINDS:
+                rows.append(row)
+            return True
 
         def write() -> None:
             for folder in (self.checkpoints, self.models, self.path):
@@ -148,11 +174,16 @@ class RunFolder:
             replace_file(self.path / "config.yml", [config_yaml(self.config).encode()])
             prune(self.checkpoints, self.config.keep_checkpoints, step)
             drop_after(self.models, step or 0)
+            if step is None:
+                return
+            if (self.path / METRICS).is_file() and (self.path / RUN_ID).is_file():
+                steps.update(last_steps(self.path / METRICS))
             for file in (self.path / name for name in LOGS):
-                if step is not None and file.is_file() and (damaged := truncate_log(file, is_kept)):
+                if file.is_file() and (damaged := truncate_log(file, is_kept)):
                     self.messages.append(f"{damaged_lines_message(file, damaged)} removed")
 
         self.parallel.first(lambda: self._writing(write))
+        return None if step is None else Logged(step, rows, steps)
 
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Writes a checkpoint, with `save_async` while training goes on."""
@@ -203,9 +234,10 @@ class RunFolder:
             later = [*checkpoints(self.checkpoints), *checkpoints(self.models)]
             found, start = [path for path in later if step_of(path) > step], resume
             reached = max(map(step_of, found), default=0)
+            found += [self.path / RUN_ID]
         else:
             found, start = [self.path / name for name in (*WRITTEN_BY_STEPS, "checkpoints")], resume
-        found = [path for path in found if (path.is_file() if path.name in LOGS else _holds_files(path))]
+        found = [path for path in found if (path.is_file() if path.name in FILES else _holds_files(path))]
         if not found:
             return
         reached = max([reached, *(last_step(file) for file in found if file.name in LOGS)])

@@ -118,8 +118,10 @@ class Trainer:
                 return {}
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)
-            self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
-            self.tracking = Tracking(self.config, self.run.path, self.run.settings(), speaks=self.parallel.rank == 0)
+            logged = self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
+            self.tracking = Tracking(
+                self.config, self.run.path, self.run.settings(), logged, speaks=self.parallel.rank == 0
+            )
             self.tracking.warn(*self.run.messages)
             try:
                 with signals_noted(functools.partial(setattr, self, "_received")):

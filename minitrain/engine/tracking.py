@@ -11,8 +11,10 @@ import os
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,7 +23,22 @@ from ..batch import Batch
 from ..schema import Config
 from .parallel import SingleDevice
 
-METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"
+METRICS, LEDGER, RUN_ID = "metrics.jsonl", "ledger.jsonl", "tracker_id"
+Log = Callable[[int, str, dict[str, float]], None]
+
+
+class Logged(NamedTuple):
+    """What an interrupted run had logged before it was resumed.
+
+    Attributes:
+        step: That of the checkpoint. Later rows are computed again.
+        rows: Those of `step` that are not.
+        last_steps: Of each kind of row, the last step that was logged.
+    """
+
+    step: int
+    rows: list[dict]
+    last_steps: dict[str | None, int]
 
 
 class Window:
@@ -51,7 +68,7 @@ class Window:
 class Tracking:
     """Sends figures to all trackers, and lines to the console past the progress bar."""
 
-    def __init__(self, config: Config, folder: Path, settings: dict, speaks: bool = True):
+    def __init__(self, config: Config, folder: Path, settings: dict, logged: Logged | None = None, speaks: bool = True):
         """`speaks` is false on all ranks but the first, which then write nothing anywhere."""
         self.speaks, self.quiet = speaks, config.quiet
         self.bar: tqdm | None = None
@@ -62,11 +79,11 @@ class Tracking:
         if config.ledger:
             self._open(LEDGER, lambda: _jsonl(folder / LEDGER))
         if config.report_to_tensorboard and not config.debug:
-            self._open("tensorboard", lambda: _tensorboard(folder))
+            self._open("tensorboard", lambda: _tensorboard(folder, logged))
         if config.wandb.enabled and not config.debug:
-            self._open("wandb", lambda: _wandb(config, folder, settings))
+            self._open("wandb", lambda: _wandb(config, folder, settings, logged))
         if config.swanlab.enabled and not config.debug:
-            self._open("swanlab", lambda: _swanlab(config, folder, settings))
+            self._open("swanlab", lambda: _swanlab(config, folder, settings, logged))
 
     def log(self, step: int, kind: str, figures: dict[str, float]) -> None:
         """`kind` is train or eval; trackers see `kind/name`."""
@@ -184,20 +201,22 @@ def _metrics(folder: Path) -> tuple[Callable, Callable]:
     return lambda step, kind, figures: write({"step": step, "kind": kind, **figures}), close
 
 
-def _tensorboard(folder: Path) -> tuple[Callable, Callable]:
+def _tensorboard(folder: Path, logged: Logged | None) -> tuple[Callable, Callable]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if logged is None else logged.step)
 
     def log(step: int, kind: str, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             writer.add_scalar(f"{kind}/{name}", value, step)
         writer.flush()
 
+    for row in () if logged is None else logged.rows:  # purged with the later ones
+        log(row["step"], row["kind"], {name: float(row[name]) for name in row.keys() - {"step", "kind"}})
     return log, writer.close
 
 
-def _wandb(config: Config, folder: Path, settings: dict) -> tuple[Callable, Callable]:
+def _wandb(config: Config, folder: Path, settings: dict, logged: Logged | None) -> tuple[Callable, Callable]:
     import wandb
 
     run = wandb.init(
@@ -207,26 +226,46 @@ def _wandb(config: Config, folder: Path, settings: dict) -> tuple[Callable, Call
         dir=os.environ.get("WANDB_DIR", str(folder)),
         config=settings,
         settings=wandb.Settings(silent=True),
+        id=_run_id(folder),
+        resume=None if logged is None else "allow",
     )
 
     def log(step: int, kind: str, figures: dict[str, float]) -> None:
         run.log({f"{kind}/{name}": value for name, value in figures.items()} | {"step": step})
 
-    return log, run.finish
+    return _only_new(log, logged), run.finish
 
 
-def _swanlab(config: Config, folder: Path, settings: dict) -> tuple[Callable, Callable]:
+def _swanlab(config: Config, folder: Path, settings: dict, logged: Logged | None) -> tuple[Callable, Callable]:
     import swanlab
 
+    resume = {"id": _run_id(folder), "resume": "allow"} if config.swanlab.mode == "cloud" else {}  # others cannot
     run = swanlab.init(
         project=config.swanlab.project,
         experiment_name=config.exp_name,
         logdir=str(folder / "swanlab"),
         config=settings,
         mode=config.swanlab.mode,
+        **resume,
     )
 
     def log(step: int, kind: str, figures: dict[str, float]) -> None:
         run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
 
-    return log, swanlab.finish
+    return _only_new(log, logged), swanlab.finish
+
+
+def _run_id(folder: Path) -> str:
+    """The id of this run with wandb and SwanLab, made when it starts and kept, so that it can be resumed."""
+    file = folder / RUN_ID
+    if file.exists() and (found := file.read_text(errors="replace").strip()).isalnum() and found.isascii():
+        return found
+    made = uuid.uuid4().hex[:21]
+    file.write_text(made)
+    return made
+
+
+def _only_new(log: Log, logged: Logged | None) -> Log:
+    """Leave out rows that were logged before the interruption: they cannot be taken back, and come again the same."""
+    last_steps = {} if logged is None else logged.last_steps
+    return lambda step, kind, figures: log(step, kind, figures) if step > last_steps.get(kind, -1) else None

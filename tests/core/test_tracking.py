@@ -203,3 +203,68 @@ def test_quiet_leaves_warnings(make_trainer, capsys):
     )
     trainer.train()
     assert "stopped by SIGINT at step 1" in capsys.readouterr().out
+
+
+def kill_at(step: int):
+    def kill(trainer):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+def test_tensorboard_has_each_point_once_after_a_kill(make_trainer, rows_file):
+    """Steps after the checkpoint are computed again: their first points are purged, and no other one is lost."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("report_to_tensorboard=true", f"eval_datasets=[{rows_file}]", "eval_every_steps=1", "n_steps=5")
+    for step in (4, 5, None):
+        trainer = make_trainer(*options, "save_every_steps=2", on_step_end=kill_at(step))
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.train()
+    assert trainer.step == 5 and trainer.checkpoint == trainer.run.checkpoint(4)
+    events = EventAccumulator(str(trainer.run.path / "tensorboard"))
+    events.Reload()
+    for kind, steps in (("train", range(1, 6)), ("eval", range(6))):
+        assert [event.step for event in events.Scalars(f"{kind}/loss")] == list(steps)
+        found = [event.value for event in events.Scalars(f"{kind}/loss")]
+        assert found == pytest.approx([row["loss"] for row in metrics(trainer, kind)])
+
+
+def test_a_wandb_run_is_resumed(make_trainer, rows_file, monkeypatch):
+    """The same id, and nothing that was sent before is sent again; a run that starts from step 0 gets another id."""
+    import wandb
+
+    logged, started = [], []
+    fake = types.SimpleNamespace(log=logged.append, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: started.append((kwargs["id"], kwargs["resume"])) or fake)
+    options = ("wandb.enabled=true", f"eval_datasets=[{rows_file}]", "eval_every_steps=1", "n_steps=5")
+    for step, every in ((3, 0), (4, 2), (None, 2)):
+        trainer = make_trainer(*options, f"save_every_steps={every}", on_step_end=kill_at(step))
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.train()
+    (first, new), (second, restarted), (third, resumed) = started
+    assert len(first) == 21 and second != first and third == second
+    assert (new, restarted, resumed) == (None, None, "allow")
+    sent = [(next(iter(row)).partition("/")[0], row["step"]) for row in logged]
+    after = sent[sent.index(("eval", 0), 1) :]  # the second start
+    assert sorted(after) == [*(("eval", step) for step in range(6)), *(("train", step) for step in range(1, 6))]
+
+
+def test_a_swanlab_run_is_resumed(make_trainer, monkeypatch):
+    """In its cloud, which alone can do it."""
+    started = []
+    fake = types.SimpleNamespace(finish=lambda: None, __spec__=object())
+    fake.init = lambda **kwargs: started.append(kwargs) or types.SimpleNamespace(log=lambda *args, **kwargs: None)
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for mode in ("cloud", "local"):
+        for step in (2, None):
+            hooks = {"on_step_end": kill_at(step)}
+            trainer = make_trainer(
+                "swanlab.enabled=true", f"swanlab.mode={mode}", f"exp_name={mode}", "save_every_steps=1", **hooks
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                trainer.train()
+    assert started[0]["id"] == started[1]["id"] and started[0]["resume"] == "allow"
+    assert not {"id", "resume"} & started[2].keys()
