@@ -12,6 +12,7 @@ from itertools import pairwise
 from statistics import fmean, median, pstdev
 from typing import NamedTuple
 
+from .engine.folders import checkpoints, step_of
 from .history import History, Point
 
 ENOUGH = 6  # lines, below which nothing is said of how a figure goes
@@ -306,12 +307,12 @@ def unfinished(run: History) -> Finding | None:
         return None
     written = time.localtime((run.folder / "metrics.jsonl").stat().st_mtime)
     left = run.values("train/eta_seconds")
-    found = [int(path.name[5:]) for path in (run.folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = checkpoints(run.folder / "checkpoints")
     return Finding(
         "The run has not finished.",
         f"Its last line is of step {run.last_step}, written at {time.strftime('%Y-%m-%d %H:%M', written)}"
         + (f", with {left[-1] / 60:.0f} minutes of training still to come then." if left else "."),
-        f"unless it still runs, the same command again: it goes on from the checkpoint of step {max(found)}."
+        f"unless it still runs, the same command again: it goes on from the checkpoint of step {step_of(found[-1])}."
         if found
         else "unless it still runs, the same command again, from the start: there is no checkpoint (save_every_steps).",
     )

@@ -4,7 +4,6 @@ Any of its files may be damaged: after a power failure, by a full disk, by hand.
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .errors import ConfigError, RunFolderError
 KINDS = ("train", "eval")
 NOT_FIGURES = ("step", "kind")
 LARGEST_STEP = 2**53  # beyond it a step is not a number that a float can hold
+LARGEST = 1e100  # the squares of larger values cannot be summed
 UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, yaml.YAMLError)
 
 
@@ -29,7 +29,7 @@ class Point(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.value)
+        return abs(self.value) < LARGEST
 
 
 @dataclass

@@ -47,15 +47,8 @@ from .saved_config import config_yaml
 from .schema import Config, option_fields
 
 LOGS = (METRICS, LEDGER)
-WRITTEN_BY_STEPS = (
-    *LOGS,
-    RUN_ID,
-    "tensorboard",
-    "models",
-    "best",
-    "final",
-)  # what a restart from step 0 would write over
 FILES = (*LOGS, RUN_ID)
+WRITTEN_BY_STEPS = (*FILES, "tensorboard", "models", "best", "final")  # what a restart from step 0 would replace
 INPUTS = {
     "datasets": "other data: the files, the tokenizer or their options have changed",
     "model": "another base model: the files of model.name_or_path have changed",
