@@ -152,7 +152,7 @@ def test_interrupted_and_resumed(make):
     options = ("n_steps=4", "save_every_steps=2")
     whole = make("bert", *options, "exp_name=whole")
     whole.train()
-    make("bert", *options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 2 else None).train()
+    make("bert", *options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 2 else None).train()
     again = make("bert", *options)
     again.train()
     assert all(torch.equal(p, weights(again)[name]) for name, p in weights(whole).items())

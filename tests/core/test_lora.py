@@ -490,7 +490,7 @@ def test_a_checkpoint_is_the_size_of_the_adapter_and_resumes(make_trainer):
     options = ("lora.rank=4", "lora.dropout=0.2", "lora.init=pissa", "n_steps=4", "save_every_steps=2")
     whole = make_trainer(*options, "exp_name=whole")
     whole.train()
-    first = make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 2 else None)
+    first = make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 2 else None)
     first.train()
     held = load_file(first.run.checkpoint(2) / "model-0.safetensors")
     assert held and all("lora_" in name for name in held)

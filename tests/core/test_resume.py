@@ -29,6 +29,12 @@ def trace(trainer) -> list:
     return [(row["step"], row["loss"]) for row in metrics(trainer)]
 
 
+def stop_at_1(trainer):
+    """Stops as a signal does."""
+    if trainer.step == 1:
+        trainer._received = signal.SIGTERM
+
+
 OPTIONS = ("n_steps=9", "total_batch_size=6", "gradient_accumulation_steps=2", "save_every_steps=1", "warmup_steps=2")
 
 
@@ -67,7 +73,7 @@ def test_the_state_of_any_optimizer_is_restored(make_trainer, optimizer):
     options = ("n_steps=4", "save_every_steps=2", f"optimizer={optimizer}", "lr_scheduler=constant")
     whole = make_trainer("exp_name=whole", *options)
     whole.train()
-    half = make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 2 else None)
+    half = make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 2 else None)
     half.train()
     rest = make_trainer(*options)
     rest.train()
@@ -77,7 +83,7 @@ def test_the_state_of_any_optimizer_is_restored(make_trainer, optimizer):
 def test_float16_scale_is_part_of_the_state(make_trainer):
     """The loss scale goes on from where it was."""
     options = ("model.policy_dtype=float16", "n_steps=3", "save_every_steps=1")
-    first = make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first = make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 1 else None)
     first.precision.scale = 512.0
     first.train()
     second = make_trainer(*options)
@@ -128,7 +134,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_trainer, oracle,
     """The newest is damaged: said by file name, the one before is used, the end is the same."""
     options = (*OPTIONS, "keep_checkpoints=3")
     first = with_dropout(
-        make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 5 else None)
+        make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 5 else None)
     )
     first.train()
     damage(first.run.checkpoint(5), how)
@@ -142,7 +148,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_trainer, oracle,
 
 def test_never_silently_back_to_step_zero(make_trainer):
     """When no checkpoint is sound the run refuses; a damaged one that was named is an error too."""
-    first = make_trainer("save_every_steps=1", on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first = make_trainer("save_every_steps=1", on_step_end=stop_at_1)
     first.train()
     damage(first.run.checkpoint(1), "flipped")
     with pytest.raises(RunError, match="no checkpoint is sound"):
@@ -153,7 +159,7 @@ def test_never_silently_back_to_step_zero(make_trainer):
 
 def test_a_manifest_cannot_name_files_elsewhere(make_trainer):
     """A path with .. in a manifest is refused."""
-    first = make_trainer("save_every_steps=1", on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first = make_trainer("save_every_steps=1", on_step_end=stop_at_1)
     first.train()
     manifest = first.run.checkpoint(1) / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -196,7 +202,7 @@ def test_other_data_are_refused(make_trainer, rows_file, tmp_path):
     copy = tmp_path / "copy.jsonl"
     copy.write_text(rows_file.read_text())
     options = (f"datasets=[{copy}]", "save_every_steps=1", "n_steps=3")
-    make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None).train()
+    make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 1 else None).train()
     copy.write_text(rows_file.read_text().replace("say 1", "say one"))
     with pytest.raises(RunError, match="other data"):
         make_trainer(*options).train()
@@ -210,7 +216,7 @@ def test_another_base_model_is_refused(make_trainer, llama_folder, tmp_path, fil
     """Weights, or a tokenizer that gives other ids, changed under a run that goes on."""
     folder = shutil.copytree(llama_folder, tmp_path / "base")
     options = (f"model.name_or_path={folder}", "save_every_steps=1", "freeze_layers=[0]")
-    make_trainer(*options, on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None).train()
+    make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 1 else None).train()
     changed = folder / file
     if file.endswith(".json"):
         changed.write_text(changed.read_text().replace('"a":', '"@":').replace('"b":', '"a":').replace('"@":', '"b":'))
@@ -226,7 +232,7 @@ def test_another_base_model_is_refused(make_trainer, llama_folder, tmp_path, fil
 
 def test_an_index_cannot_name_files_elsewhere(make_trainer, tmp_path):
     """A checkpoint whose hashes are right and whose index leads out of it is refused."""
-    first = make_trainer("save_every_steps=1", on_step_end=lambda t: setattr(t, "signal", 15) if t.step == 1 else None)
+    first = make_trainer("save_every_steps=1", on_step_end=stop_at_1)
     first.train()
     folder = first.run.checkpoint(1)
     shutil.copy(folder / "model-0.safetensors", tmp_path / "elsewhere.safetensors")

@@ -18,7 +18,7 @@ from tests.conftest import metrics, weights
 
 def stop_at(step: int) -> dict:
     """A hook that stops a trainer as SIGTERM does."""
-    return {"on_step_end": lambda t: setattr(t, "signal", 15) if t.step == step else None}
+    return {"on_step_end": lambda t: setattr(t, "_received", 15) if t.step == step else None}
 
 
 def kill_at(step: int) -> dict:
@@ -124,7 +124,7 @@ def test_a_step_is_committed_once(make_trainer):
 
     def save_and_signal(*args):
         save(*args)
-        trainer.signal = 15
+        trainer._received = 15
 
     trainer.run.save_checkpoint = save_and_signal
     trainer.train()
