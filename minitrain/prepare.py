@@ -80,10 +80,14 @@ def make_loader(
 
 
 def check_lengths(examples: Examples, policy: Policy) -> None:
-    """Raise ConfigError for an example that is longer than a policy, or a teacher, can read."""
+    """Raise ConfigError for an example that is longer than a policy, or a teacher, reads alike in every batch."""
     lengths = examples.of_documents(lambda cache: np.diff(cache.offsets)).max(1)  # [E]
-    longest = int(lengths.argmax())
-    if lengths[longest] > policy.position_limit:
-        name, limit = type(policy.model).__name__, policy.position_limit
-        too_long = f"{examples.where(longest)} has {lengths[longest]} tokens, and {name} has positions for {limit}"
-        raise ConfigError(f"max_length: {too_long}. Set max_length={limit}.")
+    longest, name = int(lengths.argmax()), type(policy.model).__name__
+    limits = (
+        (policy.position_limit, f"{name} has positions for"),
+        (policy.rotary_limit, f"the rotary frequencies of {name} (rope_type) depend on the whole batch beyond"),
+    )
+    for limit, reason in limits:
+        if lengths[longest] > limit:
+            too_long = f"{examples.where(longest)} has {lengths[longest]} tokens, and {reason} {limit}"
+            raise ConfigError(f"max_length: {too_long}. Set max_length={limit}.")

@@ -14,7 +14,7 @@ from . import attention, token_rows
 from .damage import first_line
 from .divergence import divergences
 from .heads import OutputLayer, token_scores
-from .positions import position_limit
+from .positions import position_limit, rotary_limit
 
 
 class Policy(nn.Module):
@@ -62,8 +62,16 @@ class Policy(nn.Module):
     @property
     def position_limit(self) -> int:
         """The longest text that the model can read, trained vectors before it not counted."""
-        prompt = self.model.soft_prompt.n_tokens if self.prompted else 0
-        return position_limit(self.model) - prompt
+        return position_limit(self.model) - self._n_prompt_tokens
+
+    @property
+    def rotary_limit(self) -> int:
+        """The longest text that the model reads alike in every batch, trained vectors before it not counted."""
+        return rotary_limit(self.model) - self._n_prompt_tokens
+
+    @property
+    def _n_prompt_tokens(self) -> int:
+        return self.model.soft_prompt.n_tokens if self.prompted else 0
 
     @property
     def pays_for_long_rows(self) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from minitrain import Trainer, load_config
 from minitrain.cli import main
 from minitrain.errors import MinitrainError
-from minitrain.model.positions import UNLIMITED, position_limit
+from minitrain.model.positions import UNLIMITED, position_limit, rotary_limit
 from minitrain.model.scoring import make_policy
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.model.trial import try_outline
@@ -129,6 +129,42 @@ def test_a_text_longer_than_the_positions(write, kind, packing, tmp_path):
     assert "c.jsonl:2" in both_refuse(
         write([*rows[:1], long], model=model, packing=packing, validation_split=1, seed=1)
     )
+
+
+ROTARY = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_texts_whose_rotary_frequencies_depend_on_the_batch(write, kind, tmp_path):
+    """They are refused, and not one token earlier: up to the limit the logits are those of the text alone."""
+    torch.manual_seed(0)
+    options = {"rope_parameters": ROTARY[kind] | {"rope_theta": 1e4}, "initializer_range": 0.2}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**WIDE | options)).eval()
+    limit = rotary_limit(model)
+    assert limit == {"dynamic": 64, "longrope": 32}[kind]
+
+    def depends(length: int, other: int) -> bool:
+        """Whether a text's logits are others beside a longer text, which is read in the same batch."""
+        ids = torch.arange(other)[None] % 250  # [1, other]
+        with torch.no_grad():
+            alone, beside = model(ids[:, :length]).logits, model(ids).logits[:, :length]
+        return not torch.allclose(alone, beside, atol=1e-3)
+
+    assert not depends(limit - 8, limit) and depends(limit, limit + 30)
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    rows = [{"prompt": "a" * 8, "response": "b"}, {"prompt": "a" * 70, "response": "b"}]
+    told = both_refuse(write(rows, model={"name_or_path": str(tmp_path / "m")}))
+    assert re.search(rf"c\.jsonl:2 has \d+ tokens, and the rotary .* beyond {limit}\. Set max_length={limit}\.", told)
+    assert both_refuse(write(rows, model={"name_or_path": str(tmp_path / "m")}, max_length=limit)) is None
 
 
 def test_soft_prompts_take_positions(write, tmp_path):
