@@ -200,11 +200,13 @@ def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractCont
 def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager], scale: float) -> float:
     """Compare the policy with its model on the last hidden states times `scale`; return the model's largest logit."""
     prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
-    with _scaled_states(policy.model.base_model, scale):
+    with _scaled_states(policy.model, scale) as calls:
         ours = policy(row_of(ids, [12])).logps  # [11]
         policy.prompted = prompted
         with gathered():
             logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
+    if len(calls) != 2:
+        return 0.0  # its parts are called in a way that cannot be scaled
     if not logits.isfinite().all():
         raise ConfigError(
             "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for policy_dtype."
@@ -222,16 +224,21 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
 
 
 @contextmanager
-def _scaled_states(body: nn.Module, scale: float) -> Iterator[None]:
-    """Inside, a model without its output layer gives its last hidden states times `scale`."""
+def _scaled_states(model: nn.Module, scale: float) -> Iterator[list]:
+    """Inside, a model without its output layer gives its last hidden states times `scale`; yields its calls.
+
+    Some models, like OPT, call their decoder without its parent.
+    """
+    calls, body = [], model.get_decoder()
 
     def scaled(module, inputs, outputs):
+        calls.append(module)
         outputs.last_hidden_state = outputs.last_hidden_state * scale
         return outputs
 
-    hook = body.register_forward_hook(scaled)
+    hook = (model.base_model if body in (None, model) else body).register_forward_hook(scaled)
     try:
-        yield
+        yield calls
     finally:
         hook.remove()
 
