@@ -19,7 +19,6 @@ setup(
         "transformers>=5.3",  # CVE-2026-4372: before it, a config.json could run code
         "safetensors>=0.5",
         "omegaconf>=2.3",
-        "regex>=2024.11",
         "wandb>=0.19",
         "tqdm>=4.66",
     ],

@@ -8,8 +8,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import regex
-
 from .errors import ConfigError
 from .names import RIVALS
 from .places import check_archive, check_folder, check_source, looks_local, near_file
@@ -373,8 +371,8 @@ def _check_evaluation(config: Config, given: set[str], problems: Problems) -> No
 def _no_expression(expression: str) -> str | None:
     """What is wrong with a regular expression, if anything is."""
     try:
-        regex.compile(expression)
-    except regex.error as error:
+        re.compile(expression)
+    except re.error as error:
         return str(error)
     return None
 

@@ -1,12 +1,15 @@
 """Which layers of a model have a LoRA, and which of the model's parameters are trained with it."""
 
+import contextlib
 import difflib
 import math
-from collections.abc import Iterable
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import regex  # unlike `re` it can stop
 import torch
 from torch import Tensor, nn
 
@@ -231,14 +234,34 @@ def _matches(wanted: Any, name: str, key: str = "target_modules") -> bool:
 def _full_match(expression: str, name: str, key: str) -> bool:
     """Whether a regular expression matches a whole name. Raises ConfigError for one that is wrong or takes too long."""
     try:
-        return regex.fullmatch(expression, name, timeout=MATCH_SECONDS) is not None
-    except regex.error as error:
+        with _time_limit(MATCH_SECONDS):
+            return re.fullmatch(expression, name) is not None
+    except re.error as error:
         raise ConfigError(f"lora.{key}: {expression!r} is no regular expression: {error}.") from None
     except TimeoutError:
         raise ConfigError(
             f"lora.{key}: matching {expression!r} with {name} takes more than {MATCH_SECONDS} seconds. "
             "Use a simpler expression, or a list of names."
         ) from None
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Inside, raise TimeoutError after some seconds. Only the main thread gets signals; others have no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _no_such(wanted: str, modules: dict[str, nn.Module]) -> str:
