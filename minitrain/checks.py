@@ -18,6 +18,7 @@ from .schema import Config, all_keys, option_fields
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
 WHOLE_MATRIX_OPTIMIZERS = {"Adafactor"}
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+CHECKED_WITH_TORCH = {"loss", "optimizer", "optimizer_args", "betas", "eps", "weight_decay", "device", "fsdp"}
 NEEDS_EVAL_DATA = ("do_first_eval", "eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
@@ -32,16 +33,17 @@ def check_config(config: Config, defaults: Config, problems: Problems, loss_is_o
     _check_data(config, given, problems)
     _check_model(config, problems)
     _check_adapter(config, given, problems)
-    _check_loss(config, given, problems, loss_is_object)
     _check_steps(config, problems)
-    _check_optimizer(config, given, problems)
     _check_evaluation(config, given, problems)
+    if problems.found and not given & CHECKED_WITH_TORCH:
+        return  # torch takes seconds to import, and options at their default are rarely wrong
+    _check_device(config, problems)
+    _check_loss(config, given, problems, loss_is_object)
+    _check_optimizer(config, given, problems)
 
 
 def _check_run(config: Config, given: set[str], problems: Problems) -> None:
     from importlib.util import find_spec
-
-    from .engine.parallel import pick_device
 
     if not config.exp_name or config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
         problems.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
@@ -50,11 +52,7 @@ def _check_run(config: Config, given: set[str], problems: Problems) -> None:
     for key in config.allow_changes:
         if not any(related(key, known) for known in all_keys()):
             problems.add("allow_changes", f"there is no option {key!r}.{nearest(key, all_keys())}")
-    try:
-        device = pick_device(config.device)
-        _check_parallel(config, device.type, given, problems)
-    except ConfigError as error:
-        problems.add("device", str(error).removeprefix("device: ") + ".")
+    _check_processes(config, given, problems)
     if config.keep_models and not config.save_models_every_steps:
         problems.add("keep_models", "would be ignored: it needs save_models_every_steps.", "save_models_every_steps")
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
@@ -64,7 +62,7 @@ def _check_run(config: Config, given: set[str], problems: Problems) -> None:
             problems.add(f"{name}.enabled", f"the package {name} is not installed: pip install {name}")
 
 
-def _check_parallel(config: Config, device: str, given: set[str], problems: Problems) -> None:
+def _check_processes(config: Config, given: set[str], problems: Problems) -> None:
     """`given`: names of the options that are not at their default."""
     processes, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.trainer == "BasicTrainer":
@@ -76,26 +74,34 @@ def _check_parallel(config: Config, device: str, given: set[str], problems: Prob
             )
         if "fsdp" in given:
             problems.add("fsdp", "would be ignored: it needs trainer=FSDPTrainer.", "trainer")
+    elif config.fsdp.shard == "hybrid" and (processes == local or processes % local):
+        problems.add("fsdp.shard", "hybrid needs several machines with equally many processes; use full on one.")
+
+
+def _check_device(config: Config, problems: Problems) -> None:
+    import torch
+
+    from .engine.parallel import pick_device
+
+    try:
+        device = pick_device(config.device).type
+    except ConfigError as error:
+        problems.add("device", str(error).removeprefix("device: ") + ".")
         return
+    if config.trainer == "BasicTrainer":
+        return
+    local, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if device == "mps":
-        problems.add("trainer", "FSDPTrainer needs CUDA devices or the CPU; use device=cpu, or BasicTrainer.", "device")
-    if device == "cuda" and local > _n_gpus():
-        problems.add("trainer", f"torchrun started {local} processes on this machine, but it has {_n_gpus()} GPUs.")
+        problems.add("trainer", "FSDPTrainer needs CUDA devices or the CPU; use device=cpu, or BasicTrainer.")
+    if device == "cuda" and local > n_gpus:
+        problems.add("trainer", f"torchrun started {local} processes on this machine, but it has {n_gpus} GPUs.")
     if config.fsdp.cpu_offload and device == "cpu":
         problems.add("fsdp.cpu_offload", "would be ignored: everything is on the CPU already.")
-    if config.fsdp.shard == "hybrid" and (processes == local or processes % local):
-        problems.add("fsdp.shard", "hybrid needs several machines with equally many processes; use full on one.")
 
 
 def world_size() -> int:
     """Processes that a launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _n_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _check_files(config: Config, problems: Problems) -> None:

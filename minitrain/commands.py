@@ -1,4 +1,4 @@
-"""What the commands do. Each imports what is heavy when it is called."""
+"""What the commands do. What can be refused without torch is refused before it is imported, which takes seconds."""
 
 import argparse
 import contextlib
@@ -37,8 +37,8 @@ def _inform(arguments: argparse.Namespace, line: str) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     with _importing():
+        config = _config(arguments)
         from .trainer import Trainer
-    config = _config(arguments)
     trainer = Trainer(config)
     trainer.train()
     trainer.parallel.close()
@@ -47,8 +47,10 @@ def train(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace) -> int:
     from .errors import DataError
+    from .places import find_model
 
     output = _new_file(arguments.output, arguments.force)
+    find_model(arguments.model)
     prompts = _prompts(arguments)
     generator, sampling = _load_generator(arguments)
     ids = []
@@ -109,7 +111,10 @@ def _check_sections(rows: list[dict]) -> str | None:
 
 
 def score(arguments: argparse.Namespace) -> int:
+    from .places import find_model
+
     output = _new_file(arguments.output, arguments.force)
+    find_model(arguments.model)
     with _importing():
         from .score import asked_for, line, load_judge
     asked = asked_for(arguments)
@@ -147,7 +152,9 @@ def _line(row: dict) -> str:
 
 def chat(arguments: argparse.Namespace) -> int:
     from .errors import DataError
+    from .places import find_model
 
+    find_model(arguments.model)
     generator, sampling = _load_generator(arguments)
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(first)
@@ -178,6 +185,8 @@ def merge(arguments: argparse.Namespace) -> int:
     shares = arguments.weights or [1.0] * len(arguments.runs)
     if len(shares) != len(arguments.runs):
         raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
+    if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
+        raise ConfigError(f"{missing[0]}: there is no such folder.")
     with _importing():
         from .merge import merge
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
@@ -203,8 +212,8 @@ def _refuse_place(output: Path, force: bool) -> None:
 def teach(arguments: argparse.Namespace) -> int:
     output = _new_file(arguments.output, arguments.force)
     with _importing():
+        config = _config(arguments)
         from .teach import teach
-    config = _config(arguments)
     written = teach(config, output)
     told = f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}"
     print(written if config.quiet else told)
@@ -248,8 +257,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     with _importing():
+        config = _config(arguments)
         from .inspect import BRACKETS, COLOURS, inspect
-    config = _config(arguments)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
     for line in inspect(config, arguments.rows, arguments.split, COLOURS if coloured else BRACKETS):
         print(line)
@@ -266,14 +275,16 @@ def validate(arguments: argparse.Namespace) -> int:
         from .checks import world_size
         from .config import load_config
         from .plugin import load_plugin
-        from .validate import validate
     for plugin in arguments.plugin:
         load_plugin(plugin)
     code, whole = 0, arguments.full or len(paths) == 1
     devices = arguments.devices or world_size()
     for path in paths:
         try:
-            figures = validate(load_config(path, _overrides(arguments)), devices, with_memory=whole)
+            with _importing():
+                config = load_config(path, _overrides(arguments))
+                from .validate import validate
+            figures = validate(config, devices, with_memory=whole)
         except UnreachableError as error:
             print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED

@@ -23,8 +23,7 @@ from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import n_positions
 from .model.pretrained import read_model_config
-from .places import looks_local
-from .problems import nearest
+from .places import find_model, looks_local
 from .schema import DatasetConfig, ModelConfig
 
 
@@ -191,30 +190,6 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
         quantization=adapter.get("minitrain_quantization", "none"),
         trust_remote_code=trust_remote_code,
     )
-
-
-def find_model(source: str) -> str:
-    folder = Path(source)
-    if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
-        there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
-        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{nearest(source, there)}")
-    if not folder.is_dir() or _holds_model(folder):
-        return source
-    for name in ("final", "best"):
-        if _holds_model(folder / name):
-            return str(folder / name)
-    if (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
-    raise ConfigError(f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).")
-
-
-def _beside_runs(folder: Path) -> bool:
-    """Whether ``runs/name`` can only be meant for a run, although hub names look like that too."""
-    return len(folder.parts) == 2 and (folder.parts[0] == "runs" or any(folder.parent.glob("*/metrics.jsonl")))
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / CONFIG_FILE).exists()
 
 
 def saved_dtype(config: ModelConfig) -> str | None:

@@ -7,11 +7,12 @@ import torch
 from .data.template import Template
 from .engine.folders import atomic_folder
 from .errors import ConfigError
-from .generate import find_model, model_config, saved_dtype
+from .generate import model_config, saved_dtype
 from .model.adapter_config import read_config
 from .model.load import DTYPES, fold_adapter, load_base, load_tokenizer, trained_outputs
 from .model.save import check_saving, save_model, set_end_tokens
 from .model.scoring import heads_of
+from .places import find_model
 from .schema import ModelConfig
 
 
@@ -22,8 +23,6 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     which may be quantised: then the weights are those that quantisation has rounded, as they were while training.
     Raises ConfigError.
     """
-    if missing := [source for source in sources if not Path(source).is_dir()]:
-        raise ConfigError(f"{missing[0]}: there is no such folder.")
     configs = [model_config(find_model(source)) for source in sources]
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":

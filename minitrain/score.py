@@ -14,10 +14,11 @@ from .data.records import Conversation, Labelled, Record, assistant, schemas_of,
 from .data.template import Template
 from .engine.parallel import pick_device
 from .errors import ConfigError, DataError
-from .generate import find_model, model_config, native_dtypes, saved_dtype
+from .generate import model_config, native_dtypes, saved_dtype
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import Policy
 from .model.scoring import make_policy
+from .places import find_model
 from .schema import DatasetConfig
 
 

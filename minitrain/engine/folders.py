@@ -18,13 +18,15 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from ..errors import RunError, RunFolderError
 from .faults import failpoint
-from .parallel import SingleDevice
+
+if TYPE_CHECKING:  # it imports torch, and `minitrain plot` needs none
+    from .parallel import SingleDevice
 
 
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def verify(folder: Path, parallel: SingleDevice) -> None:
+def verify(folder: Path, parallel: "SingleDevice") -> None:
     """Checks every file against the manifest, each rank some of them. Raises RunFolderError that names the files."""
     wanted = parallel.first(lambda: _read_manifest(folder))
     mine = list(wanted)[parallel.rank :: parallel.world_size]
@@ -71,7 +73,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def newest_sound(folder: Path, parallel: SingleDevice) -> tuple[Path | None, list[str]]:
+def newest_sound(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones.
 
     Raises RunFolderError when there are checkpoints and none is sound: starting anew is the user's decision.

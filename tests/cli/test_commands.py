@@ -27,24 +27,6 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train.py", "--help"], ["train.py"], ["-m", "minitrain", "train", "--help"], ["-m", "minitrain", "--help"],
-        ["-m", "minitrain", "generate", "--help"], ["-m", "minitrain", "chat", "--help"],
-        ["-m", "minitrain", "teach", "--help"], ["-m", "minitrain", "plot", "--help"],
-        ["-m", "minitrain", "doctor", "--help"], ["-m", "minitrain", "--version"],
-        ["-m", "minitrain", "inspect", "--help"], ["-m", "minitrain", "validate", "--help"],
-    ],
-)  # fmt: skip
-def test_help_imports_nothing_heavy(arguments):
-    """Help, version and usage come without torch, transformers, omegaconf and numpy."""
-    done = run("-X", "importtime", *arguments)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
-    assert "argparse" in imported
-    assert not {"torch", "transformers", "omegaconf", "numpy", "yaml"} & imported
-
-
 def test_help_reads_like_a_page(capsys):
     """Each command names its arguments and the exit codes."""
     for command, told in {

@@ -1,0 +1,91 @@
+"""What is imported when: torch takes seconds, so what is wrong with a command or a config is told without it."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitrain import cli
+from tests.conftest import ROOT
+
+COMMANDS = next(
+    action.choices for action in cli._parser("minitrain")._actions if isinstance(action, argparse._SubParsersAction)
+)
+PACKAGES = {"argparse", "yaml", "omegaconf", "numpy", "torch", "transformers"}
+CONFIG = "model: {name_or_path: tiny}\ndatasets: [rows.jsonl]\n"
+
+
+def imported(*arguments: str, code: int) -> set[str]:
+    """The modules that `python ARGUMENTS` imports; it has to end with this exit code, without a traceback."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-1000:]
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder but for rows.jsonl, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments):
+    """Help, version and usage."""
+    assert imported("-m", "minitrain", *arguments, code=0 if arguments else 2) & PACKAGES == {"argparse"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=" ".join)
+def test_help_of_the_script(arguments):
+    assert imported(str(ROOT / "train.py"), *arguments, code=0 if arguments else 2) & PACKAGES == {"argparse"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "nowhere.yml"], ["teach", "nowhere.yml"], ["inspect", "nowhere.yml"], ["validate", "nowhere.yml"],
+        ["validate", "nowhere.yml", "either.yml"], ["validate", "--all", "."],
+        ["plot", "nowhere"], ["doctor", "nowhere"], ["compare", "nowhere", "either"],
+        ["merge", "nowhere", "--output", "merged"], ["chat", "./nowhere"],
+        ["generate", "./nowhere", "--prompt", "a"], ["score", "./nowhere", "--text", "a"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_not_there_imports_no_torch(here, arguments):
+    """The message takes a tenth of a second."""
+    assert not {"torch", "transformers", "numpy"} & imported("-m", "minitrain", *arguments, code=2)
+
+
+@pytest.mark.parametrize("command", ["train", "validate", "inspect", "teach"])
+@pytest.mark.parametrize(
+    "more", ["datasets: [", "learning_rate: 1", "lr: fast", "seed: -1", "betas: 3", "eval_datasets: [nowhere.jsonl]"]
+)
+def test_a_wrong_config_imports_no_torch(here, command, more):
+    """A YAML syntax error, an unknown key, a wrong type, a value out of its limits, a file that is not there."""
+    Path("c.yml").write_text(f"{CONFIG}{more}\n")
+    assert not {"torch", "transformers", "numpy"} & imported("-m", "minitrain", command, "c.yml", code=2)
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ("loss: {name: dpo, bet: 1}", "loss.bet: there is no such option. Did you mean loss.beta?"),
+        ("optimizer: Adamm", "optimizer: torch.optim has no 'Adamm'"),
+        ("optimizer_args: {momentum: 1}", "optimizer_args.momentum: AdamW takes"),
+        ("betas: [1]", "betas: expected two numbers"),
+        ("optimizer: Muon\neps: 1", "optimizer: torch.optim has no 'Muon'"),
+        ("trainer: FSDPTrainer\nfsdp: {cpu_offload: true}\ndevice: cpu", "fsdp.cpu_offload: would be ignored"),
+    ],
+)
+def test_all_problems_are_told_at_once(here, capsys, more, told):
+    """Also those that take torch to find, where the config says something of its loss, optimizer or device."""
+    Path("c.yml").write_text(f"{CONFIG}lr: fast\n{more}\n")
+    assert cli.main(["train", "c.yml"]) == 2
+    err = capsys.readouterr().err
+    assert "2 problems" in err and "lr: expected a number" in err and told in err
