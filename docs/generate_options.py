@@ -21,7 +21,8 @@ command line too, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[
 - `loss: dft` is short for `loss: {name: dft}`, `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.
 - An override of one of `n_steps`/`n_epochs`, `warmup_steps`/`warmup_ratio`, `eval_datasets`/`validation_split` or
   `packing`/`group_by_length` takes the place of the other one in the file.
-- `${oc.env:NAME}` is the environment variable NAME, `${seed}` another option. The saved config keeps them unresolved.
+- `${oc.env:NAME}` is the environment variable NAME, `${seed}` another option. The saved config keeps them unresolved,
+  and messages name the variable instead of its value ([secrets](resume.md#secrets)).
 - *free*: may differ between an interrupted run and the one that goes on with it.
 """
 

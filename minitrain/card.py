@@ -1,23 +1,28 @@
 """The model card that goes with a saved model."""
 
+from typing import Any
+
 from . import __version__
-from .saved_config import config_yaml
+from .saved_config import config_yaml, written
 from .schema import Config
 
 
 def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int) -> str:
     """README.md of a saved model: what it was trained on, how, and how well it did."""
-    files = "\n".join(f"- `{entry.path}`" for entry in config.datasets)
+    options = written(config)
+    base = _named(options["model"], "name_or_path")
+    entries = options["datasets"] if isinstance(options["datasets"], list) else [options["datasets"]]
+    files = "\n".join(f"- `{_named(entry, 'path')}`" for entry in entries)
     figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items()) or "| none | |"
     return f"""---
 library_name: transformers
-base_model: {config.model.name_or_path}
+base_model: {base}
 tags: [minitrain, {config.loss["name"]}]
 ---
 
 # {config.exp_name}
 
-`{config.model.name_or_path}` trained with the loss `{config.loss["name"]}` by minitrain {__version__},
+`{base}` trained with the loss `{config.loss["name"]}` by minitrain {__version__},
 {steps} optimizer steps over {n_examples} examples.
 
 ## Data
@@ -36,3 +41,8 @@ tags: [minitrain, {config.loss["name"]}]
 {config_yaml(config).strip()}
 ```
 """
+
+
+def _named(section: Any, key: str) -> str:
+    """Return the option that names a model or a file; a section that is one `${...}` stays as it is written."""
+    return section[key] if isinstance(section, dict) else section

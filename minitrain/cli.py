@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from . import commands
 from .engine.process import exit_process
+from .redact import redact
 
 EXIT_CODES = """exit codes:
   0    done
@@ -76,7 +77,7 @@ def _run(argv: list[str] | None, prog: str) -> int:
 def _of_the_machine(error: Exception) -> tuple[str | None, int]:
     """What to tell of a file that cannot be had or of memory that is full, and the exit code; None of other errors."""
     if isinstance(error, OSError):
-        name = f"{str(error.filename)[:80]}: " if error.filename else ""
+        name = f"{redact(str(error.filename))[:80]}: " if error.filename else ""
         return error.strerror and f"{name}{error.strerror}", 1 if error.errno == errno.ENOSPC else 2
     words = ("out of memory", "can't allocate memory")
     if isinstance(error, MemoryError) or any(one in str(error) for one in words):

@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .redact import redact
+
 UNREACHED = 3  # exit code of `validate`
 RANK_0_TELLS_FIRST = 2.0  # seconds
 
 
 def fail(message: str, code: int) -> int:
     """Tells an error, rank 0 before the others, and returns the exit code."""
-    rank = os.environ.get("RANK", "0")
+    rank, message = os.environ.get("RANK", "0"), redact(message)
     if rank != "0":
         # Mostly rank 0 has the same to tell, and then the launcher ends this process before it repeats it.
         time.sleep(RANK_0_TELLS_FIRST)
@@ -297,9 +299,9 @@ def validate(arguments: argparse.Namespace) -> int:
             continue
         short = f"; {figures['examples']}; steps: {figures['steps']}"
         short += f"; warning: {figures['warning']}" if "warning" in figures else ""
-        print(f"{path}: fine{'' if whole else short}", flush=True)
+        print(f"{path}: fine{'' if whole else redact(short)}", flush=True)
         for name, told in figures.items() if whole else ():
-            print(f"  {name:<13}{told}")
+            print(redact(f"  {name:<13}{told}"))
     return code
 
 

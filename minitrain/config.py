@@ -17,6 +17,7 @@ from .checks import check_config
 from .errors import ConfigError
 from .names import RIVALS
 from .problems import Problems, Source, check_types, shown
+from .redact import hide, hide_variables
 from .saved_config import config_yaml, plain
 from .schema import DEFAULT_LOSS, Config, Written, aliases
 from .yaml_nodes import MAX_DEPTH, check_yaml
@@ -32,6 +33,7 @@ YAML_HINTS = {  # what to do about an error, by words of its message
     "cannot start any token": "Put the text in quotes.",
     "duplicate key": "Give it once.",
 }
+SHOWN = ("exp_name", "output_dir", "cache_dir")  # folders that are written to; messages name them as they are
 LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
@@ -43,8 +45,9 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
     raw, where = _read(source)
     problems = Problems(where)
     _override(raw, overrides or [], problems)
-    config = _checked(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
-    config.written = Written(_own_names(OmegaConf.to_container(raw)), plain(config))
+    resolved = _in_bounds(lambda: _resolve(raw, "", problems), where.name)
+    config = _checked(resolved, problems)
+    config.written = Written(_own_names(_long_references(OmegaConf.to_container(raw), resolved)), plain(config))
     return config
 
 
@@ -247,8 +250,12 @@ def _resolve(node: Any, path: str, problems: Problems) -> Any:
     for name, key in keys:
         if values[name] == "???":
             continue
+        raw = values[name]
+        is_hidden = isinstance(raw, str) and key not in SHOWN and hide_variables(raw)
         try:
             values[name] = _resolve(node[name], key, problems)
+            if is_hidden:
+                hide(values[name], raw)
         except (OmegaConfBaseException, RecursionError) as error:
             problems.add(key, f"{shown(values[name])} cannot be filled in: {_reason(error)}")
     return values
@@ -265,6 +272,22 @@ def _long_forms(given: dict) -> dict:
             given[key] = [{"path": entry} if _is_text(entry) else entry for entry in value]
     if _is_text(given.get("loss")):
         given["loss"] = {"name": given["loss"]}
+    return given
+
+
+def _long_references(given: dict, resolved: dict) -> dict:
+    """Return `given` with files from the environment as ``{path: ${oc.env:NAME}}``, like those that are written out."""
+
+    def long_form(entry: Any, value: Any) -> Any:
+        return {"path": entry} if "oc.env" in entry and isinstance(value, str) else entry
+
+    given = dict(given)
+    for key in LISTS:
+        entries, values = given.get(key), resolved.get(key)
+        if isinstance(entries, str) and "oc.env" in entries and isinstance(values, str):
+            entries, values = [entries], [values]
+        if isinstance(entries, list):
+            given[key] = [long_form(*pair) for pair in zip(entries, values, strict=True)]
     return given
 
 

@@ -1,10 +1,15 @@
 """The errors that a user can mend. The command line prints them as one line, without a traceback."""
 
+from .redact import redact
+
 
 class MinitrainError(ValueError):
     """Something the user can mend; the message says what and how."""
 
     exit_code = 2
+
+    def __init__(self, message: object = ""):
+        super().__init__(redact(str(message)))
 
 
 class ConfigError(MinitrainError):

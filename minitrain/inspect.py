@@ -13,6 +13,7 @@ from .data.loader import Loader
 from .data.sampler import Rows
 from .dry import DryRun, dry_run
 from .errors import ConfigError
+from .redact import redact
 from .schema import Config
 
 PARTS = {"preference": ("chosen", "rejected"), "feedback": ("what was judged", "an answer to another prompt")}
@@ -85,7 +86,7 @@ def _batch(batch: Batch, part: Part, loader: Loader, run: DryRun, ink: Ink) -> I
             example, which = documents[d]
             name = f", {PARTS[run.loss.record][which]}" if run.loss.record in PARTS else ""
             told = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
-            yield f"  {loader.examples.where(example)}{name}: {told}"
+            yield f"  {redact(loader.examples.where(example))}{name}: {told}"
             yield "    " + _text(batch, d, run.template.tokenizer, ink).replace("\n", "\n    ")
         if others := places.count(row) - len(found):
             yield f"  {others} other documents"

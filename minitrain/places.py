@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .problems import Problems, nearest
+from .redact import redact
 from .schema import DatasetConfig
 
 
@@ -37,7 +38,7 @@ def check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
     elif not os.access(path, os.R_OK):
         problems.add(f"{key}.path", f"no permission to read {path}.")
     elif format_of(path) not in FORMATS:
-        problems.add(f"{key}.path", f"{path.name} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
+        problems.add(f"{key}.path", f"{path} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
     elif format_of(path) == "parquet" and find_spec("pyarrow") is None:
         problems.add(f"{key}.path", f"the package pyarrow, which reads it, {extra}")
     for option in ("split", "name", "revision"):
@@ -78,7 +79,9 @@ def near_file(path: Path) -> str:
     names = sorted(p.name for p in path.parent.glob("*") if p.name != path.name)
     whole = [name for name in names if path.name and name.startswith(f"{path.name}.")]
     match = whole or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    return f" Did you mean {path.parent / match[0]}?" if match else ""
+    if not match:
+        return ""
+    return f" Did you mean {path.parent / match[0] if redact(str(path)) == str(path) else match[0]}?"
 
 
 def looks_local(name: str) -> bool:

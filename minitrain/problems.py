@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .names import FOREIGN_NAMES, NEEDLESS
+from .redact import redact
 from .schema import aliases, all_keys, option_fields
 
 WORDS = {
@@ -84,6 +85,7 @@ def shown(value: Any) -> str:
         text = "nothing" if value is None else repr(value)
     except ValueError:  # an integer of thousands of digits, which Python does not write
         text = "a number of thousands of digits"
+    text = redact(text)  # in full: the beginning of a secret would not be recognized
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -43,7 +43,7 @@ from .history import (
     truncate_log,
 )
 from .problems import related
-from .saved_config import config_yaml
+from .saved_config import config_yaml, without_passwords
 from .schema import Config, option_fields
 
 LOGS = (METRICS, LEDGER)
@@ -324,7 +324,7 @@ def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
     for f in option_fields(schema):
         if f.metadata["free"]:
             continue
-        old, now, value = saved.get(f.name), new.get(f.name), getattr(schema, f.name)
+        old, now, value = without_passwords(saved.get(f.name)), new.get(f.name), getattr(schema, f.name)
         if is_dataclass(value) and isinstance(old, dict):
             yield from _changes(old, now, value, f"{path}{f.name}.")
         elif old != now:

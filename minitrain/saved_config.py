@@ -6,15 +6,30 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .redact import redact_urls
 from .schema import Config, option_fields
 
 
 def config_yaml(config: Config) -> str:
     """Return the full config as YAML, with defaults, and with `${...}` as it was written instead of its value.
 
-    An option that was changed in Python afterwards is saved with its new value.
+    An option that was changed in Python afterwards is saved with its new value. Passwords in URLs are left out.
     """
-    return OmegaConf.to_yaml(OmegaConf.create(_as_written(plain(config), config.written.raw, config.written.resolved)))
+    return OmegaConf.to_yaml(OmegaConf.create(written(config)))
+
+
+def written(config: Config) -> dict:
+    """Return the config as dicts and lists of what is written to its YAML file."""
+    return without_passwords(_as_written(plain(config), config.written.raw, config.written.resolved))
+
+
+def without_passwords(value: Any) -> Any:
+    """Return a config, or a part of it, without passwords and tokens in URLs."""
+    if isinstance(value, dict):
+        return {key: without_passwords(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_passwords(entry) for entry in value]
+    return redact_urls(value) if isinstance(value, str) else value
 
 
 def plain(value: Any) -> Any:
@@ -34,10 +49,16 @@ def _as_written(value: Any, raw: Any, resolved: Any) -> Any:
         raw, resolved = (part if isinstance(part, dict) else {} for part in (raw, resolved))
         return {key: _as_written(entry, raw.get(key), resolved.get(key)) for key, entry in value.items()}
     if isinstance(value, list):
-        fits = isinstance(raw, list) and isinstance(resolved, list) and len(raw) == len(resolved) == len(value)
-        entries = zip(value, raw, resolved, strict=True) if fits else ((entry, None, None) for entry in value)
-        return [_as_written(*entry) for entry in entries]
+        fits = isinstance(raw, list) and isinstance(resolved, list) and len(raw) == len(resolved)
+        pairs = list(zip(raw, resolved, strict=True)) if fits else []
+        return [_as_written(entry, *_pair_of(entry, pairs, i)) for i, entry in enumerate(value)]
     return _escaped(value) if isinstance(value, str) else value
+
+
+def _pair_of(entry: Any, pairs: list[tuple[Any, Any]], place: int) -> tuple[Any, Any]:
+    """Return what was written for an entry of a list, also when others were added or removed in Python."""
+    here = pairs[place] if place < len(pairs) else (None, None)
+    return here if here[1] == entry else next((pair for pair in pairs if pair[1] == entry), here)
 
 
 def _escaped(text: str) -> str:

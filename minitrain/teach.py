@@ -33,6 +33,7 @@ from .model.identity import identity
 from .model.load import load_tokenizer
 from .model.vocabulary import count_ids
 from .prepare import make_loader
+from .redact import stored_name
 from .reference import Teacher, batches_with_places, load_teacher, teacher_config
 from .schema import Config
 
@@ -61,11 +62,12 @@ def teach(config: Config, output: Path | None = None) -> Path:
             if is_intact(output):
                 return output
             tqdm.write(f"{output}: the teacher's outputs are damaged, and are computed again")
+    noted = made | {"teacher": stored_name(loss.options.teacher)}
     teacher = load_teacher(loss, config, tokenizer, parallel)
     loader = make_loader(data.train, config, tokenizer, teacher.policy)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        with _Writer(part, caches.values(), {key: str(value) for key, value in made.items()}) as writer:
+        with _Writer(part, caches.values(), {key: str(value) for key, value in noted.items()}) as writer:
             _ask(teacher, caches.values(), loader, loss.options, writer)
         seal(part)
         part.replace(output)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import yaml
 
 from .errors import ConfigError
+from .redact import redact_urls
 
 MAX_CHARACTERS = 1 << 20
 MAX_VALUES = 10_000  # with the aliases expanded
@@ -71,8 +72,8 @@ def _children(node: yaml.Node, path: str, name: str) -> Iterator[tuple[str, yaml
 
 def _check_scalar(node: yaml.ScalarNode, name: str, loader: _Loader) -> None:
     """Raise ConfigError for a value that its tag does not fit, and for an integer without bounds."""
-    text = node.value
-    short = text if len(text) <= 40 else f"{text[:37]}..."
+    text, short = node.value, redact_urls(node.value)
+    short = short if len(short) <= 40 else f"{short[:37]}..."
     where, tag = f"{name}:{node.start_mark.line + 1}", node.tag.replace("tag:yaml.org,2002:", "!!")
     try:
         value = loader.construct_object(node)

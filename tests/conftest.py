@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from minitrain import Trainer, load_config
+from minitrain import Trainer, load_config, redact
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
 
@@ -38,6 +38,13 @@ def _one_thread():
 def _own_cache(tmp_path_factory, monkeypatch):
     """Token caches go to a temporary folder, never to the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hidden(monkeypatch):
+    """What one test takes from the environment is shown in the messages of the next one."""
+    monkeypatch.setattr(redact, "_hidden", {})
+    monkeypatch.setattr(redact, "_pattern", None)
 
 
 def random_llama(**changes):

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from ..checksum import is_intact
 from ..errors import DataError
+from ..redact import redact
 from ..schema import Config, DatasetConfig
 from .cache_writer import UNFINISHED, new_cache
 from .collate import Document
@@ -227,7 +228,7 @@ def usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
         cache = TokenCache(path, source)
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        tqdm.write(f"{path}: the tokens of {source} are damaged ({reason}), and are made again")
+        tqdm.write(f"{path}: the tokens of {redact(source)} are damaged ({reason}), and are made again")
         return None
     allowed = config.max_bad_rows if config.on_bad_row == "skip" else 0
     return cache if cache.counts.get(BAD_ROWS, 0) <= allowed else None
@@ -268,7 +269,7 @@ def _encoded(encoder: Encoder, source: Source, config: Config) -> Iterator[Chunk
         results = map(encoder, chunks)
     else:
         results = _in_processes(encoder, chunks, processes)
-    name, quiet = Path(source.name).name, config.quiet or None  # None: a bar, where there is a terminal
+    name, quiet = Path(redact(source.name)).name, config.quiet or None  # None: a bar, where there is a terminal
     with tqdm(desc=f"tokenising {name}", unit=" rows", disable=quiet, leave=False) as bar:
         for chunk in results:
             bar.update(len(chunk.examples) + len(chunk.bad))
@@ -315,6 +316,6 @@ def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: C
             raise DataError(f"{where}. Mend the row, or leave such rows out with on_bad_row=skip.")
         counts[BAD_ROWS] += 1
         if counts[BAD_ROWS] <= 3:
-            tqdm.write(f"left out {where}".encode(errors="backslashreplace").decode())
+            tqdm.write(f"left out {redact(where)}".encode(errors="backslashreplace").decode())
         if counts[BAD_ROWS] > config.max_bad_rows:
             raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.")

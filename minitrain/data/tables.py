@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..hub import hub_answers, unreachable
+from ..redact import redact
 from ..schema import DatasetConfig
 
 PACKAGE = "pip install minitrain[data]"  # what both need
@@ -87,4 +88,4 @@ def _names_in(metadata: dict[bytes, bytes]) -> LabelNames:
 def _told(error: Exception) -> str:
     """What an error says, in one line and without its examples of use."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2])[:300].rstrip(".") + "."
+    return redact(" ".join(lines[:2]))[:300].rstrip(".") + "."

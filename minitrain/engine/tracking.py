@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..batch import Batch
+from ..redact import redact
 from ..schema import Config
 from .parallel import SingleDevice
 
@@ -116,7 +117,7 @@ class Tracking:
             return
         try:
             for line in lines:
-                tqdm.write(line)
+                tqdm.write(redact(line))
             sys.stdout.flush()
         except OSError:  # nobody reads any more; training goes on
             self.speaks = False

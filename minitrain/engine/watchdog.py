@@ -8,6 +8,8 @@ import traceback
 
 import torch.distributed as dist
 
+from ..redact import redact
+
 GRACE_SECONDS = 3  # in which the others report before the launcher ends them
 
 
@@ -54,7 +56,7 @@ class Watchdog:
     def _report(self) -> None:
         counts = [int(self.store.get(f"beats/{rank}")) for rank in range(self.world_size)]
         late = [rank for rank, count in enumerate(counts) if count == min(counts)]
-        stuck = f"rank {self.rank}: nothing has moved for {self.seconds:g} s, at {self.place}"
+        stuck = f"rank {self.rank}: nothing has moved for {self.seconds:g} s, at {redact(self.place)}"
         if self.rank not in late:
             print(f"{stuck}; it waits for rank {', '.join(map(str, late))}", file=sys.stderr, flush=True)
             return

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..batch import Batch, Distillation, Likeliest
 from ..checksum import is_intact, is_sealed
 from ..errors import ConfigError
+from ..redact import is_stored_name
 from ..schema import option
 from .base import DataFile, LossOutput, register_loss
 from .sft import TokenLoss
@@ -146,7 +147,7 @@ def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
         raise ConfigError(f"loss.teacher_outputs: {path} is no file of `minitrain teach`: {error}.") from None
     for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
         given = getattr(options, key)
-        if str(given) != made.get(key) and not (given is None and key.startswith("teacher")):
+        if not is_stored_name(made.get(key), str(given)) and not (given is None and key.startswith("teacher")):
             told = f"{path} was made with {made.get(key)}, and here it is {given}; make it anew, or set it to the same."
             raise ConfigError(f"loss.{key}: {told}")
     return int(made["n_tokens"])

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
 from ..hub import unreachable
+from ..redact import redact
 from ..schema import ModelConfig
 
 
@@ -63,7 +64,7 @@ def warn_unused(name: str, keys: Iterable[str]) -> None:
     if (unused := sorted(keys)) and os.environ.get("RANK", "0") == "0":
         others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         told = "its files hold {}{}, which the model of its config.json does not use"
-        logging.getLogger("minitrain").warning(f"{name}: {told.format(unused[0], others)}.")
+        logging.getLogger("minitrain").warning(f"{redact(name)}: {told.format(unused[0], others)}.")
 
 
 def damage(folder: Path) -> str | None:
