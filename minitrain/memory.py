@@ -28,8 +28,9 @@ from .checks import uneven_batch
 from .data.loader import Loader
 from .dry import DryRun
 from .engine.optim import build_optimizer
-from .engine.parallel import FullySharded, SingleDevice, local_rows
+from .engine.parallel import SingleDevice, local_rows
 from .engine.precision import Precision
+from .engine.sharded import FullySharded
 from .errors import ConfigError
 from .evaluate import inference
 from .losses import Loss

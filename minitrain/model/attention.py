@@ -13,9 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_documents"
 LIKE_LENGTH = 0.7  # a group's shortest document is at least this share of its longest
@@ -31,7 +28,18 @@ class Group(NamedTuple):
 def attend_by_document(model: torch.nn.Module) -> None:
     """Has a model of which packed rows are asked, and which has sdpa, use the attention of this file."""
     if model.config._attn_implementation == "sdpa":
+        register()
         model.set_attn_implementation(NAME)
+
+
+@functools.cache
+def register() -> None:
+    """Names this attention to transformers; with the first model, since all that it imports takes seconds."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, torch.compiler.disable(documents_attention))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def as_mask(spans: Tensor) -> Tensor:
@@ -42,11 +50,12 @@ def as_mask(spans: Tensor) -> Tensor:
     return spans[None, None]
 
 
-@torch.compiler.disable
 def documents_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     """query [R, heads, T, d], key and value [R, kv_heads, T, d] -> [R, T, heads, d]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, _, columns, _ = query.shape
@@ -101,7 +110,3 @@ def _window(width: int | None, query: Tensor) -> Tensor | None:
         return None
     distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
     return ((distance >= 0) & (distance < width))[None, None]  # [1, 1, t, t]
-
-
-AttentionInterface.register(NAME, documents_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

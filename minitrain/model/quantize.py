@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports the compiler at once
 
 from .scoring import heads_of
 
@@ -52,13 +53,13 @@ class _QuantizedProduct(torch.autograd.Function):
     """x W^T. The unpacked weight is made again in the backward pass, not kept."""
 
     @staticmethod
-    @torch.compiler.disable
+    @_disable_dynamo
     def forward(ctx, x, layer):
         ctx.layer = layer
         return F.linear(x, layer.dense(x.dtype))
 
     @staticmethod
-    @torch.compiler.disable
+    @_disable_dynamo
     def backward(ctx, grad):
         return grad @ ctx.layer.dense(grad.dtype), None
 

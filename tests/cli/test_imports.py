@@ -89,3 +89,10 @@ def test_all_problems_are_told_at_once(here, capsys, more, told):
     assert cli.main(["train", "c.yml"]) == 2
     err = capsys.readouterr().err
     assert "2 problems" in err and "lr: expected a number" in err and told in err
+
+
+def test_a_model_is_what_imports_the_rest():
+    """Until then neither FSDP nor the compiler is imported, nor what transformers imports with its models."""
+    found = imported("-c", "import minitrain.trainer", code=0)
+    late = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "transformers.modeling_utils"}
+    assert "torch" in found and not late & found and "transformers.generation.continuous_batching" not in found

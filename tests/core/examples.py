@@ -9,6 +9,7 @@ from minitrain.batch import Batch
 from minitrain.data.collate import Document, collate
 from minitrain.evaluate import step_statistics
 from minitrain.losses import Loss
+from minitrain.model import attention
 from minitrain.model.policy import Policy
 from minitrain.model.scoring import make_policy
 from minitrain.model.tiny import tiny_scorer
@@ -110,6 +111,7 @@ def policy_for(loss: Loss, seed: int = 0, implementation: str = "sdpa") -> Polic
         for parameter in model.parameters():
             if seed:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    attention.register()
     model.set_attn_implementation(implementation)
     policy = make_policy(model)
     if "values" in loss.needs:

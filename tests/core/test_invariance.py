@@ -143,6 +143,7 @@ def test_attention_of_one_document_never_reaches_another():
     made = examples("conversation")
     for implementation in ("sdpa", "eager", attention.NAME):
         model = random_llama()
+        attention.register()
         model.set_attn_implementation(implementation)
         seen = []
         model.get_input_embeddings().register_forward_hook(lambda m, i, out, seen=seen: seen.append(out))

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from minitrain import ConfigError
 from minitrain.data.collate import Document, collate
+from minitrain.model import attention
 from minitrain.model.load import freeze_layers, load_model, load_policy, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.save import save_model
@@ -71,7 +72,7 @@ def test_scores_equal_those_of_the_models_own_logits(name, packing):
         torch.nn.init.normal_(p, std=0.3)
     policy = Policy(model)
     if packing and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("sdpa_documents")
+        attention.attend_by_document(model)
     check_policy(policy, packing)
     docs = documents()
     rows = [docs] if packing else [[doc] for doc in docs]
