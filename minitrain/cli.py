@@ -5,6 +5,7 @@ import difflib
 import errno
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 from . import commands
 from .engine.process import exit_process
 from .redact import redact
+from .signals import Terminated, sigterm_raised
 
 EXIT_CODES = """exit codes:
   0    done
@@ -55,11 +57,14 @@ def _run(argv: list[str] | None, prog: str) -> int:
 
     _quiet_libraries()
     try:
-        return arguments.command(arguments)
+        with sigterm_raised():
+            return arguments.command(arguments)
     except MinitrainError as error:
         return commands.fail(str(error), error.exit_code)
+    except Terminated:
+        return commands.fail(commands.STOPPED[signal.SIGTERM], 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        return commands.fail("interrupted", 130)
+        return commands.fail(commands.STOPPED[signal.SIGINT], 128 + signal.SIGINT)
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:

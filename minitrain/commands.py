@@ -14,6 +14,7 @@ from .redact import redact
 
 UNREACHED = 3  # exit code of `validate`
 RANK_0_TELLS_FIRST = 2.0  # seconds
+STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 
 
 def fail(message: str, code: int) -> int:
@@ -357,13 +358,15 @@ def _load_generator(arguments: argparse.Namespace):
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """Ctrl-C ends the process at once: the exception that it raises is lost or garbled where torch is imported."""
+    """What a signal would raise ends the process at once: an exception is lost or garbled where torch is imported."""
 
     def leave(number, frame):
-        os._exit(fail("interrupted", 128 + number))
+        os._exit(fail(STOPPED[number], 128 + number))
 
-    before = signal.signal(signal.SIGINT, leave)
+    raising = [number for number in STOPPED if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, leave) for number in raising}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

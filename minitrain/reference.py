@@ -40,6 +40,7 @@ from .model.vocabulary import count_ids
 from .prepare import check_lengths
 from .schema import Config, ModelConfig
 from .tensor_files import save_file
+from .unfinished import building_folder
 
 Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
 NOTED = "ref_logps"  # the column of precomputed log-probabilities
@@ -253,10 +254,10 @@ def _noted(
     parallel.reshard(policy)
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        part = file.with_suffix(f".{os.getpid()}.part")
-        save_file({NOTED: logps}, part, PLACEHOLDER)
-        seal(part)
-        part.replace(file)
+        with building_folder(file.parent) as folder:
+            save_file({NOTED: logps}, folder / file.name, PLACEHOLDER)
+            seal(folder / file.name)
+            os.replace(folder / file.name, file)
     return logps
 
 

@@ -1,6 +1,7 @@
-"""Signals that ask a training to stop: noted when they come, looked at between steps."""
+"""Signals that ask a command to stop: noted while a model trains and looked at between steps, raised before."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,3 +23,31 @@ def signals_noted(note: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, and ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated where the command is; those that follow do nothing while it cleans up.
+
+    Under a launcher of several ranks it ends the process at once: one that waits in a collective runs no Python, and
+    the launcher reports the signal. Nothing changes where the process ignores or handles it, or in another thread.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (alone and in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+        yield
+        return
+
+    def end(number, frame):
+        signal.signal(number, lambda number, frame: None)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

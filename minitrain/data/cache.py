@@ -15,17 +15,15 @@ and its metadata holds the counts that are told at each start, the documents of 
 checksum that is compared whenever a cache is opened.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import time
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +40,7 @@ from ..checksum import is_intact
 from ..errors import DataError
 from ..redact import redact
 from ..schema import Config, DatasetConfig
-from .cache_writer import UNFINISHED, new_cache
+from .cache_writer import new_cache
 from .collate import Document
 from .encode import EXCLUDED, N_DOCUMENTS, Limits, encode
 from .files import Row
@@ -199,7 +197,6 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
     if cache is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_debris(folder)
             _build(path, encoder, source, config)
         except OSError as error:
             raise DataError(f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.") from None
@@ -232,14 +229,6 @@ def usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
         return None
     allowed = config.max_bad_rows if config.on_bad_row == "skip" else 0
     return cache if cache.counts.get(BAD_ROWS, 0) <= allowed else None
-
-
-def _remove_debris(folder: Path) -> None:
-    """Removes what a killed process left; younger than a day, it may belong to a run that still works on it."""
-    for unfinished in folder.glob(UNFINISHED + "*"):
-        with contextlib.suppress(OSError):  # another process may be removing it too
-            if unfinished.stat().st_mtime < time.time() - 86400:
-                shutil.rmtree(unfinished)
 
 
 def _build(path: Path, encoder: Encoder, source: Source, config: Config) -> None:
@@ -300,6 +289,14 @@ def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends its processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End a worker whose parent has been killed, and so never sends it another chunk."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(rows: list[Row]) -> Chunk:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 
 from ..checksum import PLACEHOLDER, seal
 from ..errors import DataError
+from ..unfinished import building_folder
 from .template import Tokens
 
-UNFINISHED = ".building-"  # how the folders begin in which caches are made
 _DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
 
@@ -26,8 +25,7 @@ def new_cache(path: Path, source: str) -> Iterator["CacheWriter"]:
     Args:
         source: What messages call the data file.
     """
-    unfinished = tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED)
-    with unfinished as folder, CacheWriter(Path(folder), source) as writer:
+    with building_folder(path.parent) as folder, CacheWriter(folder, source) as writer:
         yield writer
         os.replace(writer.finish(), path)
 

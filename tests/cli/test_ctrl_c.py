@@ -1,8 +1,10 @@
-"""Ctrl-C at every stage of every command: exit code 130, one line, nothing half written, no process left.
+"""Ctrl-C and SIGTERM at every stage of every command: exit code 130 or 143, one line, nothing half written, no process
+left; and what `kill -9` leaves.
 
 What it does to a training in its steps and saves is in tests/faults.
 """
 
+import builtins
 import importlib
 import io
 import json
@@ -66,6 +68,7 @@ def _command(arguments: list[str], stop: str, seconds: float, folder: str) -> No
     *inside, name = name.split(".")
     for part in inside:
         owner = getattr(owner, part)
+    assert hasattr(owner, name) or hasattr(builtins, name), f"there is no {stop}"
     setattr(owner, name, wait)
     sys.exit(main(arguments))
 
@@ -78,17 +81,31 @@ class Command:
         self.process = FORKS.Process(target=_command, args=(list(arguments), stop, seconds, os.getcwd()))
         self.process.start()
 
-    def interrupt(self) -> int:
-        """Ctrl-C where it waits, which the terminal sends to the whole group; returns the exit code."""
+    def interrupt(self, number: int = signal.SIGINT, to_group: bool = True, processes: int = 1) -> int:
+        """A signal where it waits; returns the exit code, when no process of the group is left.
+
+        Args:
+            to_group: To the whole group, as a terminal sends Ctrl-C, or to the command alone.
+            processes: Of the group, to wait for.
+        """
         end = time.monotonic() + DEADLINE
-        while not (self.outside / "reached").exists():
+        while not (self.outside / "reached").exists() or len(group(self.process.pid)) < processes:
             assert self.process.is_alive() and time.monotonic() < end, self.read("out") + self.read("err")
             time.sleep(0.02)
-        os.killpg(self.process.pid, signal.SIGINT)
+        (os.killpg if to_group else os.kill)(self.process.pid, number)
         self.process.join(DEADLINE)
         assert self.process.exitcode is not None, "it goes on"
-        assert not group(self.process.pid)
+        self._assert_none_left()
         return self.process.exitcode
+
+    def _assert_none_left(self) -> None:
+        """Workers may end a moment after their parent was killed."""
+        end = time.monotonic() + DEADLINE / 10
+        while left := group(self.process.pid):
+            if time.monotonic() > end:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                raise AssertionError(f"still there: {left}")
+            time.sleep(0.02)
 
     def read(self, name: str) -> str:
         file = self.outside / name
@@ -123,7 +140,7 @@ GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl"
     [
         ("config:_read_text", ["train", "c.yml"]),
         ("plugin:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
-        ("trainer:load_tokenizer", ["train", "c.yml"]),
+        ("prepare:load_tokenizer", ["train", "c.yml"]),
         ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
         ("trainer:load_policy", ["train", "c.yml"]),
         ("model.load:load_model", ["train", "c.yml"]),
@@ -135,10 +152,10 @@ GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl"
         ("generate:Generator.stream", ["chat", "runs/lora"]),
         ("score:Judge.scores", ["score", "runs/labels", "--text", "a", "--output", "labels.jsonl", "--force"]),
         ("merge:fold_adapter", ["merge", "runs/lora", "--output", "merged"]),
-        ("model.load:save_weights", ["merge", "runs/lora", "--output", "merged"]),
+        ("model.save:save_weights", ["merge", "runs/lora", "--output", "merged"]),
         ("teach:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
         ("teach:likeliest", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
-        ("dry:load_data", ["inspect", "c.yml"]),
+        ("dry:read_data", ["inspect", "c.yml"]),
         ("inspect:_batch", ["inspect", "c.yml"]),
         ("dry:outline_policy", ["validate", "c.yml"]),
         ("validate:_figures", ["validate", "c.yml"]),
@@ -157,14 +174,57 @@ def test_one_line_and_nothing_changed(folder, stop, arguments):
     assert everything() == before and not list(Path().rglob(".building-*"))
 
 
-def test_while_several_processes_tokenise(folder):
-    """The parent answers, its workers end with it, and nothing is left of the cache."""
+SIGTERM_STAGES = [
+    ("prepare:load_tokenizer", ["train", "c.yml"]),
+    ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
+    ("trainer:load_policy", ["train", "c.yml"]),
+    ("trainer:companions", ["train", "c.yml"]),
+    ("run:RunFolder.find_checkpoint", ["train", "c.yml"]),
+    ("generate:Generator._generate", GENERATE),
+    ("teach:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+]
+
+
+@pytest.mark.parametrize("stop, arguments", SIGTERM_STAGES)
+def test_sigterm_before_training(folder, stop, arguments):
+    """It ends a command as Ctrl-C does, with the exit code and the name of the signal."""
+    before = everything()
+    command = Command(*arguments, stop=stop)
+    assert command.interrupt(signal.SIGTERM, to_group=False) == 143
+    assert command.read("err") == "minitrain: stopped by SIGTERM\n"
+    assert not list(Path().rglob(".building-*"))
+    Path("runs/c/.lock").unlink(missing_ok=True)
+    assert everything() == before
+
+
+@pytest.fixture
+def large_file(folder):
+    """Rows that several processes tokenise."""
     row = json.dumps({"prompt": "a", "response": "b" * 40_000})
     Path("rows.jsonl").write_text(f"{row}\n" * 120)  # a small file is tokenised by one process
-    command = Command("train", "c.yml", "--overrides", "num_proc=2", stop="data.cache:Encoder.__call__", seconds=2)
-    assert command.interrupt() == 130
-    assert command.read("err") == "minitrain: interrupted\n"
+
+
+TOKENISING = {"stop": "data.cache:Encoder.__call__"}
+TWO_WORKERS = ("train", "c.yml", "--overrides", "num_proc=2")
+
+
+@pytest.mark.parametrize("number, to_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_while_several_processes_tokenise(large_file, number, to_group):
+    """The parent answers, its workers end with it, and nothing is left of the cache."""
+    command = Command(*TWO_WORKERS, **TOKENISING, seconds=2)
+    assert command.interrupt(number, to_group, processes=3) == 128 + number
+    told = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+    assert command.read("err") == f"minitrain: {told}\n"
     assert not list(Path("cache").iterdir()) and not (Path("runs") / "c").exists()
+
+
+def test_kill_9_while_several_processes_tokenise(large_file, capsys):
+    """The workers end without a word from their parent; the next start removes what it left, and makes the cache."""
+    command = Command(*TWO_WORKERS, **TOKENISING)
+    assert command.interrupt(signal.SIGKILL, to_group=False, processes=3) == -signal.SIGKILL
+    assert len(list(Path("cache").glob(".building-*"))) == 1
+    assert main(["train", "c.yml", "--overrides", "num_proc=1", "max_length=64"]) == 0, capsys.readouterr().err
+    assert not list(Path("cache").glob(".building-*")) and list(Path("cache").glob("*.safetensors"))
 
 
 def test_in_the_first_evaluation(folder, capsys):
@@ -176,8 +236,15 @@ def test_in_the_first_evaluation(folder, capsys):
     assert "going on from runs/c/checkpoints/step-0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["generate", "tiny", "--prompt", "a"], ["inspect", "c.yml"]])
-def test_while_importing(folder, arguments):
+@pytest.mark.parametrize(
+    "arguments, number, told",
+    [
+        (["generate", "tiny", "--prompt", "a"], signal.SIGINT, "interrupted"),
+        (["inspect", "c.yml"], signal.SIGINT, "interrupted"),
+        (["inspect", "c.yml"], signal.SIGTERM, "stopped by SIGTERM"),
+    ],
+)
+def test_while_importing(folder, arguments, number, told):
     """Also in the middle of numpy, which would swallow the exception."""
     command = [sys.executable, "-X", "importtime", "-m", "minitrain", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -185,8 +252,8 @@ def test_while_importing(folder, arguments):
     try:
         while "numpy" not in loading.stderr.readline():
             assert loading.poll() is None
-        loading.send_signal(signal.SIGINT)
+        loading.send_signal(number)
         err = loading.communicate(timeout=DEADLINE)[1]
     finally:
         loading.kill()
-    assert loading.returncode == 130 and err.endswith("minitrain: interrupted\n") and "Traceback" not in err
+    assert loading.returncode == 128 + number and err.endswith(f"minitrain: {told}\n") and "Traceback" not in err

@@ -1,6 +1,7 @@
 """The token cache: right, lazy, atomic, and never stale."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from minitrain.data.template import Template
 from minitrain.errors import DataError
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.schema import Config, ModelConfig
+from minitrain.unfinished import building_folder
 
 ROWS = [{"prompt": f"{i} + 1 =", "response": str(i + 1) * (1 + i % 7)} for i in range(1000)]
 BAD = '{"prompt": "cut'
@@ -248,14 +250,31 @@ def test_interrupted_build(jsonl, config, template, monkeypatch, where):
 
 
 def test_debris_of_a_killed_build_is_removed(jsonl, config, template):
-    """What a killed process left is removed a day later, and not while it may still be at work."""
-    old, young = Path(config.cache_dir, ".building-old"), Path(config.cache_dir, ".building-young")
-    for folder in (old, young):
+    """What a killed process left is removed by the next one that makes a cache, and not what is still being made.
+
+    Without a lock, as where files cannot be locked, it is removed a day later.
+    """
+    old, young, dead = (Path(config.cache_dir, f".building-{name}") for name in ("old", "young", "dead"))
+    for folder in (old, young, dead):
         folder.mkdir(parents=True)
         (folder / "ids").write_bytes(b"x")
+    (dead / "lock").touch()
     os.utime(old, (time.time() - 90000,) * 2)
-    load_cache(jsonl(ROWS[:5]), template, config)
-    assert not old.exists() and young.exists()
+    with building_folder(Path(config.cache_dir)) as at_work:
+        os.utime(at_work, (time.time() - 90000,) * 2)
+        dead.mkdir(exist_ok=True)
+        (dead / "lock").touch()
+        load_cache(jsonl(ROWS[:5]), template, config)
+        assert at_work.exists() and young.exists() and not dead.exists() and not old.exists()
+    assert not at_work.exists()
+
+
+def test_a_folder_where_files_cannot_be_locked(jsonl, config, template, monkeypatch):
+    """As on some network file systems: a cache is made there, and one that another process makes is let alone."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    Path(config.cache_dir).mkdir()
+    with building_folder(Path(config.cache_dir)) as at_work:
+        assert len(load_cache(jsonl(ROWS[:5]), template, config)) == 5 and at_work.exists()
 
 
 def tensor_bytes(content: bytes, name: str) -> slice:

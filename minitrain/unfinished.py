@@ -1,0 +1,48 @@
+"""Folders in which files are made before they take their place, and what killed processes left of them.
+
+Each process holds a lock on a file in its folder, which the system releases however the process ends.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = ".building-"
+LOCK = "lock"
+MAX_SECONDS = 86_400  # that a folder without a lock may be at work, where files cannot be locked
+
+
+@contextlib.contextmanager
+def building_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent` that is removed afterwards, and remove those that killed processes left there."""
+    _remove_abandoned(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as name:
+        folder = Path(name)
+        with open(folder / "locking", "w") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+                os.rename(folder / "locking", folder / LOCK)  # so that no other process sees it before it is locked
+            yield folder
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(PREFIX + "*"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if _is_abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        with open(folder / LOCK, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return folder.stat().st_mtime < time.time() - MAX_SECONDS
+    except BlockingIOError:
+        return False
+    return True
