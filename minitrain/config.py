@@ -45,9 +45,8 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
     raw, where = _read(source)
     problems = Problems(where)
     _override(raw, overrides or [], problems)
-    resolved = _in_bounds(lambda: _resolve(raw, "", problems), where.name)
-    config = _checked(resolved, problems)
-    config.written = Written(_own_names(_long_references(OmegaConf.to_container(raw), resolved)), plain(config))
+    config = _checked(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
+    config.written = Written(_own_names(OmegaConf.to_container(raw)), plain(config))
     return config
 
 
@@ -272,22 +271,6 @@ def _long_forms(given: dict) -> dict:
             given[key] = [{"path": entry} if _is_text(entry) else entry for entry in value]
     if _is_text(given.get("loss")):
         given["loss"] = {"name": given["loss"]}
-    return given
-
-
-def _long_references(given: dict, resolved: dict) -> dict:
-    """Return `given` with files from the environment as ``{path: ${oc.env:NAME}}``, like those that are written out."""
-
-    def long_form(entry: Any, value: Any) -> Any:
-        return {"path": entry} if "oc.env" in entry and isinstance(value, str) else entry
-
-    given = dict(given)
-    for key in LISTS:
-        entries, values = given.get(key), resolved.get(key)
-        if isinstance(entries, str) and "oc.env" in entries and isinstance(values, str):
-            entries, values = [entries], [values]
-        if isinstance(entries, list):
-            given[key] = [long_form(*pair) for pair in zip(entries, values, strict=True)]
     return given
 
 

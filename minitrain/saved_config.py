@@ -43,8 +43,10 @@ def plain(value: Any) -> Any:
 
 def _as_written(value: Any, raw: Any, resolved: Any) -> Any:
     """Return `value` with the interpolations of `raw` put back where they still stand for the same value."""
-    if isinstance(raw, str) and "${" in raw and value == resolved:
-        return raw
+    if isinstance(raw, str) and "${" in raw:
+        if value == resolved:
+            return raw
+        raw = _spread(raw, resolved)
     if isinstance(value, dict):
         raw, resolved = (part if isinstance(part, dict) else {} for part in (raw, resolved))
         return {key: _as_written(entry, raw.get(key), resolved.get(key)) for key, entry in value.items()}
@@ -53,6 +55,20 @@ def _as_written(value: Any, raw: Any, resolved: Any) -> Any:
         pairs = list(zip(raw, resolved, strict=True)) if fits else []
         return [_as_written(entry, *_pair_of(entry, pairs, i)) for i, entry in enumerate(value)]
     return _escaped(value) if isinstance(value, str) else value
+
+
+def _spread(raw: str, resolved: Any) -> Any:
+    """Return what was written for the parts of a section that one variable stands for, of which Python changed some.
+
+    Numbers are no secrets, and are saved as they are.
+    """
+    if "oc.env" not in raw:
+        return None
+    if isinstance(resolved, dict):
+        return {key: raw for key, value in resolved.items() if isinstance(value, str)}
+    return (
+        [raw if isinstance(value, (str, dict)) else None for value in resolved] if isinstance(resolved, list) else None
+    )
 
 
 def _pair_of(entry: Any, pairs: list[tuple[Any, Any]], place: int) -> tuple[Any, Any]:

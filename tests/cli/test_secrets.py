@@ -1,6 +1,7 @@
 """What comes from the environment, and passwords in URLs, are in no file of a run and in no message."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -149,7 +150,7 @@ FAILURES = {
     "address": [f"datasets=['{URL}']"],
     "long address": [f"lr='https://{CANARY}{'x' * 90}@host'"],
     "number": ["lr=${oc.env:SECRET_TOKEN}"],
-    "integer": [f"lr='!!int {URL}'"],
+    "integer": [f"lr=!!int {URL}"],
     "choice": ["train_on=${oc.env:SECRET_KEY}"],
     "list": ["betas=['${oc.env:SECRET_TOKEN}', 1]"],
     "loss": ["loss=${oc.env:SECRET_TOKEN}"],
@@ -160,7 +161,7 @@ FAILURES = {
     "name of a name": ["datasets=['${oc.env:SECRET_${exp_name}}']", "exp_name=NEAR"],
     "decoded": ["datasets=${oc.decode:${oc.env:SECRET_LIST}}"],
     "not decoded": ["datasets=${oc.decode:${oc.env:SECRET_KEY}}"],
-    "long integer": [f"lr='!!int https://{CANARY}{'x' * 90}@host'"],
+    "long integer": [f"lr=!!int https://{CANARY}{'x' * 90}@host"],
     "archive": ["model.archive=${oc.env:SECRET_DATA}"],
     "teacher": ["loss={name: kd, teacher: '${oc.env:SECRET_ROOT}/none'}"],
 }
@@ -221,6 +222,22 @@ def test_values_are_searched_for_from_six_characters(monkeypatch, rows_file):
     assert [str(kind(told)) for kind in (MinitrainError, ConfigError, DataError)] == [shown] * 3
 
 
+def test_every_form_of_a_value_is_hidden(monkeypatch, rows_file, tmp_path):
+    """A line of it, escaped as Python and JSON do it, as an absolute path, and with links resolved."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "linked").symlink_to("target")
+    monkeypatch.setenv("KEY", 'first "line"\n\tsecond line\n\u00e9')
+    monkeypatch.setenv("FOLDER", "linked//x/../rows")
+    given = {"datasets": [str(rows_file)], "model": {"name_or_path": "tiny"}}
+    load_config(given | {"wandb": {"project": "${oc.env:KEY}", "entity": "${oc.env:FOLDER}"}})
+    key = os.environ["KEY"]
+    for form in (key, repr(key)[1:-1], json.dumps(key)[1:-1], *key.splitlines()[:2]):
+        assert redact(f"a {form} b") == "a ${oc.env:KEY} b"
+    for form in ("linked//x/../rows", "linked/rows", f"{tmp_path}/linked/rows", f"{tmp_path}/target/rows"):
+        assert redact(f"{form}:3") == "${oc.env:FOLDER}:3"
+
+
 def test_a_default_is_no_secret(monkeypatch, rows_file):
     """It stands in the config; a value that is not used is not hidden either."""
     monkeypatch.delenv("NOT_SET", raising=False)
@@ -241,9 +258,11 @@ def test_a_list_that_python_changed_keeps_its_variables(monkeypatch, rows_file, 
     config = load_config(given)
 
     def paths(key: str = "datasets") -> list[str]:
-        return [entry["path"] for entry in yaml.safe_load(config_yaml(config))[key]]
+        entries = yaml.safe_load(config_yaml(config))[key]
+        return [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
 
-    assert paths() == [other, "${oc.env:DATA}"] and paths("eval_datasets") == ["${oc.env:DATA}"]
+    saved = yaml.safe_load(config_yaml(config))
+    assert saved["datasets"][1] == saved["eval_datasets"] == "${oc.env:DATA}"
     config.datasets.insert(0, DatasetConfig("c.jsonl"))
     config.eval_datasets[0].weight = 0.5
     assert paths() == ["c.jsonl", other, "${oc.env:DATA}"] and paths("eval_datasets") == ["${oc.env:DATA}"]
