@@ -46,6 +46,14 @@ class Classify(Loss):
         classes = ("labels", "positive_label", "label_smoothing", "class_weights")
         return dict.fromkeys(classes, "regression has no classes.") if self.options.regression else {}
 
+    def conflicts(self) -> dict[str, str]:
+        if self.options.regression:
+            return {}
+        found = self._unfit() if self.names else {}
+        if any(weight <= 0 for weight in self.options.class_weights.values()):
+            found["class_weights"] = "a weight has to be above 0."
+        return found
+
     @property
     def outputs(self) -> list[str]:
         """The labels; known after `prepare`, if they are not an option."""
@@ -58,7 +66,8 @@ class Classify(Loss):
         """
         if not self.options.regression:
             self.names = self.names or _sorted_names(train)
-            self._check_options()
+            for key, reason in self._unfit().items():
+                raise ConfigError(f"loss.{key}: {reason}")
         places = {name: place for place, name in enumerate(self.names)}
         for file in {id(file): file for file in (*train, *evaluation)}.values():  # one may be split into both
             meant = [
@@ -67,21 +76,21 @@ class Classify(Loss):
             file.values["label"] = np.array(meant, np.float64)[file.values["label"].astype(int)]  # [D]
             file.labels = self.names
 
-    def _check_options(self) -> None:
+    def _unfit(self) -> dict[str, str]:
+        """Options that do not fit the labels, each with the reason."""
+        found = {}
         if len(set(self.names)) != len(self.names):
-            raise ConfigError(f"loss.labels: a label stands twice in {', '.join(self.names)}.")
+            found["labels"] = f"a label stands twice in {', '.join(self.names)}. List each label once."
         for key, named in (
             ("class_weights", self.options.class_weights),
             ("positive_label", [self.options.positive_label]),
         ):
             unknown = [name for name in named if name is not None and name not in self.names]
             if unknown:
-                raise ConfigError(f"loss.{key}: there is no label {unknown[0]!r}; there are {', '.join(self.names)}.")
-        if any(weight <= 0 for weight in self.options.class_weights.values()):
-            raise ConfigError("loss.class_weights: a weight has to be above 0.")
+                found[key] = f"there is no label {unknown[0]!r}; there are {', '.join(self.names)}."
         if self.options.positive_label and len(self.names) != 2:
-            told = f"would be ignored: of {len(self.names)} labels f1 is a mean over all."
-            raise ConfigError(f"loss.positive_label: {told}")
+            found["positive_label"] = f"would be ignored: of {len(self.names)} labels f1 is a mean over all."
+        return found
 
     def weight(self, batch: Batch) -> Tensor:
         labels = batch.of_docs("label")  # [D]

@@ -118,7 +118,6 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("classify", [{"text": "a"}], "bad.jsonl:1: no known schema of labelled rows has the keys text"),
         ("classify", [{"text": "a", "label": "x"}], "all examples have the label 'x', so there is nothing to tell"),
         ("{name: classify, labels: [x, z]}", [{"text": "a", "label": "y"}], "the label 'y' is not among x, z"),
-        ("{name: classify, labels: [x, x]}", [{"text": "a", "label": "x"}], "loss.labels: a label stands twice"),
         ("{name: classify, regression: true}", [{"text": "a", "label": "x"}], "the label 'x' is no number"),
         ("{name: classify, regression: true}", [{"text": "a", "label": INFINITE}], "the label 'inf' is no number"),
         ("dpo", [GOOD_ROW], "bad.jsonl:1: no known schema of preference rows has the keys prompt, response"),

@@ -86,6 +86,9 @@ from tests.conftest import ROOT
         (["eval_datasets=[{path: rows.jsonl, weight: 2}]"], "weight: has no meaning for evaluation"),
         (["gradient_accumulation_steps=3"], "8 examples cannot be cut into gradient_accumulation_steps=3 equal"),
         (["model.revision=main"], "model.revision: would be ignored"),
+        (["loss={name: classify, labels: [a, a]}"], "loss.labels: a label stands twice in a, a. List each label once."),
+        (["loss={name: classify, class_weights: {a: 0}}"], "loss.class_weights: a weight has to be above 0."),
+        (["loss={name: classify, labels: [a, b], positive_label: c}"], "loss.positive_label: there is no label 'c'"),
         (["loss.name=kd"], "loss.teacher: is missing: name the folder or the hub name of a model"),
         (["loss={name: kd, teacher: tiny, jsd_weight: 0.1}"], "jsd_weight: would be ignored: it needs loss.divergence"),
         # files
