@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import pytest_collection_modifyitems  # noqa: F401
 from tests.processors import PROCESSOR, set_answers
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -221,8 +221,13 @@ def test_the_loss_of_the_documents_trains(make_trainer, own_registry):
     assert trainer.train_metrics["loss"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["quickstart-sft", "fused-dft"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("quickstart-sft", marks=pytest.mark.slow(minutes=3)),
+        pytest.param("fused-dft", marks=pytest.mark.slow(minutes=29)),
+    ],
+)
 def test_an_example_learns_what_it_promises(name, user_folder, monkeypatch):
     """The whole run: from nothing to 90 % of unseen questions."""
     import torch
