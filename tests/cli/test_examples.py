@@ -87,7 +87,7 @@ def test_dialogues_have_the_tokens_of_the_dpo_authors(user_folder):
     start = "\n\nHuman: What is up?\n\nAssistant: Not much.\n\nHuman: And now?\n\nAssistant:"
     row = {"chosen": f"{start} The sky.", "rejected": f"{start} Go away."}
     record = to_record(row, DatasetConfig("hh.jsonl"), "conversation")
-    (tokens,) = encode(record, record, template, Limits(512, "prompt", 256))
+    (tokens,) = encode(record, template, Limits(512, "prompt", 256))
     answer = tokenizer(" The sky.")["input_ids"] + [tokenizer.eos_token_id]
     prompt = tokenizer(start)["input_ids"]
     assert list(tokens.ids) == prompt + answer

@@ -76,7 +76,7 @@ def test_errors_and_warnings_are_printed(folder, capsys):
     """A wrong option, and rows that are left out."""
     assert main(["train", "c.yml", "--quiet", "--overrides", "lr=x"]) == 2
     assert "lr: expected a number, got 'x'" in capsys.readouterr().err
-    Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{\n')
+    Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{\n' + '{"prompt": "c", "response": "d"}\n' * 2)
     assert main(["train", "c.yml", "--quiet", "--overrides", "on_bad_row=skip"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("left out rows.jsonl:2: not valid JSON") and len(out.splitlines()) == 1
