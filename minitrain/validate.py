@@ -39,7 +39,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
-    RunFolder(config, parallel)  # refuses a folder with another run
+    RunFolder(config, parallel).find_checkpoint()  # refuses a folder with another run, or a damaged one
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]

@@ -253,9 +253,10 @@ def test_places_that_cannot_be_had(fails, overrides, told):
     assert told in fails(*overrides)
 
 
-def test_a_checkpoint_that_is_none(folder, capsys):
+@pytest.mark.parametrize("command", ["train", "validate"])
+def test_a_checkpoint_that_is_none(folder, capsys, command):
     """The folder of a model, or any other one."""
-    assert main(["train", "c.yml", "--overrides", "resume=model"]) == 2
+    assert main([command, "c.yml", "--overrides", "resume=model"]) == 2
     told = "model: manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
     assert capsys.readouterr().err == f"minitrain: {told}\n"
 
