@@ -118,16 +118,16 @@ class Trainer:
                 return {}
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)
-            logged = self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
-            self.tracking = Tracking(
-                self.config, self.run.path, self.run.settings(), logged, speaks=self.parallel.rank == 0
-            )
-            self.tracking.warn(*self.run.messages)
-            try:
-                with signals_noted(functools.partial(setattr, self, "_received")):
+            with signals_noted(functools.partial(setattr, self, "_received")):
+                logged = self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
+                self.tracking = Tracking(
+                    self.config, self.run.path, self.run.settings(), logged, speaks=self.parallel.rank == 0
+                )
+                self.tracking.warn(*self.run.messages)
+                try:
                     self._run()
-            finally:
-                self.tracking.close()
+                finally:
+                    self.tracking.close()
         return self.eval_metrics
 
     def _run(self) -> None:

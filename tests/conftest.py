@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from minitrain import Trainer, load_config, redact
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore it
 if PROCESSOR:
     set_answers(PROCESSOR)
 
