@@ -213,9 +213,13 @@ def kill_at(step: int):
     return kill
 
 
-def test_tensorboard_has_each_point_once_after_a_kill(make_trainer, rows_file):
+def test_tensorboard_has_each_point_once_after_a_kill(make_trainer, rows_file, monkeypatch):
     """Steps after the checkpoint are computed again: their first points are purged, and no other one is lost."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    # Files of one second are read in the order of their names, in which the tenth of a process is before the second.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
     options = ("report_to_tensorboard=true", f"eval_datasets=[{rows_file}]", "eval_every_steps=1", "n_steps=5")
     for step in (4, 5, None):
