@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minitrain import Trainer, load_config, redact
+from minitrain.losses import base
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
 
@@ -48,6 +49,15 @@ def _nothing_hidden(monkeypatch):
     """What one test takes from the environment is shown in the messages of the next one."""
     monkeypatch.setattr(redact, "_hidden", {})
     monkeypatch.setattr(redact, "_pattern", None)
+
+
+@pytest.fixture
+def own_registry():
+    """What a test registers is gone after it."""
+    before = dict(base._REGISTRY)
+    yield
+    base._REGISTRY.clear()
+    base._REGISTRY.update(before)
 
 
 def random_llama(**changes):

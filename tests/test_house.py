@@ -14,7 +14,6 @@ import pytest
 
 from minitrain import load_config
 from minitrain.cli import main
-from minitrain.losses import base
 from minitrain.sections import verdict
 from tests.conftest import ROOT
 
@@ -159,15 +158,6 @@ def user_folder(tmp_path_factory):
     shutil.copytree(ROOT / "example", folder / "example")
     shutil.copy(ROOT / "train.py", folder)
     return folder
-
-
-@pytest.fixture
-def own_registry():
-    """What a test registers is gone after it."""
-    before = dict(base._REGISTRY)
-    yield
-    base._REGISTRY.clear()
-    base._REGISTRY.update(before)
 
 
 def test_the_commands_of_the_readme_run(user_folder, own_registry, monkeypatch, capsys):

@@ -27,15 +27,6 @@ def config(rows_file, tmp_path):
     )
 
 
-@pytest.fixture
-def own_registry():
-    """What a test registers is gone after it."""
-    before = dict(base._REGISTRY)
-    yield
-    base._REGISTRY.clear()
-    base._REGISTRY.update(before)
-
-
 @dataclass
 class PlainOptions:
     """Options without limits, as in any dataclass."""
