@@ -63,9 +63,10 @@ bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/head.py
 
-docs: $(VENV)/ready  ## the pages that are made: options from the schema, commands from their --help
+docs: $(VENV)/ready  ## generated pages: options from the schema, commands from their --help, tables of mutations
 	$(BIN)/python docs/generate_options.py > docs/options.md
 	$(BIN)/python docs/generate_commands.py > docs/commands.md
+	$(BIN)/python docs/generate_mutations.py
 
 clean:
 	rm -rf .venv .venv-* runs

@@ -3,13 +3,9 @@
 import argparse
 import ast
 import functools
-import os
 import re
 import runpy
 import shlex
-import shutil
-import subprocess
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -316,17 +312,8 @@ def test_the_readme_links_every_page():
 # ------------------------------------------------------------------------------------------ the walk through the code
 
 
-AFTERNOON, BUGS = ((ROOT / "docs" / name).read_text() for name in ("afternoon.md", "silent-bugs.md"))
+AFTERNOON = (ROOT / "docs" / "afternoon.md").read_text()
 STOPS = re.findall(r"^\| `(minitrain/\S+)` \| (\d+) \|", AFTERNOON, re.M)
-# (number, file, a line in it, what it becomes, the test that fails then)
-EXERCISES, PUT_BACK = (
-    re.findall(r"^\| (\d+) \| `(\S+)` \| `(.+?)` \| `(.+?)` \| `(\S+)` \|$", page, re.M) for page in (AFTERNOON, BUGS)
-)
-BROKEN = [
-    pytest.param(*row, id=f"{kind}{number}")
-    for kind, rows in (("exercise", EXERCISES), ("bug", PUT_BACK))
-    for number, *row in rows
-]
 
 
 def test_the_files_of_the_walk_are_as_long_as_it_says():
@@ -343,32 +330,3 @@ def test_the_names_of_the_walk_are_in_the_code():
     prose = AFTERNOON[: AFTERNOON.index("## Exercises")]
     for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", prose):
         assert name.endswith(".py") or all(part in code for part in name.split(".")), name
-
-
-def test_every_exercise_and_every_bug_has_its_line():
-    """No row of the tables is overlooked, and each bug that is told can be put back."""
-    assert len(EXERCISES) == AFTERNOON.count("\n| ", AFTERNOON.index("## Exercises")) - 1
-    told = re.findall(r"^\| (\d+) \| [^`]", BUGS, re.M)
-    assert told == [number for number, *_ in PUT_BACK] and len(set(told)) == len(told)
-
-
-@pytest.mark.parametrize(("file", "line", "becomes", "test"), BROKEN)
-def test_a_line_can_be_broken(file, line, becomes, test):
-    """It stands once in its file, and the test that should fail is there."""
-    assert (ROOT / file).read_text().count(line) == 1 and line != becomes
-    path, _, name = test.partition("::")
-    assert f"def {name}" in (ROOT / path).read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "line", "becomes", "test"), BROKEN)
-def test_a_broken_line_is_noticed(file, line, becomes, test, tmp_path):
-    """A copy of the repository with the line broken: the test fails there, and by nothing else than a failure."""
-    for folder in ("minitrain", "tests", "example"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    broken = tmp_path / file
-    broken.write_text(broken.read_text().replace(line, becomes))
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "", "-p", "no:cacheprovider", test]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
-    assert done.returncode == 1 and " failed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
