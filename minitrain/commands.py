@@ -123,6 +123,9 @@ def score(arguments: argparse.Namespace) -> int:
     asked = asked_for(arguments)
     judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
     verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=not arguments.quiet))
+    if judge.n_truncated:
+        shortened = f"{judge.n_truncated} of {len(asked)} texts were truncated"
+        print(f"warning: {shortened} to {judge.limits.max_length} tokens, which the model can read", file=sys.stderr)
     if output is None:
         print("\n".join(map(line, verdicts)))
     else:

@@ -21,7 +21,7 @@ from .evaluate import inference
 from .model.adapter_config import CONFIG_FILE, read_config
 from .model.heads import cpu_has_bfloat16
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
-from .model.policy import n_positions
+from .model.positions import batches_by_length, n_positions, restoring_rotary, rotary_limit
 from .model.pretrained import read_model_config
 from .places import find_model, looks_local
 from .schema import DatasetConfig, ModelConfig
@@ -43,17 +43,25 @@ class Sampling:
 
 
 class Generator:
-    """A model with its template. `gathered` is for a sharded model, and every rank then has to ask for the same."""
+    """A model with its template."""
 
     def __init__(
         self,
         model: nn.Module,
         template: Template,
         gathered: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        position_limit: int | None = None,
     ):
+        """
+        Args:
+            gathered: For a sharded model; every rank then has to ask for the same.
+            position_limit: The longest text with its answer, in tokens; None for what the model's config says.
+        """
         self.model, self.template, self.gathered = model, template, gathered
         self.tokenizer = template.tokenizer
-        self.n_positions = n_positions(model)
+        n_virtual = model.soft_prompt.n_tokens if hasattr(model, "soft_prompt") else 0
+        self.n_positions = n_positions(model) - n_virtual if position_limit is None else position_limit
+        self.batch_limit = min(self.n_positions, rotary_limit(model) - n_virtual)  # beyond it a batch has one length
         self.calls = 0
 
     @functools.cached_property
@@ -67,11 +75,11 @@ class Generator:
         self, prompts: list[list[int]], sampling: Sampling, batch_size: int = 16, progress: bool = False
     ) -> list[str]:
         """Answers to prompts given as token ids, in their order; the end token is not part of the text."""
-        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        # An answer may take what room the longest prompt of its batch leaves, so short of room all are of one length.
+        limit = self.batch_limit - sampling.max_new_tokens
         answers = [""] * len(prompts)
         with tqdm(total=len(prompts), unit=" prompts", disable=None if progress else True, leave=False) as bar:
-            for start in range(0, len(prompts), batch_size):
-                chosen = by_length[start : start + batch_size]
+            for chosen in batches_by_length([len(ids) for ids in prompts], batch_size, limit):
                 ids = self._generate([prompts[i] for i in chosen], sampling)
                 for i, text in zip(chosen, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                     answers[i] = text
@@ -118,7 +126,7 @@ class Generator:
                 use_cache=True,
                 **sampling.arguments(),
             )
-            with _without_defaults(self.model):
+            with _without_defaults(self.model), restoring_rotary(self.model):
                 output = self.model.generate(**inputs, generation_config=options, streamer=streamer)
         return output[:, width:]
 

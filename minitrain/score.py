@@ -17,6 +17,7 @@ from .errors import ConfigError, DataError
 from .generate import model_config, native_dtypes, saved_dtype
 from .model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from .model.policy import Policy
+from .model.positions import batches_by_length
 from .model.scoring import make_policy
 from .places import find_model
 from .schema import DatasetConfig
@@ -37,20 +38,20 @@ class Judge:
         self.policy, self.template = policy.eval(), template
         self.limits = Limits(max_length)
         config = policy.model.config
+        self.n_truncated = 0  # texts that were longer than the model can read
         self.labels = list(config.id2label.values()) if config.problem_type != "regression" else None
 
     def scores(self, asked: list[Asked], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
         """The model's outputs -> [n, L] float32, in the order of what is asked. Raises DataError."""
         documents = [self._document(one) for one in asked]
-        by_length = sorted(range(len(documents)), key=lambda i: -len(documents[i].ids))
+        lengths = [len(document.ids) for document in documents]
         device = self.policy.model.get_input_embeddings().weight.device
         found = {}
         with (
             torch.no_grad(),
             tqdm(total=len(asked), unit=" texts", disable=None if progress else True, leave=False) as bar,
         ):
-            for start in range(0, len(documents), batch_size):
-                chosen = by_length[start : start + batch_size]
+            for chosen in batches_by_length(lengths, batch_size, self.policy.rotary_limit):
                 batch = collate([[documents[i]] for i in chosen], self.template.tokenizer.pad_token_id)
                 found |= dict(zip(chosen, self.policy(batch.to(device)).scores.cpu(), strict=True))
                 bar.update(len(chosen))
@@ -72,6 +73,7 @@ class Judge:
         if isinstance(documents, str):
             raise DataError(f"{asked.where}: {documents}")
         (tokens,) = documents
+        self.n_truncated += tokens.notes.get("truncated examples", 0)
         columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
         return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns)
 

@@ -81,7 +81,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.policy, config)
         set_end_tokens(policy.model, self.template.end_ids())
         check_saving(policy.model, self.tokenizer)
-        self.generator = Generator(policy.model, self.template, lambda: self.parallel.gathered(self.policy))
+        self.generator = Generator(
+            policy.model, self.template, lambda: self.parallel.gathered(self.policy), policy.position_limit
+        )
         torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
 
         self.total_steps = self.train_loader.total_steps

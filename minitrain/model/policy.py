@@ -144,11 +144,6 @@ class Policy(nn.Module):
         return scores.per_document(scores.logps)[1]
 
 
-def n_positions(model: nn.Module) -> int:
-    """The longest text, in tokens, that a decoder has places for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
-
-
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of transformer blocks: the longest ModuleList that is no part of another one."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]

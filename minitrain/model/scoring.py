@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..batch import Batch, Scores
 from ..errors import ConfigError
-from .policy import Policy, check_packing, find_blocks, n_positions, row_of
-from .positions import UNLIMITED
+from .policy import Policy, check_packing, find_blocks, row_of
+from .positions import UNLIMITED, n_positions
 
 
 class Heads(NamedTuple):
