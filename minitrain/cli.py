@@ -26,6 +26,7 @@ INSTALL = (
     "`pip install -e .` in the folder of minitrain installs all it needs; after `make demo` that is done in .venv: "
     "`source .venv/bin/activate`."
 )
+CONFIG_COMMANDS = ("train", "validate", "inspect", "teach", "cache-teacher")
 LESS_MEMORY = (
     "Make batches smaller (a higher gradient_accumulation_steps; --batch-size, eval_batch_size), or rows "
     "(max_length), or set activation_checkpointing=true."
@@ -95,10 +96,20 @@ def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
         parser.exit(2)
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_args(_config_first(sys.argv[1:] if argv is None else argv))
     if unknown:
         arguments.parser.error(f"unknown arguments: {' '.join(unknown)}{_hint(unknown[0], arguments)}")
     return arguments
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """Return the arguments with ``--config FILE`` as ``FILE`` right after a command that takes a config."""
+    for i, argument in enumerate(argv if argv[:1] and argv[0] in CONFIG_COMMANDS else []):
+        name, is_pair, value = argument.partition("=")
+        if name == "--config" and (is_pair or argv[i + 1 : i + 2]):
+            config = value if is_pair else argv[i + 1]
+            return [*argv[:1], config, *argv[1:i], *argv[i + (1 if is_pair else 2) :]]
+    return argv
 
 
 def _hint(unknown: str, arguments: argparse.Namespace) -> str:
@@ -206,7 +217,8 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yml", help="every option is explained in docs/options.md")
+    about = "every option is explained in docs/options.md; --config CONFIG.yml is the same"
+    parser.add_argument("config", metavar="CONFIG.yml", help=about)
     _more_config_arguments(parser)
 
 
@@ -262,7 +274,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _output_arguments(parser: argparse.ArgumentParser, key: str) -> None:
-    parser.add_argument("--output", metavar="FILE.jsonl", help=f"write the rows with their `{key}` there")
+    about = f"write the rows with their `{key}`, one per line; a list into FILE.json"
+    parser.add_argument("--output", metavar="FILE.jsonl", help=about)
     parser.add_argument("--force", action="store_true", help="write over an output that exists")
     parser.add_argument("--batch-size", type=_number(int, 1), default=16, metavar="N", help="default %(default)s")
 

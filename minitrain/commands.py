@@ -52,7 +52,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from .errors import DataError
     from .places import find_model
 
-    output = _new_file(arguments.output, arguments.force)
+    output = _new_rows_file(arguments.output, arguments.force)
     find_model(arguments.model)
     prompts = _prompts(arguments)
     generator, sampling = _load_generator(arguments)
@@ -63,15 +63,14 @@ def generate(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise DataError(f"{prompt.where}: {error}") from None
     answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet)
-    rows = [prompt.row | {"response": answer} for prompt, answer in zip(prompts, answers)]
-    told = _check_sections(rows) if arguments.input else None
+    rows, added = [prompt.row for prompt in prompts], [{"response": answer} for answer in answers]
+    table = _check_sections(rows, added) if arguments.input else None
     if output is None:
         print(("\n\n" if any("\n" in answer for answer in answers) else "\n").join(answers))
     else:
-        _write(rows, output)
-        _inform(arguments, f"{len(answers)} answers written to {output}")
-    if told:
-        print(told, file=sys.stderr if output is None else sys.stdout)
+        _inform(arguments, f"{len(answers)} answers written to {output}{_write(rows, added, output)}")
+    if table:
+        print(table, file=sys.stderr if output is None else sys.stdout)
     return 0
 
 
@@ -100,23 +99,23 @@ def _prompts(arguments: argparse.Namespace) -> list:
     return [Prompt("--prompt", row, messages_of(row, template)) for row in rows]
 
 
-def _check_sections(rows: list[dict]) -> str | None:
-    """Notes in rows with documents and a teacher's answer what stands in their responses; a table of it, if any."""
+def _check_sections(rows: list[dict], added: list[dict]) -> str | None:
+    """Add `sections` to what is added to rows with documents and a teacher's answer. Return a table of them, if any."""
     from .sections import table, verdict
 
     checked = []
-    for row in rows:
-        found = verdict(row, row["response"])
+    for row, columns in zip(rows, added):
+        found = verdict(row, columns["response"])
         if found is not None:
-            row["sections"] = found
-            checked.append(row)
+            columns["sections"] = found
+            checked.append(row | {"sections": found})
     return table(checked) if checked else None
 
 
 def score(arguments: argparse.Namespace) -> int:
     from .places import find_model
 
-    output = _new_file(arguments.output, arguments.force)
+    output = _new_rows_file(arguments.output, arguments.force)
     find_model(arguments.model)
     with _importing():
         from .score import asked_for, line, load_judge
@@ -129,30 +128,43 @@ def score(arguments: argparse.Namespace) -> int:
     if output is None:
         print("\n".join(map(line, verdicts)))
     else:
-        _write([one.row | verdict for one, verdict in zip(asked, verdicts)], output)
-        _inform(arguments, f"{len(verdicts)} predictions written to {output}")
+        renamed = _write([one.row for one in asked], verdicts, output)
+        _inform(arguments, f"{len(verdicts)} predictions written to {output}{renamed}")
     return 0
 
 
-def _write(rows: list[dict], output: Path) -> None:
+def _write(rows: list[dict], added: list[dict], output: Path) -> str:
+    """Write rows with added columns: a list into a .json file, else one row per line.
+
+    A column keeps its own value: what would be added under its name becomes `model_NAME`. Return a remark about that.
+    """
     from .errors import ConfigError
 
+    taken, names = {key for row in rows for key in row}, {key: key for columns in added for key in columns}
+    for name in names:
+        while names[name] in taken:
+            names[name] = f"model_{names[name]}"
+    written = [row | {names[key]: value for key, value in columns.items()} for row, columns in zip(rows, added)]
+    lines = list(map(_line, written))
+    text = "[\n" + ",\n".join(lines) + "\n]\n" if output.suffix.lower() == ".json" else "\n".join([*lines, ""])
     part = output.with_name(f".{output.name}.part")
     try:
-        part.write_text("".join(map(_line, rows)), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(output)
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
+    renamed = [f"`{name}` is in `{other}`" for name, other in names.items() if name != other]
+    return f"; the rows have their own, so {', '.join(renamed)}" if renamed else ""
 
 
 def _line(row: dict) -> str:
-    line = json.dumps(row, ensure_ascii=False, default=str) + "\n"  # str: a date in parquet
+    line = json.dumps(row, ensure_ascii=False, default=str)  # str: a date in parquet
     try:
         line.encode()
     except UnicodeEncodeError:  # half a surrogate pair in some column
-        return json.dumps(row, default=str) + "\n"
+        return json.dumps(row, default=str)
     return line
 
 
@@ -331,6 +343,16 @@ def _new_file(name: str | None, force: bool):
         raise ConfigError(f"--output: {output} exists; choose another name or add --force")
     if output and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    return output
+
+
+def _new_rows_file(name: str | None, force: bool):
+    """The same for an output of rows, which are written as JSON alone."""
+    from .errors import ConfigError
+
+    output = _new_file(name, force)
+    if output and output.suffix.lower() in (".csv", ".tsv", ".parquet", ".gz", ".txt", ".xlsx"):
+        raise ConfigError(f"--output: {output}: rows are written as JSON. Use a name that ends in .jsonl or .json.")
     return output
 
 

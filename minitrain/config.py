@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .checks import check_config
 from .errors import ConfigError
-from .names import RIVALS
+from .names import RIVALS, UNTYPED
 from .problems import Problems, Source, check_types, shown
 from .redact import hide, hide_variables
 from .saved_config import config_yaml, plain
@@ -268,10 +268,19 @@ def _long_forms(given: dict) -> dict:
         if isinstance(value, dict) or _is_text(value):
             value = [value]
         if isinstance(value, list):
-            given[key] = [{"path": entry} if _is_text(entry) else entry for entry in value]
+            given[key] = [_long_entry(entry) for entry in value]
     if _is_text(given.get("loss")):
         given["loss"] = {"name": given["loss"]}
     return given
+
+
+def _long_entry(entry: Any) -> Any:
+    """Return an entry of `datasets` as keys and values, without a `type` that says nothing about its rows."""
+    if _is_text(entry):
+        return {"path": entry}
+    if isinstance(entry, dict) and entry.get("type") in UNTYPED:
+        return {key: value for key, value in entry.items() if key != "type"}
+    return entry
 
 
 def _own_names(given: dict) -> dict:

@@ -9,6 +9,9 @@ RIVALS = (
     ("packing", "group_by_length"),
 )
 
+# Types of `datasets` of the chat SFT/DPO trainer: where a data set comes from, which its path says here.
+UNTYPED = ("custom_dataset", "huggingface_dataset")
+
 # What users of other libraries type, and our name for it.
 FOREIGN_NAMES = {
     "learning_rate": "lr",

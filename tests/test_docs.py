@@ -97,6 +97,8 @@ def problems_of_command(text: str) -> list[str]:
     if line[0] == "make":
         known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         return [f"there is no target {target}" for target in line[1:] if target not in known]
+    if "-m" in line and line[line.index("-m") + 1 :][:1] == ["minitrain"]:
+        line = line[line.index("-m") + 1 :]
     if line[0] in ("python", "torchrun"):
         script = next((word for word in line if word.endswith(".py")), "")
         if script != "train.py":
@@ -190,6 +192,8 @@ def test_the_check_of_the_tables_finds_what_is_wrong(item, wrong):
     [
         ("minitrain merge RUN --output DIR", False),
         ("torchrun --nproc_per_node=4 train.py config.yml --overrides trainer=FSDPTrainer", False),
+        ("torchrun --nproc_per_node=4 -m minitrain train config.yml --overrides trainer=FSDPTrainer", False),
+        ("torchrun --nproc_per_node=4 -m minitrain trian config.yml", True),
         ("minitrain export RUN", True),
         ("minitrain merge --into DIR", True),
         ("python train.py config.yml --overrides learning_rate=1", True),

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -99,10 +101,13 @@ def _read_json(file, path: Path) -> Iterator[Row]:
         raise DataError(f"{path}:{line}: not UTF-8 text") from None
     start = _skip(text, 0, " \t\r\n")
     wrapped = text[start : start + 1] == "{"
+    if wrapped and _has_row_per_line(text):
+        yield from _read_jsonl(io.BytesIO(text.encode()), path)
+        return
     if wrapped:
         start = _start_of_data(text, path)
     if text[start : start + 1] != "[":
-        raise DataError(f'{path}: expected a list, or {{"data": [...]}}; one row a line belongs in a .jsonl file')
+        raise DataError(f'{path}: expected a list of rows, {{"data": [...]}}, or one row per line')
     end = yield from _list_entries(text, start + 1, path)
     after = _skip(text, end, " \t\r\n")
     if after < len(text) and not wrapped:
@@ -110,16 +115,24 @@ def _read_json(file, path: Path) -> Iterator[Row]:
         raise DataError(f"{path}:{line}: not valid JSON: there is more behind the list")
 
 
+def _has_row_per_line(text: str) -> bool:
+    """Return whether the first of several lines is an object; or the second, because the first may be damaged."""
+    lines = [line[0].encode() for line in itertools.islice(re.finditer(r".*\S.*", text), 2)]
+    objects = [isinstance(_parse(line), dict) for line in lines]
+    return len(lines) == 2 and (objects[0] or (objects[1] and isinstance(_parse(text.encode()), DataError)))
+
+
 def _start_of_data(text: str, path: Path) -> int:
-    """Where the list of `{"data": [...]}` opens."""
+    """Return where the list of `{"data": [...]}` opens. Raises DataError."""
     try:
         whole = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        if getattr(error, "msg", "") == "Extra data":
-            raise DataError(f"{path}: holds one row a line; give it a name that ends in .jsonl") from None
         raise _bad_json(path, 1, error) from None
     if not isinstance(whole.get("data"), list):
-        raise DataError(f"{path}: expected a list of rows under `data`, found the keys {', '.join(list(whole)[:5])}")
+        keys = ", ".join(list(whole)[:5])
+        raise DataError(
+            f"{path}: expected a list of rows under `data`, found the keys {keys}; write one row as [{{...}}]"
+        )
     decoder, position = json.JSONDecoder(object_pairs_hook=_object), text.index("{") + 1
     while True:
         position = _skip(text, position, " \t\r\n,")

@@ -64,13 +64,12 @@ def test_bad_data(fails, monkeypatch, rows, told):
 @pytest.mark.parametrize(
     "name, content, told",
     [
-        ("a.json", b"", "a.json: expected a list, or "),
-        ("a.json", b"3", "a.json: expected a list, or "),
+        ("a.json", b"", "a.json: expected a list of rows, "),
+        ("a.json", b"3", "a.json: expected a list of rows, "),
         ("a.json", b"[]", "a.json: no example can be trained on (the file has no rows)"),
         ("a.json", b'[{"prompt": "a", ', "a.json:1: not valid JSON: "),
         ("a.json", b"[] x", "a.json:1: not valid JSON: there is more behind the list"),
         ("a.json", b'{"prompt": "a"}', "a.json: expected a list of rows under `data`, found the keys prompt"),
-        ("a.json", b'{"a": 1}\n{"a": 2}\n', "a.json: holds one row a line; give it a name that ends in .jsonl"),
         ("a.json", b'[{"prompt": "a", "prompt": "b"}]', "a.json:1: not valid JSON: the key 'prompt' is there twice"),
         ("a.json", b'{"data": [], "data": []}', "a.json:1: not valid JSON: the key 'data' is there twice"),
         ("a.csv", b"", "a.csv: no example can be trained on (the file has no rows)"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minitrain import __version__
-from minitrain.cli import main
+from minitrain.cli import _parse, main
 from tests.conftest import DEADLINE, ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -52,6 +52,37 @@ def test_train_py_is_the_train_command(capsys):
     assert capsys.readouterr().out.startswith("usage: train.py CONFIG.yml [--overrides KEY=VALUE ...]\n")
     assert main(["train"], prog="train.py") == 2
     assert "usage: train.py CONFIG.yml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "c.yml"],
+        ["--config=c.yml"],
+        ["--overrides", "lr=1", "seed=2", "--config", "c.yml"],
+        ["--config", "c.yml", "--quiet", "--overrides", "lr=1", "seed=2"],
+        ["--overrides", "lr=1", "--config=c.yml", "--overrides", "seed=2"],
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "validate", "inspect", "teach"])
+def test_a_config_by_option(command, arguments):
+    """`--config FILE`, as other trainers have it, is `FILE`, wherever it is."""
+    parsed = _parse([command, *arguments], "minitrain")
+    assert (parsed.configs if command == "validate" else [parsed.config]) == ["c.yml"]
+    assert parsed.overrides == (["lr=1", "seed=2"] if "--overrides" in arguments else [])
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["train", "a.yml", "--config", "b.yml"], "give one config at a time"),
+        (["train", "--config"], "the following arguments are required: CONFIG.yml"),
+        (["generate", "runs/x", "--config", "b.yml", "--prompt", "a"], "unknown arguments: --config"),
+    ],
+)
+def test_a_config_by_option_that_does_not_fit(capsys, arguments, told):
+    """Two configs, none behind the option, and commands that take no config."""
+    assert main(arguments) == 2 and told in capsys.readouterr().err
 
 
 def test_version(capsys):
@@ -139,6 +170,31 @@ def test_every_kind_of_input_gives_the_same_answers(generate):
     assert answers["txt"] == answers["jsonl"] == answers["json"] == answers["csv"]
     assert [row["id"] for row in rows_of("jsonl.jsonl")] == [0, 1, 2]
     assert generate("--prompt", *prompts)[1] == "".join(answer + "\n" for answer in answers["txt"])
+
+
+def test_an_output_that_is_a_list(generate):
+    """A .json file holds a list, which `--input` reads again; a name of another format is refused."""
+    assert generate("--prompt", "a", "ünï", "--output", "out.json")[0] == 0
+    rows = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert [row["prompt"] for row in rows] == ["a", "ünï"] and all(row["response"] for row in rows)
+    assert generate("--input", "out.json", "--output", "again.jsonl")[0] == 0
+    for name in ("out.csv", "out.jsonl.gz", "out.parquet"):
+        code, _, err = generate("--prompt", "a", "--output", name)
+        assert code == 2 and f"{name}: rows are written as JSON. Use a name that ends in .jsonl or .json." in err
+
+
+def test_a_response_that_a_row_has(generate):
+    """It stays, and the answers go into another column, the same for all rows."""
+    Path("p.jsonl").write_text('{"prompt": "a", "response": "mine"}\n{"prompt": "b", "model_response": "other"}\n')
+    code, out, _ = generate("--input", "p.jsonl", "--output", "out.jsonl")
+    renamed = "`response` is in `model_model_response`"
+    assert code == 0 and out == f"2 answers written to out.jsonl; the rows have their own, so {renamed}\n"
+    first, second = rows_of("out.jsonl")
+    assert first["response"] == "mine" and second["model_response"] == "other" and "response" not in second
+    assert (
+        "\n".join([first["model_model_response"], second["model_model_response"], ""])
+        == generate("--prompt", "a", "b")[1]
+    )
 
 
 def test_an_output_is_not_written_over(generate):

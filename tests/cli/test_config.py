@@ -122,6 +122,20 @@ def test_the_saved_config_says_the_same(load):
     assert load(config_yaml(config), base=False) == config
 
 
+@pytest.mark.parametrize("kind", ["custom_dataset", "huggingface_dataset"])
+def test_a_type_that_says_nothing_about_rows(load, rows_file, kind):
+    """That of the chat SFT/DPO trainer's own files: rows are recognized by their keys, as without it."""
+    plain = f"eval_datasets: {rows_file}"
+    typed = load(f"eval_datasets: [{{type: {kind}, path: {rows_file}}}]")
+    assert typed.eval_datasets == load(plain).eval_datasets
+    assert load(plain, f"eval_datasets[0].type={kind}").eval_datasets[0].type is None
+
+
+def test_no_first_evaluation_without_evaluation_data(load):
+    """It is what happens anyway."""
+    assert not load("do_first_eval: false").do_first_eval
+
+
 # ---------------------------------------------------------------------------------------- what is told, and where
 
 

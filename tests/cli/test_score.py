@@ -73,6 +73,16 @@ def test_a_file_with_columns(place, capsys, tmp_path):
     assert [f"{row['prediction']}\t{row['probability']:.4f}" for row in found] == alone
 
 
+def test_a_prediction_that_a_row_has(place, capsys, tmp_path):
+    """It is not written over, and the probability keeps its name."""
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.json"
+    rows.write_text('{"text": "one", "prediction": 3}\n{"text": "two"}\n')
+    (line,) = told(capsys, place / "runs/labels", "--input", rows, "--output", output)
+    assert line.endswith("; the rows have their own, so `prediction` is in `model_prediction`")
+    first, second = json.loads(output.read_text())
+    assert first["prediction"] == 3 and {"model_prediction", "probability"} <= first.keys() & second.keys()
+
+
 def test_an_adapter_a_merged_model_and_the_run_agree(place, capsys, tmp_path):
     """The same lines from each; merged, it is a model of transformers with the labels' names."""
     source, merged = place / "runs" / "lora", tmp_path / "merged"

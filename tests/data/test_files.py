@@ -29,6 +29,8 @@ TEXTS = {
     "spread.json": json.dumps(ROWS, indent=2),
     "wrapped.json": json.dumps({"version": [1, {"data": 2}], "data": ROWS, "more": "x"}, indent=1),
     "rows.jsonl": "\n".join(map(json.dumps, ROWS)),
+    "rows.json": "\n".join(map(json.dumps, ROWS)),
+    "apart.json": "\n\n".join(map(json.dumps, ROWS)) + "\r\n \n",
     "crlf.jsonl": "\r\n".join(map(json.dumps, ROWS)) + "\r\n",
     "table.csv": CSV,
     "upper.CSV": CSV,
@@ -54,6 +56,25 @@ def test_line_numbers_of_jsonl(tmp_path):
     """Blank lines are no rows, but count as lines."""
     path = written(tmp_path / "a.jsonl", '\n{"a": 1}\n  \n\n{"a": 2}')
     assert rows_of(path) == [(2, {"a": 1}), (5, {"a": 2})]
+
+
+def test_a_json_file_with_one_row_per_line(tmp_path):
+    """Rows know their line, and a damaged one spoils no other, the first one included."""
+    path = written(tmp_path / "a.json", '\n{"a": 1}\n\n{"a": "\u2028"}\n{"a": \n{"a": 4}\n')
+    assert [row if isinstance(row, dict) else line for line, row in rows_of(path)] == [
+        {"a": 1},
+        {"a": "\u2028"},
+        5,
+        {"a": 4},
+    ]
+    for first in ('{"a": 1', '{"a": 1, "a": 2}', '{"a": 1} x'):
+        (bad, good) = rows_of(written(tmp_path / "b.json", f'{first}\n{{"a": 2}}\n'))
+        assert bad[0] == 1 and bad[1].startswith("bad: not ") and good == (2, {"a": 2})
+
+
+def test_a_wrapped_list_of_one_row(tmp_path):
+    """A row on a line of its own inside of {"data": [...]} does not make the file one with a row per line."""
+    assert rows_of(written(tmp_path / "a.json", '{"data": [\n{"a": 1}\n]}')) == [(2, {"a": 1})]
 
 
 def test_line_separator_inside_a_string(tmp_path):
@@ -144,9 +165,14 @@ def test_overlong_line(tmp_path, monkeypatch, name):
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', r"a\.json:2: not valid JSON: there is more behind the list"),
         ("a.json", '[\n{"a": ' + "9" * 5000 + "}]", r"a\.json:2: not valid JSON"),
         ("a.json", "[" * 100_000, r"a\.json:1: not valid JSON"),
-        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json: holds one row a line; give it a name that ends in \.jsonl"),
-        ("a.json", '{"rows": []}', r"a\.json: expected a list of rows under `data`, found the keys rows"),
-        ("a.json", '"text"', r"a\.json: expected a list.* belongs in a \.jsonl file"),
+        (
+            "a.json",
+            '{"rows": []}',
+            r"a\.json: expected a list of rows under `data`, found the keys rows; write one row",
+        ),
+        ("a.json", '{\n"data": [\n{"a": 1},\n{"a": }]}', r"a\.json:4: not valid JSON"),
+        ("a.json", '{"data": [{"a": 1}', r"a\.json:1: not valid JSON"),
+        ("a.json", '"text"', r"a\.json: expected a list of rows, .*, or one row per line"),
         ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json:2: not UTF-8 text"),
         ("a.csv", 'a,b\n1,2\n3,"never closed\n5,6\n', r"a\.csv:3: not valid CSV: unexpected end of data"),
         ("a.csv", 'a,b\n"1"x,2\n', r"a\.csv:2: not valid CSV"),
