@@ -17,7 +17,7 @@ REGION = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.S)
 
 
 def document(page: str) -> str:
-    """Return the page with its tables made anew."""
+    """Return the page with up-to-date tables."""
     text = (DOCS / page).read_text()
     return REGION.sub(lambda found: region(found[1]), text)
 
@@ -35,7 +35,7 @@ def reports(bugs: list[Bug]) -> str:
 
 
 def mutations(changes: list[Mutation]) -> str:
-    """Return the lines, what they become, and the tests that fail then."""
+    """Return each line, its replacement, and the test that fails with it."""
     rows = [(str(m.number), *map(code, (m.file, m.line, m.replacement, m.test))) for m in changes]
     return table(("#", "file", "line", "replacement", "test that fails"), rows)
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Lines of the code, each with a change that breaks it and the test that then fails.
+"""Lines of the code, each with a replacement that breaks it and the test that then fails.
 
 `docs/generate_mutations.py` makes the tables of docs/silent-bugs.md and docs/afternoon.md from them, and
 `tests/test_mutations.py` applies them, one at a time, in a copy of the repository.
@@ -16,8 +16,8 @@ class Mutation:
         number: its number on the page.
         file: path from the root of the repository.
         line: a part of the code that occurs once in the file.
-        replacement: what it becomes.
-        test: the test that fails then, as pytest takes it.
+        replacement: what it is replaced by.
+        test: the test that then fails, as an argument of pytest.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Bug(Mutation):
 
     Args:
         title: what went wrong.
-        reported_in: issues as `owner/repository#number`, or names of libraries, with commas between.
+        reported_in: issues as `owner/repository#number`, or names of libraries, separated by commas.
     """
 
     title: str
@@ -452,8 +452,8 @@ BUGS = {
             title="Reentrant activation checkpointing over frozen inputs left adapters without a gradient.",
             reported_in="huggingface/transformers#21381",
             file="minitrain/model/policy.py",
-            line="use_reentrant=False",
-            replacement="use_reentrant=True",
+            line="functools.partial(checkpoint, block.forward, use_reentrant=False)",
+            replacement="(lambda f: lambda x, **kw: checkpoint(lambda y: f(y, **kw), x, use_reentrant=True))(block.forward)",
             test="tests/core/test_lora.py::test_every_matrix_moves_with_activation_checkpointing",
         ),
         Bug(
@@ -470,8 +470,8 @@ BUGS = {
             title="Tied weights were saved twice and loaded as two tensors.",
             reported_in="huggingface/transformers#48972",
             file="minitrain/model/weights.py",
-            line="kept[id(parameter)] = name",
-            replacement="kept[hash(name)] = name",
+            line="chosen = {name: tensor for name, tensor in parameters.items() if name in names}",
+            replacement="chosen = {name: tensor.clone() for name, tensor in parameters.items()}",
             test="tests/core/test_policy.py::test_tied_weights_are_saved_once_and_stay_tied",
         ),
         Bug(

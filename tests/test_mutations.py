@@ -1,4 +1,4 @@
-"""The mutations of tests/mutations.py: the pages that list them, and the tests that fail by them."""
+"""The mutations of tests/mutations.py: the pages that list them, and the tests that notice them."""
 
 import os
 import re
