@@ -5,6 +5,7 @@ Functions that get the trainer, as hooks do, and keep their state in it.
 
 import math
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .engine.tracking import eval_line
@@ -12,6 +13,8 @@ from .errors import ConfigError
 from .evaluate import lower_is_better
 from .exact_match import exact_match
 from .saving import save_model
+
+ALWAYS_THERE = ("loss", "exact_match")  # metrics; the config check knows whether there is exact_match
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -21,7 +24,7 @@ def evaluation_is_due(trainer: "Trainer") -> bool:
     """Return whether this step has an evaluation that was not made yet, as when a signal came instead of it."""
     config, every = trainer.config, trainer.config.eval_every_steps
     if trainer.step == 0:  # a metric that does not exist should not be reported after hours
-        wanted = config.do_first_eval or config.early_stopping.metric not in ("loss", "exact_match")
+        wanted = config.do_first_eval or config.early_stopping.metric not in ALWAYS_THERE
     else:
         wanted = every > 0 and trainer.step % every == 0 and trainer.step < trainer.total_steps
     return wanted and trainer.evaluated_step != trainer.step
@@ -52,6 +55,12 @@ def run_evaluation(trainer: "Trainer") -> None:
     trainer.window.start += time.perf_counter() - began  # not counted in tokens per second
 
 
+def check_metric(metric: str, known: Collection[str]) -> None:
+    """Raise ConfigError for a metric that the evaluation does not have."""
+    if metric not in known:
+        raise ConfigError(f"early_stopping.metric: there is no {metric!r}; there are {', '.join(known)}")
+
+
 def _warn_without_best(trainer: "Trainer") -> None:
     """Say that best/ does not exist although `save_best` is set, as when it was not set or the folder was removed."""
     metric, best = trainer.config.early_stopping.metric, trainer.best
@@ -63,8 +72,7 @@ def _warn_without_best(trainer: "Trainer") -> None:
 def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
     """Save the model if it is the best so far; stop training after `early_stopping.patience` that were not."""
     config, stopping = trainer.config, trainer.config.early_stopping
-    if stopping.metric not in metrics:
-        raise ConfigError(f"early_stopping.metric: there is no {stopping.metric!r}; there are {', '.join(metrics)}")
+    check_metric(stopping.metric, metrics)
     value = metrics[stopping.metric]
     sign = -1 if lower_is_better(stopping.metric) else 1
     improved = trainer.best is None or sign * (value - trainer.best) > stopping.threshold

@@ -256,6 +256,21 @@ def estimate(run: DryRun, device: torch.device, devices: int = 1) -> Estimate:
     return Estimate({part: ledger.most[part] for part in PARTS if ledger.most[part]}, ledger.peak, ledger.elsewhere)
 
 
+def eval_metrics(run: DryRun) -> list[str]:
+    """Return the names of the metrics of an evaluation. Raises whatever a model raises that cannot run so."""
+    fake = FakeTensorMode()
+    ledger = Ledger(fake)
+    with _parallel(run.config, 1, fake) as parallel:
+        step = _step(run, parallel, fake, ledger)
+        precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
+        with ledger, inference(step.policy), precision.autocast():
+            output = run.loss(step.held_out, step.policy, **step.models)
+    means = run.loss.summary(dict.fromkeys(["loss", *output.metrics], 0.5))  # 0.5: x and x^2 have a variance above 0
+    samples = {name: [0.0, 1.0] for name in output.samples}
+    answers = ["exact_match"] * (run.config.eval_generate.n_examples > 0)
+    return [*means, *run.loss.judge(samples), *answers]
+
+
 def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Ledger) -> Step:
     """The largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class RunFolder:
     """``output_dir/exp_name``. What writes or decides is done by rank 0 and reaches the others."""
 
     def __init__(self, config: Config, parallel: SingleDevice):
-        """Raises RunFolderError when the folder holds a run that this config must not go on with."""
+        """Raises RunFolderError for a folder that cannot be written, or with a run that must not be continued."""
         self.config, self.parallel = config, parallel
         self.path = Path(config.output_dir) / config.exp_name
         self.checkpoints = self.path / "checkpoints"
@@ -69,6 +70,7 @@ class RunFolder:
         self.lock = None
         self.messages: list[str] = []  # what was damaged or interrupted in this folder, for the console
         self.pending: Save | None = None  # a checkpoint that is being written
+        parallel.first(lambda: self._writing(self._try_writing))
         parallel.first(self._refuse_changes)
 
     def settings(self) -> dict:
@@ -81,26 +83,24 @@ class RunFolder:
     def model(self, step: int) -> Path:
         return self.models / f"step-{step}"
 
-    def is_finished(self, total_steps: int, checkpoint: Path | None) -> bool:
-        """Whether a run of so many steps or more has ended here by itself, which is said.
+    def finished(self, total_steps: int, checkpoint: Path | None) -> str | None:
+        """Return what to say if a run of so many steps or more has ended here by itself, else None.
 
         Raises RunFolderError when a shorter one has, and left no checkpoint to go on from.
         """
         ended = self.parallel.first(lambda: read_end(self.path))
         if ended is None:
-            return False
+            return None
         finished, planned = ended
         if planned >= total_steps:
             early = f" (stopped early, of {planned})" if finished < planned else ""
-            if self.parallel.rank == 0 and not self.config.quiet:
-                print(f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name.")
-            return True
+            return f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name."
         if checkpoint is None:
             raise RunFolderError(
                 f"{self.path} was finished at step {finished} and holds no checkpoint (see save_every_steps), so it "
                 "cannot be continued. Choose another exp_name."
             )
-        return False
+        return None
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, as `resume` says; damaged ones are reported in `messages`.
@@ -248,6 +248,18 @@ class RunFolder:
             f"{self.path} holds a run that reached step {reached}; training starts from {start}. What that run wrote "
             f"is now in {attempt}"
         )
+
+    def _try_writing(self) -> None:
+        """Raise RunFolderError or OSError when what is written into the folder cannot be. Leaves nothing behind."""
+        for name in ("config.yml", ".lock", *FILES):
+            if (self.path / name).is_dir():
+                raise RunFolderError(f"{self.path / name}: is a folder, and training writes a file. Remove it.")
+        for name in ("checkpoints", "models", "tensorboard"):
+            if (self.path / name).is_file():
+                raise RunFolderError(f"{self.path / name}: is a file, and training makes a folder. Remove it.")
+        place = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=place, ignore_cleanup_errors=True) as temporary:
+            (Path(temporary) / self.path.relative_to(place)).mkdir(parents=True, exist_ok=True)
 
     def _take_lock(self) -> None:
         self._writing(lambda: self.path.mkdir(parents=True, exist_ok=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .card import model_card
+from .data.loader import Examples
 from .engine.checkpoint import load_checkpoint
 from .engine.faults import failpoint
 from .engine.folders import atomic_folder
@@ -16,6 +17,7 @@ from .errors import RunError
 from .model import save
 from .model.identity import identity
 from .model.weights import whole_tensors
+from .schema import Config
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -70,7 +72,8 @@ def save_checkpoint(trainer: "Trainer") -> None:
     progress = {name: getattr(trainer, name) for name in PROGRESS}
     if trainer.parallel.first(lambda: progress == trainer.saved_progress):
         return
-    state = {"precision": trainer.precision.state_dict(), "inputs": _inputs(trainer), "config": trainer.run.settings()}
+    depends_on = inputs(trainer.config, trainer.train_loader.examples)
+    state = {"precision": trainer.precision.state_dict(), "inputs": depends_on, "config": trainer.run.settings()}
     trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
     trainer.saved_progress = progress
     trainer.save_schedule.saved(time.perf_counter() - began)
@@ -81,7 +84,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
 def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
     """Set the trainer to what a checkpoint holds. Raises RunFolderError when its data or base model are others."""
     state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
-    trainer.run.compare_inputs(folder, state["inputs"], _inputs(trainer))
+    trainer.run.compare_inputs(folder, state["inputs"], inputs(trainer.config, trainer.train_loader.examples))
     trainer.precision.load_state_dict(state["precision"])
     for name in PROGRESS:
         setattr(trainer, name, state[name])
@@ -89,8 +92,7 @@ def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
         trainer.saved_progress = {name: state[name] for name in PROGRESS}
 
 
-def _inputs(trainer: "Trainer") -> dict[str, list[str]]:
-    """What a checkpoint depends on and its tensors do not tell."""
-    examples = trainer.train_loader.examples
+def inputs(config: Config, examples: Examples) -> dict[str, list[str]]:
+    """Return what a checkpoint depends on and its tensors do not tell."""
     data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
-    return {"datasets": data, "model": identity(trainer.config.model)}
+    return {"datasets": data, "model": identity(config.model)}

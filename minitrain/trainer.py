@@ -116,7 +116,9 @@ class Trainer:
         """
         with self.parallel.contact(), self.run.locked():
             self.checkpoint = self.run.find_checkpoint()
-            if self.run.is_finished(self.total_steps, self.checkpoint):
+            if finished := self.run.finished(self.total_steps, self.checkpoint):
+                if self.parallel.rank == 0 and not self.config.quiet:
+                    print(finished)
                 return {}
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)

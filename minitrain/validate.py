@@ -13,11 +13,13 @@ from .data.loader import Loader, describe_losses
 from .data.records import Conversation, assistant, user
 from .data.template import Template
 from .dry import DryRun, dry_run
+from .engine.checkpoint import check_checkpoint
 from .engine.parallel import SingleDevice, pick_device
 from .errors import DataError, MinitrainError
-from .memory import estimate
+from .evaluation import ALWAYS_THERE, check_metric
+from .memory import estimate, eval_metrics
 from .model.archive import read_archive
-from .model.damage import first_line
+from .model.damage import first_line, warn_unused
 from .model.load import DTYPES
 from .model.outline import outline_frozen
 from .model.scoring import is_encoder
@@ -26,6 +28,7 @@ from .model.vocabulary import describe_new
 from .prepare import check_lengths
 from .reference import check_teacher_tokenizer, teacher_config
 from .run import RunFolder
+from .saving import inputs
 from .schema import Config
 
 MAX_TOLD = 3  # rows of one kind of fault and file
@@ -39,9 +42,11 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
-    RunFolder(config, parallel).find_checkpoint()  # refuses a folder with another run, or a damaged one
+    folder = RunFolder(config, parallel)
+    checkpoint = folder.find_checkpoint()
     run = dry_run(config)
-    warnings = run.data.warnings + _try_out(run)
+    warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder, checkpoint)
+    _check_metric(run)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
     told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
     if told:
@@ -57,6 +62,7 @@ def _try_out(run: DryRun) -> list[str]:
     config, tokenizer = run.config, run.template.tokenizer
     for examples in filter(None, (run.data.train, run.data.eval)):
         run.loader(examples)
+    warn_unused(config.model.name_or_path, run.policy.model.unused_keys)
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
     warnings = try_outline(run.outline(), config.packing)
@@ -64,10 +70,35 @@ def _try_out(run: DryRun) -> list[str]:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
         outline = outline_frozen(teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32)
+        warn_unused(teacher.name_or_path, outline.model.unused_keys)
         for examples in filter(None, (run.data.train, run.data.eval)):
             check_lengths(examples, outline)
         warnings += [f"teacher: {warning}" for warning in try_outline(outline, config.packing)]
     return warnings
+
+
+def _try_resuming(run: DryRun, folder: RunFolder, checkpoint: Path | None) -> list[str]:
+    """Try what training tries with its run directory and its checkpoint, and return warnings. Raises RunFolderError."""
+    if finished := folder.finished(run.loader(run.data.train).total_steps, checkpoint):
+        return [*folder.messages, finished]
+    if checkpoint is not None:
+        state = check_checkpoint(checkpoint, run.policy)
+        folder.compare_inputs(checkpoint, state["inputs"], inputs(run.config, run.data.train))
+    return folder.messages
+
+
+def _check_metric(run: DryRun) -> None:
+    """Raise ConfigError when the evaluation does not have the metric that decides, as far as can be known."""
+    metric = run.config.early_stopping.metric
+    if run.data.eval is None or metric in ALWAYS_THERE:
+        return
+    try:
+        known = eval_metrics(run)
+    except MinitrainError:
+        raise
+    except Exception:  # whatever a model may do that needs the values of its tensors
+        return
+    check_metric(metric, known)
 
 
 # ----------------------------------------------------------------------------------------------------------- faults

@@ -11,9 +11,11 @@
 Any number of ranks reads the rows that it needs. No pickle: tensors are safetensors, the rest is JSON.
 """
 
+import contextlib
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,25 +160,43 @@ def load_checkpoint(
     The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
     the first step. The folder was verified before. Raises RunFolderError when it is of another model.
     """
+    state = check_checkpoint(folder, model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: list(p.shape) for name, p in parameters.items()}
-    try:
+    with _contradictions_refused(folder), torch.no_grad():
+        reader = _Reader(folder)
+        for name, parameter in parameters.items():
+            reader.read_into(parameter, "model", name)
+        _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
+    parallel.reshard(model)
+    return state
+
+
+def check_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Return the state of a checkpoint. The model may be on the meta device.
+
+    Raises RunFolderError when it holds other tensors than the model trains, or its files contradict one another.
+    """
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    with _contradictions_refused(folder):
         reader = _Reader(folder)
         if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
             raise RunFolderError(
                 f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                reader.read_into(parameter, "model", name)
-            state = json.loads((folder / "state.json").read_text())
-            _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
+        for part, entries in reader.index.items():
+            for name in entries:
+                reader.pieces(part, name)
+        return json.loads((folder / "state.json").read_text())
+
+
+@contextlib.contextmanager
+def _contradictions_refused(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunFolderError):
             raise
         raise RunFolderError(f"{folder}: its files contradict one another ({reason(error)}). Remove it") from None
-    parallel.reshard(model)
-    return state
 
 
 def restore_rng(folder: Path, parallel: SingleDevice) -> None:
@@ -201,7 +221,7 @@ class _Reader:
     def read_into(self, tensor: Tensor, part: str, name: str) -> None:
         """Fills this rank's rows of a tensor."""
         rows, start = local_rows(tensor)
-        pieces = self._pieces(part, name)
+        pieces = self.pieces(part, name)
         if not rows.shape:
             rows.copy_(self._open(pieces[0][0]).get_tensor(name))
             return
@@ -215,10 +235,10 @@ class _Reader:
         return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:0].dtype
 
     def whole(self, part: str, name: str) -> Tensor:
-        pieces = [self._open(file).get_tensor(name) for file, *_ in self._pieces(part, name)]
+        pieces = [self._open(file).get_tensor(name) for file, *_ in self.pieces(part, name)]
         return torch.cat(pieces) if self.index[part][name]["shape"] else pieces[0]
 
-    def _pieces(self, part: str, name: str) -> list[tuple[str, int, int]]:
+    def pieces(self, part: str, name: str) -> list[tuple[str, int, int]]:
         """(file, first row, row after the last) of each piece, in order.
 
         Raises RunFolderError unless they are all rows of the tensor, each once, and as large in the files as said:

@@ -59,6 +59,11 @@ def refuse_gaps(config: ModelConfig, found: dict, outputs: list[str] | None) -> 
         raise ConfigError(f"{config.name_or_path}: {told}; copy or download it again.")
 
 
+def without_head(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
+    """Return keys of files that are worth a warning: a model that ends in scalars has no use for an output layer."""
+    return [key for key in keys if outputs is None or "lm_head" not in key]
+
+
 def warn_unused(name: str, keys: Iterable[str]) -> None:
     """Log the tensors of a model's files that the model has no place for; rank 0 alone does."""
     if (unused := sorted(keys)) and os.environ.get("RANK", "0") == "0":

@@ -9,7 +9,7 @@ from ..schema import Config, ModelConfig
 from . import attention
 from .adapter_config import has_adapter
 from .adapter_files import outline_adapter
-from .damage import named, no_model, refuse_encoder, refuse_gaps
+from .damage import named, no_model, refuse_encoder, refuse_gaps, without_head
 from .load import DTYPES, freeze_layers, frozen_policy
 from .policy import Policy
 from .pretrained import attention_of, auto_class, quantization_of, read_model_config
@@ -55,7 +55,10 @@ def outline_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: 
 
 
 def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
-    """As `load_model` loads it. Its buffers are real, and of the dtype that they always have."""
+    """As `load_model` loads it. Its buffers are real, and of the dtype that they always have.
+
+    `unused_keys` of it are those of its files that it has no place for.
+    """
     kind, number = auto_class(outputs)
     trust = {"trust_remote_code": config.trust_remote_code}
     try:
@@ -77,4 +80,5 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, [])
     grow_embeddings(model, tokenizer)
+    model.unused_keys = [] if gaps is None else without_head(gaps["unexpected_keys"], outputs)
     return model

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..hub import ask_for
 from ..schema import ModelConfig
-from .damage import named, no_model, refuse_encoder, refuse_gaps, warn_unused
+from .damage import named, no_model, refuse_encoder, refuse_gaps, warn_unused, without_head
 from .dequantize import dequantized, method_of
 from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
@@ -87,8 +87,7 @@ def from_pretrained(
     except Exception as error:
         raise no_model(config, named(outputs), error) from None
     refuse_gaps(config, found, outputs)
-    # A model that ends in scalars has no use for the output layer of its base.
-    warn_unused(config.name_or_path, [n for n in found["unexpected_keys"] if outputs is None or "lm_head" not in n])
+    warn_unused(config.name_or_path, without_head(found["unexpected_keys"], outputs))
     return model, found["missing_keys"]
 
 

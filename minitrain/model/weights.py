@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
     for buffer, value in model.named_buffers():
         if buffer in files:
             value.copy_(files[buffer].get_tensor(buffer))
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
-    unused = files.keys() - set(used.values()) - tied.keys() - dict(model.named_buffers()).keys()
-    warn_unused(name, [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)])
+    warn_unused(name, _unused(files.keys(), set(used.values()), model))
     return Weights(sources, sizes)
 
 
@@ -188,26 +186,38 @@ def _keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
+def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str]:
+    """Return the keys of a model's files that it has no place for, apart from what older versions of it had."""
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    unused = set(keys) - used - set(tied) - dict(model.named_buffers()).keys()
+    return [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)]
+
+
 def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
-    """Return the missing and mismatched keys of a local model's safetensors files, as transformers names them.
+    """Return missing, mismatched and unexpected keys of a local model's safetensors files, as transformers names them.
 
     Only the headers are read. Nothing is returned of files that are named otherwise than the model's parameters.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
 
-    gaps = {"missing_keys": [], "mismatched_keys": []}
+    gaps = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
     files = weight_files(str(folder), None) if folder.is_dir() else []
     if not files or get_model_conversion_mapping(model, add_legacy=False):
         return gaps
-    shapes = {}
+    shapes, older = {}, get_model_conversion_mapping(model)
     for path in files:
         with safe_open(path, framework="pt") as file:
-            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                shapes[rename_source_key(key, older, [])[0]] = file.get_slice(key).get_shape()
+    tied, used = set(getattr(model, "all_tied_weights_keys", None) or ()), set()
     for name, parameter in model.named_parameters():
         key = name if name in shapes else name.removeprefix(f"{model.base_model_prefix}.")
+        used.add(key)
         if key in shapes and shapes[key] != list(parameter.shape):
             gaps["mismatched_keys"].append((name, tuple(shapes[key]), tuple(parameter.shape)))
         elif key not in shapes and name not in tied:
             gaps["missing_keys"].append(name)
+    gaps["unexpected_keys"] = _unused(shapes.keys(), used, model)
     return gaps

@@ -224,9 +224,9 @@ def test_a_wrong_command(place, monkeypatch, capsys, arguments, told):
 @pytest.mark.parametrize(
     "damage, told",
     [
-        (lambda: Path("runs/c").write_text(""), "runs/c: cannot be written: File exists"),
-        (lambda: Path("runs/c/config.yml").mkdir(parents=True), "runs/c: cannot be written: Is a directory"),
-        (lambda: Path("runs/c/.lock").mkdir(parents=True), "runs/c: cannot be written: Is a directory"),
+        (lambda: Path("runs/c").write_text(""), "runs/c: cannot be written: Not a directory"),
+        (lambda: Path("runs/c/config.yml").mkdir(parents=True), "runs/c/config.yml: is a folder, and training writes"),
+        (lambda: Path("runs/c/.lock").mkdir(parents=True), "runs/c/.lock: is a folder, and training writes a file."),
     ],
 )
 def test_a_run_folder_that_cannot_be_written(folder, capsys, damage, told):

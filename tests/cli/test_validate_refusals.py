@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from minitrain import Trainer, load_config
 from minitrain.cli import main
+from minitrain.dry import dry_run
+from minitrain.engine.folders import fingerprint
 from minitrain.errors import MinitrainError
+from minitrain.losses import create_loss, registered
+from minitrain.memory import eval_metrics
 from minitrain.model.positions import UNLIMITED, position_limit, rotary_limit
 from minitrain.model.scoring import make_policy
 from minitrain.model.tiny import tiny_tokenizer
@@ -261,6 +265,47 @@ def run_that_is_there(write, folder, llama):
     return write(ROWS["conversation"], resume="never"), "holds a run already"
 
 
+def run_without_checkpoints(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=0))).train()
+    path = write(ROWS["conversation"], n_steps=2, save_every_steps=0)
+    return path, "was finished at step 1 and holds no checkpoint"
+
+
+def checkpoint_of_other_parameters(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=1, exp_name="a"))).train()
+    checkpoint = str(folder / "runs" / "a" / "checkpoints" / "step-1")
+    path = write(ROWS["conversation"], n_steps=2, lora={"rank": 2}, resume=checkpoint, exp_name="b")
+    return path, "holds other parameters than this model trains"
+
+
+def checkpoint_of_other_data(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=1))).train()
+    return write(ROWS["conversation"][1:], n_steps=2, save_every_steps=1), "is of a run with other data"
+
+
+def checkpoint_that_contradicts_itself(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=1))).train()
+    checkpoint = folder / "runs" / "c" / "checkpoints" / "step-1"
+    file, manifest = checkpoint / "model-0.safetensors", checkpoint / "manifest.json"
+    tensors = load_file(file)
+    save_file({name: tensor[:1] for name, tensor in tensors.items()}, file)
+    whole = json.loads(manifest.read_text())
+    whole["files"][file.name] = fingerprint(file)
+    manifest.write_text(json.dumps(whole))
+    return write(ROWS["conversation"], n_steps=2, save_every_steps=1), "The checkpoint cannot be used; remove it"
+
+
+def file_in_place_of_checkpoints(write, folder, llama):
+    (folder / "runs" / "c").mkdir(parents=True)
+    (folder / "runs" / "c" / "checkpoints").write_text("")
+    return write(ROWS["conversation"]), "runs/c/checkpoints: is a file, and training makes a folder. Remove it."
+
+
+def folder_in_place_of_metrics(write, folder, llama):
+    (folder / "runs" / "c" / "metrics.jsonl").mkdir(parents=True)
+    return write(ROWS["conversation"]), "runs/c/metrics.jsonl: is a folder, and training writes a file. Remove it."
+
+
 def another_archive(write, folder, llama):
     (folder / "a.safetensors").parent.mkdir(exist_ok=True)
     save_file({"x": torch.zeros(2)}, folder / "a.safetensors")
@@ -342,6 +387,19 @@ CASES = {
     "no model": lambda write, folder, llama: (write(ROWS["conversation"], model={"name_or_path": str(folder)}), ""),
     "other options": run_with_other_options,
     "a run that is there": run_that_is_there,
+    "a shorter run without checkpoints": run_without_checkpoints,
+    "a checkpoint of other parameters": checkpoint_of_other_parameters,
+    "a checkpoint of other data": checkpoint_of_other_data,
+    "a checkpoint that contradicts itself": checkpoint_that_contradicts_itself,
+    "a file in the place of checkpoints": file_in_place_of_checkpoints,
+    "a folder in the place of metrics": folder_in_place_of_metrics,
+    "a place that nobody can write to": of_options("/dev/null/c: cannot be written", output_dir="/dev/null"),
+    "a name that is too long": of_options("cannot be written: File name too long", exp_name="x" * 300),
+    "an unknown metric": of_options(
+        "early_stopping.metric: there is no 'perplexty'; there are loss, avg_p_correct, perplexity",
+        validation_split=4,
+        early_stopping={"metric": "perplexty"},
+    ),
     "another archive": another_archive,
     "another teacher": another_teacher,
     "a teacher's positions": short_teacher,
@@ -356,13 +414,56 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_training_refuses(case, write, tmp_path, llama_folder):
-    """Refused by both, in the same words."""
+    """Refused by both before the first step, in the same words."""
     path, words = CASES[case](write, tmp_path, llama_folder)
-    told = both_refuse(path)
+    told = refused(lambda: validate(load_config(path), with_memory=False))
     assert told is not None and words in told
+    assert refused(lambda: validate(load_config(path))) == told
+    steps = []
+    assert refused(lambda: Trainer(load_config(path), on_step_end=steps.append).train()) == told and not steps
 
 
 # --------------------------------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize("loss", registered())
+def test_the_metrics_of_an_evaluation_are_known_before(write, loss):
+    """Without weights, in the order in which training logs them."""
+    options = {"name": loss} | ({"teacher": "tiny"} if loss == "kd" else {})
+    kind = create_loss(**options).record
+    more = {"eval_generate": {"n_examples": 1, "max_new_tokens": 2}} if loss in ("sft", "kd", "dpo") else {}
+    path = write(ROWS[kind], loss=options, validation_split=8, model={"name_or_path": "tiny"}, **more)
+    trainer = Trainer(load_config(path))
+    trainer.train()
+    assert [*eval_metrics(dry_run(load_config(path))), "seconds"] == list(trainer.eval_metrics)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mamba", "bert"])
+def test_tensors_without_a_place(write, kind, tmp_path, caplog):
+    """Training and `validate` name the same tensors of the model's files, and none where all are used."""
+    if kind == "bert":
+        random_base("bert", tmp_path / "m")
+    else:
+        saved_model(kind, tmp_path / "m")
+    file, path = tmp_path / "m" / "model.safetensors", None
+    for more, n in (({}, 0), ({"visual.weight": torch.ones(2), "visual.bias": torch.ones(2)}, 1)):
+        save_file(load_file(file) | more, file, metadata={"format": "pt"})
+        labels = {"loss": "classify", "max_length": 60} if kind == "bert" else {}
+        rows = ROWS["labelled" if kind == "bert" else "conversation"]
+        path = write(rows, model={"name_or_path": str(tmp_path / "m")}, **labels)
+        caplog.clear()
+        Trainer(load_config(path))
+        trained = list(caplog.messages)
+        caplog.clear()
+        validate(load_config(path))
+        assert caplog.messages == trained and len(trained) == max(n, kind == "bert")
+
+
+def test_a_run_that_is_finished(write):
+    """Training says so and does nothing; `validate` warns of it."""
+    path = write(ROWS["conversation"])
+    Trainer(load_config(path)).train()
+    assert "runs/c is finished: 1 steps. For another run choose" in validate(load_config(path))["warning"]
 
 
 def test_shares_of_what_is_cut(write, capsys, tmp_path):
