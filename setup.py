@@ -38,5 +38,5 @@ setup(
             "datasets>=3",
         ],
     },
-    entry_points={"console_scripts": ["minitrain=minitrain.cli:run"]},
+    entry_points={"console_scripts": ["minitrain=minitrain.cli.main:run"]},
 )

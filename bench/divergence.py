@@ -55,8 +55,8 @@ def plain(hidden, weight, theirs, matrix, targets) -> torch.Tensor:
 def chunked(kind: str, theirs: torch.Tensor, matrix: torch.Tensor):
     from minitrain.batch import Distillation
     from minitrain.losses.kd import forward_kl
-    from minitrain.model.divergence import divergences, likeliest
-    from minitrain.model.heads import OutputLayer
+    from minitrain.model.kd_divergence import divergences, likeliest
+    from minitrain.model.logprobs import OutputLayer
 
     states = theirs, OutputLayer(matrix)
     source = likeliest(*states, TEMPERATURE, TOP_K) if kind == "noted" else states

@@ -39,7 +39,7 @@ def make(arguments: argparse.Namespace) -> tuple[Callable[[], torch.Tensor], lis
 def loss_of(kind: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if kind == "plain":
         return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-    from minitrain.model.heads import OutputLayer, token_scores
+    from minitrain.model.logprobs import OutputLayer, token_scores
 
     weights = torch.ones_like if kind == "chunked" else None
     return -token_scores(hidden, targets, OutputLayer(weight), weights).logps.mean()

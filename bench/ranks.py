@@ -64,7 +64,7 @@ def launch(ranks: int, folder: Path, shard: str) -> None:
 def work(folder: Path, shard: str) -> None:
     """One rank: trains, and writes what it took."""
     from minitrain import Trainer, load_config
-    from minitrain.engine.parallel import local_rows
+    from minitrain.distributed.parallel import local_rows
 
     state, losses = [], []
 

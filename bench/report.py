@@ -184,7 +184,7 @@ def header(results: list[dict], skipped: dict[str, str], seconds: float) -> list
 
 
 def has_bfloat16() -> bool:
-    from minitrain.model.heads import cpu_has_bfloat16
+    from minitrain.model.logprobs import cpu_has_bfloat16
 
     return torch.cuda.is_available() or cpu_has_bfloat16()
 

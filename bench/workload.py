@@ -90,9 +90,9 @@ def build_model(setting: Setting) -> LlamaForCausalLM:
 
 def build_adapter(setting: Setting, folder: Path) -> None:
     """adapter/, which all peers start from: on every linear layer but the output layer, B zero."""
+    from minitrain.config.schema import Config, LoRAConfig, ModelConfig
     from minitrain.model.adapter_files import adapt_model, save_adapter
     from minitrain.model.weights import whole_tensors
-    from minitrain.schema import Config, LoRAConfig, ModelConfig
 
     model = build_model(setting)
     model.new_ids = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from minitrain.cli import EXIT_CODES, _parser
+from minitrain.cli.main import EXIT_CODES, _parser
 
 HEAD = """\
 # Commands

@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from minitrain.config.schema import Config, option_fields
 from minitrain.losses import registered
-from minitrain.schema import Config, option_fields
 
 HEAD = """\
 # Options
 
-Every option of a config file, made from `minitrain/schema.py` by `docs/generate_options.py`. Each can be given on the
+Every option of a config file, made from `minitrain/config/schema.py` by `docs/generate_options.py`. Each can be given on the
 command line too, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[a.jsonl,b.csv]`.
 
 - An unknown key, an option that would be ignored and a wrong type are errors; all of them are told at once.

@@ -1,3 +1,3 @@
-from .cli import run
+from minitrain.cli.main import run
 
 run()

@@ -1,6 +1,6 @@
 """The errors that a user can mend. The command line prints them as one line, without a traceback."""
 
-from .redact import redact
+from minitrain.io.redact import redact
 
 
 class MinitrainError(ValueError):

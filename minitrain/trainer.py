@@ -8,30 +8,31 @@ from pathlib import Path
 
 import torch
 
-from .agreement import check_inputs, check_options
+from minitrain.config.load import check_python_config
+from minitrain.config.schema import Config
+from minitrain.distributed.parallel import make_parallel
+from minitrain.inference.generate import Generator, Messages, Sampling
+from minitrain.model.load import DTYPES, load_policy
+from minitrain.model.save import check_saving, set_end_tokens
+from minitrain.model.vocabulary import describe_new
+from minitrain.training.agreement import check_inputs, check_options
+from minitrain.training.aux_models import companions
+from minitrain.training.checkpoint import restore_rng
+from minitrain.training.evaluation import evaluation_is_due, run_evaluation
+from minitrain.training.failpoints import failpoint
+from minitrain.training.metric_logger import Tracking, Window, duration, train_line
+from minitrain.training.metrics import Totals, evaluate, step_statistics
+from minitrain.training.optim import build_optimizer, lr_factor, set_lr, warmup_steps
+from minitrain.training.precision import Precision
+from minitrain.training.run_dir import RunFolder
+from minitrain.training.save_schedule import SaveSchedule
+from minitrain.training.saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
+from minitrain.training.setup import make_loader, prepare_policy, read_data
+from minitrain.training.signals import signals_noted
+
 from .batch import Batch
-from .config import check_python_config
-from .engine.checkpoint import restore_rng
-from .engine.faults import failpoint
-from .engine.optim import build_optimizer, lr_factor, set_lr, warmup_steps
-from .engine.parallel import make_parallel
-from .engine.precision import Precision
-from .engine.save_schedule import SaveSchedule
-from .engine.tracking import Tracking, Window, duration, train_line
 from .errors import ConfigError, RunError
-from .evaluate import Totals, evaluate, step_statistics
-from .evaluation import evaluation_is_due, run_evaluation
-from .generate import Generator, Messages, Sampling
 from .losses import Loss, create_loss, describe_loss
-from .model.load import DTYPES, load_policy
-from .model.save import check_saving, set_end_tokens
-from .model.vocabulary import describe_new
-from .prepare import make_loader, prepare_policy, read_data
-from .reference import companions
-from .run import RunFolder
-from .saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
-from .schema import Config
-from .signals import signals_noted
 
 HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
 

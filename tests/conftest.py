@@ -19,7 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from minitrain import Trainer, load_config, redact
+from minitrain import Trainer, load_config
+from minitrain.io import redact
 from minitrain.losses import base
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer

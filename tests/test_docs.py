@@ -14,12 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from minitrain import ConfigError, load_config
-from minitrain.cli import _parser
-from minitrain.config import _long_forms, _override, _own_names
+from minitrain.cli.main import _parser
+from minitrain.config.aliases import FOREIGN_NAMES
+from minitrain.config.issues import Problems, Source, check_types, related
+from minitrain.config.load import _long_forms, _override, _own_names
+from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
 from minitrain.losses import registered
-from minitrain.names import FOREIGN_NAMES
-from minitrain.problems import Problems, Source, check_types, related
-from minitrain.schema import Config, DatasetConfig, aliases, all_keys
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from minitrain import load_config
-from minitrain.cli import main
-from minitrain.sections import verdict
+from minitrain.cli.main import main
+from minitrain.inference.raft_metrics import verdict
 from tests.conftest import ROOT
 
 SOURCES = sorted((ROOT / "minitrain").rglob("*.py"))

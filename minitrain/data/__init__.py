@@ -1,5 +1,6 @@
 """Data files -> batches."""
 
-from . import conversations, judged  # they register their schemas
+from . import formats_chat as conversations  # they register their schemas
+from . import formats_preference as judged
 
 __all__ = ["conversations", "judged"]

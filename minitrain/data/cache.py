@@ -36,15 +36,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checksum import is_intact
-from ..errors import DataError
-from ..redact import redact
-from ..schema import Config, DatasetConfig
+from minitrain.config.schema import Config, DatasetConfig
+from minitrain.errors import DataError
+from minitrain.io.checksum import is_intact
+from minitrain.io.redact import redact
+
 from .cache_writer import new_cache
 from .collate import Document
 from .encode import EXCLUDED, N_DOCUMENTS, Limits, encode
+from .examples import to_record
 from .files import Row
-from .records import to_record
 from .source import Source, open_source
 from .template import Template, Tokens
 

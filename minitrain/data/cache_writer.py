@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checksum import PLACEHOLDER, seal
-from ..errors import DataError
-from ..unfinished import building_folder
+from minitrain.errors import DataError
+from minitrain.io.checksum import PLACEHOLDER, seal
+from minitrain.io.temp_files import building_folder
+
 from .template import Tokens
 
 _DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..batch import IGNORE, Batch
+from minitrain.batch import IGNORE, Batch
 
 
 @dataclass

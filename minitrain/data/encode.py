@@ -4,8 +4,9 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from ..errors import DataError
-from .records import Conversation, Feedback, Labelled, Messages, Preference, Record, Rollout, assistant
+from minitrain.errors import DataError
+
+from .examples import Conversation, Feedback, Labelled, Messages, Preference, Record, Rollout, assistant
 from .template import Template, Tokens, refuse_unusable
 
 N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example

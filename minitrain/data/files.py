@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from ..errors import DataError, short
+from minitrain.errors import DataError, short
+
 from .tables import read_parquet
 
 FORMATS = ("json", "jsonl", "csv", "tsv", "parquet")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..batch import Batch
-from ..errors import ConfigError
-from ..schema import Config
+from minitrain.batch import Batch
+from minitrain.config.schema import Config
+from minitrain.errors import ConfigError
+
 from .cache import BAD_ROWS, TokenCache, load_cache
 from .collate import Document, collate
 from .mismatched import add_mismatched_answers

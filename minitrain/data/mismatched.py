@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
-from ..schema import Config
+from minitrain.config.schema import Config
+from minitrain.errors import DataError
+
 from .cache import FORMAT, TokenCache, usable_cache
 from .cache_writer import new_cache
 from .template import Tokens

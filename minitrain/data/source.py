@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schema import DatasetConfig
+from minitrain.config.schema import DatasetConfig
+
 from .files import FORMATS, Row, format_of, read_rows
 from .tables import load_table, rows_of
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..hub import hub_answers, unreachable
-from ..redact import redact
-from ..schema import DatasetConfig
+from minitrain.config.schema import DatasetConfig
+from minitrain.errors import DataError
+from minitrain.io.hub import hub_answers, unreachable
+from minitrain.io.redact import redact
 
 PACKAGE = "pip install minitrain[data]"  # what both need
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jinja2
 
-from ..errors import ConfigError, DataError, is_failure
-from ..schema import Config
-from .records import Conversation, PlainText
+from minitrain.config.schema import Config
+from minitrain.errors import ConfigError, DataError, is_failure
+
+from .examples import Conversation, PlainText
 from .sandbox import UnboundedTemplate, render, render_marked
 
 CHATML = (

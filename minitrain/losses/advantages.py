@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from minitrain.errors import DataError
+
 from .base import DataFile
 
 ADVANTAGES = ("grpo", "rloo", "reinforce++", "gae", "given")

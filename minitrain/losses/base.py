@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..batch import Batch
-from ..errors import ConfigError
-from ..problems import Problems, Source, check_types
+from minitrain.batch import Batch
+from minitrain.config.issues import Problems, Source, check_types
+from minitrain.errors import ConfigError
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Batch
-from ..errors import ConfigError, DataError
-from ..schema import option
+from minitrain.batch import Batch
+from minitrain.config.schema import option
+from minitrain.errors import ConfigError, DataError
+
 from .base import DataFile, Loss, LossOutput, register_loss
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..batch import Batch
-from ..schema import option
+from minitrain.batch import Batch
+from minitrain.config.schema import option
+
 from .base import LossOutput, register_loss
 from .sft import TokenLoss
 

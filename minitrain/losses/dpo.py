@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Batch
-from ..schema import option
+from minitrain.batch import Batch
+from minitrain.config.schema import option
+
 from .base import LossOutput, register_loss
 from .pairs import PairLoss, usable_pairs
 

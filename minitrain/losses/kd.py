@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..batch import Batch, Distillation, Likeliest
-from ..checksum import is_intact, is_sealed
-from ..errors import ConfigError
-from ..redact import is_stored_name
-from ..schema import option
+from minitrain.batch import Batch, Distillation, Likeliest
+from minitrain.config.schema import option
+from minitrain.errors import ConfigError
+from minitrain.io.checksum import is_intact, is_sealed
+from minitrain.io.redact import is_stored_name
+
 from .base import DataFile, LossOutput, register_loss
 from .sft import TokenLoss
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..schema import option
+from minitrain.batch import Batch
+from minitrain.config.schema import option
+
 from .base import LossOutput, register_loss
 from .dpo import REFERENCE
 from .pairs import PairLoss, usable_pairs

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..batch import Batch
+from minitrain.batch import Batch
+
 from .base import Loss
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Scores
-from ..errors import DataError
-from ..schema import option
+from minitrain.batch import Batch, Scores
+from minitrain.config.schema import option
+from minitrain.errors import DataError
+
 from .advantages import (
     ADVANTAGES,
     DISCOUNTED,

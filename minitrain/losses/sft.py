@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..schema import option
+from minitrain.batch import Batch
+from minitrain.config.schema import option
+
 from .base import Loss, LossOutput, register_loss
 
 

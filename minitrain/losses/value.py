@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..errors import ConfigError
-from ..schema import option
+from minitrain.batch import Batch
+from minitrain.config.schema import option
+from minitrain.errors import ConfigError
+
 from .advantages import ESTIMATORS, Rollouts, apart, common_columns, estimate, penalised_rewards
 from .base import DataFile, Loss, LossOutput, register_loss
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from minitrain.errors import ConfigError
+
 from . import lora, token_rows
 from .policy import find_blocks
 from .quantize import is_quantized

@@ -8,9 +8,10 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ..errors import ConfigError
-from ..schema import Config
-from .scoring import heads_of
+from minitrain.config.schema import Config
+from minitrain.errors import ConfigError
+
+from .sequence_head import heads_of
 from .soft_prompt import KINDS
 
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

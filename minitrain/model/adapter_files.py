@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..schema import Config, SoftPromptConfig
-from ..tensor_files import save_file
+from minitrain.config.schema import Config, SoftPromptConfig
+from minitrain.errors import ConfigError
+from minitrain.io.tensor_files import save_file
+
 from . import lora, token_rows
 from .adapter import Adapter, inject, new_biases, start_rows, train_new_rows, wanted_rows
 from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
-from .scoring import heads_of, is_encoder
+from .sequence_head import heads_of, is_encoder
 from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .vocabulary import count_ids
 from .weights import Less, Weights

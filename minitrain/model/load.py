@@ -6,21 +6,22 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import ConfigError, is_failure
-from ..hub import ask_for
-from ..schema import Config, ModelConfig
+from minitrain.config.schema import Config, ModelConfig
+from minitrain.errors import ConfigError, is_failure
+from minitrain.io.hub import ask_for
+
 from . import attention
 from .adapter import train_new_rows
 from .adapter_config import has_adapter, outputs_of
 from .adapter_files import adapt_model, load_adapter
-from .archive import load_archive, read_archive
-from .damage import no_model, no_tokenizer
+from .diagnostics import no_model, no_tokenizer
 from .lora import fold
 from .policy import Policy, find_blocks
 from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
 from .quantize import quantize_model, unpack_model
 from .save import VALUE_HEAD_FILE
-from .scoring import make_policy, name_outputs
+from .sequence_head import make_policy, name_outputs
+from .state_dict import load_archive, read_archive
 from .token_rows import has_rows
 from .vocabulary import count_ids, embedding_layers, grow_embeddings, mark_known
 from .weights import Weights

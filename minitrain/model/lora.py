@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import token_rows
-from .heads import OutputLayer
+from .logprobs import OutputLayer
 from .quantize import dequantized
 
 MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")

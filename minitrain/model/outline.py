@@ -5,16 +5,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..schema import Config, ModelConfig
+from minitrain.config.schema import Config, ModelConfig
+
 from . import attention
 from .adapter_config import has_adapter
 from .adapter_files import outline_adapter
-from .damage import named, no_model, refuse_encoder, refuse_gaps, without_head
+from .diagnostics import named, no_model, refuse_encoder, refuse_gaps, without_head
 from .load import DTYPES, freeze_layers, frozen_policy
 from .policy import Policy
 from .pretrained import attention_of, auto_class, quantization_of, read_model_config
 from .quantize import outline_quantized
-from .scoring import check_rows, make_policy, name_outputs
+from .sequence_head import check_rows, make_policy, name_outputs
 from .tiny import tiny_model
 from .vocabulary import count_ids, grow_embeddings
 from .weights import find_gaps, parameters_on_meta

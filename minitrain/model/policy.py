@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..batch import IGNORE, Batch, Distillation, Scores
-from ..errors import ConfigError
+from minitrain.batch import IGNORE, Batch, Distillation, Scores
+from minitrain.errors import ConfigError
+
 from . import attention, token_rows
-from .damage import first_line
-from .divergence import divergences
-from .heads import OutputLayer, token_scores
+from .diagnostics import first_line
+from .kd_divergence import divergences
+from .logprobs import OutputLayer, token_scores
 from .positions import position_limit, rotary_limit
 
 

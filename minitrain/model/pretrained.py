@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..hub import ask_for
-from ..schema import ModelConfig
-from .damage import named, no_model, refuse_encoder, refuse_gaps, warn_unused, without_head
+from minitrain.config.schema import ModelConfig
+from minitrain.io.hub import ask_for
+
 from .dequantize import dequantized, method_of
+from .diagnostics import named, no_model, refuse_encoder, refuse_gaps, warn_unused, without_head
 from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports the compiler at once
 
-from .scoring import heads_of
+from .sequence_head import heads_of
 
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import ConfigError
-from ..tensor_files import save_file
+from minitrain.errors import ConfigError
+from minitrain.io.tensor_files import save_file
+
 from .adapter_files import save_adapter
-from .damage import first_line
+from .diagnostics import first_line
 from .pretrained import without_bar
 from .weights import save_weights, whole_tensors
 

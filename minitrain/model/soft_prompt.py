@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..schema import SoftPromptConfig
+from minitrain.config.schema import SoftPromptConfig
+
 from . import token_rows
 from .adapter import Adapter
-from .scoring import heads_of
+from .sequence_head import heads_of
 
 TENSOR = "prompt_embeddings"  # its name in PEFT's files
 KINDS = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .damage import first_line
+from minitrain.errors import ConfigError
+
+from .diagnostics import first_line
 from .policy import Policy, check_packing, check_policy, find_blocks
-from .scoring import is_encoder
+from .sequence_head import is_encoder
 
 SPREAD = 0.05  # of the values: large enough for gradients that are not 0, small enough not to overflow
 N_VALUES = 1 << 20  # which are repeated

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from minitrain.errors import ConfigError
+
 from .weights import Weights
 
 NOISE = 0.1  # standard deviation, as a share of that of the known rows

@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..tensor_files import save_file
+from minitrain.io.tensor_files import save_file
+
 from . import token_rows
-from .damage import warn_unused
+from .diagnostics import warn_unused
 
 SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
 

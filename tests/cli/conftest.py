@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 
 CONFIG = """\
 datasets: [rows.jsonl]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 from tests.cli.conftest import furnish
 from tests.conftest import ROOT
 from tests.faults.test_faults import IN_A_NAMESPACE, NO_NAMESPACES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 from tests.cli.conftest import CONFIG, GOOD_ROW
 from tests.conftest import ROOT
 

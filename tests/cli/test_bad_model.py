@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 
 WEIGHTS = "model/model.safetensors"
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 import transformers as tf
 
-from minitrain.cli import main
-from minitrain.data.records import Labelled
+from minitrain.cli.main import main
+from minitrain.data.examples import Labelled
 from minitrain.data.template import Template
-from minitrain.generate import Generator, Sampling
+from minitrain.inference.generate import Generator, Sampling
+from minitrain.inference.score import Asked, load_judge
 from minitrain.model.positions import batches_by_length
-from minitrain.model.scoring import name_outputs
+from minitrain.model.sequence_head import name_outputs
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.score import Asked, load_judge
-from tests.cli.test_validate_refusals import MODELS, ROTARY, WIDE
+from tests.tools.test_validate_refusals import MODELS, ROTARY, WIDE
 
 PHI3 = WIDE | {"pad_token_id": 0, "original_max_position_embeddings": 32, "attn_implementation": "eager"}
 KINDS = MODELS | {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minitrain import __version__
-from minitrain.cli import _parse, main
+from minitrain.cli.main import _parse, main
 from tests.conftest import DEADLINE, ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 from tests.cli.conftest import furnish
 from tests.conftest import DEADLINE, ROOT
 from tests.distributed.launch import FORKS

@@ -6,7 +6,7 @@ import random
 import pytest
 import yaml
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 
 VALUES = (None, True, -1, 10**400, 1e308, 5e-324, "x", "nan", "9" * 5000, "\ud800", [], [1], {}, {"a": 1})
 OPTIONS = {

@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 from minitrain import load_config
-from minitrain.cli import main
+from minitrain.cli.main import main
+from minitrain.config.schema import DatasetConfig
 from minitrain.data.encode import Limits, encode
-from minitrain.data.records import to_record
+from minitrain.data.examples import to_record
 from minitrain.data.template import make_template
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.schema import DatasetConfig
 from tests.conftest import ROOT
 
 EMBEDDED = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 from tests.cli.conftest import furnish
 from tests.rows import ROWS
 
@@ -171,7 +171,7 @@ def of_options(rng: random.Random) -> list[str]:
     from dataclasses import fields, is_dataclass
     from typing import get_type_hints
 
-    from minitrain.schema import Config
+    from minitrain.config.schema import Config
 
     def pairs(schema: type, path: str = "") -> Iterator[tuple[str, list]]:
         hints = get_type_hints(schema)
@@ -193,7 +193,7 @@ def of_options(rng: random.Random) -> list[str]:
 
 
 def of_overrides(rng: random.Random) -> list[str]:
-    from minitrain.schema import all_keys
+    from minitrain.config.schema import all_keys
 
     Path("c.yml").write_text(CONFIG)
     keys = [*all_keys(), "datasets[0].path", "datasets.path", "loss.beta", "datasets[0].columns", "loss"]

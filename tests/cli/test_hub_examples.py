@@ -6,7 +6,7 @@ import pytest
 
 from minitrain import Trainer, load_config
 from tests.conftest import ROOT, SHARED, metrics
-from tests.core.scorers import random_base
+from tests.scorers import random_base
 
 pytest.importorskip("datasets")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain import cli
+from minitrain.cli import main as cli
 from tests.conftest import ROOT
 
 COMMANDS = next(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 from tests.cli.test_commands import run
 from tests.conftest import ROOT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.cli import main
+from minitrain.cli.main import main
 
 KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
 

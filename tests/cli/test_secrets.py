@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from minitrain import load_config
-from minitrain.cli import main
+from minitrain.cli.main import main
+from minitrain.config.saved import config_yaml
+from minitrain.config.schema import DatasetConfig
 from minitrain.errors import ConfigError, DataError, MinitrainError
-from minitrain.redact import redact, redact_urls
-from minitrain.saved_config import config_yaml
-from minitrain.schema import DatasetConfig
+from minitrain.io.redact import redact, redact_urls
 
 CANARY = "c4nary"
 URL = f"https://me:{CANARY}-word@host/x?a=1&access_token={CANARY}-token"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from minitrain.config.schema import Config, DatasetConfig, ModelConfig
 from minitrain.data.template import Template
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.schema import Config, DatasetConfig, ModelConfig
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 

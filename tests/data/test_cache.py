@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from minitrain.config.schema import Config, ModelConfig
 from minitrain.data import cache as cache_module
 from minitrain.data import cache_writer
 from minitrain.data.cache import TokenCache, load_cache
-from minitrain.data.records import to_record
+from minitrain.data.examples import to_record
 from minitrain.data.template import Template
 from minitrain.errors import DataError
+from minitrain.io.temp_files import building_folder
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.schema import Config, ModelConfig
-from minitrain.unfinished import building_folder
 
 ROWS = [{"prompt": f"{i} + 1 =", "response": str(i + 1) * (1 + i % 7)} for i in range(1000)]
 BAD = '{"prompt": "cut'

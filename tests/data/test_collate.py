@@ -6,7 +6,7 @@ import torch
 from minitrain.batch import IGNORE
 from minitrain.data.collate import Document, collate
 from minitrain.model.tiny import tiny_model
-from tests.core.tensors import Written
+from tests.tensors import Written
 
 PAD = 9
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from minitrain.batch import IGNORE
+from minitrain.config.schema import DatasetConfig
 from minitrain.data.loader import Loader, load_data
 from minitrain.errors import ConfigError
-from minitrain.schema import DatasetConfig
 
 PAD = 0
 

@@ -4,7 +4,7 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minitrain.data.records import Conversation, assistant, user
+from minitrain.data.examples import Conversation, assistant, user
 from minitrain.data.sandbox import UnboundedTemplate, render, render_marked
 from minitrain.data.template import CHATML, PLAIN, Template
 from minitrain.errors import ConfigError, DataError

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from minitrain import ConfigError, DataError, hub, load_config
-from minitrain.cli import main
+from minitrain import ConfigError, DataError, load_config
+from minitrain.cli.main import main
+from minitrain.config.schema import DatasetConfig
 from minitrain.data.cache import load_cache
 from minitrain.data.files import read_rows
 from minitrain.data.source import is_file, open_source
 from minitrain.errors import UnreachableError
-from minitrain.schema import DatasetConfig
+from minitrain.io import hub
 
 datasets = pytest.importorskip("datasets")
 
@@ -232,8 +233,8 @@ def silent_hub(monkeypatch):
 def test_a_silent_hub_is_asked_once(silent_hub, monkeypatch):
     """A data set and a model that are not there: one request for both, where the libraries make six for each and wait
     for 47 seconds between them; one line each."""
+    from minitrain.config.schema import ModelConfig
     from minitrain.model.load import load_model, load_tokenizer
-    from minitrain.schema import ModelConfig
 
     with pytest.raises(
         UnreachableError, match=r"^openai/gsm8k: it is not here, the hub does not answer \(https:"

@@ -5,12 +5,12 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from minitrain.data.records import Conversation, PlainText
+from minitrain.config.schema import ModelConfig
+from minitrain.data.examples import Conversation, PlainText
 from minitrain.data.template import Template, Tokens
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.schema import ModelConfig
 
 # Written the way model makers write them: without generation markers.
 BARE_CHATML = (

@@ -2,11 +2,11 @@
 
 import pytest
 
+from minitrain.config.schema import DatasetConfig
+from minitrain.data.examples import Conversation, to_record
 from minitrain.data.files import read_rows
-from minitrain.data.records import Conversation, to_record
 from minitrain.data.template import Template
 from minitrain.errors import DataError
-from minitrain.schema import DatasetConfig
 
 TOKENIZERS = ["tokenizers/gpt2", "tokenizers/mistral-v3", "tokenizers/minimind", "models/stories260K"]
 CHOICES = [(name, kind) for name in TOKENIZERS for kind in ("auto", "chatml", "none")]

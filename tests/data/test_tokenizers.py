@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from minitrain.data.records import Conversation, PlainText, assistant, user
+from minitrain.config.schema import ModelConfig
+from minitrain.data.examples import Conversation, PlainText, assistant, user
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.schema import ModelConfig
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitrain.compare import read_ledger
+from minitrain.tools.analysis.compare import read_ledger
 from tests.distributed.launch import launch, trace
 
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitrain.model.tiny import tiny_tokenizer
-from tests.core.test_dequantize import as_fp8
-from tests.core.test_policy import MODELS
-from tests.core.test_rollouts import rows
 from tests.distributed.launch import launch, trace
 from tests.distributed.test_fsdp import figures, same_training
+from tests.losses.test_rollouts import rows
+from tests.model.test_dequantize import as_fp8
+from tests.model.test_policy import MODELS
 
 EVERYTHING = pytest.mark.slow
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.core.scorers import random_base
 from tests.distributed.launch import launch
 from tests.distributed.test_fsdp import figures, same_training
+from tests.scorers import random_base
 
 # The gradient of a key's bias is 0 but for rounding, which Adam would make a step of.
 SGD = ("optimizer=SGD", "optimizer_args={momentum: 0.9}")

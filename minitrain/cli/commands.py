@@ -1,0 +1,399 @@
+"""What the commands do. What can be refused without torch is refused before it is imported, which takes seconds."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitrain.io.redact import redact
+
+UNREACHED = 3  # exit code of `validate`
+RANK_0_TELLS_FIRST = 2.0  # seconds
+STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+
+
+def fail(message: str, code: int) -> int:
+    """Tells an error, rank 0 before the others, and returns the exit code."""
+    rank, message = os.environ.get("RANK", "0"), redact(message)
+    if rank != "0":
+        # Mostly rank 0 has the same to tell, and then the launcher ends this process before it repeats it.
+        time.sleep(RANK_0_TELLS_FIRST)
+        message = f"rank {rank}: {message}"
+    print(f"minitrain: {message}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of torchrun, which ends in a table of reasons
+        with contextlib.suppress(OSError):
+            more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
+    return code
+
+
+def _inform(arguments: argparse.Namespace, line: str) -> None:
+    """A line that is no result."""
+    if not arguments.quiet:
+        print(line, flush=True)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    with _importing():
+        config = _config(arguments)
+        from minitrain.trainer import Trainer
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.parallel.close()
+    return 0 if trainer.signal is None else 128 + trainer.signal
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    from minitrain.errors import DataError
+    from minitrain.tools.preflight.paths import find_model
+
+    output = _new_rows_file(arguments.output, arguments.force)
+    find_model(arguments.model)
+    prompts = _prompts(arguments)
+    generator, sampling = _load_generator(arguments)
+    ids = []
+    for prompt in prompts:
+        try:
+            ids.append(generator.encode(prompt.messages))
+        except DataError as error:
+            raise DataError(f"{prompt.where}: {error}") from None
+    answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet)
+    rows, added = [prompt.row for prompt in prompts], [{"response": answer} for answer in answers]
+    table = _check_sections(rows, added) if arguments.input else None
+    if output is None:
+        print(("\n\n" if any("\n" in answer for answer in answers) else "\n").join(answers))
+    else:
+        _inform(arguments, f"{len(answers)} answers written to {output}{_write(rows, added, output)}")
+    if table:
+        print(table, file=sys.stderr if output is None else sys.stdout)
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list:
+    """What `generate` is asked."""
+    from itertools import islice
+
+    from minitrain.errors import ConfigError, DataError
+
+    with _importing():
+        from minitrain.inference.generate import Prompt, messages_of, read_documents, read_prompts
+    template = arguments.prompt_template
+    if arguments.input:
+        if arguments.documents:
+            raise ConfigError("--documents goes with --prompt; rows of a file have documents of their own")
+        prompts = list(islice(read_prompts(Path(arguments.input), template), arguments.rows))
+        if not prompts:
+            raise DataError(f"{arguments.input}: holds no prompts")
+        return prompts
+    if arguments.rows:
+        raise ConfigError("--rows goes with --input")
+    rows = [{"prompt": text} for text in arguments.prompt]
+    if arguments.documents:
+        documents = read_documents(arguments.documents)
+        rows = [{"question": text, "documents": documents} for text in arguments.prompt]
+    return [Prompt("--prompt", row, messages_of(row, template)) for row in rows]
+
+
+def _check_sections(rows: list[dict], added: list[dict]) -> str | None:
+    """Add `sections` to what is added to rows with documents and a teacher's answer. Return a table of them, if any."""
+    from minitrain.inference.raft_metrics import table, verdict
+
+    checked = []
+    for row, columns in zip(rows, added):
+        found = verdict(row, columns["response"])
+        if found is not None:
+            columns["sections"] = found
+            checked.append(row | {"sections": found})
+    return table(checked) if checked else None
+
+
+def score(arguments: argparse.Namespace) -> int:
+    from minitrain.tools.preflight.paths import find_model
+
+    output = _new_rows_file(arguments.output, arguments.force)
+    find_model(arguments.model)
+    with _importing():
+        from minitrain.inference.score import asked_for, line, load_judge
+    asked = asked_for(arguments)
+    judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
+    verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=not arguments.quiet))
+    if judge.n_truncated:
+        shortened = f"{judge.n_truncated} of {len(asked)} texts were truncated"
+        print(f"warning: {shortened} to {judge.limits.max_length} tokens, which the model can read", file=sys.stderr)
+    if output is None:
+        print("\n".join(map(line, verdicts)))
+    else:
+        renamed = _write([one.row for one in asked], verdicts, output)
+        _inform(arguments, f"{len(verdicts)} predictions written to {output}{renamed}")
+    return 0
+
+
+def _write(rows: list[dict], added: list[dict], output: Path) -> str:
+    """Write rows with added columns: a list into a .json file, else one row per line.
+
+    A column keeps its own value: what would be added under its name becomes `model_NAME`. Return a remark about that.
+    """
+    from minitrain.errors import ConfigError
+
+    taken, names = {key for row in rows for key in row}, {key: key for columns in added for key in columns}
+    for name in names:
+        while names[name] in taken:
+            names[name] = f"model_{names[name]}"
+    written = [row | {names[key]: value for key, value in columns.items()} for row, columns in zip(rows, added)]
+    lines = list(map(_line, written))
+    text = "[\n" + ",\n".join(lines) + "\n]\n" if output.suffix.lower() == ".json" else "\n".join([*lines, ""])
+    part = output.with_name(f".{output.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(output)
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    renamed = [f"`{name}` is in `{other}`" for name, other in names.items() if name != other]
+    return f"; the rows have their own, so {', '.join(renamed)}" if renamed else ""
+
+
+def _line(row: dict) -> str:
+    line = json.dumps(row, ensure_ascii=False, default=str)  # str: a date in parquet
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in some column
+        return json.dumps(row, default=str)
+    return line
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    from minitrain.errors import DataError
+    from minitrain.tools.preflight.paths import find_model
+
+    find_model(arguments.model)
+    generator, sampling = _load_generator(arguments)
+    first = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(first)
+    print("Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if text == "/exit":
+            return 0
+        if text == "/reset":
+            messages = list(first)
+        elif text:
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": generator.stream(asked, sampling)}]
+            except DataError as error:
+                print(f"{error}; say something else, or /reset")
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    from minitrain.errors import ConfigError
+
+    output = Path(arguments.output)
+    _refuse_place(output, arguments.force)
+    shares = arguments.weights or [1.0] * len(arguments.runs)
+    if len(shares) != len(arguments.runs):
+        raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
+    if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
+        raise ConfigError(f"{missing[0]}: there is no such folder.")
+    with _importing():
+        from minitrain.inference.merge import merge
+    dtype = merge(arguments.runs, shares, output, arguments.dtype)
+    _inform(arguments, f"merged in float32, saved in {dtype}: {output}")
+    return 0
+
+
+def _refuse_place(output: Path, force: bool) -> None:
+    """Raises ConfigError for a folder that a merged model must not be written to: --force replaces models alone."""
+    from minitrain.errors import ConfigError
+
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--output: {above} is a file, so no folder can be made in it")
+    if not output.exists():
+        return
+    if not force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if not (output / "config.json").is_file():
+        raise ConfigError(f"--output: {output} is no model's folder, and --force writes over nothing else")
+
+
+def teach(arguments: argparse.Namespace) -> int:
+    output = _new_file(arguments.output, arguments.force)
+    with _importing():
+        config = _config(arguments)
+        from minitrain.inference.teacher_cache import teach
+    written = teach(config, output)
+    told = f"the teacher's outputs are in {written}; train from them with loss.teacher_outputs={written}"
+    print(written if config.quiet else told)
+    return 0
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    from minitrain.errors import ConfigError
+    from minitrain.tools.analysis.plot import plot
+    from minitrain.training.metrics_log import read_history, warn_damaged
+
+    histories = [read_history(Path(run)) for run in arguments.runs]
+    for history in histories:
+        warn_damaged(history.damaged)
+    folder = Path(arguments.runs[0]) if len(histories) == 1 else Path()
+    output = _new_file(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
+    plot(histories, output, arguments.force, arguments.figures)
+    _inform(arguments, f"the plot is in {output}")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from minitrain.tools.analysis.doctor import report
+    from minitrain.training.metrics_log import read_history, warn_damaged
+
+    history = read_history(Path(arguments.run))
+    warn_damaged(history.damaged)
+    print(report(history))
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from minitrain.tools.analysis.compare import compare
+
+    lines, same = compare(Path(arguments.run), Path(arguments.other))
+    print("\n".join(lines))
+    return 0 if same else 1
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    with _importing():
+        config = _config(arguments)
+        from minitrain.tools.preflight.preview import BRACKETS, COLOURS, inspect
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
+    for line in inspect(config, arguments.rows, arguments.split, COLOURS if coloured else BRACKETS):
+        print(line)
+    return 0
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    from minitrain.errors import ConfigError, MinitrainError, UnreachableError
+
+    paths = arguments.configs + _configs_in(arguments.all)
+    if not paths:
+        raise ConfigError("name a config, or with --all a folder of them")
+    with _importing():
+        from minitrain.config.load import load_config
+        from minitrain.tools.preflight.checks import world_size
+
+        from .plugin import load_plugin
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    code, whole = 0, arguments.full or len(paths) == 1
+    devices = arguments.devices or world_size()
+    for path in paths:
+        try:
+            with _importing():
+                config = load_config(path, _overrides(arguments))
+                from minitrain.tools.preflight.validate import validate
+            figures = validate(config, devices, with_memory=whole)
+        except UnreachableError as error:
+            print(f"{path}: not checked: {error}", flush=True)
+            code = code or UNREACHED
+            continue
+        except MinitrainError as error:
+            _inform(arguments, f"{path}: refused")
+            code = fail(str(error), error.exit_code)
+            continue
+        if arguments.quiet:
+            continue
+        short = f"; {figures['examples']}; steps: {figures['steps']}"
+        short += f"; warning: {figures['warning']}" if "warning" in figures else ""
+        print(f"{path}: fine{'' if whole else redact(short)}", flush=True)
+        for name, told in figures.items() if whole else ():
+            print(redact(f"  {name:<13}{told}"))
+    return code
+
+
+def _configs_in(folder: str | None) -> list[str]:
+    from minitrain.errors import ConfigError
+
+    if folder is None:
+        return []
+    found = sorted(str(path) for kind in ("*.yml", "*.yaml") for path in Path(folder).glob(kind))
+    if not found:
+        raise ConfigError(f"--all: there is no .yml file in {folder}")
+    return found
+
+
+def _new_file(name: str | None, force: bool):
+    """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
+    from minitrain.errors import ConfigError
+
+    output = Path(name) if name else None
+    if output and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder; name a file in it")
+    if output and output.exists() and not force:
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+    if output and not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+    return output
+
+
+def _new_rows_file(name: str | None, force: bool):
+    """The same for an output of rows, which are written as JSON alone."""
+    from minitrain.errors import ConfigError
+
+    output = _new_file(name, force)
+    if output and output.suffix.lower() in (".csv", ".tsv", ".parquet", ".gz", ".txt", ".xlsx"):
+        raise ConfigError(f"--output: {output}: rows are written as JSON. Use a name that ends in .jsonl or .json.")
+    return output
+
+
+def _config(arguments: argparse.Namespace):
+    """The config of a command line, read when its plugins have run."""
+    from minitrain.config.load import load_config
+
+    from .plugin import load_plugin
+
+    for plugin in arguments.plugin:
+        load_plugin(plugin)
+    return load_config(arguments.config, _overrides(arguments))
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    return [*arguments.overrides, "quiet=true"] if arguments.quiet else arguments.overrides
+
+
+def _load_generator(arguments: argparse.Namespace):
+    from minitrain.errors import ConfigError
+
+    if arguments.top_p < 1 and arguments.temperature == 0:
+        raise ConfigError("--top-p would be ignored: it needs a --temperature above 0")
+    with _importing():
+        from minitrain.inference.generate import Sampling, load_generator
+    generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)
+    return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """What a signal would raise ends the process at once: an exception is lost or garbled where torch is imported."""
+
+    def leave(number, frame):
+        os._exit(fail(STOPPED[number], 128 + number))
+
+    raising = [number for number in STOPPED if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, leave) for number in raising}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Options: the schema, YAML and overrides, and problems with file, line and key."""

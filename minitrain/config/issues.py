@@ -1,0 +1,236 @@
+"""Values as the types that the schema asks for, and all that is wrong with them, told at once."""
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from minitrain.errors import ConfigError
+from minitrain.io.redact import redact
+
+from .aliases import FOREIGN_NAMES, NEEDLESS
+from .schema import aliases, all_keys, option_fields
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "keys and values",
+}
+MAX_HINTS = 20  # unknown options for which a similar name is searched: each takes milliseconds
+MAX_PROBLEMS = 100
+
+
+@dataclass
+class Source:
+    """Where the values came from, so that a problem can name its line."""
+
+    name: str
+    lines: dict[str, int] = field(default_factory=dict)
+    overridden: set[str] = field(default_factory=set)
+
+    def where(self, key: str) -> tuple[float, str]:
+        """(a number to sort by, the place in words)."""
+        if any(related(key, other) for other in self.overridden):
+            return math.inf, "--overrides"
+        while key and key not in self.lines:
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return (self.lines[key], f"{self.name}:{self.lines[key]}") if key else (0, self.name)
+
+    def wrote(self, key: str) -> bool:
+        return key in self.lines or key in self.overridden
+
+
+class Problems:
+    """Collects everything that is wrong with a config, and raises it as one `ConfigError`."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.found: list[tuple[float, str]] = []
+        self.spoilt: set[str] = set()  # keys that something was told about
+
+    def add(self, key: str, what: str, *rests_on: str) -> None:
+        """Notes a problem, unless `key`, or one of the keys that it `rests_on`, was found wrong before."""
+        if any(related(spoilt, other) for spoilt in self.spoilt for other in (key, *rests_on)):
+            return
+        self.spoilt.add(key)
+        order, place = self.source.where(key)
+        self.found.append((order, f"{place}: {key}: {what}"))
+        if len(self.found) == MAX_PROBLEMS:
+            self.raise_if_any()
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
+            count += " or more" if len(self.found) == MAX_PROBLEMS else ""
+            lines = [line for _, line in sorted(self.found, key=lambda pair: pair[0])]
+            raise ConfigError(f"{count} in the configuration\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def related(a: str, b: str) -> bool:
+    """Whether two keys are the same, or one is inside the other."""
+    short, long = sorted((a, b), key=len)
+    return long == short or long.startswith((f"{short}.", f"{short}["))
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it."""
+    try:
+        text = "nothing" if value is None else repr(value)
+    except ValueError:  # an integer of thousands of digits, which Python does not write
+        text = "a number of thousands of digits"
+    text = redact(text)  # in full: the beginning of a secret would not be recognized
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# -------------------------------------------------------------------------------------------- types and limits
+
+
+class _Unfit(Exception):
+    """A value is not of its type or outside of its limits; the message says what was expected."""
+
+
+def check_types(schema: type, given: dict, path: str, problems: Problems) -> dict:
+    """The values of `given` converted to the types of `schema`. What does not fit is told and left out."""
+    known = {f.name: f for f in option_fields(schema)}
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for key, value in ((str(key), value) for key, value in given.items()):
+        full = f"{path}{key}"
+        if key not in known:
+            section = value if isinstance(value, dict) and FOREIGN_NAMES.keys() & value.keys() else {}
+            for inner in section:  # of another library, which sorts its options otherwise
+                _add_unknown(str(inner), f"{full}.", [], problems)
+            if not section:
+                _add_unknown(key, path, list(known), problems)
+        elif value == "???":
+            problems.add(full, "is left open (???); give it a value.")
+        else:
+            try:
+                if isinstance(value, str) and "\0" in value:
+                    raise _Unfit(f"holds a NUL character, got {shown(value)}. Remove it.")
+                values[key] = _value(hints[key], value, full, problems)
+                if known[key].metadata:  # a loss of the user's own may have plain dataclass fields
+                    check_limits(known[key].metadata, values[key])
+            except _Unfit as error:
+                values.pop(key, None)
+                problems.add(full, str(error))
+    for name, f in known.items():
+        if name not in given and f.default is MISSING and f.default_factory is MISSING:
+            problems.add(f"{path}{name}", f"is missing. {f.metadata.get('help', '')}".rstrip())
+        if name not in values and is_dataclass(hints[name]):
+            values[name] = check_types(hints[name], {}, f"{path}{name}.", problems)
+    return values
+
+
+def _value(hint: Any, value: Any, key: str, problems: Problems) -> Any:
+    """`value` as type `hint`: a nested dataclass, a list of them, or a leaf. Raises _Unfit."""
+    args = typing.get_args(hint)
+    if is_dataclass(hint):
+        if isinstance(value, dict):
+            return check_types(hint, value, f"{key}.", problems)
+        names = ", ".join(f.name for f in fields(hint))
+        problems.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.")
+        return {}
+    if typing.get_origin(hint) is list and is_dataclass(args[0]) and isinstance(value, list):
+        return [_value(args[0], entry, f"{key}[{i}]", problems) for i, entry in enumerate(value)]
+    return _leaf(hint, value)
+
+
+def _leaf(hint: Any, value: Any) -> Any:
+    """`value` as a type without dataclasses in it. Raises _Unfit."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (value is None and types.NoneType in args):
+        return value
+    if origin is types.UnionType:  # X | None
+        return _leaf(args[0], value)
+    if origin is list and isinstance(value, list):
+        return [_leaf(args[0], entry) for entry in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(name): _leaf(args[1], entry) for name, entry in value.items()}
+    converted = _scalar(hint, value)
+    if converted is None:
+        quotes = " Put it in quotes." if hint is str and type(value) is float else ""
+        raise _Unfit(f"expected {WORDS.get(origin or hint, hint)}, got {shown(value)}.{quotes}")
+    return converted
+
+
+def _scalar(kind: type, value: Any) -> bool | int | float | str | None:
+    """`value` as a bool, int, float or str where nothing is lost by it, else None. ``${oc.env:X}`` gives texts."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(str(value).lower())
+    if kind is str:
+        return str(value) if type(value) is int or isinstance(value, (str, Path)) else None
+    if kind not in (int, float) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+        if kind is float:
+            return number if math.isfinite(number) else None
+        return int(value) if int(number) == number else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def check_limits(meta: dict, value: Any) -> None:
+    """Raises _Unfit for a value that its option does not allow."""
+    if value is None or not meta:  # a field without `option` has no limits
+        return
+    if meta["choices"] and value not in meta["choices"]:
+        raise _Unfit(f"{value!r} is not one of {', '.join(meta['choices'])}.{nearest(value, meta['choices'])}")
+    if meta["least"] is not None and value < meta["least"]:
+        raise _Unfit(f"must be {meta['least']} or more, got {value}.")
+    if meta["above"] is not None and value <= meta["above"]:
+        raise _Unfit(f"must be above {meta['above']}, got {value}.")
+    if meta["most"] is not None and value > meta["most"]:
+        raise _Unfit(f"must be {meta['most']} or less, got {value}.")
+
+
+# ------------------------------------------------------------------------------------------------ unknown names
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean ...?`` with the nearest of the known names, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> None:
+    """Tells of a key that does not exist, and of the one that was meant if it can be guessed."""
+    if len(problems.found) > MAX_HINTS:
+        problems.add(f"{path}{name}", "there is no such option.")
+        return
+    foreign, meant = FOREIGN_NAMES.get(name, ""), _meant(name, path, known)
+    if not meant and (near := difflib.get_close_matches(name, FOREIGN_NAMES, n=1, cutoff=0.85)):
+        foreign = FOREIGN_NAMES[near[0]]
+    here = re.split("[ =,]", foreign)[0]
+    if name in aliases():
+        hint = f"is another name of {aliases()[name]}; give only one of them."
+    elif name in NEEDLESS:
+        hint, meant = f"there is no such option, and none is needed: {NEEDLESS[name]}. Leave it out.", []
+    elif foreign and here != f"{path}{name}":
+        hint, meant = f"there is no such option. Here it is called {foreign}.", [here]
+    elif meant:
+        hint = f"there is no such option. Did you mean {' or '.join(meant)}?"
+    else:
+        hint = "there is no such option." + (f" There are {', '.join(known)}." if 0 < len(known) <= 12 else "")
+    problems.add(f"{path}{name}", hint)
+    problems.spoilt.update(key for key in meant if not problems.source.wrote(key))
+
+
+def _meant(name: str, path: str, known: list[str]) -> list[str]:
+    """Keys of this name in other sections, else a like one in this section, else like ones in others."""
+    everywhere = [(key, key.rpartition(".")[2]) for key in all_keys()]
+    if same := [key for key, last in everywhere if last == name]:
+        return same
+    if here := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return [f"{path}{here[0]}"]
+    like = difflib.get_close_matches(name, [last for _, last in everywhere], n=1, cutoff=0.75)
+    return [key for key, last in everywhere if last in like]

@@ -1,0 +1,312 @@
+"""From a YAML file and dotlist overrides to a checked `Config`: every problem is found and told at once."""
+
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minitrain.errors import ConfigError
+from minitrain.io.redact import hide, hide_variables
+from minitrain.tools.preflight.checks import check_config
+
+from .aliases import RIVALS, UNTYPED
+from .issues import Problems, Source, check_types, shown
+from .saved import config_yaml, plain
+from .schema import DEFAULT_LOSS, Config, Written, aliases
+from .yaml_nodes import MAX_DEPTH, check_yaml
+
+MAX_CALLS = 5_000_000  # of functions while `${...}` are filled in, some seconds: they can refer to one another
+YAML_HINTS = {  # what to do about an error, by words of its message
+    "'\\t'": "Indent with spaces, not tabs.",
+    "while scanning a simple key": "Write `key: value`, with a space behind the colon.",
+    "while scanning a quoted scalar": "A quotation mark that opens here is not closed.",
+    "while parsing a flow": "A bracket is not closed, or a comma is missing.",
+    "mapping values are not allowed": "Indent keys of one level alike, and put a text with `: ` in it in quotes.",
+    "while parsing a block mapping": "Indent keys of one level alike.",
+    "cannot start any token": "Put the text in quotes.",
+    "duplicate key": "Give it once.",
+}
+SHOWN = ("exp_name", "output_dir", "cache_dir")  # folders that are written to; messages name them as they are
+LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
+
+
+def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file (or a dict of the same keys) and dotlist overrides into a checked `Config`.
+
+    Raises ConfigError, which lists every problem with its file, line and key.
+    """
+    raw, where = _read(source)
+    problems = Problems(where)
+    _override(raw, overrides or [], problems)
+    config = _checked(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
+    config.written = Written(_own_names(OmegaConf.to_container(raw)), plain(config))
+    return config
+
+
+def check_python_config(config: Config, loss: dict | None = None) -> Config:
+    """Return a checked copy of a config that was built, or changed after loading, in Python.
+
+    Args:
+        loss: The `describe_loss` of a loss object, which the copy then names.
+
+    Raises:
+        ConfigError: As `load_config` does; also when the config names another loss than `loss`.
+    """
+    problems, given = Problems(Source("config")), _attributes(config)
+    if loss is not None:
+        given["loss"] = _merge_loss(given["loss"], loss)
+    checked = _checked(given, problems, is_object=loss is not None)
+    checked.written = config.written
+    try:
+        config_yaml(checked)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {error.full_key}: cannot be written to config.yml: {_reason(error)}") from None
+    return checked
+
+
+def _checked(given: dict, problems: Problems, is_object: bool = False) -> Config:
+    """Return the config of these values. Raises ConfigError with all that is wrong with them.
+
+    `is_object`: the loss was given as an object, so that its class need not be registered.
+    """
+    config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", problems))
+    config.loss = DEFAULT_LOSS | config.loss
+    if config.exp_name is None:
+        config.exp_name = Path(problems.source.name).stem
+    check_config(config, _build(Config, {"model": {}}), problems, is_object)
+    problems.raise_if_any()
+    return config
+
+
+def _merge_loss(configured: Any, described: dict) -> dict:
+    """Return the description of a loss object. Raises ConfigError when the config names another loss than that."""
+    written = _long_forms({"loss": configured})["loss"]
+    if written not in (DEFAULT_LOSS, described):
+        both = f"the config has {shown(written)}, and Trainer(loss=...) got {shown(described)}"
+        raise ConfigError(f"loss: {both}. Set only one of them.")
+    return described
+
+
+def _attributes(value: Any) -> Any:
+    """Return a dataclass as dicts and lists, attributes that are no fields included, so that they can be refused."""
+    if is_dataclass(value):
+        return {name: _attributes(entry) for name, entry in vars(value).items() if not isinstance(entry, Written)}
+    return [_attributes(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def _read(source: str | Path | dict) -> tuple[DictConfig, Source]:
+    """What was written, with short forms made out, and where each key stands."""
+    lines = {}
+    if isinstance(source, dict):
+        name, raw = "config", _guarded("config", lines, lambda: OmegaConf.create(source))
+    else:
+        name, text = str(source), _read_text(Path(source))
+        raw = _guarded(name, lines, lambda: _parse(text, name, lines))
+    lines |= {key: lines[alias] for alias, key in aliases().items() if alias in lines and key not in lines}
+    return OmegaConf.create(_long_forms(OmegaConf.to_container(raw))), Source(name, lines)
+
+
+def _read_text(path: Path) -> str:
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".tsv")):
+        raise ConfigError(f"{path}: this is a file of data; name the YAML file whose `datasets` name it.")
+    try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise ConfigError(f"{path}: not a regular file (a pipe or a device). Name a YAML file.")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: there is no such file.{hint}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: this is a folder; name a YAML file in it.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}), so it is no YAML file.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}.") from None
+
+
+def _parse(text: str, name: str, lines: dict[str, int]) -> DictConfig:
+    node, found = check_yaml(text, name)
+    lines |= found
+    if node is None:
+        return OmegaConf.create()
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{name}: expected lines of the form `key: value`, for example `lr: 2e-5`.")
+    return OmegaConf.create(text)
+
+
+def _guarded(name: str, lines: dict[str, int], read: Callable) -> Any:
+    """What `read` returns. Raises ConfigError, with the line where it is known, when it is not valid YAML."""
+    try:
+        return read()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        if error.context_mark and "scanning" in error.context:  # where it begins, and not where the file ends
+            mark = error.context_mark
+        place = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{Source(name, lines).where(key)[1]}: {key or 'a key'}: {_reason(error)}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{name}: not valid YAML: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What an error of YAML or OmegaConf says, in one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested without end."
+    if isinstance(error, yaml.MarkedYAMLError):
+        reason = error.problem or error.context
+        reason = f"{error.context}, {reason}" if reason.startswith("but ") else reason
+        hints = [hint for words, hint in YAML_HINTS.items() if words in f"{error.context} {reason}"]
+        return " ".join([f"{reason}.", *hints[:1]])
+    reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
+    return reason.strip('"') + "."
+
+
+def _override(raw: DictConfig, overrides: list[str], problems: Problems) -> None:
+    """Merges the dotlist into `raw`. Of two rivals the one that is overridden wins."""
+    overridden = problems.source.overridden
+    twins = aliases() | {key: alias for alias, key in aliases().items()}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or key.count(".") > MAX_DEPTH or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
+            overridden.add(text)
+            problems.add(text, "write it as key=value, for example lr=2e-5.")
+            continue
+        if key not in raw and twins.get(key) in raw:
+            key = twins[key]
+        try:
+            check_yaml(value, key)
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
+            parsed = [parsed] if key in LISTS and isinstance(parsed, dict) else parsed
+            overridden.update(_leaves(key, parsed) + _leaves(twins.get(key, key), parsed))
+            OmegaConf.update(raw, key, parsed)
+        except ConfigError as error:
+            overridden.add(key)
+            problems.add(key, str(error).partition(": ")[2])
+        except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
+            overridden.add(key)
+            problems.add(key, f"cannot be set to {shown(value)}: {_reason(error)}")
+        except ValueError:  # of a part that is no index
+            overridden.add(key)
+            problems.add(key, "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.")
+    given = OmegaConf.to_container(raw)
+    for one, other in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
+        if one in overridden and given.get(one) and other not in overridden:
+            raw.pop(other, None)
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    """The keys that an override sets: dicts are merged into what is there, all else takes its place."""
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name, entry in value.items() for leaf in _leaves(f"{key}.{name}", entry)]
+
+
+class _TooManyCalls(BaseException):
+    """Is no Exception, so that OmegaConf does not make one of its own of it."""
+
+
+def _in_bounds(fill: Callable, name: str) -> Any:
+    """Return what `fill` returns. Raises ConfigError when it calls more than `MAX_CALLS` functions."""
+    budget, before = iter(range(MAX_CALLS)), sys.getprofile()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if next(budget, None) is None:
+            raise _TooManyCalls  # which ends the counting, too
+
+    sys.setprofile(count)
+    try:
+        return fill()
+    except _TooManyCalls:
+        told = "the references to other options, ${...}, multiply without bound. Write the values out."
+        raise ConfigError(f"{name}: {told}") from None
+    finally:
+        sys.setprofile(before)
+
+
+def _resolve(node: Any, path: str, problems: Problems) -> Any:
+    """Plain values with ``${...}`` filled in; what cannot be filled in is told, and stays as it is written."""
+    if isinstance(node, DictConfig):
+        keys = [(name, f"{path}.{name}".lstrip(".")) for name in node]
+    elif isinstance(node, ListConfig):
+        keys = [(i, f"{path}[{i}]") for i in range(len(node))]
+    else:
+        return node
+    values = OmegaConf.to_container(node)
+    for name, key in keys:
+        if values[name] == "???":
+            continue
+        raw = values[name]
+        is_hidden = isinstance(raw, str) and key not in SHOWN and hide_variables(raw)
+        try:
+            values[name] = _resolve(node[name], key, problems)
+            if is_hidden:
+                hide(values[name], raw)
+        except (OmegaConfBaseException, RecursionError) as error:
+            problems.add(key, f"{shown(values[name])} cannot be filled in: {_reason(error)}")
+    return values
+
+
+def _long_forms(given: dict) -> dict:
+    """Short forms written out: `datasets: a.jsonl`, `loss: dft`."""
+    given = dict(given)
+    for key in LISTS:
+        value = given.get(key)
+        if isinstance(value, dict) or _is_text(value):
+            value = [value]
+        if isinstance(value, list):
+            given[key] = [_long_entry(entry) for entry in value]
+    if _is_text(given.get("loss")):
+        given["loss"] = {"name": given["loss"]}
+    return given
+
+
+def _long_entry(entry: Any) -> Any:
+    """Return an entry of `datasets` as keys and values, without a `type` that says nothing about its rows."""
+    if _is_text(entry):
+        return {"path": entry}
+    if isinstance(entry, dict) and entry.get("type") in UNTYPED:
+        return {key: value for key, value in entry.items() if key != "type"}
+    return entry
+
+
+def _own_names(given: dict) -> dict:
+    """Aliases replaced by what they stand for, unless both are there."""
+    names = aliases()
+    return {name if names.get(name) in given else names.get(name, name): value for name, value in given.items()}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text for sure; what a ``${...}`` will be is not known before it is filled in."""
+    return isinstance(value, (str, Path)) and not str(value).startswith("${")
+
+
+# ----------------------------------------------------------------------------------------- to and from dataclasses
+
+
+def _build(schema: type, values: dict) -> Any:
+    """The dataclass of checked values. A required one that is missing, as was told, becomes an empty text."""
+    hints = typing.get_type_hints(schema)
+    built = {f.name: "" for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
+    for name, value in values.items():
+        hint, args = hints[name], typing.get_args(hints[name])
+        if is_dataclass(hint):
+            value = _build(hint, value)
+        elif typing.get_origin(hint) is list and is_dataclass(args[0]):
+            value = [_build(args[0], entry) for entry in value]
+        built[name] = value
+    return schema(**built)

@@ -1,0 +1,344 @@
+"""Every option once: its name, type, default, limits and explanation.
+
+These dataclasses are the only place where a default lives. `minitrain/config/load.py` reads a YAML file into
+them and `docs/options.md` is generated from them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, get_type_hints
+
+MAX_SEED = 2**63 - 1  # what torch takes
+DEFAULT_LOSS = {"name": "sft"}
+
+
+def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
+    """A dataclass field with its explanation and limits.
+
+    `least`, `above`, `most` bound a number (>=, >, <=). `alias` is a second name. `free` marks an option that
+    may change between an interrupted run and its resumption, since it does not alter what is computed.
+    """
+    metadata = dict(help=help, choices=choices, least=least, above=above, most=most, alias=alias, free=free)
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict, type)):
+        factory = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Written(NamedTuple):
+    """What the user wrote before `${...}` was resolved, and the values that it was resolved to."""
+
+    raw: dict
+    resolved: dict
+
+
+@dataclass
+class DatasetConfig:
+    path: str = option(
+        MISSING,
+        "A .json, .jsonl, .csv, .tsv or .parquet file (.gz behind it is fine), a folder with a data set in "
+        "it, or the name of one on the hub (owner/name). Parquet, folders and the hub need the extra `data`.",
+    )
+    split: str | None = option(None, "Of a data set on the hub or in a folder: which split; train when left out.")
+    name: str | None = option(None, "Of such a data set: its configuration, where it has several.")
+    revision: str | None = option(None, "Of a data set on the hub: branch, tag or commit.")
+    type: str | None = option(None, "The schema of its rows (see docs/data.md); told by their keys when left out.")
+    columns: dict[str, str] = option({}, "Which column holds what, e.g. {prompt: query, response: reply}.")
+    prompt_template: str | None = option(
+        None, "Text of the user's turn, with {prompt} or any column in braces. Prompt/response kinds only."
+    )
+    response_template: str | None = option(None, "Text of the assistant's turn, with {response} or any column.")
+    p_oracle: float = option(1.0, "RAFT rows: share of them that keep the oracle document.", least=0, most=1)
+    n_distractors: int | None = option(
+        None, "RAFT rows: so many of their distractors, drawn for each question; all when left out.", least=0
+    )
+    seed: int = option(0, "Seed of what is drawn in making examples: which RAFT documents, and their order.", least=0)
+    n_examples: int | None = option(None, "Use only the first so many rows.", least=1)
+    weight: float = option(1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0)
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str = option(
+        MISSING, "A folder or hub name of a causal language model, or `tiny`, the embedded model built on the spot."
+    )
+    tokenizer_name_or_path: str | None = option(None, "Where the tokenizer is; the model's own when left out.")
+    revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    policy_dtype: str = option(
+        "float32", "The dtype of compute (autocast) and of the saved model.", choices=("float32", "bfloat16", "float16")
+    )
+    master_dtype: str = option(
+        "float32",
+        "The dtype of the trained parameters. bfloat16 halves their memory, but small updates are rounded away.",
+        choices=("float32", "bfloat16"),
+    )
+    reference_dtype: str | None = option(
+        None,
+        "The dtype of a reference model's weights; policy_dtype when left out.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    archive: str | None = option(
+        None,
+        "Weights to start from, over those of name_or_path: a .safetensors or .pt state dict, or a folder like final/.",
+    )
+    adapter: str | None = option(None, "An adapter to go on with, in PEFT's format: a folder with adapter_config.json.")
+    quantization: str = option(
+        "none",
+        "Keep the frozen linear layers in 4 bits (NF4, twice quantised) or 8 bits, by bitsandbytes. Needs an adapter.",
+        choices=("none", "4bit", "8bit"),
+    )
+    attn_implementation: str = option(
+        "auto",
+        "auto: sdpa, or eager for models that have no sdpa.",
+        choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model. Only for models you trust.")
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = option(0, "Rank of the matrices; 0 trains without LoRA.", least=0, most=32768)
+    alpha: float = option(16.0, "The update is scaled by alpha / rank.", above=0)
+    dropout: float = option(0.0, "Dropout of the matrices' input.", least=0, most=1)
+    target_modules: Any = option(
+        "all-linear", "Names of layers in a list, a regular expression, or all-linear: all but the output layer."
+    )
+    exclude_modules: list[str] = option([], "Layers that get none although target_modules names them.")
+    layers_to_transform: list[int] = option([], "Only in these blocks; all when left out.")
+    modules_to_save: list[str] = option([], "Modules that are trained whole, and saved with the adapter.")
+    bias: str = option(
+        "none", "Which biases are trained: all, or those of the adapted layers.", choices=("none", "all", "lora_only")
+    )
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    use_dora: bool = option(False, "Learn magnitude and direction apart (DoRA, arXiv 2402.09353); slower.")
+    init: str = option(
+        "default",
+        "default or gaussian: the model as it is. pissa or olora: its strongest directions move into the adapter.",
+        choices=("default", "gaussian", "pissa", "olora"),
+    )
+    loraplus_lr_ratio: float = option(
+        1.0, "lr of the B matrices as a multiple of lr (LoRA+, arXiv 2402.12354).", above=0
+    )
+
+
+@dataclass
+class SoftPromptConfig:
+    num_virtual_tokens: int = option(0, "Trained vectors before every example; 0 trains without.", least=0, most=32768)
+    method: str = option(
+        "prompt",
+        "prompt: in the place of embeddings. prefix: keys and values in every layer's attention.",
+        choices=("prompt", "prefix"),
+    )
+    init_text: str | None = option(None, "With prompt: start from the embeddings of this text.")
+    prefix_projection: bool = option(False, "With prefix: make the keys and values by a small network.")
+    encoder_hidden_size: int | None = option(None, "Width of that network; the model's when left out.", least=1)
+
+
+@dataclass
+class EarlyStoppingConfig:
+    patience: int = option(0, "Stop after so many evaluations without a better `metric`; 0 never stops early.", least=0)
+    threshold: float = option(0.0, "An improvement must be larger than this to count.", least=0)
+    metric: str = option(
+        "loss",
+        "The eval metric that decides, also for save_best. Less is better for losses, perplexity and kl. For another "
+        "than loss and exact_match there is an evaluation before the first step, to see that there is such a metric.",
+    )
+
+
+@dataclass
+class EvalGenerateConfig:
+    n_examples: int = option(
+        0, "At each evaluation, answer so many eval prompts and log exact_match.", least=0, free=True
+    )
+    max_new_tokens: int = option(64, "Longest answer, in tokens.", least=1, free=True)
+    match: str = option(
+        "text",
+        "What has to be the same as in the reference. text: the whole answer. number: the final number, behind ####, "
+        "in \\boxed{} or the last one. Or a regular expression with one group: what that holds in its last match.",
+        free=True,
+    )
+    show: int = option(3, "Print so many of the answers.", least=0, free=True)
+
+
+@dataclass
+class FSDPConfig:
+    shard: str = option(
+        "full",
+        "full: parameters, gradients and optimizer are cut over the ranks (ZeRO-3). grad: parameters stay whole from "
+        "the forward to the backward pass (ZeRO-2). hybrid: cut inside a machine, repeated across. none: every rank "
+        "has all.",
+        choices=("full", "grad", "hybrid", "none"),
+        free=True,
+    )
+    cpu_offload: bool = option(False, "Keep parameters, gradients and optimizer in the memory of the CPU.", free=True)
+    timeout_seconds: float = option(
+        1800,
+        "End the run when nothing has moved for so long, and say which rank is stuck where.",
+        above=0,
+        most=1e6,
+        free=True,
+    )
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = option(False, "Log to Weights & Biases (WANDB_MODE=offline works without a network).", free=True)
+    entity: str | None = option(None, "User or team.", free=True)
+    project: str = option("minitrain", "Project.", free=True)
+
+
+@dataclass
+class SwanlabConfig:
+    enabled: bool = option(False, "Log to SwanLab (the package `swanlab` must be installed).", free=True)
+    project: str = option("minitrain", "Project.", free=True)
+    mode: str = option("cloud", "Where it logs to.", choices=("cloud", "local", "offline"), free=True)
+
+
+@dataclass
+class Config:
+    # run
+    exp_name: str | None = option(None, "Name of the run folder; the name of the YAML file when left out.", free=True)
+    output_dir: str = option("runs", "Where run folders are made.", free=True)
+    seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", least=0, most=MAX_SEED)
+    device: str = option("auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    trainer: str = option(
+        "BasicTrainer",
+        "BasicTrainer trains on one device, FSDPTrainer on as many as torchrun starts it on.",
+        choices=("BasicTrainer", "FSDPTrainer"),
+        free=True,
+    )
+    fsdp: FSDPConfig = option(FSDPConfig, "How FSDPTrainer cuts the model up.")
+    quiet: bool = option(False, "No progress bars, and of the lines on the console only warnings.", free=True)
+    debug: bool = option(False, "Find the operation that makes a NaN (slow), and send nothing to trackers.", free=True)
+
+    # data
+    datasets: list[DatasetConfig] = option([], "Training files; a plain path stands for {path: ...}.")
+    eval_datasets: list[DatasetConfig] = option([], "Evaluation files.", free=True)
+    validation_split: float = option(
+        0.0, "Hold out this share of the training examples for evaluation (1 or more: so many examples).", least=0
+    )
+    chat_template: str = option(
+        "auto",
+        "auto: the tokenizer's own, else ChatML. chatml: ChatML. none: the texts as they are, the answer ended by "
+        "EOS. Or the path of a .jinja file.",
+    )
+    train_on: str = option("all_turns", "Which turns of the assistant are learned.", choices=("all_turns", "last_turn"))
+    max_length: int = option(1024, "Longest example in tokens.", least=2)
+    max_prompt_length: int | None = option(
+        None, "Longest prompt: of a longer one the oldest tokens go, from both sides of a preference alike.", least=1
+    )
+    truncation: str = option(
+        "prompt",
+        "What a longer example loses: the oldest of its prompt, its end, or (drop) the example is left out.",
+        choices=("prompt", "end", "drop"),
+    )
+    mask_truncated: bool = option(
+        False,
+        "policy, value: do not train on rollouts whose sampling was cut off before an end token. Their rewards still "
+        "count in the means of their groups, as those of rollouts longer than max_length always do.",
+    )
+    packing: bool = option(False, "Several examples in a row, so that padding is not computed. Same numbers, faster.")
+    group_by_length: bool = option(False, "Batches of examples of like length, so that there is less padding.")
+    on_bad_row: str = option("error", "What a row that cannot be used does.", choices=("error", "skip"))
+    max_bad_rows: int = option(100, "With on_bad_row: skip, stop after so many bad rows in a file.", least=0)
+    num_proc: int | None = option(None, "Processes that tokenise; all cores when left out.", least=1, free=True)
+    cache_dir: str | None = option(
+        None, "Where token ids are kept; $XDG_CACHE_HOME/minitrain or ~/.cache/minitrain when left out.", free=True
+    )
+
+    # model and loss
+    model: ModelConfig = option(ModelConfig, "The model.")
+    lora: LoRAConfig = option(LoRAConfig, "Small trained matrices beside the frozen model.")
+    soft_prompt: SoftPromptConfig = option(SoftPromptConfig, "Prompt or prefix tuning beside the frozen model.")
+    freeze_layers: list[Any] = option([], "Blocks that are not trained: numbers, ranges like 0-5, or `embeddings`.")
+    loss: dict[str, Any] = option(DEFAULT_LOSS, "name: which loss; beside it its own options (see docs/losses.md).")
+
+    # optimisation
+    total_batch_size: int = option(
+        32, "Examples of one optimizer step, over all micro-batches and devices.", least=1, alias="batch_size"
+    )
+    gradient_accumulation_steps: int = option(
+        1, "Micro-batches that each device's share of an optimizer step is cut into.", least=1, free=True
+    )
+    n_epochs: float = option(1.0, "Passes over the data.", above=0, free=True)
+    n_steps: int | None = option(None, "Optimizer steps, in place of n_epochs; give one of them.", least=1, free=True)
+    optimizer: str = option("AdamW", "Any optimizer of torch.optim by name.")
+    optimizer_args: dict[str, Any] = option({}, "More arguments of the optimizer, e.g. {momentum: 0.9} for SGD.")
+    lr: float = option(2e-5, "Peak learning rate.", least=0)
+    weight_decay: float = option(0.0, "Decay of weight matrices; norms and biases are never decayed.", least=0)
+    betas: list[float] = option([0.9, 0.999], "Adam's two decay rates.")
+    eps: float = option(1e-8, "Adam's epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 does not clip.", least=0)
+    lr_scheduler: str = option("linear", "Shape after the warm-up.", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = option(0, "Steps in which lr rises from 0 to its peak.", least=0)
+    warmup_ratio: float = option(0.0, "The same as a share of all steps.", least=0, most=1)
+    activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    compile: bool = option(False, "Compile each block of the model with torch.compile.")
+    max_bad_steps: int = option(10, "Give up after so many steps in a row with a non-finite gradient.", least=1)
+
+    # evaluation
+    do_first_eval: bool = option(True, "Evaluate before the first step.", free=True)
+    eval_every_steps: int = option(0, "Evaluate every so many steps, besides the end; 0: only at the end.", least=0)
+    n_eval_examples: int | None = option(None, "Evaluate on the first so many; all when left out.", least=1)
+    eval_batch_size: int = option(16, "Examples in one forward pass of the evaluation.", least=1, free=True)
+    eval_generate: EvalGenerateConfig = option(EvalGenerateConfig, "Answers generated at each evaluation.")
+    early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "Stop when evaluation no longer improves.")
+
+    # saving
+    save_every_steps: int | None = option(
+        None,
+        "Write a checkpoint to resume from every so many steps and at the end; 0: none. When left out, about once a "
+        "minute, or less often if that would take more than 2 % of the time.",
+        least=0,
+        free=True,
+    )
+    keep_checkpoints: int = option(2, "Keep the newest so many checkpoints.", least=1, free=True)
+    save_models_every_steps: int = option(
+        0, "Write the model as final/ is, into models/step-N, every so many steps; 0: none.", least=0, free=True
+    )
+    keep_models: int | None = option(None, "Keep the newest so many of them; all when left out.", least=1, free=True)
+    save_async: bool = option(False, "Write checkpoints while training goes on; takes memory for a copy.", free=True)
+    save_best: bool = option(False, "Keep the model with the best early_stopping.metric in best/.", free=True)
+    resume: str = option(
+        "auto",
+        "auto: go on from the newest checkpoint of the run folder. never: refuse a folder that holds a run. "
+        "Or the path of a checkpoint.",
+        free=True,
+    )
+    allow_changes: list[str] = option(
+        [], "Options that may differ from those of the run that is resumed, e.g. [lr, datasets, model].", free=True
+    )
+
+    # tracking
+    log_every_steps: int = option(
+        10, "A line on the console and in metrics.jsonl every so many steps.", least=1, free=True
+    )
+    ledger: bool = option(
+        True, "Note each step's loss, gradient norm and a hash of its tokens, for `minitrain compare`.", free=True
+    )
+    wandb: WandbConfig = option(WandbConfig, "Weights & Biases.")
+    report_to_tensorboard: bool = option(False, "Write TensorBoard files into the run folder.", free=True)
+    swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")
+
+    # Not an option. `dataclasses.replace` keeps it, so that a copy saves `${...}` unresolved, too.
+    written: Written = field(default=Written({}, {}), repr=False, compare=False, metadata={"internal": True})
+
+
+def option_fields(schema: Any) -> list[Field]:
+    """Return the fields of a dataclass, or of an instance of one, that are options."""
+    return [f for f in fields(schema) if not f.metadata.get("internal")]
+
+
+def aliases() -> dict[str, str]:
+    """Second names of options -> their names."""
+    return {f.metadata["alias"]: f.name for f in option_fields(Config) if f.metadata["alias"]}
+
+
+def all_keys(schema: type = Config, path: str = "") -> Iterator[str]:
+    """Every key, ``a`` and ``a.b``."""
+    for f in option_fields(schema):
+        yield f"{path}{f.name}"
+        if is_dataclass(hint := get_type_hints(schema)[f.name]):
+            yield from all_keys(hint, f"{path}{f.name}.")

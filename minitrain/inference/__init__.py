@@ -1,0 +1,1 @@
+"""Use of trained models: generate, score, merge, and the cache of a teacher's logits."""

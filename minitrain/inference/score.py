@@ -1,0 +1,166 @@
+"""Labels of texts with their probabilities, or the numbers of a reward model: `minitrain score`."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from minitrain.config.schema import DatasetConfig
+from minitrain.data.collate import Document, collate
+from minitrain.data.encode import Limits, encode
+from minitrain.data.examples import Conversation, Labelled, Record, assistant, schemas_of, to_record, user
+from minitrain.data.files import FORMATS, format_of, read_rows, refuse_no_file
+from minitrain.data.template import Template
+from minitrain.distributed.parallel import pick_device
+from minitrain.errors import ConfigError, DataError
+from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
+from minitrain.model.policy import Policy
+from minitrain.model.positions import batches_by_length
+from minitrain.model.sequence_head import make_policy
+from minitrain.tools.preflight.paths import find_model
+
+from .generate import model_config, native_dtypes, saved_dtype
+
+
+class Asked(NamedTuple):
+    """What is scored: where it stands (for error messages), the row it came in, and what was read in it."""
+
+    where: str
+    row: dict
+    record: Record
+
+
+class Judge:
+    """A model that ends in scalars, with its tokenizer."""
+
+    def __init__(self, policy: Policy, template: Template, max_length: int):
+        self.policy, self.template = policy.eval(), template
+        self.limits = Limits(max_length)
+        config = policy.model.config
+        self.n_truncated = 0  # texts that were longer than the model can read
+        self.labels = list(config.id2label.values()) if config.problem_type != "regression" else None
+
+    def scores(self, asked: list[Asked], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
+        """The model's outputs -> [n, L] float32, in the order of what is asked. Raises DataError."""
+        documents = [self._document(one) for one in asked]
+        lengths = [len(document.ids) for document in documents]
+        device = self.policy.model.get_input_embeddings().weight.device
+        found = {}
+        with (
+            torch.no_grad(),
+            tqdm(total=len(asked), unit=" texts", disable=None if progress else True, leave=False) as bar,
+        ):
+            for chosen in batches_by_length(lengths, batch_size, self.policy.rotary_limit):
+                batch = collate([[documents[i]] for i in chosen], self.template.tokenizer.pad_token_id)
+                found |= dict(zip(chosen, self.policy(batch.to(device)).scores.cpu(), strict=True))
+                bar.update(len(chosen))
+        return torch.stack([found[i] for i in range(len(documents))])
+
+    def verdicts(self, scores: torch.Tensor) -> list[dict]:
+        """[n, L] -> for each a `prediction`: a label, with its `probability`, or the number itself."""
+        if self.labels is None:
+            return [{"prediction": number} for number in scores[:, 0].tolist()]
+        probabilities, chosen = scores.softmax(1).max(1)  # [n], [n]
+        pairs = zip(chosen.tolist(), probabilities.tolist(), strict=True)
+        return [{"prediction": self.labels[number], "probability": probability} for number, probability in pairs]
+
+    def _document(self, asked: Asked) -> Document:
+        try:
+            documents = encode(asked.record, self.template, self.limits)
+        except DataError as error:
+            raise DataError(f"{asked.where}: {error}") from None
+        if isinstance(documents, str):
+            raise DataError(f"{asked.where}: {documents}")
+        (tokens,) = documents
+        self.n_truncated += tokens.notes.get("truncated examples", 0)
+        columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
+        return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns)
+
+
+def load_judge(
+    source: str, asked: list[Asked], device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
+) -> Judge:
+    """A judge from a run folder (its final/ model, or best/), the folder of a model or adapter, or a hub name.
+
+    `asked` is what it is for: conversations go through the chat template, and texts are read as they are.
+    Raises ConfigError.
+    """
+    config = model_config(find_model(source), trust_remote_code)
+    outputs = trained_outputs(config)
+    if outputs is None:
+        raise ConfigError(f"{source}: this model ends in a vocabulary and gives no scores; use `minitrain generate`.")
+    place = pick_device(device)
+    tokenizer = load_tokenizer(config, scores=True)
+    texts = all(isinstance(one.record, Labelled) for one in asked)
+    template = Template(tokenizer, "none" if texts else chat_template)
+    saved = saved_dtype(config)
+    dtype = DTYPES[saved] if saved in native_dtypes(place) else torch.float32
+    if config.adapter:
+        model = load_merged(config, tokenizer).to(dtype)
+    else:
+        model = load_model(config, tokenizer, 0, dtype, outputs)
+    policy = make_policy(model.to(place))
+    return Judge(policy, template, policy.n_positions)
+
+
+def line(verdict: dict) -> str:
+    """A verdict as the console shows it."""
+    return "\t".join(f"{value:.4f}" if isinstance(value, float) else value for value in verdict.values())
+
+
+def asked_for(arguments: Namespace) -> list[Asked]:
+    """What the command line names: texts, pairs of them, prompts with their answers, or a file of any of these.
+
+    Raises ConfigError or DataError.
+    """
+    given = vars(arguments)
+    for half, whole in (("text_pair", "text"), ("response", "prompt")):
+        missing = half == "response" and given[whole] and not given[half]
+        if missing or (given[half] and len(given[half]) != len(given[whole] or [])):
+            counts = f"{len(given[half] or [])} for {len(given[whole] or [])} of --{whole}"
+            raise ConfigError(f"--{half.replace('_', '-')}: {counts}; give one for each")
+    columns = dict(pair.partition("=")[::2] for pair in arguments.columns)
+    if not all(columns.values()):
+        raise ConfigError('--columns: expected NAME=COLUMN, for example text="#1 String"')
+    if arguments.input:
+        return _of_file(Path(arguments.input), columns)
+    if columns:
+        raise ConfigError("--columns would be ignored: it needs --input")
+    if arguments.text:
+        halves = arguments.text_pair or [None] * len(arguments.text)
+        pairs = zip(arguments.text, halves, strict=True)
+        return [Asked("--text", {"text": text}, Labelled(text, half, "")) for text, half in pairs]
+    pairs = zip(arguments.prompt, arguments.response, strict=True)
+    return [Asked("--prompt", {"prompt": p}, Conversation([user(p), assistant(answer)])) for p, answer in pairs]
+
+
+def _of_file(path: Path, columns: dict[str, str]) -> list[Asked]:
+    """Rows of a file: texts or pairs by the keys of labelled rows, of which no label is needed, or conversations.
+
+    Raises DataError for a row that is neither, and for rows of both kinds.
+    """
+    refuse_no_file(path)
+    if format_of(path) not in FORMATS:
+        raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file")
+    dataset, asked = DatasetConfig(str(path), columns=columns), []
+    for line, row in read_rows(path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            asked.append(Asked(f"{path}:{line}", row, _record(row, dataset)))
+        except DataError as error:
+            raise DataError(f"{path}:{line}: {error}") from None
+        if type(asked[-1].record) is not type(asked[0].record):
+            raise DataError(f"{path}:{line}: some rows are texts to label and others conversations; use two files")
+    if not asked:
+        raise DataError(f"{path}: holds no rows")
+    return asked
+
+
+def _record(row: dict, dataset: DatasetConfig) -> Record:
+    named = {"label", *row, *dataset.columns}
+    if not any(named.issuperset(one.required) for one in schemas_of("labelled").values()):
+        return to_record(row, dataset)
+    return to_record(row | {"label": "unknown"}, dataset, "labelled")

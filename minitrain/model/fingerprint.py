@@ -1,0 +1,70 @@
+"""What tells a model from another one by its files: for caches of what it computed, and for checkpoints.
+
+Up to `WHOLE` bytes are hashed in full, which takes a second or two. Larger models are sampled: the header and
+`SAMPLES` places of every tensor, about 260 kB each, so that a model of 15 GB with 300 tensors costs 80 MB of reading.
+A single changed number in a sampled tensor may be missed; training changes nearly all of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitrain.config.schema import ModelConfig
+
+from .adapter_config import CONFIG_FILE
+from .state_dict import archive_files
+
+WHOLE = 1 << 30  # bytes of all files
+SAMPLES, SAMPLE = 64, 4096  # of a tensor, and bytes of one
+WEIGHTS = (".safetensors", ".bin", ".pt")
+
+
+def identity(config: ModelConfig) -> list[str]:
+    """Return a line for each file of a model, its adapter and its archive, that changes with what the file holds."""
+    folders = [_folder(config), *([Path(config.adapter)] if config.adapter else [])]
+    files = [file for folder in folders if folder for file in sorted(folder.glob("*"))]
+    files = [file for file in files if file.suffix in WEIGHTS or file.name in ("config.json", CONFIG_FILE)]
+    files += archive_files(Path(config.archive)) if config.archive else []
+    is_sampled = sum(file.stat().st_size for file in files) > WHOLE
+    return [f"{file.name} {file.stat().st_size} {_digest(file, is_sampled)}" for file in files]
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    """Where the files of a model are: a folder, or a snapshot of the hub's cache; None for the embedded model."""
+    from transformers.utils.hub import cached_file
+
+    if config.name_or_path == "tiny":
+        return None
+    if Path(config.name_or_path).is_dir():
+        return Path(config.name_or_path)
+    return Path(cached_file(config.name_or_path, "config.json", revision=config.revision)).parent
+
+
+def _digest(file: Path, is_sampled: bool) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        for start, stop in _pieces(file) if is_sampled else [(0, file.stat().st_size)]:
+            opened.seek(start)
+            while start < stop and (block := opened.read(min(1 << 20, stop - start))):
+                digest.update(block)
+                start += len(block)
+    return digest.hexdigest()[:16]
+
+
+def _pieces(file: Path) -> Iterator[tuple[int, int]]:
+    """The bytes that stand for a file: the header of a safetensors file, and samples of each tensor."""
+    size = file.stat().st_size
+    if file.suffix == ".safetensors":
+        with open(file, "rb") as opened:
+            begin = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(begin - 8))
+        yield 0, begin
+        tensors = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        spans = [(begin + start, begin + stop) for start, stop in tensors]
+    else:  # where tensors begin is not known, so the file is cut into parts of about the size of one
+        spans = [(start, min(size, start + (1 << 24))) for start in range(0, size, 1 << 24)]
+    for start, stop in spans:
+        for number in range(SAMPLES):
+            first = start + max(0, stop - start - SAMPLE) * number // (SAMPLES - 1)
+            yield first, min(first + SAMPLE, stop)

@@ -1,0 +1,217 @@
+"""How far a policy's distribution is from a teacher's, without a [tokens, vocabulary] tensor of either.
+
+Both heads go through their matrices a chunk of tokens at a time, and the gradient of ``a divergence - b log p`` is made
+in the same pass, from the logits at hand: 4 matrix products, like the plain path. The backward pass checks that this
+was the loss, and scales; for another loss it makes a pass of its own.
+
+Vocabularies of one tokenizer may be padded to different sizes. What is compared are the distributions over the tokens
+that both have, each with a sum of 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitrain.batch import Distillation, Likeliest
+
+from .logprobs import (
+    CHUNK_BYTES,
+    Gradients,
+    OutputLayer,
+    common_factor,
+    compute_dtype,
+    logits_dtype,
+    logits_of,
+    matmul_dtype_of,
+    matrix_of,
+    native_dtype,
+    needs_loss_scale,
+    products_in,
+    through_output,
+)
+
+BUFFERS = 2  # that share `CHUNK_BYTES`: the logits of both
+
+
+def divergences(
+    hidden: Tensor, targets: Tensor, layer: OutputLayer, distillation: Distillation, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, at temperature 1, and the divergence from the teacher -> [N], [N] float32.
+
+    Args:
+        hidden: [N, H], the states that predict the targets.
+        targets: [N] int64.
+        distillation: the teacher at the same tokens, the formula, the temperature.
+        chunk: tokens at a time; by default what fits `heads.CHUNK_BYTES`.
+
+    Both are differentiable with respect to hidden, weight, bias and rows, but not to the teacher. N may be 0: the
+    results are empty and their sums are zeros attached to the graph.
+    """
+    chunk = chunk or _default_chunk(hidden, layer)
+    dtype = matmul_dtype_of(hidden)
+    early = torch.is_grad_enabled() and not needs_loss_scale(dtype)
+    settings = _Settings(layer, distillation, chunk, dtype, early)
+    with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
+        return _Divergences.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, layer: OutputLayer, temperature: float, k: int, chunk: int | None = None) -> Likeliest:
+    """The k likeliest tokens after each of N hidden states [N, H], and all others as one more."""
+    chunk, n = chunk or _default_chunk(hidden, layer), len(hidden)
+    head = _Head(hidden, layer, chunk)
+    ids = hidden.new_empty((n, k), dtype=torch.int64)
+    logps = hidden.new_empty((n, k + 1), dtype=compute_dtype(hidden))
+    with torch.autocast(hidden.device.type, enabled=False), products_in(layer.weight.dtype):
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            ids[rows], logps[rows] = _likeliest_of(head.logits(rows).div_(temperature), k)
+    return Likeliest(ids, logps, head.n_tokens)
+
+
+class _Head:
+    """A teacher's hidden states [N, H] and output layer, and what they need in one pass."""
+
+    def __init__(self, hidden: Tensor, layer: OutputLayer, chunk: int):
+        self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
+        kind = hidden.device.type
+        self.matrix = layer.matrix(logits_dtype(native_dtype(layer.weight.dtype, kind), kind))  # [V, H]
+        size = min(chunk, len(hidden)), self.n_tokens
+        self.buffer = hidden.new_empty(size, dtype=compute_dtype(hidden))  # [chunk, V]
+
+    def logits(self, rows: slice) -> Tensor:
+        """[n, V], in a buffer that the next ones will take."""
+        part = self.hidden[rows]  # [n, H]
+        return logits_of(part, self.matrix, self.layer.bias, self.layer, False, self.buffer[: len(part)])[0]
+
+
+class _Settings(NamedTuple):
+    layer: OutputLayer
+    distillation: Distillation
+    chunk: int
+    matmul_dtype: torch.dtype
+    with_gradient: bool
+
+
+class _Divergences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
+        weights = None
+        if settings.with_gradient:
+            dtype = compute_dtype(hidden)
+            weights = [hidden.new_full(targets.shape, number, dtype=dtype) for number in _weights(settings)]
+        inputs = hidden, weight, bias, trained_rows, targets
+        logps, divergence, ctx.grads = _sweep(*inputs, settings, weights, ctx.needs_input_grad)
+        ctx.settings = settings
+        ctx.save_for_backward(*inputs)
+        return logps, divergence
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_divergence):
+        made = [torch.full_like(grad_logps, number) for number in _weights(ctx.settings)]
+        factor = common_factor(torch.cat([grad_logps, grad_divergence]), torch.cat(made))
+        grads, ctx.grads = ctx.grads, None
+        if grads is None or factor is None:
+            factor = None
+            weights = grad_logps, grad_divergence
+            with products_in(ctx.settings.matmul_dtype):
+                *_, grads = _sweep(*ctx.saved_tensors, ctx.settings, weights, ctx.needs_input_grad)
+        return *grads.scaled(factor), None, None
+
+
+def _weights(settings: _Settings) -> tuple[float, float]:
+    """Of log p and of the divergence in the loss that is expected."""
+    of_divergence, of_nll = settings.distillation.weights
+    return -of_nll, of_divergence
+
+
+def _sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    trained_rows: Tensor | None,
+    targets: Tensor,
+    settings: _Settings,
+    weights: tuple[Tensor, Tensor] | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Gradients | None]:
+    """log p and divergence of all tokens [N], and with `weights` [N] of both the gradients of their weighted sum."""
+    asked, n, dtype = settings.distillation, targets.numel(), compute_dtype(hidden)
+    teacher = asked.teacher if isinstance(asked.teacher, Likeliest) else _Head(*asked.teacher, settings.chunk)
+    n_tokens = min(weight.shape[0], teacher.n_tokens)
+    logps, divergence = (hidden.new_empty(n, dtype=dtype) for _ in range(2))  # [N]
+    row_ids, grads, matrix = settings.layer.row_ids, None, None
+    logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
+    if weights is not None:
+        grads = Gradients(hidden, weight, bias, trained_rows, row_ids, needed)
+        matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
+    buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=dtype)  # [chunk, V]
+    for start in range(0, n, settings.chunk):
+        rows = slice(start, start + settings.chunk)
+        part, wanted = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
+        slots = buffer[: len(part)]
+        logits, slope = logits_of(part, logit_matrix, bias, settings.layer, grads is not None, slots)  # [n, V]
+        lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
+        logps[rows] = (logits.gather(1, wanted) - lse)[:, 0]
+        tempered = logits[:, :n_tokens] / asked.temperature  # [n, n_tokens]
+        divergence[rows], gradient = _compare(tempered, rows, teacher, asked)  # [n], [n, n_tokens]
+        if grads is not None:
+            of_logp, of_divergence = (w[rows, None] for w in weights)  # [n, 1]
+            dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # of w log p: w (1 at the target - p)
+            dlogits.scatter_add_(1, wanted, of_logp)
+            dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / asked.temperature)
+            grads.add(rows, through_output(dlogits, slope, settings.layer), part, matrix)
+    return logps, divergence, grads
+
+
+def _compare(logits: Tensor, rows: slice, teacher: _Head | Likeliest, asked: Distillation) -> tuple[Tensor, Tensor]:
+    """Divergence of a chunk [n] and its gradient by the student's logits at the temperature [n, V].
+
+    `logits` are these; they are written over.
+    """
+    formula, n_tokens = asked.formula, logits.shape[1]
+    if isinstance(teacher, Likeliest):
+        return _on_likeliest(logits, teacher.ids[rows].long(), teacher.logps[rows].to(logits.dtype), formula)
+    theirs = teacher.logits(rows)[:, :n_tokens].div_(asked.temperature)  # [n, V]
+    if asked.top_k is not None:
+        return _on_likeliest(logits, *_likeliest_of(theirs, min(asked.top_k, n_tokens)), formula)
+    student, theirs = (table.sub_(table.logsumexp(1, keepdim=True)) for table in (logits, theirs))
+    divergence, slope = formula(student, theirs)
+    return divergence, slope.addcmul_(student.exp_(), -slope.sum(1, keepdim=True))
+
+
+def _on_likeliest(logits: Tensor, ids: Tensor, teacher: Tensor, formula) -> tuple[Tensor, Tensor]:
+    """The same on k tokens [n, k] and the rest, of which the teacher's log-probabilities are [n, k + 1]."""
+    k = ids.shape[1]
+    student, others = _outcomes(logits, ids)  # [n, k + 1], [n, V]
+    if k == logits.shape[1]:  # there is no rest
+        student, teacher = student[:, :k], teacher[:, :k]
+    divergence, slope = formula(student, teacher)
+    gradient = slope - student.exp() * slope.sum(1, keepdim=True)  # [n, k + 1] of the outcomes' logits
+    spread = others.mul_(gradient[:, k:]) if k < logits.shape[1] else others  # the rest's over its tokens
+    return divergence, spread.scatter_(1, ids, gradient[:, :k])
+
+
+def _likeliest_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of logits [n, V], which are written over -> [n, k], log-probabilities [n, k + 1]."""
+    ids = logits.topk(k).indices
+    return ids, _outcomes(logits, ids)[0]
+
+
+def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, k + 1] of the tokens `ids` [n, k] and of the rest, and each token's share of the rest.
+
+    The shares [n, V] take the place of `logits`.
+    """
+    top = logits.gather(1, ids)  # [n, k]
+    others = logits.scatter_(1, ids, -torch.inf)
+    peak = others.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # of no token at all it would be -inf
+    total = others.sub_(peak).exp_().sum(1, keepdim=True)  # [n, 1]
+    rest = peak + total.log()
+    return torch.cat([top, rest], 1).log_softmax(1), others.div_(total.clamp_min(1))
+
+
+def _default_chunk(hidden: Tensor, layer: OutputLayer) -> int:
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    return max(64, budget // (4 * BUFFERS * layer.weight.shape[0]))

@@ -1,0 +1,164 @@
+"""Policies that end in scalars and not in a vocabulary: reward and value models, classifiers."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitrain.batch import Batch, Scores
+from minitrain.errors import ConfigError
+
+from .policy import Policy, check_packing, find_blocks, row_of
+from .positions import UNLIMITED, n_positions
+
+
+class Heads(NamedTuple):
+    """Names of the modules that a model's scalars come from, all trained whole, and of those with new weights."""
+
+    trained: list[str]
+    new: list[str]
+
+
+class Scorer(Policy):
+    """A decoder with a linear layer on the hidden state of each document's last token.
+
+    That is where a document ends in its row, wherever padding is and whatever ids stand in the text.
+    """
+
+    def forward(self, batch: Batch) -> Scores:
+        """`scores` [D, L] of the documents, and where L is 1 `values` [N] of the text before each supervised token."""
+        hidden = self.hidden_states(batch).flatten(0, 1)  # [R * T, H]
+        scores = self._scalars(hidden.index_select(0, batch.last_places.to(hidden.device)))  # [D, L]
+        values = None
+        if scores.shape[1] == 1:
+            values = self._scalars(hidden.index_select(0, batch.predictors))[:, 0]  # [N]
+        return Scores(None, batch.target_docs, batch.n_docs, values=values, scores=scores)
+
+    @property
+    def n_positions(self) -> int:
+        """The longest text that the model has places for."""
+        return n_positions(self.model)
+
+    def _scalars(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, L] float32."""
+        head = self.model.score
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = head.bias.float() if head.bias is not None else None
+            return F.linear(hidden.float(), head.weight.float(), bias)
+
+    def check(self, ids: Tensor, packing: bool, gathered) -> None:
+        pad = self.model.config.get_text_config().pad_token_id
+        _check_scores(self, ids[ids != pad], gathered)
+        if packing:
+            check_packing(self, ids)
+
+    def score_of_second(self, scores: Scores) -> Tensor:
+        return scores.scores[1].sum()
+
+
+class EncoderScorer(Policy):
+    """An encoder of BERT's kind with the head that transformers gives it; one document a row, padded on the right."""
+
+    def forward(self, batch: Batch) -> Scores:
+        """`scores` [D, L] of the documents."""
+        mask = batch.doc_ids >= 0  # [R, T]
+        mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not come to NaN
+        inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
+        if getattr(self.model.config, "type_vocab_size", 1) > 1 and "token_types" in batch.columns:
+            inputs["token_type_ids"] = batch.columns["token_types"].long()
+        scores = self.model(**inputs).logits[: batch.n_docs].float()  # [D, L]
+        return Scores(None, batch.target_docs, batch.n_docs, scores=scores)
+
+    @property
+    def n_positions(self) -> int:
+        """The longest text; positions of RoBERTa's kind begin behind the id of padding."""
+        for name, module in self.model.base_model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return UNLIMITED
+
+    @property
+    def position_limit(self) -> int:
+        return self.n_positions
+
+    def check(self, ids: Tensor, packing: bool, gathered) -> None:
+        check_rows(self.model, packing)
+
+
+def make_policy(model: nn.Module) -> Policy:
+    """The policy that fits how a model ends."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(_as_weights)
+    if model.get_output_embeddings() is not None:
+        return Policy(model)
+    return EncoderScorer(model) if is_encoder(model) else Scorer(model)
+
+
+def _as_weights(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Autocast makes layer_norm fit on a GPU only: on the CPU it refuses float32 beside weights of half precision."""
+    (x,) = inputs
+    wider = x.dtype == torch.float32 and x.device.type == "cpu" and norm.weight is not None
+    return (x.to(norm.weight.dtype),) if wider else inputs
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Whether a model is one of BERT's kind: transformers calls a decoder's scalar head `score`."""
+    return model.get_output_embeddings() is None and not hasattr(model, "score")
+
+
+def check_rows(model: nn.Module, packing: bool) -> None:
+    """Raises ConfigError for an encoder of packed rows."""
+    if packing and is_encoder(model):
+        told = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
+        raise ConfigError(f"packing: {told}")
+
+
+def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
+    """Notes in a model's config what its scalars mean, and where a decoder's text ends, for others who load it.
+
+    `missing`: names of the parameters that its files do not hold. Raises ConfigError when these are more than a head,
+    or when the files name the same outputs in another order.
+    """
+    config, known = model.config, list(model.config.id2label.values())
+    if known != outputs and sorted(known) == sorted(outputs):
+        told = f"the model's outputs are {', '.join(known)}, in this order; set loss.labels=[{','.join(known)}]"
+        raise ConfigError(f"loss.labels: {told}.")
+    config.id2label = dict(enumerate(outputs))
+    config.label2id = {name: number for number, name in enumerate(outputs)}
+    config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
+    if not is_encoder(model):  # of which RoBERTa's kind counts positions from its own id
+        config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
+    new = sorted({name.rpartition(".")[0] for name in missing})
+    body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
+    if lost := [name for name in new if model.get_submodule(name) in body]:
+        raise ConfigError(
+            f"model.name_or_path: its files hold no weights for {lost[0]}, nor for {len(lost) - 1} others."
+        )
+    children = {name for name, child in model.named_children() if any(True for _ in child.parameters())}
+    head = sorted(children - {model.base_model_prefix})
+    model.heads = Heads(head + [name for name in new if name.partition(".")[0] not in head], new)
+
+
+def heads_of(model: nn.Module) -> Heads:
+    """Those of a model that was loaded; none if it ends in a vocabulary."""
+    return Heads([], []) if model.get_output_embeddings() is not None else model.heads
+
+
+@torch.no_grad()
+def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
+    prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
+    ours = policy(row_of(ids, [len(ids)])).scores[0]  # [L]
+    policy.prompted = prompted
+    base = policy.model.get_input_embeddings().weight.dtype  # that of a head beside it may be float32
+    mixed = contextlib.nullcontext() if base == torch.float32 else torch.autocast(ids.device.type, base)
+    with gathered(), mixed:
+        theirs = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L]
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 + float(theirs.abs().max()) / 64):
+        raise ConfigError(
+            f"model.name_or_path: the head of {type(policy.model).__name__} does something that minitrain does not "
+            "know, so its scores would be wrong. Please report this architecture."
+        )

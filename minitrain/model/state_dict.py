@@ -1,0 +1,88 @@
+"""Weights that take the place of those of a model: a state dict in a file, or the files of a model's folder."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minitrain.errors import ConfigError
+
+from .diagnostics import first_line
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_archive(model: nn.Module, path: Path) -> None:
+    """Loads an archive over a model. Raises ConfigError when it cannot be read, or is of another model."""
+    model.load_state_dict(read_archive(model, path), strict=False)
+
+
+def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of an archive by the names of `model`; one that is tied to another may be missing.
+
+    A `.pt` file may hold its state dict under the key `state`. Objects are never unpickled. Raises ConfigError.
+    """
+    state: dict[str, Tensor] = {}
+    try:
+        for file in archive_files(path):
+            if file.suffix == ".safetensors":
+                state |= load_file(file)
+            else:
+                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                state |= held.get("state", held)
+    except (AttributeError, pickle.UnpicklingError):
+        told = "it holds something else than names with tensors; save a state dict"
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {told}.") from None
+    except Exception as error:
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
+    state = _by_own_names(model, state)
+    _compare(model, state, path)
+    return state
+
+
+def archive_files(path: Path) -> list[Path]:
+    """The files of an archive: one of weights, or those of a folder as `final/` is. Empty where there are none."""
+    if path.is_file():
+        return [path] if path.suffix in (".pt", ".bin", ".safetensors") else []
+    if (path / INDEX).is_file():
+        return [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
+    whole = path / "model.safetensors"
+    return [whole] if whole.is_file() else []
+
+
+def _by_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Files keep the names that a model had in older versions of transformers, and buffers that it had then."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    old_buffers = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    wanted = model.state_dict()
+    tensors = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    named = {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor
+        for name, tensor in named.items()
+        if name in wanted or not any(re.search(pattern, name) for pattern in old_buffers)
+    }
+
+
+def _compare(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = [name for name in wanted if name not in state and name not in tied]
+    unexpected = [name for name in state if name not in wanted]
+    if missing or unexpected:
+        raise ConfigError(
+            f"model.archive: {path} does not fit {type(model).__name__}: "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise ConfigError(
+                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, the model's has {wanted[name]}."
+            )

@@ -1,0 +1,151 @@
+"""Where two runs part: `minitrain compare`. It reads their ledgers, a line for each step, and their configs."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from minitrain.errors import ConfigError, RunFolderError
+from minitrain.training.metrics_log import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
+
+FILE = "ledger.jsonl"
+OWN = ("exp_name", "output_dir")  # what always differs
+ROUNDING = 1e-5  # what another order of sums makes of a float32 loss, at most
+
+
+class Step(NamedTuple):
+    tokens: str
+    loss: float
+    grad_norm: float
+
+
+NAMES = {"tokens": "tokens", "loss": "loss", "grad_norm": "gradient norm"}
+
+
+class Parting(NamedTuple):
+    """Where a figure first differs, and the relative difference there; None of a hash."""
+
+    step: int
+    apart: float | None
+
+
+def compare(first: Path, second: Path) -> tuple[list[str], bool]:
+    """(lines that say where two runs part and in what, whether they are the same in all steps that both have).
+
+    Raises ConfigError for a folder without a ledger, and for runs without a step in common.
+    """
+    ledgers = [read_ledger(first), read_ledger(second)]
+    steps = sorted(set(ledgers[0]) & set(ledgers[1]))
+    if not steps:
+        raise ConfigError(f"{first} and {second} have no step in common")
+    a, b = ([ledger[step] for step in steps] for ledger in ledgers)
+    lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in zip("ab", (first, second), ledgers)]
+    lines += ["", *_options(first, second), ""]
+    partings = {}
+    for name in Step._fields:
+        sides = [[getattr(step, name) for step in steps_of] for steps_of in (a, b)]
+        told, parting = _figure(steps, *sides)
+        lines.append(f"{NAMES[name]:<14} {told}")
+        if parting is not None:
+            partings[name] = parting
+    return [*lines, "", _verdict(partings, steps)], not partings
+
+
+def read_ledger(folder: Path) -> dict[int, Step]:
+    """The steps of a run; lines that cannot be read are skipped, with a warning on stderr. Raises ConfigError."""
+    lines = read_lines(folder, FILE, "; a run writes it unless it has ledger=false")
+    steps, damaged = {}, []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_line(line)
+            steps[row["step"]] = Step(str(row["tokens"]), float(row["loss"]), float(row["grad_norm"]))
+        except (ValueError, KeyError, TypeError, OverflowError):
+            damaged.append(number)
+    if damaged:
+        warn_damaged([damaged_lines_message(folder / FILE, damaged) + " skipped"])
+    if not steps:
+        raise ConfigError(f"{folder / FILE}: holds no steps")
+    return steps
+
+
+def _span(ledger: dict[int, Step]) -> str:
+    return f"steps {min(ledger)} to {max(ledger)}"
+
+
+def _options(first: Path, second: Path) -> list[str]:
+    """A line for each option in which the configs differ."""
+    configs = []
+    for folder in (first, second):
+        try:
+            settings = read_settings(folder)
+        except RunFolderError:
+            settings = None
+        if settings is None:
+            return [f"options: {folder / 'config.yml'} cannot be read"]
+        configs.append(dict(_flat(settings)))
+    a, b = configs
+    keys = [key for key in (*a, *(key for key in b if key not in a)) if key not in OWN and a.get(key) != b.get(key)]
+    if not keys:
+        return ["options: the same"]
+    width = max(map(len, keys))
+    return ["options that differ:", *(f"  {key:<{width}}  {_shown(a, key)} -> {_shown(b, key)}" for key in keys)]
+
+
+def _flat(settings, path: str = ""):
+    """(key, value) of each option, ``a.b`` for one in a section."""
+    if isinstance(settings, dict) and (settings or not path):
+        for key, value in settings.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, settings
+
+
+def _shown(config: dict, key: str) -> str:
+    return json.dumps(config[key], default=str, skipkeys=True) if key in config else "(not there)"
+
+
+def _figure(steps: list[int], a: list, b: list) -> tuple[str, Parting | None]:
+    """What to say of a figure, and where it first differs."""
+    differing = [i for i in range(len(steps)) if a[i] != b[i] and not (a[i] != a[i] and b[i] != b[i])]  # NaN is NaN
+    if not differing:
+        return f"the same to the last bit in {len(steps):,} steps", None
+    at = differing[0]
+    if isinstance(a[at], str):
+        told = f"first differ at step {steps[at]}, and in {len(differing):,} of {len(steps):,} steps"
+        return told, Parting(steps[at], None)
+    apart = {i: _apart(a[i], b[i]) for i in differing}
+    most = max(differing, key=apart.get)
+    told = f"first differs at step {steps[at]}: {a[at]:.9g} and {b[at]:.9g}, a relative difference of {apart[at]:.1e}"
+    if most != at:
+        told += f"; the largest is {apart[most]:.1e}, at step {steps[most]}"
+    return told, Parting(steps[at], apart[at])
+
+
+def _apart(a: float, b: float) -> float:
+    """Their difference as a share of the larger one; infinite where one is no number."""
+    share = abs(a - b) / max(abs(a), abs(b))
+    return share if share == share else float("inf")
+
+
+def _verdict(partings: dict[str, Parting], steps: list[int]) -> str:
+    """In words what differed first, and what that leaves as the cause."""
+    if not partings:
+        return f"The runs are the same in all {len(steps):,} steps that both have."
+    step = min(parting.step for parting in partings.values())
+    first = [name for name, parting in partings.items() if parting.step == step]
+    if "tokens" in first:
+        return (
+            f"From step {step} on they have seen other data: look at seed, datasets, total_batch_size, the tokenizer "
+            "and what cuts and splits examples."
+        )
+    small = all(partings[name].apart < ROUNDING for name in first)
+    size = "no more than rounding makes" if small else "more than rounding makes"
+    if "loss" not in first:
+        cause = "the backward pass: activation checkpointing, attention, micro-batches, another machine"
+        return f"At step {step} the same data and loss gave another gradient, {size}: look at {cause}."
+    if step == steps[0]:
+        cause = "packing, micro-batches, ranks, attention, another machine" if small else "model, loss, dtype, dropout"
+        return f"At step {step}, the first, the same data gave another loss, {size}: look at {cause}."
+    return (
+        f"Up to step {step - 1} all was the same; then the same data gave another loss, {size}: the update of step "
+        f"{step - 1} or something random differed. Look at lr and its schedule, optimizer, max_grad_norm, dropout."
+    )

@@ -1,0 +1,371 @@
+"""What looks wrong in the figures of a run, in words: `minitrain doctor`.
+
+A finding is a small function over what was logged, and a line in CHECKS.
+"""
+
+import math
+import shutil
+import textwrap
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import fmean, median, pstdev
+from typing import NamedTuple
+
+from minitrain.training.atomic_dir import checkpoints, step_of
+from minitrain.training.metrics_log import History, Point
+
+ENOUGH = 6  # lines, below which nothing is said of how a figure goes
+SHOWN = 5  # steps that are named
+FLAT = 0.02  # of a figure's size, the least change that counts
+RISE = 0.3  # of what was gained, or of the loss: lost again by a run that diverges
+SPIKE = 8  # times the running median
+CLIPPED = 2  # times max_grad_norm, the median of norms that are always clipped
+CLIP_FRACTION = 0.3
+RATIOS = (0.8, 1.25)
+PADDING = 0.3
+SLOWER = 0.7
+WIDTH = 100
+
+
+class Finding(NamedTuple):
+    """What looks wrong, where it shows, and what to try."""
+
+    what: str
+    evidence: str
+    advice: str
+
+
+class Check(NamedTuple):
+    """What is looked at, how, the figures without which there is nothing to look at, and one that forbids it."""
+
+    of: str
+    look: Callable[[History], Finding | None]
+    needs: tuple[str, ...] = ()
+    unless: str = ""
+
+    def applies(self, run: History) -> bool:
+        return all(map(run.values, self.needs)) and self.unless not in run.figures
+
+
+class Trend(NamedTuple):
+    """Where a figure begins and ends, and the least difference between the two that is neither small nor noise."""
+
+    first: float
+    last: float
+    least: float
+
+
+def examine(run: History) -> tuple[list[Finding], list[str]]:
+    """The findings, and what was looked at and found well."""
+    findings, well = [], []
+    for check in CHECKS:
+        if not check.applies(run):
+            continue
+        finding = check.look(run)
+        if finding is None:
+            well.append(check.of)
+        else:
+            findings.append(finding)
+    return findings, well
+
+
+def report(run: History) -> str:
+    """The whole report, wrapped for the terminal."""
+    findings, well = examine(run)
+    lines = [len(run.figures.get(f"{kind}/loss", [])) for kind in ("train", "eval")]
+    paragraphs = [_wrap(f"{run.folder}: {lines[0]} train and {lines[1]} eval lines, up to step {run.last_step}")]
+    for what, evidence, advice in findings:
+        paragraphs.append("\n".join([what, _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")]))
+    good = ", ".join(well)
+    if good:
+        paragraphs.append(_wrap(f"{'Nothing wrong with' if findings else 'Nothing looks wrong. Looked at'}: {good}."))
+    return "\n\n".join(paragraphs)
+
+
+# --------------------------------------------------------------------------------------------------- the findings
+
+
+def flat_loss(run: History) -> Finding | None:
+    name = _measure(run)
+    values, evals = run.values(f"train/{name}"), run.values(f"eval/{name}")
+    if len(values) < ENOUGH:
+        return None
+    trend = _trend(values)
+    in_first_line = abs(values[0] - trend.last) > max(FLAT * abs(values[0]), 2 * pstdev(values[1:]))
+    in_evals = len(evals) > 1 and evals[0] - evals[-1] > FLAT * abs(evals[0])
+    if abs(trend.first - trend.last) > trend.least or in_first_line or in_evals:
+        return None
+    return Finding(
+        "The loss does not move.",
+        f"The train {name} is {trend.first:.4g} in the first third of the lines and {trend.last:.4g} in the last, "
+        f"up to step {run.last_step}; the largest lr was {max(run.values('train/lr'), default=math.nan):.3g}.",
+        "an lr 3 to 10 times as high; then see that parameters are trained (freeze_layers, lora.rank) and that the "
+        "right tokens are supervised (train_on).",
+    )
+
+
+def diverging_loss(run: History) -> Finding | None:
+    name = _measure(run)
+    points = run.points(f"train/{name}")
+    if len(points) < ENOUGH:
+        return None
+    values = [point.value for point in points]
+    smooth = [median(values[i - 1 : i + 2]) for i in range(1, len(values) - 1)]
+    noise = median(abs(after - before) for before, after in pairwise(values))
+    lowest, end = min(smooth), smooth[-1]
+    if end - lowest <= max(RISE * max(abs(lowest), values[0] - lowest), 2 * noise):
+        return None
+    best = points[1 + smooth.index(lowest)]
+    return Finding(
+        "The loss rises again.",
+        f"The train {name} was about {lowest:.4g} around step {best.step} and is about {end:.4g} at the end, "
+        f"step {points[-1].step}.",
+        "a lower lr or a longer warmup_ratio; a checkpoint from before the rise is still good.",
+    )
+
+
+def not_finite(run: History) -> Finding | None:
+    # With loss scaling an overflow is how the scale is found.
+    scaled = run.setting("model.policy_dtype", str) == "float16"
+    names = ["train/loss", "eval/loss"] + ([] if scaled else ["train/grad_norm"])
+    bad = {name: [p for p in run.figures.get(name, []) if not p.finite] for name in names}
+    told = "; ".join(f"{name} at {_steps(points)}" for name, points in bad.items() if points)
+    if not told:
+        return None
+    return Finding(
+        "Figures are infinite or undefined.",
+        f"{told}. A train line stands for all steps since the line before; such a step is skipped.",
+        "a lower lr or a longer warmup_ratio; bfloat16 or float32 in the place of float16; debug=true names the place. "
+        "When it comes back at the same examples, look at them.",
+    )
+
+
+def gradient_spikes(run: History) -> Finding | None:
+    points, spikes = run.points("train/grad_norm"), []
+    for i in range(ENOUGH - 1, len(points)):
+        usual = median(point.value for point in points[max(0, i - 20) : i])
+        if points[i].value > SPIKE * usual > 0:
+            spikes.append((points[i].value / usual, points[i]))
+    if not spikes:
+        return None
+    times, worst = max(spikes)
+    return Finding(
+        "The gradient norm has spikes.",
+        f"It was {worst.value:.3g} at step {worst.step}, {times:.0f} times the median of the lines before. Above "
+        f"{SPIKE} times: {_steps([point for _, point in spikes])}.",
+        "a lower lr, a longer warmup_ratio, or a max_grad_norm near the usual norm; look for odd examples there.",
+    )
+
+
+def always_clipped(run: History) -> Finding | None:
+    limit, norms = run.setting("max_grad_norm", int | float), run.values("train/grad_norm")
+    if not limit or len(norms) < ENOUGH or min(norms) <= limit or median(norms) <= CLIPPED * limit:
+        return None
+    return Finding(
+        "Gradients are always clipped.",
+        f"The norm was above max_grad_norm ({limit:g}) in all {len(norms)} lines, by the median {median(norms):.3g}, "
+        "so every step has the same length, whatever its gradient.",
+        f"max_grad_norm={median(norms):.2g}, so that only unusual steps are clipped, or larger batches.",
+    )
+
+
+def overfitting(run: History) -> Finding | None:
+    name = _measure(run)
+    evals, trains = run.points(f"eval/{name}"), run.points(f"train/{name}")
+    if len(evals) < 2 or len(trains) < 2:
+        return None
+    best, last = min(evals, key=lambda point: point.value), evals[-1]
+    until = [p.value for p in trains if p.step <= best.step][-3:] or [trains[0].value]
+    before, after = fmean(until), fmean([p.value for p in trains if p.step > best.step][-3:] or until)
+    gained = max(abs(best.value), evals[0].value - best.value)
+    if last.value - best.value <= FLAT * gained or before - after <= FLAT * abs(before):
+        return None
+    return Finding(
+        "The model overfits.",
+        f"The eval {name} was best at step {best.step} ({best.value:.4g}) and is {last.value:.4g} at step {last.step}, "
+        f"while the train {name} went on falling, from {before:.4g} to {after:.4g}.",
+        "fewer epochs (or early_stopping.patience), save_best=true to keep the best model, a lower lr, more data, or "
+        "LoRA with lora.dropout.",
+    )
+
+
+def chosen_falls(run: History) -> Finding | None:
+    names = ("logps/chosen", "rewards/margins")
+    kind = "eval" if all(len(run.values(f"eval/{name}")) > 1 for name in names) else "train"
+    if kind == "train" and len(run.values("train/logps/chosen")) < ENOUGH:
+        return None
+    chosen, margins = (_change(run, f"{kind}/{name}") for name in names)
+    if chosen.first - chosen.last <= chosen.least or margins.last - margins.first <= margins.least:
+        return None
+    return Finding(
+        "The chosen answers become less likely while margins rise.",
+        f"In {kind} lines logps/chosen went from {chosen.first:.4g} to {chosen.last:.4g} and rewards/margins from "
+        f"{margins.first:.3g} to {margins.last:.3g}: both answers fall, the rejected one faster.",
+        "a lower lr, a larger loss.beta, or loss.sft_weight=0.1 to 1.",
+    )
+
+
+def much_clipping(run: History) -> Finding | None:
+    sides = [run.values(f"train/clip_fraction/{side}") for side in ("high", "low")]
+    shares = [_trend(values).last for values in sides if values]
+    if sum(shares) <= CLIP_FRACTION:
+        return None
+    return Finding(
+        "Much of the data is clipped.",
+        f"Over the last third of the lines {sum(shares):.0%} of the tokens gave no gradient (clip_fraction).",
+        "a lower lr, fewer epochs over the same rollouts, or fresh rollouts.",
+    )
+
+
+def bounded_ratios(run: History) -> Finding | None:
+    bounded = [point for point in run.points("train/bounded_fraction") if point.value > 0]
+    if not bounded:
+        return None
+    worst = max(bounded, key=lambda point: point.value)
+    return Finding(
+        "Some log-ratios are so large that they were bounded.",
+        f"At step {worst.step} {worst.value:.1%} of the tokens had no gradient (bounded_fraction). "
+        f"It is above 0 at {_steps(bounded)}.",
+        "checking that old_logps and ref_logps are of this model, template and loss.temperature, and a lower lr.",
+    )
+
+
+def far_ratio(run: History) -> Finding | None:
+    low, high = RATIOS
+    far = [point for point in run.points("train/ratio") if not low <= point.value <= high]
+    if not far:
+        return None
+    worst = max(far, key=lambda point: abs(math.log(max(point.value, 1e-9))))
+    at_once = far[0].step == run.points("train/ratio")[0].step
+    return Finding(
+        "The policy is far from the one that sampled.",
+        f"The mean ratio was {worst.value:.3g} at step {worst.step}; outside {low} to {high}: {_steps(far)}.",
+        "as the first line has it already, see that old_logps are of this model, template and loss.temperature."
+        if at_once
+        else "a lower lr, fewer epochs over the same rollouts, or fresh rollouts.",
+    )
+
+
+def much_padding(run: History) -> Finding | None:
+    shares = run.values("train/padding")
+    if run.setting("packing", bool) or not shares or fmean(shares) <= PADDING:
+        return None
+    return Finding(
+        "Much of the computation is padding.",
+        f"{fmean(shares):.0%} of the places held no token, up to {max(shares):.0%} between two lines.",
+        "packing=true; or group_by_length=true where the model cannot keep documents of a row apart.",
+    )
+
+
+def slower(run: History) -> Finding | None:
+    speeds = run.values("train/tokens_per_second")[1:]  # the first line has the start in it
+    if len(speeds) < ENOUGH:
+        return None
+    before, after, least = _trend(speeds)
+    if after >= SLOWER * before or before - after <= least:
+        return None
+    memory = run.values("train/memory_gb")
+    used = f"; memory_gb went from {memory[0]:.3g} to {memory[-1]:.3g}" if memory else ""
+    return Finding(
+        "Training became slower.",
+        f"{before:,.0f} tokens per second in the first third of the lines, {after:,.0f} in the last{used}.",
+        "look for other work on the device, heat, memory that swaps, or hooks that keep tensors.",
+    )
+
+
+def no_lr(run: History) -> Finding | None:
+    zeros = []
+    for point in reversed(run.points("train/lr")):
+        if point.value != 0:
+            break
+        zeros.append(point)
+    if len(zeros) < min(2, len(run.points("train/lr"))):
+        return None
+    return Finding(
+        "The learning rate is 0.",
+        f"lr is 0 from step {zeros[-1].step} to {zeros[0].step}, so nothing is learned there.",
+        "lr and lr_scheduler in config.yml; a run that went on past its schedule needs a longer n_steps or n_epochs.",
+    )
+
+
+def never_evaluated(run: History) -> Finding | None:
+    if any(name.startswith("eval/") for name in run.figures):
+        return None
+    held_out = run.setting("eval_datasets", list) or run.setting("validation_split", int | float)
+    return Finding(
+        "The model was never evaluated.",
+        f"There is no eval line up to step {run.last_step}, so overfitting cannot be seen.",
+        "eval_every_steps=100, or another step that comes before the end."
+        if held_out
+        else "eval_datasets, or validation_split=0.05, with eval_every_steps.",
+    )
+
+
+def unfinished(run: History) -> Finding | None:
+    if run.end is not None and run.end[0] >= run.last_step:
+        return None
+    written = time.localtime((run.folder / "metrics.jsonl").stat().st_mtime)
+    left = run.values("train/eta_seconds")
+    found = checkpoints(run.folder / "checkpoints")
+    return Finding(
+        "The run has not finished.",
+        f"Its last line is of step {run.last_step}, written at {time.strftime('%Y-%m-%d %H:%M', written)}"
+        + (f", with {left[-1] / 60:.0f} minutes of training still to come then." if left else "."),
+        f"unless it still runs, the same command again: it goes on from the checkpoint of step {step_of(found[-1])}."
+        if found
+        else "unless it still runs, the same command again, from the start: there is no checkpoint (save_every_steps).",
+    )
+
+
+CHECKS = [
+    Check("lr", no_lr, ("train/lr",)),
+    Check("the loss moves", flat_loss, ("train/loss",), unless="train/ratio"),  # a policy's loss measures nothing
+    Check("the loss does not rise", diverging_loss, ("train/loss",), unless="train/ratio"),
+    Check("finite figures", not_finite),
+    Check("spikes of the gradient", gradient_spikes, ("train/grad_norm",)),
+    Check("clipping of the gradient", always_clipped, ("train/grad_norm",)),
+    Check("overfitting", overfitting, ("train/loss", "eval/loss"), unless="train/ratio"),
+    Check("log-probabilities of chosen answers", chosen_falls, ("train/logps/chosen", "train/rewards/margins")),
+    Check("clip fractions", much_clipping, ("train/clip_fraction/high",)),
+    Check("bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
+    Check("distance from the sampling policy", far_ratio, ("train/ratio",)),
+    Check("padding", much_padding, ("train/padding",)),
+    Check("speed", slower, ("train/tokens_per_second",)),
+    Check("evaluations", never_evaluated),
+    Check("the end of the run", unfinished),
+]
+
+
+# -------------------------------------------------------------------------------------------------------- helpers
+
+
+def _measure(run: History) -> str:
+    """The figure that falls while a model learns. The loss of dft may rise then."""
+    return "perplexity" if "train/dft_alpha" in run.figures else "loss"
+
+
+def _trend(values: list[float]) -> Trend:
+    """From the mean of the first third to that of the last. Noise is that of the values after the first third."""
+    third = max(len(values) // 3, 1)
+    noise = pstdev(values[third:] or values) / math.sqrt(third)
+    first, last = fmean(values[:third]), fmean(values[-third:])
+    return Trend(first, last, max(FLAT * abs(first), 2 * noise))
+
+
+def _change(run: History, name: str) -> Trend:
+    """Between the first and the last evaluation, which are free of noise; or the trend of a train figure."""
+    values = run.values(name)
+    return Trend(values[0], values[-1], FLAT * abs(values[0])) if name.startswith("eval/") else _trend(values)
+
+
+def _steps(points: list[Point]) -> str:
+    shown = ", ".join(str(point.step) for point in points[:SHOWN])
+    more = f" and {len(points) - SHOWN} more" if len(points) > SHOWN else ""
+    return f"{'step' if len(points) == 1 else 'steps'} {shown}{more}"
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    options = {"initial_indent": indent, "subsequent_indent": indent, "break_on_hyphens": False}
+    return textwrap.fill(text, width, break_long_words=False, **options)

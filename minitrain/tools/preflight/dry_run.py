@@ -1,0 +1,54 @@
+"""All that a training does before its first step, but without weights: what `inspect` and `validate` look at."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from minitrain.config.schema import Config
+from minitrain.data.loader import Data, Examples, Loader
+from minitrain.data.template import Template
+from minitrain.losses import Loss, create_loss
+from minitrain.model.outline import outline_policy
+from minitrain.model.policy import Policy
+from minitrain.model.save import check_saving
+from minitrain.training.setup import make_loader, read_data
+
+
+@dataclass
+class DryRun:
+    """A training that will not take place. Its policy is on the meta device."""
+
+    config: Config
+    loss: Loss
+    template: Template
+    data: Data
+    policy: Policy
+
+    def loader(self, examples: Examples) -> Loader:
+        """The loader of a trainer on one device."""
+        return make_loader(examples, self.config, self.template.tokenizer, self.policy)
+
+    def with_packing(self, packing: bool) -> "DryRun":
+        """The same, packed or not."""
+        config = dataclasses.replace(self.config, packing=packing)
+        return dataclasses.replace(self, config=config, policy=_outline(config, self.template, self.loss))
+
+    def outline(self) -> Policy:
+        """Return another policy on the meta device."""
+        return _outline(self.config, self.template, self.loss)
+
+    def packed_policy(self) -> Policy:
+        """Another policy on the meta device, of which quantised layers are as small as they will be."""
+        return _outline(self.config, self.template, self.loss, packed=True)
+
+
+def dry_run(config: Config) -> DryRun:
+    """Reads the data as the trainer does, and of the model its config alone. Raises ConfigError or DataError."""
+    loss = create_loss(**config.loss)
+    template, data = read_data(config, loss)
+    policy = _outline(config, template, loss)
+    check_saving(policy.model, template.tokenizer)
+    return DryRun(config, loss, template, data, policy)
+
+
+def _outline(config: Config, template: Template, loss: Loss, packed: bool = False) -> Policy:
+    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.needs, packed)

@@ -1,0 +1,1 @@
+"""The parts of a training run: setup, optimizer, precision, evaluation, checkpoints, the run directory, metrics."""

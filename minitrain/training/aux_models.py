@@ -1,0 +1,295 @@
+"""The models that a loss looks at besides the policy: a reference and a teacher.
+
+The reference is what the policy was when training began. It comes for the price of what is trained (`InitialValues`),
+as a model of its own (`FrozenModel`), or from a file of its log-probabilities (`Precomputed`). All are called as the
+policy is and give `Scores` without gradients. A `Teacher` is another model over the same tokens.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from minitrain.batch import Batch, Scores
+from minitrain.config.schema import Config, ModelConfig
+from minitrain.data.cache import cache_folder
+from minitrain.data.loader import Examples, Loader
+from minitrain.distributed.parallel import SingleDevice, local_rows
+from minitrain.errors import ConfigError
+from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
+from minitrain.io.temp_files import building_folder
+from minitrain.io.tensor_files import save_file
+from minitrain.losses import Loss
+from minitrain.model.adapter_config import has_adapter
+from minitrain.model.fingerprint import identity
+from minitrain.model.load import DTYPES, load_frozen, load_tokenizer
+from minitrain.model.logprobs import OutputLayer
+from minitrain.model.policy import Policy, check_policy, find_blocks
+from minitrain.model.vocabulary import count_ids
+
+from .metrics import inference
+from .precision import Precision
+from .setup import check_lengths
+
+Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
+NOTED = "ref_logps"  # the column of precomputed log-probabilities
+
+
+class InitialValues:
+    """A copy of what is trained, as it is when this is made; of a sharded policy, each rank's own rows.
+
+    With an adapter that is a copy of the adapter. A new LoRA adds nothing at first, so this is the base model; one that
+    was loaded to go on with is the reference as it was loaded, and not the base with the adapter off (trl#1193).
+    """
+
+    def __init__(self, policy: nn.Module, parallel: SingleDevice):
+        self.policy, self.parallel = policy, parallel
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.pairs = [(local_rows(p)[0].detach(), local_rows(p)[0].detach().clone()) for p in trained]
+
+    def __call__(self, batch: Batch, **asked) -> Scores:
+        with self.restored(), inference(self.policy):
+            return self.policy(batch, **asked)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the policy is what it was; after it, what it is."""
+        now = [rows.clone() for rows, _ in self.pairs]
+        self._put(value for _, value in self.pairs)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return [value for _, value in self.pairs]
+
+    def _put(self, values) -> None:
+        for (rows, _), value in zip(self.pairs, values, strict=True):
+            rows.data.copy_(value)
+        self.parallel.reshard(self.policy)
+
+
+class FrozenModel:
+    """Another model, sharded as the policy is, that computes in a dtype of its own."""
+
+    def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype):
+        self.policy = parallel.wrap(policy, find_blocks(policy.model.base_model), dtype)
+        self.precision = Precision(dtype, parallel.device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return [*self.policy.parameters(), *self.policy.buffers()]
+
+    def __call__(self, batch: Batch, **asked) -> Scores:
+        with torch.no_grad(), self.precision.autocast():
+            return self.policy(batch, **asked)
+
+
+class Teacher(FrozenModel):
+    """Another model over the same tokens."""
+
+    def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype, n_tokens: int, packing: bool):
+        """`n_tokens` are the tokenizer's; rows of the output layer beyond them are padding, which nobody learns from.
+
+        Raises ConfigError for an architecture that minitrain would misread.
+        """
+        super().__init__(policy, parallel, dtype)
+        self.n_tokens = n_tokens
+        with self.precision.autocast():
+            check_policy(self.policy, packing, parallel.device, lambda: parallel.gathered(self.policy))
+        parallel.reshard(self.policy)
+
+    def states(self, batch: Batch) -> tuple[torch.Tensor, OutputLayer]:
+        """What its distributions at the supervised tokens are made of: hidden states [N, H], and the output layer."""
+        with torch.no_grad(), self.precision.autocast():
+            hidden, layer = self.policy.states(batch)
+        return hidden, layer.first(self.n_tokens)
+
+
+class Precomputed:
+    """Log-probabilities that the policy gave before training, kept beside the token cache."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps: a batch brings its own."""
+        return []
+
+    def __call__(self, batch: Batch, **asked) -> Scores:
+        return Scores(batch.of_targets(NOTED), batch.target_docs, batch.n_docs)
+
+
+def companions(
+    loss: Loss,
+    config: Config,
+    policy: Policy,
+    tokenizer,
+    parallel: SingleDevice,
+    precision: Precision,
+    loaders: list[Loader],
+    load: Load | None = None,
+) -> dict:
+    """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError.
+
+    `load` makes those with weights of their own; `load_frozen` when left out.
+    """
+    models, load = {}, load or load_frozen
+    if "teacher" in loss.needs:
+        models["teacher"] = load_teacher(loss, config, tokenizer, parallel, load)
+        for loader in loaders:
+            check_lengths(loader.examples, models["teacher"].policy)
+    if "reference" in loss.needs:
+        kind = reference_kind(loss, config)
+        if kind == "adapter":
+            models["reference"] = InitialValues(policy, parallel)
+        elif kind == "precomputed":
+            for cache in {id(c): c for loader in loaders for c in loader.examples.caches}.values():
+                cache.columns[NOTED] = _noted(cache, loss, policy, config, parallel, precision, loaders[0])
+            models["reference"] = Precomputed()
+        else:
+            models["reference"] = _own_model(config, policy, tokenizer, parallel, precision, load)
+            _check_start(policy, models["reference"], loaders[0], parallel, precision)
+    return models
+
+
+def reference_kind(loss: Loss, config: Config) -> str:
+    """How a loss that needs a reference gets it: model, adapter or precomputed."""
+    kind = loss.options.reference
+    return kind if kind != "auto" else "adapter" if has_adapter(config) else "model"
+
+
+def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = load_frozen) -> Teacher:
+    """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
+    if loss.options.teacher is None:
+        raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.")
+    chosen = teacher_config(loss, config)
+    dtype = DTYPES[chosen.policy_dtype]
+    with parallel.taking_turns():
+        check_teacher_tokenizer(chosen, tokenizer)
+        frozen = load(chosen, tokenizer, dtype, config.packing, torch.float32)
+    return Teacher(frozen, parallel, dtype, count_ids(tokenizer), config.packing)
+
+
+def teacher_config(loss: Loss, config: Config) -> ModelConfig:
+    """Which model the teacher is. Revision, archive and adapter of `model` are the policy's own."""
+    return ModelConfig(
+        loss.options.teacher,
+        policy_dtype=loss.options.teacher_dtype or config.model.policy_dtype,
+        attn_implementation=config.model.attn_implementation,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def check_teacher_tokenizer(teacher: ModelConfig, ours) -> None:
+    """Raise ConfigError when an id does not stand for the same token in the teacher's tokenizer and in ours."""
+    theirs, name = load_tokenizer(teacher), teacher.name_or_path
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if differing := sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token)):
+        token = differing[0]
+        raise ConfigError(
+            f"loss.teacher: {name} has another tokenizer: {len(differing)} tokens differ, {token!r} for one is number "
+            f"{mine.get(token)} in the model's tokenizer and {other.get(token)} in the teacher's, so that their "
+            "distributions cannot be compared. Choose a teacher of the model's family."
+        )
+
+
+def _own_model(
+    config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision, load: Load
+) -> FrozenModel:
+    dtype = DTYPES[config.model.reference_dtype or config.model.policy_dtype]
+    residual = policy.model.get_input_embeddings().weight.dtype
+    with parallel.taking_turns():
+        frozen = load(config.model, tokenizer, dtype, config.packing, residual)
+    # As the policy does; but weights in less than float32 have to meet their like.
+    return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)
+
+
+def _check_start(
+    policy: Policy, reference: FrozenModel, loader: Loader, parallel: SingleDevice, precision: Precision
+) -> None:
+    """Before the first step, the reference says what the policy says. Raises ConfigError."""
+    batch = loader.micro_batches(loader.order(0)[: parallel.world_size])[0].to(parallel.device)
+    with torch.no_grad(), precision.autocast():
+        ours, theirs = (model(batch).logps for model in (policy, reference))
+    exact = precision.dtype == torch.float32 and reference.policy.model.dtype == torch.float32
+    apart = (ours - theirs).abs().mean() if ours.numel() else ours.sum()
+    parallel.reshard(policy)
+    if parallel.max(float(apart)) > (1e-3 if exact else 0.1):
+        raise ConfigError(
+            f"loss.reference: the reference's log-probabilities are {float(apart):.2g} a token away from the policy's "
+            "before the first step. Set model.reference_dtype to model.policy_dtype, or loss.reference=precomputed."
+        )
+
+
+def _noted(
+    cache, loss: Loss, policy: Policy, config: Config, parallel: SingleDevice, precision: Precision, loader: Loader
+) -> torch.Tensor:
+    """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
+    parts = {name: asdict(getattr(config, name)) for name in ("model", "lora", "soft_prompt")}
+    settings = [cache.key, identity(config.model), parts, config.seed, loss.temperature]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    file = cache_folder(config) / f"{key}-reference.safetensors"
+    whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
+    noted = _read_noted(file, len(cache.ids))
+    if parallel.max(int(noted is None)) == 0 and _still_right(noted, cache, loss, policy, parallel, precision, whole):
+        return noted
+    logps = torch.zeros(len(cache.ids))
+    quiet = True if parallel.rank or config.quiet else None  # None: a bar, where there is a terminal
+    with inference(policy), precision.autocast():
+        found = batches_with_places(cache, whole)
+        for batch, places in tqdm(found, desc="the reference", unit=" batches", disable=quiet, leave=False):
+            scores = policy(batch.to(parallel.device), temperature=loss.temperature)
+            logps[places] = scores.logps.float().cpu()
+    parallel.reshard(policy)
+    logps = parallel.sum(logps)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        with building_folder(file.parent) as folder:
+            save_file({NOTED: logps}, folder / file.name, PLACEHOLDER)
+            seal(folder / file.name)
+            os.replace(folder / file.name, file)
+    return logps
+
+
+def _still_right(
+    noted: torch.Tensor, cache, loss: Loss, policy: Policy, parallel: SingleDevice, precision: Precision, loader: Loader
+) -> bool:
+    """Return whether the policy gives the noted log-probabilities for the first batch of a data file, on all ranks."""
+    apart = 0.0
+    with inference(policy), precision.autocast(), contextlib.closing(batches_with_places(cache, loader)) as batches:
+        for batch, places in itertools.islice(batches, 1):
+            logps = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
+            apart = float((logps - noted[places]).abs().mean()) if len(logps) else 0.0
+    parallel.reshard(policy)
+    return parallel.max(apart) <= (1e-3 if precision.dtype == torch.float32 else 0.1)
+
+
+def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
+    cache.columns["place"] = torch.arange(len(cache.ids))
+    try:
+        for batch in loader.eval_batches():
+            yield batch, batch.of_targets("place").long()
+    finally:
+        del cache.columns["place"]
+
+
+def _read_noted(file: Path, n_tokens: int) -> torch.Tensor | None:
+    if not file.exists():
+        return None
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        if is_intact(file) and (noted := load_file(file)[NOTED]).shape == (n_tokens,):  # [T]
+            return noted
+    tqdm.write(f"{file}: the log-probabilities of the reference are damaged, and are computed again")
+    return None

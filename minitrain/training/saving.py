@@ -1,0 +1,99 @@
+"""What the trainer saves: models to use, and checkpoints to resume from.
+
+Functions that get the trainer, as hooks do.
+"""
+
+import collections
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minitrain.config.schema import Config
+from minitrain.data.loader import Examples
+from minitrain.errors import RunError
+from minitrain.model import save
+from minitrain.model.fingerprint import identity
+from minitrain.model.weights import whole_tensors
+
+from .atomic_dir import atomic_folder
+from .checkpoint import load_checkpoint
+from .failpoints import failpoint
+from .model_card import model_card
+
+if TYPE_CHECKING:
+    from minitrain.trainer import Trainer
+
+# What a checkpoint holds besides tensors: attributes of the trainer.
+PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics", "evaluated_step")
+
+
+def save_model(trainer: "Trainer", folder: Path) -> None:
+    """Write the model as it is now, with its tokenizer and model card. All ranks call it."""
+    results = {f"eval {k}": v for k, v in trainer.eval_metrics.items()}
+    results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
+    card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step)
+    model, parallel = trainer.generator.model, trainer.parallel
+    tensors = whole_tensors(model, parallel.whole)
+    head = trainer.policy.value_head
+    head_parameters = head.named_parameters() if head is not None else ()
+    value_head = {name: parallel.whole(parameter.detach()) for name, parameter in head_parameters}
+
+    def write() -> None:
+        with atomic_folder(folder) as temporary:
+            save.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
+            (temporary / "README.md").write_text(card)
+        trainer.run.prune_models()
+
+    parallel.note(f"saving {folder}")
+    failpoint("model.save")
+    parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
+    trainer.call_hook("on_save")
+
+
+def save_if_due(trainer: "Trainer") -> None:
+    """Write a checkpoint if the schedule says so. All ranks call it.
+
+    One that the user did not ask for, and that cannot be written, does not end the training.
+    """
+    if not trainer.save_schedule.is_due(trainer.step, trainer.total_steps):
+        return
+    try:
+        save_checkpoint(trainer)
+    except RunError as error:  # the same on all ranks
+        if trainer.config.save_every_steps is not None:
+            raise
+        trainer.save_schedule.failed()
+        trainer.tracking.warn(f"warning: {error} Training continues without this checkpoint.")
+
+
+def save_checkpoint(trainer: "Trainer") -> None:
+    """Write a checkpoint of this step, unless one of exactly this state is there. All ranks call it."""
+    began = time.perf_counter()
+    trainer.parallel.note(f"the checkpoint of step {trainer.step}")
+    progress = {name: getattr(trainer, name) for name in PROGRESS}
+    if trainer.parallel.first(lambda: progress == trainer.saved_progress):
+        return
+    depends_on = inputs(trainer.config, trainer.train_loader.examples)
+    state = {"precision": trainer.precision.state_dict(), "inputs": depends_on, "config": trainer.run.settings()}
+    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
+    trainer.saved_progress = progress
+    trainer.save_schedule.saved(time.perf_counter() - began)
+    failpoint("save.end")
+    trainer.call_hook("on_save")
+
+
+def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
+    """Set the trainer to what a checkpoint holds. Raises RunFolderError when its data or base model are others."""
+    state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
+    trainer.run.compare_inputs(folder, state["inputs"], inputs(trainer.config, trainer.train_loader.examples))
+    trainer.precision.load_state_dict(state["precision"])
+    for name in PROGRESS:
+        setattr(trainer, name, state[name])
+    if folder == trainer.run.checkpoint(trainer.step):
+        trainer.saved_progress = {name: state[name] for name in PROGRESS}
+
+
+def inputs(config: Config, examples: Examples) -> dict[str, list[str]]:
+    """Return what a checkpoint depends on and its tensors do not tell."""
+    data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
+    return {"datasets": data, "model": identity(config.model)}

@@ -1,0 +1,348 @@
+"""Reading a config: what is accepted, what is told about the rest, and what is written down of it."""
+
+import os
+import sys
+import warnings
+
+import pytest
+import yaml
+
+from minitrain.config.load import load_config
+from minitrain.config.saved import config_yaml
+from minitrain.errors import ConfigError
+from minitrain.losses import registered
+
+
+@pytest.fixture
+def load(tmp_path, rows_file, monkeypatch):
+    """``load("lr: 1", "seed=3")``: the config of a valid YAML file with these lines and overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(lines: str = "", *overrides: str, base: bool = True):
+        head = f"datasets: {rows_file}\nmodel: {{name_or_path: tiny}}\n" if base else ""
+        (tmp_path / "c.yml").write_text(head + lines)
+        return load_config("c.yml", list(overrides))
+
+    return load
+
+
+def problems(load, *args, **kwargs) -> list[str]:
+    """The lines of the error that these lines and overrides give."""
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **kwargs)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+# ------------------------------------------------------------------------------------------- what is accepted
+
+
+def test_short_forms(load, rows_file):
+    """A path stands for a data set, a name for a loss, in the file as in the overrides."""
+    assert [entry.path for entry in load().datasets] == [str(rows_file)]
+    assert load("", f"datasets={{path: '{rows_file}', n_examples: 3}}").datasets[0].n_examples == 3
+    assert load("loss: dft").loss == {"name": "dft"}
+    assert load("loss: dft", "loss.dft_alpha=0.5").loss == {"name": "dft", "dft_alpha": 0.5}
+    assert load("loss: {name: sft, label_smoothing: 0.1}", "loss=dft").loss == {"name": "dft"}
+
+
+def test_loss_options_without_a_name_keep_the_default_loss(load):
+    """Options of the default loss can be given without naming it."""
+    assert load("", "loss.label_smoothing=0.1").loss == {"name": "sft", "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [("lr=1", 1.0), ("lr=1e-3", 1e-3), ("n_steps=1e3", 1000), ("packing=yes", True), ("exp_name=7", "7"),
+     ("betas=[0.5,0]", [0.5, 0.0]), ("n_steps=null", None), ("optimizer_args={amsgrad: true}", {"amsgrad": True})],
+)  # fmt: skip
+def test_values_are_converted_where_nothing_is_lost(load, override, value):
+    """Whole numbers are numbers, 1e3 is a whole number; and nothing warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = getattr(load("", override), override.partition("=")[0])
+    assert found == value and type(found) is type(value)
+
+
+def test_alias(load):
+    """batch_size is total_batch_size, and either overrides the other."""
+    assert load("batch_size: 4").total_batch_size == 4
+    assert load("batch_size: 4", "total_batch_size=6").total_batch_size == 6
+    assert load("total_batch_size: 4", "batch_size=6").total_batch_size == 6
+    assert load("batch_size: 4\nseed: ${batch_size}").seed == 4
+
+
+def test_an_override_replaces_its_rival(load):
+    """n_steps of the file does not stand in the way of --overrides n_epochs, nor the other way round."""
+    config = load("n_steps: 5", "n_epochs=2")
+    assert (config.n_steps, config.n_epochs) == (None, 2.0)
+    assert load("n_epochs: 5", "n_steps=2").n_steps == 2
+    assert load("n_epochs: 5", "n_steps=null").n_epochs == 5.0
+    assert "would be ignored beside n_steps" in problems(load, "n_epochs: 5\nn_steps: 2")[1]
+    assert "would be ignored beside n_steps" in problems(load, "", "n_epochs=5", "n_steps=2")[1]
+
+
+def test_a_dict_serves_as_a_file(rows_file):
+    """load_config takes the keys as a dict too."""
+    config = load_config({"datasets": [rows_file], "model": {"name_or_path": "tiny"}}, ["seed=3"])
+    assert (config.seed, config.exp_name) == (3, "config")
+
+
+# ---------------------------------------------------------------------------------------- environment variables
+
+
+def test_environment_variables_are_used_but_never_written(load, monkeypatch, rows_file):
+    """The saved config names the variable, also in lists, texts, short forms and aliases, and loads again."""
+    for name, value in {"NAME": "s3cret", "LR": "0.25", "N": "4", "FLAG": "true", "DATA": str(rows_file)}.items():
+        monkeypatch.setenv(name, value)
+    lines = (
+        "datasets: ['${oc.env:DATA}']\nmodel: {name_or_path: tiny}\nexp_name: run-${oc.env:NAME}\nlr: ${oc.env:LR}\n"
+        "betas: ['${oc.env:LR}', 0.5]\nbatch_size: ${oc.env:N}\npacking: ${oc.env:FLAG}\n"
+        "loss: {name: dft, dft_alpha: '${oc.env:LR}'}\nwandb: {project: '${oc.env:NAME}'}\n"
+    )
+    config = load(lines, base=False)
+    assert (config.lr, config.total_batch_size, config.packing) == (0.25, 4, True)
+    assert (config.betas, config.loss["dft_alpha"], config.exp_name) == ([0.25, 0.5], 0.25, "run-s3cret")
+    text = config_yaml(config)
+    assert "s3cret" not in text and "0.25" not in text and str(rows_file) not in text
+    assert load(text, base=False) == config
+
+
+def test_a_whole_section_from_elsewhere(load, monkeypatch, rows_file):
+    """datasets may be one variable, eval_datasets another option."""
+    monkeypatch.setenv("DATA", str(rows_file))
+    lines = "datasets: ${oc.env:DATA}\neval_datasets: ${datasets}\nmodel: {name_or_path: tiny}\nloss: ${oc.env:X,dft}"
+    config = load(lines, base=False)
+    assert config.datasets == config.eval_datasets and config.loss == {"name": "dft"}
+    assert yaml.safe_load(config_yaml(config))["eval_datasets"] == "${datasets}"
+
+
+def test_the_saved_config_says_the_same(load):
+    """What is written loads to an equal config."""
+    config = load("lr: 1\nfreeze_layers: [0-1, embeddings]\nloss: {name: sft, focal_gamma: 2}")
+    assert load(config_yaml(config), base=False) == config
+
+
+@pytest.mark.parametrize("kind", ["custom_dataset", "huggingface_dataset"])
+def test_a_type_that_says_nothing_about_rows(load, rows_file, kind):
+    """That of the chat SFT/DPO trainer's own files: rows are recognized by their keys, as without it."""
+    plain = f"eval_datasets: {rows_file}"
+    typed = load(f"eval_datasets: [{{type: {kind}, path: {rows_file}}}]")
+    assert typed.eval_datasets == load(plain).eval_datasets
+    assert load(plain, f"eval_datasets[0].type={kind}").eval_datasets[0].type is None
+
+
+def test_no_first_evaluation_without_evaluation_data(load):
+    """It is what happens anyway."""
+    assert not load("do_first_eval: false").do_first_eval
+
+
+# ---------------------------------------------------------------------------------------- what is told, and where
+
+
+def test_all_problems_at_once(load):
+    """Types, limits, unknown names, contradictions and missing files come in one list, sorted by line."""
+    lines = "lr: fast\nbatch_size: 7\ngradient_accumulation_steps: 2\nlearning_rate: 1\nmodle: 3\nloss: sdt\n"
+    found = problems(load, lines, "seed=-1", "resume=nowhere")
+    assert found.pop(0) == "7 problems in the configuration"
+    assert found == [
+        "c.yml:3: lr: expected a number, got 'fast'.",
+        "c.yml:4: total_batch_size: 7 examples cannot be cut into gradient_accumulation_steps=2 equal micro-batches.",
+        "c.yml:6: learning_rate: there is no such option. Here it is called lr.",
+        "c.yml:7: modle: there is no such option. Did you mean model?",
+        f"c.yml:8: loss.name: there is no loss 'sdt'; there are {', '.join(registered())}. Did you mean sft?",
+        "--overrides: seed: must be 0 or more, got -1.",
+        "--overrides: resume: 'nowhere' is neither auto, never, nor the folder of a checkpoint.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "lines, overrides, told",
+    [
+        ("eval_dataset: x.jsonl\nsave_best: true", (), ["eval_dataset"]),  # not: nothing to evaluate on
+        ("eval_datasets: 3\nsave_best: true", (), ["eval_datasets"]),
+        ("total_batch_size: x\ngradient_accumulation_steps: 5", (), ["total_batch_size"]),
+        ("gradient_accumulation_steps: 0\ntotal_batch_size: 7", (), ["gradient_accumulation_steps"]),
+        ("on_bad_row: skp\nmax_bad_rows: 3", (), ["on_bad_row"]),
+        ("optimizer: 3.5\noptimizer_args: {momentum: 0.9}", (), ["optimizer"]),
+        ("eval_every_step: 3\nearly_stopping: {patience: 2}\nvalidation_split: 0.5", (), ["eval_every_step"]),
+        ("lr: a\nlearning_rate: 3", (), ["lr", "learning_rate"]),  # both stand there
+    ],
+)
+def test_no_false_alarms_follow_from_a_problem(load, lines, overrides, told):
+    """A value that is wrong is told once; what only follows from it is not told."""
+    assert [line.split(": ")[1] for line in problems(load, lines, *overrides)[1:]] == told
+
+
+@pytest.mark.parametrize(
+    "lines, overrides, place",
+    [
+        ("lr: x", (), "c.yml:3: lr"),
+        ("lr: 1", ("lr=x",), "--overrides: lr"),
+        (
+            "eval_datasets:\n  - path: a\n    type: text",
+            ("eval_datasets[0].weight=0",),
+            "c.yml:4: eval_datasets[0].path",
+        ),
+        ("eval_datasets: [b]", ("eval_datasets=[a]",), "--overrides: eval_datasets[0].path"),
+        ("eval_datasets: [b]", ("eval_datasets[0].path=a",), "--overrides: eval_datasets[0].path"),
+        ("wandb:\n  enabled: 3", ("wandb.project=x",), "c.yml:4: wandb.enabled"),
+        ("wandb:\n  enabled: 3", ("wandb={project: x}",), "c.yml:4: wandb.enabled"),
+        ("", ("wandb={enabled: 3}",), "--overrides: wandb.enabled"),
+        ("eval_generate: {show: 1}", ("lr=1",), "c.yml:3: eval_generate"),
+        ("batch_size: x", (), "c.yml:3: total_batch_size"),
+        ("x: &x {enabled: 3}\nwandb:\n  <<: *x", (), "c.yml:3: x"),
+    ],
+)
+def test_the_place_is_exact(load, lines, overrides, place):
+    """A problem is in the overrides only if it, a part of it or what holds it was overridden."""
+    assert any(line.startswith(f"{place}: ") for line in problems(load, lines, *overrides)[1:])
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("learning_rate", "lr"), ("epochs", "n_epochs"), ("beta1", "betas"), ("pad_token", "tokenizer_name_or_path"),
+        ("attn_implementation", "model.attn_implementation"), ("model.dtype", "model.policy_dtype"),
+        ("model.torch_dtype", "model.policy_dtype"), ("model.policy_dtyp", "model.policy_dtype"), ("model.lr", "lr"),
+        ("patience", "early_stopping.patience"), ("entity", "wandb.entity"), ("eval_every_step", "eval_every_steps"),
+        ("enabled", "wandb.enabled or swanlab.enabled"), ("loss.dft_alpa", "loss.dft_alpha"),
+        ("loss.lr", "lr"), ("datasets[0].typ", "datasets[0].type"), ("wandb.foo", "There are enabled, entity, project"),
+        ("master_dtyp", "model.master_dtype"), ("label_smoothing", "loss.label_smoothing"),
+    ],
+)  # fmt: skip
+def test_unknown_names_get_a_hint(load, key, meant):
+    """Other libraries' names and near names are recognised, below the top level and across sections too."""
+    line = problems(load, "loss: dft", f"{key}=1")[1]
+    assert line.startswith(f"--overrides: {key}: there is no such option. ") and meant in line
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("lr: 1\nlr: 2\n", "c.yml:2: not valid YAML: found duplicate key lr"),
+        ("model: {a: 1, a: 2}\n", "c.yml:1: not valid YAML: found duplicate key a"),
+        ("model:\n\tlr: 2\n", "c.yml:2: not valid YAML: found character '\\t'"),
+        ("- a\n- b\n", "c.yml: expected lines of the form `key: value`"),
+        ("just words\n", "c.yml: expected lines of the form `key: value`"),
+        ("lr: [1\n", "c.yml:2: not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "c.yml:2: not valid YAML: expected a single document"),
+        ("lr: \0\n", "c.yml: not valid YAML: unacceptable character"),
+        ("null: 1\n", "c.yml: a key: Incompatible key type"),
+        ("? [a]\n: 1\n", "c.yml:1: a key is a list or a mapping. Write `key: value`."),
+        ("lr: 1\nseed: '${oc.env:X'\n", "c.yml:2: seed: missing BRACE_CLOSE"),
+        ("lr: !!set {a}\n", "c.yml:1: lr: Value 'set'"),
+        ("x: &x [*x]\n", "more than 10000 values, or they are nested too deeply"),
+        ("x: " + "[" * 40 + "]" * 40, "nested too deeply"),
+        ("x: !!int y\n", "c.yml:1: 'y' is not of the type !!int. Leave the tag out."),
+        ("x: !!float y\n", "c.yml:1: 'y' is not of the type !!float."),
+        ("x: !!bool y\n", "c.yml:1: 'y' is not of the type !!bool."),
+        ("x: !!timestamp y\n", "c.yml:1: 'y' is not of the type !!timestamp."),
+        ("a: 1\nx: " + "1" * 5000, "c.yml:2: 1111111111111111111111111111111111111... is a number of 5000 digits."),
+        ("a: 1\nx: 0x" + "1" * 5000, "c.yml:2: 0x11111111111111111111111111111111111... is a number of 19997 bits."),
+        ("x: '" + "x" * (1 << 20) + "'", "c.yml: is too large for a configuration, got 1,048,581 characters."),
+        ("", "model.name_or_path: is missing"),
+        ("model:\n", "c.yml:1: model: expected keys and values (name_or_path"),
+    ],
+)
+def test_files_that_are_no_config(load, text, told):
+    """What YAML or OmegaConf refuse is told in one line, with the line number."""
+    assert any(told in line for line in problems(load, text, base=False))
+
+
+@pytest.mark.parametrize("step", ["[{}]", "{{<<: [{}]}}"])
+def test_alias_bombs_are_refused(load, step):
+    """Aliases that grow ninefold at each level, as values or as merged keys, are not written out."""
+    levels = [f"x{i + 1}: &x{i + 1} " + step.format(",".join([f"*x{i}"] * 9)) for i in range(9)]
+    assert "more than 10000 values" in problems(load, "\n".join(["x0: &x0 {a: 1}", *levels]), base=False)[0]
+
+
+def test_an_alias_bomb_as_a_key_is_refused(load):
+    """It would be hashed value by value."""
+    levels = [f"x{i + 1}: &x{i + 1} [" + ",".join([f"*x{i}"] * 9) + "]" for i in range(9)]
+    text = "\n".join(["x0: &x0 [1]", *levels, "? *x9", ": 1"])
+    assert "more than 10000 values" in problems(load, text, base=False)[0]
+    assert "a key is a list or a mapping" in problems(load, "", "lr={? [[1]] : 2}")[1]
+
+
+@pytest.mark.parametrize(
+    "step", ["${{{0}}}${{{0}}}", "{{x: '${{{0}}}', y: '${{{0}}}'}}", "${{oc.select:{0}}}${{oc.select:{0}}}"]
+)
+def test_references_that_multiply_are_refused(load, monkeypatch, step):
+    """Each level is twice the one before: 2^40 references, as texts, as sections and through a resolver."""
+    monkeypatch.setattr("minitrain.config.load.MAX_CALLS", 200_000)
+    levels = [f"x{i + 1}: {step.format(f'x{i}')}" for i in range(40)]
+    told = problems(load, "\n".join(["x0: {a: 1}", *levels]), base=False)
+    assert told == ["c.yml: the references to other options, ${...}, multiply without bound. Write the values out."]
+    assert sys.getprofile() is None
+
+
+def test_a_hundred_problems_are_enough(load):
+    """Each unknown option is compared with all others, so the time for thousands of them would have no bound."""
+    lines = problems(load, "\n".join(f"k{i}: 1" for i in range(3000)))
+    assert lines[0] == "100 problems or more in the configuration" and len(lines) == 101
+
+
+def test_nothing_in_a_config_is_executed(load, tmp_path):
+    """Tags that name Python objects are refused, in the file and in the overrides."""
+    canary = tmp_path / "canary"
+    attack = f"!!python/object/apply:os.system ['touch {canary}']"
+    assert "c.yml:3: not valid YAML: could not determine a constructor" in problems(load, f"lr: {attack}")[0]
+    assert "could not determine a constructor" in problems(load, "", f"lr={attack}")[1]
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "lines, reason",
+    [
+        ("lr: ${oc.env:NOT_SET_ANYWHERE}", "Environment variable 'NOT_SET_ANYWHERE' not found"),
+        ("lr: ${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("lr: ${lr}", "Recursive interpolation"),
+        ("loss: {name: '${loss}'}", "Interpolation to parent node"),
+        ("lr: ${python:1}", "Unsupported interpolation type python"),
+    ],
+)
+def test_interpolations_that_fail(load, lines, reason):
+    """They are told like any other problem, with their line and beside the others."""
+    found = problems(load, f"{lines}\nseed: x")
+    assert found[1].startswith("c.yml:3: ") and reason in found[1]
+    assert found[2:] == ["c.yml:4: seed: expected a whole number, got 'x'."]
+
+
+@pytest.mark.parametrize("override", ["lr", "=5", "a..b=1", ".x=1", "model.=1", "a[=1", "lr 1", ""])
+def test_overrides_that_are_no_dotlist(load, override):
+    """They are told with the form that was expected."""
+    assert problems(load, "", override)[1] == f"--overrides: {override}: write it as key=value, for example lr=2e-5."
+
+
+def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
+    """Letters stay as they are, so that a run is found again."""
+    assert load().exp_name == "c"
+    (tmp_path / "Qwen-SFT.yml").write_text((tmp_path / "c.yml").read_text())
+    assert load_config("Qwen-SFT.yml").exp_name == "Qwen-SFT"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a\\b", "/x"])
+def test_exp_name_is_the_name_of_one_folder(load, name):
+    """A run can be written nowhere but into output_dir."""
+    assert "is not the name of a folder" in problems(load, f"exp_name: '{name}'")[1]
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("freeze_layers: [9-0]", "freeze_layers: the range 9-0 ends before it begins."),
+        ('cache_dir: "a\\0b"', "cache_dir: holds a NUL character"),
+        ('output_dir: "\\0"', "output_dir: holds a NUL character"),
+        ('chat_template: "\\0"', "chat_template: holds a NUL character"),
+    ],
+)
+def test_values_that_would_fail_late(load, lines, told):
+    """They are refused with their line, before anything is loaded."""
+    assert told in problems(load, lines)[1]
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    """It is refused at once, where reading it would wait for ever."""
+    os.mkfifo(tmp_path / "c.yml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_config(tmp_path / "c.yml")

@@ -1,0 +1,186 @@
+"""Rows -> records: every schema, how it is told, and what a bad row is told."""
+
+import pytest
+
+from minitrain.config.schema import DatasetConfig
+from minitrain.data.examples import PlainText, schemas_of, to_record
+from minitrain.data.files import read_rows
+from minitrain.errors import DataError
+
+
+def record(row: dict, **options):
+    return to_record(row, DatasetConfig(path="x.jsonl", **options))
+
+
+def turns(row: dict, **options) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in record(row, **options).messages]
+
+
+PAIR = [("user", "ask"), ("assistant", "tell")]
+ROWS = {
+    "chosen": {"prompt": "ask", "chosen": "tell", "rejected": "lie"},
+    "messages": {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]},
+    "conversations": {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}]},
+    "prompt_response": {"prompt": "ask", "response": "tell"},
+    "alpaca": {"instruction": "ask", "input": "", "output": "tell"},
+    "question_answer": {"question": "ask", "answer": "tell"},
+    "query_response": {"query": "ask", "response": "tell"},
+    "raft": {"question": "ask", "documents": [{"type": "oracle", "text": "It."}], "teacher_answer": "tell"},
+    "raft_context": {
+        "question": "ask",
+        "context": {"sentences": [["It."]]},
+        "oracle_context": "It.",
+        "cot_answer": "tell",
+    },
+    "raft_distractors": {"question": "ask", "oracle_context": "It.", "distractors": [], "answer": "tell"},
+    "text": {"text": "ask tell"},
+}
+
+
+@pytest.mark.parametrize("told", ["by keys", "by type"])
+@pytest.mark.parametrize("name", schemas_of("conversation"))
+def test_schemas(name, told):
+    """Each schema is known by its keys, and by its type."""
+    template = "{question}" if name.startswith("raft") else None
+    made = record(ROWS[name], type=name if told == "by type" else None, prompt_template=template)
+    if template:
+        assert [(m["role"], m["content"]) for m in made.messages] == PAIR
+        return
+    assert made == PlainText("ask tell") if name == "text" else turns(ROWS[name]) == PAIR
+
+
+def test_type_decides_between_schemas():
+    """Where a row fits several schemas, `type` decides."""
+    row = ROWS["prompt_response"] | ROWS["text"]
+    assert turns(row) == PAIR
+    assert record(row, type="text") == PlainText("ask tell")
+
+
+@pytest.mark.parametrize(
+    "keys", [("from", "value"), ("from", "content"), ("role", "content"), ("role", "value")], ids=" ".join
+)
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_names_of_turns(name, keys):
+    """from and role, value and content, in either kind."""
+    who, what = keys
+    assert turns({name: [{who: "human", what: "ask"}, {who: "gpt", what: "tell"}]}) == PAIR
+
+
+def test_the_better_answer_of_a_preference():
+    """In every shape that preferences have; a column with the turns so far is the prompt and not what is learned."""
+    so_far = {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}] * 2}
+    so_far["conversations"].pop()
+    row = so_far | {"chosen": {"from": "gpt", "value": "more"}, "rejected": {"from": "gpt", "value": "less"}}
+    assert turns(row) == [*PAIR, PAIR[0], ("assistant", "more")]
+    both = {"prompt": "ask", "messages": ROWS["messages"]["messages"]}
+    sides = {side: [{"role": r, "content": c} for r, c in (PAIR[0], ("assistant", side))] for side in ("a", "b")}
+    assert turns(both | {"chosen": sides["a"], "rejected": sides["b"]}) == [PAIR[0], ("assistant", "a")]
+
+
+def test_roles():
+    """Every known name of a role; calls of tools are the assistant's, their results the tool's."""
+    names = ["system", "human", "function_call", "observation", "gpt", "user", "assistant", "tool"]
+    expected = ["system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool"]
+    made = turns({"conversations": [{"from": name, "value": name} for name in names]})
+    assert made == list(zip(expected, names))
+
+
+def test_system_beside_the_turns():
+    """`system` of a conversation or an alpaca row opens the conversation."""
+    assert turns(ROWS["conversations"] | {"system": "be brief"}) == [("system", "be brief"), *PAIR]
+    assert turns(ROWS["alpaca"] | {"system": "be brief"}) == [("system", "be brief"), *PAIR]
+
+
+def test_alpaca_input_and_history():
+    """The input stands below the instruction, the history before both."""
+    row = {"instruction": "ask", "input": "this", "output": "tell", "history": [["q", "a"]]}
+    assert turns(row) == [("user", "q"), ("assistant", "a"), ("user", "ask\nthis"), ("assistant", "tell")]
+    assert turns(row | {"input": None, "history": None}) == PAIR
+
+
+def test_parts_of_text():
+    """Contents as a list of text parts are joined."""
+    parts = [{"type": "text", "text": "te"}, {"type": "text", "value": "ll"}]
+    row = {"messages": [{"role": "user", "content": ["ask"]}, {"role": "assistant", "content": parts}]}
+    assert turns(row) == PAIR
+
+
+def test_columns():
+    """`columns` maps any column; what it maps goes before what the row's own keys say."""
+    assert turns({"q": "ask", "a": "tell"}, columns={"prompt": "q", "response": "a"}) == PAIR
+    row = {"dialog": ROWS["conversations"]["conversations"], "text": "not this"}
+    assert turns(row, columns={"conversations": "dialog"}) == PAIR
+    assert turns({"question": "ask", "response": "tell"}, columns={"prompt": "question"}) == PAIR
+
+
+def test_numbers_are_texts():
+    """A number in place of a text is written out."""
+    assert turns({"prompt": 12, "response": 0.5}) == [("user", "12"), ("assistant", "0.5")]
+
+
+def test_templates():
+    """prompt_template and response_template take any column of the row."""
+    row = {"question": "ask", "answer": "tell", "topic": "sums"}
+    made = turns(row, prompt_template="[{topic}] {prompt}?", response_template="{response}.")
+    assert made == [("user", "[sums] ask?"), ("assistant", "tell.")]
+    assert turns(row, prompt_template='{"q": "{question}"}')[0] == ("user", '{"q": "ask"}')
+
+
+def test_text_of_the_data_is_no_template():
+    """Braces in the data stay as they are, and nothing in it is executed (template injection)."""
+    hostile = "I am {{name}}, {prompt} {response} {0} {x.__class__} {{ cycler.__init__ }} %s $HOME ${oc.env:HOME} \\1"
+    made = turns({"prompt": hostile, "response": hostile}, prompt_template="<{prompt}>", response_template="{response}")
+    assert made == [("user", f"<{hostile}>"), ("assistant", hostile)]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "reason"),
+    [
+        ({"a": 1}, {}, "no known schema of conversation rows has the keys a. Known are .*columns: {prompt: my_column"),
+        ({}, {}, "has the keys no keys at all"),
+        ({"prompt": "x"}, {"type": "prompt_response"}, "type prompt_response needs the key 'response'; the row has"),
+        ({"a": "x"}, {"columns": {"prompt": "b"}}, "columns names 'b'; the row has a"),
+        ({"prompt": "x", "response": ""}, {}, "response is empty, so there is nothing to learn"),
+        ({"prompt": "x", "response": None}, {}, "response is not a text, but 'None'"),
+        ({"prompt": ["x"], "response": "y"}, {}, "prompt is not a text"),
+        ({"prompt": "x", "response": True}, {}, "response is not a text"),
+        ({"prompt": "x", "response": float("nan")}, {}, "response is not a text"),
+        ({"text": ""}, {}, "text is empty"),
+        ({"messages": "x"}, {}, "messages is not a list of turns"),
+        ({"messages": []}, {}, "messages is not a list of turns"),
+        ({"messages": ["x"]}, {}, r"messages\[0\] is not an object with a role and a content"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, {}, r"messages\[0\] has the role 'boss'; known are user"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, {}, r"messages\[0\] has the role \"\['user'\]\""),
+        ({"messages": [{"role": "user"}]}, {}, r"messages\[0\] has no text as its content, but 'None'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            {},
+            r"messages\[0\] has parts that are not text",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, {}, "parts that are not text"),
+        ({"messages": [{"role": "user", "content": [1]}]}, {}, "parts that are not text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, {}, "messages has no turn of the assistant"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, {}, "messages has no turn of the assistant"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, {}, r"history\[0\] is not a pair of texts"),
+        ({"prompt": "x", "response": "y"}, {"prompt_template": "{z}"}, "prompt_template names the column 'z'"),
+        ({"prompt": "x", "response": "y", "z": None}, {"prompt_template": "{z}"}, "z is not a text, but 'None'"),
+        (ROWS["messages"], {"prompt_template": "{prompt}"}, "do not apply to rows of type messages"),
+    ],
+)
+def test_bad_rows(row, options, reason):
+    """A row that cannot be used says which part of it, and why."""
+    with pytest.raises(DataError, match=reason):
+        record(row, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["alpaca_en_demo.json", "identity.json", "glaive_toolcall_en_demo.json", "v1_sft_demo.jsonl"],
+)
+def test_real_data(shared, name):
+    """Every row of real instruction data becomes a conversation, its words unchanged."""
+    for _, row in read_rows(shared("data/llamafactory") / name):
+        made = turns(row)
+        assert {"user", "assistant"} <= {role for role, _ in made}
+        if "output" in row:
+            assert made[-1] == ("assistant", row["output"])

@@ -1,0 +1,140 @@
+"""Made-up examples of each kind of record, and all that a loss needs to be called on them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from minitrain.batch import Batch
+from minitrain.data.collate import Document, collate
+from minitrain.losses import Loss
+from minitrain.model import attention
+from minitrain.model.policy import Policy
+from minitrain.model.sequence_head import make_policy
+from minitrain.model.tiny import tiny_scorer
+from minitrain.training.metrics import step_statistics
+from tests.conftest import random_llama
+
+LENGTHS = (9, 3, 14, 5, 30, 2, 7, 11)  # of which 1 to 27 tokens are learned
+N = len(LENGTHS)
+
+
+def document(length: int, generator: torch.Generator, prompt: torch.Tensor | None = None) -> Document:
+    ids = torch.randint(3, 259, (length,), generator=generator, dtype=torch.int32)
+    n_prompt = max(1, length // 4)
+    if prompt is not None:
+        ids, n_prompt = torch.cat([prompt, ids[1:]]), len(prompt)
+    mask = torch.ones(len(ids), dtype=torch.uint8)
+    mask[:n_prompt] = 0
+    return Document(ids, mask)
+
+
+def examples(kind: str) -> list[list[Document]]:
+    """Eight examples of very different lengths, each a list of documents."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i, length in enumerate(LENGTHS):
+        first = document(length, generator)
+        found = [first]
+        if kind in ("preference", "feedback"):
+            n_prompt = int(first.mask.argmax())
+            found.append(document(LENGTHS[-i], generator, first.ids[:n_prompt]))
+            found[1].shared = n_prompt
+        for each in found:
+            each.values, each.columns = numbers(kind, i, each, generator)
+        made.append(found)
+    return made
+
+
+def numbers(kind: str, i: int, document: Document, generator: torch.Generator) -> tuple[dict, dict]:
+    """Values and columns that documents of a kind have."""
+    if kind == "preference":
+        return {"margin": 0.1 * i}, {}
+    if kind == "feedback":
+        return {"desirable": float(i % 3 > 0)}, {}
+    if kind == "rollout":
+        return {"reward": float(i * 7 % 5) - 1, "group": float(i // 3)}, _of_tokens(document, generator)
+    if kind == "labelled":
+        return {"label": float(i % 3)}, {"token_types": torch.zeros(len(document.ids))}
+    return {}, {}
+
+
+def _of_tokens(document: Document, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A rollout's columns. Its prompt has numbers too, which must not matter."""
+    n = len(document.ids)
+    made = {name: torch.randn(n, generator=generator) for name in ("values", "advantages", "returns")}
+    made["old_logps"] = -5 + torch.randn(n, generator=generator)
+    made["ref_logps"] = made["old_logps"] + 0.5 * torch.randn(n, generator=generator)
+    return made
+
+
+def collated(made: list[list[Document]], rows: list[list[int]], packed: bool = False, shared: bool = False) -> Batch:
+    """Rows of examples as a batch: packed, or each document in a row of its own; with prompts shared or repeated."""
+    if not shared:
+        made = [[Document(d.ids, d.mask, 0, d.values, d.columns) for d in example] for example in made]
+    laid = [[document for i in row for document in made[i]] for row in rows]
+    if not packed:
+        laid = [[document] for row in laid for document in row]
+    return collate(laid, pad_token_id=0)
+
+
+def files(made: list[list[Document]]) -> list[SimpleNamespace]:
+    """The examples as a data file, to prepare a loss with."""
+    documents = [document for example in made for document in example]
+    values = {name: np.array([d.values[name] for d in documents]) for name in documents[0].values}
+    columns = {name: torch.cat([d.columns[name] for d in documents]) for name in documents[0].columns}
+    offsets = np.cumsum([0, *(len(d.ids) for d in documents)])
+    mask = torch.cat([d.mask for d in documents])
+    labels = sorted({str(int(number)) for number in values.get("label", [])})
+    return [SimpleNamespace(source="x", values=values, columns=columns, offsets=offsets, mask=mask, labels=labels)]
+
+
+def prepared(loss: Loss) -> list[list[Document]]:
+    """The examples that a loss learns from, with what it adds to them."""
+    made = examples(loss.record)
+    (file,) = files(made)
+    loss.prepare([file], [])
+    for number, document in enumerate(d for example in made for d in example):
+        span = slice(file.offsets[number], file.offsets[number + 1])
+        document.values = {name: float(column[number]) for name, column in file.values.items()}
+        document.columns = {name: column[span] for name, column in file.columns.items()}
+    return made
+
+
+def policy_for(loss: Loss, seed: int = 0, implementation: str = "sdpa") -> Policy:
+    """A random Llama with the ends that a loss needs."""
+    model = random_llama(hidden_size=32)
+    if loss.outputs is not None:
+        model = tiny_scorer(model, len(loss.outputs), 0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if seed:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    attention.register()
+    model.set_attn_implementation(implementation)
+    policy = make_policy(model)
+    if "values" in loss.needs:
+        policy.add_value_head()
+        torch.nn.init.normal_(policy.value_head.weight, generator=generator)
+    return policy
+
+
+def companions_for(loss: Loss, implementation: str = "sdpa") -> dict:
+    """The other models that it needs, all of other weights than the policy's."""
+    models = {name: policy_for(loss, 1, implementation) for name in ("reference", "teacher") if name in loss.needs}
+    return {name: model.requires_grad_(False) for name, model in models.items()}
+
+
+def step(loss: Loss, batches: list[Batch], implementation: str = "sdpa"):
+    """(loss value, gradients) of one optimizer step over micro-batches, as the trainer does it."""
+    policy, models = policy_for(loss, 0, implementation), companions_for(loss, implementation)
+    parallel = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
+    weight = sum(loss.weight(batch) for batch in batches)
+    step_statistics(loss, batches, policy, models, parallel)
+    value = 0.0
+    for batch in batches:
+        output = loss(batch, policy, **models)
+        (output.sum / weight).backward()
+        value += output.sum.item() / weight.item()
+    return value, [p.grad for p in policy.parameters() if p.grad is not None]

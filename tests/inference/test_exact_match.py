@@ -1,0 +1,119 @@
+"""The final answer in a text: what `eval_generate.match` compares."""
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from minitrain import ConfigError, load_config
+from minitrain.inference.exact_match import final_answer
+from tests.conftest import SHARED
+
+SAME = [
+    ("so she has 18.\n#### 18", "18"),
+    ("#### 1,080", "1080"),
+    ("#### $1,080.00", "1080"),
+    ("#### 109,200,000", "109200000"),
+    ("#### -3", "-3"),
+    ("#### −3", "-3"),
+    ("#### 0.50", "1/2"),
+    ("#### 18 eggs\nQuestion: and 5 more?", "18"),
+    ("#### **18**", "18"),
+    ("#### 3\n#### 18", "18"),
+    (r"first \boxed{3}, then $\boxed{18.0}$, 5 in all", "18"),
+    (r"\boxed{1{,}000}", "1000"),
+    (r"\boxed{18.}", "18"),
+    (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{2}}"),
+    ("48/2 = <<48/2=24>>24, altogether 48+24 = 72.", "72"),
+    ("It costs $1,234.50.", "1234.5"),
+    ("The answer is: 20%", "20"),
+    ("\\$5", "5"),
+    ("She lost 7: the balance is -$7", "-7"),
+    ("from 10-15", "15"),
+    ("in short:\n- 18", "18"),
+    ("a half, .5", "0.5"),
+    ("2e3", "2000"),
+    ("1, 2, 3", "3"),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), SAME)
+def test_numbers_that_are_the_same(text, number):
+    """Wherever they stand and however they are written."""
+    found = final_answer(text, "number")
+    assert found is not None and found == final_answer(number, "number")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 18", "81"),
+        ("#### none\n5", "5"),
+        ("18 of 20", "18"),
+        ("#### 3/4", "3"),
+        (r"\boxed{\sqrt{2}}", "2"),
+        ("- 18", "-18"),
+        ("8", ".8"),
+    ],
+)
+def test_numbers_that_are_not(text, number):
+    """Digits alone do not make them so."""
+    assert final_answer(text, "number") != final_answer(number, "number")
+
+
+@pytest.mark.parametrize("text", ["", "I do not know", "####", "#### ", r"\boxed{18"[:7]])
+def test_no_number(text):
+    """Where there is none, nothing is compared, so that two such answers are not the same one."""
+    assert final_answer(text, "number") is None
+
+
+def test_numbers_that_nobody_can_read():
+    """1/0 and ten thousand digits, which a model may well write, end no evaluation."""
+    assert final_answer("#### 1/0", "number") == "1/0"
+    assert final_answer("9" * 10_000, "number") == "9" * 10_000
+    assert final_answer("1e999999999", "number") != final_answer("1", "number")  # and does not take all memory
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_real_answers(split):
+    """Every reference of GSM8K gives the number behind its last ####, with and without what stands before it."""
+    file = SHARED / "data" / "gsm8k" / f"{split}.jsonl"
+    if not file.exists():
+        pytest.skip("no real data here")
+    for line in file.read_text().splitlines():
+        answer = json.loads(line)["answer"]
+        number = Fraction(answer.rpartition("#### ")[2].replace(",", ""))
+        assert final_answer(answer, "number") == final_answer(f"It is ${number}.", "number") == number
+
+
+def test_text_and_expressions():
+    """The whole answer but for white space around it; the group of the last match, numbers by what they are worth."""
+    assert final_answer(" 18 \n", "text") == "18" != final_answer("18.0", "text")
+    assert final_answer("Answer: no. Answer: yes", r"Answer: (\w+)") == "yes"
+    assert final_answer("A = 1,000.0;", r"A = (.*);") == final_answer("A = $1000;", r"A = (.*);")
+    assert final_answer("no such thing", r"Answer: (\w+)") is None
+
+
+@pytest.mark.parametrize("match", ["nmber", "(a)(b)", "a(", ""])
+def test_expressions_that_are_refused(match, rows_file):
+    """Anything but text, number and an expression with one group, with the nearest word."""
+    base = {"datasets": [str(rows_file)], "eval_datasets": [str(rows_file)], "model": {"name_or_path": "tiny"}}
+    with pytest.raises(ConfigError, match=r"eval_generate\.match: .* neither text, number, nor a regular expr") as told:
+        load_config(base | {"eval_generate": {"n_examples": 2, "match": match}})
+    assert match != "nmber" or "Did you mean number?" in str(told.value)
+
+
+def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
+    """exact_match counts the answers whose numbers are right, and shows the number that was expected."""
+    from minitrain.inference.generate import Generator
+
+    answers = ["so 7 and 2 is 9", "#### 12", "none", "1,000."]
+    rows = [{"prompt": "?", "response": f"it is so\n#### {n}"} for n in ("9", "13", "4", "1000")]
+    rows[2]["response"] = "nothing"  # there is no number in it, nor in the answer
+    file = tmp_path / "eval.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Generator, "answer", lambda *_, **__: answers)
+    wanted = ["eval_generate.n_examples=4", "eval_generate.match=number", f"eval_datasets=[{file}]", "n_steps=1"]
+    ended = make_trainer(*wanted).train()
+    assert ended["exact_match"] == 0.5
+    assert "'#### 12' (wrong, expected '13')" in capsys.readouterr().out

@@ -1,0 +1,115 @@
+"""The command that notes a teacher's outputs."""
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from minitrain.cli.main import main
+
+CONFIG = """\
+datasets: [{rows}]
+validation_split: 8
+model: {{name_or_path: {model}}}
+loss: {{name: kd, teacher: tiny, top_k: 5, temperature: 2}}
+cache_dir: cache
+batch_size: 8
+n_steps: 2
+"""
+
+
+@pytest.fixture
+def teach(tmp_path, monkeypatch, llama_folder, rows_file, capsys):
+    """``teach(...)``: (exit code, stdout, stderr) of the command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yml").write_text(CONFIG.format(rows=rows_file, model=llama_folder))
+
+    def teach(*arguments: str):
+        code = main(["teach", "c.yml", *arguments])
+        return code, *capsys.readouterr()
+
+    return teach
+
+
+def test_what_is_written(teach, rows_file):
+    """Ids and log-probabilities that fall, and sum to 1 with the rest, where tokens are learned; zeros elsewhere."""
+    code, out, _ = teach("--output", "t.safetensors")
+    assert code == 0
+    assert (
+        out == "the teacher's outputs are in t.safetensors; train from them with loss.teacher_outputs=t.safetensors\n"
+    )
+    (tokens,) = Path("cache").glob("*.safetensors")
+    with safe_open(tokens, "pt") as cache, safe_open("t.safetensors", "pt") as file:
+        learned = cache.get_tensor("mask").bool()
+        ids = file.get_tensor(f"{tokens.stem}/teacher_ids")
+        logps = file.get_tensor(f"{tokens.stem}/teacher_logps")
+        metadata = file.metadata()
+        assert len(metadata.pop("checksum")) == 8
+        assert metadata == {
+            "temperature": "2.0", "top_k": "5", "n_tokens": "259", "teacher": "tiny", "teacher_dtype": "float32",
+        }  # fmt: skip
+    assert ids.shape == (len(learned), 5) and logps.shape == (len(learned), 6)
+    assert (logps[learned].exp().sum(1) - 1).abs().max() < 1e-5
+    assert (logps[learned][:, :5].diff() <= 0).all()
+    assert all(len(set(row)) == 5 for row in ids[learned].tolist())
+    assert not ids[~learned].any() and not logps[~learned].any()
+
+
+def test_it_is_made_once_beside_the_tokens(teach, monkeypatch):
+    """Without --output the same command finds what it made; other options make another one."""
+    from minitrain.inference import teacher_cache as module
+
+    code, out, _ = teach()
+    assert code == 0 and len(list(Path("cache").glob("*-teacher.safetensors"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_teacher", None)
+        assert teach() == (0, out, "")
+    assert teach("--overrides", "loss.temperature=3")[0] == 0
+    assert len(list(Path("cache").glob("*-teacher.safetensors"))) == 2
+
+
+def test_damaged_outputs_are_not_trained_on(teach, capsys):
+    """A page of zeros, which are tokens and log-probabilities, too: refused if the file was named, else made again."""
+    assert teach("--output", "t.safetensors")[0] == teach()[0] == 0
+    (kept,) = Path("cache").glob("*-teacher.safetensors")
+    whole = kept.read_bytes()
+    for file in (Path("t.safetensors"), kept):
+        content = file.read_bytes()
+        file.write_bytes(content[:-4000] + bytes(4000))
+    code = main(["train", "c.yml", "--overrides", "loss.teacher_outputs=t.safetensors", "loss.teacher=null"])
+    assert code == 2 and "t.safetensors is damaged, its checksum is wrong" in capsys.readouterr().err
+    assert "are damaged, and are computed again" in teach()[1] and kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--overrides", "loss=sft"], "loss.name: only kd has a teacher"),
+        (["--overrides", "loss.top_k=null"], "loss.top_k: is missing; it says how many tokens are noted"),
+        (["--overrides", "loss.top_k=300"], "loss.top_k: is 300, and the tokenizer has 259 tokens"),
+        (["--overrides", "loss.teacher_outputs=c.yml"], "loss.teacher_outputs: names a file that is there"),
+        (["--overrides", "loss.teacher=null"], "loss.teacher: is missing"),
+        (["--output", "c.yml"], "--output: c.yml exists; choose another name or add --force"),
+        (["--output", "no/where"], "--output: there is no folder"),
+        (["--force", "--output", "cache"], "--output: cache is a folder"),
+    ],
+)
+def test_what_cannot_be_done(teach, arguments, told):
+    """Exit code 2 and one message."""
+    Path("cache").mkdir()
+    code, out, err = teach(*arguments)
+    assert code == 2 and told in err and out == "" and "Traceback" not in err
+
+
+def test_it_works_on_one_device(teach, monkeypatch):
+    """Under torchrun each process would write the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = teach("--overrides", "trainer=FSDPTrainer")
+    assert code == 2 and "works on one device" in err
+
+
+def test_force_writes_over_a_file(teach):
+    """--force replaces what stands there."""
+    Path("t.safetensors").write_text("old")
+    assert teach("--output", "t.safetensors", "--force")[0] == 0
+    assert Path("t.safetensors").stat().st_size > 1000

@@ -1,0 +1,159 @@
+"""Each loss against hand algebra and against PyTorch."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minitrain import ConfigError, create_loss, load_config
+from minitrain.batch import Scores
+from minitrain.model.logprobs import OutputLayer, token_scores
+
+pytestmark = pytest.mark.numeric
+
+
+class TablePolicy:
+    """A policy whose logits are a given [N, V] table: hidden states times the identity."""
+
+    def __init__(self, logits: torch.Tensor):
+        self.logits = logits.requires_grad_()
+
+    def __call__(self, batch, token_weights=None, entropy=False, mean_logps=False) -> Scores:
+        layer = OutputLayer(torch.eye(self.logits.shape[1]))
+        scores = token_scores(self.logits, batch.targets, layer, token_weights, entropy, mean_logps)
+        return Scores(scores.logps, torch.zeros_like(batch.targets), 1, scores.entropy, scores.mean_logps)
+
+
+class Targets:
+    def __init__(self, targets: torch.Tensor):
+        self.targets, self.n_labels = targets, targets.numel()
+
+
+def run(loss, logits, targets):
+    policy = TablePolicy(logits)
+    output = loss(Targets(targets), policy)
+    output.sum.backward()
+    return output, policy.logits.grad
+
+
+@pytest.fixture
+def table():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(9, 5, generator=generator), torch.randint(5, (9,), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_sft_equals_cross_entropy(table, smoothing):
+    """Value and gradient are those of F.cross_entropy with the same label smoothing."""
+    logits, targets = table
+    output, grad = run(create_loss("sft", label_smoothing=smoothing), logits.clone(), targets)
+    exact = logits.double().requires_grad_()
+    want = F.cross_entropy(exact, targets, label_smoothing=smoothing, reduction="sum")
+    want.backward()
+    assert output.sum.item() == pytest.approx(want.item(), rel=1e-5)
+    assert output.weight == 9
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_loss_is_its_formula(table, gamma):
+    """(1 - p)^gamma (-log p), the weight being part of the gradient."""
+    logits, targets = table
+    output, grad = run(create_loss("sft", focal_gamma=gamma), logits.clone(), targets)
+    exact = logits.double().requires_grad_()
+    logps = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    want = (-((1 - logps.exp()) ** gamma) * logps).sum()
+    want.backward()
+    assert output.sum.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_focal_loss_has_a_finite_gradient_at_certainty():
+    """At p = 1 a power below one would have an infinite slope."""
+    _, grad = run(create_loss("sft", focal_gamma=0.5), torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
+    assert torch.isfinite(grad).all()
+
+
+def test_dft_on_two_equal_logits_is_half_of_sft():
+    """p = 1/2: -p log p = log(2) / 2."""
+    output, _ = run(create_loss("dft"), torch.zeros(1, 2), torch.tensor([0]))
+    assert output.sum.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
+
+
+def test_the_weight_of_dft_is_detached():
+    """At p = 0.1 the target's logit gets p (p - 1) = -0.09, the sign of sft; with the weight attached it would be
+    p (1 - p) (-1 - log p) = +0.117 (twinkle#291)."""
+    logits = torch.tensor([[0.1, 0.9]]).log()
+    _, grad = run(create_loss("dft"), logits, torch.tensor([0]))
+    assert grad[0, 0].item() == pytest.approx(-0.09, abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+def test_dft_equals_its_formula(table, alpha):
+    """-sg(alpha p + 1 - alpha) log p, summed over tokens; alpha 0 is sft."""
+    logits, targets = table
+    output, grad = run(create_loss("dft", dft_alpha=alpha), logits.clone(), targets)
+    exact = logits.double().requires_grad_()
+    logps = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    want = -((alpha * logps.exp() + 1 - alpha).detach() * logps).sum()
+    want.backward()
+    assert output.sum.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_of_dft_is_the_paper_and_not_sft():
+    """DFT shipped with alpha 0 would silently be plain SFT."""
+    assert create_loss("dft").options.dft_alpha == 1.0
+
+
+def test_token_losses_log_perplexity_and_p_correct(table):
+    """perplexity = exp(mean -log p) and avg_p_correct = mean p, from sums and weights."""
+    logits, targets = table
+    loss = create_loss("dft", dft_alpha=0.7)
+    output, _ = run(loss, logits.clone(), targets)
+    logps = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    figures = loss.summary({name: (total / weight).item() for name, (total, weight) in output.metrics.items()})
+    assert figures["perplexity"] == pytest.approx((-logps.mean()).exp().item(), rel=1e-5)
+    assert figures["avg_p_correct"] == pytest.approx(logps.exp().mean().item(), rel=1e-5)
+    assert figures["dft_alpha"] == 0.7
+
+
+def test_unknown_names_and_options_are_refused():
+    """The error lists what there is."""
+    with pytest.raises(ConfigError, match="sft, dft"):
+        create_loss("dtf")
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        create_loss("sft", smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("sft", {"label_smoothing": 2}, "must be 1 or less, got 2"),
+        ("sft", {"label_smoothing": "much"}, "expected a number, got 'much'"),
+        ("sft", {"label_smoothing": math.nan}, "expected a number"),
+        ("dpo", {"beta": 0}, "must be above 0, got 0"),
+        ("dpo", {"variant": "ippo"}, "'ippo' is not one of .* Did you mean ipo"),
+        ("dpo", {"gamma": 1.0}, "would be ignored: it needs loss.variant=simpo"),
+        ("policy", {"lam": 0.5}, "would be ignored: it needs loss.advantages=gae"),
+        ("policy", {"kl_coef": 0.1, "kl_estimator": "k1"}, "the gradient of k1 in the loss is 0"),
+        ("kd", {"jsd_weight": 0.5}, "would be ignored: it needs loss.divergence=jsd"),
+    ],
+)
+def test_create_loss_refuses_what_a_config_refuses(name, options, reason):
+    """Limits, types, and options that have no effect or do not go together: the same words, from the same code."""
+    with pytest.raises(ConfigError, match=reason) as from_python:
+        create_loss(name, **options)
+    teacher = {"teacher": "tiny"} if name == "kd" else {}
+    config = {"datasets": [str(Path(__file__))], "model": {"name_or_path": "tiny"}}
+    with pytest.raises(ConfigError, match=reason) as from_config:
+        load_config(config | {"loss": {"name": name} | options | teacher})
+    assert str(from_python.value).split("loss.", 1)[1] in str(from_config.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As a sweep over np.linspace gives them."""
+    assert create_loss("sft", label_smoothing=np.float64(0.25)).options.label_smoothing == 0.25

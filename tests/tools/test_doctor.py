@@ -1,0 +1,327 @@
+"""`minitrain doctor`: each finding shows on figures made for it, and none on healthy ones."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from minitrain.cli.main import main
+from minitrain.tools.analysis.doctor import CHECKS, examine
+from minitrain.training.metrics_log import read_history
+
+LINES = 30
+
+
+def wobble(i: int) -> float:
+    """Noise that is always the same, in [-1, 1]."""
+    return math.sin(7.0 * i * i + i)
+
+
+def common(i: int) -> dict:
+    return {
+        "loss": 0.5 + 2.5 * math.exp(-i / 8) + 0.05 * wobble(i),
+        "lr": 1e-3 * (1 - i / LINES),
+        "grad_norm": 0.8 + 0.3 * wobble(i + 1),
+        "tokens_per_second": 1000 + 50 * wobble(i + 2),
+        "padding": 0.1,
+        "memory_gb": 1.0,
+        "eta_seconds": 10.0 * (LINES - 1 - i),
+    }
+
+
+def preferences(i: int) -> dict:
+    margin = 2 * (1 - math.exp(-i / 10))
+    logps = {"logps/chosen": -80 + 0.3 * i + 4 * wobble(i + 3), "logps/rejected": -80 - 0.5 * i}
+    return common(i) | logps | {"rewards/margins": margin + 0.1 * wobble(i + 4)}
+
+
+def rollouts(i: int) -> dict:
+    clips = {"clip_fraction/high": 0.05 + 0.02 * wobble(i), "clip_fraction/low": 0.05, "bounded_fraction": 0.0}
+    return common(i) | clips | {"loss": 0.1 * wobble(i), "ratio": 1 + 0.05 * wobble(i)}
+
+
+HEALTHY = {"sft": common, "dpo": preferences, "policy": rollouts}
+SETTINGS = {"max_grad_norm": 1.0, "packing": False, "eval_datasets": ["a.jsonl"], "validation_split": 0.0}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """``make_run("sft", {"lr": lambda i: 0})``: a run folder with 30 train and 6 eval lines, some figures changed."""
+
+    def make(kind="sft", train=None, evals=None, settings=None, finished=True):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        lines = []
+        for i in range(LINES):
+            row = HEALTHY[kind](i) | {name: curve(i) for name, curve in (train or {}).items()}
+            lines.append({"step": 10 * (i + 1), "kind": "train"} | row)
+            if evals is not None or i % 10 in (0, 9):
+                usual = {"loss": 0.7 + 2.5 * math.exp(-i / 8)}
+                own = {name: curve(i) for name, curve in (evals or {}).items()}
+                lines.append({"step": 10 * (i + 1), "kind": "eval"} | usual | own)
+        for line in lines:
+            line |= {name: str(v) for name, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        (folder / "config.yml").write_text(yaml.safe_dump(SETTINGS | (settings or {})))
+        if finished:
+            (folder / "run.json").write_text(json.dumps({"finished_step": 10 * LINES, "total_steps": 10 * LINES}))
+        return folder
+
+    return make
+
+
+def found(folder) -> list[str]:
+    return [finding.what for finding in examine(read_history(folder))[0]]
+
+
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_nothing_is_found_in_a_healthy_run(make_run, kind, capsys):
+    """And the report says what was looked at."""
+    folder = make_run(kind)
+    findings, well = examine(read_history(folder))
+    assert findings == []
+    assert main(["doctor", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    said = " ".join(out.split())
+    assert "30 train and 6 eval lines, up to step 300" in said and err == ""
+    assert f"Nothing looks wrong. Looked at: {', '.join(well)}." in said
+
+
+def test_healthy_runs_are_looked_at_from_all_sides(tmp_path, make_run):
+    """Each check is made in one of them, so none above is silent because it was not asked; and only where it fits."""
+    looked = {}
+    for kind in HEALTHY:
+        folder = make_run(kind)
+        looked[kind] = set(examine(read_history(folder))[1])
+        folder.rename(tmp_path / kind)
+    assert set.union(*looked.values()) == {check.of for check in CHECKS}
+    assert "clip fractions" not in looked["sft"] and "overfitting" not in looked["policy"]
+
+
+def rise(i: int) -> float:
+    return 0.7 + 2.5 * math.exp(-i / 3) + (0.03 * (i - 10) if i > 10 else 0)
+
+
+CASES = {
+    "lr 0": (
+        dict(train={"lr": lambda i: 1e-3 if i < 20 else 0.0}),
+        "The learning rate is 0.",
+        "lr is 0 from step 210 to 300",
+    ),
+    "flat": (
+        dict(train={"loss": lambda i: 0.693 + 0.02 * wobble(i)}, evals={"loss": lambda i: 0.693}),
+        "The loss does not move.",
+        "the largest lr was 0.001",
+    ),
+    "diverging": (
+        dict(
+            train={"loss": lambda i: 1 + 2 * math.exp(-i) + 0.1 * max(0, i - 15)},
+            evals={"loss": lambda i: 1 + 2 * math.exp(-i)},
+        ),
+        "The loss rises again.",
+        "is about 2.3 at the end, step 300",
+    ),
+    "not finite": (
+        dict(train={"loss": lambda i: math.nan if i in (3, 4) else common(i)["loss"]}),
+        "Figures are infinite or undefined.",
+        "train/loss at steps 40, 50.",
+    ),
+    "gradient not finite": (
+        dict(train={"grad_norm": lambda i: math.inf if i == 3 else 1.0}),
+        "Figures are infinite or undefined.",
+        "train/grad_norm at step 40.",
+    ),
+    "spikes": (
+        dict(train={"grad_norm": lambda i: {12: 20.0, 20: 30.0}.get(i, 0.5)}),
+        "The gradient norm has spikes.",
+        "It was 30 at step 210, 60 times the median of the lines before. Above 8 times: steps 130, 210.",
+    ),
+    "clipped": (
+        dict(train={"grad_norm": lambda i: 5 + wobble(i)}),
+        "Gradients are always clipped.",
+        "above max_grad_norm (1) in all 30 lines",
+    ),
+    "overfitting": (
+        dict(evals={"loss": rise}),
+        "The model overfits.",
+        "The eval loss was best at step 110 (0.7892) and is 1.27 at step 300, while the train loss went on falling",
+    ),
+    "chosen falls": (
+        dict(
+            kind="dpo",
+            evals={"logps/chosen": lambda i: -80 - i, "rewards/margins": lambda i: 0.1 * i},
+        ),
+        "The chosen answers become less likely while margins rise.",
+        "In eval lines logps/chosen went from -80 to -109 and rewards/margins from 0 to 2.9",
+    ),
+    "chosen falls in training": (
+        dict(kind="dpo", train={"logps/chosen": lambda i: -80 - i}),
+        "The chosen answers become less likely while margins rise.",
+        "In train lines logps/chosen went from -84.5 to -104.5",
+    ),
+    "clip fraction": (
+        dict(kind="policy", train={"clip_fraction/high": lambda i: 0.02 * i}),
+        "Much of the data is clipped.",
+        "Over the last third of the lines 54% of the tokens",
+    ),
+    "bounded log-ratios": (
+        dict(kind="policy", train={"bounded_fraction": lambda i: 0.02 * (i == 4)}),
+        "Some log-ratios are so large that they were bounded.",
+        "2.0% of the tokens had no gradient (bounded_fraction)",
+    ),
+    "ratio": (
+        dict(kind="policy", train={"ratio": lambda i: 1 + 0.02 * i}),
+        "The policy is far from the one that sampled.",
+        "The mean ratio was 1.58 at step 300; outside 0.8 to 1.25: steps 140, 150, 160, 170, 180 and 12 more.",
+    ),
+    "ratio at once": (
+        dict(kind="policy", train={"ratio": lambda i: 0.5}),
+        "The policy is far from the one that sampled.",
+        "see that old_logps are of this model, template and loss.temperature",
+    ),
+    "padding": (
+        dict(train={"padding": lambda i: 0.4}),
+        "Much of the computation is padding.",
+        "40% of the places held no token",
+    ),
+    "slower": (
+        dict(train={"tokens_per_second": lambda i: 1000 - 20 * i}),
+        "Training became slower.",
+        "tokens per second in the first third of the lines",
+    ),
+    "unfinished": (
+        dict(finished=False),
+        "The run has not finished.",
+        "there is no checkpoint (save_every_steps)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_finding_on_figures_made_for_it(make_run, capsys, monkeypatch, case):
+    """It alone is found, with its evidence, wrapped to the terminal, and the exit code is 0."""
+    monkeypatch.setenv("COLUMNS", "72")
+    changes, what, evidence = CASES[case]
+    folder = make_run(**changes)
+    assert found(folder) == [what]
+    assert main(["doctor", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"\n\n{what}\n  " in out and "\n  Try: " in out and "\n\nNothing wrong with: " in out
+    assert evidence in " ".join(out.split())
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 72
+
+
+def test_a_run_that_was_never_evaluated(make_run):
+    """Without eval lines; the advice knows whether there are data for it."""
+    cases = [({}, "eval_every_steps=100"), ({"eval_datasets": []}, "eval_datasets, or validation_split")]
+    for number, (settings, advice) in enumerate(cases):
+        folder = make_run(settings=settings)
+        file = folder / "metrics.jsonl"
+        file.write_text("".join(line for line in file.open() if '"eval"' not in line))
+        (finding,) = examine(read_history(folder))[0]
+        assert finding.what == "The model was never evaluated." and finding.advice.startswith(advice)
+        folder.rename(folder.with_name(f"run-{number}"))
+
+
+def test_where_an_unfinished_run_goes_on(make_run):
+    """From its newest checkpoint; an end of an earlier, shorter run is none."""
+    folder = make_run()
+    for step in (90, 200):
+        (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    (folder / "run.json").write_text('{"finished_step": 200, "total_steps": 200}')
+    (finding,) = examine(read_history(folder))[0]
+    assert "last line is of step 300" in finding.evidence and "the checkpoint of step 200" in finding.advice
+
+
+UNSUSPICIOUS = {
+    "the loss fell before the second line": dict(
+        train={"loss": lambda i: 1.1 if i == 0 else 1 + 0.01 * wobble(i)}, evals={"loss": lambda i: 1.0}
+    ),
+    "or before the first": dict(train={"loss": lambda i: 1 + 0.01 * wobble(i)}),
+    "a loss near 0 moves a little": dict(train={"loss": lambda i: math.exp(-i) + 0.02 * (i > 20)}),
+    "the loss of a policy stays": dict(kind="policy", evals={"loss": lambda i: 0.1}),
+    "dft rises while it learns": dict(
+        train={
+            "loss": lambda i: 0.1 + 0.01 * i,
+            "perplexity": lambda i: common(i)["loss"],
+            "dft_alpha": lambda i: 1.0,
+        },
+        evals={"loss": lambda i: 0.1 + 0.01 * i, "perplexity": lambda i: common(i)["loss"]},
+    ),
+    "gradients grow slowly": dict(train={"grad_norm": lambda i: 0.05 * 1.1**i}),
+    "some are clipped": dict(train={"grad_norm": lambda i: 0.9 if i == 5 else 5.0}),
+    "clipping is off": dict(train={"grad_norm": lambda i: 5.0}, settings={"max_grad_norm": 0}),
+    "float16 overflows": dict(
+        train={"grad_norm": lambda i: math.inf if i < 2 else 1.0}, settings={"model": {"policy_dtype": "float16"}}
+    ),
+    "packing is on": dict(train={"padding": lambda i: 0.4}, settings={"packing": True}),
+    "speed is unsteady": dict(
+        train={"tokens_per_second": lambda i: 1000.0 if i in (1, 2, 3, 4, 5, 10, 12, 14, 16, 18, 21, 24, 27) else 100.0}
+    ),
+    "lr ends with 0": dict(train={"lr": lambda i: 0.0 if i == LINES - 1 else 1e-3}),
+    "train noise hides in evaluations": dict(
+        kind="dpo",
+        train={"logps/chosen": lambda i: -80 - i},
+        evals={"logps/chosen": lambda i: -80 + i, "rewards/margins": lambda i: 0.1 * i},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUSPICIOUS)
+def test_what_only_seems_wrong(make_run, case):
+    """Nothing is found where a figure looks odd for a good reason."""
+    assert found(make_run(**UNSUSPICIOUS[case])) == []
+
+
+def test_few_lines_say_little(make_run, capsys):
+    """Of 2 lines no trend is told, and nothing fails; nor where all are undefined, or config.yml is no longer there."""
+    folder = make_run("dpo", finished=True)
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    (folder / "run.json").write_text('{"finished_step": 20, "total_steps": 20}')
+    file.write_text("".join(lines[:3]))
+    assert found(folder) == []
+    (folder / "config.yml").unlink()
+    file.write_text('{"step": 10, "kind": "train", "loss": "nan", "logps/chosen": "nan", "rewards/margins": "-inf"}\n')
+    assert found(folder) == ["Figures are infinite or undefined.", "The model was never evaluated."]
+    assert main(["doctor", str(folder)]) == 0
+
+
+def test_broken_lines_are_skipped_and_said(make_run, capsys):
+    """A line cut off by a crash, one of another kind, one that is no object: named by number, the rest is read."""
+    folder = make_run()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 310, "kind": "train", "loss": 1' + 400 * "0" + "}\n")
+        file.write('[1]\n{"step": 310, "kind": "test", "loss": 1}\n{"step": 310, "kind": "train", "lo')
+    assert main(["doctor", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert "Nothing looks wrong" in out
+    assert err == f"minitrain: {folder}/metrics.jsonl:37, 38, 39, 40: lines that cannot be read are skipped\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "plot"])
+def test_folders_that_are_no_runs(command, tmp_path, capsys):
+    """Exit code 2 and one line."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    for name, told in {
+        "nowhere": "there is no such folder; name a run folder",
+        "other": "holds no metrics.jsonl, so it is no run folder",
+        "empty": "holds no figures yet",
+    }.items():
+        assert main([command, str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert told in err and name in err and out == "" and err.count("\n") == 1
+
+
+def test_a_run_of_the_trainer(make_trainer, rows_file, capsys):
+    """The figures and the config are read as training writes them: always clipped at this limit, much padding."""
+    trainer = make_trainer(f"eval_datasets=[{rows_file}]", "n_steps=6", "max_grad_norm=1e-4", "lr=1e-3")
+    trainer.train()
+    history = read_history(trainer.run.path)
+    assert history.end == (6, 6) and history.last_step == 6 and history.damaged == []
+    whats = found(trainer.run.path)
+    assert {"Gradients are always clipped.", "Much of the computation is padding."} <= set(whats)
+    assert "The run has not finished." not in whats and "The model was never evaluated." not in whats

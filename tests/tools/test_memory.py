@@ -1,0 +1,283 @@
+"""The estimate of memory against trainings that do take place: the same parts to the byte, and nothing uncounted."""
+
+import gc
+import json
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from minitrain import Trainer, load_config
+from minitrain.errors import ConfigError
+from minitrain.losses import registered
+from minitrain.model import attention
+from minitrain.model.save import save_model
+from minitrain.model.tiny import tiny_tokenizer
+from minitrain.tools.preflight.dry_run import dry_run
+from minitrain.tools.preflight.memory import Ledger, Step, _largest, estimate, take
+from tests.conftest import random_llama
+from tests.rows import ROWS
+from tests.scorers import random_base
+
+CPU = torch.device("cpu")
+OPTIONS = {  # what a loss cannot do without
+    "kd": {"teacher": "tiny", "top_k": 5},
+    "policy": {"advantages": "reinforce++", "kl_coef": 0.1, "kl_in": "loss", "vf_coef": 0.1},
+}
+
+
+@pytest.fixture
+def config(tmp_path, llama_folder):
+    """``config("lr=0.1", loss="dpo")``: a config over rows of the loss's kind."""
+
+    def make(*overrides: str, loss: str = "sft", model=llama_folder):
+        data = tmp_path / f"{loss}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[registered()[loss].record]))
+        base = {
+            "datasets": [str(data)],
+            "model": {"name_or_path": str(model)},
+            "loss": {"name": loss} | OPTIONS.get(loss, {}),
+            "output_dir": str(tmp_path / "runs"),
+            "exp_name": "run",
+            "total_batch_size": 8,
+            "validation_split": 8,
+            "n_steps": 2,
+        }
+        return load_config(base, list(overrides))
+
+    return make
+
+
+def held(tensors) -> int:
+    """Bytes of tensors, those that share memory counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def taken(config) -> Ledger:
+    """The same step with the real model of a trainer."""
+    trainer, ledger = Trainer(config), Ledger()
+    attention._groups.cache_clear()  # what another step has left there would be nobody's
+    batches = [_largest(trainer.train_loader, False)] * min(2, config.gradient_accumulation_steps)
+    held_out = _largest(trainer.eval_loader, True)
+    parts = trainer.loss, trainer.policy, trainer.models, trainer.parallel, batches, held_out
+    gc.collect()
+    take(Step(config, *parts), ledger)
+    return ledger
+
+
+# ------------------------------------------------------------------------------------------- against real trainings
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("optimizer=SGD",),
+        ("optimizer=SGD", "optimizer_args={momentum: 0.9}"),
+        ("optimizer=Adafactor",),
+        ("optimizer=Adagrad",),
+        ("model.master_dtype=bfloat16", "model.policy_dtype=bfloat16"),
+        ("freeze_layers=[0]", "model.policy_dtype=bfloat16"),
+        ("lora.rank=4", "model.policy_dtype=bfloat16", "optimizer=NAdam"),
+        ("soft_prompt.num_virtual_tokens=5", "soft_prompt.method=prefix", "soft_prompt.prefix_projection=true"),
+    ],
+    ids=str,
+)
+def test_weights_gradients_and_moments_are_those_of_a_training(config, overrides):
+    """Each the sum of the bytes of a real trainer's tensors."""
+    config, seen = config(*overrides), []
+    trainer = Trainer(config)
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(held(p.grad for p in trainer.parameters)))
+    trainer.train()
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    found = estimate(dry_run(config), CPU).parts
+    assert found["weights"] == held((*trainer.policy.parameters(), *trainer.policy.buffers()))
+    assert found["gradients"] == max(seen)
+    moments = held(value for value in states if isinstance(value, torch.Tensor))
+    if config.optimizer == "AdamW":  # whose update needs nothing besides
+        assert found["optimizer"] == moments
+    assert moments <= found.get("optimizer", 0) <= moments + 4 * held(trainer.parameters)
+
+
+SETTINGS = [
+    ("sft", ()),
+    ("sft", ("packing=true", "gradient_accumulation_steps=2")),
+    ("sft", ("activation_checkpointing=true", "model.policy_dtype=bfloat16")),
+    ("sft", ("lora.rank=4", "lora.dropout=0.1", "model.policy_dtype=bfloat16", "packing=true")),
+    ("dft", ("freeze_layers=[embeddings]", "packing=true", "model.attn_implementation=eager")),
+    ("dpo", ("model.reference_dtype=bfloat16",)),
+    ("kto", ("gradient_accumulation_steps=2",)),
+    ("kd", ("loss.teacher_dtype=bfloat16",)),
+    ("policy", ()),
+    ("pairwise", ("packing=true",)),
+    ("value", ()),
+    ("classify", ("lora.rank=2",)),
+]
+MORE_SETTINGS = [
+    ("sft", ("soft_prompt.num_virtual_tokens=5", "model.policy_dtype=float16")),
+    ("sft", ("loss.label_smoothing=0.1", "loss.focal_gamma=2", "optimizer=Adafactor")),
+    ("dpo", ("lora.rank=4", "model.policy_dtype=bfloat16")),
+    ("dpo", ("packing=true", "loss.reference=adapter")),
+]
+
+
+@pytest.mark.parametrize("loss, overrides", SETTINGS, ids=str)
+def test_a_step_without_weights_takes_what_a_real_one_takes(config, loss, overrides):
+    """Every part, and the most of all together, to the byte: what autograd keeps, and what is made on the way."""
+    compare(config, loss, overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, overrides", MORE_SETTINGS, ids=str)
+def test_more_steps_without_weights(config, loss, overrides):
+    """The same with other options."""
+    compare(config, loss, overrides)
+
+
+def compare(config, loss: str, overrides: tuple[str, ...]) -> None:
+    config = config(*overrides, loss=loss)
+    found, real = estimate(dry_run(config), CPU), taken(config)
+    assert found.parts == {part: size for part, size in real.most.items() if size}
+    assert found.peak == real.peak
+    assert max(found.parts.values()) <= found.peak <= sum(found.parts.values())
+
+
+def test_every_loss_is_among_them():
+    """A new loss has to show that its memory can be told."""
+    assert {loss for loss, _ in SETTINGS} == set(registered())
+
+
+def test_an_encoder(config, tmp_path):
+    """Of BERT's kind, whose head is its own."""
+    made = config(loss="classify", model=random_base("bert", tmp_path / "bert"))
+    assert estimate(dry_run(made), CPU).parts == dict(taken(made).most)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_layers_are_as_large_as_those_of_bitsandbytes(config, bits):
+    """Packed weights, their scales and code books."""
+    config = config("lora.rank=4", f"model.quantization={bits}", "model.policy_dtype=bfloat16")
+    tensors = []
+    for module in Trainer(config).policy.modules():
+        tensors += [*module._parameters.values(), *module._buffers.values()]
+        weight = module._parameters.get("weight")
+        if type(weight).__name__ == "Params4bit":
+            state = weight.quant_state
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        elif type(weight).__name__ == "Int8Params":
+            tensors.append(weight.SCB if weight.SCB is not None else module.state.SCB)
+    assert estimate(dry_run(config), CPU).parts["weights"] == held(t for t in tensors if t is not None)
+
+
+@pytest.mark.parametrize("shard, ranks", [("full", 2), ("full", 3), ("grad", 2), ("none", 2)])
+def test_sharded_weights_gradients_and_moments(config, shard, ranks):
+    """On each rank the rows of its share, the last one's padded; without a cut, all."""
+    made = config("trainer=FSDPTrainer", f"fsdp.shard={shard}", "gradient_accumulation_steps=1", "total_batch_size=12")
+    run = dry_run(made)
+    found = estimate(run, CPU, ranks).parts
+    share = 1 if shard == "none" else ranks
+    rows = sum(4 * math.ceil(p.shape[0] / share) * p[0].numel() for p in run.policy.parameters())
+    buffers = held(run.policy.buffers())
+    assert found["weights"] == rows + buffers
+    assert found["gradients"] == rows
+    steps = 4 * len(list(run.policy.parameters()))
+    assert found["optimizer"] == 2 * rows + steps
+    assert found.get("gathered", 0) > 0
+
+
+@pytest.mark.slow
+def test_gathered_weights_are_given_back(config, tmp_path):
+    """With shard=full a block's are there while it computes; with grad all are there until the backward pass."""
+    save_model(random_llama(num_hidden_layers=6), tiny_tokenizer(), tmp_path / "deep", torch.float32)
+    gathered = {}
+    for shard in ("full", "grad"):
+        run = dry_run(config("trainer=FSDPTrainer", f"fsdp.shard={shard}", model=tmp_path / "deep"))
+        gathered[shard] = estimate(run, CPU, 2).parts["gathered"]
+    block = held(torch.empty(p.shape) for p in run.policy.model.model.layers[0].parameters())
+    assert gathered["grad"] - gathered["full"] > 2 * block
+
+
+# ------------------------------------------------------------------------------------------------------ the ledger
+
+
+def test_the_ledger_by_hand():
+    """relu(x W) V with x [5, 7], W [7, 11], V [11, 3] in float32: what is held, and when it is held most."""
+    x, w, v = torch.zeros(5, 7), torch.zeros(7, 11, requires_grad=True), torch.zeros(11, 3, requires_grad=True)
+    ledger = Ledger()
+    ledger.hold(w, "weights")
+    ledger.hold(w[1:], "weights")  # a view is no second one
+    with ledger:
+        y = (x @ w).relu() @ v
+        assert ledger.now == {"weights": 4 * 77, "activations": 4 * (55 + 15)}  # relu keeps its result
+        assert ledger.most["activations"] == 4 * (55 + 55) and ledger.peak == 4 * (77 + 110)
+        ledger.settle()
+        y.sum().backward()
+        ledger.hold(w.grad, "gradients")
+        del y
+    assert ledger.now == {"weights": 4 * 77, "activations": 4 * 33, "gradients": 4 * 77}  # of v nobody has spoken
+    assert ledger.total == sum(ledger.now.values())
+
+
+def test_what_autograd_keeps_is_counted(config):
+    """After a forward pass the ledger holds all that PyTorch's own hooks say is saved, weights apart."""
+    trainer, ledger = Trainer(config("packing=true", "loss.focal_gamma=1")), Ledger()
+    batch, saved = _largest(trainer.train_loader, False), {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    known = [*trainer.policy.parameters(), *trainer.policy.buffers(), *vars(batch).values()]
+    known = {t.untyped_storage()._cdata for t in known if isinstance(t, torch.Tensor)}
+    with ledger, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = trainer.loss(batch, trainer.policy)
+    kept = {key: size for key, size in saved.items() if key not in known}
+    assert len(kept) > 20
+    assert {key: ledger.held[key][1] for key in kept} == kept
+    del output
+
+
+def test_the_output_layer_counts_as_head(config):
+    """With a vocabulary of 20,000 tokens its gradient and a chunk of logits, but not in the activations."""
+    made = config("model.name_or_path=tiny", "freeze_layers=[0-1]")
+    run = dry_run(made)
+    plain = estimate(run, CPU).parts
+    run.template.tokenizer.add_tokens([f"<new {i}>" for i in range(20_000)])
+    grown = estimate(run, CPU).parts
+    assert grown["head"] - plain["head"] > 20_000 * 64 * 4
+    assert grown["activations"] - plain["activations"] < 20_000 * 64 * 4 * 2.1  # the two gradients of a tied matrix
+
+
+def test_memory_elsewhere_is_no_part_of_the_peak(config):
+    """fsdp.cpu_offload on a GPU; on the CPU there is no elsewhere."""
+    made = config("trainer=FSDPTrainer")
+    made.fsdp.cpu_offload = True
+    run = dry_run(made)
+    here, there = (estimate(run, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert there.elsewhere == {"weights", "gradients", "optimizer"} and not here.elsewhere
+    assert there.peak < sum(there.parts[part] for part in ("activations", "head", "gathered")) + 1
+    assert here.peak > here.parts["weights"] + here.parts["optimizer"] > there.peak / 10
+
+
+def test_the_largest_micro_batch(config):
+    """It has as many places as any of the first epoch's, on any rank."""
+    for overrides in (("gradient_accumulation_steps=2",), ("packing=true",), ("group_by_length=true",)):
+        trainer = Trainer(config(*overrides))
+        loader = trainer.train_loader
+        steps = [batches for (_, batches), _ in zip(loader.steps(), range(loader.steps_per_epoch))]
+        places = [batch.input_ids.numel() for batches in steps for batch in batches]
+        assert _largest(loader, False).input_ids.numel() == max(places) > min(places)
+        evaluated = [batch.input_ids.numel() for batch in trainer.eval_loader.eval_batches()]
+        assert _largest(trainer.eval_loader, True).input_ids.numel() == max(evaluated)
+
+
+def test_devices_that_do_not_fit(config):
+    """As training would refuse them."""
+    run = dry_run(config())
+    with pytest.raises(ConfigError, match="BasicTrainer trains on one device, and not on 2"):
+        estimate(run, CPU, 2)
+    run = dry_run(config("trainer=FSDPTrainer"))
+    with pytest.raises(ConfigError, match=r"8 examples cannot be cut into .* on each of 3 devices"):
+        estimate(run, CPU, 3)

@@ -1,0 +1,506 @@
+"""`validate` refuses what training refuses before its first step, in the same words, and warns of the same."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from minitrain import Trainer, load_config
+from minitrain.cli.main import main
+from minitrain.errors import MinitrainError
+from minitrain.losses import create_loss, registered
+from minitrain.model.positions import UNLIMITED, position_limit, rotary_limit
+from minitrain.model.sequence_head import make_policy
+from minitrain.model.tiny import tiny_tokenizer
+from minitrain.model.trial import try_outline
+from minitrain.model.weights import parameters_on_meta
+from minitrain.tools.preflight.dry_run import dry_run
+from minitrain.tools.preflight.memory import eval_metrics
+from minitrain.tools.preflight.validate import validate
+from minitrain.training.atomic_dir import fingerprint
+from tests.rows import ROWS
+from tests.scorers import TOKENIZERS, random_base
+
+SHAPE = dict(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+WIDE = SHAPE | {"intermediate_size": 64}
+GPT2 = dict(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+MODELS = {
+    "llama": lambda: tf.LlamaConfig(**WIDE),
+    "gpt2": lambda: tf.GPT2Config(**GPT2),
+    "gpt_neo": lambda: tf.GPTNeoConfig(**SHAPE, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "gptj": lambda: tf.GPTJConfig(**GPT2, rotary_dim=4),
+    "codegen": lambda: tf.CodeGenConfig(**GPT2, n_ctx=64, rotary_dim=4),
+    "opt": lambda: tf.OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32),
+    "biogpt": lambda: tf.BioGptConfig(**WIDE),
+    "ctrl": lambda: tf.CTRLConfig(**GPT2, dff=64),
+    "mpt": lambda: tf.MptConfig(vocab_size=259, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "qwen2": lambda: tf.Qwen2Config(**WIDE, num_key_value_heads=2),
+    "mistral": lambda: tf.MistralConfig(**WIDE, num_key_value_heads=2, sliding_window=8),
+    "mamba": lambda: tf.MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8),
+    "falcon_h1": lambda: tf.FalconH1Config(
+        **WIDE, num_key_value_heads=2, head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8
+    ),
+    "bamba": lambda: tf.BambaConfig(
+        **WIDE, num_key_value_heads=2, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, attn_layer_indices=[1]
+    ),
+    "mixtral": lambda: tf.MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=4),
+}
+LIMITED = ("gpt2", "gpt_neo", "gptj", "codegen", "opt", "biogpt", "ctrl", "mpt")
+LEAKY = ("mamba", "falcon_h1", "bamba", "mpt")  # states, and distances that count from the row
+
+
+@pytest.fixture
+def write(tmp_path, llama_folder):
+    """``write(rows, key=value, ...)``: the path of a config over these rows."""
+
+    def write(rows: list, **options) -> str:
+        (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = {"datasets": [str(tmp_path / "c.jsonl")], "model": {"name_or_path": str(llama_folder)}}
+        config |= {"batch_size": 4, "n_steps": 1, "output_dir": str(tmp_path / "runs")}
+        (tmp_path / "c.yml").write_text(json.dumps(config | options))  # JSON is YAML
+        return str(tmp_path / "c.yml")
+
+    return write
+
+
+def refused(action) -> str | None:
+    try:
+        action()
+    except MinitrainError as error:
+        return str(error)
+    return None
+
+
+def both_refuse(path: str) -> str | None:
+    """What training and `validate`, with an estimate of memory and without, say alike."""
+    trained = refused(lambda: Trainer(load_config(path)))
+    assert refused(lambda: validate(load_config(path), with_memory=False)) == trained
+    assert refused(lambda: validate(load_config(path))) == trained
+    return trained
+
+
+def saved_model(kind: str, folder) -> str:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(MODELS[kind]())
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------------------ long texts
+
+
+@pytest.mark.parametrize("kind", [*LIMITED, "llama", "qwen2", "mistral", "mamba"])
+def test_the_limit_is_where_the_model_itself_ends(kind):
+    """A text of that length is read, and the next longer one is not, or there is no limit; on the meta device too."""
+    model = tf.AutoModelForCausalLM.from_config(MODELS[kind]()).eval()
+    with parameters_on_meta():
+        outline = tf.AutoModelForCausalLM.from_config(MODELS[kind]())
+    limit = position_limit(model)
+    assert position_limit(outline) == limit == (64 if kind in LIMITED else UNLIMITED)
+
+    def read(n: int):
+        places = {} if kind == "mamba" else {"position_ids": torch.arange(n)[None]}
+        with torch.no_grad():
+            model.base_model(input_ids=torch.ones(1, n, dtype=torch.long), use_cache=False, **places)
+
+    read(64)
+    if kind in LIMITED:
+        with pytest.raises((IndexError, RuntimeError)):
+            read(65)
+    else:
+        read(100)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_text_longer_than_the_positions(write, kind, packing, tmp_path):
+    """Refused before the first step, with its line; a row of shorter ones is fine, and so is max_length."""
+    model = {"name_or_path": saved_model(kind, tmp_path / kind)}
+    rows = [{"prompt": "a" * 8, "response": "b"}] * 4
+    long = {"prompt": "a" * 70, "response": "b"}
+    path = write([*rows, long], model=model, packing=packing)
+    told = both_refuse(path)
+    assert re.match(r"max_length: .*c\.jsonl:5 has \d+ tokens, and .* has positions for 64\. Set max_length=64\.", told)
+    assert both_refuse(write([*rows, long], model=model, packing=packing, max_length=64)) is None
+    assert both_refuse(write(rows * 3, model=model, packing=packing)) is None
+    assert "c.jsonl:2" in both_refuse(
+        write([*rows[:1], long], model=model, packing=packing, validation_split=1, seed=1)
+    )
+
+
+ROTARY = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_texts_whose_rotary_frequencies_depend_on_the_batch(write, kind, tmp_path):
+    """They are refused, and not one token earlier: up to the limit the logits are those of the text alone."""
+    torch.manual_seed(0)
+    options = {"rope_parameters": ROTARY[kind] | {"rope_theta": 1e4}, "initializer_range": 0.2}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**WIDE | options)).eval()
+    limit = rotary_limit(model)
+    assert limit == {"dynamic": 64, "longrope": 32}[kind]
+
+    def depends(length: int, other: int) -> bool:
+        """Whether a text's logits are others beside a longer text, which is read in the same batch."""
+        ids = torch.arange(other)[None] % 250  # [1, other]
+        with torch.no_grad():
+            alone, beside = model(ids[:, :length]).logits, model(ids).logits[:, :length]
+        return not torch.allclose(alone, beside, atol=1e-3)
+
+    assert not depends(limit - 8, limit) and depends(limit, limit + 30)
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    rows = [{"prompt": "a" * 8, "response": "b"}, {"prompt": "a" * 70, "response": "b"}]
+    told = both_refuse(write(rows, model={"name_or_path": str(tmp_path / "m")}))
+    assert re.search(rf"c\.jsonl:2 has \d+ tokens, and the rotary .* beyond {limit}\. Set max_length={limit}\.", told)
+    assert both_refuse(write(rows, model={"name_or_path": str(tmp_path / "m")}, max_length=limit)) is None
+
+
+def test_soft_prompts_take_positions(write, tmp_path):
+    """Trained vectors before a text count."""
+    model = {"name_or_path": saved_model("gpt2", tmp_path / "gpt2")}
+    rows, prompt = [{"prompt": "a" * 70, "response": "b"}], {"num_virtual_tokens": 10}
+    assert "has positions for 54" in both_refuse(write(rows, model=model, max_length=60, soft_prompt=prompt))
+    assert both_refuse(write(rows, model=model, max_length=54, soft_prompt=prompt)) is None
+
+
+def test_encoders_count_positions_otherwise(write, tmp_path):
+    """RoBERTa's begin behind the id of padding: 94 of 96."""
+    model = {"name_or_path": str(random_base("roberta", tmp_path / "roberta"))}
+    rows = [{"text": "a" * 120, "label": "x"}, {"text": "b", "label": "y"}]
+    assert "has positions for 94" in both_refuse(write(rows, model=model, loss="classify"))
+    assert both_refuse(write(rows, model=model, loss="classify", max_length=94)) is None
+
+
+# ---------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_outline_is_tried_as_the_model_is(kind, packing):
+    """Without weights the verdict on packed rows is that of the loaded model, and nothing else is warned of."""
+    from minitrain.model import attention
+
+    with parameters_on_meta():
+        outline = make_policy(tf.AutoModelForCausalLM.from_config(MODELS[kind]()))
+    if packing:
+        attention.attend_by_document(outline.model)
+    told = []
+    error = refused(lambda: told.extend(try_outline(outline, packing)))
+    if packing and kind in LEAKY:
+        assert error == (
+            f"packing: {type(outline.model).__name__} lets documents of one row see each other; set packing=false "
+            "(group_by_length=true also saves padding)."
+        )
+    else:
+        assert error is None and (told == [] or kind == "falcon_h1")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bamba", "mixtral", "gpt2"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_packed_rows_of_each_kind(write, kind, packing, tmp_path):
+    """`validate` and training agree, with the model's own files."""
+    path = write(ROWS["conversation"], model={"name_or_path": saved_model(kind, tmp_path / kind)}, packing=packing)
+    told = both_refuse(path)
+    assert (told is not None and "lets documents of one row see each other" in told) == (packing and kind in LEAKY)
+
+
+def test_a_model_that_cannot_read_packed_rows(monkeypatch):
+    """What it raises is told in one line, in training as in `validate`."""
+    with parameters_on_meta():
+        outline = make_policy(tf.AutoModelForCausalLM.from_config(MODELS["llama"]()))
+
+    def broken(scores):
+        raise RuntimeError("The size of tensor a (12) must match\nmore")
+
+    monkeypatch.setattr(outline, "score_of_second", broken)
+    told = refused(lambda: try_outline(outline, True))
+    assert told == (
+        "packing: LlamaForCausalLM cannot read packed rows (The size of tensor a (12) must match.). Set packing=false."
+    )
+
+
+# --------------------------------------------------------------------------------------------- pairs of texts
+
+
+def test_pairs_of_texts_have_the_bos_that_their_tokenizer_writes(write, tmp_path, llama_folder):
+    """Llama's writes one before each text of a pair; one more in the text is refused."""
+    TOKENIZERS["llama"]().save_pretrained(tmp_path / "tokenizer")
+    model = {"name_or_path": str(random_base("llama", tmp_path / "llama"))}
+    pairs = [{"text": f"a{i}", "text_pair": f"b{i}", "label": str(i % 2)} for i in range(8)]
+    assert both_refuse(write(pairs, model=model, loss="classify")) is None
+    singles = [{"text": f"a{i}", "label": str(i % 2)} for i in range(8)]
+    assert both_refuse(write(singles, model=model, loss="classify")) is None
+    told = refused(
+        lambda: validate(load_config(write([*pairs, pairs[0] | {"text": "<s>a"}], model=model, loss="classify")))
+    )
+    assert told.endswith("c.jsonl:9: has more than one '<s>'.")
+
+
+# -------------------------------------------------------------------------------------------- everything else
+
+
+def run_with_other_options(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], lr=1e-3, save_every_steps=1))).train()
+    return write(ROWS["conversation"], lr=1e-4, save_every_steps=1), "holds a run with other options (lr: "
+
+
+def run_that_is_there(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"]))).train()
+    return write(ROWS["conversation"], resume="never"), "holds a run already"
+
+
+def run_without_checkpoints(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=0))).train()
+    path = write(ROWS["conversation"], n_steps=2, save_every_steps=0)
+    return path, "was finished at step 1 and holds no checkpoint"
+
+
+def checkpoint_of_other_parameters(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=1, exp_name="a"))).train()
+    checkpoint = str(folder / "runs" / "a" / "checkpoints" / "step-1")
+    path = write(ROWS["conversation"], n_steps=2, lora={"rank": 2}, resume=checkpoint, exp_name="b")
+    return path, "holds other parameters than this model trains"
+
+
+def checkpoint_of_other_data(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=1))).train()
+    return write(ROWS["conversation"][1:], n_steps=2, save_every_steps=1), "is of a run with other data"
+
+
+def checkpoint_that_contradicts_itself(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], save_every_steps=1))).train()
+    checkpoint = folder / "runs" / "c" / "checkpoints" / "step-1"
+    file, manifest = checkpoint / "model-0.safetensors", checkpoint / "manifest.json"
+    tensors = load_file(file)
+    save_file({name: tensor[:1] for name, tensor in tensors.items()}, file)
+    whole = json.loads(manifest.read_text())
+    whole["files"][file.name] = fingerprint(file)
+    manifest.write_text(json.dumps(whole))
+    return write(ROWS["conversation"], n_steps=2, save_every_steps=1), "The checkpoint cannot be used; remove it"
+
+
+def file_in_place_of_checkpoints(write, folder, llama):
+    (folder / "runs" / "c").mkdir(parents=True)
+    (folder / "runs" / "c" / "checkpoints").write_text("")
+    return write(ROWS["conversation"]), "runs/c/checkpoints: is a file, and training makes a folder. Remove it."
+
+
+def folder_in_place_of_metrics(write, folder, llama):
+    (folder / "runs" / "c" / "metrics.jsonl").mkdir(parents=True)
+    return write(ROWS["conversation"]), "runs/c/metrics.jsonl: is a folder, and training writes a file. Remove it."
+
+
+def another_archive(write, folder, llama):
+    (folder / "a.safetensors").parent.mkdir(exist_ok=True)
+    save_file({"x": torch.zeros(2)}, folder / "a.safetensors")
+    model = {"name_or_path": str(llama), "archive": str(folder / "a.safetensors")}
+    return write(ROWS["conversation"], model=model), "model.archive: "
+
+
+def another_teacher(write, folder, llama):
+    model = saved_model("gpt2", folder / "gpt2")
+    TOKENIZERS["llama"]().save_pretrained(model)
+    return write(ROWS["conversation"], loss={"name": "kd", "teacher": model}), "loss.teacher: "
+
+
+def short_teacher(write, folder, llama):
+    model = saved_model("gpt2", folder / "gpt2")
+    rows = [{"prompt": "a" * 70, "response": "b"}]
+    return write(rows, loss={"name": "kd", "teacher": model}), "GPT2LMHeadModel has positions for 64"
+
+
+def packed_teacher(write, folder, llama):
+    model = saved_model("mamba", folder / "mamba")
+    path = write(ROWS["conversation"], loss={"name": "kd", "teacher": model}, packing=True)
+    return path, "MambaForCausalLM lets documents of one row see each other"
+
+
+def unfit_adapter(write, folder, llama):
+    Trainer(load_config(write(ROWS["conversation"], lora={"rank": 2}, exp_name="a"))).train()
+    shutil.copytree(folder / "runs" / "a" / "final", folder / "adapter")
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, file)
+    model = {"name_or_path": str(llama), "adapter": str(folder / "adapter")}
+    return write(ROWS["conversation"], model=model), "does not fit the model"
+
+
+def damaged_adapter(write, folder, llama):
+    path, _ = unfit_adapter(write, folder, llama)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    return path, "cannot be read"
+
+
+def weights_that_lack_one(write, folder, llama):
+    shutil.copytree(llama, folder / "m")
+    tensors = load_file(folder / "m" / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "m" / "model.safetensors", metadata={"format": "pt"})
+    model = {"name_or_path": str(folder / "m")}
+    return write(ROWS["conversation"], model=model), "its files do not hold model.layers.1.mlp.up_proj.weight"
+
+
+def weights_of_another_shape(write, folder, llama):
+    shutil.copytree(llama, folder / "m")
+    tensors = load_file(folder / "m" / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, folder / "m" / "model.safetensors", metadata={"format": "pt"})
+    return write(ROWS["conversation"], model={"name_or_path": str(folder / "m")}), "has the shape [7], and not [32]"
+
+
+def damaged_weights(write, folder, llama):
+    shutil.copytree(llama, folder / "m")
+    (folder / "m" / "model.safetensors").write_bytes(b"version https://git-lfs")
+    return write(ROWS["conversation"], model={"name_or_path": str(folder / "m")}), "is a pointer of Git LFS"
+
+
+def of_options(message: str, rows=ROWS["conversation"], **options):
+    return lambda write, folder, llama: (write(rows, **options), message)
+
+
+CASES = {
+    "fused and foreach": of_options("optimizer: AdamW refuses", optimizer_args={"foreach": True}),
+    "a text as a number": of_options("optimizer: SGD refuses", optimizer="SGD", optimizer_args={"momentum": "x"}),
+    "a value out of bounds": of_options("optimizer: SGD refuses", optimizer="SGD", optimizer_args={"momentum": -1}),
+    "a block that is not there": of_options("freeze_layers: 7 is outside", freeze_layers=[7]),
+    "nothing left to train on": of_options("validation_split: 24 of 24", validation_split=24),
+    "no layer of a name": of_options("lora.target_modules", lora={"rank": 2, "target_modules": ["nothing"]}),
+    "a bad row": of_options("c.jsonl:1: no known schema", rows=[{"prompt": "a"}]),
+    "rows of another kind": of_options("c.jsonl:1: ", loss="dpo"),
+    "no model": lambda write, folder, llama: (write(ROWS["conversation"], model={"name_or_path": str(folder)}), ""),
+    "other options": run_with_other_options,
+    "a run that is there": run_that_is_there,
+    "a shorter run without checkpoints": run_without_checkpoints,
+    "a checkpoint of other parameters": checkpoint_of_other_parameters,
+    "a checkpoint of other data": checkpoint_of_other_data,
+    "a checkpoint that contradicts itself": checkpoint_that_contradicts_itself,
+    "a file in the place of checkpoints": file_in_place_of_checkpoints,
+    "a folder in the place of metrics": folder_in_place_of_metrics,
+    "a place that nobody can write to": of_options("/dev/null/c: cannot be written", output_dir="/dev/null"),
+    "a name that is too long": of_options("cannot be written: File name too long", exp_name="x" * 300),
+    "an unknown metric": of_options(
+        "early_stopping.metric: there is no 'perplexty'; there are loss, avg_p_correct, perplexity",
+        validation_split=4,
+        early_stopping={"metric": "perplexty"},
+    ),
+    "another archive": another_archive,
+    "another teacher": another_teacher,
+    "a teacher's positions": short_teacher,
+    "a teacher of packed rows": packed_teacher,
+    "an adapter that does not fit": unfit_adapter,
+    "a damaged adapter": damaged_adapter,
+    "a missing weight": weights_that_lack_one,
+    "a weight of another shape": weights_of_another_shape,
+    "a pointer instead of weights": damaged_weights,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_training_refuses(case, write, tmp_path, llama_folder):
+    """Refused by both before the first step, in the same words."""
+    path, words = CASES[case](write, tmp_path, llama_folder)
+    told = refused(lambda: validate(load_config(path), with_memory=False))
+    assert told is not None and words in told
+    assert refused(lambda: validate(load_config(path))) == told
+    steps = []
+    assert refused(lambda: Trainer(load_config(path), on_step_end=steps.append).train()) == told and not steps
+
+
+# --------------------------------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize("loss", registered())
+def test_the_metrics_of_an_evaluation_are_known_before(write, loss):
+    """Without weights, in the order in which training logs them."""
+    options = {"name": loss} | ({"teacher": "tiny"} if loss == "kd" else {})
+    kind = create_loss(**options).record
+    more = {"eval_generate": {"n_examples": 1, "max_new_tokens": 2}} if loss in ("sft", "kd", "dpo") else {}
+    path = write(ROWS[kind], loss=options, validation_split=8, model={"name_or_path": "tiny"}, **more)
+    trainer = Trainer(load_config(path))
+    trainer.train()
+    assert [*eval_metrics(dry_run(load_config(path))), "seconds"] == list(trainer.eval_metrics)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mamba", "bert"])
+def test_tensors_without_a_place(write, kind, tmp_path, caplog):
+    """Training and `validate` name the same tensors of the model's files, and none where all are used."""
+    if kind == "bert":
+        random_base("bert", tmp_path / "m")
+    else:
+        saved_model(kind, tmp_path / "m")
+    file, path = tmp_path / "m" / "model.safetensors", None
+    for more, n in (({}, 0), ({"visual.weight": torch.ones(2), "visual.bias": torch.ones(2)}, 1)):
+        save_file(load_file(file) | more, file, metadata={"format": "pt"})
+        labels = {"loss": "classify", "max_length": 60} if kind == "bert" else {}
+        rows = ROWS["labelled" if kind == "bert" else "conversation"]
+        path = write(rows, model={"name_or_path": str(tmp_path / "m")}, **labels)
+        caplog.clear()
+        Trainer(load_config(path))
+        trained = list(caplog.messages)
+        caplog.clear()
+        validate(load_config(path))
+        assert caplog.messages == trained and len(trained) == max(n, kind == "bert")
+
+
+def test_a_run_that_is_finished(write):
+    """Training says so and does nothing; `validate` warns of it."""
+    path = write(ROWS["conversation"])
+    Trainer(load_config(path)).train()
+    assert "runs/c is finished: 1 steps. For another run choose" in validate(load_config(path))["warning"]
+
+
+def test_shares_of_what_is_cut(write, capsys, tmp_path):
+    """Counts with `of` and a share, in both; more than a third is a warning, even where only warnings are shown."""
+    rows = [{"prompt": "a" * (100 if i < 9 else 2), "response": "b"} for i in range(20)]
+    path = write(rows, max_length=40)
+    cut = f"{tmp_path / 'c.jsonl'}: 9 truncated examples of 20 (45.0 %)"
+    warning = f"{cut}, more than a third: raise max_length=40"
+    for quiet in ([], ["--quiet"]):
+        assert main(["train", path, "--overrides", f"exp_name=x{len(quiet)}", *quiet]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"warning: {warning}" in lines and (cut in lines) == (not quiet)
+    for options in ([], ["--all", str(tmp_path)]):
+        assert main(["validate", *(options or [path])]) == 0
+        assert warning in capsys.readouterr().out
+    assert main(["train", write(rows[8:], max_length=40), "--overrides", "exp_name=y"]) == 0
+    out = capsys.readouterr().out
+    assert "1 truncated examples of 12 (8.3 %)" in out and "warning" not in out
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 17, 300])
+def test_what_is_cut_is_counted_among_the_examples_that_are_used(write, n):
+    """n_examples: 5 of a long file, of which the first 16 rows are short and each sixth one is left out."""
+    rows = [{"prompt": "a" * (100 if i >= 16 else 2), "response": "b" * (90 if i % 6 == 5 else 1)} for i in range(600)]
+    path = write(rows, max_length=60, truncation="prompt")
+    data = {"path": json.loads((open(path)).read())["datasets"][0], "n_examples": n}
+    figures = validate(load_config(write(rows, max_length=60, datasets=[data])), with_memory=False)
+    cut = sum(i >= 16 or i % 6 == 5 for i in range(n))
+    want = f"{cut} truncated examples of {n} ({100 * cut / n:.1f} %)" if cut else "nothing"
+    assert figures["left out"] == want
+    drop = write(rows, max_length=60, datasets=[data], truncation="drop")
+    if n < 14:
+        fits = [i for i in range(600) if i < 16 and i % 6 != 5][:n]
+        lost = max(fits) + 1 - n
+        want = (
+            f"{lost} examples left out (too long) of {n + lost} ({100 * lost / (n + lost):.1f} %)"
+            if lost
+            else "nothing"
+        )
+        assert validate(load_config(drop), with_memory=False)["left out"] == want
