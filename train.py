@@ -2,7 +2,7 @@
 
 import sys
 
-from minitrain.cli.main.main import run
+from minitrain.cli.main import run
 
 if __name__ == "__main__":
     run(["train", *sys.argv[1:]], prog="train.py")

@@ -14,8 +14,8 @@ from minitrain.losses import registered
 HEAD = """\
 # Options
 
-Every option of a config file, made from `minitrain/config/schema.py` by `docs/generate_options.py`. Each can be given on the
-command line too, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[a.jsonl,b.csv]`.
+Every option of a config file, generated from `minitrain/config/schema.py` by `docs/generate_options.py`. Each can also
+be set on the command line, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[a.jsonl,b.csv]`.
 
 - An unknown key, an option that would be ignored and a wrong type are errors; all of them are told at once.
 - `loss: dft` is short for `loss: {name: dft}`, `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.

@@ -4,15 +4,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Trainer": "trainer",
-    "load_config": "config",
-    "Config": "schema",
+    "load_config": "tools.preflight.load",
+    "Config": "config.schema",
     "create_loss": "losses",
     "register_loss": "losses",
     "Loss": "losses",
     "LossOutput": "losses",
     "Batch": "batch",
     "Scores": "batch",
-    "exit_process": "engine.process",
+    "exit_process": "distributed.process",
     "MinitrainError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from minitrain.config.load import check_python_config
 from minitrain.config.schema import Config
 from minitrain.distributed.parallel import make_parallel
+from minitrain.inference.exact_match import exact_match
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.model.load import DTYPES, load_policy
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.vocabulary import describe_new
+from minitrain.tools.preflight.load import check_python_config
 from minitrain.training.agreement import check_inputs, check_options
 from minitrain.training.aux_models import companions
 from minitrain.training.checkpoint import restore_rng
@@ -46,6 +47,8 @@ class Trainer:
     Attributes that hooks read: step, updates, consumed, indices (of the examples of the last step), config, policy,
     optimizer, parallel, train_metrics (of the last log step), eval_metrics (of the last evaluation).
     """
+
+    tracking: Tracking | None = None  # while it trains
 
     def __init__(self, config: Config, loss: Loss | None = None, **hooks: Callable[["Trainer"], None]):
         """Reads the data, then the model. Raises ConfigError, DataError or RunError."""
@@ -313,7 +316,18 @@ class Trainer:
         if self.eval_loader is None:
             return {}
         batches = self.eval_loader.eval_batches
-        return evaluate(self.policy, self.loss, batches, self.models, self.parallel, self.precision, self._interrupted)
+        metrics = evaluate(
+            self.policy, self.loss, batches, self.models, self.parallel, self.precision, self._interrupted
+        )
+        settings, examples = self.config.eval_generate, self.eval_loader.examples
+        if metrics and settings.n_examples:
+            say = self.tracking.say if self.tracking else lambda line: None
+            progress = not self.config.quiet
+            with self.precision.autocast():
+                metrics["exact_match"] = exact_match(
+                    self.generator, examples, settings, self.config.eval_batch_size, say, progress
+                )
+        return metrics
 
     # --------------------------------------------------------------------------------------- using the model
 

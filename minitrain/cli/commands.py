@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace) -> int:
     from minitrain.errors import DataError
-    from minitrain.tools.preflight.paths import find_model
+    from minitrain.inference.resolve import find_model
 
     output = _new_rows_file(arguments.output, arguments.force)
     find_model(arguments.model)
@@ -113,7 +113,7 @@ def _check_sections(rows: list[dict], added: list[dict]) -> str | None:
 
 
 def score(arguments: argparse.Namespace) -> int:
-    from minitrain.tools.preflight.paths import find_model
+    from minitrain.inference.resolve import find_model
 
     output = _new_rows_file(arguments.output, arguments.force)
     find_model(arguments.model)
@@ -170,7 +170,7 @@ def _line(row: dict) -> str:
 
 def chat(arguments: argparse.Namespace) -> int:
     from minitrain.errors import DataError
-    from minitrain.tools.preflight.paths import find_model
+    from minitrain.inference.resolve import find_model
 
     find_model(arguments.model)
     generator, sampling = _load_generator(arguments)
@@ -290,8 +290,8 @@ def validate(arguments: argparse.Namespace) -> int:
     if not paths:
         raise ConfigError("name a config, or with --all a folder of them")
     with _importing():
-        from minitrain.config.load import load_config
-        from minitrain.tools.preflight.checks import world_size
+        from minitrain.distributed.process import world_size
+        from minitrain.tools.preflight.load import load_config
 
         from .plugin import load_plugin
     for plugin in arguments.plugin:
@@ -359,7 +359,7 @@ def _new_rows_file(name: str | None, force: bool):
 
 def _config(arguments: argparse.Namespace):
     """The config of a command line, read when its plugins have run."""
-    from minitrain.config.load import load_config
+    from minitrain.tools.preflight.load import load_config
 
     from .plugin import load_plugin
 

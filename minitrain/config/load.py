@@ -1,10 +1,10 @@
-"""From a YAML file and dotlist overrides to a checked `Config`: every problem is found and told at once."""
+"""Parse YAML and dotlist overrides into a `Config`: syntax, interpolation, keys and types."""
 
 import difflib
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minitrain.errors import ConfigError
 from minitrain.io.redact import hide, hide_variables
-from minitrain.tools.preflight.checks import check_config
 
 from .aliases import RIVALS, UNTYPED
 from .issues import Problems, Source, check_types, shown
-from .saved import config_yaml, plain
+from .saved import config_yaml
 from .schema import DEFAULT_LOSS, Config, Written, aliases
 from .yaml_nodes import MAX_DEPTH, check_yaml
 
@@ -38,51 +37,58 @@ SHOWN = ("exp_name", "output_dir", "cache_dir")  # folders that are written to; 
 LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
-def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file (or a dict of the same keys) and dotlist overrides into a checked `Config`.
+def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tuple[Config, Problems]:
+    """Read a YAML file, or a dict of the same keys, and dotlist overrides.
 
-    Raises ConfigError, which lists every problem with its file, line and key.
+    Returns:
+        The config, and what is wrong with its keys and types. What does not fit is left at its default.
+
+    Raises:
+        ConfigError: When the file cannot be read or is not YAML.
     """
     raw, where = _read(source)
     problems = Problems(where)
-    _override(raw, overrides or [], problems)
-    config = _checked(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
-    config.written = Written(_own_names(OmegaConf.to_container(raw)), plain(config))
-    return config
+    _override(raw, list(overrides), problems)
+    config = _build_config(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
+    config.written = Written(_own_names(OmegaConf.to_container(raw)), {})
+    return config, problems
 
 
-def check_python_config(config: Config, loss: dict | None = None) -> Config:
-    """Return a checked copy of a config that was built, or changed after loading, in Python.
+def parse_python_config(config: Config, loss: dict | None = None) -> tuple[Config, Problems]:
+    """Return a copy of a config that was built, or changed after loading, in Python, and what is wrong with its types.
 
     Args:
         loss: The `describe_loss` of a loss object, which the copy then names.
 
     Raises:
-        ConfigError: As `load_config` does; also when the config names another loss than `loss`.
+        ConfigError: When the config names another loss than `loss`.
     """
     problems, given = Problems(Source("config")), _attributes(config)
     if loss is not None:
         given["loss"] = _merge_loss(given["loss"], loss)
-    checked = _checked(given, problems, is_object=loss is not None)
-    checked.written = config.written
+    parsed = _build_config(given, problems)
+    parsed.written = config.written
+    return parsed, problems
+
+
+def check_writable(config: Config) -> None:
+    """Raise ConfigError when a config cannot be written as YAML."""
     try:
-        config_yaml(checked)
+        config_yaml(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {error.full_key}: cannot be written to config.yml: {_reason(error)}") from None
-    return checked
 
 
-def _checked(given: dict, problems: Problems, is_object: bool = False) -> Config:
-    """Return the config of these values. Raises ConfigError with all that is wrong with them.
+def default_config() -> Config:
+    """Return a config of defaults alone, without a model or data."""
+    return _build(Config, {"model": {}})
 
-    `is_object`: the loss was given as an object, so that its class need not be registered.
-    """
+
+def _build_config(given: dict, problems: Problems) -> Config:
     config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", problems))
     config.loss = DEFAULT_LOSS | config.loss
     if config.exp_name is None:
         config.exp_name = Path(problems.source.name).stem
-    check_config(config, _build(Config, {"model": {}}), problems, is_object)
-    problems.raise_if_any()
     return config
 
 

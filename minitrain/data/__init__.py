@@ -1,6 +1,5 @@
 """Data files -> batches."""
 
-from . import formats_chat as conversations  # they register their schemas
-from . import formats_preference as judged
+from . import formats_chat, formats_preference  # they register their formats
 
-__all__ = ["conversations", "judged"]
+__all__ = ["formats_chat", "formats_preference"]

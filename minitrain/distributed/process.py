@@ -50,3 +50,8 @@ def _other_threads_run() -> bool:
             if stat.parent.name != main and stat.read_text().rpartition(")")[2].split()[0] == "R":
                 return True
     return False
+
+
+def world_size() -> int:
+    """Processes that a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -18,13 +18,15 @@ from minitrain.data.formats_raft import documents_of, raft_prompt
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import pick_device
 from minitrain.errors import ConfigError, DataError
+from minitrain.io.paths import looks_local
 from minitrain.model.adapter_config import CONFIG_FILE, read_config
 from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from minitrain.model.logprobs import cpu_has_bfloat16
 from minitrain.model.positions import batches_by_length, n_positions, restoring_rotary, rotary_limit
 from minitrain.model.pretrained import read_model_config
-from minitrain.tools.preflight.paths import find_model, looks_local
 from minitrain.training.metrics import inference
+
+from .resolve import find_model
 
 
 @dataclass

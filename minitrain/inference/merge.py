@@ -11,10 +11,10 @@ from minitrain.model.adapter_config import read_config
 from minitrain.model.load import DTYPES, fold_adapter, load_base, load_tokenizer, trained_outputs
 from minitrain.model.save import check_saving, save_model, set_end_tokens
 from minitrain.model.sequence_head import heads_of
-from minitrain.tools.preflight.paths import find_model
 from minitrain.training.atomic_dir import atomic_folder
 
 from .generate import model_config, saved_dtype
+from .resolve import find_model
 
 
 def merge(sources: list[str], shares: list[float], output: Path, dtype: str | None = None) -> str:

@@ -19,9 +19,9 @@ from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer
 from minitrain.model.policy import Policy
 from minitrain.model.positions import batches_by_length
 from minitrain.model.sequence_head import make_policy
-from minitrain.tools.preflight.paths import find_model
 
 from .generate import model_config, native_dtypes, saved_dtype
+from .resolve import find_model
 
 
 class Asked(NamedTuple):

@@ -24,6 +24,7 @@ from minitrain.data.cache import TokenCache, cache_folder
 from minitrain.data.loader import Examples, Loader, load_data
 from minitrain.data.template import make_template
 from minitrain.distributed.parallel import SingleDevice, pick_device
+from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.redact import stored_name
@@ -33,7 +34,6 @@ from minitrain.model.fingerprint import identity
 from minitrain.model.kd_divergence import likeliest
 from minitrain.model.load import load_tokenizer
 from minitrain.model.vocabulary import count_ids
-from minitrain.tools.preflight.checks import world_size
 from minitrain.training.aux_models import Teacher, batches_with_places, load_teacher, teacher_config
 from minitrain.training.setup import make_loader
 

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from minitrain.errors import ConfigError
-from minitrain.inference.exact_match import exact_match
 
 from .metric_logger import eval_line
 from .metrics import lower_is_better
@@ -40,12 +39,6 @@ def run_evaluation(trainer: "Trainer") -> None:
     metrics = trainer.evaluate()
     if not metrics:
         return
-    generate = trainer.config.eval_generate
-    if generate.n_examples:
-        examples, batch_size = trainer.eval_loader.examples, trainer.config.eval_batch_size
-        progress, say = not trainer.config.quiet, trainer.tracking.say
-        with trainer.precision.autocast():
-            metrics["exact_match"] = exact_match(trainer.generator, examples, generate, batch_size, say, progress)
     metrics = trainer.parallel.first(lambda: metrics)  # so that all ranks judge the same, to the last bit
     trainer.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
     trainer.evaluated_step = trainer.step

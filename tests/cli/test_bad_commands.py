@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from minitrain.cli.main import main
-from tests.cli.conftest import furnish
-from tests.conftest import ROOT
+from tests.conftest import ROOT, furnish
 from tests.faults.test_faults import IN_A_NAMESPACE, NO_NAMESPACES
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import GOOD_ROW, write
+from tests.conftest import GOOD_ROW, write
 
 
 @pytest.mark.parametrize(

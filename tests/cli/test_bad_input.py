@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli.main import main
-from tests.cli.conftest import CONFIG, GOOD_ROW
-from tests.conftest import ROOT
+from tests.conftest import CONFIG, GOOD_ROW, ROOT
 
 # ---------------------------------------------------------------------------- the config: nothing is loaded for it
 

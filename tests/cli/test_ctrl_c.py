@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli.main import main
-from tests.cli.conftest import furnish
-from tests.conftest import DEADLINE, ROOT
+from tests.conftest import DEADLINE, ROOT, furnish
 from tests.distributed.launch import FORKS
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli.main import main
-from tests.cli.conftest import furnish
+from tests.conftest import furnish
 from tests.rows import ROWS
 
 SECONDS = 60  # for a command that takes one; none of them may hang

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import yaml
 
-from minitrain.config.load import load_config
 from minitrain.config.saved import config_yaml
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
+from minitrain.tools.preflight.load import load_config
 
 
 @pytest.fixture

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.config import aliases as names
-from minitrain.config import issues as problems
-from minitrain.config import schema
-from minitrain.config.load import load_config
+from minitrain.config import aliases, issues, schema
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
+from minitrain.tools.preflight.load import load_config
 
 ROOT = Path(__file__).parents[2]
 OPTION_CLASSES = [
@@ -35,7 +33,7 @@ def test_every_option_is_explained_and_its_default_allowed():
     for f in (f for c in OPTION_CLASSES for f in schema.option_fields(c)):
         assert f.metadata["help"].endswith("."), f.name
         if f.default is not MISSING:
-            problems.check_limits(f.metadata, f.default)
+            issues.check_limits(f.metadata, f.default)
 
 
 def test_foreign_names_lead_to_options_that_exist():
@@ -43,7 +41,7 @@ def test_foreign_names_lead_to_options_that_exist():
     losses = {f"loss.{f.name}" for loss in registered().values() for f in fields(loss.options_class)}
     entries = {f"datasets[0].{f.name}" for f in fields(schema.DatasetConfig)}
     known = {*schema.all_keys(), *losses, "loss.name", *entries}
-    for name, ours in names.FOREIGN_NAMES.items():
+    for name, ours in aliases.FOREIGN_NAMES.items():
         assert name not in {f.name for f in fields(schema.Config)}
         for key in ours.split(" (")[0].replace(", or ", " or ").split(" or "):
             assert key.partition("=")[0] in known, name
@@ -52,7 +50,7 @@ def test_foreign_names_lead_to_options_that_exist():
 def test_names_that_nobody_needs():
     """They are no keys, have no translation, and are told to be left out, with the reason."""
     keys = {key.rpartition(".")[2] for key in schema.all_keys()}
-    assert not names.NEEDLESS.keys() & (keys | names.FOREIGN_NAMES.keys())
+    assert not aliases.NEEDLESS.keys() & (keys | aliases.FOREIGN_NAMES.keys())
     with pytest.raises(ConfigError, match=r"model.block_name: .* none is needed: the model's blocks are found"):
         load_config({"model": {"name_or_path": "tiny", "block_name": "GPTNeoXLayer"}})
 

@@ -9,13 +9,13 @@ import torch
 import yaml
 
 from minitrain import Config, Loss, LossOutput, Trainer, create_loss, load_config, register_loss
-from minitrain.config.load import check_python_config
 from minitrain.config.saved import config_yaml
 from minitrain.config.schema import DatasetConfig, EarlyStoppingConfig, ModelConfig, option
 from minitrain.errors import ConfigError, RunFolderError
 from minitrain.losses import base, describe_loss, registered
 from minitrain.losses.dft import DFT
 from minitrain.losses.sft import SFT, SFTOptions
+from minitrain.tools.preflight.load import check_python_config
 
 
 @pytest.fixture

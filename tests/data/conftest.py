@@ -1,15 +1,12 @@
 """What the tests of the data room share: configs with a cache of their own, files, and the tokenizers."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from minitrain.config.schema import Config, DatasetConfig, ModelConfig
 from minitrain.data.template import Template
 from minitrain.model.tiny import tiny_tokenizer
-
-SHARED = Path(__file__).parents[2].parent / "shared"
 
 
 @pytest.fixture
@@ -34,16 +31,3 @@ def jsonl(tmp_path):
         return DatasetConfig(path=str(path), **options)
 
     return write
-
-
-@pytest.fixture
-def shared():
-    """Finds a file of the real data and tokenizers beside the repository; skips the test where there is none."""
-
-    def find(name: str) -> Path:
-        path = SHARED / name
-        if not path.exists():
-            pytest.skip(f"{name} is not here")
-        return path
-
-    return find

@@ -176,10 +176,10 @@ def test_weights_that_were_not_announced(used):
 
 def test_the_gradient_of_the_announced_loss_is_not_made_twice(monkeypatch):
     """One pass of both heads for the loss that was announced, two for another one."""
-    from minitrain.model import kd_divergence as divergence
+    from minitrain.model import kd_divergence
 
-    passes, sweep = [], divergence._sweep
-    monkeypatch.setattr(divergence, "_sweep", lambda *args: passes.append(1) or sweep(*args))
+    passes, sweep = [], kd_divergence._sweep
+    monkeypatch.setattr(kd_divergence, "_sweep", lambda *args: passes.append(1) or sweep(*args))
     for factor, n in ((1.0, 1), (torch.rand(N, dtype=torch.float64), 2)):
         student, teacher, targets = case()
         asked = Distillation(teacher, forward_kl, 2.0, None, (0.7, 0.3))

@@ -369,9 +369,9 @@ def test_a_damaged_file_of_log_probabilities_is_made_anew(dpo, tmp_path, capsys,
 
 def test_a_reference_that_differs_is_refused(dpo, monkeypatch):
     """A second model that is not the policy is noticed before the first step."""
-    from minitrain.training import aux_models as reference
+    from minitrain.training import aux_models
 
-    load = reference.load_frozen
+    load = aux_models.load_frozen
 
     def other(*args):
         policy = load(*args)
@@ -379,7 +379,7 @@ def test_a_reference_that_differs_is_refused(dpo, monkeypatch):
             parameter.data += 0.1
         return policy
 
-    monkeypatch.setattr(reference, "load_frozen", other)
+    monkeypatch.setattr(aux_models, "load_frozen", other)
     with pytest.raises(ConfigError, match=r"the reference's log-probabilities are .* a token away from the policy's"):
         dpo("loss.reference=model")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitrain.model import logprobs as heads
+from minitrain.model import logprobs
 from minitrain.model.logprobs import OutputLayer, token_scores
 from tests.tensors import Largest
 
@@ -141,8 +141,8 @@ def test_log_softmax_is_done_in_float32(monkeypatch, dtype, hardware, autocast):
 def pretend(monkeypatch, hardware: str) -> None:
     """Has the head act as on a processor that multiplies half-precision matrices, or not; or has AMX, too."""
     for name in ("cpu_has_bfloat16", "cpu_has_float16"):
-        monkeypatch.setattr(heads, name, lambda: hardware != "none")
-    monkeypatch.setattr(heads, "cpu_has_amx", lambda: hardware == "amx")
+        monkeypatch.setattr(logprobs, name, lambda: hardware != "none")
+    monkeypatch.setattr(logprobs, "cpu_has_amx", lambda: hardware == "amx")
 
 
 @pytest.mark.parametrize("hardware", ["none", "products"])

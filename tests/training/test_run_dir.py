@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from minitrain import RunError
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.training import atomic_dir as folders
-from minitrain.training import checkpoint, save_schedule
+from minitrain.training import atomic_dir, checkpoint, save_schedule
 from minitrain.training.atomic_dir import atomic_folder, checkpoints, fingerprint, recover, replace_file
 from minitrain.training.metrics_log import last_step
 from minitrain.training.save_schedule import SaveSchedule
@@ -42,7 +41,7 @@ def kill_in_folders(monkeypatch, point: str) -> None:
             raise Killed
         return subject
 
-    monkeypatch.setattr(folders, "failpoint", failpoint)
+    monkeypatch.setattr(atomic_dir, "failpoint", failpoint)
 
 
 def write_folder(target, text: str) -> None:
@@ -58,13 +57,13 @@ def test_a_kill_between_two_renames_loses_no_folder(tmp_path, monkeypatch, point
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_folders(patch, point)
         write_folder(target, "new")
-    folders.sweep(tmp_path)  # takes nothing that is complete
+    atomic_dir.sweep(tmp_path)  # takes nothing that is complete
     with monkeypatch.context() as patch, pytest.raises(Killed):  # and the recovery is killed, too
         kill_in_folders(patch, "recover.new")
         recover(tmp_path)
         raise Killed
     recover(tmp_path)
-    folders.sweep(tmp_path)
+    atomic_dir.sweep(tmp_path)
     assert (target / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
@@ -78,7 +77,7 @@ def test_an_io_error_between_two_renames_changes_nothing(tmp_path, monkeypatch, 
         if name == point:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(folders, "failpoint", failpoint)
+    monkeypatch.setattr(atomic_dir, "failpoint", failpoint)
     with pytest.raises(RunError, match="Input/output error"):
         write_folder(target, "new")
     assert (target / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["final"]
@@ -90,9 +89,9 @@ def test_what_is_no_longer_wanted_does_not_come_back(tmp_path, monkeypatch):
         write_folder(tmp_path / f"step-{step}", "x")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_folders(patch, "prune.renamed")
-        folders.prune(tmp_path, 1)
+        atomic_dir.prune(tmp_path, 1)
     assert recover(tmp_path) == []
-    folders.sweep(tmp_path)
+    atomic_dir.sweep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
 
 
@@ -107,7 +106,7 @@ def test_the_only_checkpoint_survives_its_replacement(make_trainer, monkeypatch,
     original = second.run.checkpoint(2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_folders(patch, point)
-        folders.replace_folder(shutil.copytree(original, original.with_name(".tmp-step-2-x")), original)
+        atomic_dir.replace_folder(shutil.copytree(original, original.with_name(".tmp-step-2-x")), original)
     third = make_trainer(*options)  # finds a run, though no checkpoint has its name
     with pytest.raises(RunError, match=r"lr: 0.01 -> 0.5"):
         make_trainer(*options, "lr=0.5")

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from minitrain.config.aliases import RIVALS
 from minitrain.config.issues import Problems, check_types, nearest, related, shown
+from minitrain.config.load import default_config
 from minitrain.config.schema import Config, all_keys, option_fields
+from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
+from minitrain.io.paths import looks_local, near_file
 
-from .paths import check_archive, check_folder, check_source, looks_local, near_file
+from .paths import check_archive, check_folder, check_source
 
 # They do not step on a gradient alone, or take only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -23,11 +26,13 @@ CHECKED_WITH_TORCH = {"loss", "optimizer", "optimizer_args", "betas", "eps", "we
 NEEDS_EVAL_DATA = ("eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
-def check_config(config: Config, defaults: Config, problems: Problems, loss_is_object: bool = False) -> None:
-    """Adds to `problems` what is wrong with `config`. An option at its default does not count as ignored.
+def check_config(config: Config, problems: Problems, loss_is_object: bool = False) -> None:
+    """Add to `problems` what is wrong with a config. An option at its default does not count as ignored.
 
-    `loss_is_object`: the loss was given in Python, so that its class need not be registered.
+    Args:
+        loss_is_object: The loss was given in Python, so its class need not be registered.
     """
+    defaults = default_config()
     given = {f.name for f in option_fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
     _check_run(config, given, problems)
     _check_files(config, problems)
@@ -98,11 +103,6 @@ def _check_device(config: Config, problems: Problems) -> None:
         problems.add("trainer", f"torchrun started {local} processes on this machine, but it has {n_gpus} GPUs.")
     if config.fsdp.cpu_offload and device == "cpu":
         problems.add("fsdp.cpu_offload", "would be ignored: everything is on the CPU already.")
-
-
-def world_size() -> int:
-    """Processes that a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_files(config: Config, problems: Problems) -> None:

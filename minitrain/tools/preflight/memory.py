@@ -30,7 +30,7 @@ from minitrain.distributed.parallel import SingleDevice, local_rows
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss
-from minitrain.model import logprobs as heads
+from minitrain.model import kd_divergence, logprobs
 from minitrain.model.load import CPU, DTYPES
 from minitrain.model.outline import outline_frozen
 from minitrain.training.aux_models import NOTED, Precomputed, companions, reference_kind
@@ -43,7 +43,7 @@ from .checks import uneven_batch
 from .dry_run import DryRun
 
 PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", "activations", "head", "gathered")
-HEAD = {f"{heads.__package__}.heads", f"{heads.__package__}.divergence"}  # whose backward passes are the output layer's
+HEAD = {logprobs.__name__, kd_divergence.__name__}  # whose backward passes are the output layer's
 OFFLOADED = frozenset({"weights", "gradients", "optimizer"})  # by fsdp.cpu_offload
 aten = torch.ops.aten
 FACTORIES = {aten.empty.memory_format, aten.empty_strided.default}
@@ -372,16 +372,17 @@ def _head_of(kind: str) -> Iterator[None]:
     if kind == "cpu":
         yield
         return
-    budget, keeps_float32_sums = heads.CHUNK_BYTES.get(kind, heads.CHUNK_BYTES["cuda"]), heads.keeps_float32_sums
+    budget = logprobs.CHUNK_BYTES.get(kind, logprobs.CHUNK_BYTES["cuda"])
+    keeps_float32_sums = logprobs.keeps_float32_sums
     stand_ins = {
-        "CHUNK_BYTES": heads.CHUNK_BYTES | {"cpu": budget},
+        "CHUNK_BYTES": logprobs.CHUNK_BYTES | {"cpu": budget},
         "cpu_has_bfloat16": lambda: True,
         "cpu_has_float16": lambda: True,
         "keeps_float32_sums": lambda _: keeps_float32_sums(kind),
     }
-    own = {name: getattr(heads, name) for name in stand_ins}
-    vars(heads).update(stand_ins)
+    own = {name: getattr(logprobs, name) for name in stand_ins}
+    vars(logprobs).update(stand_ins)
     try:
         yield
     finally:
-        vars(heads).update(own)
+        vars(logprobs).update(own)

@@ -1,13 +1,11 @@
 """Files, folders and names of the hub that options name: whether they are there, and are what is asked for."""
 
-import difflib
 import os
 from pathlib import Path
 
-from minitrain.config.issues import Problems, nearest
+from minitrain.config.issues import Problems
 from minitrain.config.schema import DatasetConfig
-from minitrain.errors import ConfigError
-from minitrain.io.redact import redact
+from minitrain.io.paths import looks_local, near_file
 
 
 def check_source(key: str, entry: DatasetConfig, problems: Problems) -> None:
@@ -72,46 +70,3 @@ def check_archive(path: Path, problems: Problems) -> None:
     elif not archive_files(path):
         told = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
         problems.add("model.archive", told + near_file(path))
-
-
-def near_file(path: Path) -> str:
-    """A file of nearly that name in the same folder, or of that name with an ending."""
-    names = sorted(p.name for p in path.parent.glob("*") if p.name != path.name)
-    whole = [name for name in names if path.name and name.startswith(f"{path.name}.")]
-    match = whole or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    if not match:
-        return ""
-    return f" Did you mean {path.parent / match[0] if redact(str(path)) == str(path) else match[0]}?"
-
-
-def looks_local(name: str) -> bool:
-    """Whether a model's name can only be that of a folder; on the hub it is `name` or `owner/name`."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
-
-
-def find_model(source: str) -> str:
-    """Return the folder with the model of a run, a model's own folder, or a name of the hub as it is.
-
-    Raises ConfigError for a folder that is not there or holds no model.
-    """
-    folder = Path(source)
-    if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
-        there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
-        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{nearest(source, there)}")
-    if not folder.is_dir() or _holds_model(folder):
-        return source
-    for name in ("final", "best"):
-        if _holds_model(folder / name):
-            return str(folder / name)
-    if (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
-    raise ConfigError(f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).")
-
-
-def _beside_runs(folder: Path) -> bool:
-    """Whether ``runs/name`` can only be meant for a run, although hub names look like that too."""
-    return len(folder.parts) == 2 and (folder.parts[0] == "runs" or any(folder.parent.glob("*/metrics.jsonl")))
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitrain.config.load import check_python_config
 from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
 from minitrain.data.examples import Conversation, assistant, user
@@ -30,6 +29,7 @@ from minitrain.training.saving import inputs
 from minitrain.training.setup import check_lengths
 
 from .dry_run import DryRun, dry_run
+from .load import check_python_config
 from .memory import estimate, eval_metrics
 
 MAX_TOLD = 3  # rows of one kind of fault and file

@@ -1,0 +1,39 @@
+"""Configs that are parsed and checked: every problem is reported at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitrain.config.load import check_writable, parse_config, parse_python_config
+from minitrain.config.saved import plain
+from minitrain.config.schema import Config
+
+from .checks import check_config
+
+
+def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or a dict of the same keys, and dotlist overrides into a checked `Config`.
+
+    Raises:
+        ConfigError: It lists every problem with its file, line and key.
+    """
+    config, problems = parse_config(source, overrides)
+    check_config(config, problems)
+    problems.raise_if_any()
+    config.written = config.written._replace(resolved=plain(config))
+    return config
+
+
+def check_python_config(config: Config, loss: dict | None = None) -> Config:
+    """Return a checked copy of a config that was built, or changed after loading, in Python.
+
+    Args:
+        loss: The `describe_loss` of a loss object, which the copy then names.
+
+    Raises:
+        ConfigError: As `load_config` does; also when the config names another loss than `loss`.
+    """
+    checked, problems = parse_python_config(config, loss)
+    check_config(checked, problems, loss_is_object=loss is not None)
+    problems.raise_if_any()
+    check_writable(checked)
+    return checked
