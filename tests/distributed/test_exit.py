@@ -14,7 +14,7 @@ from tests.conftest import DEADLINE
 SCRIPT = """
     import atexit, os, sys, time
     import torch, torch.distributed as dist
-    from minitrain.engine.process import exit_process, let_threads_settle
+    from minitrain.distributed.process import exit_process, let_threads_settle
 
     class SlowToGo:
         def __del__(self, sleep=time.sleep):
