@@ -515,8 +515,8 @@ BUGS = {
             title="Saving over the file that the weights are mapped from wrote zeros.",
             reported_in="huggingface/safetensors#764",
             file="minitrain/training/atomic_dir.py",
-            line='temporary = sibling(target, "tmp")',
-            replacement="temporary = target",
+            line="temporary.mkdir(parents=True)",
+            replacement="yield target; return",
             test="tests/model/test_policy.py::test_saving_over_the_loaded_folder_keeps_the_weights",
         ),
         Bug(
@@ -622,7 +622,7 @@ EXERCISES = [
         file="minitrain/training/optim.py",
         line="return (step + 1) / warmup",
         replacement="return step / warmup",
-        test="tests/training/test_optim.py",
+        test="tests/training/test_optim.py::test_after_the_warm_up_the_schedule_is_that_of_transformers",
     ),
     Mutation(
         number=5,
@@ -664,7 +664,7 @@ EXERCISES = [
         file="minitrain/trainer.py",
         line="weight = self.parallel.sum(weight.to(self.device))",
         replacement="weight = weight.to(self.device)",
-        test="tests/distributed/test_fsdp.py",
+        test="tests/distributed/test_fsdp.py::test_two_ranks_train_as_one_process",
     ),
     Mutation(
         number=11,

@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 import transformers as tf
 from safetensors import safe_open
@@ -175,14 +176,21 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
         torch.testing.assert_close(model(ids).logits, want)
 
 
-def test_saving_over_the_loaded_folder_keeps_the_weights(tmp_path):
-    """Loaded weights may be mapped from the very file that is written (safetensors#764)."""
+def test_saving_over_the_loaded_folder_keeps_the_weights(tmp_path, monkeypatch):
+    """Loaded weights are mapped from the very file that is written, and save_file may empty it before it reads them
+    (safetensors#764)."""
     from minitrain.training.atomic_dir import atomic_folder
+
+    def save_in_place(tensors, path, metadata=None):
+        if path.exists():
+            path.write_bytes(bytes(path.stat().st_size))
+        path.write_bytes(safetensors.torch.save(tensors, metadata))
 
     folder = tmp_path / "model"
     save_model(random_llama(), tiny_tokenizer(), folder, torch.float32)
     model = load_model(ModelConfig(str(folder)), tiny_tokenizer(), 0)
     want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(safetensors.torch, "save_file", save_in_place)
     with atomic_folder(folder) as temporary:
         save_model(model, tiny_tokenizer(), temporary, torch.float32)
     again = load_model(ModelConfig(str(folder)), tiny_tokenizer(), 0).state_dict()
