@@ -60,35 +60,8 @@ class Trainer:
         self.loss = loss or create_loss(**config.loss)
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
-        check_options(config, self.parallel)
-        self.run = RunFolder(config, self.parallel)
-        self.precision = Precision(DTYPES[config.model.policy_dtype], self.device)
-
-        torch.manual_seed(config.seed)
-        torch.autograd.set_detect_anomaly(config.debug)
-        with self.parallel.taking_turns():  # the first process of a machine tokenises and downloads
-            self.template, data = read_data(config, self.loss)
-            self.tokenizer = self.template.tokenizer
-            ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
-            policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
-        check_inputs(config, data, self.parallel)
-        new = describe_new(policy.model, self.tokenizer)
-        self.notes = [*data.notes, *([f"new tokens: {new}"] if new else [])]
-        self.warnings = data.warnings
-        share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
-        self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
-        self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None
-        loaders = list(filter(None, (self.train_loader, self.eval_loader)))
-        self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
-        self.models = companions(self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders)
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.policy, config)
-        set_end_tokens(policy.model, self.template.end_ids())
-        check_saving(policy.model, self.tokenizer)
-        self.generator = Generator(
-            policy.model, self.template, lambda: self.parallel.gathered(self.policy), policy.position_limit
-        )
-        torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
+        with self.parallel.naming_failures():
+            self._load()
 
         self.total_steps = self.train_loader.total_steps
         self.warmup = warmup_steps(config, self.total_steps)
@@ -110,6 +83,41 @@ class Trainer:
         self.signal: int | None = None  # what all ranks agreed to stop for
         self._received: int | None = None  # what reached this rank, which the others do not know yet
         self._start_window()
+
+    def _load(self) -> None:
+        """Read the data and the model, and try what training needs. An error of one rank ends them all."""
+        config = self.config
+        check_options(config, self.parallel)
+        self.run = RunFolder(config, self.parallel)
+        self.precision = Precision(DTYPES[config.model.policy_dtype], self.device)
+
+        torch.manual_seed(config.seed)
+        torch.autograd.set_detect_anomaly(config.debug)
+        with self.parallel.taking_turns():  # the first process of a machine tokenises and downloads
+            self.template, data = read_data(config, self.loss)
+            self.tokenizer = self.template.tokenizer
+            ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
+            policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
+            failpoint("load.policy")
+        check_inputs(config, data, self.parallel)
+        new = describe_new(policy.model, self.tokenizer)
+        self.notes = [*data.notes, *([f"new tokens: {new}"] if new else [])]
+        self.warnings = data.warnings
+        share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
+        self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
+        self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None
+        loaders = list(filter(None, (self.train_loader, self.eval_loader)))
+        self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
+        failpoint("load.weights")
+        self.models = companions(self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.policy, config)
+        set_end_tokens(policy.model, self.template.end_ids())
+        check_saving(policy.model, self.tokenizer)
+        self.generator = Generator(
+            policy.model, self.template, lambda: self.parallel.gathered(self.policy), policy.position_limit
+        )
+        torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
 
     # ---------------------------------------------------------------------------------------------- the loop
 

@@ -90,7 +90,11 @@ class SingleDevice:
         """Where the run is, to be told should it hang."""
 
     def contact(self) -> contextlib.AbstractContextManager:
-        """Inside, the loss of another rank is an error that a user can read."""
+        """As `naming_failures`, and a rank in which nothing moves ends all of them."""
+        return contextlib.nullcontext()
+
+    def naming_failures(self) -> contextlib.AbstractContextManager:
+        """Inside, an error of one rank ends the others with a RunError that names it."""
         return contextlib.nullcontext()
 
     def close(self) -> None:

@@ -26,13 +26,19 @@ from torch.distributed.tensor import DTensor
 
 from minitrain import errors
 from minitrain.config.schema import FSDPConfig
-from minitrain.errors import ConfigError, MinitrainError, RunError
+from minitrain.errors import ConfigError, MinitrainError, RunError, is_failure
+from minitrain.io.redact import redact
 
 from .parallel import Read, SingleDevice, local_rows
 from .process import let_threads_settle
 from .watchdog import Watchdog
 
 _turns = itertools.count()
+FAILURE = "failure"  # the key in the store under which the first rank that fails says why
+
+
+class LostContactError(RunError):
+    """Another process is gone."""
 
 
 class FullySharded(SingleDevice):
@@ -153,15 +159,20 @@ class FullySharded(SingleDevice):
 
     @contextlib.contextmanager
     def taking_turns(self) -> Iterator[None]:
-        # By the store, where one may wait for hours; should the first one fail, the launcher ends the others.
+        # By the store, where one may wait for hours.
         key = f"turn/{os.environ.get('GROUP_RANK', '0')}/{next(_turns)}"
         alone = int(os.environ.get("LOCAL_RANK", "0")) == 0
         if self.store is not None and not alone:
             with _loss_told():
                 self.store.wait([key])
-        yield
-        if self.store is not None and alone:
-            self.store.set(key, "done")
+            if failure := self._failure():
+                raise RunError(failure)
+        try:
+            with self.naming_failures():
+                yield
+        finally:
+            if self.store is not None and alone:
+                self.store.set(key, "done")
 
     def backward_context(self, policy: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         # Where gradients are cut up, to keep them whole until the last micro-batch would cost what cutting saves.
@@ -189,11 +200,35 @@ class FullySharded(SingleDevice):
         if self.watchdog is not None:
             self.watchdog.start()
         try:
-            with _loss_told():
+            with self.naming_failures():
                 yield
         finally:
             if self.watchdog is not None:
                 self.watchdog.stop()
+
+    @contextlib.contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        try:
+            with _loss_told():
+                yield
+        except LostContactError:
+            if failure := self._failure():
+                raise RunError(failure) from None
+            raise
+        except BaseException as error:
+            if self.store is not None and is_failure(error):
+                kind = "" if isinstance(error, MinitrainError) else f"{type(error).__name__}: "
+                reason = (str(error).strip().splitlines() or ["no message"])[0]
+                with contextlib.suppress(RuntimeError):  # the store is gone
+                    self.store.compare_set(FAILURE, "", redact(f"rank {self.rank} failed: {kind}{reason}"))
+            raise
+
+    def _failure(self) -> str | None:
+        """Return which rank failed first and why, if one has said so."""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if self.store is not None and self.store.check([FAILURE]):
+                return self.store.get(FAILURE).decode()
+        return None
 
     def close(self) -> None:
         with _loss_told():
@@ -224,13 +259,14 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 
 @contextlib.contextmanager
 def _loss_told() -> Iterator[None]:
-    """Inside, the loss of another process is a RunError."""
+    """Inside, the loss of another process is a LostContactError."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
             text = str(error).strip().splitlines()[0]
-            raise RunError(f"lost contact with another process; see what that one said ({text})") from None
+            told = f"lost contact with another process; see what that one said ({text})"
+            raise LostContactError(told) from None
         raise
 
 

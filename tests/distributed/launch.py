@@ -38,14 +38,17 @@ class Ranks:
         if self.processes[rank].is_alive():
             os.kill(self.pids[rank], number)
 
-    def finish(self, timeout: float = TIMEOUT) -> tuple[int, str]:
+    def finish(self, timeout: float = TIMEOUT, patience: float = 0) -> tuple[int, str]:
         """(-9 if a rank was killed, else the code of one that failed, else 0; output).
 
         When one rank ends badly the others are told to end, as torchrun does; how they end then is not the run's code.
+        They first have `patience` seconds to end by themselves.
         """
         end, told = time.monotonic() + timeout, False
         while any(process.is_alive() for process in self.processes):
             if not told and any(process.exitcode for process in self.processes):
+                for process in self.processes:
+                    process.join(patience)
                 end, told = min(end, time.monotonic() + 60), True
                 for process in self.processes:
                     process.terminate()
