@@ -299,6 +299,13 @@ def test_the_examples_of_the_commands_page_are_understood():
         assert problems_of_command(example) == []
 
 
+def test_links_in_the_documents_lead_somewhere():
+    """Every relative link of README and docs/ exists."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], **BY_NAME)
 def test_links_to_headings_lead_to_one(page):
     """What stands behind # in a link is a heading of that page, as GitHub names it."""

@@ -1,8 +1,11 @@
-"""What stands under example/ runs as it stands: for a few steps, by the command line, in a folder with nothing else."""
+"""The configs under example/ are valid and train as they are, and the example data are what their script makes."""
 
 import json
+import re
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from minitrain.config.schema import DatasetConfig
 from minitrain.data.encode import Limits, encode
 from minitrain.data.examples import to_record
 from minitrain.data.template import make_template
+from minitrain.inference.raft_metrics import verdict
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import ROOT
 
@@ -92,3 +96,47 @@ def test_dialogues_have_the_tokens_of_the_dpo_authors(user_folder):
     prompt = tokenizer(start)["input_ids"]
     assert list(tokens.ids) == prompt + answer
     assert list(tokens.mask) == [False] * len(prompt) + [True] * len(answer)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "example").glob("*.yml")), ids=lambda file: file.name)
+def test_every_example_is_a_valid_config(file, monkeypatch):
+    """Each config passes all checks, with the embedded model as the teacher that another example trains."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TEACHER", "tiny")
+    load_config(file)
+
+
+def test_the_example_data_are_what_the_script_makes(tmp_path):
+    """example/make_data.py writes the committed files, byte for byte, beside itself or into a given directory. No test
+    question and no document of one is in a training file."""
+    shutil.copy(ROOT / "example" / "make_data.py", tmp_path)
+    for folder in ("data", "new/samples"):
+        where = [] if folder == "data" else [tmp_path / folder]
+        subprocess.run([sys.executable, tmp_path / "make_data.py", *where], check=True)
+        for file in (ROOT / "example" / "data").iterdir():
+            assert (tmp_path / folder / file.name).read_bytes() == file.read_bytes(), file.name
+    tests = set((tmp_path / "data" / "skills-test.jsonl").read_text().splitlines())
+    assert not tests & set((tmp_path / "data" / "skills-train.jsonl").read_text().splitlines())
+    documents = [
+        {d["text"] for line in (tmp_path / "data" / f"raft-{name}.jsonl").open() for d in json.loads(line)["documents"]}
+        for name in ("train", "test")
+    ]
+    assert all(documents) and not documents[0] & documents[1]
+
+
+def test_the_teacher_of_the_example_is_right():
+    """Each response about documents has all sections and quotes the oracle, and no distractor is about the question."""
+    for name in ("train", "test"):
+        for row in map(json.loads, (ROOT / "example" / "data" / f"raft-{name}.jsonl").open()):
+            found = verdict(row, row["teacher_answer"])
+            assert found["quotes"] == ["oracle"] and all(found.values()), row
+            asked = row["teacher_answer"].partition(":")[0].removeprefix("What ")
+            assert [d["type"] for d in row["documents"] if d["text"].startswith(f"{asked} ")] == ["oracle"]
+
+
+def test_the_prompts_of_the_demo_are_new_to_the_model():
+    """No prompt that `make demo` shows at the end is in a training row."""
+    recipe = (ROOT / "Makefile").read_text()
+    prompts = re.findall(r'"([^"]+)"', recipe[recipe.index("--prompt") : recipe.index("test:")])
+    training = (ROOT / "example" / "data" / "skills-train.jsonl").read_text()
+    assert len(prompts) == 3 and not any(f'"{prompt}"' in training for prompt in prompts)
