@@ -18,6 +18,7 @@ Every option of a config file, generated from `minitrain/config/schema.py` by `d
 be set on the command line, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[a.jsonl,b.csv]`.
 
 - An unknown key, an option that would be ignored and a wrong type are errors; all of them are told at once.
+- A number is at most 1,000,000,000 where the table names no other bound, and neither nan nor inf.
 - `loss: dft` is short for `loss: {name: dft}`, `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.
 - An override of one of `n_steps`/`n_epochs`, `warmup_steps`/`warmup_ratio`, `eval_datasets`/`validation_split` or
   `packing`/`group_by_length` takes the place of the other one in the file.
@@ -81,7 +82,7 @@ def value(f, hint) -> str:
     meta = f.metadata
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
-    limits = [("least", "{} or more"), ("above", "above {}"), ("most", "{} or less")]
+    limits = [("least", "{} or more"), ("above", "above {}"), ("below", "below {}"), ("most", "{} or less")]
     told = [text.format(meta[name]) for name, text in limits if meta[name] is not None]
     return ", ".join([type_name(hint), *told])
 

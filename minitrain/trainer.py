@@ -63,8 +63,6 @@ class Trainer:
         with self.parallel.naming_failures():
             self._load()
 
-        self.total_steps = self.train_loader.total_steps
-        self.warmup = warmup_steps(config, self.total_steps)
         self.step = 0  # optimizer steps tried
         self.updates = 0  # optimizer steps taken; those with a non-finite gradient are not
         self.consumed = 0  # examples seen, over all ranks
@@ -106,6 +104,8 @@ class Trainer:
         share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
         self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
         self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None
+        self.total_steps = self.train_loader.total_steps
+        self.warmup = warmup_steps(config, self.total_steps)
         loaders = list(filter(None, (self.train_loader, self.eval_loader)))
         self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
         failpoint("load.weights")

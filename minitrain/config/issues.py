@@ -14,7 +14,7 @@ from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
 
 from .aliases import FOREIGN_NAMES, NEEDLESS
-from .schema import aliases, all_keys, option_fields
+from .schema import MAX_NUMBER, MIN_FRACTION, aliases, all_keys, option_fields
 
 WORDS = {
     bool: "true or false",
@@ -185,12 +185,24 @@ def check_limits(meta: dict, value: Any) -> None:
         return
     if meta["choices"] and value not in meta["choices"]:
         raise _Unfit(f"{value!r} is not one of {', '.join(meta['choices'])}.{nearest(value, meta['choices'])}")
+    if value == "":
+        raise _Unfit("is empty. Give a value, or leave it out.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_bounds(meta, value)
+
+
+def _check_bounds(meta: dict, value: int | float) -> None:
+    most = MAX_NUMBER if meta["most"] is None and meta["below"] is None else meta["most"]
     if meta["least"] is not None and value < meta["least"]:
         raise _Unfit(f"must be {meta['least']} or more, got {value}.")
     if meta["above"] is not None and value <= meta["above"]:
         raise _Unfit(f"must be above {meta['above']}, got {value}.")
-    if meta["most"] is not None and value > meta["most"]:
-        raise _Unfit(f"must be {meta['most']} or less, got {value}.")
+    if meta["below"] is not None and value >= meta["below"]:
+        raise _Unfit(f"must be below {meta['below']}, got {value}.")
+    if most is not None and value > most:
+        raise _Unfit(f"must be {most} or less, got {value}.")
+    if 0 < abs(value) < MIN_FRACTION:
+        raise _Unfit(f"is too close to 0 to have an effect, got {value}. Give 0 or a larger number.")
 
 
 # ------------------------------------------------------------------------------------------------ unknown names

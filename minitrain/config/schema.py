@@ -8,17 +8,23 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
+MAX_NUMBER = 1_000_000_000  # of an option that names no bound: more is a slip, and overflows somewhere
+MIN_FRACTION = 1e-30  # a number that is closer to 0 is 0 in float32, or its inverse overflows
 MAX_SEED = 2**63 - 1  # what torch takes
 DEFAULT_LOSS = {"name": "sft"}
 
 
-def option(default: Any, help: str, *, choices=(), least=None, above=None, most=None, alias=None, free=False) -> Any:
+def option(
+    default: Any, help: str, *, choices=(), least=None, above=None, below=None, most=None, alias=None, free=False
+) -> Any:
     """A dataclass field with its explanation and limits.
 
-    `least`, `above`, `most` bound a number (>=, >, <=). `alias` is a second name. `free` marks an option that
-    may change between an interrupted run and its resumption, since it does not alter what is computed.
+    `least`, `above`, `below`, `most` bound a number (>=, >, <, <=); without an upper bound it is `MAX_NUMBER`. `alias`
+    is a second name. `free` marks an option that may change between an interrupted run and its resumption, since it
+    does not alter what is computed.
     """
-    metadata = dict(help=help, choices=choices, least=least, above=above, most=most, alias=alias, free=free)
+    limits = dict(least=least, above=above, below=below, most=most)
+    metadata = dict(help=help, choices=choices, alias=alias, free=free, **limits)
     if default is MISSING:
         return field(metadata=metadata)
     if isinstance(default, (list, dict, type)):
@@ -54,9 +60,13 @@ class DatasetConfig:
     n_distractors: int | None = option(
         None, "RAFT rows: so many of their distractors, drawn for each question; all when left out.", least=0
     )
-    seed: int = option(0, "Seed of what is drawn in making examples: which RAFT documents, and their order.", least=0)
+    seed: int = option(
+        0, "Seed of what is drawn in making examples: which RAFT documents, and their order.", least=0, most=MAX_SEED
+    )
     n_examples: int | None = option(None, "Use only the first so many rows.", least=1)
-    weight: float = option(1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0)
+    weight: float = option(
+        1.0, "How often an epoch sees each example: 0.5 is half of them, 2 is twice.", above=0, most=10_000
+    )
 
 
 @dataclass
@@ -100,8 +110,8 @@ class ModelConfig:
 @dataclass
 class LoRAConfig:
     rank: int = option(0, "Rank of the matrices; 0 trains without LoRA.", least=0, most=32768)
-    alpha: float = option(16.0, "The update is scaled by alpha / rank.", above=0)
-    dropout: float = option(0.0, "Dropout of the matrices' input.", least=0, most=1)
+    alpha: float = option(16.0, "The update is scaled by alpha / rank.", above=0, most=1e6)
+    dropout: float = option(0.0, "Dropout of the matrices' input.", least=0, below=1)
     target_modules: Any = option(
         "all-linear", "Names of layers in a list, a regular expression, or all-linear: all but the output layer."
     )
@@ -119,7 +129,7 @@ class LoRAConfig:
         choices=("default", "gaussian", "pissa", "olora"),
     )
     loraplus_lr_ratio: float = option(
-        1.0, "lr of the B matrices as a multiple of lr (LoRA+, arXiv 2402.12354).", above=0
+        1.0, "lr of the B matrices as a multiple of lr (LoRA+, arXiv 2402.12354).", above=0, most=10_000
     )
 
 
@@ -133,7 +143,9 @@ class SoftPromptConfig:
     )
     init_text: str | None = option(None, "With prompt: start from the embeddings of this text.")
     prefix_projection: bool = option(False, "With prefix: make the keys and values by a small network.")
-    encoder_hidden_size: int | None = option(None, "Width of that network; the model's when left out.", least=1)
+    encoder_hidden_size: int | None = option(
+        None, "Width of that network; the model's when left out.", least=1, most=65536
+    )
 
 
 @dataclass
@@ -152,7 +164,7 @@ class EvalGenerateConfig:
     n_examples: int = option(
         0, "At each evaluation, answer so many eval prompts and log exact_match.", least=0, free=True
     )
-    max_new_tokens: int = option(64, "Longest answer, in tokens.", least=1, free=True)
+    max_new_tokens: int = option(64, "Longest answer, in tokens.", least=1, most=1_000_000, free=True)
     match: str = option(
         "text",
         "What has to be the same as in the reference. text: the whole answer. number: the final number, behind ####, "
@@ -243,7 +255,9 @@ class Config:
     group_by_length: bool = option(False, "Batches of examples of like length, so that there is less padding.")
     on_bad_row: str = option("error", "What a row that cannot be used does.", choices=("error", "skip"))
     max_bad_rows: int = option(100, "With on_bad_row: skip, stop after so many bad rows in a file.", least=0)
-    num_proc: int | None = option(None, "Processes that tokenise; all cores when left out.", least=1, free=True)
+    num_proc: int | None = option(
+        None, "Processes that tokenise; all cores when left out.", least=1, most=1024, free=True
+    )
     cache_dir: str | None = option(
         None, "Where token ids are kept; $XDG_CACHE_HOME/minitrain or ~/.cache/minitrain when left out.", free=True
     )
@@ -262,14 +276,16 @@ class Config:
     gradient_accumulation_steps: int = option(
         1, "Micro-batches that each device's share of an optimizer step is cut into.", least=1, free=True
     )
-    n_epochs: float = option(1.0, "Passes over the data.", above=0, free=True)
+    n_epochs: float = option(1.0, "Passes over the data.", above=0, most=1e6, free=True)
     n_steps: int | None = option(None, "Optimizer steps, in place of n_epochs; give one of them.", least=1, free=True)
     optimizer: str = option("AdamW", "Any optimizer of torch.optim by name.")
     optimizer_args: dict[str, Any] = option({}, "More arguments of the optimizer, e.g. {momentum: 0.9} for SGD.")
-    lr: float = option(2e-5, "Peak learning rate.", least=0)
-    weight_decay: float = option(0.0, "Decay of weight matrices; norms and biases are never decayed.", least=0)
+    lr: float = option(2e-5, "Peak learning rate.", least=0, most=1000)
+    weight_decay: float = option(
+        0.0, "Decay of weight matrices; norms and biases are never decayed.", least=0, most=1000
+    )
     betas: list[float] = option([0.9, 0.999], "Adam's two decay rates.")
-    eps: float = option(1e-8, "Adam's epsilon.", above=0)
+    eps: float = option(1e-8, "Adam's epsilon.", above=0, most=1)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 does not clip.", least=0)
     lr_scheduler: str = option("linear", "Shape after the warm-up.", choices=("linear", "cosine", "constant"))
     warmup_steps: int = option(0, "Steps in which lr rises from 0 to its peak.", least=0)

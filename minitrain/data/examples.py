@@ -141,6 +141,8 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
     templated = dataset.prompt_template or dataset.response_template
     if templated and name not in TEMPLATED:
         raise DataError(f"prompt_template and response_template do not apply to rows of type {name}")
+    if name not in WITH_DOCUMENTS and (dataset.p_oracle < 1 or dataset.n_distractors is not None):
+        raise DataError(f"p_oracle and n_distractors do not apply to rows of type {name}")
     return known[name].convert(row, dataset)
 
 
@@ -152,15 +154,8 @@ MAPPED = {
     "labelled": ("text", "label"),
     "rollout": ("response", "reward"),
 }
-TEMPLATED = (
-    "prompt_response",
-    "question_answer",
-    "query_response",
-    "alpaca",
-    "raft",
-    "raft_context",
-    "raft_distractors",
-)
+WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")
+TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", *WITH_DOCUMENTS)
 
 
 def _recognise(keys: dict, known: dict[str, Schema]) -> str | None:

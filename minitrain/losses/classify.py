@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitrain.batch import Batch
-from minitrain.config.schema import option
+from minitrain.config.schema import MAX_NUMBER, option
 from minitrain.errors import ConfigError, DataError
 
 from .base import DataFile, Loss, LossOutput, register_loss
@@ -23,7 +23,7 @@ class ClassifyOptions:
     labels: list[Any] = option([], "The labels in the order of the model's outputs; those of the training files.")
     positive_label: str | None = option(None, "Of two labels, the one that f1 is about; the last one when left out.")
     label_smoothing: float = option(
-        0.0, "Weight of the mean negative log-probability over all labels.", least=0, most=1
+        0.0, "Weight of the mean negative log-probability over all labels.", least=0, below=1
     )
     class_weights: dict[str, float] = option({}, "What examples of a label count, as {label: 2.5}; 1 when left out.")
     regression: bool = option(False, "The labels are numbers, and the loss is the squared error.")
@@ -51,8 +51,8 @@ class Classify(Loss):
         if self.options.regression:
             return {}
         found = self._unfit() if self.names else {}
-        if any(weight <= 0 for weight in self.options.class_weights.values()):
-            found["class_weights"] = "a weight has to be above 0."
+        if not all(0 < weight <= MAX_NUMBER for weight in self.options.class_weights.values()):
+            found["class_weights"] = f"a weight has to be above 0, and {MAX_NUMBER} or less."
         return found
 
     @property

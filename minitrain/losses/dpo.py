@@ -147,11 +147,11 @@ OVER_MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # these get pairs of toke
 @dataclass
 class DPOOptions:
     variant: str = option("sigmoid", "Which loss of the family (see docs/losses.md).", choices=tuple(VARIANTS))
-    beta: float | None = option(None, "Strength; 0.1 when left out, 2 for simpo.", above=0)
+    beta: float | None = option(None, "Strength; 0.1 when left out, 2 for simpo.", above=0, most=1000)
     label_smoothing: float = option(
         0.0, "Share of labels taken to be flipped: sigmoid, robust, exo_pair.", least=0, most=0.499
     )
-    gamma: float = option(1.0, "simpo: the margin.", least=0)
+    gamma: float = option(1.0, "simpo: the margin.", least=0, most=1000)
     alpha: float = option(1.0, "cpo: weight of the chosen answer's negative log-likelihood.", least=0)
     ipo_sums: bool = option(False, "ipo: over sums, as in the DPO authors' code, instead of token means.")
     reference_free: bool = option(False, "Take a reference that finds all answers equally likely.")

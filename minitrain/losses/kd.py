@@ -71,7 +71,7 @@ class KDOptions:
     teacher_outputs: str | None = option(
         None, "What the teacher says of all data: a file that `minitrain teach` made. Then no teacher is loaded."
     )
-    temperature: float = option(4.0, "T: the logits of both are divided by it.", above=0)
+    temperature: float = option(4.0, "T: the logits of both are divided by it.", least=0.01, most=1000)
     alpha: float = option(0.7, "Weight of T^2 times the divergence.", least=0)
     beta: float = option(0.3, "Weight of the cross entropy of the data's own tokens.", least=0)
     divergence: str = option(
@@ -97,6 +97,10 @@ class KD(TokenLoss):
 
     def ignored(self) -> dict[str, str]:
         return {} if self.options.divergence == "jsd" else {"jsd_weight": "it needs loss.divergence=jsd."}
+
+    def conflicts(self) -> dict[str, str]:
+        nothing = self.options.alpha == self.options.beta == 0
+        return {"alpha": "is 0, and so is loss.beta; nothing is left to learn. Set one of them."} if nothing else {}
 
     @property
     def needs(self) -> frozenset[str]:

@@ -15,7 +15,7 @@ from .pairs import PairLoss, usable_pairs
 
 @dataclass
 class KTOOptions:
-    beta: float = option(0.1, "Strength.", above=0)
+    beta: float = option(0.1, "Strength.", above=0, most=1000)
     desirable_weight: float = option(1.0, "lambda_D, the weight of answers that were wanted.", least=0)
     undesirable_weight: float = option(1.0, "lambda_U, the weight of those that were not.", least=0)
     reference: str = REFERENCE
@@ -36,6 +36,11 @@ class KTO(PairLoss):
     def __init__(self, options: KTOOptions):
         super().__init__(options)
         self.z = 0.0
+
+    def conflicts(self) -> dict[str, str]:
+        nothing = self.options.desirable_weight == self.options.undesirable_weight == 0
+        reason = "is 0, and so is loss.undesirable_weight; nothing is left to learn. Set one of them."
+        return {"desirable_weight": reason} if nothing else {}
 
     @property
     def needs(self) -> frozenset[str]:

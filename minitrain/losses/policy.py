@@ -63,7 +63,9 @@ class PolicyOptions:
         above=0,
     )
     dual_clip: float | None = option(None, "The ratio counts at most so much where the advantage is negative.", above=1)
-    temperature: float = option(1.0, "The one that answers were sampled at; old_logps are those at it.", above=0)
+    temperature: float = option(
+        1.0, "The one that answers were sampled at; old_logps are those at it.", least=0.01, most=100
+    )
     entropy_coef: float = option(0.0, "Weight of the entropy, which is to stay high.", least=0)
     kl_coef: float = option(0.0, "Weight of the KL to the reference.", least=0)
     kl_in: str = option(

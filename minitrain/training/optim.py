@@ -77,6 +77,12 @@ def lr_factor(step: int, total: int, warmup: int, shape: str) -> float:
 
 
 def warmup_steps(config: Config, total: int) -> int:
+    """Return the steps in which the learning rate rises. Raises ConfigError when it would not reach its peak."""
+    if config.warmup_steps > total:
+        raise ConfigError(
+            f"warmup_steps: {config.warmup_steps} is more than the {total} steps of n_epochs={config.n_epochs:g}. "
+            "Lower it, or set warmup_ratio instead."
+        )
     return config.warmup_steps or round(config.warmup_ratio * total)
 
 

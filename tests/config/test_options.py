@@ -1,6 +1,9 @@
 """The schema: every option is used, explained, within its own limits, and every example passes."""
 
 import ast
+import copy
+import math
+import typing
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
@@ -34,6 +37,123 @@ def test_every_option_is_explained_and_its_default_allowed():
         assert f.metadata["help"].endswith("."), f.name
         if f.default is not MISSING:
             issues.check_limits(f.metadata, f.default)
+
+
+def numbers(options_class, path=""):
+    """The keys of all options that are numbers, those in sections and lists of sections, too."""
+    hints = typing.get_type_hints(options_class)
+    for f in schema.option_fields(options_class):
+        kinds = {*(typing.get_args(hints[f.name]) or [hints[f.name]])} - {type(None)}
+        inner = next((kind for kind in kinds if is_dataclass(kind)), None)
+        is_list = typing.get_origin(hints[f.name]) is list
+        if inner is not None:
+            yield from numbers(inner, f"{path}{f.name}{'[0]' * is_list}.")
+        elif kinds <= {int, float} and not is_list:
+            yield f"{path}{f.name}"
+
+
+NUMBERS = [
+    *numbers(schema.Config),
+    *(f"{name}:{key}" for name, loss in registered().items() for key in numbers(loss.options_class, "loss.")),
+]
+ZERO = {  # what 0 means; all other options refuse it
+    "seed": "a seed like others",
+    "datasets[0].seed": "a seed like others",
+    "eval_datasets[0].seed": "a seed like others",
+    "datasets[0].p_oracle": "no example keeps the oracle",
+    "eval_datasets[0].p_oracle": "no example keeps the oracle",
+    "datasets[0].n_distractors": "no distractors",
+    "eval_datasets[0].n_distractors": "no distractors",
+    "validation_split": "nothing is held out",
+    "max_bad_rows": "no bad row may be skipped",
+    "lora.rank": "without LoRA",
+    "lora.dropout": "no dropout",
+    "soft_prompt.num_virtual_tokens": "without a soft prompt",
+    "lr": "a run that trains nothing, to look at its metrics",
+    "weight_decay": "no decay",
+    "max_grad_norm": "no clipping",
+    "warmup_steps": "no warm-up",
+    "warmup_ratio": "no warm-up",
+    "eval_every_steps": "only at the end",
+    "eval_generate.n_examples": "no answers",
+    "eval_generate.show": "no answer is printed",
+    "early_stopping.patience": "never early",
+    "early_stopping.threshold": "any improvement counts",
+    "save_every_steps": "no checkpoints",
+    "save_models_every_steps": "no models on the way",
+    "classify:loss.label_smoothing": "no smoothing",
+    "sft:loss.label_smoothing": "no smoothing",
+    "sft:loss.focal_gamma": "cross entropy",
+    "dft:loss.dft_alpha": "sft",
+    "dpo:loss.label_smoothing": "no smoothing",
+    "dpo:loss.gamma": "simpo without a margin",
+    "dpo:loss.alpha": "cpo without its log-likelihood",
+    "dpo:loss.sft_weight": "without that term",
+    "kd:loss.alpha": "without the divergence",
+    "kd:loss.beta": "without the cross entropy",
+    "kd:loss.jsd_weight": "forward_kl",
+    "kto:loss.desirable_weight": "wanted answers do not count",
+    "kto:loss.undesirable_weight": "unwanted answers do not count",
+    "pairwise:loss.margin": "no margin",
+    "pairwise:loss.center_rewards_coefficient": "without that term",
+    "value:loss.gamma": "only the reward of the token itself",
+    "value:loss.lam": "one step of foresight",
+    "value:loss.kl_coef": "without the KL",
+    "policy:loss.gamma": "only the reward of the token itself",
+    "policy:loss.lam": "one step of foresight",
+    "policy:loss.eps_low": "no ratio below 1",
+    "policy:loss.entropy_coef": "without that term",
+    "policy:loss.kl_coef": "without that term",
+    "policy:loss.vf_coef": "without a value head",
+}
+BESIDE = {  # what an option needs, so as not to be ignored
+    "max_bad_rows": {"on_bad_row": "skip"},
+    "eval_generate": {"eval_generate": {"n_examples": 1}},
+    "dpo:loss.gamma": {"loss": {"variant": "simpo"}},
+    "dpo:loss.alpha": {"loss": {"variant": "cpo"}},
+    "kd:": {"loss": {"teacher": "tiny"}},
+    "kd:loss.jsd_weight": {"loss": {"divergence": "jsd", "teacher": "tiny"}},
+    "policy:loss.gamma": {"loss": {"advantages": "gae", "vf_coef": 0.1}},
+    "policy:loss.lam": {"loss": {"advantages": "gae", "vf_coef": 0.1}},
+}
+
+
+def complaint(key: str, value, rows_file) -> str:
+    """What is wrong with a config whose option `key` has this value."""
+    loss, _, path = key.rpartition(":")
+    data = {name: [{"path": str(rows_file)}] for name in ("datasets", "eval_datasets")}
+    config = data | {"model": {"name_or_path": "tiny"}, "loss": {"name": loss or "sft"}}
+    if path == "validation_split":
+        config.pop("eval_datasets")
+    for beginning, more in copy.deepcopy(BESIDE).items():
+        if key.startswith(beginning):
+            config |= {name: config.get(name, {}) | part if name == "loss" else part for name, part in more.items()}
+    *parents, last = path.replace("[0]", "").split(".")
+    section = config
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        section = section[0] if isinstance(section, list) else section
+    section[last] = value
+    try:
+        load_config(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_that_mean_nothing_are_refused(key, rows_file):
+    """None is accepted to fail late or to do nothing: nan, inf, below 0, huge, 0 in float32 only, and mostly 0."""
+    path = key.rpartition(":")[2]
+    for value in (math.nan, math.inf, -math.inf, -1, 1e30, 10**30, 1e-300):
+        assert f"config: {path}: " in complaint(key, value, rows_file), value
+    told = complaint(key, 0, rows_file)
+    assert told == "" if key in ZERO else f"config: {path}: " in told, told
+
+
+def test_what_zero_means_is_said_of_options_that_are_there():
+    """The list above names no other ones."""
+    assert ZERO.keys() <= set(NUMBERS)
 
 
 def test_foreign_names_lead_to_options_that_exist():

@@ -383,6 +383,13 @@ CASES = {
     "nothing left to train on": of_options("validation_split: 24 of 24", validation_split=24),
     "no layer of a name": of_options("lora.target_modules", lora={"rank": 2, "target_modules": ["nothing"]}),
     "a bad row": of_options("c.jsonl:1: no known schema", rows=[{"prompt": "a"}]),
+    "more steps to warm up than there are": of_options(
+        "warmup_steps: 7 is more than the 6 steps of n_epochs=1. Lower it", warmup_steps=7, n_steps=None
+    ),
+    "documents to draw that no row has": lambda write, folder, llama: (
+        write(ROWS["conversation"], datasets=[{"path": str(folder / "c.jsonl"), "p_oracle": 0.5}]),
+        "c.jsonl:1: p_oracle and n_distractors do not apply to rows of type prompt_response",
+    ),
     "rows of another kind": of_options("c.jsonl:1: ", loss="dpo"),
     "no model": lambda write, folder, llama: (write(ROWS["conversation"], model={"name_or_path": str(folder)}), ""),
     "other options": run_with_other_options,
@@ -399,6 +406,7 @@ CASES = {
         "early_stopping.metric: there is no 'perplexty'; there are loss, avg_p_correct, perplexity",
         validation_split=4,
         early_stopping={"metric": "perplexty"},
+        save_best=True,
     ),
     "another archive": another_archive,
     "another teacher": another_teacher,

@@ -353,7 +353,7 @@ def test_early_stopping_and_the_best_model(make_trainer, rows_file):
 
 def test_another_metric_is_looked_for_before_the_first_step(make_trainer, rows_file):
     """Also with do_first_eval=false: a misspelt one would else be found out at the first evaluation, hours later."""
-    options = (f"eval_datasets=[{rows_file}]", "do_first_eval=false", "n_steps=2")
+    options = (f"eval_datasets=[{rows_file}]", "do_first_eval=false", "n_steps=2", "save_best=true")
     steps = []
     with pytest.raises(ConfigError, match="there is no 'perplexty'; there are loss, avg_p_correct, perplexity"):
         make_trainer("early_stopping.metric=perplexty", *options, on_step_end=lambda t: steps.append(t.step)).train()

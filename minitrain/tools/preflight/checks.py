@@ -3,6 +3,7 @@
 That is: options that contradict each other, would be ignored, or name what is not there.
 """
 
+import math
 import os
 import re
 from dataclasses import fields
@@ -51,7 +52,7 @@ def check_config(config: Config, problems: Problems, loss_is_object: bool = Fals
 def _check_run(config: Config, given: set[str], problems: Problems) -> None:
     from importlib.util import find_spec
 
-    if not config.exp_name or config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
+    if config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
         problems.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         problems.add("resume", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
@@ -347,9 +348,11 @@ def _check_optimizer(config: Config, given: set[str], problems: Problems) -> Non
         if key in given and key not in accepted:
             problems.add(key, f"would be ignored: {chosen.__name__} has no {key}.", "optimizer")
     own = [name for name in accepted if name not in ("params", "lr", "betas", "eps", "weight_decay")]
-    for key in config.optimizer_args:
+    for key, value in config.optimizer_args.items():
         if key not in own:
             problems.add(f"optimizer_args.{key}", f"{chosen.__name__} takes {', '.join(own)}.", "optimizer")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.add(f"optimizer_args.{key}", f"expected a finite number, got {value}.")
     try:
         check_optimizer(config)
     except ConfigError as error:
@@ -364,11 +367,17 @@ def _check_evaluation(config: Config, given: set[str], problems: Problems) -> No
         for key in (*NEEDS_EVAL_DATA, "eval_generate", "early_stopping"):
             if key in given:
                 problems.add(key, needs_data, "eval_datasets", "validation_split")
+    if not answers.n_examples and "eval_generate" in given:
+        told = "would be ignored: it needs eval_generate.n_examples, for example 20."
+        problems.add("eval_generate", told, "eval_generate.n_examples")
     if answers.match not in ("text", "number") and not _has_one_group(answers.match):
         told = f"{answers.match!r} is neither text, number, nor a regular expression with one group in parentheses."
         problems.add("eval_generate.match", told + nearest(answers.match, ("text", "number")))
     if config.n_eval_examples and answers.n_examples > config.n_eval_examples:
         problems.add("eval_generate.n_examples", f"is more than n_eval_examples={config.n_eval_examples}.")
+    if "early_stopping" in given and not stopping.patience and not config.save_best:
+        told = "would be ignored: it needs early_stopping.patience, or save_best=true."
+        problems.add("early_stopping", told, "early_stopping.patience", "save_best")
     if stopping.patience and not config.eval_every_steps:
         problems.add("early_stopping.patience", "would be ignored: it needs eval_every_steps.", "eval_every_steps")
     if stopping.metric == "exact_match" and not answers.n_examples:

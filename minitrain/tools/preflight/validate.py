@@ -24,6 +24,7 @@ from minitrain.model.vocabulary import describe_new
 from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.evaluation import ALWAYS_THERE, check_metric
+from minitrain.training.optim import warmup_steps
 from minitrain.training.run_dir import RunFolder
 from minitrain.training.saving import inputs
 from minitrain.training.setup import check_lengths
@@ -63,6 +64,7 @@ def _try_out(run: DryRun) -> list[str]:
     config, tokenizer = run.config, run.template.tokenizer
     for examples in filter(None, (run.data.train, run.data.eval)):
         run.loader(examples)
+    warmup_steps(config, run.loader(run.data.train).total_steps)
     warn_unused(config.model.name_or_path, run.policy.model.unused_keys)
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
