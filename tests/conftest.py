@@ -184,14 +184,21 @@ def furnish(folder: Path, llama_folder: Path, rows_file: Path) -> dict:
 
 @pytest.fixture
 def fails(folder, capsys):
-    """``fails("lr=x")``: the message of a training command that exits with 2 and leaves no run behind."""
+    """``fails("lr=x")``: the message of a training command that exits with 2 and leaves no run behind.
+
+    `validate` says the same before.
+    """
 
     def fails(*overrides: str) -> str:
-        code = main(["train", "c.yml", *(["--overrides", *overrides] if overrides else [])])
+        arguments = ["c.yml", *(["--overrides", *overrides] if overrides else [])]
+        assert main(["validate", *arguments]) == 2
+        validated = capsys.readouterr().err
+        code = main(["train", *arguments])
         out, err = capsys.readouterr()
         assert code == 2, err
         assert err.startswith("minitrain: ") and "Traceback" not in err + out and out == ""
         assert not Path("out").exists()
+        assert validated == err
         return err
 
     return fails

@@ -23,7 +23,7 @@ class ClassifyOptions:
     labels: list[Any] = option([], "The labels in the order of the model's outputs; those of the training files.")
     positive_label: str | None = option(None, "Of two labels, the one that f1 is about; the last one when left out.")
     label_smoothing: float = option(
-        0.0, "Weight of the mean negative log-probability over all labels.", least=0, below=1
+        0.0, "Weight of the mean negative log-probability over all labels.", least=0, most=1
     )
     class_weights: dict[str, float] = option({}, "What examples of a label count, as {label: 2.5}; 1 when left out.")
     regression: bool = option(False, "The labels are numbers, and the loss is the squared error.")

@@ -33,7 +33,7 @@ class TokenLoss(Loss):
 @dataclass
 class SFTOptions:
     label_smoothing: float = option(
-        0.0, "Weight of the mean negative log-probability over the whole vocabulary.", least=0, below=1
+        0.0, "Weight of the mean negative log-probability over the whole vocabulary.", least=0, most=1
     )
     focal_gamma: float = option(0.0, "Focal loss: each token is weighted by (1 - p)^gamma.", least=0, most=100)
 

@@ -15,10 +15,13 @@ from minitrain.errors import ConfigError
 from minitrain.io.hub import unreachable
 from minitrain.io.redact import redact
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
 
 def no_model(config: ModelConfig, wanted: str, error: Exception) -> ConfigError:
     """What to tell when a model cannot be made. `wanted`: what it would have been."""
-    reason = damage(Path(config.name_or_path)) or first_line(error)
+    folder = Path(config.name_or_path)
+    reason = damage(folder) or missing_weights(folder) or first_line(error)
     told = ConfigError(f"no {wanted} in {config.name_or_path!r}: {reason}")
     return unreachable(config.name_or_path, error) or told
 
@@ -93,6 +96,22 @@ def damage(folder: Path) -> str | None:
             except SafetensorError as error:
                 return f"{path} is damaged ({error}); copy or download it again."
     return None
+
+
+def missing_weights(folder: Path) -> str | None:
+    """What a local model's folder lacks of its weights, if anything."""
+    if not folder.is_dir():
+        return None
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return None
+        if index.is_file():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                lost = [folder / shard for shard in shards if not (folder / shard).is_file()]
+                return f"{lost[0]} is missing, which {index.name} names; copy or download it again." if lost else None
+    return f"{folder} holds no {' or '.join(WEIGHT_FILES)}; copy or download it again."
 
 
 def first_line(error: Exception) -> str:

@@ -270,7 +270,7 @@ def test_out_of_memory(folder, monkeypatch, capsys):
 
 ON_A_FULL_DISK = """
 import os, shutil, subprocess, sys
-from minitrain.cli import main
+from minitrain.cli.main import main
 kd = "loss={name: kd, teacher: ./model, top_k: 4}"
 for command in (
     ["train", "c.yml", "--overrides", "cache_dir=full/cache"],

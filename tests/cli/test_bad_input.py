@@ -70,7 +70,7 @@ from tests.conftest import CONFIG, GOOD_ROW, ROOT
         (["betas={a: 1}"], "betas: expected a list, got {'a': 1}"),
         (["loss=3"], "loss: expected keys and values, got 3"),
         (["loss=[sft]"], "loss: expected keys and values, got ['sft']"),
-        (["loss.label_smoothing=2"], "loss.label_smoothing: must be below 1, got 2.0"),
+        (["loss.label_smoothing=2"], "loss.label_smoothing: must be 1 or less, got 2.0"),
         (["device=gpu"], "device: 'gpu' is not one of auto, cpu, cuda, mps."),
         (["n_steps=1.5"], "n_steps: expected a whole number, got 1.5"),
         (["n_steps=0"], "n_steps: must be 1 or more, got 0"),

@@ -86,13 +86,9 @@ NO_MODEL, NO_TOKENIZER = "no causal language model in 'model': ", "no tokenizer 
         ),
         (changed("model/config.json", num_hidden_layers=3), "do not hold model.layers.2.input_layernorm.weight and 8"),
         (tensors(lambda state: state.pop(Q)), f"model: its files do not hold {Q}, which its config.json asks for"),
-        (
-            tensors(lambda state: state["model.norm.weight"].fill_(torch.nan)),
-            "the model gives NaN or inf, so its weights are damaged",
-        ),
-        (lambda: Path(WEIGHTS).unlink(), NO_MODEL),
-        (weights_in_a_folder, NO_MODEL),
-        (a_shard_less, NO_MODEL + "No such file or directory: model/model-00002-of-00002.safetensors"),
+        (lambda: Path(WEIGHTS).unlink(), NO_MODEL + "model holds no model.safetensors or pytorch_model.bin; copy or"),
+        (weights_in_a_folder, NO_MODEL + "model holds no model.safetensors or pytorch_model.bin; copy or download"),
+        (a_shard_less, NO_MODEL + "model/model-00002-of-00002.safetensors is missing, which model.safetensors.index."),
         (cut(WEIGHTS, 0), NO_MODEL + "model/model.safetensors is damaged ("),
         (cut(WEIGHTS, 1000), NO_MODEL + "model/model.safetensors is damaged ("),
         (cut(WEIGHTS, 20_000), "incomplete metadata, file not fully covered); copy or download it again"),
@@ -110,6 +106,13 @@ def test_a_folder_that_is_no_model(fails, spoil, told):
     spoil()
     err = fails()
     assert told in err and len(err.splitlines()) == 1
+
+
+def test_weights_that_are_no_numbers(folder, capsys):
+    """Training looks at them; `validate` reads no weights."""
+    tensors(lambda state: state["model.norm.weight"].fill_(torch.nan))()
+    assert main(["train", "c.yml"]) == 2
+    assert "the model gives NaN or inf, so its weights are damaged" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_pad_and_template_is_no_mistake(folder):
