@@ -13,10 +13,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from minitrain import ConfigError, load_config
+from minitrain import load_config
 from minitrain.cli.main import _parser
-from minitrain.config.aliases import FOREIGN_NAMES
-from minitrain.config.issues import Problems, Source, check_types, related
+from minitrain.config.issues import Problems, Source, check_types
 from minitrain.config.load import _long_forms, _override, _own_names
 from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
 from minitrain.losses import registered
@@ -150,17 +149,6 @@ def test_what_the_guides_call_ours_is_ours():
     assert wrong == []
 
 
-def test_the_guides_and_the_suggestions_agree():
-    """A key that the error of a config translates is translated likewise by the guides, and has no dash."""
-    for place, there, here in ROWS:
-        told = {word.partition("=")[0].split("[")[0] for item in here if not is_command(item) for word in words(item)}
-        for name in there:
-            if name in FOREIGN_NAMES and not any(map(is_command, here)):
-                meant = re.split(r", or | or ", FOREIGN_NAMES[name].split(" (")[0])
-                asked = {key.partition("=")[0].split("[")[0] for key in meant}
-                assert any(related(a, b) for a in asked for b in told), f"{place}: {name} is {FOREIGN_NAMES[name]}"
-
-
 @pytest.mark.parametrize(
     ("item", "wrong"),
     [
@@ -242,16 +230,6 @@ def make_files(given: dict) -> None:
         if name.count("/") > 1 or name.startswith("."):
             Path(name).mkdir(parents=True, exist_ok=True)
             (Path(name) / "config.json").touch()
-
-
-@pytest.mark.parametrize("name", ["torchtune", "llama-factory", "peft-framework"])
-def test_a_file_of_another_library_is_translated(name):
-    """Their side of the page, given to us as it is: one error that says what the keys are called here."""
-    (theirs,) = re.findall(r"```yaml\n# there: .*\n([^`]*)", (ROOT / "docs" / f"from-{name}.md").read_text())
-    with pytest.raises(ConfigError) as error:
-        load_config(yaml.safe_load(theirs))
-    told = [line for line in str(error.value).splitlines() if "Here it is called" in line]
-    assert len(told) >= 10
 
 
 def as_list(value) -> list:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from minitrain.config.schema import all_keys
+from minitrain.config.suggest import hint_for_key
 from minitrain.distributed.process import exit_process
 from minitrain.io.redact import redact
 from minitrain.training.signals import Terminated, sigterm_raised
@@ -121,8 +123,11 @@ def _hint(unknown: str, arguments: argparse.Namespace) -> str:
     if "overrides" not in arguments:
         return ""
     if unknown.startswith("--") or "=" in unknown:
-        key = unknown.strip("-").partition("=")[0].replace("-", "_")
-        return f"; options of the config stand behind --overrides, like --overrides {key}=..."
+        key, _, value = unknown.strip("-").partition("=")
+        key = key.replace("-", "_")
+        meant = key if key in all_keys() else hint_for_key(key, value, []).text
+        example = f"--overrides {meant}=..." if meant == key else f"--overrides KEY=VALUE. {key}: {meant}"
+        return f"; options of the config follow --overrides: {example}"
     return "; give one config at a time" if "config" in arguments else ""
 
 

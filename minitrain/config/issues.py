@@ -1,8 +1,6 @@
 """Values as the types that the schema asks for, and all that is wrong with them, told at once."""
 
-import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable
@@ -13,8 +11,8 @@ from typing import Any
 from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
 
-from .aliases import FOREIGN_NAMES, NEEDLESS
-from .schema import MAX_NUMBER, MIN_FRACTION, aliases, all_keys, option_fields
+from .schema import MAX_NUMBER, MIN_FRACTION, option_fields
+from .suggest import hint_for_key, hint_for_value, is_known_elsewhere, nearest, nearest_names
 
 WORDS = {
     bool: "true or false",
@@ -105,11 +103,7 @@ def check_types(schema: type, given: dict, path: str, problems: Problems) -> dic
     for key, value in ((str(key), value) for key, value in given.items()):
         full = f"{path}{key}"
         if key not in known:
-            section = value if isinstance(value, dict) and FOREIGN_NAMES.keys() & value.keys() else {}
-            for inner in section:  # of another library, which sorts its options otherwise
-                _add_unknown(str(inner), f"{full}.", [], problems)
-            if not section:
-                _add_unknown(key, path, list(known), problems)
+            _add_unknown(full, value, list(known), problems)
         elif value == "???":
             problems.add(full, "is left open (???); give it a value.")
         else:
@@ -121,7 +115,9 @@ def check_types(schema: type, given: dict, path: str, problems: Problems) -> dic
                     check_limits(known[key].metadata, values[key])
             except _Unfit as error:
                 values.pop(key, None)
-                problems.add(full, str(error))
+                if _is_foreign_section(full, value):
+                    _add_unknown(full, value, [], problems)
+                problems.add(full, f"{error}{hint_for_value(full, value)}")
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             problems.add(f"{path}{name}", f"is missing. {f.metadata.get('help', '')}".rstrip())
@@ -137,7 +133,7 @@ def _value(hint: Any, value: Any, key: str, problems: Problems) -> Any:
         if isinstance(value, dict):
             return check_types(hint, value, f"{key}.", problems)
         names = ", ".join(f.name for f in fields(hint))
-        problems.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.")
+        problems.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.{hint_for_value(key, value)}")
         return {}
     if typing.get_origin(hint) is list and is_dataclass(args[0]) and isinstance(value, list):
         return [_value(args[0], entry, f"{key}[{i}]", problems) for i, entry in enumerate(value)]
@@ -208,41 +204,23 @@ def _check_bounds(meta: dict, value: int | float) -> None:
 # ------------------------------------------------------------------------------------------------ unknown names
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean ...?`` with the nearest of the known names, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]}?" if match else ""
-
-
-def _add_unknown(name: str, path: str, known: list[str], problems: Problems) -> None:
-    """Tells of a key that does not exist, and of the one that was meant if it can be guessed."""
+def _add_unknown(key: str, value: Any, known: list[str], problems: Problems) -> None:
+    """Report a key that does not exist, or those inside of it if it is a section of another tool."""
     if len(problems.found) > MAX_HINTS:
-        problems.add(f"{path}{name}", "there is no such option.")
+        problems.add(key, "unknown option.")
         return
-    foreign, meant = FOREIGN_NAMES.get(name, ""), _meant(name, path, known)
-    if not meant and (near := difflib.get_close_matches(name, FOREIGN_NAMES, n=1, cutoff=0.85)):
-        foreign = FOREIGN_NAMES[near[0]]
-    here = re.split("[ =,]", foreign)[0]
-    if name in aliases():
-        hint = f"is another name of {aliases()[name]}; give only one of them."
-    elif name in NEEDLESS:
-        hint, meant = f"there is no such option, and none is needed: {NEEDLESS[name]}. Leave it out.", []
-    elif foreign and here != f"{path}{name}":
-        hint, meant = f"there is no such option. Here it is called {foreign}.", [here]
-    elif meant:
-        hint = f"there is no such option. Did you mean {' or '.join(meant)}?"
-    else:
-        hint = "there is no such option." + (f" There are {', '.join(known)}." if 0 < len(known) <= 12 else "")
-    problems.add(f"{path}{name}", hint)
-    problems.spoilt.update(key for key in meant if not problems.source.wrote(key))
+    if _is_foreign_section(key, value, known):
+        for name, inner in value.items():
+            _add_unknown(f"{key}.{name}", inner, [], problems)
+        return
+    hint = hint_for_key(key, value, known)
+    problems.add(key, f"unknown option. {hint.text}")
+    problems.spoilt.update(option for option in hint.options if not problems.source.wrote(option))
 
 
-def _meant(name: str, path: str, known: list[str]) -> list[str]:
-    """Keys of this name in other sections, else a like one in this section, else like ones in others."""
-    everywhere = [(key, key.rpartition(".")[2]) for key in all_keys()]
-    if same := [key for key, last in everywhere if last == name]:
-        return same
-    if here := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return [f"{path}{here[0]}"]
-    like = difflib.get_close_matches(name, [last for _, last in everywhere], n=1, cutoff=0.75)
-    return [key for key, last in everywhere if last in like]
+def _is_foreign_section(key: str, value: Any, known: Iterable[str] = ()) -> bool:
+    """Return whether a value is a section with options that minitrain or another tool has, and no misspelt one."""
+    if not isinstance(value, dict) or not any(is_known_elsewhere(str(name)) for name in value):
+        return False
+    name = key.rpartition(".")[2]
+    return is_known_elsewhere(name) or not nearest_names(name, known)

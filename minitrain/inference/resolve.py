@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitrain.config.issues import nearest
+from minitrain.config.suggest import nearest
 from minitrain.errors import ConfigError
 from minitrain.io.paths import looks_local
 

@@ -87,10 +87,10 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         (["trian", "c.yml"], "invalid choice: 'trian' (choose from"),
         (["train"], "the following arguments are required: CONFIG.yml"),
         (["train", "c.yml", "e.yml"], "unknown arguments: e.yml; give one config at a time"),
-        (["train", "c.yml", "lr=1"], "lr=1; options of the config stand behind --overrides, like --overrides lr=..."),
+        (["train", "c.yml", "lr=1"], "lr=1; options of the config follow --overrides: --overrides lr=..."),
         (
             ["train", "c.yml", "--lr", "1"],
-            "--lr 1; options of the config stand behind --overrides, like --overrides lr",
+            "--lr 1; options of the config follow --overrides: --overrides lr",
         ),
         (["train", "c.yml", "--overide", "lr=1"], "unknown arguments: --overide lr=1; did you mean --overrides?"),
         (["train", "c.yml", "--overrides"], "argument --overrides: expected at least one argument"),
@@ -197,7 +197,7 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         (["validate"], "name a config, or with --all a folder of them"),
         (["validate", "--all", "nowhere"], "--all: there is no .yml file in nowhere"),
         (["validate", "--all", "c.yml"], "--all: there is no .yml file in c.yml"),
-        (["validate", "e.yml", "--quiet"], "lerning_rate: there is no such option. Here it is called lr."),
+        (["validate", "e.yml", "--quiet"], "lerning_rate: unknown option. Use lr."),
         (["validate", "d.yml", "--quiet"], "d.yml: there is no such file. Did you mean "),
         # plugins
         ([*PLUGIN, "nowhere.py"], "--plugin: nowhere.py is no Python file that exists"),

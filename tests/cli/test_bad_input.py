@@ -19,9 +19,9 @@ from tests.conftest import CONFIG, GOOD_ROW, ROOT
     "overrides, told",
     [
         # names
-        (["learing_rate=1"], "learing_rate: there is no such option"),
-        (["learning_rate=1"], "learning_rate: there is no such option. Here it is called lr."),
-        (["model.dtype=bfloat16"], "Here it is called model.policy_dtype."),
+        (["learing_rate=1"], "learing_rate: unknown option"),
+        (["learning_rate=1"], "learning_rate: unknown option. Use lr."),
+        (["model.dtype=bfloat16"], "unknown option. Use model.policy_dtype (float32, bfloat16 or float16)."),
         (["model.policy_dtyp=bfloat16"], "Did you mean model.policy_dtype?"),
         (["loss.dft_alpha=1"], "loss.dft_alpha: loss.name=sft has no such option; dft has it."),
         (["loss={beta: 0.1}"], "loss.beta: loss.name=sft has no such option; dpo, kd, kto have it."),
@@ -198,7 +198,7 @@ def test_a_config_that_is_none(folder, capsys, name, told):
             "c.yml:6: exp_name: '${nothing}' cannot be filled in: Interpolation key 'nothing'",
         ),
         ("exp_name: ${exp_name}", "c.yml:6: exp_name: '${exp_name}' cannot be filled in: Recursive interpolation"),
-        ("1: 2", "c.yml:6: 1: there is no such option."),
+        ("1: 2", "c.yml:6: 1: unknown option."),
         (b"exp_name: caf\xe9", "c.yml: not UTF-8 text (byte 106), so it is no YAML file."),
     ],
 )

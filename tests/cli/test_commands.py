@@ -96,7 +96,7 @@ def test_version(capsys):
     [
         ([], "usage: minitrain "),
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "c.yml", "lr=1"], "unknown arguments: lr=1; options of the config stand behind --overrides"),
+        (["train", "c.yml", "lr=1"], "unknown arguments: lr=1; options of the config follow --overrides"),
         (["train", "c.yml", "--override", "lr=1"], "unknown arguments: --override lr=1"),
         (["generate", "m"], "one of the arguments --prompt --input is required"),
         (["generate", "m", "--prompt", "a", "--input", "b"], "not allowed with argument"),

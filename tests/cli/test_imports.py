@@ -75,7 +75,7 @@ def test_a_wrong_config_imports_no_torch(here, command, more):
 @pytest.mark.parametrize(
     "more, told",
     [
-        ("loss: {name: dpo, bet: 1}", "loss.bet: there is no such option. Did you mean loss.beta?"),
+        ("loss: {name: dpo, bet: 1}", "loss.bet: unknown option. Did you mean loss.beta?"),
         ("optimizer: Adamm", "optimizer: torch.optim has no 'Adamm'"),
         ("optimizer_args: {momentum: 1}", "optimizer_args.momentum: AdamW takes"),
         ("betas: [1]", "betas: expected two numbers"),

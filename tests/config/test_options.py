@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minitrain.config import aliases, issues, schema
+from minitrain.config import issues, schema
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
 from minitrain.tools.preflight.load import load_config
@@ -154,25 +154,6 @@ def test_numbers_that_mean_nothing_are_refused(key, rows_file):
 def test_what_zero_means_is_said_of_options_that_are_there():
     """The list above names no other ones."""
     assert ZERO.keys() <= set(NUMBERS)
-
-
-def test_foreign_names_lead_to_options_that_exist():
-    """Every name that is suggested to users of other libraries is a key, and no key is taken for a foreign name."""
-    losses = {f"loss.{f.name}" for loss in registered().values() for f in fields(loss.options_class)}
-    entries = {f"datasets[0].{f.name}" for f in fields(schema.DatasetConfig)}
-    known = {*schema.all_keys(), *losses, "loss.name", *entries}
-    for name, ours in aliases.FOREIGN_NAMES.items():
-        assert name not in {f.name for f in fields(schema.Config)}
-        for key in ours.split(" (")[0].replace(", or ", " or ").split(" or "):
-            assert key.partition("=")[0] in known, name
-
-
-def test_names_that_nobody_needs():
-    """They are no keys, have no translation, and are told to be left out, with the reason."""
-    keys = {key.rpartition(".")[2] for key in schema.all_keys()}
-    assert not aliases.NEEDLESS.keys() & (keys | aliases.FOREIGN_NAMES.keys())
-    with pytest.raises(ConfigError, match=r"model.block_name: .* none is needed: the model's blocks are found"):
-        load_config({"model": {"name_or_path": "tiny", "block_name": "GPTNeoXLayer"}})
 
 
 def test_a_loss_that_is_a_variant_of_another():

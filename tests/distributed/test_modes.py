@@ -198,7 +198,7 @@ def test_a_mistake_is_told_once_and_before_the_model(job, scratch):
     """A wrong option and a wrong row under two ranks: exit code 2, no traceback, the message of rank 0."""
     wrong = job("wrong", "lrr=1", fsdp="full")
     output = launch(2, [wrong], scratch / "option", expect=2)
-    assert "lrr: there is no such option" in output and "Traceback" not in output
+    assert "lrr: unknown option" in output and "Traceback" not in output
     rows = scratch / "rows.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     output = launch(2, [job("row", f"datasets=[{rows}]", fsdp="full")], scratch / "row", expect=2)

@@ -10,9 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from minitrain.config.aliases import RIVALS
-from minitrain.config.issues import Problems, check_types, nearest, related, shown
+from minitrain.config.issues import Problems, check_types, related, shown
 from minitrain.config.load import default_config
 from minitrain.config.schema import Config, all_keys, option_fields
+from minitrain.config.suggest import hint_for_value, nearest
 from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
 from minitrain.io.paths import looks_local, near_file
@@ -116,7 +117,7 @@ def _check_files(config: Config, problems: Problems) -> None:
             key = f"{name}[{i}]"
             check_source(key, entry, problems)
             if entry.type is not None and entry.type not in SCHEMAS:
-                hint = nearest(entry.type, SCHEMAS)
+                hint = hint_for_value(f"{key}.type", entry.type) or nearest(entry.type, SCHEMAS)
                 problems.add(f"{key}.type", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
             if name == "eval_datasets" and entry.weight != 1:
                 problems.add(f"{key}.weight", "has no meaning for evaluation, which sees every example once.")
@@ -132,7 +133,8 @@ def _check_data(config: Config, given: set[str], problems: Problems) -> None:
         try:
             Path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError):
-            problems.add("chat_template", f"{config.chat_template!r} is neither auto, chatml, none, nor a text file.")
+            told = f"{config.chat_template!r} is neither auto, chatml, none, nor a text file."
+            problems.add("chat_template", told + hint_for_value("chat_template", config.chat_template))
     if "max_bad_rows" in given and config.on_bad_row == "error":
         problems.add("max_bad_rows", "would be ignored: it needs on_bad_row=skip.", "on_bad_row")
 
@@ -241,7 +243,8 @@ def _check_loss(config: Config, given: set[str], problems: Problems, is_object: 
     if not known_name and is_object:
         return
     if not known_name:
-        hint = _of_python_class(str(name)) or _as_variant(str(name), known) or nearest(str(name), known)
+        hint = _of_python_class(str(name)) or _as_variant(str(name), known) or hint_for_value("loss.name", name)
+        hint = hint or nearest(str(name), known)
         problems.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
     written = {key: value for key, value in config.loss.items() if key != "name"}
@@ -338,7 +341,7 @@ def _check_optimizer(config: Config, given: set[str], problems: Problems) -> Non
     try:
         chosen = optimizer_class(config.optimizer, UNFIT_OPTIMIZERS)
     except ConfigError as error:
-        problems.add("optimizer", str(error))
+        problems.add("optimizer", f"{error}{hint_for_value('optimizer', config.optimizer)}")
         return
     if config.trainer == "FSDPTrainer" and config.fsdp.shard != "none" and chosen.__name__ in WHOLE_MATRIX_OPTIMIZERS:
         told = f"{chosen.__name__} looks at whole matrices, which fsdp.shard={config.fsdp.shard} cuts up; use AdamW."

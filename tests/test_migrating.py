@@ -1,0 +1,104 @@
+"""The table of what other tools call an option: each row names what there is, and each key leads to its row."""
+
+from dataclasses import fields
+
+import pytest
+
+from minitrain import ConfigError, load_config
+from minitrain.config.schema import Config, aliases, all_keys, option_fields
+from minitrain.config.suggest import Row, hint_for_key, hint_for_value, read_tables
+from minitrain.losses import registered
+from tests.test_docs import problems_of
+
+TABLES = read_tables()
+ROWS = [(name, row) for name, rows in TABLES.items() for row in rows]
+OWN = {*all_keys(), *aliases()}
+OWN |= {f"loss.{f.name}" for loss in registered().values() for f in fields(loss.options_class)}
+
+
+def value_of(key: str) -> tuple[str, object]:
+    """``("a", True)`` of ``a=true``, ``("a", "some value")`` of ``a``."""
+    name, is_given, value = key.partition("=")
+    values = {"true": True, "false": False, "no": False, "null": None}
+    return name, values.get(value, value) if is_given else "some value"
+
+
+def filled(ours: str, key: str) -> str:
+    return ours.replace("VALUE", key.partition("=")[2])
+
+
+def test_a_key_is_in_one_row():
+    """In two it would have two meanings, of which one is never seen."""
+    keys = [key.replace("=false", "=no") for _, row in ROWS for key in row.keys]
+    assert len(keys) == len(set(keys)) > 800 and keys == [key.strip().lower() for key in keys]
+
+
+def test_other_tools_keys_are_not_ours():
+    """A key that minitrain has itself is accepted, and a row about it would never be seen; values of one may differ."""
+    assert [key for name, row in ROWS for key in row.keys if key in OWN and not key.startswith("loss.")] == []
+    known = {*OWN, "loss.name", "datasets.type"}
+    assert [key for row in TABLES["values"] for key in row.keys if key.partition("=")[0] not in known] == []
+
+
+@pytest.mark.parametrize(("table", "row"), ROWS, ids=[row.keys[0] for _, row in ROWS])
+def test_what_a_row_names_exists(table, row: Row):
+    """Every option and value that is suggested passes the schema; a row without one says why."""
+    assert row.ours or row.note
+    assert [told for key in row.keys for ours in row.ours for told in problems_of(filled(ours, key))] == []
+
+
+@pytest.mark.parametrize(("table", "row"), ROWS, ids=[row.keys[0] for _, row in ROWS])
+def test_every_key_leads_to_its_row(table, row: Row):
+    """The hint for a key says what its row says, at the top level and, where it has no section, inside of one."""
+    for key in row.keys:
+        name, value = value_of(key)
+        name = name.replace("datasets.", "datasets[0].")
+        hints = [hint_for_value(name, value)] if table == "values" else [hint_for_key(name, value, []).text]
+        if table != "values" and "." not in name:
+            hints.append(hint_for_key(f"training.{name}", value, []).text)
+        for hint in hints:
+            assert all(filled(ours, key) in hint for ours in row.ours) and row.note in hint
+            assert hint.strip().startswith("Use" if row.ours else "Remove it: ")
+
+
+def test_a_key_that_is_off_is_removed():
+    """Where `true` means one fixed value here, `false` means to leave it out, and never that value."""
+    switches = [key for _, row in ROWS for key in row.keys if row.ours and "=" in row.ours[0] and "=" not in key]
+    assert len(switches) > 30
+    exact = {key for _, row in ROWS for key in row.keys}
+    for key in switches:
+        if not {f"{key}=false", f"{key}=no"} & exact:
+            assert hint_for_key(key, False, []).text == "Remove it: it is off by default.", key
+
+
+def test_switches_are_off_by_default():
+    """So "it is off by default" is true: the default is another value than the one that the row fixes."""
+    config = load_config({"model": {"name_or_path": "tiny"}, "datasets": "example/data/skills-train.jsonl"})
+    for _, row in ROWS:
+        for ours in row.ours if row.ours and any("=" not in key for key in row.keys) else ():
+            key, is_fixed, value = ours.split()[0].partition("=")
+            if (
+                is_fixed
+                and not key.startswith(("loss.", "datasets"))
+                and "disable_gradient_checkpointing" not in row.keys
+            ):
+                default = config
+                for part in key.split("."):
+                    default = getattr(default, part)
+                assert str(default).lower() != value.lower(), row
+
+
+def test_nothing_ends_in_a_traceback_by_an_odd_value():
+    """Hints are made of any value that YAML has."""
+    for key in ("validation_split_percentage", "report_to", "datasets", "optimizer", "peft", "training", "model"):
+        for value in (None, True, 3, -0.5, "", "x" * 99, [], [None], [{}], {}, {"a": {"b": []}}, {"method": [1]}):
+            with pytest.raises(ConfigError):
+                load_config({"zzz": 1, key: value})
+
+
+def test_every_option_with_choices_is_known_by_a_hint():
+    """A value near to a choice is corrected."""
+    for f in option_fields(Config):
+        for choice in f.metadata["choices"]:
+            with pytest.raises(ConfigError, match=f"Did you mean .*{choice}"):
+                load_config({"model": {"name_or_path": "tiny"}, f.name: f"{choice}x"})
