@@ -55,16 +55,16 @@ def plain(hidden, weight, theirs, matrix, targets) -> torch.Tensor:
 def chunked(kind: str, theirs: torch.Tensor, matrix: torch.Tensor):
     from minitrain.batch import Distillation
     from minitrain.losses.kd import forward_kl
-    from minitrain.model.kd_divergence import divergences, likeliest
-    from minitrain.model.logprobs import OutputLayer
+    from minitrain.model.kd_divergence import divergences, top_k_logprobs
+    from minitrain.model.logprobs import LMHead
 
-    states = theirs, OutputLayer(matrix)
-    source = likeliest(*states, TEMPERATURE, TOP_K) if kind == "noted" else states
+    states = theirs, LMHead(matrix)
+    source = top_k_logprobs(*states, TEMPERATURE, TOP_K) if kind == "noted" else states
     weights, top_k = (ALPHA * TEMPERATURE**2, BETA), None if kind == "chunked" else TOP_K
 
     def loss_of(hidden, weight, theirs, matrix, targets) -> torch.Tensor:
         asked = Distillation(source, forward_kl, TEMPERATURE, top_k, weights)
-        logps, divergence = divergences(hidden, targets, OutputLayer(weight), asked)
+        logps, divergence = divergences(hidden, targets, LMHead(weight), asked)
         return (weights[0] * divergence - weights[1] * logps).mean()
 
     return loss_of

@@ -39,10 +39,10 @@ def make(arguments: argparse.Namespace) -> tuple[Callable[[], torch.Tensor], lis
 def loss_of(kind: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if kind == "plain":
         return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-    from minitrain.model.logprobs import OutputLayer, token_scores
+    from minitrain.model.logprobs import LMHead, chunked_logprobs
 
     weights = torch.ones_like if kind == "chunked" else None
-    return -token_scores(hidden, targets, OutputLayer(weight), weights).logps.mean()
+    return -chunked_logprobs(hidden, targets, LMHead(weight), weights).logps.mean()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Spans:
         self.seconds, self.device = Counter(), trainer.device
         self.wrap("data", trainer.train_loader, "micro_batches")
         self.wrap("body, forward", trainer.policy, "hidden_states")
-        self.wrap("head with its gradient", policy_module, "token_scores")
+        self.wrap("head with its gradient", policy_module, "chunked_logprobs")
         self.wrap("body, backward", trainer.precision, "backward")
         self.wrap("clipping", trainer.parallel, "clip_grad_norm")
         self.wrap("optimizer", trainer.optimizer, "step")

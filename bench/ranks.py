@@ -64,14 +64,14 @@ def launch(ranks: int, folder: Path, shard: str) -> None:
 def work(folder: Path, shard: str) -> None:
     """One rank: trains, and writes what it took."""
     from minitrain import Trainer, load_config
-    from minitrain.distributed.parallel import local_rows
+    from minitrain.distributed.parallel import local_shard
 
     state, losses = [], []
 
     def note(trainer: Trainer) -> None:
         tensors = [t for p in trainer.parameters for t in (p, *trainer.optimizer.state[p].values())]
-        held = sum(local_rows(tensor)[0].nbytes for tensor in tensors)
-        state.append((held + sum(local_rows(p)[0].nbytes for p in trainer.parameters)) / 2**20)  # gradients: like p
+        held = sum(local_shard(tensor)[0].nbytes for tensor in tensors)
+        state.append((held + sum(local_shard(p)[0].nbytes for p in trainer.parameters)) / 2**20)  # gradients: like p
         losses.append(trainer.train_metrics["loss"])
 
     meter = Meter(pick_device())

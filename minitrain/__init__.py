@@ -11,7 +11,7 @@ _HOMES = {
     "Loss": "losses",
     "LossOutput": "losses",
     "Batch": "batch",
-    "Scores": "batch",
+    "PolicyOutput": "batch",
     "exit_process": "distributed.process",
     "MinitrainError": "errors",
     "ConfigError": "errors",

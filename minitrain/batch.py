@@ -1,4 +1,4 @@
-"""What the rooms hand to one another: `Batch` goes into the model, `Scores` comes out.
+"""What the rooms hand to one another: `Batch` goes into the model, `PolicyOutput` comes out.
 
 Shapes: R rows of T tokens hold D documents; N of the tokens are supervised.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 @dataclass
@@ -36,17 +36,17 @@ class Batch:
     columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [R, T, ...], of each token
 
     def __post_init__(self):
-        rows, columns = (self.labels != IGNORE).nonzero(as_tuple=True)  # [N], [N]
+        rows, columns = (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [N], [N]
         self.targets = self.labels[rows, columns]  # [N]
         self.target_docs = self.doc_ids[rows, columns]  # [N]
-        self.target_places = rows * self.labels.shape[1] + columns  # [N] flat place of each target
-        self.predictors = self.target_places - 1  # [N] flat place whose next token is learned
+        self.target_positions = rows * self.labels.shape[1] + columns  # [N] flat place of each target
+        self.predict_positions = self.target_positions - 1  # [N] flat place whose next token is learned
         self.spans = _spans(self.doc_ids)  # [D, 3] (row, start, stop) in order; stays on the CPU
         if self.prefixes is not None:
             row, start, _ = self.spans.T
             first = (self.prefixes[:, 1] > 0)[self.target_docs] & (columns == start[self.target_docs])  # [N]
             before = (row * self.labels.shape[1] + self.prefixes[:, 1] - 1)[self.target_docs]  # [N]
-            self.predictors = torch.where(first, before, self.predictors)
+            self.predict_positions = torch.where(first, before, self.predict_positions)
 
     @property
     def packed(self) -> bool:
@@ -54,30 +54,30 @@ class Batch:
         return self.n_docs > self.input_ids.shape[0]
 
     @property
-    def n_labels(self) -> int:
+    def n_targets(self) -> int:
         """N, the number of supervised tokens."""
         return self.targets.numel()
 
     @property
-    def learned_docs(self) -> Tensor:
+    def docs_with_targets(self) -> Tensor:
         """Which documents have supervised tokens -> [D] bool."""
         learned = torch.zeros(self.n_docs, dtype=torch.bool, device=self.targets.device)
         return learned.index_fill_(0, self.target_docs, True)
 
     @property
-    def last_places(self) -> Tensor:
+    def last_token_positions(self) -> Tensor:
         """Flat place of each document's last token -> [D] int64, on the CPU."""
         return self.spans[:, 0] * self.labels.shape[1] + self.spans[:, 2] - 1
 
-    def of_docs(self, name: str) -> Tensor:
+    def doc_feature(self, name: str) -> Tensor:
         """A value of each document -> [D] float32."""
         return self.values[name] if self.n_docs else torch.zeros(0, device=self.targets.device)
 
-    def of_targets(self, name: str) -> Tensor:
+    def target_feature(self, name: str) -> Tensor:
         """A column at the supervised tokens -> [N, ...]."""
         if not self.n_docs:
             return torch.zeros(0, device=self.targets.device)
-        return self.columns[name].flatten(0, 1)[self.target_places]
+        return self.columns[name].flatten(0, 1)[self.target_positions]
 
     @property
     def layout(self) -> Tensor:
@@ -110,7 +110,7 @@ def _spans(doc_ids: Tensor) -> Tensor:
 
 
 @dataclass
-class Scores:
+class PolicyOutput:
     """What a loss may know of the policy's output: of each supervised token, or `scores` of each document."""
 
     logps: Tensor | None  # [N] float32, log p(target); None of a model that has no vocabulary at its end
@@ -127,7 +127,7 @@ class Scores:
         return values.new_zeros(self.n_docs).index_add(0, self.doc_ids, values)
 
 
-class Likeliest(NamedTuple):
+class TopKLogprobs(NamedTuple):
     """A teacher's k likeliest tokens at each supervised token, of its V tokens, and all others as one more outcome."""
 
     ids: Tensor  # [N, k] integers
@@ -138,7 +138,7 @@ class Likeliest(NamedTuple):
 class Distillation(NamedTuple):
     """What a policy is compared with at the supervised tokens, and how."""
 
-    teacher: Any  # its hidden states [N, H] and output layer, as `Policy.states` gives them, or `Likeliest`
+    teacher: Any  # its hidden states [N, H] and output layer, as `Policy.states` gives them, or `TopKLogprobs`
     formula: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `losses/kd.py`
     temperature: float  # of both
     top_k: int | None = None  # compare on the teacher's k likeliest tokens and the rest; all for None

@@ -16,20 +16,20 @@ from minitrain.model.load import DTYPES, load_policy
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.vocabulary import describe_new
 from minitrain.tools.preflight.load import check_python_config
-from minitrain.training.agreement import check_inputs, check_options
-from minitrain.training.aux_models import companions
+from minitrain.training.agreement import check_same_inputs, check_same_options
+from minitrain.training.aux_models import build_aux_models
 from minitrain.training.checkpoint import restore_rng
-from minitrain.training.evaluation import evaluation_is_due, run_evaluation
+from minitrain.training.evaluation import run_evaluation, should_evaluate
 from minitrain.training.failpoints import failpoint
-from minitrain.training.metric_logger import Tracking, Window, duration, train_line
-from minitrain.training.metrics import Totals, evaluate, step_statistics
+from minitrain.training.metric_logger import MetricLogger, ThroughputMeter, duration, train_line
+from minitrain.training.metrics import MetricAccumulator, evaluate, step_statistics
 from minitrain.training.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from minitrain.training.precision import Precision
 from minitrain.training.run_dir import RunFolder
 from minitrain.training.save_schedule import SaveSchedule
 from minitrain.training.saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
 from minitrain.training.setup import make_loader, prepare_policy, read_data
-from minitrain.training.signals import signals_noted
+from minitrain.training.signals import capture_signals
 
 from .batch import Batch
 from .errors import ConfigError, RunError
@@ -48,7 +48,7 @@ class Trainer:
     optimizer, parallel, train_metrics (of the last log step), eval_metrics (of the last evaluation).
     """
 
-    tracking: Tracking | None = None  # while it trains
+    tracking: MetricLogger | None = None  # while it trains
 
     def __init__(self, config: Config, loss: Loss | None = None, **hooks: Callable[["Trainer"], None]):
         """Reads the data, then the model. Raises ConfigError, DataError or RunError."""
@@ -74,7 +74,7 @@ class Trainer:
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
         self.best: float | None = None
-        self.stale_evals = 0
+        self.evals_without_improvement = 0
         self.train_metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
@@ -85,19 +85,19 @@ class Trainer:
     def _load(self) -> None:
         """Read the data and the model, and try what training needs. An error of one rank ends them all."""
         config = self.config
-        check_options(config, self.parallel)
+        check_same_options(config, self.parallel)
         self.run = RunFolder(config, self.parallel)
         self.precision = Precision(DTYPES[config.model.policy_dtype], self.device)
 
         torch.manual_seed(config.seed)
         torch.autograd.set_detect_anomaly(config.debug)
-        with self.parallel.taking_turns():  # the first process of a machine tokenises and downloads
+        with self.parallel.local_rank0_first():  # the first process of a machine tokenises and downloads
             self.template, data = read_data(config, self.loss)
             self.tokenizer = self.template.tokenizer
             ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
-            policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.reads_rows, **ends)
+            policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.loads_shards, **ends)
             failpoint("load.policy")
-        check_inputs(config, data, self.parallel)
+        check_same_inputs(config, data, self.parallel)
         new = describe_new(policy.model, self.tokenizer)
         self.notes = [*data.notes, *([f"new tokens: {new}"] if new else [])]
         self.warnings = data.warnings
@@ -109,13 +109,15 @@ class Trainer:
         loaders = list(filter(None, (self.train_loader, self.eval_loader)))
         self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
         failpoint("load.weights")
-        self.models = companions(self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders)
+        self.models = build_aux_models(
+            self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders
+        )
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.policy, config)
         set_end_tokens(policy.model, self.template.end_ids())
         check_saving(policy.model, self.tokenizer)
         self.generator = Generator(
-            policy.model, self.template, lambda: self.parallel.gathered(self.policy), policy.position_limit
+            policy.model, self.template, lambda: self.parallel.unsharded(self.policy), policy.position_limit
         )
         torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
 
@@ -126,7 +128,7 @@ class Trainer:
 
         After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
         """
-        with self.parallel.contact(), self.run.locked():
+        with self.parallel.monitor_ranks(), self.run.locked():
             self.checkpoint = self.run.find_checkpoint()
             if finished := self.run.finished(self.total_steps, self.checkpoint):
                 if self.parallel.rank == 0 and not self.config.quiet:
@@ -134,16 +136,16 @@ class Trainer:
                 return {}
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)
-            with signals_noted(functools.partial(setattr, self, "_received")):
-                logged = self.run.start(None if self.checkpoint is None else self.step, evaluation_is_due(self))
-                self.tracking = Tracking(
+            with capture_signals(functools.partial(setattr, self, "_received")):
+                logged = self.run.start(None if self.checkpoint is None else self.step, should_evaluate(self))
+                self.logger = MetricLogger(
                     self.config, self.run.path, self.run.settings(), logged, speaks=self.parallel.rank == 0
                 )
-                self.tracking.warn(*self.run.messages)
+                self.logger.warning(*self.run.messages)
                 try:
                     self._run()
                 finally:
-                    self.tracking.close()
+                    self.logger.close()
         return self.eval_metrics
 
     def _run(self) -> None:
@@ -154,27 +156,27 @@ class Trainer:
         if self.signal is not None:
             save_checkpoint(self)
             name = signal.Signals(self.signal).name
-            self.tracking.warn(f"stopped by {name} at step {self.step}; the same command goes on from there")
+            self.logger.warning(f"stopped by {name} at step {self.step}; the same command goes on from there")
         self.run.finish_saving()
         failpoint("train.end")
         self._stopping()  # a signal that came while the final model was saved decides the exit code
         self.call_hook("on_train_end")
 
     def _loop(self) -> None:
-        self.tracking.start_bar(self.total_steps, self.step)
+        self.logger.start_bar(self.total_steps, self.step)
         self.save_schedule.start()
         self._start_window()
         for indices, batches in self.train_loader.steps(self.consumed):
             if self._stopping() or self.step >= self.total_steps:
                 break
-            self.parallel.note(f"step {self.step + 1}")
+            self.parallel.set_status(f"step {self.step + 1}")
             self._train_step(batches)
             self.step += 1
             self.consumed += len(indices)
             self.indices = indices
             tokens = functools.partial(self.train_loader.examples.digest, indices)
-            self.tracking.note(self.step, tokens, self.step_loss, self.grad_norm)
-            self.tracking.advance()
+            self.logger.log_step(self.step, tokens, self.step_loss, self.grad_norm)
+            self.logger.advance()
             self._after_step()
 
     def _train_step(self, batches: list[Batch]) -> None:
@@ -211,7 +213,7 @@ class Trainer:
             self.bad_steps += not overflow
             self.precision.update(overflow=True)
             if not overflow:
-                self.tracking.warn(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped")
+                self.logger.warning(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped")
             if self.bad_steps >= self.config.max_bad_steps:
                 raise RunError(
                     f"{self.bad_steps} steps in a row (up to step {self.step + 1}) had a non-finite loss or gradient; "
@@ -235,7 +237,7 @@ class Trainer:
             self._log_train()
         self.call_hook("on_step_end")
         self.run.finish_saving(wait=False)
-        if evaluation_is_due(self):
+        if should_evaluate(self):
             run_evaluation(self)
         if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
             save_model(self, self.run.model(self.step))
@@ -257,17 +259,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ begin and end
 
     def _begin(self) -> None:
-        self.tracking.warn(*(f"warning: {line}" for line in self.warnings))
+        self.logger.warning(*(f"warning: {line}" for line in self.warnings))
         for line in (*self.notes, self._description()):
-            self.tracking.say(line)
+            self.logger.info(line)
         if self.checkpoint is not None:
-            self.tracking.say(f"going on from {self.checkpoint}")
+            self.logger.info(f"going on from {self.checkpoint}")
         if self.save_schedule.every is None:
             interval = duration(self.save_schedule.interval)
-            self.tracking.say(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
+            self.logger.info(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
         self.call_hook("on_train_begin")
         failpoint("train.begin")
-        if evaluation_is_due(self):
+        if should_evaluate(self):
             run_evaluation(self)
         if self.checkpoint is not None:
             restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
@@ -291,8 +293,8 @@ class Trainer:
         save_model(self, self.run.final)
         self.run.finish(self.step, self.total_steps)
         if self.save_schedule.count:
-            self.tracking.say(self.save_schedule.summary())
-        self.tracking.say(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
+            self.logger.info(self.save_schedule.summary())
+        self.logger.info(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
 
     def call_hook(self, hook: str) -> None:
         """Call the function given as `hook`, if any."""
@@ -303,8 +305,8 @@ class Trainer:
 
     def _start_window(self) -> None:
         """The figures of a log line are exact means over the steps since the line before."""
-        self.totals = Totals(self.device)
-        self.window = Window(self.step)
+        self.totals = MetricAccumulator(self.device)
+        self.window = ThroughputMeter(self.step)
 
     def _log_train(self) -> None:
         self.train_metrics = self.loss.summary(self.totals.means(self.parallel)) | {
@@ -313,8 +315,8 @@ class Trainer:
             "epoch": self.consumed / self.train_loader.epoch_size,
             **self.window.figures(self.step, self.total_steps, self.parallel),
         }
-        self.tracking.log(self.step, "train", self.train_metrics)
-        self.tracking.say(train_line(self.step, self.total_steps, self.train_metrics))
+        self.logger.log(self.step, "train", self.train_metrics)
+        self.logger.info(train_line(self.step, self.total_steps, self.train_metrics))
         self._start_window()
 
     # --------------------------------------------------------------------------------------------- evaluation
@@ -329,7 +331,7 @@ class Trainer:
         )
         settings, examples = self.config.eval_generate, self.eval_loader.examples
         if metrics and settings.n_examples:
-            say = self.tracking.say if self.tracking else lambda line: None
+            say = self.logger.info if self.logger else lambda line: None
             progress = not self.config.quiet
             with self.precision.autocast():
                 metrics["exact_match"] = exact_match(

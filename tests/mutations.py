@@ -84,7 +84,7 @@ BUGS = {
             title="Ignored positions were counted in the mean.",
             reported_in="pytorch/pytorch#73205",
             file="minitrain/losses/sft.py",
-            line="return torch.tensor(float(batch.n_labels)",
+            line="return torch.tensor(float(batch.n_targets)",
             replacement="return torch.tensor(float(batch.labels.numel())",
             test="tests/losses/test_invariance.py::test_padding_amount_side_and_content",
         ),
@@ -333,8 +333,8 @@ BUGS = {
             title="The reference was the base model without the adapter that training started from.",
             reported_in="huggingface/trl#1193",
             file="minitrain/training/aux_models.py",
-            line="local_rows(p)[0].detach().clone()) for p in trained]",
-            replacement="torch.zeros_like(local_rows(p)[0])) for p in trained]",
+            line="local_shard(p)[0].detach().clone()) for p in trained]",
+            replacement="torch.zeros_like(local_shard(p)[0])) for p in trained]",
             test="tests/losses/test_preference.py::test_a_loaded_adapter_is_its_own_reference",
         ),
         Bug(
@@ -606,8 +606,8 @@ EXERCISES = [
     Mutation(
         number=2,
         file="minitrain/batch.py",
-        line="self.predictors = self.target_places - 1",
-        replacement="self.predictors = self.target_places",
+        line="self.predict_positions = self.target_positions - 1",
+        replacement="self.predict_positions = self.target_positions",
         test="tests/training/test_loop.py::test_ten_steps_equal_a_plain_loop",
     ),
     Mutation(
@@ -634,7 +634,7 @@ EXERCISES = [
     Mutation(
         number=6,
         file="minitrain/model/policy.py",
-        line="by_document = batch.packed and self.keeps_documents_apart",
+        line="by_document = batch.packed and self.supports_document_masking",
         replacement="by_document = False",
         test="tests/losses/test_invariance.py::test_shared_prompts",
     ),
@@ -655,8 +655,8 @@ EXERCISES = [
     Mutation(
         number=9,
         file="minitrain/training/aux_models.py",
-        line="local_rows(p)[0].detach().clone()) for p in trained]",
-        replacement="local_rows(p)[0].detach()) for p in trained]",
+        line="local_shard(p)[0].detach().clone()) for p in trained]",
+        replacement="local_shard(p)[0].detach()) for p in trained]",
         test="tests/losses/test_preference.py::test_all_references_and_layouts_train_alike",
     ),
     Mutation(

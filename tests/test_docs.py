@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from minitrain import load_config
 from minitrain.cli.main import _parser
-from minitrain.config.issues import Problems, Source, check_types
+from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.load import _long_forms, _override, _own_names
 from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
 from minitrain.losses import registered
@@ -64,7 +64,7 @@ def problems_of(item: str) -> list[str]:
     raw = OmegaConf.create(
         {"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "model": {"name_or_path": "c"}}
     )
-    found = Problems(Source("page"))
+    found = ConfigIssues(Source("page"))
     _override(raw, [word for word in overrides if "=" in word], found)
     given = _own_names(_long_forms(OmegaConf.to_container(raw)))
     check_types(Config, given, "", found)
@@ -82,7 +82,7 @@ def problems_of(item: str) -> list[str]:
 
 def check_loss(name: str, given: dict) -> list[str]:
     """What one loss has against these options. One that must be given may stand elsewhere."""
-    found = Problems(Source("page"))
+    found = ConfigIssues(Source("page"))
     schema = registered()[name].options_class
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
     found.spoilt.update(f"loss.{key}" for key in needed - set(given))

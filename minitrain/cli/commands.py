@@ -118,8 +118,8 @@ def score(arguments: argparse.Namespace) -> int:
     output = _new_rows_file(arguments.output, arguments.force)
     find_model(arguments.model)
     with _importing():
-        from minitrain.inference.score import asked_for, line, load_judge
-    asked = asked_for(arguments)
+        from minitrain.inference.score import line, load_judge, requests_from_args
+    asked = requests_from_args(arguments)
     judge = load_judge(arguments.model, asked, arguments.device, arguments.chat_template, arguments.trust_remote_code)
     verdicts = judge.verdicts(judge.scores(asked, arguments.batch_size, progress=not arguments.quiet))
     if judge.n_truncated:

@@ -2,7 +2,7 @@
 
 # Beside the first of a pair the second would be ignored, so both together are refused. One that is given in
 # the overrides takes the place of the other one in the file.
-RIVALS = (
+MUTUALLY_EXCLUSIVE = (
     ("n_steps", "n_epochs"),
     ("warmup_steps", "warmup_ratio"),
     ("eval_datasets", "validation_split"),

@@ -46,19 +46,19 @@ class Source:
         return key in self.lines or key in self.overridden
 
 
-class Problems:
+class ConfigIssues:
     """Collects everything that is wrong with a config, and raises it as one `ConfigError`."""
 
     def __init__(self, source: Source):
         self.source = source
         self.found: list[tuple[float, str]] = []
-        self.spoilt: set[str] = set()  # keys that something was told about
+        self.reported: set[str] = set()  # keys that something was told about
 
     def add(self, key: str, what: str, *rests_on: str) -> None:
         """Notes a problem, unless `key`, or one of the keys that it `rests_on`, was found wrong before."""
-        if any(related(spoilt, other) for spoilt in self.spoilt for other in (key, *rests_on)):
+        if any(related(spoilt, other) for spoilt in self.reported for other in (key, *rests_on)):
             return
-        self.spoilt.add(key)
+        self.reported.add(key)
         order, place = self.source.where(key)
         self.found.append((order, f"{place}: {key}: {what}"))
         if len(self.found) == MAX_PROBLEMS:
@@ -95,7 +95,7 @@ class _Unfit(Exception):
     """A value is not of its type or outside of its limits; the message says what was expected."""
 
 
-def check_types(schema: type, given: dict, path: str, problems: Problems) -> dict:
+def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> dict:
     """The values of `given` converted to the types of `schema`. What does not fit is told and left out."""
     known = {f.name: f for f in option_fields(schema)}
     hints = typing.get_type_hints(schema)
@@ -103,40 +103,40 @@ def check_types(schema: type, given: dict, path: str, problems: Problems) -> dic
     for key, value in ((str(key), value) for key, value in given.items()):
         full = f"{path}{key}"
         if key not in known:
-            _add_unknown(full, value, list(known), problems)
+            _add_unknown(full, value, list(known), issues)
         elif value == "???":
-            problems.add(full, "is left open (???); give it a value.")
+            issues.add(full, "is left open (???); give it a value.")
         else:
             try:
                 if isinstance(value, str) and "\0" in value:
                     raise _Unfit(f"holds a NUL character, got {shown(value)}. Remove it.")
-                values[key] = _value(hints[key], value, full, problems)
+                values[key] = _value(hints[key], value, full, issues)
                 if known[key].metadata:  # a loss of the user's own may have plain dataclass fields
                     check_limits(known[key].metadata, values[key])
             except _Unfit as error:
                 values.pop(key, None)
                 if _is_foreign_section(full, value):
-                    _add_unknown(full, value, [], problems)
-                problems.add(full, f"{error}{hint_for_value(full, value)}")
+                    _add_unknown(full, value, [], issues)
+                issues.add(full, f"{error}{hint_for_value(full, value)}")
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            problems.add(f"{path}{name}", f"is missing. {f.metadata.get('help', '')}".rstrip())
+            issues.add(f"{path}{name}", f"is missing. {f.metadata.get('help', '')}".rstrip())
         if name not in values and is_dataclass(hints[name]):
-            values[name] = check_types(hints[name], {}, f"{path}{name}.", problems)
+            values[name] = check_types(hints[name], {}, f"{path}{name}.", issues)
     return values
 
 
-def _value(hint: Any, value: Any, key: str, problems: Problems) -> Any:
+def _value(hint: Any, value: Any, key: str, issues: ConfigIssues) -> Any:
     """`value` as type `hint`: a nested dataclass, a list of them, or a leaf. Raises _Unfit."""
     args = typing.get_args(hint)
     if is_dataclass(hint):
         if isinstance(value, dict):
-            return check_types(hint, value, f"{key}.", problems)
+            return check_types(hint, value, f"{key}.", issues)
         names = ", ".join(f.name for f in fields(hint))
-        problems.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.{hint_for_value(key, value)}")
+        issues.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.{hint_for_value(key, value)}")
         return {}
     if typing.get_origin(hint) is list and is_dataclass(args[0]) and isinstance(value, list):
-        return [_value(args[0], entry, f"{key}[{i}]", problems) for i, entry in enumerate(value)]
+        return [_value(args[0], entry, f"{key}[{i}]", issues) for i, entry in enumerate(value)]
     return _leaf(hint, value)
 
 
@@ -204,18 +204,18 @@ def _check_bounds(meta: dict, value: int | float) -> None:
 # ------------------------------------------------------------------------------------------------ unknown names
 
 
-def _add_unknown(key: str, value: Any, known: list[str], problems: Problems) -> None:
+def _add_unknown(key: str, value: Any, known: list[str], issues: ConfigIssues) -> None:
     """Report a key that does not exist, or those inside of it if it is a section of another tool."""
-    if len(problems.found) > MAX_HINTS:
-        problems.add(key, "unknown option.")
+    if len(issues.found) > MAX_HINTS:
+        issues.add(key, "unknown option.")
         return
     if _is_foreign_section(key, value, known):
         for name, inner in value.items():
-            _add_unknown(f"{key}.{name}", inner, [], problems)
+            _add_unknown(f"{key}.{name}", inner, [], issues)
         return
     hint = hint_for_key(key, value, known)
-    problems.add(key, f"unknown option. {hint.text}")
-    problems.spoilt.update(option for option in hint.options if not problems.source.wrote(option))
+    issues.add(key, f"unknown option. {hint.text}")
+    issues.reported.update(option for option in hint.options if not issues.source.wrote(option))
 
 
 def _is_foreign_section(key: str, value: Any, known: Iterable[str] = ()) -> bool:

@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from minitrain.errors import ConfigError
 from minitrain.io.redact import hide, hide_variables
 
-from .aliases import RIVALS, UNTYPED
-from .issues import Problems, Source, check_types, shown
+from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED
+from .issues import ConfigIssues, Source, check_types, shown
 from .saved import config_yaml
 from .schema import DEFAULT_LOSS, Config, Written, aliases
 from .yaml_nodes import MAX_DEPTH, check_yaml
@@ -37,7 +37,7 @@ SHOWN = ("exp_name", "output_dir", "cache_dir")  # folders that are written to; 
 LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
-def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tuple[Config, Problems]:
+def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tuple[Config, ConfigIssues]:
     """Read a YAML file, or a dict of the same keys, and dotlist overrides.
 
     Returns:
@@ -47,14 +47,14 @@ def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tu
         ConfigError: When the file cannot be read or is not YAML.
     """
     raw, where = _read(source)
-    problems = Problems(where)
-    _override(raw, list(overrides), problems)
-    config = _build_config(_in_bounds(lambda: _resolve(raw, "", problems), where.name), problems)
+    issues = ConfigIssues(where)
+    _override(raw, list(overrides), issues)
+    config = _build_config(_in_bounds(lambda: _resolve(raw, "", issues), where.name), issues)
     config.written = Written(_own_names(OmegaConf.to_container(raw)), {})
-    return config, problems
+    return config, issues
 
 
-def parse_python_config(config: Config, loss: dict | None = None) -> tuple[Config, Problems]:
+def parse_python_config(config: Config, loss: dict | None = None) -> tuple[Config, ConfigIssues]:
     """Return a copy of a config that was built, or changed after loading, in Python, and what is wrong with its types.
 
     Args:
@@ -63,12 +63,12 @@ def parse_python_config(config: Config, loss: dict | None = None) -> tuple[Confi
     Raises:
         ConfigError: When the config names another loss than `loss`.
     """
-    problems, given = Problems(Source("config")), _attributes(config)
+    issues, given = ConfigIssues(Source("config")), _attributes(config)
     if loss is not None:
         given["loss"] = _merge_loss(given["loss"], loss)
-    parsed = _build_config(given, problems)
+    parsed = _build_config(given, issues)
     parsed.written = config.written
-    return parsed, problems
+    return parsed, issues
 
 
 def check_writable(config: Config) -> None:
@@ -84,11 +84,11 @@ def default_config() -> Config:
     return _build(Config, {"model": {}})
 
 
-def _build_config(given: dict, problems: Problems) -> Config:
-    config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", problems))
+def _build_config(given: dict, issues: ConfigIssues) -> Config:
+    config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", issues))
     config.loss = DEFAULT_LOSS | config.loss
     if config.exp_name is None:
-        config.exp_name = Path(problems.source.name).stem
+        config.exp_name = Path(issues.source.name).stem
     return config
 
 
@@ -182,15 +182,15 @@ def _reason(error: Exception) -> str:
     return reason.strip('"') + "."
 
 
-def _override(raw: DictConfig, overrides: list[str], problems: Problems) -> None:
+def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> None:
     """Merges the dotlist into `raw`. Of two rivals the one that is overridden wins."""
-    overridden = problems.source.overridden
+    overridden = issues.source.overridden
     twins = aliases() | {key: alias for alias, key in aliases().items()}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or key.count(".") > MAX_DEPTH or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
             overridden.add(text)
-            problems.add(text, "write it as key=value, for example lr=2e-5.")
+            issues.add(text, "write it as key=value, for example lr=2e-5.")
             continue
         if key not in raw and twins.get(key) in raw:
             key = twins[key]
@@ -202,15 +202,15 @@ def _override(raw: DictConfig, overrides: list[str], problems: Problems) -> None
             OmegaConf.update(raw, key, parsed)
         except ConfigError as error:
             overridden.add(key)
-            problems.add(key, str(error).partition(": ")[2])
+            issues.add(key, str(error).partition(": ")[2])
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
             overridden.add(key)
-            problems.add(key, f"cannot be set to {shown(value)}: {_reason(error)}")
+            issues.add(key, f"cannot be set to {shown(value)}: {_reason(error)}")
         except ValueError:  # of a part that is no index
             overridden.add(key)
-            problems.add(key, "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.")
+            issues.add(key, "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.")
     given = OmegaConf.to_container(raw)
-    for one, other in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
+    for one, other in (*MUTUALLY_EXCLUSIVE, *(pair[::-1] for pair in MUTUALLY_EXCLUSIVE)):
         if one in overridden and given.get(one) and other not in overridden:
             raw.pop(other, None)
 
@@ -244,7 +244,7 @@ def _in_bounds(fill: Callable, name: str) -> Any:
         sys.setprofile(before)
 
 
-def _resolve(node: Any, path: str, problems: Problems) -> Any:
+def _resolve(node: Any, path: str, issues: ConfigIssues) -> Any:
     """Plain values with ``${...}`` filled in; what cannot be filled in is told, and stays as it is written."""
     if isinstance(node, DictConfig):
         keys = [(name, f"{path}.{name}".lstrip(".")) for name in node]
@@ -259,11 +259,11 @@ def _resolve(node: Any, path: str, problems: Problems) -> Any:
         raw = values[name]
         is_hidden = isinstance(raw, str) and key not in SHOWN and hide_variables(raw)
         try:
-            values[name] = _resolve(node[name], key, problems)
+            values[name] = _resolve(node[name], key, issues)
             if is_hidden:
                 hide(values[name], raw)
         except (OmegaConfBaseException, RecursionError) as error:
-            problems.add(key, f"{shown(values[name])} cannot be filled in: {_reason(error)}")
+            issues.add(key, f"{shown(values[name])} cannot be filled in: {_reason(error)}")
     return values
 
 

@@ -43,7 +43,7 @@ from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
 from .collate import Document
-from .encode import EXCLUDED, N_DOCUMENTS, Limits, encode
+from .encode import EXCLUDED, N_DOCUMENTS, TruncationConfig, encode
 from .examples import to_record
 from .files import Row
 from .source import Source, open_source
@@ -61,7 +61,7 @@ class Encoder:
 
     dataset: DatasetConfig
     template: Template
-    limits: Limits
+    limits: TruncationConfig
     kind: str  # of the records
 
     def __call__(self, rows: list[Row]) -> "Chunk":
@@ -186,7 +186,7 @@ class TokenCache:
 def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind: str = "conversation") -> TokenCache:
     """The tokens of a data file, from the cache or made now. Raises DataError for a bad row, an empty file, or
     a cache folder that cannot be written."""
-    limits = Limits(config.max_length, config.truncation, config.max_prompt_length, config.mask_truncated)
+    limits = TruncationConfig(config.max_length, config.truncation, config.max_prompt_length, config.mask_truncated)
     encoder = Encoder(dataset, template, limits, kind)
     folder = cache_folder(config)
     try:
@@ -238,7 +238,7 @@ def _build(path: Path, encoder: Encoder, source: Source, config: Config) -> None
     n_examples, counts = 0, Counter()
     with new_cache(path, source.name) as writer:
         for chunk in _encoded(encoder, source, config):
-            _judge_bad_rows(chunk, n_examples, wanted, source.name, config, counts)
+            _enforce_bad_row_limit(chunk, n_examples, wanted, source.name, config, counts)
             for before, found in chunk.notes:  # of rows behind the last one that is used, nothing is told
                 counts.update(found if n_examples + before < wanted else {})
             taken = chunk.examples[: wanted - n_examples]
@@ -304,7 +304,7 @@ def _work(rows: list[Row]) -> Chunk:
     return _worker_encoder(rows)
 
 
-def _judge_bad_rows(chunk: Chunk, before: int, wanted: int, path: str, config: Config, counts: Counter) -> None:
+def _enforce_bad_row_limit(chunk: Chunk, before: int, wanted: int, path: str, config: Config, counts: Counter) -> None:
     """Counts the bad rows that stand before the last wanted example; raises DataError as the config says."""
     for examples_before, line, reason in chunk.bad:
         if before + examples_before >= wanted:

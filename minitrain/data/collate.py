@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minitrain.batch import IGNORE, Batch
+from minitrain.batch import IGNORE_INDEX, Batch
 
 
 @dataclass
@@ -27,7 +27,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     n_columns = max((sum(len(d.ids) - d.shared for d in row) for row in rows), default=2)
     shape = (max(1, len(rows)), n_columns)
     input_ids = torch.full(shape, pad_token_id)  # [R, T]
-    labels = torch.full(shape, IGNORE)  # [R, T]
+    labels = torch.full(shape, IGNORE_INDEX)  # [R, T]
     doc_ids = torch.full(shape, -1)  # [R, T]
     # Padding continues the positions: a restart would look like one more document and cost an attention mask.
     position_ids = torch.arange(n_columns).repeat(shape[0], 1)  # [R, T]
@@ -48,7 +48,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
             span = slice(start, start + length - shared)
             ids = document.ids[own].long()
             input_ids[r, span] = ids
-            labels[r, span] = torch.where(document.mask[own].bool(), ids, IGNORE)
+            labels[r, span] = torch.where(document.mask[own].bool(), ids, IGNORE_INDEX)
             doc_ids[r, span] = n_docs
             position_ids[r, span] = torch.arange(shared, length)
             for name, column in document.columns.items():

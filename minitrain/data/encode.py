@@ -6,7 +6,16 @@ from typing import NamedTuple
 
 from minitrain.errors import DataError
 
-from .examples import Conversation, Feedback, Labelled, Messages, Preference, Record, Rollout, assistant
+from .examples import (
+    ClassificationExample,
+    Conversation,
+    Messages,
+    Preference,
+    Record,
+    Rollout,
+    UnpairedPreference,
+    assistant,
+)
 from .template import Template, Tokens, refuse_unusable
 
 N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example
@@ -15,7 +24,7 @@ ALIKE = "chosen and rejected are the same after truncation"
 EXCLUDED = "excluded"  # the value of documents that are not trained on, and only take part in what is made of all files
 
 
-class Limits(NamedTuple):
+class TruncationConfig(NamedTuple):
     """`truncation`: what a longer example loses: the oldest of its `prompt`, its `end`, or (`drop`) all of it.
 
     `mask_truncated`: train on no rollout whose sampling was cut off.
@@ -27,13 +36,13 @@ class Limits(NamedTuple):
     mask_truncated: bool = False
 
 
-def encode(record: Record, template: Template, limits: Limits) -> list[Tokens] | str:
+def encode(record: Record, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """The documents of a record, or why nothing of it is left. Raises DataError for what cannot be encoded."""
     if isinstance(record, Preference):
         return _preference(record, template, limits)
-    if isinstance(record, Feedback):
+    if isinstance(record, UnpairedPreference):
         return _feedback(record, template, limits)
-    if isinstance(record, Labelled):
+    if isinstance(record, ClassificationExample):
         return _labelled(record, template, limits)
     if isinstance(record, Rollout):
         return _rollout(record, template, limits)
@@ -54,7 +63,7 @@ def refuse_empty_answers(messages: Messages, n_learned: int | None = None) -> No
             raise DataError(f"turn {i + 1} of {len(messages)} is an empty answer, so there is nothing to learn")
 
 
-def _preference(record: Preference, template: Template, limits: Limits) -> list[Tokens] | str:
+def _preference(record: Preference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """The chosen document, then the rejected one."""
     documents = [_continued(record.prompt, continuation, template) for continuation in (record.chosen, record.rejected)]
     if _alike(documents):
@@ -67,7 +76,7 @@ def _preference(record: Preference, template: Template, limits: Limits) -> list[
     return _sharing(documents)
 
 
-def _feedback(record: Feedback, template: Template, limits: Limits) -> list[Tokens] | str:
+def _feedback(record: UnpairedPreference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """The answer that was judged, with a number that stands for its prompt; `mismatched.py` adds another answer."""
     document = _continued(record.prompt, record.response, template)
     document.values |= {"desirable": float(record.desirable), "prompt": _number_of(record.prompt)}
@@ -102,7 +111,7 @@ def _sharing(documents: list[Tokens] | str) -> list[Tokens] | str:
     return documents
 
 
-def _labelled(record: Labelled, template: Template, limits: Limits) -> list[Tokens] | str:
+def _labelled(record: ClassificationExample, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     texts = [record.text] if record.text_pair is None else [record.text, record.text_pair]
     refuse_unusable(texts)
     encoded, notes = template.tokenizer(*texts), {}
@@ -119,7 +128,7 @@ def _labelled(record: Labelled, template: Template, limits: Limits) -> list[Toke
     return [tokens]
 
 
-def _rollout(record: Rollout, template: Template, limits: Limits) -> list[Tokens]:
+def _rollout(record: Rollout, template: Template, limits: TruncationConfig) -> list[Tokens]:
     """The whole rollout, since a prompt that was cut would have other log-probabilities than those in the row.
 
     One that is too long to train on is excluded and not left out, or failures by length would be missing from the
@@ -173,7 +182,7 @@ def _check_ids(ids: list[int], n_tokens: int) -> None:
         raise DataError(f"the token id {max(ids)} is beyond the tokenizer's {n_tokens} tokens")
 
 
-def truncate(documents: list[Tokens], limits: Limits, bos_token_id: int | None) -> list[Tokens] | str:
+def truncate(documents: list[Tokens], limits: TruncationConfig, bos_token_id: int | None) -> list[Tokens] | str:
     """Documents of one example of at most `max_length` tokens, their prompts cut alike; or why nothing is left.
 
     truncation = prompt: the oldest tokens of the prompt go (a BOS stays); when the last answer alone is too long, its

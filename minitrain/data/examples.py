@@ -56,7 +56,7 @@ class Preference:
 
 
 @dataclass
-class Feedback:
+class UnpairedPreference:
     """An answer that somebody wanted, or did not."""
 
     prompt: Messages
@@ -65,7 +65,7 @@ class Feedback:
 
 
 @dataclass
-class Labelled:
+class ClassificationExample:
     """A text, or a pair of them, and what it was judged to be."""
 
     text: str
@@ -88,7 +88,7 @@ class Rollout:
     truncated: bool | None = None
 
 
-Record = Conversation | PlainText | Preference | Feedback | Labelled | Rollout
+Record = Conversation | PlainText | Preference | UnpairedPreference | ClassificationExample | Rollout
 
 
 @dataclass

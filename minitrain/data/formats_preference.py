@@ -7,11 +7,11 @@ from minitrain.config.schema import DatasetConfig
 from minitrain.errors import DataError, short
 
 from .examples import (
-    Feedback,
-    Labelled,
+    ClassificationExample,
     Messages,
     Preference,
     Rollout,
+    UnpairedPreference,
     compared,
     continuation_of,
     number_of,
@@ -38,53 +38,57 @@ def _chosen_messages(row: dict, dataset: DatasetConfig) -> Preference:
 
 
 @schema("completion_label", "feedback", "prompt", "completion", "label")
-def _completion_label(row: dict, dataset: DatasetConfig) -> Feedback:
-    return Feedback(prompt_of(row), continuation_of(row["completion"], "completion"), _wanted(row["label"], "label"))
+def _completion_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
+    return UnpairedPreference(
+        prompt_of(row), continuation_of(row["completion"], "completion"), _wanted(row["label"], "label")
+    )
 
 
 @schema("response_label", "feedback", "prompt", "response", "label")
-def _response_label(row: dict, dataset: DatasetConfig) -> Feedback:
-    return Feedback(prompt_of(row), continuation_of(row["response"], "response"), _wanted(row["label"], "label"))
+def _response_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
+    return UnpairedPreference(
+        prompt_of(row), continuation_of(row["response"], "response"), _wanted(row["label"], "label")
+    )
 
 
 @schema("messages_label", "feedback", "messages", "label")
-def _messages_label(row: dict, dataset: DatasetConfig) -> Feedback:
+def _messages_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     return _last_judged(turns_of(row["messages"], "messages"), "messages", _wanted(row["label"], "label"))
 
 
 @schema("kto_tag", "feedback", "conversations", "kto_tag")
-def _kto_tag(row: dict, dataset: DatasetConfig) -> Feedback:
+def _kto_tag(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     turns = turns_of(row["conversations"], "conversations")
     return _last_judged(turns, "conversations", _wanted(row["kto_tag"], "kto_tag"))
 
 
 @schema("labelled", "labelled", "text", "label")
-def _labelled(row: dict, dataset: DatasetConfig) -> Labelled:
+def _labelled(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "text", "text_pair" if "text_pair" in row else None)
 
 
 @schema("sentence_pair", "labelled", "sentence1", "sentence2", "label")
-def _sentence_pair(row: dict, dataset: DatasetConfig) -> Labelled:
+def _sentence_pair(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "sentence1", "sentence2")
 
 
 @schema("premise_hypothesis", "labelled", "premise", "hypothesis", "label")
-def _premise_hypothesis(row: dict, dataset: DatasetConfig) -> Labelled:
+def _premise_hypothesis(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "premise", "hypothesis")
 
 
 @schema("question_pair", "labelled", "question1", "question2", "label")
-def _question_pair(row: dict, dataset: DatasetConfig) -> Labelled:
+def _question_pair(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "question1", "question2")
 
 
 @schema("question_sentence", "labelled", "question", "sentence", "label")
-def _question_sentence(row: dict, dataset: DatasetConfig) -> Labelled:
+def _question_sentence(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "question", "sentence")
 
 
 @schema("sentence", "labelled", "sentence", "label")
-def _sentence(row: dict, dataset: DatasetConfig) -> Labelled:
+def _sentence(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "sentence", None)
 
 
@@ -110,10 +114,10 @@ def _rollout_messages(row: dict, dataset: DatasetConfig) -> Rollout:
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _last_judged(turns: Messages, key: str, desirable: bool) -> Feedback:
+def _last_judged(turns: Messages, key: str, desirable: bool) -> UnpairedPreference:
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
         raise DataError(f"{key} does not end with words of the assistant")
-    return Feedback(turns[:-1], turns[-1:], desirable)
+    return UnpairedPreference(turns[:-1], turns[-1:], desirable)
 
 
 def _wanted(value: Any, key: str) -> bool:
@@ -123,11 +127,11 @@ def _wanted(value: Any, key: str) -> bool:
     return _YES[value]
 
 
-def _judged_text(row: dict, key: str, pair: str | None) -> Labelled:
+def _judged_text(row: dict, key: str, pair: str | None) -> ClassificationExample:
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label != label or label == "":
         raise DataError(f"label is neither a text nor a number, but {short(label)!r}")
-    return Labelled(text_of(row, key), text_of(row, pair) if pair else None, str(label))
+    return ClassificationExample(text_of(row, key), text_of(row, pair) if pair else None, str(label))
 
 
 def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) -> Rollout:

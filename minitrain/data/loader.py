@@ -19,7 +19,7 @@ from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_
 from .template import Template
 
 
-class Examples:
+class TokenizedDataset:
     """Examples of several token caches, or a choice of them, as one sequence; at first all that are trained on."""
 
     def __init__(self, caches: list[TokenCache], weights: list[float], chosen: list[np.ndarray] | None = None):
@@ -59,7 +59,7 @@ class Examples:
         which = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.caches[which], int(self.chosen[which][index - self.starts[which]])
 
-    def split(self, held_out: float, seed: int) -> tuple["Examples", "Examples"]:
+    def split(self, held_out: float, seed: int) -> tuple["TokenizedDataset", "TokenizedDataset"]:
         """(the rest, a random share or number of examples held out, the same for the same seed)."""
         n = len(self)
         count = int(held_out) if held_out >= 1 else max(1, round(n * held_out))
@@ -72,17 +72,19 @@ class Examples:
         held = [indices[m] for indices, m in zip(self.chosen, marks, strict=True)]
         return self._of(kept), self._of(held)
 
-    def _of(self, chosen: list[np.ndarray]) -> "Examples":
+    def _of(self, chosen: list[np.ndarray]) -> "TokenizedDataset":
         """The same with other choices; caches of which nothing is chosen are left out."""
         kept = [i for i, indices in enumerate(chosen) if len(indices)]
-        return Examples([self.caches[i] for i in kept], [self.weights[i] for i in kept], [chosen[i] for i in kept])
+        return TokenizedDataset(
+            [self.caches[i] for i in kept], [self.weights[i] for i in kept], [chosen[i] for i in kept]
+        )
 
     def of_documents(self, numbers: Callable[[TokenCache], np.ndarray]) -> np.ndarray:
         """A number of each document, which a cache has as [D] -> [E, n]."""
         pairs = zip(self.caches, self.chosen, strict=True)
         return np.concatenate([numbers(cache).reshape(-1, cache.n_documents)[chosen] for cache, chosen in pairs])
 
-    def first(self, n: int | None) -> "Examples":
+    def first(self, n: int | None) -> "TokenizedDataset":
         """The first n examples over all files in turn; all of them for None."""
         if n is None or n >= len(self):
             return self
@@ -97,8 +99,8 @@ class Data:
     `warnings` are about files that lost more than a third in some way.
     """
 
-    train: Examples
-    eval: Examples | None
+    train: TokenizedDataset
+    eval: TokenizedDataset | None
     notes: list[str]
     warnings: list[str]
 
@@ -107,12 +109,12 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     """Reads all files of a config as records of a kind. Raises DataError or ConfigError."""
     every: list[TokenCache] = []
 
-    def read(entries) -> Examples:
+    def read(entries) -> TokenizedDataset:
         caches = [load_cache(entry, template, config, kind) for entry in entries]
         every.extend(caches)
         if kind == "feedback":
             caches = add_mismatched_answers(caches, config)
-        return Examples(caches, [entry.weight for entry in entries])
+        return TokenizedDataset(caches, [entry.weight for entry in entries])
 
     train, evaluation = read(config.datasets), None
     if config.eval_datasets:
@@ -146,14 +148,14 @@ def _share(count: int, n_rows: int) -> str:
 
 
 @dataclass
-class Loader:
+class MicrobatchLoader:
     """Yields the micro-batches of one rank, optimizer step by optimizer step.
 
     `row_capacity` bounds packed rows, for attention that costs the square of a row's length; see `sampler.pack`.
     `shares_prompts`: what documents of an example have in common is laid out once, which takes our own attention.
     """
 
-    examples: Examples
+    examples: TokenizedDataset
     config: Config
     pad_token_id: int
     rank: int = 0

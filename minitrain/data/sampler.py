@@ -62,7 +62,7 @@ def plan_step(
     """
     if packing and row_capacity is None:
         n_micro = min(n_micro, math.ceil(len(lengths) / world_size))
-        bins = deal(lengths, world_size * n_micro)
+        bins = balance_by_tokens(lengths, world_size * n_micro)
         return [[[row] if row else [] for row in bins[rank::world_size]] for rank in range(world_size)]
     rows = pack(lengths, row_capacity) if packing else [[i] for i in np.argsort(-lengths, kind="stable").tolist()]
     n_micro = min(n_micro, math.ceil(len(rows) / world_size))
@@ -81,7 +81,7 @@ def pack(lengths: np.ndarray, row_capacity: int | None) -> Rows:
     return best_fit(lengths, max(row_capacity, int(lengths.max())))
 
 
-def deal(lengths: np.ndarray, n_bins: int) -> Rows:
+def balance_by_tokens(lengths: np.ndarray, n_bins: int) -> Rows:
     """Deals documents, longest first, each to the bin with the fewest tokens, so that all have about as many."""
     bins: Rows = [[] for _ in range(n_bins)]
     fill = [(0, b) for b in range(n_bins)]

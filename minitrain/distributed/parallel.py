@@ -20,7 +20,7 @@ class SingleDevice:
 
     rank = 0
     world_size = 1
-    reads_rows = False  # whether the model is built empty and each rank reads its own rows of the weights
+    loads_shards = False  # whether the model is built empty and each rank reads its own rows of the weights
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -29,18 +29,18 @@ class SingleDevice:
         """The policy as it is trained, on its device, sharded block by block where that applies."""
         return policy.to(self.device)
 
-    def fill(self, policy: nn.Module, read: Read) -> None:
+    def load_shards(self, policy: nn.Module, read: Read) -> None:
         """Gives the parameters of an empty model their values."""
-        assert not self.reads_rows
+        assert not self.loads_shards
 
-    def gathered(self, policy: nn.Module) -> contextlib.AbstractContextManager:
+    def unsharded(self, policy: nn.Module) -> contextlib.AbstractContextManager:
         """Inside, parts of the policy can be called by themselves, by all ranks alike."""
         return contextlib.nullcontext()
 
     def reshard(self, policy: nn.Module) -> None:
         """To be called after parameters were changed from outside, lest old gathered copies be used."""
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of a parameter; all ranks have to ask for the same ones in the same order."""
         return tensor
 
@@ -59,7 +59,7 @@ class SingleDevice:
     def check_same(self, **values: Any) -> None:
         """Raise ConfigError on all ranks when one has another value than rank 0: they would wait for one another."""
 
-    def first(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
+    def run_on_rank0(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
         """Calls a function on rank 0 only; what it returns, or the user's error it raises, reaches all ranks.
 
         `meanwhile` is called by every rank, by rank 0 after the function: for collectives that it takes part in.
@@ -70,7 +70,7 @@ class SingleDevice:
             if meanwhile is not None:
                 meanwhile()
 
-    def taking_turns(self) -> contextlib.AbstractContextManager:
+    def local_rank0_first(self) -> contextlib.AbstractContextManager:
         """Inside, the first process of a machine is alone; then come the others, who find what it left."""
         return contextlib.nullcontext()
 
@@ -86,10 +86,10 @@ class SingleDevice:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    def note(self, place: str) -> None:
+    def set_status(self, place: str) -> None:
         """Where the run is, to be told should it hang."""
 
-    def contact(self) -> contextlib.AbstractContextManager:
+    def monitor_ranks(self) -> contextlib.AbstractContextManager:
         """As `naming_failures`, and a rank in which nothing moves ends all of them."""
         return contextlib.nullcontext()
 
@@ -122,7 +122,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """This rank's rows of a tensor, sharing its memory, and the number of the first one."""
     if not _is_sharded(tensor):
         return tensor, 0

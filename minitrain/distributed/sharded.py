@@ -29,7 +29,7 @@ from minitrain.config.schema import FSDPConfig
 from minitrain.errors import ConfigError, MinitrainError, RunError, is_failure
 from minitrain.io.redact import redact
 
-from .parallel import Read, SingleDevice, local_rows
+from .parallel import Read, SingleDevice, local_shard
 from .process import let_threads_settle
 from .watchdog import Watchdog
 
@@ -48,7 +48,7 @@ class FullySharded(SingleDevice):
     blocks in policy_dtype. Gradients are summed, not averaged: the loop has divided by the weight of the whole step.
     """
 
-    reads_rows = True
+    loads_shards = True
 
     def __init__(self, device: torch.device, options: FSDPConfig):
         self.options = options
@@ -87,19 +87,19 @@ class FullySharded(SingleDevice):
             module.set_force_sum_reduction_for_comms(True)
         return policy
 
-    def fill(self, policy: nn.Module, read: Read) -> None:
+    def load_shards(self, policy: nn.Module, read: Read) -> None:
         buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
         policy.to_empty(device="cpu" if self.options.cpu_offload else self.device)
         with torch.no_grad():
             for name, buffer in policy.named_buffers():
                 buffer.copy_(buffers[name])
             for name, parameter in policy.named_parameters():
-                rows, start = local_rows(parameter)
+                rows, start = local_shard(parameter)
                 if rows.numel():
                     rows.copy_(read(name, start, start + len(rows)))
 
     @contextlib.contextmanager
-    def gathered(self, policy: nn.Module) -> Iterator[None]:
+    def unsharded(self, policy: nn.Module) -> Iterator[None]:
         policy.unshard()
         try:
             yield
@@ -110,7 +110,7 @@ class FullySharded(SingleDevice):
         for module in _sharded_modules(policy):
             module.reshard()
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         self._beat()
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -143,7 +143,7 @@ class FullySharded(SingleDevice):
                     "config, data and model."
                 )
 
-    def first(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
+    def run_on_rank0(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
         value, error = None, None
         if self.rank == 0:
             try:
@@ -158,7 +158,7 @@ class FullySharded(SingleDevice):
         return value
 
     @contextlib.contextmanager
-    def taking_turns(self) -> Iterator[None]:
+    def local_rank0_first(self) -> Iterator[None]:
         # By the store, where one may wait for hours.
         key = f"turn/{os.environ.get('GROUP_RANK', '0')}/{next(_turns)}"
         alone = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -184,19 +184,19 @@ class FullySharded(SingleDevice):
         return contextlib.nullcontext()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-        grads = [local_rows(p.grad)[0] for p in parameters if p.grad is not None]
+        grads = [local_shard(p.grad)[0] for p in parameters if p.grad is not None]
         squares = sum(norm.double() ** 2 for norm in torch._foreach_norm(grads))  # []
         norm = (self.sum(squares) / self.replicas).sqrt().float()  # []
         if max_norm > 0:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
-    def note(self, place: str) -> None:
+    def set_status(self, place: str) -> None:
         if self.watchdog is not None:
             self.watchdog.place = place
 
     @contextlib.contextmanager
-    def contact(self) -> Iterator[None]:
+    def monitor_ranks(self) -> Iterator[None]:
         if self.watchdog is not None:
             self.watchdog.start()
         try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from minitrain.config.schema import EvalGenerateConfig
-from minitrain.data.loader import Examples
+from minitrain.data.loader import TokenizedDataset
 
 from .generate import Generator, Sampling
 
@@ -15,7 +15,7 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d
 
 def exact_match(
     generator: Generator,
-    examples: Examples,
+    examples: TokenizedDataset,
     settings: EvalGenerateConfig,
     batch_size: int,
     say: Callable[[str], None],

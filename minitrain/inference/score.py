@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from minitrain.config.schema import DatasetConfig
 from minitrain.data.collate import Document, collate
-from minitrain.data.encode import Limits, encode
-from minitrain.data.examples import Conversation, Labelled, Record, assistant, schemas_of, to_record, user
+from minitrain.data.encode import TruncationConfig, encode
+from minitrain.data.examples import ClassificationExample, Conversation, Record, assistant, schemas_of, to_record, user
 from minitrain.data.files import FORMATS, format_of, read_rows, refuse_no_file
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import pick_device
@@ -24,7 +24,7 @@ from .generate import model_config, native_dtypes, saved_dtype
 from .resolve import find_model
 
 
-class Asked(NamedTuple):
+class ScoringRequest(NamedTuple):
     """What is scored: where it stands (for error messages), the row it came in, and what was read in it."""
 
     where: str
@@ -32,17 +32,17 @@ class Asked(NamedTuple):
     record: Record
 
 
-class Judge:
+class SequenceScorer:
     """A model that ends in scalars, with its tokenizer."""
 
     def __init__(self, policy: Policy, template: Template, max_length: int):
         self.policy, self.template = policy.eval(), template
-        self.limits = Limits(max_length)
+        self.limits = TruncationConfig(max_length)
         config = policy.model.config
         self.n_truncated = 0  # texts that were longer than the model can read
         self.labels = list(config.id2label.values()) if config.problem_type != "regression" else None
 
-    def scores(self, asked: list[Asked], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
+    def scores(self, asked: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
         """The model's outputs -> [n, L] float32, in the order of what is asked. Raises DataError."""
         documents = [self._document(one) for one in asked]
         lengths = [len(document.ids) for document in documents]
@@ -66,7 +66,7 @@ class Judge:
         pairs = zip(chosen.tolist(), probabilities.tolist(), strict=True)
         return [{"prediction": self.labels[number], "probability": probability} for number, probability in pairs]
 
-    def _document(self, asked: Asked) -> Document:
+    def _document(self, asked: ScoringRequest) -> Document:
         try:
             documents = encode(asked.record, self.template, self.limits)
         except DataError as error:
@@ -80,8 +80,12 @@ class Judge:
 
 
 def load_judge(
-    source: str, asked: list[Asked], device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
-) -> Judge:
+    source: str,
+    asked: list[ScoringRequest],
+    device: str = "auto",
+    chat_template: str = "auto",
+    trust_remote_code: bool = False,
+) -> SequenceScorer:
     """A judge from a run folder (its final/ model, or best/), the folder of a model or adapter, or a hub name.
 
     `asked` is what it is for: conversations go through the chat template, and texts are read as they are.
@@ -93,7 +97,7 @@ def load_judge(
         raise ConfigError(f"{source}: this model ends in a vocabulary and gives no scores; use `minitrain generate`.")
     place = pick_device(device)
     tokenizer = load_tokenizer(config, scores=True)
-    texts = all(isinstance(one.record, Labelled) for one in asked)
+    texts = all(isinstance(one.record, ClassificationExample) for one in asked)
     template = Template(tokenizer, "none" if texts else chat_template)
     saved = saved_dtype(config)
     dtype = DTYPES[saved] if saved in native_dtypes(place) else torch.float32
@@ -102,7 +106,7 @@ def load_judge(
     else:
         model = load_model(config, tokenizer, 0, dtype, outputs)
     policy = make_policy(model.to(place))
-    return Judge(policy, template, policy.n_positions)
+    return SequenceScorer(policy, template, policy.n_positions)
 
 
 def line(verdict: dict) -> str:
@@ -110,7 +114,7 @@ def line(verdict: dict) -> str:
     return "\t".join(f"{value:.4f}" if isinstance(value, float) else value for value in verdict.values())
 
 
-def asked_for(arguments: Namespace) -> list[Asked]:
+def requests_from_args(arguments: Namespace) -> list[ScoringRequest]:
     """What the command line names: texts, pairs of them, prompts with their answers, or a file of any of these.
 
     Raises ConfigError or DataError.
@@ -131,12 +135,14 @@ def asked_for(arguments: Namespace) -> list[Asked]:
     if arguments.text:
         halves = arguments.text_pair or [None] * len(arguments.text)
         pairs = zip(arguments.text, halves, strict=True)
-        return [Asked("--text", {"text": text}, Labelled(text, half, "")) for text, half in pairs]
+        return [ScoringRequest("--text", {"text": text}, ClassificationExample(text, half, "")) for text, half in pairs]
     pairs = zip(arguments.prompt, arguments.response, strict=True)
-    return [Asked("--prompt", {"prompt": p}, Conversation([user(p), assistant(answer)])) for p, answer in pairs]
+    return [
+        ScoringRequest("--prompt", {"prompt": p}, Conversation([user(p), assistant(answer)])) for p, answer in pairs
+    ]
 
 
-def _of_file(path: Path, columns: dict[str, str]) -> list[Asked]:
+def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
     """Rows of a file: texts or pairs by the keys of labelled rows, of which no label is needed, or conversations.
 
     Raises DataError for a row that is neither, and for rows of both kinds.
@@ -149,7 +155,7 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[Asked]:
         try:
             if isinstance(row, DataError):
                 raise row
-            asked.append(Asked(f"{path}:{line}", row, _record(row, dataset)))
+            asked.append(ScoringRequest(f"{path}:{line}", row, _record(row, dataset)))
         except DataError as error:
             raise DataError(f"{path}:{line}: {error}") from None
         if type(asked[-1].record) is not type(asked[0].record):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache, cache_folder
-from minitrain.data.loader import Examples, Loader, load_data
+from minitrain.data.loader import MicrobatchLoader, TokenizedDataset, load_data
 from minitrain.data.template import make_template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.distributed.process import world_size
@@ -30,11 +30,11 @@ from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.redact import stored_name
 from minitrain.losses import create_loss
 from minitrain.losses.kd import IDS, LOGPS, KDOptions
-from minitrain.model.fingerprint import identity
-from minitrain.model.kd_divergence import likeliest
+from minitrain.model.fingerprint import model_fingerprint
+from minitrain.model.kd_divergence import top_k_logprobs
 from minitrain.model.load import load_tokenizer
 from minitrain.model.vocabulary import count_ids
-from minitrain.training.aux_models import Teacher, batches_with_places, load_teacher, teacher_config
+from minitrain.training.aux_models import Teacher, iter_batches_with_positions, load_teacher, teacher_config
 from minitrain.training.setup import make_loader
 
 
@@ -56,7 +56,7 @@ def teach(config: Config, output: Path | None = None) -> Path:
     made = {"temperature": loss.options.temperature, "top_k": loss.options.top_k, "n_tokens": count_ids(tokenizer)}
     made |= {"teacher": loss.options.teacher, "teacher_dtype": chosen.policy_dtype}
     if output is None:
-        digest = hashlib.sha256(json.dumps([made, list(caches), identity(chosen)]).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(json.dumps([made, list(caches), model_fingerprint(chosen)]).encode()).hexdigest()[:32]
         output = cache_folder(config) / f"{digest}-teacher.safetensors"
         if output.exists():
             if is_intact(output):
@@ -89,15 +89,15 @@ def _check(needs: frozenset[str], options) -> None:
         raise ConfigError("minitrain teach works on one device; start it without torchrun.")
 
 
-def _ask(teacher: Teacher, caches, loader: Loader, options: KDOptions, writer: "_Writer") -> None:
+def _ask(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions, writer: "_Writer") -> None:
     """Each data file's supervised tokens, the longest examples first."""
     total, quiet = sum(map(len, caches)), loader.config.quiet or None
     with tqdm(total=total, desc="teacher", unit=" examples", disable=quiet, leave=False) as bar:
         for cache in caches:
-            whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
-            for batch, places in batches_with_places(cache, whole):
+            whole = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
+            for batch, places in iter_batches_with_positions(cache, whole):
                 states = teacher.states(batch.to(teacher.precision.device))
-                top = likeliest(*states, options.temperature, options.top_k)
+                top = top_k_logprobs(*states, options.temperature, options.top_k)
                 writer.write(f"{cache.key}/{IDS}", places, top.ids.int())
                 writer.write(f"{cache.key}/{LOGPS}", places, top.logps)
                 bar.update(batch.n_docs)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from minitrain.batch import Batch
-from minitrain.config.issues import Problems, Source, check_types
+from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.errors import ConfigError
 
 
@@ -92,7 +92,7 @@ class Loss:
         """Gets those sums over all micro-batches and ranks -> [S], before it is called for any of them."""
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        """`policy(batch)` gives `Scores`: per-token log-probabilities, never logits.
+        """`policy(batch)` gives `PolicyOutput`: per-token log-probabilities, never logits.
 
         The policy has to be called as often on every rank, so never behind a condition on what is in the batch.
         """
@@ -140,14 +140,14 @@ def create_loss(name: str, **options) -> Loss:
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ConfigError(f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    problems = Problems(Source(f"loss {name}"))
-    loss = build_loss(name, check_types(_REGISTRY[name].options_class, options, "loss.", problems), options, problems)
-    problems.raise_if_any()
+    issues = ConfigIssues(Source(f"loss {name}"))
+    loss = build_loss(name, check_types(_REGISTRY[name].options_class, options, "loss.", issues), options, issues)
+    issues.raise_if_any()
     return loss
 
 
-def build_loss(name: str, options: dict[str, Any], given: Collection[str], problems: Problems) -> Loss | None:
-    """Build a loss from checked options, and add to `problems` what these have against one another.
+def build_loss(name: str, options: dict[str, Any], given: Collection[str], issues: ConfigIssues) -> Loss | None:
+    """Build a loss from checked options, and add to `issues` what these have against one another.
 
     Args:
         options: Those of the right type, by name.
@@ -162,9 +162,9 @@ def build_loss(name: str, options: dict[str, Any], given: Collection[str], probl
     loss = cls(cls.options_class(**options))
     for key, reason in loss.ignored().items():
         if key in given:
-            problems.add(f"loss.{key}", f"would be ignored: {reason}")
+            issues.add(f"loss.{key}", f"would be ignored: {reason}")
     for key, reason in loss.conflicts().items():
-        problems.add(f"loss.{key}", reason)
+        issues.add(f"loss.{key}", reason)
     return loss
 
 

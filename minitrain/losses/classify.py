@@ -94,7 +94,7 @@ class Classify(Loss):
         return found
 
     def weight(self, batch: Batch) -> Tensor:
-        labels = batch.of_docs("label")  # [D]
+        labels = batch.doc_feature("label")  # [D]
         if not self.options.class_weights:
             return torch.tensor(float(batch.n_docs), device=labels.device)
         return self._class_weights(labels.device)[labels.long()].sum()
@@ -105,7 +105,7 @@ class Classify(Loss):
         return torch.tensor([given.get(name, 1.0) for name in self.names], device=device)
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        scores, labels = policy(batch).scores, batch.of_docs("label")  # [D, L], [D]
+        scores, labels = policy(batch).scores, batch.doc_feature("label")  # [D, L], [D]
         if self.options.regression:
             loss, predictions, metrics = ((scores[:, 0] - labels) ** 2).sum(), scores[:, 0].detach(), {}
         else:
@@ -176,9 +176,9 @@ def _parsed(name: str) -> float:
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, n_labels: int) -> np.ndarray:
+def confusion(labels: np.ndarray, predictions: np.ndarray, n_targets: int) -> np.ndarray:
     """How often each label [row] was taken for each [column]: [n], [n] -> [L, L]."""
-    counts = np.zeros((n_labels, n_labels))
+    counts = np.zeros((n_targets, n_targets))
     np.add.at(counts, (labels, predictions), 1)
     return counts
 

@@ -12,7 +12,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import option
 
 from .base import LossOutput, register_loss
-from .pairs import PairLoss, usable_pairs
+from .pairs import PairLoss, valid_pairs
 
 REFERENCE = option(
     "auto",
@@ -204,7 +204,7 @@ class DPO(PairLoss):
         sums = scores.per_document(scores.logps)  # [D]
         ref = torch.zeros_like(sums) if reference is None else scores.per_document(reference(batch).logps)
         counts = scores.per_document(torch.ones_like(scores.logps))
-        usable = usable_pairs(batch)  # [P]
+        usable = valid_pairs(batch)  # [P]
         columns = [column.view(-1, 2)[usable].T for column in (sums, ref, counts)]  # [2, P] each
         pairs = Pairs(*(side for column in columns for side in column))
         compared = pairs.mean() if self.options.over_means else pairs

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minitrain.batch import Batch, Distillation, Likeliest
+from minitrain.batch import Batch, Distillation, TopKLogprobs
 from minitrain.config.schema import option
 from minitrain.errors import ConfigError
 from minitrain.io.checksum import is_intact, is_sealed
@@ -117,15 +117,15 @@ class KD(TokenLoss):
         if o.divergence == "jsd":
             formula = functools.partial(jsd, weight=o.jsd_weight)
         weights = o.alpha if o.divergence == "jsd" else o.alpha * o.temperature**2, o.beta
-        theirs = self._noted(batch) if teacher is None else teacher.states(batch)
+        theirs = self._load_or_compute_ref_logps(batch) if teacher is None else teacher.states(batch)
         scores = policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
         output = self.output(losses.sum(), batch, scores.logps)
         output.metrics["kl"] = (scores.divergence.detach().sum(), output.weight)
         return output
 
-    def _noted(self, batch: Batch) -> Likeliest:
-        return Likeliest(batch.of_targets(IDS), batch.of_targets(LOGPS), self.n_tokens)
+    def _load_or_compute_ref_logps(self, batch: Batch) -> TopKLogprobs:
+        return TopKLogprobs(batch.target_feature(IDS), batch.target_feature(LOGPS), self.n_tokens)
 
 
 def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:

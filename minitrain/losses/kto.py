@@ -10,7 +10,7 @@ from minitrain.config.schema import option
 
 from .base import LossOutput, register_loss
 from .dpo import REFERENCE
-from .pairs import PairLoss, usable_pairs
+from .pairs import PairLoss, valid_pairs
 
 
 @dataclass
@@ -48,7 +48,7 @@ class KTO(PairLoss):
 
     def statistics(self, batch: Batch, policy, reference=None) -> Tensor:
         ratios = self._log_ratios(batch, policy, reference)  # [D]
-        usable = usable_pairs(batch)
+        usable = valid_pairs(batch)
         return torch.stack([ratios.view(-1, 2)[usable, 1].sum(), usable.sum()])  # [2]
 
     def receive(self, statistics: Tensor) -> None:
@@ -57,9 +57,9 @@ class KTO(PairLoss):
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
         ratios = self._log_ratios(batch, policy, reference)  # [D]
-        usable = usable_pairs(batch)
+        usable = valid_pairs(batch)
         r = ratios.view(-1, 2)[usable, 0]  # [P]
-        wanted = batch.of_docs("desirable").view(-1, 2)[usable, 0] > 0.5  # [P]
+        wanted = batch.doc_feature("desirable").view(-1, 2)[usable, 0] > 0.5  # [P]
         gain = self.options.beta * (r - self.z)
         losses = torch.where(
             wanted,

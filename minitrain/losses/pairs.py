@@ -11,9 +11,9 @@ class PairLoss(Loss):
     """A loss whose unit is the pair: documents 2i and 2i + 1, of which both have something to learn."""
 
     def weight(self, batch: Batch) -> Tensor:
-        return usable_pairs(batch).sum().float()
+        return valid_pairs(batch).sum().float()
 
 
-def usable_pairs(batch: Batch) -> Tensor:
+def valid_pairs(batch: Batch) -> Tensor:
     """Pairs of which both answers have something to learn -> [P] bool."""
-    return batch.learned_docs.view(-1, 2).all(1)
+    return batch.docs_with_targets.view(-1, 2).all(1)

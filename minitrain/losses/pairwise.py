@@ -9,7 +9,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import option
 
 from .base import LossOutput, register_loss
-from .pairs import PairLoss, usable_pairs
+from .pairs import PairLoss, valid_pairs
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Pairwise(PairLoss):
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
         scores = policy(batch).scores[:, 0]  # [D]
-        usable = usable_pairs(batch)  # [P]
+        usable = valid_pairs(batch)  # [P]
         chosen, rejected = scores.view(-1, 2)[usable].T  # [P], [P]
         margins = self.options.margin
         if margins is None:
-            margins = batch.of_docs("margin").view(-1, 2)[usable, 0]  # [P]
+            margins = batch.doc_feature("margin").view(-1, 2)[usable, 0]  # [P]
         apart = chosen - rejected - margins
         losses = F.relu(-apart) if self.options.loss_type == "hinge" else -F.logsigmoid(apart)
         losses = losses + self.options.center_rewards_coefficient * (chosen + rejected) ** 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitrain.batch import Batch, Scores
+from minitrain.batch import Batch, PolicyOutput
 from minitrain.config.schema import option
 from minitrain.errors import DataError
 
@@ -181,15 +181,15 @@ class PolicyLoss(Loss):
 
     def weight(self, batch: Batch) -> Tensor:
         if self.options.normaliser in ("dapo", "cispo"):
-            return torch.tensor(float(batch.n_labels), device=batch.targets.device)
-        rollouts = batch.learned_docs.sum().float()
+            return torch.tensor(float(batch.n_targets), device=batch.targets.device)
+        rollouts = batch.docs_with_targets.sum().float()
         return rollouts * self.max_new_tokens if self.options.normaliser == "dr_grpo" else rollouts
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
         o = self.options
         scores = policy(batch, entropy=True, temperature=o.temperature)
-        advantages = batch.of_targets("advantages")  # [N]
-        old = batch.of_targets("old_logps") if "old_logps" in self.columns else scores.logps.detach()  # [N]
+        advantages = batch.target_feature("advantages")  # [N]
+        old = batch.target_feature("old_logps") if "old_logps" in self.columns else scores.logps.detach()  # [N]
         log_ratio = scores.logps - old  # [N]
         used_ratio = _over_rollouts(scores, log_ratio, o.ratio)  # [N]
         rho = bounded_exp(used_ratio)  # [N]
@@ -208,8 +208,8 @@ class PolicyLoss(Loss):
         if o.entropy_coef:
             losses = losses - o.entropy_coef * scores.entropy
         if o.vf_coef:
-            returns = batch.of_targets("returns")  # [N]
-            before = batch.of_targets("values") if "values" in self.columns else None  # [N]
+            returns = batch.target_feature("returns")  # [N]
+            before = batch.target_feature("values") if "values" in self.columns else None  # [N]
             errors = value_losses(scores.values, returns, before, o.eps_value)
             losses = losses + o.vf_coef * errors
             metrics["value_loss"] = errors.detach().sum(), metrics["ratio"][1]
@@ -218,15 +218,15 @@ class PolicyLoss(Loss):
             losses = losses / _lengths(scores)
         return LossOutput(losses.sum(), self.weight(batch), metrics)
 
-    def _from_reference(self, batch: Batch, scores: Scores, reference) -> Tensor | None:
+    def _from_reference(self, batch: Batch, scores: PolicyOutput, reference) -> Tensor | None:
         """log p - log p_ref -> [N]; None where there is neither a reference nor a column of its log-probabilities."""
         if reference is not None:
             return scores.logps - reference(batch, temperature=self.temperature).logps
-        return scores.logps - batch.of_targets("ref_logps") if "ref_logps" in self.columns else None
+        return scores.logps - batch.target_feature("ref_logps") if "ref_logps" in self.columns else None
 
     @torch.no_grad()
     def _metrics(
-        self, batch: Batch, scores: Scores, advantages: Tensor, log_ratio: Tensor, rho: Tensor
+        self, batch: Batch, scores: PolicyOutput, advantages: Tensor, log_ratio: Tensor, rho: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         o, n = self.options, scores.logps.new_tensor(float(len(scores.logps)))
         good, bad = (advantages > 0).float(), (advantages < 0).float()  # [N], [N]
@@ -244,7 +244,7 @@ class PolicyLoss(Loss):
         metrics = {name: (figure.sum(), n) for name, figure in figures.items()}
         metrics["logps/positive"] = (scores.logps * good).sum(), good.sum()
         metrics["logps/negative"] = (scores.logps * bad).sum(), bad.sum()
-        rewards = batch.of_docs("reward")[batch.learned_docs]  # [D]
+        rewards = batch.doc_feature("reward")[batch.docs_with_targets]  # [D]
         known = rewards == rewards  # NaN where a row with advantages of its own has none
         metrics["reward"] = rewards[known].sum(), known.sum().float()
         return metrics
@@ -267,12 +267,12 @@ def surrogate(logps: Tensor, rho: Tensor, advantages: Tensor, o: PolicyOptions) 
     return torch.where(advantages < 0, torch.minimum(losses, -o.dual_clip * advantages), losses)
 
 
-def _lengths(scores: Scores) -> Tensor:
+def _lengths(scores: PolicyOutput) -> Tensor:
     """Tokens of its rollout, for each token -> [N]."""
     return scores.per_document(torch.ones_like(scores.logps))[scores.doc_ids]
 
 
-def _over_rollouts(scores: Scores, log_ratio: Tensor, kind: str) -> Tensor:
+def _over_rollouts(scores: PolicyOutput, log_ratio: Tensor, kind: str) -> Tensor:
     """Log of the ratio that counts for each token, of `PolicyOptions.ratio` -> [N]."""
     if kind == "token":
         return log_ratio

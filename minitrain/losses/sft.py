@@ -16,7 +16,7 @@ class TokenLoss(Loss):
     """A loss whose unit is the supervised token."""
 
     def weight(self, batch: Batch) -> Tensor:
-        return torch.tensor(float(batch.n_labels), device=batch.targets.device)
+        return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
     def output(self, loss: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
         """Wraps a summed loss with the metrics that every token loss logs."""

@@ -66,13 +66,13 @@ class Value(Loss):
             rollouts.note("returns", estimate(rollouts, rewards, kind, o.gamma, o.lam, False)[1])
 
     def weight(self, batch: Batch) -> Tensor:
-        return torch.tensor(float(batch.n_labels), device=batch.targets.device)
+        return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
     def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        values, returns = policy(batch).values, batch.of_targets("returns")  # [N], [N]
+        values, returns = policy(batch).values, batch.target_feature("returns")  # [N], [N]
         if values is None:
             raise ConfigError("loss.name: value needs a model that reads from left to right, not an encoder.")
-        old = batch.of_targets("values") if "values" in self.columns else None  # [N]
+        old = batch.target_feature("values") if "values" in self.columns else None  # [N]
         losses = value_losses(values, returns, old, self.options.eps_value)
         return LossOutput(losses.sum(), self.weight(batch), value_metrics(values, returns, old, self.options.eps_value))
 

@@ -110,10 +110,10 @@ def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterat
         name = next((name for name in _parents(key) if name in states), None)
         if name is not None:
             states[name][key.removeprefix(f"{name}.")] = key
-    companions = {key for found in states.values() for key in found.values()}
+    build_aux_models = {key for found in states.values() for key in found.values()}
     for key in keys:
         scales = f"{key.removesuffix('weight')}SCB"
-        if key in companions or key.endswith((".SCB", ".weight_format")):
+        if key in build_aux_models or key.endswith((".SCB", ".weight_format")):
             continue
         if key in states:
             state = QuantState.from_dict({k: read(v) for k, v in states[key].items()}, torch.device("cpu"))

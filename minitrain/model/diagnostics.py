@@ -18,7 +18,7 @@ from minitrain.io.redact import redact
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def no_model(config: ModelConfig, wanted: str, error: Exception) -> ConfigError:
+def model_load_error(config: ModelConfig, wanted: str, error: Exception) -> ConfigError:
     """What to tell when a model cannot be made. `wanted`: what it would have been."""
     folder = Path(config.name_or_path)
     reason = damage(folder) or missing_weights(folder) or first_line(error)
@@ -31,7 +31,7 @@ def named(outputs: list[str] | None) -> str:
     return "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
 
 
-def no_tokenizer(name: str, error: Exception) -> ConfigError:
+def tokenizer_load_error(name: str, error: Exception) -> ConfigError:
     """What to tell when a tokenizer cannot be read."""
     told = damage(Path(name)) or first_line(error)
     return unreachable(name, error) or ConfigError(f"no tokenizer could be loaded from {name!r}: {told}")
@@ -48,7 +48,7 @@ def refuse_encoder(shape: Any) -> None:
         raise ConfigError(f"{shape.model_type} is an encoder and continues no text; loss.name=classify can train it.")
 
 
-def refuse_gaps(config: ModelConfig, found: dict, outputs: list[str] | None) -> None:
+def check_missing_keys(config: ModelConfig, found: dict, outputs: list[str] | None) -> None:
     """Raises ConfigError for weights that files do not hold: transformers draws them at random, and goes on.
 
     `found` is its loading info. With `outputs` the model may have a new head, so gaps are for others to judge.

@@ -20,7 +20,7 @@ SAMPLES, SAMPLE = 64, 4096  # of a tensor, and bytes of one
 WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
-def identity(config: ModelConfig) -> list[str]:
+def model_fingerprint(config: ModelConfig) -> list[str]:
     """Return a line for each file of a model, its adapter and its archive, that changes with what the file holds."""
     folders = [_folder(config), *([Path(config.adapter)] if config.adapter else [])]
     files = [file for folder in folders if folder for file in sorted(folder.glob("*"))]

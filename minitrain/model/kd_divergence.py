@@ -13,29 +13,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minitrain.batch import Distillation, Likeliest
+from minitrain.batch import Distillation, TopKLogprobs
 
 from .logprobs import (
     CHUNK_BYTES,
     Gradients,
-    OutputLayer,
-    common_factor,
+    LMHead,
+    backward_through_softcap,
     compute_dtype,
     logits_dtype,
     logits_of,
+    match_up_to_scale,
     matmul_dtype_of,
     matrix_of,
     native_dtype,
     needs_loss_scale,
     products_in,
-    through_output,
 )
 
 BUFFERS = 2  # that share `CHUNK_BYTES`: the logits of both
 
 
 def divergences(
-    hidden: Tensor, targets: Tensor, layer: OutputLayer, distillation: Distillation, chunk: int | None = None
+    hidden: Tensor, targets: Tensor, layer: LMHead, distillation: Distillation, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, at temperature 1, and the divergence from the teacher -> [N], [N] float32.
 
@@ -57,7 +57,7 @@ def divergences(
 
 
 @torch.no_grad()
-def likeliest(hidden: Tensor, layer: OutputLayer, temperature: float, k: int, chunk: int | None = None) -> Likeliest:
+def top_k_logprobs(hidden: Tensor, layer: LMHead, temperature: float, k: int, chunk: int | None = None) -> TopKLogprobs:
     """The k likeliest tokens after each of N hidden states [N, H], and all others as one more."""
     chunk, n = chunk or _default_chunk(hidden, layer), len(hidden)
     head = _Head(hidden, layer, chunk)
@@ -67,13 +67,13 @@ def likeliest(hidden: Tensor, layer: OutputLayer, temperature: float, k: int, ch
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             ids[rows], logps[rows] = _likeliest_of(head.logits(rows).div_(temperature), k)
-    return Likeliest(ids, logps, head.n_tokens)
+    return TopKLogprobs(ids, logps, head.n_tokens)
 
 
 class _Head:
     """A teacher's hidden states [N, H] and output layer, and what they need in one pass."""
 
-    def __init__(self, hidden: Tensor, layer: OutputLayer, chunk: int):
+    def __init__(self, hidden: Tensor, layer: LMHead, chunk: int):
         self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
         kind = hidden.device.type
         self.matrix = layer.matrix(logits_dtype(native_dtype(layer.weight.dtype, kind), kind))  # [V, H]
@@ -87,7 +87,7 @@ class _Head:
 
 
 class _Settings(NamedTuple):
-    layer: OutputLayer
+    layer: LMHead
     distillation: Distillation
     chunk: int
     matmul_dtype: torch.dtype
@@ -110,7 +110,7 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, grad_divergence):
         made = [torch.full_like(grad_logps, number) for number in _weights(ctx.settings)]
-        factor = common_factor(torch.cat([grad_logps, grad_divergence]), torch.cat(made))
+        factor = match_up_to_scale(torch.cat([grad_logps, grad_divergence]), torch.cat(made))
         grads, ctx.grads = ctx.grads, None
         if grads is None or factor is None:
             factor = None
@@ -138,7 +138,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Gradients | None]:
     """log p and divergence of all tokens [N], and with `weights` [N] of both the gradients of their weighted sum."""
     asked, n, dtype = settings.distillation, targets.numel(), compute_dtype(hidden)
-    teacher = asked.teacher if isinstance(asked.teacher, Likeliest) else _Head(*asked.teacher, settings.chunk)
+    teacher = asked.teacher if isinstance(asked.teacher, TopKLogprobs) else _Head(*asked.teacher, settings.chunk)
     n_tokens = min(weight.shape[0], teacher.n_tokens)
     logps, divergence = (hidden.new_empty(n, dtype=dtype) for _ in range(2))  # [N]
     row_ids, grads, matrix = settings.layer.row_ids, None, None
@@ -161,17 +161,17 @@ def _sweep(
             dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # of w log p: w (1 at the target - p)
             dlogits.scatter_add_(1, wanted, of_logp)
             dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / asked.temperature)
-            grads.add(rows, through_output(dlogits, slope, settings.layer), part, matrix)
+            grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), part, matrix)
     return logps, divergence, grads
 
 
-def _compare(logits: Tensor, rows: slice, teacher: _Head | Likeliest, asked: Distillation) -> tuple[Tensor, Tensor]:
+def _compare(logits: Tensor, rows: slice, teacher: _Head | TopKLogprobs, asked: Distillation) -> tuple[Tensor, Tensor]:
     """Divergence of a chunk [n] and its gradient by the student's logits at the temperature [n, V].
 
     `logits` are these; they are written over.
     """
     formula, n_tokens = asked.formula, logits.shape[1]
-    if isinstance(teacher, Likeliest):
+    if isinstance(teacher, TopKLogprobs):
         return _on_likeliest(logits, teacher.ids[rows].long(), teacher.logps[rows].to(logits.dtype), formula)
     theirs = teacher.logits(rows)[:, :n_tokens].div_(asked.temperature)  # [n, V]
     if asked.top_k is not None:
@@ -212,6 +212,6 @@ def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([top, rest], 1).log_softmax(1), others.div_(total.clamp_min(1))
 
 
-def _default_chunk(hidden: Tensor, layer: OutputLayer) -> int:
+def _default_chunk(hidden: Tensor, layer: LMHead) -> int:
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     return max(64, budget // (4 * BUFFERS * layer.weight.shape[0]))

@@ -14,16 +14,16 @@ from . import attention
 from .adapter import train_new_rows
 from .adapter_config import has_adapter, outputs_of
 from .adapter_files import adapt_model, load_adapter
-from .diagnostics import no_model, no_tokenizer
+from .diagnostics import model_load_error, tokenizer_load_error
 from .lora import fold
 from .policy import Policy, find_blocks
 from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
-from .quantize import quantize_model, unpack_model
+from .quantize import dequantize_model, quantize_model
 from .save import VALUE_HEAD_FILE
 from .sequence_head import make_policy, name_outputs
 from .state_dict import load_archive, read_archive
 from .token_rows import has_rows
-from .vocabulary import count_ids, embedding_layers, grow_embeddings, mark_known
+from .vocabulary import count_ids, embedding_layers, mark_known, resize_embeddings
 from .weights import Weights
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise no_tokenizer(name, error) from None
+        raise tokenizer_load_error(name, error) from None
     mark_known(tokenizer)
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
@@ -89,7 +89,7 @@ def load_model(
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
         parameter.data = parameter.data.to(dtype)
-    grow_embeddings(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     if config.archive:
         load_archive(model, Path(config.archive))
     if model.can_generate():
@@ -161,7 +161,7 @@ def load_base(config: ModelConfig, tokenizer) -> nn.Module:
     model = load_model(config, tokenizer, 0, torch.float32, trained_outputs(config))
     if config.quantization != "none":
         quantize_model(model, config.quantization, torch.float32, CPU)
-        unpack_model(model)
+        dequantize_model(model)
     return model
 
 
@@ -218,7 +218,7 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
     try:
         saved = read_model_config(config)
     except Exception as error:
-        raise no_model(config, "model", error) from None
+        raise model_load_error(config, "model", error) from None
     ends = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
     return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
 
@@ -228,7 +228,7 @@ def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn
     model, weights = empty_model(config, dtype)
     if model is None or weights is None:
         return None, None
-    grow_embeddings(model, tokenizer, weights)
+    resize_embeddings(model, tokenizer, weights)
     if config.archive:
         state = read_archive(model, Path(config.archive))
         weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})

@@ -22,7 +22,7 @@ from torch import Tensor
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of one float32 [chunk, V] buffer
 
 
-class OutputLayer(NamedTuple):
+class LMHead(NamedTuple):
     """logits = softcap * tanh(z / softcap), z = (hidden @ weight.T + bias) * scale.
 
     The rows of the weight at `row_ids` are `rows`, which are trained where the rest is frozen.
@@ -39,12 +39,12 @@ class OutputLayer(NamedTuple):
         """Return the weight with its rows, for matrix products -> [V, H]."""
         return matrix_of(self.weight, self.rows, self.row_ids, dtype)
 
-    def at(self, temperature: float) -> "OutputLayer":
+    def at(self, temperature: float) -> "LMHead":
         """The layer whose logits are divided by a temperature, after the softcap."""
         softcap = self.softcap and self.softcap / temperature  # c tanh(z/c) / t = (c/t) tanh((z/t) / (c/t))
         return self._replace(scale=self.scale / temperature, softcap=softcap)
 
-    def first(self, n: int) -> "OutputLayer":
+    def first(self, n: int) -> "LMHead":
         """Of the first n tokens only."""
         return self._replace(weight=self.weight[:n], bias=None if self.bias is None else self.bias[:n])
 
@@ -55,10 +55,10 @@ class TokenScores(NamedTuple):
     mean_logps: Tensor | None  # [N] float32
 
 
-def token_scores(
+def chunked_logprobs(
     hidden: Tensor,
     targets: Tensor,
-    layer: OutputLayer,
+    layer: LMHead,
     token_weights: Callable[[Tensor], Tensor] | None = None,
     entropy: bool = False,
     mean_logps: bool = False,
@@ -129,7 +129,7 @@ class _TokenScores(torch.autograd.Function):
                 weights = settings.token_weights(logps[rows])  # [n]
                 dlogits = logits.mul_((weights / total)[:, None])  # of -sum w log p: w (p - 1 at the target)
                 dlogits.scatter_add_(1, wanted, -weights[:, None])
-                grads.add(rows, through_output(dlogits, slope, settings), part, matrix)
+                grads.add(rows, backward_through_softcap(dlogits, slope, settings), part, matrix)
             if settings.mean_logps or settings.entropy:
                 logits.sub_(lse[rows, None])  # log-probabilities
                 means[rows] = logits.mean(1)
@@ -144,7 +144,7 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, bias, trained_rows, targets, logps, lse, entropy = ctx.saved_tensors
         settings, grads = ctx.settings, ctx.grads
         if grads is not None:
-            factor = common_factor(grad_logps, -settings.token_weights(logps))
+            factor = match_up_to_scale(grad_logps, -settings.token_weights(logps))
             if factor is not None:
                 ctx.grads = None
                 return *grads.scaled(factor), None, None
@@ -166,7 +166,7 @@ class _TokenScores(torch.autograd.Function):
                 if settings.mean_logps:
                     dlogits += grad_means[rows, None] / logits.shape[1]
                 dlogits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-                grads.add(rows, through_output(dlogits, slope, settings), part, matrix)
+                grads.add(rows, backward_through_softcap(dlogits, slope, settings), part, matrix)
         return *grads.scaled(None), None, None
 
 
@@ -223,7 +223,7 @@ def logits_of(
     part: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
-    settings: "_Settings | OutputLayer",
+    settings: "_Settings | LMHead",
     need_slope: bool,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
@@ -268,14 +268,14 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
         options.fp32_precision = before
 
 
-def through_output(dlogits: Tensor, slope: Tensor | None, settings: "_Settings | OutputLayer") -> Tensor:
+def backward_through_softcap(dlogits: Tensor, slope: Tensor | None, settings: "_Settings | LMHead") -> Tensor:
     """Gradient of the logits -> gradient of the matrix product, in place."""
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(settings.scale) if settings.scale != 1.0 else dlogits
 
 
-def common_factor(grad: Tensor, expected: Tensor) -> Tensor | None:
+def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
     """c with grad == c * expected to rounding, or None."""
     if grad.numel() == 0:
         return None

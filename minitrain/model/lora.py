@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import token_rows
-from .logprobs import OutputLayer
+from .logprobs import LMHead
 from .quantize import dequantized
 
 MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -146,7 +146,7 @@ class _AdaptedLinear:
             plain = F.linear(dropped, weight.to(_compute(x)))
         return y + (share - 1) * plain + share * update
 
-    def as_output(self, hidden: Tensor, layer: OutputLayer) -> tuple[Tensor, OutputLayer]:
+    def as_output(self, hidden: Tensor, layer: LMHead) -> tuple[Tensor, LMHead]:
         """Return the same as a hidden state [N, K] and a weight [V, K] to multiply, for an output layer.
 
         h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T, and with DoRA's factors m of the rows

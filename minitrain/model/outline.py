@@ -10,14 +10,14 @@ from minitrain.config.schema import Config, ModelConfig
 from . import attention
 from .adapter_config import has_adapter
 from .adapter_files import outline_adapter
-from .diagnostics import named, no_model, refuse_encoder, refuse_gaps, without_head
+from .diagnostics import check_missing_keys, model_load_error, named, refuse_encoder, without_head
 from .load import DTYPES, freeze_layers, frozen_policy
 from .policy import Policy
 from .pretrained import attention_of, auto_class, quantization_of, read_model_config
 from .quantize import outline_quantized
 from .sequence_head import check_rows, make_policy, name_outputs
 from .tiny import tiny_model
-from .vocabulary import count_ids, grow_embeddings
+from .vocabulary import count_ids, resize_embeddings
 from .weights import find_gaps, parameters_on_meta
 
 
@@ -73,13 +73,13 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
         model = kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
         gaps = find_gaps(Path(config.name_or_path), model) if quantization_of(shape) is None else None
     except Exception as error:
-        raise no_model(config, named(outputs), error) from None
+        raise model_load_error(config, named(outputs), error) from None
     if gaps is not None:
-        refuse_gaps(config, gaps, outputs)
+        check_missing_keys(config, gaps, outputs)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, [])
-    grow_embeddings(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     model.unused_keys = [] if gaps is None else without_head(gaps["unexpected_keys"], outputs)
     return model

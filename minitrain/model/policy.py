@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitrain.batch import IGNORE, Batch, Distillation, Scores
+from minitrain.batch import IGNORE_INDEX, Batch, Distillation, PolicyOutput
 from minitrain.errors import ConfigError
 
 from . import attention, token_rows
 from .diagnostics import first_line
 from .kd_divergence import divergences
-from .logprobs import OutputLayer, token_scores
+from .logprobs import LMHead, chunked_logprobs
 from .positions import position_limit, rotary_limit
 
 
@@ -41,7 +41,7 @@ class Policy(nn.Module):
         Without a mask and a cache, transformers reads the borders of documents off position_ids; our own
         attention gets them in the mask's place. Rows of one document each have the same positions.
         """
-        by_document = batch.packed and self.keeps_documents_apart
+        by_document = batch.packed and self.supports_document_masking
         # In packed rows, padding that continues the positions could go beyond those that the model has places for.
         positions = batch.position_ids * (batch.doc_ids >= 0) if batch.packed else batch.position_ids[:1]
         inputs, n_before = {"input_ids": batch.input_ids}, 0
@@ -75,19 +75,19 @@ class Policy(nn.Module):
         return self.model.soft_prompt.n_tokens if self.prompted else 0
 
     @property
-    def pays_for_long_rows(self) -> bool:
+    def attention_is_quadratic_in_row(self) -> bool:
         """Whether attention over a packed row costs the square of the row's length."""
         return self.model.config._attn_implementation in ("eager", "sdpa")
 
     @property
-    def keeps_documents_apart(self) -> bool:
+    def supports_document_masking(self) -> bool:
         """Whether attention goes by documents, so that these may share a prompt in a row."""
         return self.model.config._attn_implementation == attention.NAME
 
-    def output(self, hidden: Tensor) -> tuple[Tensor, OutputLayer]:
+    def output(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
         """What goes into the output layer, and the layer; hidden is [N, H]."""
         head = self.model.get_output_embeddings()
-        layer = OutputLayer(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
+        layer = LMHead(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
         if token_rows.has_rows(head):
             layer = layer._replace(rows=head.token_rows, row_ids=head.token_ids)
         return head.as_output(hidden, layer) if hasattr(head, "lora") else (hidden, layer)
@@ -100,8 +100,8 @@ class Policy(nn.Module):
         mean_logps: bool = False,
         temperature: float = 1.0,
         distillation: Distillation | None = None,
-    ) -> Scores:
-        """Scores of the N supervised tokens of a batch; see `heads.token_scores` for the options.
+    ) -> PolicyOutput:
+        """Scores of the N supervised tokens of a batch; see `heads.chunked_logprobs` for the options.
 
         `temperature` divides the logits, as when answers are sampled at it. With `distillation` the divergence from a
         teacher, beside log-probabilities at temperature 1 and in the place of the rest.
@@ -111,17 +111,17 @@ class Policy(nn.Module):
         hidden, layer = self.output(hidden)
         if distillation is not None:
             logps, divergence = divergences(hidden, batch.targets, layer, distillation)
-            return Scores(logps, batch.target_docs, batch.n_docs, values=values, divergence=divergence)
-        scores = token_scores(hidden, batch.targets, layer.at(temperature), token_weights, entropy, mean_logps)
-        return Scores(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
+            return PolicyOutput(logps, batch.target_docs, batch.n_docs, values=values, divergence=divergence)
+        scores = chunked_logprobs(hidden, batch.targets, layer.at(temperature), token_weights, entropy, mean_logps)
+        return PolicyOutput(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
 
-    def states(self, batch: Batch) -> tuple[Tensor, OutputLayer]:
+    def states(self, batch: Batch) -> tuple[Tensor, LMHead]:
         """What the distributions at the N supervised tokens are made of: hidden states [N, H], and the output layer."""
         return self.output(self._predicting(batch))
 
     def _predicting(self, batch: Batch) -> Tensor:
         """The hidden states that the N supervised tokens are predicted from -> [N, H]."""
-        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)
+        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predict_positions)
 
     def add_value_head(self) -> None:
         """A scalar of each hidden state, 0 at first."""
@@ -140,7 +140,7 @@ class Policy(nn.Module):
         if packing:
             check_packing(self, ids)
 
-    def score_of_second(self, scores: Scores) -> Tensor:
+    def score_of_second(self, scores: PolicyOutput) -> Tensor:
         """Something that depends on the second document -> []."""
         return scores.per_document(scores.logps)[1]
 
@@ -271,5 +271,5 @@ def row_of(ids: Tensor, lengths: list[int]) -> Batch:
     """One row of documents of these lengths, all but their first tokens learned."""
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
     doc_ids = (positions == 0).cumsum(0) - 1  # [T]
-    labels = torch.where(positions == 0, IGNORE, ids)  # [T]
+    labels = torch.where(positions == 0, IGNORE_INDEX, ids)  # [T]
     return Batch(ids[None], positions[None], labels[None], doc_ids[None], n_docs=len(lengths))

@@ -10,7 +10,7 @@ from minitrain.config.schema import ModelConfig
 from minitrain.io.hub import ask_for
 
 from .dequantize import dequantized, method_of
-from .diagnostics import named, no_model, refuse_encoder, refuse_gaps, warn_unused, without_head
+from .diagnostics import check_missing_keys, model_load_error, named, refuse_encoder, warn_unused, without_head
 from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
 
@@ -86,8 +86,8 @@ def from_pretrained(
                 )
         vars(model).pop("generate", None)  # a custom_generate of the repository would follow options of its own
     except Exception as error:
-        raise no_model(config, named(outputs), error) from None
-    refuse_gaps(config, found, outputs)
+        raise model_load_error(config, named(outputs), error) from None
+    check_missing_keys(config, found, outputs)
     warn_unused(config.name_or_path, without_head(found["unexpected_keys"], outputs))
     return model, found["missing_keys"]
 
@@ -130,7 +130,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | No
             model = kind.from_config(shape, dtype=dtype, attn_implementation=attends, trust_remote_code=trust)
         weights = open_weights(config.name_or_path, config.revision, model)
     except Exception as error:
-        raise no_model(config, named(None), error) from None
+        raise model_load_error(config, named(None), error) from None
     if weights is None:
         return None, None
     _read_generation_config(model, config)

@@ -72,7 +72,7 @@ def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in found.items() if type(module) is nn.Linear and module not in kept}
 
 
-def unpack_model(model: nn.Module) -> None:
+def dequantize_model(model: nn.Module) -> None:
     """Ordinary linear layers again, in float32, with the weights as quantisation has rounded them."""
     for name, module in list(model.named_modules()):
         if not is_quantized(getattr(module, "weight", None)):

@@ -45,7 +45,7 @@ def save_model(
         _save_converted(model, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors}, folder)
     else:
         save_weights(model, tensors, folder, dtype)
-        _note_untied(model)
+        _mark_untied(model)
     _save_configs(model, folder, dtype)
 
 
@@ -102,7 +102,7 @@ def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _note_untied(model: nn.Module) -> None:
+def _mark_untied(model: nn.Module) -> None:
     """So that a model whose output layer has come to differ from its embeddings is loaded with both."""
     head, text = model.get_output_embeddings(), model.config.get_text_config()
     if head is None:

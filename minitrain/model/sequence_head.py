@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitrain.batch import Batch, Scores
+from minitrain.batch import Batch, PolicyOutput
 from minitrain.errors import ConfigError
 
 from .policy import Policy, check_packing, find_blocks, row_of
@@ -28,14 +28,14 @@ class Scorer(Policy):
     That is where a document ends in its row, wherever padding is and whatever ids stand in the text.
     """
 
-    def forward(self, batch: Batch) -> Scores:
+    def forward(self, batch: Batch) -> PolicyOutput:
         """`scores` [D, L] of the documents, and where L is 1 `values` [N] of the text before each supervised token."""
         hidden = self.hidden_states(batch).flatten(0, 1)  # [R * T, H]
-        scores = self._scalars(hidden.index_select(0, batch.last_places.to(hidden.device)))  # [D, L]
+        scores = self._scalars(hidden.index_select(0, batch.last_token_positions.to(hidden.device)))  # [D, L]
         values = None
         if scores.shape[1] == 1:
-            values = self._scalars(hidden.index_select(0, batch.predictors))[:, 0]  # [N]
-        return Scores(None, batch.target_docs, batch.n_docs, values=values, scores=scores)
+            values = self._scalars(hidden.index_select(0, batch.predict_positions))[:, 0]  # [N]
+        return PolicyOutput(None, batch.target_docs, batch.n_docs, values=values, scores=scores)
 
     @property
     def n_positions(self) -> int:
@@ -55,14 +55,14 @@ class Scorer(Policy):
         if packing:
             check_packing(self, ids)
 
-    def score_of_second(self, scores: Scores) -> Tensor:
+    def score_of_second(self, scores: PolicyOutput) -> Tensor:
         return scores.scores[1].sum()
 
 
 class EncoderScorer(Policy):
     """An encoder of BERT's kind with the head that transformers gives it; one document a row, padded on the right."""
 
-    def forward(self, batch: Batch) -> Scores:
+    def forward(self, batch: Batch) -> PolicyOutput:
         """`scores` [D, L] of the documents."""
         mask = batch.doc_ids >= 0  # [R, T]
         mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not come to NaN
@@ -70,7 +70,7 @@ class EncoderScorer(Policy):
         if getattr(self.model.config, "type_vocab_size", 1) > 1 and "token_types" in batch.columns:
             inputs["token_type_ids"] = batch.columns["token_types"].long()
         scores = self.model(**inputs).logits[: batch.n_docs].float()  # [D, L]
-        return Scores(None, batch.target_docs, batch.n_docs, scores=scores)
+        return PolicyOutput(None, batch.target_docs, batch.n_docs, scores=scores)
 
     @property
     def n_positions(self) -> int:

@@ -40,7 +40,7 @@ def count_ids(tokenizer) -> int:
     return max(tokens) + 1
 
 
-def grow_embeddings(model: nn.Module, tokenizer, weights: Weights | None = None) -> None:
+def resize_embeddings(model: nn.Module, tokenizer, weights: Weights | None = None) -> None:
     """Give every token id a row, and new tokens new rows. No row is removed.
 
     New are the ids beyond the model's rows, and those of tokens added since the tokenizer was loaded, even where the

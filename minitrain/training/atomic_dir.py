@@ -51,7 +51,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def verify(folder: Path, parallel: "SingleDevice") -> None:
     """Checks every file against the manifest, each rank some of them. Raises RunFolderError that names the files."""
-    wanted = parallel.first(lambda: _read_manifest(folder))
+    wanted = parallel.run_on_rank0(lambda: _read_manifest(folder))
     mine = list(wanted)[parallel.rank :: parallel.world_size]
     wrong = [_complaint(folder / name, wanted[name]) for name in mine]
     told = [text for found in parallel.gather(list(filter(None, wrong))) for text in found]
@@ -74,13 +74,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def newest_sound(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, list[str]]:
+def latest_valid(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones.
 
     Raises RunFolderError when there are checkpoints and none is sound: starting anew is the user's decision.
     """
     complaints = []
-    found = parallel.first(lambda: [str(path) for path in checkpoints(folder)])
+    found = parallel.run_on_rank0(lambda: [str(path) for path in checkpoints(folder)])
     for path in map(Path, reversed(found)):
         try:
             verify(path, parallel)

@@ -1,8 +1,8 @@
 """The models that a loss looks at besides the policy: a reference and a teacher.
 
-The reference is what the policy was when training began. It comes for the price of what is trained (`InitialValues`),
-as a model of its own (`FrozenModel`), or from a file of its log-probabilities (`Precomputed`). All are called as the
-policy is and give `Scores` without gradients. A `Teacher` is another model over the same tokens.
+The reference is what the policy was when training began. It comes for the price of what is trained (`InitialPolicySnapshot`),
+as a model of its own (`FrozenModel`), or from a file of its log-probabilities (`PrecomputedRefLogps`). All are called as the
+policy is and give `PolicyOutput` without gradients. A `Teacher` is another model over the same tokens.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from minitrain.batch import Batch, Scores
+from minitrain.batch import Batch, PolicyOutput
 from minitrain.config.schema import Config, ModelConfig
 from minitrain.data.cache import cache_folder
-from minitrain.data.loader import Examples, Loader
-from minitrain.distributed.parallel import SingleDevice, local_rows
+from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
+from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.errors import ConfigError
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.temp_files import building_folder
 from minitrain.io.tensor_files import save_file
 from minitrain.losses import Loss
 from minitrain.model.adapter_config import has_adapter
-from minitrain.model.fingerprint import identity
+from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.load import DTYPES, load_frozen, load_tokenizer
-from minitrain.model.logprobs import OutputLayer
+from minitrain.model.logprobs import LMHead
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.vocabulary import count_ids
 
@@ -44,10 +44,10 @@ from .precision import Precision
 from .setup import check_lengths
 
 Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
-NOTED = "ref_logps"  # the column of precomputed log-probabilities
+REF_LOGPS = "ref_logps"  # the column of precomputed log-probabilities
 
 
-class InitialValues:
+class InitialPolicySnapshot:
     """A copy of what is trained, as it is when this is made; of a sharded policy, each rank's own rows.
 
     With an adapter that is a copy of the adapter. A new LoRA adds nothing at first, so this is the base model; one that
@@ -57,9 +57,9 @@ class InitialValues:
     def __init__(self, policy: nn.Module, parallel: SingleDevice):
         self.policy, self.parallel = policy, parallel
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.pairs = [(local_rows(p)[0].detach(), local_rows(p)[0].detach().clone()) for p in trained]
+        self.pairs = [(local_shard(p)[0].detach(), local_shard(p)[0].detach().clone()) for p in trained]
 
-    def __call__(self, batch: Batch, **asked) -> Scores:
+    def __call__(self, batch: Batch, **asked) -> PolicyOutput:
         with self.restored(), inference(self.policy):
             return self.policy(batch, **asked)
 
@@ -94,7 +94,7 @@ class FrozenModel:
         """What it keeps."""
         return [*self.policy.parameters(), *self.policy.buffers()]
 
-    def __call__(self, batch: Batch, **asked) -> Scores:
+    def __call__(self, batch: Batch, **asked) -> PolicyOutput:
         with torch.no_grad(), self.precision.autocast():
             return self.policy(batch, **asked)
 
@@ -110,35 +110,35 @@ class Teacher(FrozenModel):
         super().__init__(policy, parallel, dtype)
         self.n_tokens = n_tokens
         with self.precision.autocast():
-            check_policy(self.policy, packing, parallel.device, lambda: parallel.gathered(self.policy))
+            check_policy(self.policy, packing, parallel.device, lambda: parallel.unsharded(self.policy))
         parallel.reshard(self.policy)
 
-    def states(self, batch: Batch) -> tuple[torch.Tensor, OutputLayer]:
+    def states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
         """What its distributions at the supervised tokens are made of: hidden states [N, H], and the output layer."""
         with torch.no_grad(), self.precision.autocast():
             hidden, layer = self.policy.states(batch)
         return hidden, layer.first(self.n_tokens)
 
 
-class Precomputed:
+class PrecomputedRefLogps:
     """Log-probabilities that the policy gave before training, kept beside the token cache."""
 
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps: a batch brings its own."""
         return []
 
-    def __call__(self, batch: Batch, **asked) -> Scores:
-        return Scores(batch.of_targets(NOTED), batch.target_docs, batch.n_docs)
+    def __call__(self, batch: Batch, **asked) -> PolicyOutput:
+        return PolicyOutput(batch.target_feature(REF_LOGPS), batch.target_docs, batch.n_docs)
 
 
-def companions(
+def build_aux_models(
     loss: Loss,
     config: Config,
     policy: Policy,
     tokenizer,
     parallel: SingleDevice,
     precision: Precision,
-    loaders: list[Loader],
+    loaders: list[MicrobatchLoader],
     load: Load | None = None,
 ) -> dict:
     """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError.
@@ -153,14 +153,16 @@ def companions(
     if "reference" in loss.needs:
         kind = reference_kind(loss, config)
         if kind == "adapter":
-            models["reference"] = InitialValues(policy, parallel)
+            models["reference"] = InitialPolicySnapshot(policy, parallel)
         elif kind == "precomputed":
             for cache in {id(c): c for loader in loaders for c in loader.examples.caches}.values():
-                cache.columns[NOTED] = _noted(cache, loss, policy, config, parallel, precision, loaders[0])
-            models["reference"] = Precomputed()
+                cache.columns[REF_LOGPS] = _load_or_compute_ref_logps(
+                    cache, loss, policy, config, parallel, precision, loaders[0]
+                )
+            models["reference"] = PrecomputedRefLogps()
         else:
             models["reference"] = _own_model(config, policy, tokenizer, parallel, precision, load)
-            _check_start(policy, models["reference"], loaders[0], parallel, precision)
+            _check_reference_matches_policy(policy, models["reference"], loaders[0], parallel, precision)
     return models
 
 
@@ -176,7 +178,7 @@ def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, 
         raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.")
     chosen = teacher_config(loss, config)
     dtype = DTYPES[chosen.policy_dtype]
-    with parallel.taking_turns():
+    with parallel.local_rank0_first():
         check_teacher_tokenizer(chosen, tokenizer)
         frozen = load(chosen, tokenizer, dtype, config.packing, torch.float32)
     return Teacher(frozen, parallel, dtype, count_ids(tokenizer), config.packing)
@@ -210,14 +212,14 @@ def _own_model(
 ) -> FrozenModel:
     dtype = DTYPES[config.model.reference_dtype or config.model.policy_dtype]
     residual = policy.model.get_input_embeddings().weight.dtype
-    with parallel.taking_turns():
+    with parallel.local_rank0_first():
         frozen = load(config.model, tokenizer, dtype, config.packing, residual)
     # As the policy does; but weights in less than float32 have to meet their like.
     return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)
 
 
-def _check_start(
-    policy: Policy, reference: FrozenModel, loader: Loader, parallel: SingleDevice, precision: Precision
+def _check_reference_matches_policy(
+    policy: Policy, reference: FrozenModel, loader: MicrobatchLoader, parallel: SingleDevice, precision: Precision
 ) -> None:
     """Before the first step, the reference says what the policy says. Raises ConfigError."""
     batch = loader.micro_batches(loader.order(0)[: parallel.world_size])[0].to(parallel.device)
@@ -233,22 +235,28 @@ def _check_start(
         )
 
 
-def _noted(
-    cache, loss: Loss, policy: Policy, config: Config, parallel: SingleDevice, precision: Precision, loader: Loader
+def _load_or_compute_ref_logps(
+    cache,
+    loss: Loss,
+    policy: Policy,
+    config: Config,
+    parallel: SingleDevice,
+    precision: Precision,
+    loader: MicrobatchLoader,
 ) -> torch.Tensor:
     """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "lora", "soft_prompt")}
-    settings = [cache.key, identity(config.model), parts, config.seed, loss.temperature]
+    settings = [cache.key, model_fingerprint(config.model), parts, config.seed, loss.temperature]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
-    whole = dataclasses.replace(loader, examples=Examples([cache], [1.0]))
-    noted = _read_noted(file, len(cache.ids))
+    whole = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
+    noted = _read_ref_logps(file, len(cache.ids))
     if parallel.max(int(noted is None)) == 0 and _still_right(noted, cache, loss, policy, parallel, precision, whole):
         return noted
     logps = torch.zeros(len(cache.ids))
     quiet = True if parallel.rank or config.quiet else None  # None: a bar, where there is a terminal
     with inference(policy), precision.autocast():
-        found = batches_with_places(cache, whole)
+        found = iter_batches_with_positions(cache, whole)
         for batch, places in tqdm(found, desc="the reference", unit=" batches", disable=quiet, leave=False):
             scores = policy(batch.to(parallel.device), temperature=loss.temperature)
             logps[places] = scores.logps.float().cpu()
@@ -256,18 +264,28 @@ def _noted(
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         with building_folder(file.parent) as folder:
-            save_file({NOTED: logps}, folder / file.name, PLACEHOLDER)
+            save_file({REF_LOGPS: logps}, folder / file.name, PLACEHOLDER)
             seal(folder / file.name)
             os.replace(folder / file.name, file)
     return logps
 
 
 def _still_right(
-    noted: torch.Tensor, cache, loss: Loss, policy: Policy, parallel: SingleDevice, precision: Precision, loader: Loader
+    noted: torch.Tensor,
+    cache,
+    loss: Loss,
+    policy: Policy,
+    parallel: SingleDevice,
+    precision: Precision,
+    loader: MicrobatchLoader,
 ) -> bool:
     """Return whether the policy gives the noted log-probabilities for the first batch of a data file, on all ranks."""
     apart = 0.0
-    with inference(policy), precision.autocast(), contextlib.closing(batches_with_places(cache, loader)) as batches:
+    with (
+        inference(policy),
+        precision.autocast(),
+        contextlib.closing(iter_batches_with_positions(cache, loader)) as batches,
+    ):
         for batch, places in itertools.islice(batches, 1):
             logps = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
             apart = float((logps - noted[places]).abs().mean()) if len(logps) else 0.0
@@ -275,21 +293,21 @@ def _still_right(
     return parallel.max(apart) <= (1e-3 if precision.dtype == torch.float32 else 0.1)
 
 
-def batches_with_places(cache, loader: Loader) -> Iterator[tuple[Batch, torch.Tensor]]:
+def iter_batches_with_positions(cache, loader: MicrobatchLoader) -> Iterator[tuple[Batch, torch.Tensor]]:
     """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
     cache.columns["place"] = torch.arange(len(cache.ids))
     try:
         for batch in loader.eval_batches():
-            yield batch, batch.of_targets("place").long()
+            yield batch, batch.target_feature("place").long()
     finally:
         del cache.columns["place"]
 
 
-def _read_noted(file: Path, n_tokens: int) -> torch.Tensor | None:
+def _read_ref_logps(file: Path, n_tokens: int) -> torch.Tensor | None:
     if not file.exists():
         return None
     with contextlib.suppress(OSError, SafetensorError, KeyError):
-        if is_intact(file) and (noted := load_file(file)[NOTED]).shape == (n_tokens,):  # [T]
+        if is_intact(file) and (noted := load_file(file)[REF_LOGPS]).shape == (n_tokens,):  # [T]
             return noted
     tqdm.write(f"{file}: the log-probabilities of the reference are damaged, and are computed again")
     return None

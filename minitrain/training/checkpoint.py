@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitrain.distributed.parallel import SingleDevice, local_rows, writes
+from minitrain.distributed.parallel import SingleDevice, local_shard, writes
 from minitrain.errors import RunError, RunFolderError
 from minitrain.io.tensor_files import save_file
 
@@ -68,7 +68,7 @@ class Save:
         self.files: dict[str, dict] = {}
         self.thread: threading.Thread | None = None
         self._check_room()
-        self.temporary = Path(parallel.first(self._make_temporary))
+        self.temporary = Path(parallel.run_on_rank0(self._make_temporary))
 
     def write(self) -> None:
         """Writes this rank's files; an error is kept for `commit`."""
@@ -99,7 +99,7 @@ class Save:
             for part, pieces in self.parts.items()
         }
         told = self.parallel.gather({"error": self.error, "files": self.files, "index": index})
-        self.parallel.first(lambda: self._commit(told))
+        self.parallel.run_on_rank0(lambda: self._commit(told))
 
     def _commit(self, told: list[dict]) -> None:
         try:
@@ -221,7 +221,7 @@ class _Reader:
 
     def read_into(self, tensor: Tensor, part: str, name: str) -> None:
         """Fills this rank's rows of a tensor."""
-        rows, start = local_rows(tensor)
+        rows, start = local_shard(tensor)
         pieces = self.pieces(part, name)
         if not rows.shape:
             rows.copy_(self._open(pieces[0][0]).get_tensor(name))
@@ -235,7 +235,7 @@ class _Reader:
     def dtype(self, part: str, name: str) -> torch.dtype:
         return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:0].dtype
 
-    def whole(self, part: str, name: str) -> Tensor:
+    def full_tensor(self, part: str, name: str) -> Tensor:
         pieces = [self._open(file).get_tensor(name) for file, *_ in self.pieces(part, name)]
         return torch.cat(pieces) if self.index[part][name]["shape"] else pieces[0]
 
@@ -273,7 +273,7 @@ class _Reader:
 def _pieces(tensors: dict[str, Tensor], snapshot: bool) -> dict[str, Piece]:
     pieces = {}
     for name, tensor in tensors.items():
-        rows, start = local_rows(tensor)
+        rows, start = local_shard(tensor)
         if writes(tensor) and (rows.numel() or not tensor.numel()):
             rows = rows.detach()
             pieces[name] = Piece(rows.to("cpu", copy=True) if snapshot else rows, start, list(tensor.shape))

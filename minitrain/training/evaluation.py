@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 
-def evaluation_is_due(trainer: "Trainer") -> bool:
+def should_evaluate(trainer: "Trainer") -> bool:
     """Return whether this step has an evaluation that was not made yet, as when a signal came instead of it."""
     config, every = trainer.config, trainer.config.eval_every_steps
     if trainer.step == 0:  # a metric that does not exist should not be reported after hours
@@ -35,15 +35,15 @@ def run_evaluation(trainer: "Trainer") -> None:
     if trainer.eval_loader is None:
         return
     began = time.perf_counter()
-    trainer.parallel.note(f"the evaluation at step {trainer.step}")
+    trainer.parallel.set_status(f"the evaluation at step {trainer.step}")
     metrics = trainer.evaluate()
     if not metrics:
         return
-    metrics = trainer.parallel.first(lambda: metrics)  # so that all ranks judge the same, to the last bit
+    metrics = trainer.parallel.run_on_rank0(lambda: metrics)  # so that all ranks judge the same, to the last bit
     trainer.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
     trainer.evaluated_step = trainer.step
-    trainer.tracking.log(trainer.step, "eval", trainer.eval_metrics)
-    trainer.tracking.say(eval_line(trainer.step, metrics))
+    trainer.logger.log(trainer.step, "eval", trainer.eval_metrics)
+    trainer.logger.info(eval_line(trainer.step, metrics))
     _update_best(trainer, metrics)
     trainer.call_hook("on_eval_end")
     trainer.window.start += time.perf_counter() - began  # not counted in tokens per second
@@ -60,7 +60,7 @@ def _warn_without_best(trainer: "Trainer") -> None:
     metric, best = trainer.config.early_stopping.metric, trainer.best
     if trainer.config.save_best and not trainer.run.best.exists():
         value = f"nan at step {trainer.step}" if best is None else f"not better than {best:.6g}, the best before"
-        trainer.tracking.warn(f"warning: {trainer.run.best} does not exist: {metric} is {value}")
+        trainer.logger.warning(f"warning: {trainer.run.best} does not exist: {metric} is {value}")
 
 
 def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
@@ -71,12 +71,18 @@ def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
     sign = -1 if lower_is_better(stopping.metric) else 1
     improved = trainer.best is None or sign * (value - trainer.best) > stopping.threshold
     if improved and not math.isnan(value):
-        trainer.best, trainer.stale_evals = value, 0
+        trainer.best, trainer.evals_without_improvement = value, 0
         if config.save_best:
             save_model(trainer, trainer.run.best)
         return
     _warn_without_best(trainer)
-    trainer.stale_evals += 1
-    if stopping.patience and trainer.stale_evals >= stopping.patience and trainer.step < trainer.total_steps:
-        trainer.tracking.say(f"stopping early: {stopping.metric} has not improved in {trainer.stale_evals} evaluations")
+    trainer.evals_without_improvement += 1
+    if (
+        stopping.patience
+        and trainer.evals_without_improvement >= stopping.patience
+        and trainer.step < trainer.total_steps
+    ):
+        trainer.logger.info(
+            f"stopping early: {stopping.metric} has not improved in {trainer.evals_without_improvement} evaluations"
+        )
         trainer.should_stop = True

@@ -42,7 +42,7 @@ class Logged(NamedTuple):
     last_steps: dict[str | None, int]
 
 
-class Window:
+class ThroughputMeter:
     """Counts of the steps since the log line before."""
 
     def __init__(self, step: int):
@@ -66,7 +66,7 @@ class Window:
         }
 
 
-class Tracking:
+class MetricLogger:
     """Sends figures to all trackers, and lines to the console past the progress bar."""
 
     def __init__(self, config: Config, folder: Path, settings: dict, logged: Logged | None = None, speaks: bool = True):
@@ -92,7 +92,7 @@ class Tracking:
             if name != LEDGER:
                 self._guard(name, lambda log=log: log(step, kind, figures))
 
-    def note(self, step: int, tokens: Callable[[], str], loss: float, grad_norm: float) -> None:
+    def log_step(self, step: int, tokens: Callable[[], str], loss: float, grad_norm: float) -> None:
         """A line in the ledger: a hash of the step's tokens, its loss and gradient norm to the last bit."""
         if LEDGER in self.sinks:
             write, _ = self.sinks[LEDGER]
@@ -106,12 +106,12 @@ class Tracking:
             self._guard(name, close)
         self.sinks.clear()
 
-    def say(self, line: str = "") -> None:
+    def info(self, line: str = "") -> None:
         """A line on the console, above the progress bar; none when it is to be quiet."""
         if not self.quiet:
             self.warn(line)
 
-    def warn(self, *lines: str) -> None:
+    def warning(self, *lines: str) -> None:
         """Lines on the console in any case."""
         if not self.speaks:
             return

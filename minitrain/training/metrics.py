@@ -15,7 +15,7 @@ from .failpoints import failpoint
 from .precision import Precision
 
 
-class Totals:
+class MetricAccumulator:
     """Running sums of a loss and its metrics, in float64, over micro-batches, steps and ranks."""
 
     def __init__(self, device: torch.device):
@@ -92,7 +92,7 @@ def evaluate(
     `models` are those that the loss needs besides the policy. Ends early, with {}, when `stop()`, on which all ranks
     have to agree.
     """
-    totals = Totals(parallel.device)
+    totals = MetricAccumulator(parallel.device)
     with inference(policy), precision.autocast():
         step_statistics(loss, batches(), policy, models, parallel)
         for batch in batches():

@@ -178,7 +178,7 @@ def _rows(file: Path) -> Iterator[tuple[bytes, dict | None]]:
 
 
 def _points(line: str) -> dict[str, Point]:
-    """Raises ValueError, TypeError or OverflowError for a line that is not one of `Tracking`."""
+    """Raises ValueError, TypeError or OverflowError for a line that is not one of `MetricLogger`."""
     row = parse_line(line)
     step, kind = row["step"], row.get("kind")
     if kind not in KINDS:

@@ -27,7 +27,7 @@ from .atomic_dir import (
     checkpoints,
     drop_after,
     holds_checkpoint,
-    newest_sound,
+    latest_valid,
     prune,
     recover,
     replace_file,
@@ -71,8 +71,8 @@ class RunFolder:
         self.lock = None
         self.messages: list[str] = []  # what was damaged or interrupted in this folder, for the console
         self.pending: Save | None = None  # a checkpoint that is being written
-        parallel.first(lambda: self._writing(self._try_writing))
-        parallel.first(self._refuse_changes)
+        parallel.run_on_rank0(lambda: self._writing(self._try_writing))
+        parallel.run_on_rank0(self._refuse_changes)
 
     def settings(self) -> dict:
         """The config as trackers get it: what came from the environment stays unresolved."""
@@ -89,7 +89,7 @@ class RunFolder:
 
         Raises RunFolderError when a shorter one has, and left no checkpoint to go on from.
         """
-        ended = self.parallel.first(lambda: read_end(self.path))
+        ended = self.parallel.run_on_rank0(lambda: read_end(self.path))
         if ended is None:
             return None
         finished, planned = ended
@@ -114,7 +114,7 @@ class RunFolder:
         if resume != "auto":
             verify(Path(resume), self.parallel)
             return Path(resume)
-        found, complaints = newest_sound(self.checkpoints, self.parallel)
+        found, complaints = latest_valid(self.checkpoints, self.parallel)
         self.messages += complaints
         return found
 
@@ -124,8 +124,8 @@ class RunFolder:
 
         Raises RunFolderError when another process trains in it.
         """
-        self.parallel.first(self._take_lock)
-        self.parallel.first(lambda: self._writing(self._recover))
+        self.parallel.run_on_rank0(self._take_lock)
+        self.parallel.run_on_rank0(lambda: self._writing(self._recover))
         try:
             yield
         finally:
@@ -176,7 +176,7 @@ class RunFolder:
                 if file.is_file() and (damaged := truncate_log(file, is_kept)):
                     self.messages.append(f"{damaged_lines_message(file, damaged)} removed")
 
-        self.parallel.first(lambda: self._writing(write))
+        self.parallel.run_on_rank0(lambda: self._writing(write))
         return None if step is None else Logged(step, rows, steps)
 
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -196,7 +196,7 @@ class RunFolder:
             return
         pending, self.pending = self.pending, None
         pending.commit()
-        self.parallel.first(lambda: self._prune_checkpoints(pending.state["step"]))
+        self.parallel.run_on_rank0(lambda: self._prune_checkpoints(pending.state["step"]))
 
     def prune_models(self) -> None:
         """Removes older models than `keep_models`; rank 0 calls it."""
@@ -205,7 +205,7 @@ class RunFolder:
     def finish(self, step: int, total_steps: int) -> None:
         """Notes that the run has ended by itself."""
         end = json.dumps({"finished_step": step, "total_steps": total_steps}).encode()
-        self.parallel.first(lambda: self._writing(lambda: replace_file(self.path / "run.json", [end])))
+        self.parallel.run_on_rank0(lambda: self._writing(lambda: replace_file(self.path / "run.json", [end])))
 
     def _prune_checkpoints(self, step: int) -> None:
         drop_after(self.checkpoints, step)  # damaged ones, which this one replaces

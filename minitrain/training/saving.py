@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitrain.config.schema import Config
-from minitrain.data.loader import Examples
+from minitrain.data.loader import TokenizedDataset
 from minitrain.errors import RunError
 from minitrain.model import save
-from minitrain.model.fingerprint import identity
+from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.weights import whole_tensors
 
 from .atomic_dir import atomic_folder
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 # What a checkpoint holds besides tensors: attributes of the trainer.
-PROGRESS = ("step", "updates", "consumed", "bad_steps", "best", "stale_evals", "eval_metrics", "evaluated_step")
+CHECKPOINT_STATE = (
+    "step",
+    "updates",
+    "consumed",
+    "bad_steps",
+    "best",
+    "evals_without_improvement",
+    "eval_metrics",
+    "evaluated_step",
+)
 
 
 def save_model(trainer: "Trainer", folder: Path) -> None:
@@ -33,10 +42,10 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
     card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step)
     model, parallel = trainer.generator.model, trainer.parallel
-    tensors = whole_tensors(model, parallel.whole)
+    tensors = whole_tensors(model, parallel.full_tensor)
     head = trainer.policy.value_head
     head_parameters = head.named_parameters() if head is not None else ()
-    value_head = {name: parallel.whole(parameter.detach()) for name, parameter in head_parameters}
+    value_head = {name: parallel.full_tensor(parameter.detach()) for name, parameter in head_parameters}
 
     def write() -> None:
         with atomic_folder(folder) as temporary:
@@ -44,9 +53,9 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
             (temporary / "README.md").write_text(card)
         trainer.run.prune_models()
 
-    parallel.note(f"saving {folder}")
+    parallel.set_status(f"saving {folder}")
     failpoint("model.save")
-    parallel.first(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
+    parallel.run_on_rank0(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
     trainer.call_hook("on_save")
 
 
@@ -63,15 +72,15 @@ def save_if_due(trainer: "Trainer") -> None:
         if trainer.config.save_every_steps is not None:
             raise
         trainer.save_schedule.failed()
-        trainer.tracking.warn(f"warning: {error} Training continues without this checkpoint.")
+        trainer.logger.warning(f"warning: {error} Training continues without this checkpoint.")
 
 
 def save_checkpoint(trainer: "Trainer") -> None:
     """Write a checkpoint of this step, unless one of exactly this state is there. All ranks call it."""
     began = time.perf_counter()
-    trainer.parallel.note(f"the checkpoint of step {trainer.step}")
-    progress = {name: getattr(trainer, name) for name in PROGRESS}
-    if trainer.parallel.first(lambda: progress == trainer.saved_progress):
+    trainer.parallel.set_status(f"the checkpoint of step {trainer.step}")
+    progress = {name: getattr(trainer, name) for name in CHECKPOINT_STATE}
+    if trainer.parallel.run_on_rank0(lambda: progress == trainer.saved_progress):
         return
     depends_on = inputs(trainer.config, trainer.train_loader.examples)
     state = {"precision": trainer.precision.state_dict(), "inputs": depends_on, "config": trainer.run.settings()}
@@ -87,13 +96,13 @@ def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
     state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
     trainer.run.compare_inputs(folder, state["inputs"], inputs(trainer.config, trainer.train_loader.examples))
     trainer.precision.load_state_dict(state["precision"])
-    for name in PROGRESS:
+    for name in CHECKPOINT_STATE:
         setattr(trainer, name, state[name])
     if folder == trainer.run.checkpoint(trainer.step):
-        trainer.saved_progress = {name: state[name] for name in PROGRESS}
+        trainer.saved_progress = {name: state[name] for name in CHECKPOINT_STATE}
 
 
-def inputs(config: Config, examples: Examples) -> dict[str, list[str]]:
+def inputs(config: Config, examples: TokenizedDataset) -> dict[str, list[str]]:
     """Return what a checkpoint depends on and its tensors do not tell."""
     data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
-    return {"datasets": data, "model": identity(config.model)}
+    return {"datasets": data, "model": model_fingerprint(config.model)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from minitrain.config.schema import Config
-from minitrain.data.loader import Data, Examples, Loader, load_data
+from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset, load_data
 from minitrain.data.template import Template, make_template
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
@@ -54,33 +54,33 @@ def prepare_policy(
             block.forward = torch.compile(block.forward, dynamic=True)
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:
-        parallel.fill(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))
+        parallel.load_shards(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))
     # A sharded policy and frozen blocks compute in policy_dtype, and autocast goes with it; else float32 is more exact.
-    with precision.autocast() if parallel.reads_rows or config.freeze_layers else contextlib.nullcontext():
-        check_policy(policy, config.packing, parallel.device, lambda: parallel.gathered(policy))
+    with precision.autocast() if parallel.loads_shards or config.freeze_layers else contextlib.nullcontext():
+        check_policy(policy, config.packing, parallel.device, lambda: parallel.unsharded(policy))
     return policy.train(dropout)
 
 
 def make_loader(
-    examples: Examples, config: Config, tokenizer, policy: Policy, rank: int = 0, world_size: int = 1
-) -> Loader:
+    examples: TokenizedDataset, config: Config, tokenizer, policy: Policy, rank: int = 0, world_size: int = 1
+) -> MicrobatchLoader:
     """The loader of one rank, with rows as the policy's attention likes them.
 
     Raises ConfigError for an example that is longer than the policy can read.
     """
     check_lengths(examples, policy)
-    return Loader(
+    return MicrobatchLoader(
         examples,
         config,
         tokenizer.pad_token_id,
         rank,
         world_size,
-        row_capacity=config.max_length if policy.pays_for_long_rows else None,
-        shares_prompts=policy.keeps_documents_apart,
+        row_capacity=config.max_length if policy.attention_is_quadratic_in_row else None,
+        shares_prompts=policy.supports_document_masking,
     )
 
 
-def check_lengths(examples: Examples, policy: Policy) -> None:
+def check_lengths(examples: TokenizedDataset, policy: Policy) -> None:
     """Raise ConfigError for an example that is longer than a policy, or a teacher, reads alike in every batch."""
     lengths = examples.of_documents(lambda cache: np.diff(cache.offsets)).max(1)  # [E]
     longest, name = int(lengths.argmax()), type(policy.model).__name__

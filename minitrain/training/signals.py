@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def signals_noted(note: Callable[[int], None]) -> Iterator[None]:
+def capture_signals(note: Callable[[int], None]) -> Iterator[None]:
     """Inside, SIGINT, SIGTERM and SIGUSR1 call `note` with their number, and do nothing else.
 
     Python handles signals in its main thread only, so in another one nothing is changed.

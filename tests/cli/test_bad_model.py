@@ -43,7 +43,7 @@ def tensors(edit: Callable[[dict], None]) -> Callable[[], None]:
     return change
 
 
-def no_tokenizer():
+def tokenizer_load_error():
     for file in Path("model").glob("token*"):
         file.unlink()
 
@@ -93,7 +93,7 @@ NO_MODEL, NO_TOKENIZER = "no causal language model in 'model': ", "no tokenizer 
         (cut(WEIGHTS, 1000), NO_MODEL + "model/model.safetensors is damaged ("),
         (cut(WEIGHTS, 20_000), "incomplete metadata, file not fully covered); copy or download it again"),
         (written(WEIGHTS, "version https://git-lfs"), "is a pointer of Git LFS in the place of weights; fetch them"),
-        (no_tokenizer, NO_TOKENIZER),
+        (tokenizer_load_error, NO_TOKENIZER),
         (written("model/tokenizer.json", "{}"), NO_TOKENIZER),
         (cut("model/tokenizer.json", 500), NO_TOKENIZER + "model/tokenizer.json:"),
         (written("model/tokenizer_config.json", "{"), NO_TOKENIZER + "model/tokenizer_config.json:1 is no valid JSON"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from minitrain import load_config
 from minitrain.cli.main import main
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.encode import Limits, encode
+from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import to_record
 from minitrain.data.template import make_template
 from minitrain.inference.raft_metrics import verdict
@@ -91,7 +91,7 @@ def test_dialogues_have_the_tokens_of_the_dpo_authors(user_folder):
     start = "\n\nHuman: What is up?\n\nAssistant: Not much.\n\nHuman: And now?\n\nAssistant:"
     row = {"chosen": f"{start} The sky.", "rejected": f"{start} Go away."}
     record = to_record(row, DatasetConfig("hh.jsonl"), "conversation")
-    (tokens,) = encode(record, template, Limits(512, "prompt", 256))
+    (tokens,) = encode(record, template, TruncationConfig(512, "prompt", 256))
     answer = tokenizer(" The sky.")["input_ids"] + [tokenizer.eos_token_id]
     prompt = tokenizer(start)["input_ids"]
     assert list(tokens.ids) == prompt + answer

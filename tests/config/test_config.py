@@ -26,7 +26,7 @@ def load(tmp_path, rows_file, monkeypatch):
     return load
 
 
-def problems(load, *args, **kwargs) -> list[str]:
+def issues(load, *args, **kwargs) -> list[str]:
     """The lines of the error that these lines and overrides give."""
     with pytest.raises(ConfigError) as caught:
         load(*args, **kwargs)
@@ -77,8 +77,8 @@ def test_an_override_replaces_its_rival(load):
     assert (config.n_steps, config.n_epochs) == (None, 2.0)
     assert load("n_epochs: 5", "n_steps=2").n_steps == 2
     assert load("n_epochs: 5", "n_steps=null").n_epochs == 5.0
-    assert "would be ignored beside n_steps" in problems(load, "n_epochs: 5\nn_steps: 2")[1]
-    assert "would be ignored beside n_steps" in problems(load, "", "n_epochs=5", "n_steps=2")[1]
+    assert "would be ignored beside n_steps" in issues(load, "n_epochs: 5\nn_steps: 2")[1]
+    assert "would be ignored beside n_steps" in issues(load, "", "n_epochs=5", "n_steps=2")[1]
 
 
 def test_a_dict_serves_as_a_file(rows_file):
@@ -142,7 +142,7 @@ def test_no_first_evaluation_without_evaluation_data(load):
 def test_all_problems_at_once(load):
     """Types, limits, unknown names, contradictions and missing files come in one list, sorted by line."""
     lines = "lr: fast\nbatch_size: 7\ngradient_accumulation_steps: 2\nlearning_rate: 1\nmodle: 3\nloss: sdt\n"
-    found = problems(load, lines, "seed=-1", "resume=nowhere")
+    found = issues(load, lines, "seed=-1", "resume=nowhere")
     assert found.pop(0) == "7 problems in the configuration"
     assert found == [
         "c.yml:3: lr: expected a number, got 'fast'.",
@@ -170,7 +170,7 @@ def test_all_problems_at_once(load):
 )
 def test_no_false_alarms_follow_from_a_problem(load, lines, overrides, told):
     """A value that is wrong is told once; what only follows from it is not told."""
-    assert [line.split(": ")[1] for line in problems(load, lines, *overrides)[1:]] == told
+    assert [line.split(": ")[1] for line in issues(load, lines, *overrides)[1:]] == told
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_no_false_alarms_follow_from_a_problem(load, lines, overrides, told):
 )
 def test_the_place_is_exact(load, lines, overrides, place):
     """A problem is in the overrides only if it, a part of it or what holds it was overridden."""
-    assert any(line.startswith(f"{place}: ") for line in problems(load, lines, *overrides)[1:])
+    assert any(line.startswith(f"{place}: ") for line in issues(load, lines, *overrides)[1:])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_place_is_exact(load, lines, overrides, place):
 )  # fmt: skip
 def test_unknown_names_get_a_hint(load, key, meant):
     """Other libraries' names and near names are recognised, below the top level and across sections too."""
-    line = problems(load, "loss: dft", f"{key}=1")[1]
+    line = issues(load, "loss: dft", f"{key}=1")[1]
     assert line.startswith(f"--overrides: {key}: unknown option. ") and meant in line
 
 
@@ -246,22 +246,22 @@ def test_unknown_names_get_a_hint(load, key, meant):
 )
 def test_files_that_are_no_config(load, text, told):
     """What YAML or OmegaConf refuse is told in one line, with the line number."""
-    assert any(told in line for line in problems(load, text, base=False))
+    assert any(told in line for line in issues(load, text, base=False))
 
 
 @pytest.mark.parametrize("step", ["[{}]", "{{<<: [{}]}}"])
 def test_alias_bombs_are_refused(load, step):
     """Aliases that grow ninefold at each level, as values or as merged keys, are not written out."""
     levels = [f"x{i + 1}: &x{i + 1} " + step.format(",".join([f"*x{i}"] * 9)) for i in range(9)]
-    assert "more than 10000 values" in problems(load, "\n".join(["x0: &x0 {a: 1}", *levels]), base=False)[0]
+    assert "more than 10000 values" in issues(load, "\n".join(["x0: &x0 {a: 1}", *levels]), base=False)[0]
 
 
 def test_an_alias_bomb_as_a_key_is_refused(load):
     """It would be hashed value by value."""
     levels = [f"x{i + 1}: &x{i + 1} [" + ",".join([f"*x{i}"] * 9) + "]" for i in range(9)]
     text = "\n".join(["x0: &x0 [1]", *levels, "? *x9", ": 1"])
-    assert "more than 10000 values" in problems(load, text, base=False)[0]
-    assert "a key is a list or a mapping" in problems(load, "", "lr={? [[1]] : 2}")[1]
+    assert "more than 10000 values" in issues(load, text, base=False)[0]
+    assert "a key is a list or a mapping" in issues(load, "", "lr={? [[1]] : 2}")[1]
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_references_that_multiply_are_refused(load, monkeypatch, step):
     """Each level is twice the one before: 2^40 references, as texts, as sections and through a resolver."""
     monkeypatch.setattr("minitrain.config.load.MAX_CALLS", 200_000)
     levels = [f"x{i + 1}: {step.format(f'x{i}')}" for i in range(40)]
-    told = problems(load, "\n".join(["x0: {a: 1}", *levels]), base=False)
+    told = issues(load, "\n".join(["x0: {a: 1}", *levels]), base=False)
     assert told == ["c.yml: the references to other options, ${...}, multiply without bound. Write the values out."]
     assert sys.getprofile() is None
 
 
 def test_a_hundred_problems_are_enough(load):
     """Each unknown option is compared with all others, so the time for thousands of them would have no bound."""
-    lines = problems(load, "\n".join(f"k{i}: 1" for i in range(3000)))
+    lines = issues(load, "\n".join(f"k{i}: 1" for i in range(3000)))
     assert lines[0] == "100 problems or more in the configuration" and len(lines) == 101
 
 
@@ -286,8 +286,8 @@ def test_nothing_in_a_config_is_executed(load, tmp_path):
     """Tags that name Python objects are refused, in the file and in the overrides."""
     canary = tmp_path / "canary"
     attack = f"!!python/object/apply:os.system ['touch {canary}']"
-    assert "c.yml:3: not valid YAML: could not determine a constructor" in problems(load, f"lr: {attack}")[0]
-    assert "could not determine a constructor" in problems(load, "", f"lr={attack}")[1]
+    assert "c.yml:3: not valid YAML: could not determine a constructor" in issues(load, f"lr: {attack}")[0]
+    assert "could not determine a constructor" in issues(load, "", f"lr={attack}")[1]
     assert not canary.exists()
 
 
@@ -303,7 +303,7 @@ def test_nothing_in_a_config_is_executed(load, tmp_path):
 )
 def test_interpolations_that_fail(load, lines, reason):
     """They are told like any other problem, with their line and beside the others."""
-    found = problems(load, f"{lines}\nseed: x")
+    found = issues(load, f"{lines}\nseed: x")
     assert found[1].startswith("c.yml:3: ") and reason in found[1]
     assert found[2:] == ["c.yml:4: seed: expected a whole number, got 'x'."]
 
@@ -311,7 +311,7 @@ def test_interpolations_that_fail(load, lines, reason):
 @pytest.mark.parametrize("override", ["lr", "=5", "a..b=1", ".x=1", "model.=1", "a[=1", "lr 1", ""])
 def test_overrides_that_are_no_dotlist(load, override):
     """They are told with the form that was expected."""
-    assert problems(load, "", override)[1] == f"--overrides: {override}: write it as key=value, for example lr=2e-5."
+    assert issues(load, "", override)[1] == f"--overrides: {override}: write it as key=value, for example lr=2e-5."
 
 
 def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
@@ -324,7 +324,7 @@ def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "a\\b", "/x"])
 def test_exp_name_is_the_name_of_one_folder(load, name):
     """A run can be written nowhere but into output_dir."""
-    assert "is not the name of a folder" in problems(load, f"exp_name: '{name}'")[1]
+    assert "is not the name of a folder" in issues(load, f"exp_name: '{name}'")[1]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_exp_name_is_the_name_of_one_folder(load, name):
 )
 def test_values_that_would_fail_late(load, lines, told):
     """They are refused with their line, before anything is loaded."""
-    assert told in problems(load, lines)[1]
+    assert told in issues(load, lines)[1]
 
 
 def test_a_pipe_is_no_config(tmp_path):

@@ -40,7 +40,7 @@ class Bare(Loss):
     """A loss of nobody's name, with options of no dataclass."""
 
     def weight(self, batch):
-        return torch.tensor(float(batch.n_labels))
+        return torch.tensor(float(batch.n_targets))
 
     def __call__(self, batch, policy, reference=None, teacher=None):
         return LossOutput(-policy(batch).logps.sum(), self.weight(batch), {})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitrain.batch import IGNORE
+from minitrain.batch import IGNORE_INDEX
 from minitrain.data.collate import Document, collate
 from minitrain.model.tiny import tiny_model
 from tests.tensors import Written
@@ -24,11 +24,11 @@ def test_layout():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, PAD, PAD, PAD, PAD]]
     assert batch.doc_ids.tolist() == [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
-    i = IGNORE
+    i = IGNORE_INDEX
     assert batch.labels.tolist() == [[i, i, 3, i, 5], [i, PAD, i, i, i]]  # pad == eos: the real one is learned
-    assert (batch.n_docs, batch.n_labels, batch.n_tokens) == (3, 3, 7)
+    assert (batch.n_docs, batch.n_targets, batch.n_tokens) == (3, 3, 7)
     assert batch.targets.tolist() == [3, 5, PAD] and batch.target_docs.tolist() == [0, 1, 2]
-    assert batch.predictors.tolist() == [1, 3, 5]
+    assert batch.predict_positions.tolist() == [1, 3, 5]
     assert {batch.input_ids.dtype, batch.labels.dtype, batch.doc_ids.dtype} == {torch.int64}
 
 
@@ -46,7 +46,7 @@ def test_a_row_is_written_once_however_many_documents_it_holds():
 def test_nothing_to_collate():
     """A rank without documents in a micro-batch still has a batch, one that nothing is learned from."""
     batch = collate([], PAD)
-    assert (batch.n_docs, batch.n_labels, batch.n_tokens) == (0, 0, 0)
+    assert (batch.n_docs, batch.n_targets, batch.n_tokens) == (0, 0, 0)
     assert batch.input_ids.tolist() == [[PAD, PAD]] and batch.position_ids.tolist() == [[0, 1]]
 
 
@@ -88,8 +88,15 @@ def test_a_shared_prompt_is_laid_out_once():
     assert batch.doc_ids[0].tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2]
     assert batch.prefixes.tolist() == [[0, 0], [0, 0], [2, 5], [0, 0]]
     assert batch.targets.tolist() == [9, 4, 5, 6, 7, 9] and batch.target_docs.tolist() == [0, 1, 1, 2, 2, 3]
-    assert batch.predictors.tolist() == [0, 4, 5, 4, 7, 9]
-    assert batch.of_docs("score").tolist() == [9, 5, 7, 9] and batch.of_targets("place").tolist() == [1, 3, 4, 3, 4, 1]
-    assert batch.last_places.tolist() == [1, 6, 8, 10]
+    assert batch.predict_positions.tolist() == [0, 4, 5, 4, 7, 9]
+    assert batch.doc_feature("score").tolist() == [9, 5, 7, 9] and batch.target_feature("place").tolist() == [
+        1,
+        3,
+        4,
+        3,
+        4,
+        1,
+    ]
+    assert batch.last_token_positions.tolist() == [1, 6, 8, 10]
     with pytest.raises(AssertionError):
         collate([[b]], PAD)

@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.encode import Limits, encode
-from minitrain.data.examples import Conversation, Feedback, Labelled, Preference, Rollout, schemas_of, to_record
+from minitrain.data.encode import TruncationConfig, encode
+from minitrain.data.examples import (
+    ClassificationExample,
+    Conversation,
+    Preference,
+    Rollout,
+    UnpairedPreference,
+    schemas_of,
+    to_record,
+)
 from minitrain.data.files import read_rows
 from minitrain.data.loader import load_data
 from minitrain.data.template import Template
@@ -88,18 +96,18 @@ def test_feedback(label, wanted):
         {"messages": [ASK, TELL], "label": label},
         {"conversations": [ASK, TELL], "kto_tag": label},
     ):
-        assert record(row, "feedback") == Feedback([ASK], [TELL], wanted)
+        assert record(row, "feedback") == UnpairedPreference([ASK], [TELL], wanted)
 
 
 def test_labelled():
     """Columns by the names that GLUE has, or by `columns`; a label of any kind is kept as text."""
-    assert record({"text": "a", "label": 1}, "labelled") == Labelled("a", None, "1")
-    assert record({"sentence": "a", "label": 0.5}, "labelled") == Labelled("a", None, "0.5")
+    assert record({"text": "a", "label": 1}, "labelled") == ClassificationExample("a", None, "1")
+    assert record({"sentence": "a", "label": 0.5}, "labelled") == ClassificationExample("a", None, "0.5")
     for first, second in (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")):
-        assert record({first: "a", second: "b", "label": "yes"}, "labelled") == Labelled("a", "b", "yes")
+        assert record({first: "a", second: "b", "label": "yes"}, "labelled") == ClassificationExample("a", "b", "yes")
     columns = {"text": "#1 String", "text_pair": "#2 String", "label": "Quality"}
     row = {"Quality": "1", "#1 String": "a", "#2 String": "b"}
-    assert record(row, "labelled", columns=columns) == Labelled("a", "b", "1")
+    assert record(row, "labelled", columns=columns) == ClassificationExample("a", "b", "1")
 
 
 def test_rollouts():
@@ -150,7 +158,7 @@ def byte_template() -> Template:
     return Template(tiny_tokenizer(), "none")
 
 
-WIDE = Limits(100)
+WIDE = TruncationConfig(100)
 
 
 def documents(made, template, limits=WIDE):
@@ -178,19 +186,19 @@ def test_prompts_are_cut_alike(byte_template):
     whole = documents(Preference(prompt, *answers), byte_template)
     n_end = len(whole[0].ids) - 14  # of the token that ends an answer
     for limits, kept in (
-        (Limits(9 + n_end), "fghij"),
-        (Limits(100, "prompt", 3), "hij"),
-        (Limits(9 + n_end, "end", 4), "ghij"),
-        (Limits(5 + n_end), "j"),
-        (Limits(3), "j"),
+        (TruncationConfig(9 + n_end), "fghij"),
+        (TruncationConfig(100, "prompt", 3), "hij"),
+        (TruncationConfig(9 + n_end, "end", 4), "ghij"),
+        (TruncationConfig(5 + n_end), "j"),
+        (TruncationConfig(3), "j"),
     ):
         chosen, rejected = documents(Preference(prompt, *answers), byte_template, limits)
         prompts = ["".join(c for c in shown(d, byte_template) if c.islower()) for d in (chosen, rejected)]
         assert prompts == [kept, kept] and any(chosen.mask) and any(rejected.mask)
         assert max(len(chosen.ids), len(rejected.ids)) <= limits.max_length and rejected.shared == len(kept)
     made = Preference(prompt, *answers)
-    assert documents(made, byte_template, Limits(9, "drop")) == "too long"
-    assert documents(made, byte_template, Limits(10, "end")) == "nothing to learn after truncation"
+    assert documents(made, byte_template, TruncationConfig(9, "drop")) == "too long"
+    assert documents(made, byte_template, TruncationConfig(10, "end")) == "nothing to learn after truncation"
 
 
 def test_pairs_with_the_same_answer_twice(byte_template, template):
@@ -203,8 +211,11 @@ def test_pairs_with_the_same_answer_twice(byte_template, template):
         documents(Preference([ASK], [TELL], [spaced]), stripping)
     longer = {"role": "assistant", "content": "tell me"}
     made = Preference([ASK], [TELL], [longer])
-    assert documents(made, byte_template, Limits(7, "end")) == "chosen and rejected are the same after truncation"
-    assert isinstance(documents(made, byte_template, Limits(9, "end")), list)
+    assert (
+        documents(made, byte_template, TruncationConfig(7, "end"))
+        == "chosen and rejected are the same after truncation"
+    )
+    assert isinstance(documents(made, byte_template, TruncationConfig(9, "end")), list)
 
 
 @pytest.mark.parametrize("content", ["", " \n"])
@@ -218,7 +229,7 @@ def test_empty_answers_are_refused_wherever_they_are_learned(byte_template, cont
         Conversation([ASK, TELL, ASK, empty]),
         Preference([ASK], [empty, ASK, TELL], [LIE]),
         Preference([ASK], [TELL], [empty]),
-        Feedback([ASK], [empty], True),
+        UnpairedPreference([ASK], [empty], True),
     ):
         with pytest.raises(DataError, match=r"turn \d of \d is an empty answer, so there is nothing to learn"):
             documents(made, byte_template)
@@ -226,30 +237,30 @@ def test_empty_answers_are_refused_wherever_they_are_learned(byte_template, cont
     for made, template in (
         (Conversation([ASK, empty, ASK, TELL]), last),
         (Preference([ASK, empty, ASK], [TELL], [LIE]), byte_template),
-        (Feedback([ASK, empty, ASK], [TELL], True), byte_template),
+        (UnpairedPreference([ASK, empty, ASK], [TELL], True), byte_template),
     ):
         assert isinstance(documents(made, template), list)
 
 
 def test_documents_of_feedback(byte_template):
     """The judged answer alone, with a number that is the same for the same prompt."""
-    (judged,) = documents(Feedback([ASK], [TELL], True), byte_template)
-    (same,) = documents(Feedback([ASK], [LIE], False), byte_template, Limits(4, "prompt"))
-    (other,) = documents(Feedback([ASK, TELL, ASK], [TELL], True), byte_template)
+    (judged,) = documents(UnpairedPreference([ASK], [TELL], True), byte_template)
+    (same,) = documents(UnpairedPreference([ASK], [LIE], False), byte_template, TruncationConfig(4, "prompt"))
+    (other,) = documents(UnpairedPreference([ASK, TELL, ASK], [TELL], True), byte_template)
     assert shown(judged, byte_template).startswith("askTELL") and judged.values["desirable"] == 1.0
     assert judged.values["prompt"] == same.values["prompt"] != other.values["prompt"]
 
 
 def test_documents_of_labels(byte_template, shared):
     """Nothing is learned word by word; a pair has the separators and the types of a BERT tokenizer."""
-    (alone,) = documents(Labelled("ask", None, "yes"), byte_template)
+    (alone,) = documents(ClassificationExample("ask", None, "yes"), byte_template)
     assert not any(alone.mask) and alone.values == {"label": "yes"}
     from transformers import AutoTokenizer
 
     bert = AutoTokenizer.from_pretrained(shared("tokenizers/bert-base-uncased"))
     template = Template(bert, "none")
-    for limits in (Limits(100), Limits(6)):
-        (pair,) = documents(Labelled("one two three", "four", "0"), template, limits)
+    for limits in (TruncationConfig(100), TruncationConfig(6)):
+        (pair,) = documents(ClassificationExample("one two three", "four", "0"), template, limits)
         want = bert("one two three", "four", truncation=True, max_length=limits.max_length)
         assert pair.ids == want["input_ids"] and pair.columns["token_types"] == want["token_type_ids"]
 
@@ -263,13 +274,13 @@ def test_documents_of_rollouts(byte_template):
     assert document.columns == {"old_logps": [0, 0, -1, -2, -3], "advantages": [0, 0, 0.5, 0.5, 0.5]}
     end = byte_template.tokenizer.eos_token_id
     for response, truncated, limits, excluded in (
-        ([7, 8, 9], None, Limits(4), True),
-        ([7, 8, 9], None, Limits(5), False),
-        ([7, 8, 9], None, Limits(5, mask_truncated=True), True),
-        ([7, 8, end], None, Limits(5, mask_truncated=True), False),
-        ([7, 8, 9], False, Limits(5, mask_truncated=True), False),
-        ([7, 8, end], True, Limits(5, mask_truncated=True), True),
-        ([7, 8, end], True, Limits(5), False),
+        ([7, 8, 9], None, TruncationConfig(4), True),
+        ([7, 8, 9], None, TruncationConfig(5), False),
+        ([7, 8, 9], None, TruncationConfig(5, mask_truncated=True), True),
+        ([7, 8, end], None, TruncationConfig(5, mask_truncated=True), False),
+        ([7, 8, 9], False, TruncationConfig(5, mask_truncated=True), False),
+        ([7, 8, end], True, TruncationConfig(5, mask_truncated=True), True),
+        ([7, 8, end], True, TruncationConfig(5), False),
     ):
         (found,) = documents(Rollout([5, 6], response, 1.0, truncated=truncated), byte_template, limits)
         assert found.ids == [5, 6, *response] and found.values["excluded"] == excluded == bool(found.notes)
@@ -309,7 +320,7 @@ def test_real_preferences(shared, name, n, template):
     rows = [row for _, row in read_rows(shared("data/llamafactory") / name)]
     assert len(rows) == n
     for row in rows[:40]:
-        chosen, rejected = documents(record(row, "preference"), template, Limits(512))
+        chosen, rejected = documents(record(row, "preference"), template, TruncationConfig(512))
         first, second = chosen.mask.index(True), rejected.mask.index(True)
         assert chosen.ids[:first] == rejected.ids[:second] and rejected.shared == first
         assert chosen.ids[first:] != rejected.ids[second:] and any(chosen.mask) and any(rejected.mask)

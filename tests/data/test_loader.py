@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minitrain.batch import IGNORE
+from minitrain.batch import IGNORE_INDEX
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.loader import Loader, load_data
+from minitrain.data.loader import MicrobatchLoader, load_data
 from minitrain.errors import ConfigError
 
 PAD = 0
@@ -32,7 +32,7 @@ def answers(batches, template) -> Counter:
     texts = Counter()
     for batch in batches:
         for document in range(batch.n_docs):
-            ids = batch.input_ids[(batch.doc_ids == document) & (batch.labels != IGNORE)]
+            ids = batch.input_ids[(batch.doc_ids == document) & (batch.labels != IGNORE_INDEX)]
             texts[template.tokenizer.decode(ids)] += 1
     return texts
 
@@ -64,9 +64,9 @@ def test_an_epoch_sees_every_example_once(entry, config, template, world_size, n
     config.datasets = [entry(11, "a"), entry(6, "b", weight=2)]
     config.total_batch_size, config.gradient_accumulation_steps, config.packing = 4, n_micro, packing
     train = load_data(config, template).train
-    loaders = [Loader(train, config, PAD, rank, world_size) for rank in range(world_size)]
+    loaders = [MicrobatchLoader(train, config, PAD, rank, world_size) for rank in range(world_size)]
     assert (loaders[0].epoch_size, loaders[0].steps_per_epoch) == (23, 6)
-    plain = [indices for indices, _ in itertools.islice(Loader(train, config, PAD).steps(), 6)]
+    plain = [indices for indices, _ in itertools.islice(MicrobatchLoader(train, config, PAD).steps(), 6)]
     seen = Counter()
     for step, shares in enumerate(itertools.islice(zip(*(loader.steps() for loader in loaders)), 6)):
         assert all(indices == plain[step] for indices, _ in shares)
@@ -86,7 +86,7 @@ def test_resuming_at_any_point(entry, config, template, order):
     config.total_batch_size = 4
     if order != "shuffled":
         setattr(config, order, True)
-    loader = Loader(load_data(config, template).train, config, PAD)
+    loader = MicrobatchLoader(load_data(config, template).train, config, PAD)
     whole = list(itertools.islice(loader.steps(), 12))
     assert [i for i, _ in whole[:4]] != [i for i, _ in whole[4:8]]  # epochs of 15 differ
     consumed = 0
@@ -101,7 +101,7 @@ def test_resuming_at_any_point(entry, config, template, order):
 def test_consumed_in_the_middle_of_a_step(entry, config, template):
     """Resuming with another batch size goes on with the next example, none lost or repeated."""
     config.datasets, config.total_batch_size = [entry(10, "a")], 3
-    loader = Loader(load_data(config, template).train, config, PAD)
+    loader = MicrobatchLoader(load_data(config, template).train, config, PAD)
     first = [i for indices, _ in itertools.islice(loader.steps(), 1) for i in indices]
     config.total_batch_size = 4
     rest = [i for indices, _ in itertools.islice(loader.steps(3), 2) for i in indices]
@@ -111,7 +111,7 @@ def test_consumed_in_the_middle_of_a_step(entry, config, template):
 def test_number_of_steps(entry, config, template):
     """n_epochs may be broken, and n_steps goes before it."""
     config.datasets, config.total_batch_size = [entry(10, "a")], 4
-    loader = Loader(load_data(config, template).train, config, PAD)
+    loader = MicrobatchLoader(load_data(config, template).train, config, PAD)
     steps = []
     for config.n_epochs, config.n_steps in ((1, None), (2, None), (0.5, None), (0.01, None), (1, 7)):
         steps.append(loader.total_steps)
@@ -127,7 +127,9 @@ def test_evaluation_counts_every_row_once(entry, config, template, batch_size, w
     config.datasets = config.eval_datasets = [entry(5, "a")]
     config.eval_batch_size, config.packing = batch_size, packing
     evaluation = load_data(config, template).eval
-    shares = [list(Loader(evaluation, config, PAD, rank, world_size).eval_batches()) for rank in range(world_size)]
+    shares = [
+        list(MicrobatchLoader(evaluation, config, PAD, rank, world_size).eval_batches()) for rank in range(world_size)
+    ]
     assert len({len(share) for share in shares}) == 1
     assert answers(itertools.chain(*shares), template) == expected("a", 5)
     assert all(batch.n_docs <= batch_size for share in shares for batch in share)
@@ -140,7 +142,7 @@ def test_n_eval_examples(entry, config, template):
         config.n_eval_examples = n
         evaluation = load_data(config, template).eval
         counts = counts or expected("b", 3) + expected("c", 4)
-        assert answers(Loader(evaluation, config, PAD).eval_batches(), template) == counts
+        assert answers(MicrobatchLoader(evaluation, config, PAD).eval_batches(), template) == counts
 
 
 @pytest.mark.parametrize(("held_out", "count"), [(0.2, 4), (0.001, 1), (1, 1), (7, 7), (12, 12)])
@@ -151,9 +153,9 @@ def test_validation_split(entry, config, template, held_out, count):
     assert (len(data.train), len(data.eval)) == (20 - count, count)
 
     def held(data) -> Counter:
-        return answers(Loader(data.eval, config, PAD).eval_batches(), template)
+        return answers(MicrobatchLoader(data.eval, config, PAD).eval_batches(), template)
 
-    trained = answers((Loader(data.train, config, PAD).micro_batches(np.arange(20 - count))), template)
+    trained = answers((MicrobatchLoader(data.train, config, PAD).micro_batches(np.arange(20 - count))), template)
     assert trained + held(data) == expected("a", 11) + expected("b", 9)
     assert held(load_data(config, template)) == held(data)
     config.seed = 1
@@ -171,7 +173,7 @@ def test_split_that_empties_a_file(entry, config, template):
     """A small file that is held out whole is no trouble."""
     config.datasets, config.validation_split = [entry(1, "a"), entry(1, "b")], 1
     data = load_data(config, template)
-    loader = Loader(data.train, config, PAD)
+    loader = MicrobatchLoader(data.train, config, PAD)
     assert loader.epoch_size == 1 and len(next(loader.steps())[1]) == 1
 
 
@@ -181,7 +183,7 @@ def test_padding_is_saved(jsonl, config, template):
     def places(**options) -> int:
         for name in ("packing", "group_by_length"):
             setattr(config, name, options.get(name, False))
-        loader = Loader(train, config, PAD)
+        loader = MicrobatchLoader(train, config, PAD)
         steps = itertools.islice(loader.steps(), loader.steps_per_epoch)
         return sum(batch.input_ids.numel() for _, batches in steps for batch in batches)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitrain.data.encode import Limits, truncate
+from minitrain.data.encode import TruncationConfig, truncate
 from minitrain.data.loader import load_data
 from minitrain.data.template import Tokens
 from minitrain.errors import DataError
@@ -46,7 +46,7 @@ def text(tokens: Tokens) -> str:
 )
 def test_truncate(whole, length, how, expected):
     """The prompt goes first and the answer stays; a row without labels is left out (trl#6668)."""
-    kept = truncate([tokens(whole)], Limits(length, how), BOS)
+    kept = truncate([tokens(whole)], TruncationConfig(length, how), BOS)
     if expected is None:
         assert kept == ("too long" if how == "drop" and len(whole) > length else "nothing to learn after truncation")
     else:
@@ -63,7 +63,7 @@ def test_long_prompts_never_empty_an_answer():
             for head in ("", "^"):
                 for length in range(2, 20):
                     whole = tokens(head + "p" * n_prompt + "A" * n_answer)
-                    (cut,) = truncate([whole], Limits(length), BOS)
+                    (cut,) = truncate([whole], TruncationConfig(length), BOS)
                     assert sum(cut.mask) == min(n_answer, length - 1)
 
 

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
-    tensors = whole_tensors(trainer.generator.model, trainer.parallel.whole)
+    tensors = whole_tensors(trainer.generator.model, trainer.parallel.full_tensor)
     return {name: tensor.clone() for name, tensor in tensors}
 
 
@@ -32,7 +32,7 @@ def write_state(trainer: Trainer, file: str) -> None:
     state = whole(trainer)
     for parameter, entries in trainer.optimizer.state.items():
         for key, value in entries.items():
-            state[f"moments/{names[id(parameter)]}/{key}"] = trainer.parallel.whole(value).clone()
+            state[f"moments/{names[id(parameter)]}/{key}"] = trainer.parallel.full_tensor(value).clone()
     if trainer.parallel.rank == 0:
         save_file(state, file)
 
@@ -47,7 +47,7 @@ def write_gradients(trainer: Trainer, file: str) -> None:
 
     def noted(parameters, max_norm):
         names = {id(p): name for name, p in trainer.policy.named_parameters()}
-        grads = {names[id(p)]: trainer.parallel.whole(p.grad).clone() for p in parameters}
+        grads = {names[id(p)]: trainer.parallel.full_tensor(p.grad).clone() for p in parameters}
         if trainer.parallel.rank == 0 and trainer.step == 0:
             save_file(grads, file)
         return clip(parameters, max_norm)

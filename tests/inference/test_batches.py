@@ -5,10 +5,10 @@ import torch
 import transformers as tf
 
 from minitrain.cli.main import main
-from minitrain.data.examples import Labelled
+from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
 from minitrain.inference.generate import Generator, Sampling
-from minitrain.inference.score import Asked, load_judge
+from minitrain.inference.score import ScoringRequest, load_judge
 from minitrain.model.positions import batches_by_length
 from minitrain.model.sequence_head import name_outputs
 from minitrain.model.tiny import tiny_tokenizer
@@ -113,7 +113,9 @@ def test_scores_of_long_texts(kind, tmp_path, capsys):
     name_outputs(model, ["a", "b", "c"], tokenizer.pad_token_id, [])
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    asked = [Asked("--text", {}, Labelled("ab" * (n // 2), None, "")) for n in (8, 20, 40, 40, 60)]
+    asked = [
+        ScoringRequest("--text", {}, ClassificationExample("ab" * (n // 2), None, "")) for n in (8, 20, 40, 40, 60)
+    ]
     judge = load_judge(str(tmp_path / "m"), asked, "cpu")
     found = judge.scores(asked)
     for i, one in enumerate(asked):

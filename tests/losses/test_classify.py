@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minitrain import ConfigError, DataError, create_loss, load_config
-from minitrain.batch import Scores
+from minitrain.batch import PolicyOutput
 from minitrain.losses import classify
 from tests.examples import collated, examples
 
@@ -20,8 +20,8 @@ class Outputs:
     def __init__(self, scores: torch.Tensor):
         self.scores = scores.requires_grad_()
 
-    def __call__(self, batch) -> Scores:
-        return Scores(None, batch.target_docs, batch.n_docs, scores=self.scores)
+    def __call__(self, batch) -> PolicyOutput:
+        return PolicyOutput(None, batch.target_docs, batch.n_docs, scores=self.scores)
 
 
 def file(labels: list[str], source: str = "train.jsonl", order: list[str] | None = None) -> SimpleNamespace:

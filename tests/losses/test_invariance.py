@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitrain.batch import IGNORE, Batch
+from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.data.collate import collate
 from minitrain.data.sampler import plan_step
 from minitrain.losses import create_loss, registered
@@ -103,7 +103,7 @@ def padded(batch: Batch, left: int, right: int, garbage: bool) -> Batch:
 
         return torch.cat([block(left), tensor, block(right)], 1)
 
-    ids, labels = widen(batch.input_ids, 0), widen(batch.labels, IGNORE)
+    ids, labels = widen(batch.input_ids, 0), widen(batch.labels, IGNORE_INDEX)
     doc_ids, positions = widen(batch.doc_ids, -1), widen(batch.position_ids, 0)
     positions[:, :left] = torch.arange(left)
     last = batch.position_ids[:, -1:]
@@ -133,7 +133,7 @@ def test_nothing_to_learn_changes_nothing(case):
     if loss.record == "labelled":  # which is learned from without a word of it being one
         return
     masked = collated(made, [[0], [1]])
-    masked = dataclasses.replace(masked, labels=torch.full_like(masked.labels, IGNORE))
+    masked = dataclasses.replace(masked, labels=torch.full_like(masked.labels, IGNORE_INDEX))
     assert loss.weight(masked) == 0
     assert_same(step(loss, [empty, *rest, masked]), want)
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from minitrain import ConfigError, create_loss
-from minitrain.batch import Distillation, Likeliest, Scores
+from minitrain.batch import Distillation, PolicyOutput, TopKLogprobs
 from minitrain.inference.teacher_cache import teach
 from minitrain.losses.kd import DIVERGENCES, forward_kl, jsd
-from minitrain.model.kd_divergence import divergences, likeliest
-from minitrain.model.logprobs import OutputLayer, token_scores
+from minitrain.model.kd_divergence import divergences, top_k_logprobs
+from minitrain.model.logprobs import LMHead, chunked_logprobs
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import metrics, random_llama, weights
@@ -45,7 +45,7 @@ def plain(name: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     return b * kl(teacher, mixture) + (1 - b) * kl(student, mixture)
 
 
-def logits_of(hidden, layer: OutputLayer):
+def logits_of(hidden, layer: LMHead):
     logits = hidden @ layer.weight.T
     logits = (logits if layer.bias is None else logits + layer.bias) * layer.scale
     return logits if layer.softcap is None else layer.softcap * torch.tanh(logits / layer.softcap)
@@ -60,7 +60,7 @@ def case(dtype=torch.float64, rows: int = V, teacher_rows: int = V, bias: bool =
 
     student = [draw(N, H).requires_grad_(), draw(rows, H).requires_grad_(), draw(rows).requires_grad_()]
     student = student if bias else [*student[:2], None]
-    teacher = draw(N, 4), OutputLayer(draw(teacher_rows, 4), draw(teacher_rows), 0.8, 4.0)
+    teacher = draw(N, 4), LMHead(draw(teacher_rows, 4), draw(teacher_rows), 0.8, 4.0)
     return student, teacher, torch.randint(min(rows, teacher_rows), (N,), generator=g)
 
 
@@ -80,11 +80,11 @@ def test_three_tokens_by_hand(divergence):
     """
     student = torch.tensor([[1 / 8, 1 / 8, 3 / 4]] * 2).log().requires_grad_()
     teacher = torch.tensor([[1 / 2, 1 / 4, 1 / 4]] * 2).log()
-    layer, batch = OutputLayer(torch.eye(3)), SimpleNamespace(targets=torch.tensor([0, 2]), n_labels=2)
+    layer, batch = LMHead(torch.eye(3)), SimpleNamespace(targets=torch.tensor([0, 2]), n_targets=2)
 
     def policy(batch, distillation):
         logps, found = divergences(student, batch.targets, layer, distillation)
-        return Scores(logps, torch.zeros(2, dtype=torch.long), 1, divergence=found)
+        return PolicyOutput(logps, torch.zeros(2, dtype=torch.long), 1, divergence=found)
 
     loss = create_loss("kd", divergence=divergence, temperature=1.0, alpha=1.0, beta=0.0)
     output = loss(batch, policy, teacher=SimpleNamespace(states=lambda batch: (teacher, layer)))
@@ -103,7 +103,7 @@ def test_three_tokens_by_hand(divergence):
 def test_divergences_equal_the_plain_formula(name, chunk):
     """Values, and the gradient of the announced loss, of the full tables; any chunk gives the same."""
     student, teacher, targets = case()
-    layer = OutputLayer(*student[1:], 0.5, 3.0)
+    layer = LMHead(*student[1:], 0.5, 3.0)
     asked = Distillation(teacher, FORMULAS[name], 2.5, None, (1.7, 0.4))
     logps, found = divergences(student[0], targets, layer, asked, chunk)
     logits, theirs = logits_of(student[0], layer), logits_of(*teacher)
@@ -121,7 +121,7 @@ def test_float32_is_close_to_float64(name):
     """Value and gradient to 1e-5."""
     student, teacher, targets = case(torch.float32, bias=False)
     exact = [t.detach().double().requires_grad_() for t in student[:2]]
-    _, found = divergences(student[0], targets, OutputLayer(student[1]), Distillation(teacher, FORMULAS[name], 1.0))
+    _, found = divergences(student[0], targets, LMHead(student[1]), Distillation(teacher, FORMULAS[name], 1.0))
     theirs = logits_of(teacher[0].double(), teacher[1]._replace(weight=teacher[1].weight.double()))
     want = plain(name, (exact[0] @ exact[1].T).log_softmax(-1), theirs.log_softmax(-1))
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
@@ -135,7 +135,7 @@ def test_distributions_that_are_far_apart_are_finite(name, top_k):
     """Logits 300 nats apart, the other way round for student and teacher: value and gradient are finite in float32."""
     student = (300 * torch.eye(V)[:N]).requires_grad_()
     teacher = 300 * torch.eye(V)[torch.arange(N) + 2]
-    layer = OutputLayer(torch.eye(V))
+    layer = LMHead(torch.eye(V))
     asked = Distillation((teacher, layer), FORMULAS[name], 1.0, top_k, (1.0, 0.5))
     logps, found = divergences(student, torch.arange(N), layer, asked)
     (found - 0.5 * logps).sum().backward()
@@ -153,7 +153,7 @@ def test_gradcheck(name, top_k):
 
     def run(hidden, weight, bias):
         asked = Distillation(teacher, FORMULAS[name], 1.5, top_k, (0.7, 0.3))
-        return divergences(hidden, targets, OutputLayer(weight, bias, 0.5, 3.0), asked, 4)
+        return divergences(hidden, targets, LMHead(weight, bias, 0.5, 3.0), asked, 4)
 
     assert torch.autograd.gradcheck(run, student, fast_mode=True)
 
@@ -164,7 +164,7 @@ def test_gradcheck(name, top_k):
 def test_weights_that_were_not_announced(used):
     """The backward pass notices another loss, tokens of unlike weights or one part alone, and makes its gradient."""
     student, teacher, targets = case()
-    layer = OutputLayer(*student[1:])
+    layer = LMHead(*student[1:])
     asked = Distillation(teacher, forward_kl, 2.0, None, (0.7, 0.3))
     got = gradients(used(*divergences(student[0], targets, layer, asked, 4)), student)
     logits, theirs = logits_of(student[0], layer), logits_of(*teacher)
@@ -183,7 +183,7 @@ def test_the_gradient_of_the_announced_loss_is_not_made_twice(monkeypatch):
     for factor, n in ((1.0, 1), (torch.rand(N, dtype=torch.float64), 2)):
         student, teacher, targets = case()
         asked = Distillation(teacher, forward_kl, 2.0, None, (0.7, 0.3))
-        logps, found = divergences(student[0], targets, OutputLayer(*student[1:]), asked)
+        logps, found = divergences(student[0], targets, LMHead(*student[1:]), asked)
         passes.clear()
         ((0.7 * found - 0.3 * logps) * factor / 5).sum().backward()
         assert len(passes) == n - 1
@@ -193,7 +193,7 @@ def test_the_gradient_of_the_announced_loss_is_not_made_twice(monkeypatch):
 def test_padded_vocabularies_are_compared_on_the_shared_part(rows, teacher_rows):
     """Rows beyond the smaller matrix take no part: both distributions sum to 1 over those that both have."""
     student, teacher, targets = case(rows=rows, teacher_rows=teacher_rows)
-    layer = OutputLayer(*student[1:])
+    layer = LMHead(*student[1:])
     logps, found = divergences(student[0], targets, layer, Distillation(teacher, forward_kl, 2.0, None, (1.0, 0.5)))
     logits, theirs = logits_of(student[0], layer), logits_of(*teacher)
     want = plain("forward_kl", (logits[:, :13] / 2).log_softmax(-1), (theirs[:, :13] / 2).log_softmax(-1))
@@ -213,8 +213,8 @@ def test_padded_vocabularies_are_compared_on_the_shared_part(rows, teacher_rows)
 def test_the_likeliest_and_the_rest(name, noted):
     """k tokens and all others as one outcome, for teacher and student alike; live, or from what was noted."""
     student, teacher, targets = case(rows=V + 3)
-    layer, k = OutputLayer(*student[1:]), 4
-    source = likeliest(*teacher, 2.0, k, chunk=3) if noted else teacher
+    layer, k = LMHead(*student[1:]), 4
+    source = top_k_logprobs(*teacher, 2.0, k, chunk=3) if noted else teacher
     _, found = divergences(student[0], targets, layer, Distillation(source, FORMULAS[name], 2.0, k), 4)
     logits, theirs = logits_of(student[0], layer)[:, :V] / 2, logits_of(*teacher) / 2
     ids = theirs.topk(k).indices
@@ -234,8 +234,8 @@ def test_the_likeliest_and_the_rest(name, noted):
 def test_all_tokens_as_the_likeliest_are_exact(name):
     """k = V is the divergence itself, live and noted, and there is no NaN of an empty rest."""
     student, teacher, targets = case()
-    layer = OutputLayer(*student[1:])
-    sources = [(teacher, None), (teacher, V), (likeliest(*teacher, 2.0, V), V)]
+    layer = LMHead(*student[1:])
+    sources = [(teacher, None), (teacher, V), (top_k_logprobs(*teacher, 2.0, V), V)]
     found = [divergences(student[0], targets, layer, Distillation(s, FORMULAS[name], 2.0, k))[1] for s, k in sources]
     grads = [gradients(each.sum(), student) for each in found]
     for other in (1, 2):
@@ -249,10 +249,10 @@ def test_a_certain_teacher_gives_finite_numbers():
     student, _, targets = case()
     logits = torch.zeros(N, V, dtype=torch.float64)
     logits[:, 0] = 200.0
-    noted = likeliest(logits.float(), OutputLayer(torch.eye(V)), 1.0, 2)
+    noted = top_k_logprobs(logits.float(), LMHead(torch.eye(V)), 1.0, 2)
     assert noted.logps[0].tolist() == pytest.approx([0.0, -200.0, -200.0 + math.log(V - 2)], rel=1e-6)
     for name, formula in FORMULAS.items():
-        _, found = divergences(student[0], targets, OutputLayer(student[1]), Distillation(noted, formula, 1.0, 2))
+        _, found = divergences(student[0], targets, LMHead(student[1]), Distillation(noted, formula, 1.0, 2))
         assert all(torch.isfinite(g).all() for g in gradients(found.sum(), student[:2])), name
 
 
@@ -263,13 +263,13 @@ def test_a_certain_teacher_gives_finite_numbers():
 def test_no_table_of_tokens_by_vocabulary_is_ever_made(top_k):
     """Forward, backward and the pass that recomputes hold no tensor larger than a chunk of it."""
     hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
-    teacher = torch.randn(512, 4), OutputLayer(torch.randn(1000, 4))
+    teacher = torch.randn(512, 4), LMHead(torch.randn(1000, 4))
     for factor in (1.0, torch.rand(512)):
         with Largest() as seen:
             asked = Distillation(teacher, forward_kl, 2.0, top_k)
-            _, found = divergences(hidden, torch.zeros(512).long(), OutputLayer(weight), asked, chunk=32)
+            _, found = divergences(hidden, torch.zeros(512).long(), LMHead(weight), asked, chunk=32)
             (found * factor).sum().backward()
-            likeliest(*teacher, 2.0, 3, chunk=32)
+            top_k_logprobs(*teacher, 2.0, 3, chunk=32)
         assert seen.numel == 32 * 1000
 
 
@@ -277,12 +277,12 @@ def test_no_supervised_token_gives_an_attached_zero():
     """A fully masked micro-batch: the loss is 0 and the gradients are zeros; the teacher may be noted or not."""
     _, teacher, _ = case()
     weight, hidden = torch.randn(V, H, requires_grad=True), torch.zeros(0, H, requires_grad=True)
-    for source in ((teacher[0][:0], teacher[1]), Likeliest(torch.zeros(0), torch.zeros(0), V)):
+    for source in ((teacher[0][:0], teacher[1]), TopKLogprobs(torch.zeros(0), torch.zeros(0), V)):
         asked = Distillation(source, forward_kl, 2.0)
-        logps, found = divergences(hidden, torch.zeros(0).long(), OutputLayer(weight), asked)
+        logps, found = divergences(hidden, torch.zeros(0).long(), LMHead(weight), asked)
         (found.sum() - logps.sum()).backward()
         assert found.sum() == 0 and not weight.grad.any()
-    assert likeliest(teacher[0][:0], teacher[1], 1.0, 3).logps.shape == (0, 4)
+    assert top_k_logprobs(teacher[0][:0], teacher[1], 1.0, 3).logps.shape == (0, 4)
 
 
 def test_the_log_softmax_is_done_in_float32_inside_autocast():
@@ -291,9 +291,9 @@ def test_the_log_softmax_is_done_in_float32_inside_autocast():
     hidden, theirs = (torch.randn(16, 64, generator=g).bfloat16().float() for _ in range(2))
     weight, matrix = ((torch.randn(50_000, 64, generator=g) * 0.2).bfloat16().float() for _ in range(2))
     hidden.requires_grad_()
-    asked = Distillation((theirs, OutputLayer(matrix)), forward_kl, 1.0)
+    asked = Distillation((theirs, LMHead(matrix)), forward_kl, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        _, found = divergences(hidden, torch.zeros(16).long(), OutputLayer(weight), asked)
+        _, found = divergences(hidden, torch.zeros(16).long(), LMHead(weight), asked)
     assert found.dtype == torch.float32
     student, teacher = ((h.double() @ w.double().T).log_softmax(-1) for h, w in ((hidden, weight), (theirs, matrix)))
     want = plain("forward_kl", student, teacher)
@@ -305,11 +305,11 @@ def test_autocast_does_not_round_the_heads_gradients(weigh, monkeypatch):
     """Where bfloat16 would be emulated, all products of the head are float32, in the single pass too."""
     monkeypatch.setattr("minitrain.model.logprobs.cpu_has_bfloat16", lambda: False)
     student, teacher, targets = case(torch.float32)
-    layer = OutputLayer(*student[1:])
+    layer = LMHead(*student[1:])
     found = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logps = token_scores(student[0], targets, layer, weigh).logps
+            logps = chunked_logprobs(student[0], targets, layer, weigh).logps
             divergence = divergences(student[0], targets, layer, Distillation(teacher, forward_kl, 2.0))[1]
         found.append([gradients(part.sum(), student) for part in (logps, divergence)])
     for ours, exact in zip(*found):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from minitrain import ConfigError, create_loss, load_config
-from minitrain.batch import Scores
-from minitrain.model.logprobs import OutputLayer, token_scores
+from minitrain.batch import PolicyOutput
+from minitrain.model.logprobs import LMHead, chunked_logprobs
 
 pytestmark = pytest.mark.numeric
 
@@ -21,15 +21,15 @@ class TablePolicy:
     def __init__(self, logits: torch.Tensor):
         self.logits = logits.requires_grad_()
 
-    def __call__(self, batch, token_weights=None, entropy=False, mean_logps=False) -> Scores:
-        layer = OutputLayer(torch.eye(self.logits.shape[1]))
-        scores = token_scores(self.logits, batch.targets, layer, token_weights, entropy, mean_logps)
-        return Scores(scores.logps, torch.zeros_like(batch.targets), 1, scores.entropy, scores.mean_logps)
+    def __call__(self, batch, token_weights=None, entropy=False, mean_logps=False) -> PolicyOutput:
+        layer = LMHead(torch.eye(self.logits.shape[1]))
+        scores = chunked_logprobs(self.logits, batch.targets, layer, token_weights, entropy, mean_logps)
+        return PolicyOutput(scores.logps, torch.zeros_like(batch.targets), 1, scores.entropy, scores.mean_logps)
 
 
 class Targets:
     def __init__(self, targets: torch.Tensor):
-        self.targets, self.n_labels = targets, targets.numel()
+        self.targets, self.n_targets = targets, targets.numel()
 
 
 def run(loss, logits, targets):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitrain import ConfigError, create_loss
-from minitrain.batch import Scores
+from minitrain.batch import PolicyOutput
 from minitrain.data.collate import collate
 from minitrain.losses.dpo import VARIANTS
 from tests.conftest import metrics, weights
@@ -61,8 +61,8 @@ class Table:
     def __init__(self, logps: torch.Tensor):
         self.logps = logps
 
-    def __call__(self, batch, **asked) -> Scores:
-        return Scores(self.logps, batch.target_docs, batch.n_docs)
+    def __call__(self, batch, **asked) -> PolicyOutput:
+        return PolicyOutput(self.logps, batch.target_docs, batch.n_docs)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def pairs():
     """(batch of pairs, log-probabilities of the policy, of the reference)"""
     batch = collated(examples("preference"), [[i] for i in range(N)])
     generator = torch.Generator().manual_seed(3)
-    draw = [-torch.rand(batch.n_labels, generator=generator, dtype=torch.float64) for _ in range(2)]
+    draw = [-torch.rand(batch.n_targets, generator=generator, dtype=torch.float64) for _ in range(2)]
     return batch, draw[0].requires_grad_(), draw[1]
 
 
@@ -178,7 +178,7 @@ def test_orpo_is_stable_at_both_ends():
     """Probabilities of an answer near 0 and near 1 give finite values and gradients."""
     batch = collated(examples("preference"), [[0]])
     for level in (-1e-12, -1e-3, -50.0):
-        logps = torch.full((batch.n_labels,), level, requires_grad=True)
+        logps = torch.full((batch.n_targets,), level, requires_grad=True)
         output = create_loss("dpo", variant="orpo")(batch, Table(logps))
         output.sum.backward()
         assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
@@ -208,7 +208,7 @@ def test_kto_equals_its_formula():
     made = examples("feedback")
     batch = collated(made, [[i] for i in range(N)])
     generator = torch.Generator().manual_seed(3)
-    logps, ref = (-torch.rand(batch.n_labels, generator=generator, dtype=torch.float64) for _ in range(2))
+    logps, ref = (-torch.rand(batch.n_targets, generator=generator, dtype=torch.float64) for _ in range(2))
     for shift, sign in ((0.1, 1), (-0.5, 0)):  # z above 0, and held at 0
         policy = Table((logps + shift).requires_grad_())
         loss = create_loss("kto", beta=BETA, undesirable_weight=0.5)
@@ -234,8 +234,8 @@ class Scored:
     def __init__(self, scores: torch.Tensor):
         self.scores = scores
 
-    def __call__(self, batch, **asked) -> Scores:
-        return Scores(None, batch.target_docs, batch.n_docs, scores=self.scores[:, None])
+    def __call__(self, batch, **asked) -> PolicyOutput:
+        return PolicyOutput(None, batch.target_docs, batch.n_docs, scores=self.scores[:, None])
 
 
 @pytest.mark.parametrize("options", [{}, {"margin": 0.5}, {"loss_type": "hinge"}, {"center_rewards_coefficient": 0.01}])
@@ -346,7 +346,7 @@ def test_precomputed_log_probabilities_are_kept(dpo, monkeypatch, tmp_path):
     for loader in (first.train_loader, first.eval_loader):
         for batch in loader.eval_batches():
             with torch.no_grad():
-                torch.testing.assert_close(batch.of_targets("ref_logps"), first.policy(batch).logps)
+                torch.testing.assert_close(batch.target_feature("ref_logps"), first.policy(batch).logps)
     monkeypatch.setattr("minitrain.training.aux_models.save_file", lambda *args: pytest.fail("computed again"))
     again = dpo(*settings, "exp_name=again").train_loader.examples.caches[0]
     assert torch.equal(again.columns["ref_logps"], noted)

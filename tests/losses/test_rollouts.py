@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from minitrain import ConfigError, DataError, create_loss
-from minitrain.batch import Scores
+from minitrain.batch import PolicyOutput
 from minitrain.data.collate import Document, collate
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.losses import LossOutput
 from minitrain.losses.value import value_metrics, with_explained_variance
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.training.metrics import Totals
+from minitrain.training.metrics import MetricAccumulator
 from tests.conftest import metrics, weights
 from tests.examples import LENGTHS, N, collated, prepared
 
@@ -27,9 +27,9 @@ class Table:
     def __init__(self, logps, entropy=None, values=None):
         self.given = logps, entropy, values
 
-    def __call__(self, batch, **asked) -> Scores:
+    def __call__(self, batch, **asked) -> PolicyOutput:
         logps, entropy, values = self.given
-        return Scores(logps, batch.target_docs, batch.n_docs, entropy, values=values)
+        return PolicyOutput(logps, batch.target_docs, batch.n_docs, entropy, values=values)
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def drawn():
         batch = collated(prepared(loss), [[i] for i in range(N)])
         batch.columns = {name: column.double() for name, column in batch.columns.items()}
         generator = torch.Generator().manual_seed(3)
-        noise = torch.randn(3, batch.n_labels, generator=generator, dtype=torch.float64)
-        logps = batch.of_targets("old_logps") + 0.4 * noise[0]
+        noise = torch.randn(3, batch.n_targets, generator=generator, dtype=torch.float64)
+        logps = batch.target_feature("old_logps") + 0.4 * noise[0]
         return batch, [x.requires_grad_() for x in (logps, noise[1].abs(), noise[2])]
 
     return draw
 
 
-def of_docs(batch, *columns):
+def doc_feature(batch, *columns):
     """What belongs to each rollout: its tokens of each of the columns [N]."""
     for doc in range(batch.n_docs):
         yield [column[batch.target_docs == doc] for column in columns]
@@ -56,10 +56,10 @@ def of_docs(batch, *columns):
 def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
     """The loss of a whole step, rollout by rollout and token by token -> []."""
     names = ("old_logps", "ref_logps", "advantages", "values")
-    columns = [batch.of_targets(name) for name in names]
-    columns.append(batch.of_targets("returns") if o.get("vf_coef") else columns[3])
+    columns = [batch.target_feature(name) for name in names]
+    columns.append(batch.target_feature("returns") if o.get("vf_coef") else columns[3])
     total, means, n_tokens = 0.0, 0.0, 0
-    for lp, h, v, old, ref, a, v_old, r in of_docs(batch, logps, entropy, values, *columns):
+    for lp, h, v, old, ref, a, v_old, r in doc_feature(batch, logps, entropy, values, *columns):
         terms = 0.0
         for t in range(len(lp)):
             ratios = {"sequence": (lp - old).mean(), "product": (lp - old).sum()}
@@ -128,12 +128,12 @@ def test_the_value_loss_equals_its_formula(drawn):
     """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2), value and slope; without V_old 0.5 (V - R)^2."""
     loss = create_loss("value", eps_value=0.3)
     batch, (_, _, values) = drawn(loss)
-    old, returns = batch.of_targets("values"), batch.of_targets("returns")
+    old, returns = batch.target_feature("values"), batch.target_feature("returns")
     want = 0.0
     for v, o, r in zip(values.tolist(), old.tolist(), returns.tolist()):
         want += 0.5 * max((v - r) ** 2, (min(max(v, o - 0.3), o + 0.3) - r) ** 2)
     output = loss(batch, Table(None, None, values))
-    assert output.sum.item() == pytest.approx(want) and output.weight == batch.n_labels
+    assert output.sum.item() == pytest.approx(want) and output.weight == batch.n_targets
     assert torch.autograd.gradcheck(lambda x: loss(batch, Table(None, None, x)).sum, (values,), eps=1e-6)
     loss.columns = frozenset({"returns"})
     free = loss(batch, Table(None, None, values))
@@ -150,10 +150,10 @@ def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, r
     clip = {"eps_high": 5.0} if normaliser == "cispo" else EPS
     loss = create_loss("policy", normaliser=normaliser, ratio=ratio, advantages="given", **clip)
     batch, (logps, entropy, _) = drawn(loss)
-    doc = int(batch.learned_docs.numel() - 1)
+    doc = int(batch.docs_with_targets.numel() - 1)
     mine = batch.target_docs == doc  # all tokens of one rollout, so that the mean of its log-ratios is as far off
     far = mine if ratio == "sequence" else mine & (torch.arange(len(mine)) == int(mine.nonzero()[0]))
-    places = batch.target_places
+    places = batch.target_positions
     batch.columns["old_logps"].flatten()[places[far]] = -120.0
     logps = torch.where(far, -3.0, logps.detach()).requires_grad_()
     batch.columns["advantages"].flatten()[places[mine]] = sign
@@ -171,7 +171,7 @@ def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, r
     metrics = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
     assert all(map(math.isfinite, metrics.values()))
     n_bounded = (far if ratio == "token" else mine).sum().item()
-    assert metrics["bounded_fraction"] == pytest.approx(n_bounded / batch.n_labels)
+    assert metrics["bounded_fraction"] == pytest.approx(n_bounded / batch.n_targets)
 
 
 @pytest.mark.parametrize("times_ratio", [False, True])
@@ -183,9 +183,9 @@ def test_a_reference_100_nats_away_is_bounded(drawn, times_ratio):
     options = EPS | {"kl_coef": 0.2, "kl_times_ratio": times_ratio}
     want = torch.autograd.grad(plain(batch, logps, entropy, torch.zeros_like(logps), options), logps)[0]
     small = [x.detach().float() for x in (logps, entropy)]
-    small[0][4] = batch.of_targets("ref_logps")[4] - 100
+    small[0][4] = batch.target_feature("ref_logps")[4] - 100
     if times_ratio:  # whose own ratio is 1, so that only the KL is bounded
-        batch.columns["old_logps"].flatten()[batch.target_places[4]] = small[0][4].item()
+        batch.columns["old_logps"].flatten()[batch.target_positions[4]] = small[0][4].item()
     batch.columns = {name: column.float() for name, column in batch.columns.items()}
     output = loss(batch, Table(small[0].requires_grad_(), small[1]))
     (output.sum / output.weight).backward()
@@ -236,7 +236,7 @@ def test_the_explained_variance_of_large_returns(mean):
     values = returns + 0.5 * noise[1]
     r, v = returns.double().numpy(), values.double().numpy()
     for old in (None, values):
-        totals = Totals(torch.device("cpu"))
+        totals = MetricAccumulator(torch.device("cpu"))
         for part in torch.arange(2000).split([1, 1200, 799]):
             metrics = value_metrics(values[part], returns[part], None if old is None else old[part], 0.2)
             totals.add(LossOutput(torch.zeros(()), torch.ones(()), metrics))
@@ -252,7 +252,7 @@ def test_without_old_log_probabilities_the_ratio_is_1(drawn):
     loss.columns = frozenset({"advantages"})
     output = loss(batch, Table(*inputs))
     (gradient,) = torch.autograd.grad(output.sum, inputs[:1])
-    torch.testing.assert_close(gradient, -batch.of_targets("advantages"))
+    torch.testing.assert_close(gradient, -batch.target_feature("advantages"))
     found = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
     assert found["ratio"] == 1 and found["approx_kl"] == found["clip_fraction/high"] == found["clip_fraction/low"] == 0
 
@@ -263,7 +263,7 @@ def test_metrics_of_the_policy(drawn):
     batch, (logps, entropy, values) = drawn(loss)
     found = {n: total.item() / w.item() for n, (total, w) in loss(batch, Table(logps, entropy, values)).metrics.items()}
     found = loss.summary(found)
-    old, ref, a, r = (batch.of_targets(n) for n in ("old_logps", "ref_logps", "advantages", "returns"))
+    old, ref, a, r = (batch.target_feature(n) for n in ("old_logps", "ref_logps", "advantages", "returns"))
     with torch.no_grad():
         rho, d = (logps - old).exp(), logps - ref
         want = {
@@ -276,11 +276,11 @@ def test_metrics_of_the_policy(drawn):
             "kl": d.mean(),
             "logps/positive": logps[a > 0].mean(),
             "logps/negative": logps[a < 0].mean(),
-            "reward": batch.of_docs("reward").mean(),
+            "reward": batch.doc_feature("reward").mean(),
             "value": values.mean(),
             "return": r.mean(),
             "explained_variance": 1 - (r - values).var(unbiased=False) / r.var(unbiased=False),
-            "value_clip_fraction": ((values - batch.of_targets("values")).abs() > 0.2).double().mean(),
+            "value_clip_fraction": ((values - batch.target_feature("values")).abs() > 0.2).double().mean(),
         }
     assert want["clip_fraction/high"] > 0.02 and want["clip_fraction/low"] > 0.02
     assert {n: found.get(n) for n in want} == pytest.approx({n: x.item() for n, x in want.items()}, rel=1e-5, abs=1e-6)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minitrain.config.schema import ModelConfig
 from minitrain.model import fingerprint as module
-from minitrain.model.fingerprint import identity
+from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import random_llama
@@ -37,26 +37,29 @@ def test_every_tensor_is_seen(deep, monkeypatch, is_sampled):
     if is_sampled:
         monkeypatch.setattr(module, "WHOLE", 0)
     config = ModelConfig(name_or_path=str(deep))
-    seen, before = {tuple(identity(config))}, (deep / "model.safetensors").read_bytes()
+    seen, before = {tuple(model_fingerprint(config))}, (deep / "model.safetensors").read_bytes()
     names = list(load_file(deep / "model.safetensors"))
     for name in names:
         edit(deep, name)
-        seen.add(tuple(identity(config)))
+        seen.add(tuple(model_fingerprint(config)))
         (deep / "model.safetensors").write_bytes(before)
     assert len(seen) == len(names) + 1
     other = shutil.copytree(deep, deep.parent / "other")
-    assert identity(ModelConfig(name_or_path=str(other))) == identity(config)
+    assert model_fingerprint(ModelConfig(name_or_path=str(other))) == model_fingerprint(config)
 
 
 def test_other_files_are_seen(deep):
     """config.json, an archive and an adapter change it too."""
     config = ModelConfig(name_or_path=str(deep))
-    seen = [identity(config), identity(ModelConfig(name_or_path=str(deep), archive=str(deep / "model.safetensors")))]
+    seen = [
+        model_fingerprint(config),
+        model_fingerprint(ModelConfig(name_or_path=str(deep), archive=str(deep / "model.safetensors"))),
+    ]
     text = (deep / "config.json").read_text()
     (deep / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    seen.append(identity(config))
+    seen.append(model_fingerprint(config))
     assert len({tuple(one) for one in seen}) == 3
-    assert identity(ModelConfig(name_or_path="tiny")) == []
+    assert model_fingerprint(ModelConfig(name_or_path="tiny")) == []
 
 
 def test_a_hub_model_is_seen(deep, tmp_path, monkeypatch):
@@ -67,8 +70,8 @@ def test_a_hub_model_is_seen(deep, tmp_path, monkeypatch):
     edit(repository / "snapshots" / ("b" * 40), "model.layers.15.mlp.up_proj.weight")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = [identity(ModelConfig(name_or_path="me/deep", revision=revision * 40)) for revision in "ab"]
-    assert found[0] == identity(ModelConfig(name_or_path=str(deep))) and found[1] != found[0]
+    found = [model_fingerprint(ModelConfig(name_or_path="me/deep", revision=revision * 40)) for revision in "ab"]
+    assert found[0] == model_fingerprint(ModelConfig(name_or_path=str(deep))) and found[1] != found[0]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitrain.model import logprobs
-from minitrain.model.logprobs import OutputLayer, token_scores
+from minitrain.model.logprobs import LMHead, chunked_logprobs
 from tests.tensors import Largest
 
 pytestmark = pytest.mark.numeric
@@ -40,7 +40,7 @@ def test_scores_and_gradients_equal_the_plain_path(scale, softcap, bias, chunk):
     hidden, weight, offset, targets = inputs(bias)
     exact = double((hidden, weight, offset))
     mix = torch.randn(3, N, generator=torch.Generator().manual_seed(1))
-    got = token_scores(hidden, targets, OutputLayer(weight, offset, scale, softcap), None, True, True, chunk)
+    got = chunked_logprobs(hidden, targets, LMHead(weight, offset, scale, softcap), None, True, True, chunk)
     want = plain(*exact, targets, scale, softcap)
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
@@ -56,7 +56,7 @@ def test_gradients_of_the_single_pass_equal_the_plain_path(weigh):
     """With `token_weights` the gradient is made in the forward pass; it is that of -c * sum w log p."""
     hidden, weight, bias, targets = inputs(True)
     exact = double((hidden, weight, bias))
-    logps = token_scores(hidden, targets, OutputLayer(weight, bias, 0.5, 3.0), weigh, chunk=4).logps
+    logps = chunked_logprobs(hidden, targets, LMHead(weight, bias, 0.5, 3.0), weigh, chunk=4).logps
     (-3 * (weigh(logps.detach()) * logps).sum()).backward()
     want = plain(*exact, targets, 0.5, 3.0)[0]
     (-3 * (weigh(want.detach()) * want).sum()).backward()
@@ -68,7 +68,7 @@ def test_wrong_token_weights_still_give_the_right_gradient():
     """When the loss is not the announced one, the backward pass notices and recomputes."""
     hidden, weight, _, targets = inputs(False)
     exact = double((hidden, weight))
-    logps = token_scores(hidden, targets, OutputLayer(weight), torch.ones_like, chunk=4).logps
+    logps = chunked_logprobs(hidden, targets, LMHead(weight), torch.ones_like, chunk=4).logps
     (logps**2).sum().backward()
     (plain(*exact, None, targets, 1.0, None)[0] ** 2).sum().backward()
     torch.testing.assert_close(hidden.grad.double(), exact[0].grad, rtol=1e-4, atol=1e-4)
@@ -80,7 +80,7 @@ def test_a_temperature_divides_the_logits_after_the_softcap(scale, softcap):
     """Scores and gradients are those of the full table of logits / 0.6 (trl#3029)."""
     hidden, weight, bias, targets = inputs(True)
     exact = double((hidden, weight, bias))
-    got = token_scores(hidden, targets, OutputLayer(weight, bias, scale, softcap).at(0.6), None, True, True, 4)
+    got = chunked_logprobs(hidden, targets, LMHead(weight, bias, scale, softcap).at(0.6), None, True, True, 4)
     logits = (exact[0] @ exact[1].T + exact[2]) * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logps = (logits / 0.6).log_softmax(-1)
@@ -98,7 +98,7 @@ def test_a_frozen_matrix_gets_no_gradient():
     for weigh in (None, torch.ones_like):
         hidden, weight, _, targets = inputs(False)
         weight.requires_grad_(False)
-        token_scores(hidden, targets, OutputLayer(weight), weigh).logps.sum().backward()
+        chunked_logprobs(hidden, targets, LMHead(weight), weigh).logps.sum().backward()
         assert hidden.grad is not None and weight.grad is None
 
 
@@ -107,7 +107,7 @@ def test_no_supervised_token_gives_an_attached_zero(weigh):
     """A fully masked micro-batch: the loss is 0 and the gradients are zeros, not None and not NaN."""
     _, weight, _, _ = inputs(False)
     hidden = torch.zeros(0, H, requires_grad=True)
-    loss = token_scores(hidden, torch.zeros(0, dtype=torch.long), OutputLayer(weight), weigh).logps.sum()
+    loss = chunked_logprobs(hidden, torch.zeros(0, dtype=torch.long), LMHead(weight), weigh).logps.sum()
     loss.backward()
     assert loss == 0 and not weight.grad.any()
 
@@ -131,7 +131,7 @@ def test_log_softmax_is_done_in_float32(monkeypatch, dtype, hardware, autocast):
     for weigh in (None, torch.ones_like):
         leaves = [t.to(torch.float32 if autocast else dtype, copy=True).requires_grad_() for t in (hidden, weight)]
         with torch.autocast("cpu", dtype, enabled=autocast):
-            logps = token_scores(leaves[0], targets, OutputLayer(leaves[1]), weigh).logps
+            logps = chunked_logprobs(leaves[0], targets, LMHead(leaves[1]), weigh).logps
         logps.sum().backward()
         assert (logps.detach() - want.detach()).abs().max() < 1e-3
         for leaf, true in zip(leaves, exact):
@@ -158,7 +158,7 @@ def test_float16_gradients_of_unlikely_tokens_are_not_rounded_to_nothing(monkeyp
     targets = (table.detach() - likely).abs().argmin(1)  # of about this log-probability
     want = table.gather(1, targets[:, None])[:, 0]
     (-scale * (want.detach().exp() * want).sum()).backward()
-    logps = token_scores(hidden, targets, OutputLayer(weight), torch.exp).logps
+    logps = chunked_logprobs(hidden, targets, LMHead(weight), torch.exp).logps
     (-scale * (logps.detach().exp() * logps).sum()).backward()
     for leaf, true in zip((hidden, weight), exact):
         assert (leaf.grad.double() - true.grad).norm() < 1e-2 * true.grad.norm()
@@ -170,5 +170,5 @@ def test_no_table_of_tokens_by_vocabulary_is_ever_made():
     weight = torch.randn(1000, 8, requires_grad=True)
     for weigh in (None, torch.ones_like):
         with Largest() as seen:
-            token_scores(hidden, torch.zeros(512).long(), OutputLayer(weight), weigh, chunk=32).logps.sum().backward()
+            chunked_logprobs(hidden, torch.zeros(512).long(), LMHead(weight), weigh, chunk=32).logps.sum().backward()
         assert seen.numel == 32 * 1000

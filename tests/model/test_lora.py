@@ -12,12 +12,12 @@ from minitrain.config.schema import Config, LoRAConfig, ModelConfig
 from minitrain.data.collate import Document, collate
 from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
-from minitrain.model.logprobs import token_scores
+from minitrain.model.logprobs import chunked_logprobs
 from minitrain.model.lora import _LoRALinear, fold
 from minitrain.model.policy import Policy
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.training.aux_models import InitialValues
+from minitrain.training.aux_models import InitialPolicySnapshot
 from tests.model.test_policy import MODELS
 from tests.tensors import close, shaken
 
@@ -319,10 +319,10 @@ def test_the_gradient_of_an_adapted_output_layer_is_that_of_its_own_forward(fold
         model = shaken(adapted(folders["llama"], target_modules=["lm_head"], **FEATURES[feature])).train()
         batch = collate([[Document(row.int(), (torch.arange(16) > 0).to(torch.uint8))] for row in IDS], 0)
         policy = Policy(model).train()
-        hidden = policy.hidden_states(batch).flatten(0, 1).index_select(0, batch.predictors)
+        hidden = policy.hidden_states(batch).flatten(0, 1).index_select(0, batch.predict_positions)
         torch.manual_seed(5)
         states, layer = policy.output(hidden)
-        (-token_scores(states, batch.targets, layer).logps.sum()).backward()
+        (-chunked_logprobs(states, batch.targets, layer).logps.sum()).backward()
         found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         torch.manual_seed(5)
@@ -553,7 +553,7 @@ def test_the_reference_is_the_policy_as_it_was_loaded(make_trainer, loaded):
     began = trainer.policy.eval()(batch).logps.detach()
     plain = make_trainer("exp_name=plain").policy.eval()(batch).logps
     assert torch.allclose(began, plain, atol=1e-4) != loaded
-    reference = InitialValues(trainer.policy, trainer.parallel)
+    reference = InitialPolicySnapshot(trainer.policy, trainer.parallel)
     trainer.train()
     trainer.policy.eval()
     ended = trainer.policy(batch).logps

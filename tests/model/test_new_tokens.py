@@ -13,7 +13,7 @@ from minitrain.data.template import Template
 from minitrain.inference.generate import find_model, model_config
 from minitrain.losses.kd import forward_kl
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
-from minitrain.model.logprobs import OutputLayer
+from minitrain.model.logprobs import LMHead
 from minitrain.model.policy import check_policy
 from minitrain.model.save import save_model
 from tests.conftest import byte_tokenizer
@@ -122,7 +122,7 @@ def test_the_gradient_of_the_rows_is_that_of_the_whole_weight(bases, byte_folder
     model = policy.eval().model
     batch = both_rows()
     if told == "distillation":
-        teacher = torch.randn(34, 8), OutputLayer(torch.randn(N + 2, 8))
+        teacher = torch.randn(34, 8), LMHead(torch.randn(N + 2, 8))
         scores = policy(batch, distillation=Distillation(teacher, forward_kl, 1.0, None, (1.0, 0.5)))
         (scores.divergence.sum() + 0.5 * -scores.logps.sum()).backward()
     else:

@@ -19,7 +19,7 @@ from minitrain.model.load import freeze_layers, load_model, load_policy, load_to
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.model.vocabulary import grow_embeddings
+from minitrain.model.vocabulary import resize_embeddings
 from tests.conftest import SHARED, random_llama
 
 pytestmark = pytest.mark.numeric
@@ -128,9 +128,9 @@ def test_growing_embeddings_never_shrinks_them():
     """160 rows and 130 tokens: untouched; 170 tokens: new rows are near the mean and distinct (unsloth-zoo#923)."""
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE | {"vocab_size": 160}))
     before = model.get_input_embeddings().weight.detach().clone()
-    grow_embeddings(model, _Tokens(130))
+    resize_embeddings(model, _Tokens(130))
     assert torch.equal(model.get_input_embeddings().weight, before)
-    grow_embeddings(model, _Tokens(170))
+    resize_embeddings(model, _Tokens(170))
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert layer.weight.shape[0] == 170
         known, new = layer.weight[:160], layer.weight[160:]

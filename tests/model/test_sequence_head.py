@@ -11,8 +11,8 @@ from minitrain import ConfigError
 from minitrain.batch import Batch
 from minitrain.config.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
 from minitrain.data.collate import Document, collate
-from minitrain.data.encode import Limits, encode
-from minitrain.data.examples import Labelled
+from minitrain.data.encode import TruncationConfig, encode
+from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
 from minitrain.model.adapter_config import outputs_of
 from minitrain.model.adapter_files import adapt_model, load_adapter
@@ -45,8 +45,8 @@ def documents(tokenizer, texts=TEXTS) -> list[Document]:
     """As the token cache has them."""
     template, made = Template(tokenizer, "none"), []
     for text, pair in texts:
-        record = Labelled(text, pair, "yes")
-        (tokens,) = encode(record, template, Limits(96))
+        record = ClassificationExample(text, pair, "yes")
+        (tokens,) = encode(record, template, TruncationConfig(96))
         columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
         made.append(Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns))
     return made
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_model_alone(folders, kind):
 def test_packed_scores(folders, kind):
     """Several documents in a row: each as if it were alone."""
     policy, tokenizer = loaded(folders[kind], packing=True)
-    assert policy.keeps_documents_apart
+    assert policy.supports_document_masking
     close(policy(collate([documents(tokenizer)], tokenizer.pad_token_id)).scores, one_by_one(policy.model, tokenizer))
 
 

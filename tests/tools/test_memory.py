@@ -15,7 +15,7 @@ from minitrain.model import attention
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.dry_run import dry_run
-from minitrain.tools.preflight.memory import Ledger, Step, _largest, estimate, take
+from minitrain.tools.preflight.memory import MemoryTracker, Step, _largest, estimate, take
 from tests.conftest import random_llama
 from tests.rows import ROWS
 from tests.scorers import random_base
@@ -54,9 +54,9 @@ def held(tensors) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def taken(config) -> Ledger:
+def taken(config) -> MemoryTracker:
     """The same step with the real model of a trainer."""
-    trainer, ledger = Trainer(config), Ledger()
+    trainer, ledger = Trainer(config), MemoryTracker()
     attention._groups.cache_clear()  # what another step has left there would be nobody's
     batches = [_largest(trainer.train_loader, False)] * min(2, config.gradient_accumulation_steps)
     held_out = _largest(trainer.eval_loader, True)
@@ -205,7 +205,7 @@ def test_gathered_weights_are_given_back(config, tmp_path):
 def test_the_ledger_by_hand():
     """relu(x W) V with x [5, 7], W [7, 11], V [11, 3] in float32: what is held, and when it is held most."""
     x, w, v = torch.zeros(5, 7), torch.zeros(7, 11, requires_grad=True), torch.zeros(11, 3, requires_grad=True)
-    ledger = Ledger()
+    ledger = MemoryTracker()
     ledger.hold(w, "weights")
     ledger.hold(w[1:], "weights")  # a view is no second one
     with ledger:
@@ -222,7 +222,7 @@ def test_the_ledger_by_hand():
 
 def test_what_autograd_keeps_is_counted(config):
     """After a forward pass the ledger holds all that PyTorch's own hooks say is saved, weights apart."""
-    trainer, ledger = Trainer(config("packing=true", "loss.focal_gamma=1")), Ledger()
+    trainer, ledger = Trainer(config("packing=true", "loss.focal_gamma=1")), MemoryTracker()
     batch, saved = _largest(trainer.train_loader, False), {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

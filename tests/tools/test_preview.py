@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from minitrain import Trainer, load_config
-from minitrain.batch import IGNORE
+from minitrain.batch import IGNORE_INDEX
 from minitrain.cli.main import main
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import SHARED
@@ -81,7 +81,7 @@ def bracketed(batch, d: int, tokenizer) -> str:
     text, learned = b"", False
     symbols = {symbol: byte for byte, symbol in _bytes().items()}
     for token, label in zip(batch.input_ids[row, start:stop].tolist(), batch.labels[row, start:stop].tolist()):
-        if (label != IGNORE) != learned:
+        if (label != IGNORE_INDEX) != learned:
             text += "⟧".encode() if learned else "⟦".encode()
             learned = not learned
         symbol = tokenizer.convert_ids_to_tokens(token)
@@ -112,12 +112,12 @@ def test_what_is_shown_is_what_the_trainer_gets(write, capsys, case):
         padding = size - batch.n_tokens
         titles.append(
             f"step 1, micro-batch {number} of {len(batches)}: {len(batch.input_ids)} rows of "
-            f"{batch.input_ids.shape[1]} tokens; {batch.n_labels} learned, {padding} padding "
+            f"{batch.input_ids.shape[1]} tokens; {batch.n_targets} learned, {padding} padding "
             f"({100 * padding / size:.1f} %)"
         )
         for d in range(batch.n_docs):
             row, start, stop = batch.spans[d].tolist()
-            learned = int((batch.labels[row, start:stop] != IGNORE).sum())
+            learned = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
             place = f"tokens {start} to {stop - 1}; {stop - start} tokens, {learned} learned"
             if batch.prefixes is not None and batch.prefixes[d, 1]:
                 place += f"; behind tokens {batch.prefixes[d, 0]} to {batch.prefixes[d, 1] - 1}, which it shares"

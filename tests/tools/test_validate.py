@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minitrain import Trainer, load_config
-from minitrain.batch import IGNORE
+from minitrain.batch import IGNORE_INDEX
 from minitrain.cli.main import main
 from minitrain.errors import ConfigError
 from minitrain.model.policy import Policy
@@ -99,7 +99,7 @@ def test_tokens_and_padding_are_those_of_the_batches(write, report, rows, loss, 
         batches = [batch for step in steps for batch in step]
         tokens[packed] = sum(batch.n_tokens for batch in batches)
         shares[packed] = 1 - tokens[packed] / sum(batch.input_ids.numel() for batch in batches)
-        learned = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        learned = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
     assert found["padding"] == f"{100 * shares[False]:.1f} % without packing, {100 * shares[True]:.1f} % with it"
     assert shares[False] > 0.02
     mine = tokens[packing]

@@ -81,7 +81,7 @@ def test_the_logged_loss_is_the_same_for_every_accumulation(make_trainer):
 def test_a_logged_window_is_the_mean_over_its_tokens(make_trainer):
     """log_every_steps=4 logs the token mean of four steps, not the last loss and not a mean of means."""
     every, window = make_trainer("n_steps=4"), make_trainer("n_steps=4", "log_every_steps=4", "exp_name=window")
-    counts = [sum(b.n_labels for b in batches) for _, (_, batches) in zip(range(4), every.train_loader.steps())]
+    counts = [sum(b.n_targets for b in batches) for _, (_, batches) in zip(range(4), every.train_loader.steps())]
     every.train()
     window.train()
     each = [row["loss"] for row in metrics(every)]

@@ -292,7 +292,10 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_trainer, rows
             [(row["kind"], row["step"], row["loss"]) for kind in ("train", "eval") for row in metrics(each, kind)]
             for each in (second, whole)
         )
-        assert ours == theirs and (second.best, second.stale_evals) == (whole.best, whole.stale_evals)
+        assert ours == theirs and (second.best, second.evals_without_improvement) == (
+            whole.best,
+            whole.evals_without_improvement,
+        )
         assert all(torch.equal(p, weights(second)[key]) for key, p in weights(whole).items())
 
 
@@ -305,7 +308,7 @@ def test_a_longer_run_repeats_no_evaluation(make_trainer, rows_file):
             trainer = make_trainer(f"exp_name={name}", f"n_steps={n_steps}", *options)
             trainer.train()
         assert [row["step"] for row in metrics(trainer, "eval")] == [0, 2, 4]
-    assert trainer.stale_evals == 0
+    assert trainer.evals_without_improvement == 0
 
 
 def test_a_signal_during_evaluation_is_answered(make_trainer, rows_file):

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from minitrain.config.schema import Config
-from minitrain.data.loader import Data, Examples, Loader
+from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset
 from minitrain.data.template import Template
 from minitrain.losses import Loss, create_loss
 from minitrain.model.outline import outline_policy
@@ -23,7 +23,7 @@ class DryRun:
     data: Data
     policy: Policy
 
-    def loader(self, examples: Examples) -> Loader:
+    def loader(self, examples: TokenizedDataset) -> MicrobatchLoader:
         """The loader of a trainer on one device."""
         return make_loader(examples, self.config, self.template.tokenizer, self.policy)
 

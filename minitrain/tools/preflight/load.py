@@ -16,9 +16,9 @@ def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Con
     Raises:
         ConfigError: It lists every problem with its file, line and key.
     """
-    config, problems = parse_config(source, overrides)
-    check_config(config, problems)
-    problems.raise_if_any()
+    config, issues = parse_config(source, overrides)
+    check_config(config, issues)
+    issues.raise_if_any()
     config.written = config.written._replace(resolved=plain(config))
     return config
 
@@ -32,8 +32,8 @@ def check_python_config(config: Config, loss: dict | None = None) -> Config:
     Raises:
         ConfigError: As `load_config` does; also when the config names another loss than `loss`.
     """
-    checked, problems = parse_python_config(config, loss)
-    check_config(checked, problems, loss_is_object=loss is not None)
-    problems.raise_if_any()
+    checked, issues = parse_python_config(config, loss)
+    check_config(checked, issues, loss_is_object=loss is not None)
+    issues.raise_if_any()
     check_writable(checked)
     return checked

@@ -25,15 +25,15 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from minitrain.batch import Batch
 from minitrain.config.schema import Config, FSDPConfig
-from minitrain.data.loader import Loader
-from minitrain.distributed.parallel import SingleDevice, local_rows
+from minitrain.data.loader import MicrobatchLoader
+from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss
 from minitrain.model import kd_divergence, logprobs
 from minitrain.model.load import CPU, DTYPES
 from minitrain.model.outline import outline_frozen
-from minitrain.training.aux_models import NOTED, Precomputed, companions, reference_kind
+from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.metrics import inference
 from minitrain.training.optim import build_optimizer
 from minitrain.training.precision import Precision
@@ -50,7 +50,7 @@ FACTORIES = {aten.empty.memory_format, aten.empty_strided.default}
 FROM_INPUTS = {aten._local_scalar_dense.default: 0, aten.allclose.default: True}  # what is read off a fake tensor
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Notes inside it how many bytes each part of a training holds: now, at most, and of all parts together at most.
 
     A tensor belongs to the part that was at work when it was made, unless `hold` says otherwise; views of it count
@@ -113,7 +113,7 @@ class Ledger(TorchDispatchMode):
         """Forgets what was held at most until now."""
         self.most, self.peak = Counter(self.now), self.total
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> "MemoryTracker":
         self.resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> None:  # FSDP's way to free what it has gathered
@@ -175,23 +175,23 @@ class Step:
     held_out: Batch | None = None
 
 
-def take(step: Step, ledger: Ledger) -> None:
+def take(step: Step, ledger: MemoryTracker) -> None:
     """Takes a step as in the middle of a training, when the optimizer has its moments, and evaluates."""
     trained = [parameter for parameter in step.policy.parameters() if parameter.requires_grad]
     precision = Precision(DTYPES[step.config.model.policy_dtype], CPU)
     for tensor in (*step.policy.parameters(), *step.policy.buffers()):
-        ledger.hold(local_rows(tensor)[0], "weights")
+        ledger.hold(local_shard(tensor)[0], "weights")
     for name, model in step.models.items():
         for tensor in model.tensors():
-            ledger.hold(local_rows(tensor)[0], name)
+            ledger.hold(local_shard(tensor)[0], name)
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold(local_rows(p.grad)[0], "gradients"))
+        parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold(local_shard(p.grad)[0], "gradients"))
     _tell_head(step.policy, ledger)
     with ledger:
         optimizer = build_optimizer(step.policy, step.config)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-            ledger.hold(local_rows(parameter.grad)[0], "gradients")
+            ledger.hold(local_shard(parameter.grad)[0], "gradients")
         _update(optimizer, ledger)
         ledger.settle()
         for number, batch in enumerate(step.batches, 1):
@@ -208,18 +208,18 @@ def take(step: Step, ledger: Ledger) -> None:
             step.parallel.reshard(step.policy)
 
 
-def _update(optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
+def _update(optimizer: torch.optim.Optimizer, ledger: MemoryTracker) -> None:
     ledger.part = "optimizer"
     optimizer.step()
     ledger.part = "activations"
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                ledger.hold(local_rows(value)[0], "optimizer")
+                ledger.hold(local_shard(value)[0], "optimizer")
     optimizer.zero_grad(set_to_none=True)
 
 
-def _tell_head(policy: nn.Module, ledger: Ledger) -> None:
+def _tell_head(policy: nn.Module, ledger: MemoryTracker) -> None:
     """Has the ledger know when the policy is in its output layer."""
     output = policy.output
 
@@ -251,7 +251,7 @@ def estimate(run: DryRun, device: torch.device, devices: int = 1) -> Estimate:
     _check_devices(run.config, devices)
     offloads = run.config.fsdp.cpu_offload and device.type != "cpu"
     fake = FakeTensorMode()
-    ledger = Ledger(fake, OFFLOADED if offloads else frozenset())
+    ledger = MemoryTracker(fake, OFFLOADED if offloads else frozenset())
     with _parallel(run.config, devices, fake) as parallel, _head_of(device.type):
         take(_step(run, parallel, fake, ledger), ledger)
     return Estimate({part: ledger.most[part] for part in PARTS if ledger.most[part]}, ledger.peak, ledger.elsewhere)
@@ -260,7 +260,7 @@ def estimate(run: DryRun, device: torch.device, devices: int = 1) -> Estimate:
 def eval_metrics(run: DryRun) -> list[str]:
     """Return the names of the metrics of an evaluation. Raises whatever a model raises that cannot run so."""
     fake = FakeTensorMode()
-    ledger = Ledger(fake)
+    ledger = MemoryTracker(fake)
     with _parallel(run.config, 1, fake) as parallel:
         step = _step(run, parallel, fake, ledger)
         precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
@@ -272,7 +272,7 @@ def eval_metrics(run: DryRun) -> list[str]:
     return [*means, *run.loss.judge(samples), *answers]
 
 
-def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Ledger) -> Step:
+def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: MemoryTracker) -> Step:
     """The largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
@@ -290,11 +290,11 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Led
     with ledger:
         policy = prepare_policy(policy, None, config, parallel, precision, loss.dropout)
         if "reference" in loss.needs and reference_kind(loss, config) == "precomputed":
-            models = {"reference": Precomputed()}
+            models = {"reference": PrecomputedRefLogps()}
             for batch in batches:
-                batch.columns[NOTED] = torch.zeros(batch.input_ids.shape)
+                batch.columns[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:
-            models = companions(loss, config, policy, tokenizer, parallel, precision, loaders, load)
+            models = build_aux_models(loss, config, policy, tokenizer, parallel, precision, loaders, load)
     several = 2 if config.gradient_accumulation_steps > 1 else 1  # the second one finds gradients there
     return Step(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:])
 
@@ -315,7 +315,7 @@ def _faked(policy: nn.Module, fake: FakeTensorMode) -> nn.Module:
     return policy
 
 
-def _largest(loader: Loader, held_out: bool) -> Batch:
+def _largest(loader: MicrobatchLoader, held_out: bool) -> Batch:
     """The micro-batch with the most places over all ranks, of the first epoch or of an evaluation."""
     if held_out:
         found = list(loader.eval_layout())
@@ -332,12 +332,12 @@ def _check_devices(config: Config, devices: int) -> None:
         raise ConfigError(f"total_batch_size: {uneven}")
 
 
-class _Alone(SingleDevice):
+class _LocalRank(SingleDevice):
     def wrap(self, policy: nn.Module, *ignored) -> nn.Module:
         return policy  # which cannot be moved
 
 
-class _Imagined(FullySharded):
+class _FakeRank(FullySharded):
     """The first of many ranks that are not there."""
 
     def __init__(self, options: FSDPConfig, fake: FakeTensorMode):
@@ -353,7 +353,7 @@ class _Imagined(FullySharded):
 @contextlib.contextmanager
 def _parallel(config: Config, devices: int, fake: FakeTensorMode) -> Iterator[SingleDevice]:
     if config.trainer == "BasicTrainer":
-        yield _Alone(CPU)
+        yield _LocalRank(CPU)
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -361,7 +361,7 @@ def _parallel(config: Config, devices: int, fake: FakeTensorMode) -> Iterator[Si
     shard = "full" if config.fsdp.shard == "hybrid" else config.fsdp.shard
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
     try:
-        yield _Imagined(dataclasses.replace(config.fsdp, shard=shard, cpu_offload=False), fake)
+        yield _FakeRank(dataclasses.replace(config.fsdp, shard=shard, cpu_offload=False), fake)
     finally:
         dist.destroy_process_group()
 

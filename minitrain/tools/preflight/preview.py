@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from minitrain.batch import IGNORE, Batch
+from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.config.schema import Config
-from minitrain.data.loader import Loader
+from minitrain.data.loader import MicrobatchLoader
 from minitrain.data.sampler import Rows
 from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
@@ -54,7 +54,7 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", ink: Ink 
             yield from _batch(loader.batch(part.rows), part, loader, run, ink)
 
 
-def _training(loader: Loader, n_examples: int) -> Iterator[Part]:
+def _training(loader: MicrobatchLoader, n_examples: int) -> Iterator[Part]:
     size, order = loader.config.total_batch_size, loader.order(0)
     first = order[:n_examples]
     for step, start in enumerate(range(0, len(first), size), 1):
@@ -64,17 +64,17 @@ def _training(loader: Loader, n_examples: int) -> Iterator[Part]:
             yield Part(f"step {step}, micro-batch {number} of {len(layout)}", rows, chosen)
 
 
-def _evaluation(loader: Loader, n_examples: int) -> Iterator[Part]:
+def _evaluation(loader: MicrobatchLoader, n_examples: int) -> Iterator[Part]:
     for number, rows in enumerate(loader.eval_layout(), 1):
         yield Part(f"evaluation, batch {number}", rows, set(range(n_examples)))
 
 
-def _batch(batch: Batch, part: Part, loader: Loader, run: DryRun, ink: Ink) -> Iterator[str]:
+def _batch(batch: Batch, part: Part, loader: MicrobatchLoader, run: DryRun, ink: Ink) -> Iterator[str]:
     """The rows of a batch that hold chosen examples."""
     n_rows, n_columns = batch.input_ids.shape
     padding = batch.input_ids.numel() - batch.n_tokens
     share = f"{100 * padding / batch.input_ids.numel():.1f} %"
-    yield f"{part.title}: {n_rows} rows of {n_columns} tokens; {batch.n_labels} learned, {padding} padding ({share})"
+    yield f"{part.title}: {n_rows} rows of {n_columns} tokens; {batch.n_targets} learned, {padding} padding ({share})"
     parts = range(run.data.train.caches[0].n_documents)
     documents = [(example, which) for row in part.rows for example in row for which in parts]  # [D]
     assert len(documents) == batch.n_docs
@@ -98,7 +98,7 @@ def _batch(batch: Batch, part: Part, loader: Loader, run: DryRun, ink: Ink) -> I
 def _numbers(batch: Batch, d: int) -> list[str]:
     """Where a document lies in its row, and how many of its tokens are learned."""
     row, start, stop = batch.spans[d].tolist()
-    learned = int((batch.labels[row, start:stop] != IGNORE).sum())
+    learned = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
     told = [f"tokens {start} to {stop - 1}", f"{stop - start} tokens, {learned} learned"]
     if batch.prefixes is not None and batch.prefixes[d, 1]:
         first, end = batch.prefixes[d].tolist()
@@ -122,7 +122,7 @@ def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
         else:
             told.append(f"{name} {number:.4g}")
     row, start, stop = batch.spans[d].tolist()
-    learned = batch.labels[row, start:stop] != IGNORE  # [T]
+    learned = batch.labels[row, start:stop] != IGNORE_INDEX  # [T]
     for name, column in batch.columns.items():
         numbers = column[row, start:stop]  # [T, ...]
         numbers = numbers[learned] if learned.any() else numbers
@@ -137,7 +137,7 @@ def _text(batch: Batch, d: int, tokenizer, ink: Ink) -> str:
     before = batch.input_ids[row, slice(*batch.prefixes[d].tolist())].tolist() if batch.prefixes is not None else []
     ids = before + batch.input_ids[row, start:stop].tolist()
     text, read = "", _decoded(tokenizer, before)
-    for end, learned in _runs(batch.labels[row, start:stop] != IGNORE):
+    for end, learned in _runs(batch.labels[row, start:stop] != IGNORE_INDEX):
         until = _decoded(tokenizer, ids[: len(before) + end])
         left, right = ink.learned if learned else ink.prompt
         text += left + _visible(until[len(read) :]) + right

@@ -10,7 +10,7 @@ import torch
 from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
 from minitrain.data.examples import Conversation, assistant, user
-from minitrain.data.loader import Loader, describe_losses
+from minitrain.data.loader import MicrobatchLoader, describe_losses
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
@@ -230,7 +230,7 @@ def _padding(run: DryRun, share: float) -> str:
     return f"{told[False]} without packing" + (f", {told[True]} with it" if True in told else "")
 
 
-def _laid_out(loader: Loader) -> tuple[int, int]:
+def _laid_out(loader: MicrobatchLoader) -> tuple[int, int]:
     """(tokens, places for tokens) of all batches of the first epoch, without making them."""
     widths = list(loader.widths(rows for step in loader.epoch_plan() for mine in step for rows in mine))
     return sum(map(sum, widths)), sum(len(each) * max(each, default=0) for each in widths)
