@@ -122,8 +122,8 @@ BUGS = {
             title="Labels were masked by the id of the padding token, which was also EOS: no response learned to end.",
             reported_in="huggingface/trl#6357",
             file="minitrain/data/collate.py",
-            line="torch.where(document.mask[own].bool(), ids, IGNORE)",
-            replacement="torch.where(document.mask[own].bool() & (ids != pad_token_id), ids, IGNORE)",
+            line="torch.where(document.mask[own].bool(), ids, IGNORE_INDEX)",
+            replacement="torch.where(document.mask[own].bool() & (ids != pad_token_id), ids, IGNORE_INDEX)",
             test="tests/data/test_collate.py::test_layout",
         ),
         Bug(
@@ -669,8 +669,8 @@ EXERCISES = [
     Mutation(
         number=11,
         file="minitrain/training/saving.py",
-        line='PROGRESS = ("step", "updates", "consumed",',
-        replacement='PROGRESS = ("step", "updates",',
+        line='    "consumed",',
+        replacement="",
         test="tests/training/test_resume.py::test_resumed_equals_uninterrupted_bit_for_bit",
     ),
     Mutation(

@@ -1,8 +1,9 @@
 """The models that a loss looks at besides the policy: a reference and a teacher.
 
-The reference is what the policy was when training began. It comes for the price of what is trained (`InitialPolicySnapshot`),
-as a model of its own (`FrozenModel`), or from a file of its log-probabilities (`PrecomputedRefLogps`). All are called as the
-policy is and give `PolicyOutput` without gradients. A `Teacher` is another model over the same tokens.
+The reference is the policy at the start of training. It is a copy of the trainable parameters
+(`InitialPolicySnapshot`), a model of its own (`FrozenModel`), or a file of log-probabilities (`PrecomputedRefLogps`).
+All are called like the policy and return `PolicyOutput` without gradients. A `Teacher` is another model over the same
+tokens.
 """
 
 import contextlib

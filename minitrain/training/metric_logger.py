@@ -109,7 +109,7 @@ class MetricLogger:
     def info(self, line: str = "") -> None:
         """A line on the console, above the progress bar; none when it is to be quiet."""
         if not self.quiet:
-            self.warn(line)
+            self.warning(line)
 
     def warning(self, *lines: str) -> None:
         """Lines on the console in any case."""
@@ -140,7 +140,7 @@ class MetricLogger:
         except Exception as error:
             self.sinks.pop(name, None)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.warn(f"warning: {name} failed and is switched off, training goes on: {reason}")
+            self.warning(f"warning: {name} failed and is switched off, training goes on: {reason}")
 
 
 def train_line(step: int, total: int, figures: dict[str, float]) -> str:
