@@ -48,7 +48,7 @@ class Trainer:
     optimizer, parallel, train_metrics (of the last log step), eval_metrics (of the last evaluation).
     """
 
-    tracking: MetricLogger | None = None  # while it trains
+    logger: MetricLogger | None = None  # while it trains
 
     def __init__(self, config: Config, loss: Loss | None = None, **hooks: Callable[["Trainer"], None]):
         """Reads the data, then the model. Raises ConfigError, DataError or RunError."""

@@ -85,7 +85,7 @@ def check_loss(name: str, given: dict) -> list[str]:
     found = ConfigIssues(Source("page"))
     schema = registered()[name].options_class
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
-    found.spoilt.update(f"loss.{key}" for key in needed - set(given))
+    found.reported.update(f"loss.{key}" for key in needed - set(given))
     check_types(schema, given, "loss.", found)
     return [told for _, told in found.found]
 

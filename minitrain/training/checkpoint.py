@@ -313,7 +313,7 @@ def _load_optimizer_state(
             value = torch.empty_like(parameter.detach(), dtype=reader.dtype("optimizer", name))
             reader.read_into(value, "optimizer", name)
         else:
-            value = reader.whole("optimizer", name)
+            value = reader.full_tensor("optimizer", name)
             value = value.to(parameter.device) if on_device else value
         optimizer.state[parameter][key] = value
     for name, value in numbers.items():
