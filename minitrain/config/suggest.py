@@ -72,14 +72,14 @@ def hint_for_key(key: str, value: Any, known: list[str]) -> Hint:
     return Hint(f"There are {', '.join(known)}." if 0 < len(known) <= 12 else "docs/options.md lists all options.")
 
 
-def hint_for_value(key: str, value: Any) -> str:
-    """Return `` Use ...`` for another tool's value of our own option `key`, or nothing."""
+def hint_for_value(key: str, value: Any, choices: Iterable[str] = ()) -> str:
+    """Return `` Use ...`` for another tool's value of our own option `key`, else the nearest choice, or nothing."""
     if key == "model" and isinstance(value, str):
         return f" Use model.name_or_path={value}."
     if converted := _converted(key, value):
         return f" Use {converted}."
     row = _rows().get(f"{_without_index(key)}={_as_key(value)}")
-    return f" {_hint_of(row, True, key, value).text}" if row else ""
+    return f" {_hint_of(row, True, key, value).text}" if row else nearest(str(value), choices)
 
 
 def _split(key: str) -> tuple[str, str]:

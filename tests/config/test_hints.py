@@ -116,7 +116,7 @@ VALUES = {
     "device=cuda:0": " Use device=cuda (CUDA_VISIBLE_DEVICES chooses which one).",
     "trainer=TensorParallelTrainer": " Use trainer=FSDPTrainer.",
     "loss.name=nll": " Use loss.name=sft.",
-    "loss=ipo": " Did you mean loss.name=dpo loss.variant=ipo?",
+    "loss=ipo": " Use loss.name=dpo loss.variant=ipo.",
     "loss.name=grpo": " Use loss.name=policy loss.advantages=grpo.",
     "datasets[0].type=sharegpt": " Use datasets[0].type=conversations.",
 }

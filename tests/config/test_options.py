@@ -12,6 +12,7 @@ import pytest
 from minitrain.config import issues, schema
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
+from minitrain.losses.dpo import VARIANTS
 from minitrain.tools.preflight.load import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -158,8 +159,9 @@ def test_what_zero_means_is_said_of_options_that_are_there():
 
 def test_a_loss_that_is_a_variant_of_another():
     """`loss: ipo`, as others have it, names the family."""
-    with pytest.raises(ConfigError, match=r"Did you mean loss\.name=dpo loss\.variant=ipo"):
-        load_config({"model": {"name_or_path": "tiny"}, "loss": "ipo"})
+    for variant in VARIANTS:
+        with pytest.raises(ConfigError, match=rf"Use loss\.name=dpo loss\.variant={variant}\."):
+            load_config({"model": {"name_or_path": "tiny"}, "loss": variant})
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "example").rglob("*.yml")), ids=lambda path: path.name)

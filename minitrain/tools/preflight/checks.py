@@ -117,7 +117,7 @@ def _check_files(config: Config, issues: ConfigIssues) -> None:
             key = f"{name}[{i}]"
             check_source(key, entry, issues)
             if entry.type is not None and entry.type not in SCHEMAS:
-                hint = hint_for_value(f"{key}.type", entry.type) or nearest(entry.type, SCHEMAS)
+                hint = hint_for_value(f"{key}.type", entry.type, SCHEMAS)
                 issues.add(f"{key}.type", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
             if name == "eval_datasets" and entry.weight != 1:
                 issues.add(f"{key}.weight", "has no meaning for evaluation, which sees every example once.")
@@ -243,8 +243,7 @@ def _check_loss(config: Config, given: set[str], issues: ConfigIssues, is_object
     if not known_name and is_object:
         return
     if not known_name:
-        hint = _of_python_class(str(name)) or _as_variant(str(name), known) or hint_for_value("loss.name", name)
-        hint = hint or nearest(str(name), known)
+        hint = _of_python_class(str(name)) or hint_for_value("loss.name", name, known)
         issues.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return
     written = {key: value for key, value in config.loss.items() if key != "name"}
@@ -285,15 +284,6 @@ def _of_python_class(name: str) -> str:
         " It was given in Python as an object of this class. Give it again, Trainer(config, loss=...), or register the "
         "class with register_loss and name its file with --plugin."
     )
-
-
-def _as_variant(name: str, known: dict[str, type]) -> str:
-    """What to write for a loss that is one of a family's."""
-    for family, loss in known.items():
-        for f in fields(loss.options_class):
-            if f.name == "variant" and name in f.metadata.get("choices", ()):
-                return f" Did you mean loss.name={family} loss.variant={name}?"
-    return ""
 
 
 def _options_of(loss: type) -> set[str]:
