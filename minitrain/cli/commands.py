@@ -12,6 +12,8 @@ from pathlib import Path
 
 from minitrain.io.redact import redact
 
+from .output import new_output, new_rows_output, recover_folder, refuse_folder, write_rows
+
 UNREACHED = 3  # exit code of `validate`
 RANK_0_TELLS_FIRST = 2.0  # seconds
 STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
@@ -52,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from minitrain.errors import DataError
     from minitrain.inference.resolve import find_model
 
-    output = _new_rows_file(arguments.output, arguments.force)
+    output = new_rows_output(arguments.output, arguments.force)
     find_model(arguments.model)
     prompts = _prompts(arguments)
     generator, sampling = _load_generator(arguments)
@@ -68,7 +70,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if output is None:
         print(("\n\n" if any("\n" in answer for answer in answers) else "\n").join(answers))
     else:
-        _inform(arguments, f"{len(answers)} answers written to {output}{_write(rows, added, output)}")
+        _inform(arguments, f"{len(answers)} answers written to {output}{write_rows(rows, added, output)}")
     if table:
         print(table, file=sys.stderr if output is None else sys.stdout)
     return 0
@@ -115,7 +117,7 @@ def _check_sections(rows: list[dict], added: list[dict]) -> str | None:
 def score(arguments: argparse.Namespace) -> int:
     from minitrain.inference.resolve import find_model
 
-    output = _new_rows_file(arguments.output, arguments.force)
+    output = new_rows_output(arguments.output, arguments.force)
     find_model(arguments.model)
     with _importing():
         from minitrain.inference.score import line, load_judge, requests_from_args
@@ -128,44 +130,9 @@ def score(arguments: argparse.Namespace) -> int:
     if output is None:
         print("\n".join(map(line, verdicts)))
     else:
-        renamed = _write([one.row for one in asked], verdicts, output)
+        renamed = write_rows([one.row for one in asked], verdicts, output)
         _inform(arguments, f"{len(verdicts)} predictions written to {output}{renamed}")
     return 0
-
-
-def _write(rows: list[dict], added: list[dict], output: Path) -> str:
-    """Write rows with added columns: a list into a .json file, else one row per line.
-
-    A column keeps its own value: what would be added under its name becomes `model_NAME`. Return a remark about that.
-    """
-    from minitrain.errors import ConfigError
-
-    taken, names = {key for row in rows for key in row}, {key: key for columns in added for key in columns}
-    for name in names:
-        while names[name] in taken:
-            names[name] = f"model_{names[name]}"
-    written = [row | {names[key]: value for key, value in columns.items()} for row, columns in zip(rows, added)]
-    lines = list(map(_line, written))
-    text = "[\n" + ",\n".join(lines) + "\n]\n" if output.suffix.lower() == ".json" else "\n".join([*lines, ""])
-    part = output.with_name(f".{output.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(output)
-    except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    renamed = [f"`{name}` is in `{other}`" for name, other in names.items() if name != other]
-    return f"; the rows have their own, so {', '.join(renamed)}" if renamed else ""
-
-
-def _line(row: dict) -> str:
-    line = json.dumps(row, ensure_ascii=False, default=str)  # str: a date in parquet
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half a surrogate pair in some column
-        return json.dumps(row, default=str)
-    return line
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -199,7 +166,8 @@ def merge(arguments: argparse.Namespace) -> int:
     from minitrain.errors import ConfigError
 
     output = Path(arguments.output)
-    _refuse_place(output, arguments.force)
+    recover_folder(output)
+    refuse_folder(output, arguments.force)
     shares = arguments.weights or [1.0] * len(arguments.runs)
     if len(shares) != len(arguments.runs):
         raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
@@ -212,23 +180,8 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_place(output: Path, force: bool) -> None:
-    """Raises ConfigError for a folder that a merged model must not be written to: --force replaces models alone."""
-    from minitrain.errors import ConfigError
-
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ConfigError(f"--output: {above} is a file, so no folder can be made in it")
-    if not output.exists():
-        return
-    if not force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
-    if not (output / "config.json").is_file():
-        raise ConfigError(f"--output: {output} is no model's folder, and --force writes over nothing else")
-
-
 def teach(arguments: argparse.Namespace) -> int:
-    output = _new_file(arguments.output, arguments.force)
+    output = new_output(arguments.output, arguments.force)
     with _importing():
         config = _config(arguments)
         from minitrain.inference.teacher_cache import teach
@@ -247,7 +200,7 @@ def plot(arguments: argparse.Namespace) -> int:
     for history in histories:
         warn_damaged(history.damaged)
     folder = Path(arguments.runs[0]) if len(histories) == 1 else Path()
-    output = _new_file(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
+    output = new_output(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
     plot(histories, output, arguments.force, arguments.figures)
@@ -331,30 +284,6 @@ def _configs_in(folder: str | None) -> list[str]:
     if not found:
         raise ConfigError(f"--all: there is no .yml file in {folder}")
     return found
-
-
-def _new_file(name: str | None, force: bool):
-    """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
-    from minitrain.errors import ConfigError
-
-    output = Path(name) if name else None
-    if output and output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder; name a file in it")
-    if output and output.exists() and not force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
-    if output and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
-    return output
-
-
-def _new_rows_file(name: str | None, force: bool):
-    """The same for an output of rows, which are written as JSON alone."""
-    from minitrain.errors import ConfigError
-
-    output = _new_file(name, force)
-    if output and output.suffix.lower() in (".csv", ".tsv", ".parquet", ".gz", ".txt", ".xlsx"):
-        raise ConfigError(f"--output: {output}: rows are written as JSON. Use a name that ends in .jsonl or .json.")
-    return output
 
 
 def _config(arguments: argparse.Namespace):

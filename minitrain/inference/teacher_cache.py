@@ -12,7 +12,6 @@ was made with.
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.redact import stored_name
+from minitrain.io.temp_files import new_file
 from minitrain.losses import create_loss
 from minitrain.losses.kd import IDS, LOGPS, KDOptions
 from minitrain.model.fingerprint import model_fingerprint
@@ -65,16 +65,15 @@ def teach(config: Config, output: Path | None = None) -> Path:
     noted = made | {"teacher": stored_name(loss.options.teacher)}
     teacher = load_teacher(loss, config, tokenizer, parallel)
     loader = make_loader(data.train, config, tokenizer, teacher.policy)
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    metadata = {key: str(value) for key, value in noted.items()}
     try:
-        with _Writer(part, caches.values(), {key: str(value) for key, value in noted.items()}) as writer:
-            _ask(teacher, caches.values(), loader, loss.options, writer)
-        seal(part)
-        part.replace(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(output, None if config.quiet else tqdm.write) as file:
+            with _Writer(file, caches.values(), metadata) as writer:
+                _ask(teacher, caches.values(), loader, loss.options, writer)
+            seal(file)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}. Name another place with --output.") from None
-    finally:
-        part.unlink(missing_ok=True)
     return output
 
 
@@ -118,7 +117,6 @@ class _Writer:
                 at = end
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.file, self.start = open(path, "wb"), 8 + len(encoded)
         self.file.write(len(encoded).to_bytes(8, "little") + encoded)
         self.file.truncate(self.start + at)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PREFIX = ".building-"
@@ -18,9 +18,23 @@ MAX_SECONDS = 86_400  # that a folder without a lock may be at work, where files
 
 
 @contextlib.contextmanager
-def building_folder(parent: Path) -> Iterator[Path]:
+def new_file(path: Path, say: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """Yield where to write a file, which takes its place when the block ends well, and not at all after an error.
+
+    Args:
+        say: Gets a line for each folder that a killed process left beside it, which is removed.
+    """
+    with building_folder(path.parent, say) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+
+
+@contextlib.contextmanager
+def building_folder(parent: Path, say: Callable[[str], None] | None = None) -> Iterator[Path]:
     """Yield a new folder in `parent` that is removed afterwards, and remove those that killed processes left there."""
-    _remove_abandoned(parent)
+    for folder in _remove_abandoned(parent):
+        if say is not None:
+            say(f"{folder}: removed; a killed process had left it")
     with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as name:
         folder = Path(name)
         with open(folder / "locking", "w") as file:
@@ -30,11 +44,14 @@ def building_folder(parent: Path) -> Iterator[Path]:
             yield folder
 
 
-def _remove_abandoned(parent: Path) -> None:
+def _remove_abandoned(parent: Path) -> list[Path]:
+    removed = []
     for folder in parent.glob(PREFIX + "*"):
         with contextlib.suppress(OSError):  # another process removes it, too
             if _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
+    return removed
 
 
 def _is_abandoned(folder: Path) -> bool:

@@ -10,6 +10,7 @@ A kill leaves them: `recover` completes what is complete, `sweep` removes the re
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -113,14 +114,17 @@ def _remove(found: list[Path]) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def recover(folder: Path) -> list[str]:
+def recover(folder: Path, name: str | None = None) -> list[str]:
     """Complete the replacements in a folder that a kill interrupted, so that the last of a name is never lost.
+
+    Args:
+        name: Of the only one to complete; None for all.
 
     Returns:
         The names of the folders that were put back.
     """
     recovered = []
-    for path in sorted(folder.glob(".new-*")):
+    for path in sorted(folder.glob(_hidden("new", name))):
         target = folder / path.name.removeprefix(".new-").rpartition("-")[0]
         if target.exists():
             target.rename(sibling(target, "trash"))
@@ -130,9 +134,9 @@ def recover(folder: Path) -> list[str]:
     return recovered
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a kill left half written or half removed."""
-    for debris in (*folder.glob(".trash-*"), *folder.glob(".tmp-*")):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what a kill left half written or half removed, of one name or of all."""
+    for debris in (*folder.glob(_hidden("trash", name)), *folder.glob(_hidden("tmp", name))):
         debris.unlink() if debris.is_file() else shutil.rmtree(debris, ignore_errors=True)
 
 
@@ -173,6 +177,11 @@ def fingerprint(file: Path) -> dict[str, Any]:
 def sibling(target: Path, kind: str) -> Path:
     """A hidden name next to `target`, as at the top of this file."""
     return target.parent / f".{kind}-{target.name}-{uuid.uuid4().hex[:8]}"
+
+
+def _hidden(kind: str, name: str | None) -> str:
+    """Return a pattern for what `sibling` makes, for one name or for all."""
+    return f".{kind}-*" if name is None else f".{kind}-{glob.escape(name)}-{'[0-9a-f]' * 8}"
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

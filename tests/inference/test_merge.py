@@ -1,11 +1,16 @@
 """`minitrain merge`, and answers from an adapter's run."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from minitrain.cli.main import main
 from minitrain.inference.generate import Sampling, load_generator
+from minitrain.training import atomic_dir
+from tests.conftest import DEADLINE
 
 
 @pytest.fixture
@@ -72,3 +77,49 @@ def test_what_cannot_be_merged(make_trainer, runs, tmp_path, capsys, arguments, 
     named = [str(folders.get(word, word)) for word in arguments]
     assert main(["merge", *named, "--output", str(tmp_path / "out")]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def kill_at(patch, point: str) -> None:
+    def failpoint(name, subject=None):
+        if name == point:
+            raise Killed
+        return subject
+
+    patch.setattr(atomic_dir, "failpoint", failpoint)
+
+
+@pytest.mark.parametrize("point", ["replace.new", "replace.old", "replace.done"])
+def test_a_killed_replacement_is_completed_by_the_next_run(runs, tmp_path, monkeypatch, capsys, point):
+    """merge --force, killed between its renames: the next run puts the new model in place and removes the rest."""
+    run, output = str(runs["one"].run.path), tmp_path / "out" / "merged"
+    assert main(["merge", run, "--output", str(output)]) == 0
+    neighbors = [tmp_path / "out" / name for name in (".new-merged-2-0123abcd", ".trash-other-0123abcd")]
+    for folder in neighbors:
+        folder.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, point)
+        main(["merge", run, "--output", str(output), "--force", "--dtype", "bfloat16"])
+    capsys.readouterr()
+    assert main(["merge", run, "--output", str(output)]) == 2
+    err = capsys.readouterr().err
+    assert ("merged: recovered; a kill had interrupted" in err) == (point != "replace.done") and "exists" in err
+    assert sorted(output.parent.iterdir()) == sorted([output, *neighbors])
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(output).values())
+
+
+def test_a_kill_while_the_model_is_written(runs, tmp_path):
+    """The old model stays, and the next run removes the half-written one."""
+    run, output = str(runs["one"].run.path), tmp_path / "out" / "merged"
+    assert main(["merge", run, "--output", str(output)]) == 0
+    before = weights_of(output)
+    code = "import os; from minitrain.cli import main as cli; from minitrain.inference import merge; "
+    code += "merge.save_model = lambda model, words, folder, dtype: (folder / 'half').write_text('x') and os._exit(9); "
+    code += f"cli.main(['merge', {run!r}, '--output', {str(output)!r}, '--force'])"
+    assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE).returncode == 9
+    assert [path.name for path in output.parent.rglob("half")] and weights_of(output).keys() == before.keys()
+    assert main(["merge", run, "--output", str(output), "--force"]) == 0
+    assert list(output.parent.iterdir()) == [output]

@@ -1,11 +1,14 @@
 """The command that notes a teacher's outputs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from minitrain.cli.main import main
+from tests.conftest import DEADLINE
 
 CONFIG = """\
 datasets: [{rows}]
@@ -113,3 +116,15 @@ def test_force_writes_over_a_file(teach):
     Path("t.safetensors").write_text("old")
     assert teach("--output", "t.safetensors", "--force")[0] == 0
     assert Path("t.safetensors").stat().st_size > 1000
+
+
+def test_what_a_killed_process_left_is_removed(teach):
+    """A kill -9 leaves a folder beside --output; the next run removes it and says so."""
+    Path("out").mkdir()
+    code = "import os; from minitrain.cli import main as cli; from minitrain.inference import teacher_cache; "
+    code += "teacher_cache._ask = lambda *_: os._exit(9); "
+    code += "cli.main(['teach', 'c.yml', '--output', 'out/t.safetensors', '--overrides', 'device=cpu'])"
+    assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE).returncode == 9
+    (left,) = Path("out").iterdir()
+    assert f"{left}: removed; a killed process had left it" in teach("--output", "out/t.safetensors")[1]
+    assert list(Path("out").iterdir()) == [Path("out/t.safetensors")]

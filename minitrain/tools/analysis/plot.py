@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minitrain.errors import ConfigError
+from minitrain.io.temp_files import new_file
 from minitrain.training.metrics_log import History, Point
 
 # Counters, times and options, of which a curve tells nothing.
@@ -141,11 +142,8 @@ def _note(file: Path) -> str | None:
 
 
 def _save(figure, output: Path, note: str) -> None:
-    part = output.with_name(f".{output.name}.part")
     try:
-        figure.savefig(part, format="png", dpi=120, metadata={NOTE: note})
-        part.replace(output)
+        with new_file(output) as file:
+            figure.savefig(file, format="png", dpi=120, metadata={NOTE: note})
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
