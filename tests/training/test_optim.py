@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minitrain import load_config
-from minitrain.tools.preflight.checks import UNFIT_OPTIMIZERS
+from minitrain.training.checks import UNFIT_OPTIMIZERS
 from minitrain.training.optim import build_optimizer, lr_factor, optimizer_class
 
 BASE = {"datasets": [__file__.replace("test_optim.py", "../../example/data/skills-test.jsonl")]}

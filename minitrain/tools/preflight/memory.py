@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from minitrain.batch import Batch
 from minitrain.config.schema import Config, FSDPConfig
 from minitrain.data.loader import MicrobatchLoader
+from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
@@ -39,7 +40,6 @@ from minitrain.training.optim import build_optimizer
 from minitrain.training.precision import Precision
 from minitrain.training.setup import make_loader, prepare_policy
 
-from .checks import uneven_batch
 from .dry_run import DryRun
 
 PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", "activations", "head", "gathered")
