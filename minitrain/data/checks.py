@@ -6,7 +6,7 @@ from pathlib import Path
 from minitrain.config.aliases import MUTUALLY_EXCLUSIVE
 from minitrain.config.issues import ConfigIssues
 from minitrain.config.schema import Config, DatasetConfig
-from minitrain.config.suggest import hint_for_value, nearest
+from minitrain.config.suggest import hint_for_value
 from minitrain.io.paths import near_file
 
 

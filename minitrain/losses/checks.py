@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from minitrain.config.issues import ConfigIssues, check_types
 from minitrain.config.schema import Config
-from minitrain.config.suggest import hint_for_value, nearest
+from minitrain.config.suggest import hint_for_value
 
 from . import registered
 from .base import Loss, build_loss
