@@ -66,6 +66,7 @@ bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 docs: $(VENV)/ready  ## generated pages: options from the schema, commands from their --help, tables of mutations
 	$(BIN)/python docs/generate_options.py > docs/options.md
 	$(BIN)/python docs/generate_commands.py > docs/commands.md
+	$(BIN)/python docs/generate_migrating.py
 	$(BIN)/python docs/generate_mutations.py
 
 clean:

@@ -1,14 +1,20 @@
-"""The table of what other tools call an option: each row names what there is, and each key leads to its row."""
+"""Other tools' keys: a row of the table names what there is, each key leads to its row, and the page says the same."""
 
+import ast
+import re
 from dataclasses import fields
 
 import pytest
+import yaml
 
 from minitrain import ConfigError, load_config
 from minitrain.config.schema import Config, aliases, all_keys, option_fields
 from minitrain.config.suggest import Row, hint_for_key, hint_for_value, read_tables
 from minitrain.losses import registered
-from tests.test_docs import problems_of
+from tests.conftest import ROOT
+from tests.test_docs import problems_of, problems_of_items, tables
+
+PAGE = ROOT / "docs" / "migrating.md"
 
 TABLES = read_tables()
 ROWS = [(name, row) for name, rows in TABLES.items() for row in rows]
@@ -102,3 +108,45 @@ def test_every_option_with_choices_is_known_by_a_hint():
         for choice in f.metadata["choices"]:
             with pytest.raises(ConfigError, match=f"Did you mean .*{choice}"):
                 load_config({"model": {"name_or_path": "tiny"}, f.name: f"{choice}x"})
+
+
+# --------------------------------------------------------------------------------------------- docs/migrating.md
+
+
+def test_the_page_has_every_table():
+    """Each section of the table is in it, but for values of our own options."""
+    assert {*re.findall(r"<!-- generated: (\S+) -->", PAGE.read_text())} == TABLES.keys() - {"values"}
+
+
+def test_commands_and_options_of_the_page_exist():
+    """The second column of the tables that are written by hand holds commands, overrides, and Python."""
+    rows = tables(PAGE, ["there", "here"])
+    assert len(rows) > 40
+    for place, here in rows:
+        python = [item for item in here if re.match(r"trainer\.|Trainer\(", item)]
+        assert problems_of_items(place, [item for item in here if item not in python]) == []
+        assert here and all(ast.parse(item) for item in python), place
+
+
+def leaves(value, path: str) -> list[str]:
+    """The keys of a section, below it too; a list of data sets by its first entry."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return leaves(value[0], f"{path}[0]")
+    if not isinstance(value, dict) or path.endswith("column_map"):
+        return [path]
+    return [leaf for name, inner in value.items() for leaf in leaves(inner, f"{path}.{name}".lstrip("."))]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n# there: (.*?)```", PAGE.read_text(), re.S))
+def test_a_file_of_another_tool_is_translated(block):
+    """One error has a suggestion for each key that minitrain has not, and complains about nothing else."""
+    theirs = yaml.safe_load(block.partition("\n")[2])
+    with pytest.raises(ConfigError) as error:
+        load_config(theirs)
+    lines = str(error.value).splitlines()[1:]
+    said = {line.split(": ")[1]: line for line in lines}
+    assert len(said) == len(lines) >= 9
+    accepted = OWN | {"datasets[0].path", "datasets[0].type"}
+    assert [key for key in leaves(theirs, "") if key not in said and key not in accepted] == []
+    for line in lines:
+        assert re.search(r" Use | Remove it: | Did you mean ", line), line

@@ -215,7 +215,8 @@ def _add_unknown(key: str, value: Any, known: list[str], issues: ConfigIssues) -
         return
     hint = hint_for_key(key, value, known)
     issues.add(key, f"unknown option. {hint.text}")
-    issues.reported.update(option for option in hint.options if not issues.source.wrote(option))
+    meant = [one for one in hint.options if not issues.source.wrote(one) and not related(one, key)]
+    issues.reported.update(meant)  # not missing, then
 
 
 def _is_foreign_section(key: str, value: Any, known: Iterable[str] = ()) -> bool:

@@ -1,0 +1,57 @@
+"""Write the tables of docs/migrating.md from minitrain/config/other_tools.txt: ``make docs``.
+
+A table is between ``<!-- generated: NAME -->`` and ``<!-- end -->``. The rest of the page is written by hand.
+"""
+
+import itertools
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from minitrain.config.suggest import Row, read_tables
+
+PAGE = Path(__file__).with_name("migrating.md")
+REGION = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.S)
+HEADER = ["| there | here | notes |", "|---|---|---|"]
+
+
+def document() -> str:
+    """Return the page with up-to-date tables."""
+    tables = read_tables()
+    return REGION.sub(
+        lambda found: "\n".join([f"<!-- generated: {found[1]} -->", *section(tables[found[1]]), "", "<!-- end -->"]),
+        PAGE.read_text(encoding="utf-8"),
+    )
+
+
+def section(rows: list[Row]) -> list[str]:
+    """Return a table of the keys that have an option here, and a line of those that have none."""
+    mapped, removed = [row for row in rows if row.ours], [row for row in rows if not row.ours]
+    groups = itertools.groupby(mapped, key=lambda row: row.keys[0].partition("=")[0])  # rows about values of one key
+    reasons = [f"{code(key.replace('=', ': ') for key in row.keys)} ({row.note})" for row in removed]
+    return [*HEADER, *(line(list(group)) for _, group in groups), "", f"Remove {'; '.join(reasons)}."]
+
+
+def line(rows: list[Row]) -> str:
+    """Return rows of `other_tools.txt` about one key, and perhaps some of its values, as a row of the page."""
+    names = code(key.partition("=")[0] for row in rows for key in row.keys)
+    notes = dict.fromkeys(row.note for row in rows if row.note)
+    return f"| {names} | {'; '.join(map(mapping, rows))} | {'; '.join(notes)} |"
+
+
+def mapping(row: Row) -> str:
+    """Return the options of a row, after the values of the key that they are for."""
+    values = [value for _, is_value, value in (key.partition("=") for key in row.keys) if is_value]
+    ours = code(one.replace("VALUE", "...") for one in row.ours)
+    return f"{code(values)}: {ours}" if len(values) == len(row.keys) else ours
+
+
+def code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in dict.fromkeys(words))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(document(), encoding="utf-8")
