@@ -6,7 +6,6 @@ from pathlib import Path
 
 from minitrain.errors import ConfigError
 from minitrain.io.temp_files import new_file
-from minitrain.training.atomic_dir import recover, sweep
 
 
 def new_output(name: str | None, force: bool):
@@ -61,6 +60,8 @@ def _line(row: dict) -> str:
 
 def recover_folder(output: Path) -> None:
     """Complete the replacement of a folder that a kill interrupted, and remove what it left."""
+    from minitrain.training.atomic_dir import recover, sweep
+
     if recover(output.parent, output.name):
         print(f"{output}: recovered; a kill had interrupted its replacement", file=sys.stderr)
     sweep(output.parent, output.name)
