@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
 
@@ -54,6 +54,13 @@ def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -
             raise ConfigError(f"{name} is quantized ({tensor.dtype}) in a way that minitrain cannot dequantize.")
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors
+
+
+def describe_dequantized(model: nn.Module, quantization: dict, dtype: torch.dtype) -> str:
+    """Return in words what the weights of a quantized checkpoint become in this model, and the memory they take."""
+    mib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**20
+    name = str(dtype).removeprefix("torch.")
+    return f"its {method_of(quantization)} weights are dequantized on loading to {name}, which takes {mib:,.1f} MiB"
 
 
 def _keys(path: Path) -> list[str]:
@@ -110,10 +117,10 @@ def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterat
         name = next((name for name in _parents(key) if name in states), None)
         if name is not None:
             states[name][key.removeprefix(f"{name}.")] = key
-    build_aux_models = {key for found in states.values() for key in found.values()}
+    state_keys = {key for found in states.values() for key in found.values()}
     for key in keys:
         scales = f"{key.removesuffix('weight')}SCB"
-        if key in build_aux_models or key.endswith((".SCB", ".weight_format")):
+        if key in state_keys or key.endswith((".SCB", ".weight_format")):
             continue
         if key in states:
             state = QuantState.from_dict({k: read(v) for k, v in states[key].items()}, torch.device("cpu"))

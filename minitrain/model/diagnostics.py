@@ -67,12 +67,18 @@ def without_head(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
     return [key for key in keys if outputs is None or "lm_head" not in key]
 
 
-def warn_unused(name: str, keys: Iterable[str]) -> None:
-    """Log the tensors of a model's files that the model has no place for; rank 0 alone does."""
-    if (unused := sorted(keys)) and os.environ.get("RANK", "0") == "0":
-        others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        told = "its files hold {}{}, which the model of its config.json does not use"
-        logging.getLogger("minitrain").warning(f"{redact(name)}: {told.format(unused[0], others)}.")
+def describe_unused(keys: Iterable[str]) -> list[str]:
+    """Return a line about the tensors of a model's files that the model has no place for, if there are any."""
+    if not (unused := sorted(keys)):
+        return []
+    others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    return [f"its files hold {unused[0]}{others}, which the model of its config.json does not use"]
+
+
+def log_of_model(name: str, lines: Iterable[str]) -> None:
+    """Log lines about a model that is loaded; rank 0 alone does."""
+    for line in lines if os.environ.get("RANK", "0") == "0" else ():
+        logging.getLogger("minitrain").warning(f"{redact(name)}: {line}.")
 
 
 def damage(folder: Path) -> str | None:

@@ -10,7 +10,8 @@ from minitrain.config.schema import Config, ModelConfig
 from . import attention
 from .adapter_config import has_adapter
 from .adapter_files import outline_adapter
-from .diagnostics import check_missing_keys, model_load_error, named, refuse_encoder, without_head
+from .dequantize import describe_dequantized
+from .diagnostics import check_missing_keys, describe_unused, model_load_error, named, refuse_encoder, without_head
 from .load import DTYPES, freeze_layers, frozen_policy
 from .policy import Policy
 from .pretrained import attention_of, auto_class, quantization_of, read_model_config
@@ -58,7 +59,7 @@ def outline_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: 
 def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
     """As `load_model` loads it. Its buffers are real, and of the dtype that they always have.
 
-    `unused_keys` of it are those of its files that it has no place for.
+    `load_notes` of it are the lines that are logged when it is loaded.
     """
     kind, number = auto_class(outputs)
     trust = {"trust_remote_code": config.trust_remote_code}
@@ -71,7 +72,11 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
             if outputs is None:
                 refuse_encoder(shape)
         model = kind.from_config(shape, dtype=torch.float32, attn_implementation=attention_of(config), **trust)
-        gaps = find_gaps(Path(config.name_or_path), model) if quantization_of(shape) is None else None
+        if quantization := quantization_of(shape):
+            gaps, notes = None, [describe_dequantized(model, quantization, dtype)]
+        else:
+            gaps = find_gaps(Path(config.name_or_path), model)
+            notes = describe_unused(without_head(gaps["unexpected_keys"], outputs))
     except Exception as error:
         raise model_load_error(config, named(outputs), error) from None
     if gaps is not None:
@@ -81,5 +86,5 @@ def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[s
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, [])
     resize_embeddings(model, tokenizer)
-    model.unused_keys = [] if gaps is None else without_head(gaps["unexpected_keys"], outputs)
+    model.load_notes = notes
     return model

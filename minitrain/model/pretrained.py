@@ -9,8 +9,16 @@ from torch import nn
 from minitrain.config.schema import ModelConfig
 from minitrain.io.hub import ask_for
 
-from .dequantize import dequantized, method_of
-from .diagnostics import check_missing_keys, model_load_error, named, refuse_encoder, warn_unused, without_head
+from .dequantize import dequantized, describe_dequantized, method_of
+from .diagnostics import (
+    check_missing_keys,
+    describe_unused,
+    log_of_model,
+    model_load_error,
+    named,
+    refuse_encoder,
+    without_head,
+)
 from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
 
@@ -88,7 +96,7 @@ def from_pretrained(
     except Exception as error:
         raise model_load_error(config, named(outputs), error) from None
     check_missing_keys(config, found, outputs)
-    warn_unused(config.name_or_path, without_head(found["unexpected_keys"], outputs))
+    log_of_model(config.name_or_path, describe_unused(without_head(found["unexpected_keys"], outputs)))
     return model, found["missing_keys"]
 
 
@@ -101,6 +109,7 @@ def _from_quantized(
             vars(part).pop(key, None)
     with parameters_on_meta():
         empty = kind.from_config(shape, **options)
+    log_of_model(config.name_or_path, [describe_dequantized(empty, quantization, dtype)])
     state = dequantized(weight_files(config.name_or_path, config.revision), quantization, dtype)
     model, found = type(empty).from_pretrained(
         None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minitrain.io.tensor_files import save_file
 
 from . import token_rows
-from .diagnostics import missing_weights, warn_unused
+from .diagnostics import describe_unused, log_of_model, missing_weights
 
 SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
 
@@ -77,7 +77,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
     for buffer, value in model.named_buffers():
         if buffer in files:
             value.copy_(files[buffer].get_tensor(buffer))
-    warn_unused(name, _unused(files.keys(), set(used.values()), model))
+    log_of_model(name, describe_unused(_unused(files.keys(), set(used.values()), model)))
     return Weights(sources, sizes)
 
 

@@ -17,6 +17,7 @@ from minitrain.model.load import load_model, load_tokenizer
 from minitrain.model.pretrained import quantization_of, read_model_config
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.tools.preflight.validate import validate
 from tests.conftest import random_llama
 
 BLOCK = (48, 20)  # of 64, 32 and 72 rows and columns: some end within a block
@@ -147,6 +148,44 @@ def test_an_adapter_over_it_can_be_merged(make, base, make_trainer, tmp_path):
 def trainer_sampling():
 
     return Sampling(max_new_tokens=8)
+
+
+METHODS = {"fp8": "fp8", "fp8-whole": "fp8", "nf4": "bitsandbytes", "int8": "bitsandbytes"}
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        pytest.param(getattr(make, "values", [make])[0], METHODS[name], marks=getattr(make, "marks", ()))
+        for name, make in MAKE.items()
+    ],
+    ids=MAKE,
+)
+def test_dequantizing_is_told_with_the_memory_it_takes(make, method, tmp_path, make_trainer, caplog):
+    """One line, the same from train and validate; with an adapter the base is in policy_dtype, as a teacher is."""
+    base = tmp_path / "wide"
+    save_model(random_llama(intermediate_size=1200), tiny_tokenizer(), base, torch.float32)
+    n = sum(weight.numel() for weight in load_file(base / "model.safetensors").values())
+    make(base)
+    told = f"{base}: its {method} weights are dequantized on loading to {{}}, which takes {{:,.1f}} MiB."
+    adapter = ["lora.rank=2", "model.policy_dtype=bfloat16"]
+    kd = ["loss={name: kd, teacher: " + str(base) + "}"]
+    cases = [
+        ([f"model.name_or_path={base}"], [("float32", 4)]),
+        ([f"model.name_or_path={base}", *adapter], [("bfloat16", 2)]),
+        ([f"model.name_or_path={base}", *adapter, *kd], [("bfloat16", 2)] * 2),
+    ]
+    for options, expected in cases:
+        caplog.clear()
+        trainer = make_trainer(*options)
+        lines = [told.format(dtype, n * size / 2**20) for dtype, size in expected]
+        assert caplog.messages == lines
+        caplog.clear()
+        validate(trainer.config)
+        assert caplog.messages == lines
+    caplog.clear()
+    load_generator(str(base))
+    assert len(caplog.messages) == 1
 
 
 @needs_bitsandbytes

@@ -14,7 +14,7 @@ from minitrain.data.loader import MicrobatchLoader, describe_losses
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
-from minitrain.model.diagnostics import first_line, warn_unused
+from minitrain.model.diagnostics import first_line, log_of_model
 from minitrain.model.load import DTYPES
 from minitrain.model.outline import outline_frozen
 from minitrain.model.sequence_head import is_encoder
@@ -65,7 +65,7 @@ def _try_out(run: DryRun) -> list[str]:
     for examples in filter(None, (run.data.train, run.data.eval)):
         run.loader(examples)
     warmup_steps(config, run.loader(run.data.train).total_steps)
-    warn_unused(config.model.name_or_path, run.policy.model.unused_keys)
+    log_of_model(config.model.name_or_path, run.policy.model.load_notes)
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
     warnings = try_outline(run.outline(), config.packing)
@@ -73,7 +73,7 @@ def _try_out(run: DryRun) -> list[str]:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
         outline = outline_frozen(teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32)
-        warn_unused(teacher.name_or_path, outline.model.unused_keys)
+        log_of_model(teacher.name_or_path, outline.model.load_notes)
         for examples in filter(None, (run.data.train, run.data.eval)):
             check_lengths(examples, outline)
         warnings += [f"teacher: {warning}" for warning in try_outline(outline, config.packing)]
