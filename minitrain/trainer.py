@@ -129,11 +129,11 @@ class Trainer:
         After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
         """
         with self.parallel.monitor_ranks(), self.run.locked():
-            self.checkpoint = self.run.find_checkpoint()
-            if finished := self.run.finished(self.total_steps, self.checkpoint):
+            if finished := self.run.finished(self.total_steps):
                 if self.parallel.rank == 0 and not self.config.quiet:
                     print(finished)
                 return {}
+            self.checkpoint = self.run.find_checkpoint()
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)
             with capture_signals(functools.partial(setattr, self, "_received")):

@@ -36,9 +36,16 @@ def has_rows(module: nn.Module) -> bool:
     return NAME in module._parameters
 
 
-def put_rows(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return a weight [V, H] of the layer with its trained rows in place, in the dtype of `weight`."""
-    return weight.index_copy(0, module.token_ids, module.token_rows.to(weight.dtype)) if has_rows(module) else weight
+def put_rows(module: nn.Module, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Return a weight [V, H] of the layer with its trained rows in place, in the dtype of `weight`.
+
+    Args:
+        rows: The rows of a sharded layer, whole; None for those of the layer itself.
+    """
+    if not has_rows(module):
+        return weight
+    rows = module.token_rows if rows is None else rows
+    return weight.index_copy(0, module.token_ids, rows.to(weight.dtype))
 
 
 def fold(module: nn.Module) -> None:

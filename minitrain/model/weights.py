@@ -114,8 +114,7 @@ def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterat
         joined = whole(tensor.detach())
         module = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and token_rows.has_rows(module):
-            rows = whole(module.token_rows.detach())
-            joined = joined.index_copy(0, module.token_ids, rows.to(joined.dtype))
+            joined = token_rows.put_rows(module, joined, whole(module.token_rows.detach()))
         yield name, joined
 
 

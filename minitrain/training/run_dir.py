@@ -84,7 +84,7 @@ class RunFolder:
     def model(self, step: int) -> Path:
         return self.models / f"step-{step}"
 
-    def finished(self, total_steps: int, checkpoint: Path | None) -> str | None:
+    def finished(self, total_steps: int) -> str | None:
         """Return what to say if a run of so many steps or more has ended here by itself, else None.
 
         Raises RunFolderError when a shorter one has, and left no checkpoint to go on from.
@@ -96,7 +96,7 @@ class RunFolder:
         if planned >= total_steps:
             early = f" (stopped early, of {planned})" if finished < planned else ""
             return f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name."
-        if checkpoint is None:
+        if self.config.resume == "auto" and not self.parallel.run_on_rank0(lambda: holds_checkpoint(self.checkpoints)):
             raise RunFolderError(
                 f"{self.path} was finished at step {finished} and holds no checkpoint (see save_every_steps), so it "
                 "cannot be continued. Choose another exp_name."

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from minitrain.model.weights import parameters_on_meta
 from minitrain.tools.preflight.dry_run import dry_run
 from minitrain.tools.preflight.memory import eval_metrics
 from minitrain.tools.preflight.validate import validate
+from minitrain.training import atomic_dir
 from minitrain.training.atomic_dir import fingerprint
 from tests.rows import ROWS
 from tests.scorers import TOKENIZERS, random_base
@@ -472,6 +474,32 @@ def test_a_run_that_is_finished(write):
     path = write(ROWS["conversation"])
     Trainer(load_config(path)).train()
     assert "runs/c is finished: 1 steps. For another run choose" in validate(load_config(path))["warning"]
+
+
+def test_a_checkpoint_is_hashed_only_to_go_on_from_it(write, monkeypatch):
+    """Each file of the newest one once, by training and by `validate`; none when the run is finished or a row is wrong.
+
+    A checkpoint can be as large as 100 GB.
+    """
+    hashed, fingerprint = [], atomic_dir.fingerprint
+    monkeypatch.setattr(atomic_dir, "fingerprint", lambda file: hashed.append(file) or fingerprint(file))
+    rows, options = ROWS["conversation"], {"save_every_steps": 1}
+    Trainer(load_config(write(rows, **options | {"n_steps": 2}))).train()
+    longer = load_config(write(rows, **options | {"n_steps": 3}))
+    newest = Path(longer.output_dir, "c", "checkpoints", "step-2")
+    files = sorted(path for path in newest.iterdir() if path.name != "manifest.json")
+    for with_memory in (False, True):
+        hashed.clear()
+        validate(longer, with_memory=with_memory)
+        assert sorted(hashed) == files
+    hashed.clear()
+    assert refused(lambda: validate(load_config(write([*rows, {"prompt": 1}], **options | {"n_steps": 3}))))
+    finished = load_config(write(rows, **options | {"n_steps": 2}))
+    assert "is finished" in validate(finished)["warning"]
+    Trainer(finished).train()
+    assert not hashed
+    Trainer(longer).train()
+    assert [file for file in hashed if file.parent == newest and file.name == "index.json"] == [newest / "index.json"]
 
 
 def test_shares_of_what_is_cut(write, capsys, tmp_path):

@@ -45,9 +45,8 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
     folder = RunFolder(config, parallel)
-    checkpoint = folder.find_checkpoint()
     run = dry_run(config)
-    warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder, checkpoint)
+    warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
     _check_metric(run)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
     told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
@@ -80,10 +79,11 @@ def _try_out(run: DryRun) -> list[str]:
     return warnings
 
 
-def _try_resuming(run: DryRun, folder: RunFolder, checkpoint: Path | None) -> list[str]:
+def _try_resuming(run: DryRun, folder: RunFolder) -> list[str]:
     """Try what training tries with its run directory and its checkpoint, and return warnings. Raises RunFolderError."""
-    if finished := folder.finished(run.loader(run.data.train).total_steps, checkpoint):
+    if finished := folder.finished(run.loader(run.data.train).total_steps):
         return [*folder.messages, finished]
+    checkpoint = folder.find_checkpoint()
     if checkpoint is not None:
         state = check_checkpoint(checkpoint, run.policy)
         folder.compare_inputs(checkpoint, state["inputs"], inputs(run.config, run.data.train))
