@@ -24,7 +24,7 @@ OWN |= {f"loss.{f.name}" for loss in registered().values() for f in fields(loss.
 
 def value_of(key: str) -> tuple[str, object]:
     """``("a", True)`` of ``a=true``, ``("a", "some value")`` of ``a``."""
-    name, is_given, value = key.partition("=")
+    name, is_given, value = key.replace("*", "of_some_kind").partition("=")
     values = {"true": True, "false": False, "no": False, "null": None}
     return name, values.get(value, value) if is_given else "some value"
 

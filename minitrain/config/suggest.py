@@ -48,9 +48,15 @@ def read_tables() -> dict[str, list[Row]]:
 
 
 @functools.cache
+def _prefixes() -> list[tuple[str, Row]]:
+    """Return the rows of keys like `vllm_*`, which are about all keys with this beginning."""
+    return [(key[:-1], row) for key, row in _rows().items() if key.endswith("*")]
+
+
+@functools.cache
 def _last_names() -> list[str]:
     """The names that other tools have, without sections and values."""
-    return sorted({key.partition("=")[0].rpartition(".")[2] for key in _rows()})
+    return sorted({key.partition("=")[0].rpartition(".")[2] for key in _rows() if not key.endswith("*")})
 
 
 def is_known_elsewhere(name: str) -> bool:
@@ -69,6 +75,8 @@ def hint_for_key(key: str, value: Any, known: list[str]) -> Hint:
         return Hint(f"Did you mean {' or '.join(meant)}?", tuple(meant))
     if len(name) > 4 and (near := nearest_names(name, _last_names())) and (row := _find_row(near[0], value)):
         return _hint_of(*row, key, value)
+    if row := next((row for prefix, row in _prefixes() if name.startswith(prefix)), None):
+        return _hint_of(row, False, key, value)
     return Hint(f"There are {', '.join(known)}." if 0 < len(known) <= 12 else "docs/options.md lists all options.")
 
 
@@ -170,12 +178,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the one or two known names that `name` can be a typo of: a quarter of its letters may be wrong."""
-    allowed = max(1, min(3, len(name) // 4))
-    distances = {one: _distance(name, one) for one in known if abs(len(one) - len(name)) <= allowed}
-    least = min(distances.values(), default=allowed + 1)
-    near = [one for one, distance in distances.items() if distance == least <= allowed]
+    """Return the one or two known names that `name` can be a typo of."""
+    distances = {one: _distance(name, one) for one in known if _is_typo(name, one)}
+    near = [one for one, distance in distances.items() if distance == min(distances.values())]
     return near if len(near) <= 2 else []
+
+
+def _is_typo(name: str, known: str) -> bool:
+    """Return whether each word of a name is that of the known one, or near to it: `use_eaft` is not `use_peft`."""
+    words, others = re.split(r"[-_./ ]", name), re.split(r"[-_./ ]", known)
+    if len(words) != len(others) or re.sub(r"\D", "", name) != re.sub(r"\D", "", known):
+        return False
+    return all(_is_near(a, b, alone=len(words) == 1) for a, b in zip(words, others, strict=True))
+
+
+def _is_near(word: str, other: str, alone: bool) -> bool:
+    """Return whether two words differ in their plural, or in a letter; in two where they are long."""
+    if word.removesuffix("s") == other.removesuffix("s") or (len(word) > 1 and sorted(word) == sorted(other)):
+        return _distance(word, other) <= 1
+    length = max(len(word), len(other))
+    return length >= (3 if alone else 5) and _distance(word, other) <= (2 if length >= 8 else 1)
 
 
 def _distance(a: str, b: str) -> int:

@@ -89,7 +89,18 @@ KEYS = {
     "training={lr: 1}": "Did you mean lr?",
     "datasets[0].file_name=x": "Use datasets[0].path.",
     "eval_datasets=[{hf_hub_url: x}]": "Use eval_datasets[0].path.",
+    # all keys with a beginning
+    "ddp_fancy_thing=1": "Remove it: torchrun and trainer=FSDPTrainer decide.",
+    "wandb_log_model=true": "Remove it: WANDB_MODE and the other variables of wandb work.",
+    "wandb_project=x": "Use wandb.project.",
+    "fsdp_cpu_offload=true": "Use fsdp.cpu_offload.",
     # nothing like it: nothing is suggested
+    "use_eaft=true": "docs/options.md lists all options.",
+    "adam_beta3=0.9": "docs/options.md lists all options.",
+    "rl_coef=1": "docs/options.md lists all options.",
+    "asft_alpha=1": "docs/options.md lists all options.",
+    "sft_model_path=x": "docs/options.md lists all options.",
+    "galore_targets=x": "Remove it: `optimizer` is a class of torch.optim.",
     "zzz=1": "docs/options.md lists all options.",
     "trains=x": "docs/options.md lists all options.",
     "save=1": "docs/options.md lists all options.",
@@ -147,7 +158,7 @@ def test_values(hint, typed, said):
         ("sin", []),
     ],
 )
-def test_a_typo_changes_a_quarter_of_the_letters(name, near):
+def test_a_typo_differs_in_a_letter(name, near):
     """What differs in more is another word."""
     assert nearest_names(name, ["linear", "cosine", "constant"]) == near
 
