@@ -63,11 +63,17 @@ bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/head.py
 
-docs: $(VENV)/ready  ## generated pages: options from the schema, commands from their --help, tables of mutations
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/pip install --quiet -e ".[docs]" -c constraints.txt
+	touch $@
+
+docs: $(VENV)/docs-ready  ## the generated pages, and the site in site/
 	$(BIN)/python docs/generate_options.py > docs/options.md
 	$(BIN)/python docs/generate_commands.py > docs/commands.md
 	$(BIN)/python docs/generate_migrating.py
 	$(BIN)/python docs/generate_mutations.py
+	$(BIN)/python docs/generate_api.py > docs/api.md
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf .venv .venv-* runs
+	rm -rf .venv .venv-* runs site

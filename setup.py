@@ -28,6 +28,7 @@ setup(
         "quant": ["bitsandbytes>=0.48"],
         "data": ["datasets>=3"],
         "plot": ["matplotlib>=3.8"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff>=0.11"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

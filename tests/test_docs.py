@@ -26,6 +26,7 @@ GENERATED = {
     "options.md": "generate_options.py",
     "commands.md": "generate_commands.py",
     "migrating.md": "generate_migrating.py",
+    "api.md": "generate_api.py",
 }
 BY_NAME = {"ids": lambda page: page.name}
 LOSS_OPTIONS = {name: [f.name for f in fields(loss.options_class)] for name, loss in registered().items()}
@@ -283,10 +284,10 @@ def test_links_to_headings_lead_to_one(page):
         assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
 
 
-def test_the_readme_links_every_page():
-    """A page that nobody finds is not there."""
-    readme = (ROOT / "README.md").read_text()
+def test_the_readme_and_the_start_page_link_every_page():
+    readme, index = (ROOT / "README.md").read_text(), (ROOT / "docs" / "index.md").read_text()
     assert [page.name for page in PAGES if f"](docs/{page.name}" not in readme] == []
+    assert [page.name for page in PAGES if f"]({page.name}" not in index and page.name != "index.md"] == []
 
 
 # ------------------------------------------------------------------------------------------ the walk through the code
