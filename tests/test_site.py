@@ -50,7 +50,7 @@ def test_the_api_page_has_every_public_name():
 @pytest.mark.skipif(not shutil.which("mkdocs"), reason="needs the extra docs")
 def test_the_site_builds_without_a_warning(tmp_path):
     """Lists, tables and code blocks are rendered, and no id occurs twice on a page."""
-    command = ["mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    command = ["mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     built = sorted(tmp_path.rglob("index.html"))
