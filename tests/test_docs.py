@@ -18,6 +18,7 @@ from minitrain.cli.main import _config_first, _parser
 from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.load import _long_forms, _override, _own_names
 from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
+from minitrain.data import sandbox
 from minitrain.losses import registered
 from tests.conftest import ROOT
 
@@ -308,3 +309,11 @@ def test_the_names_of_the_walk_are_in_the_code():
     prose = AFTERNOON[: AFTERNOON.index("## Exercises")]
     for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", prose):
         assert name.endswith(".py") or all(part in code for part in name.split(".")), name
+
+
+def test_the_bounds_of_templates_are_those_of_the_code():
+    """docs/data.md says them in words."""
+    text = " ".join((ROOT / "docs" / "data.md").read_text().split())
+    assert f"may take {sandbox.MAX_SECONDS:g} seconds" in text
+    assert f"may be {sandbox.MAX_SIZE // 10**6} million characters and items" in text
+    assert f"and {sandbox.SIZE_PER_CHARACTER:,} more for each character of the conversation" in text
