@@ -18,7 +18,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitrain import Trainer, load_config
 from minitrain.cli.main import main
@@ -68,6 +68,31 @@ def random_llama(**changes):
     tokenizer = tiny_tokenizer()
     shape = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2} | changes
     model = tiny_model(0, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, **shape)
+    model.new_ids = []
+    return model
+
+
+def chain_model(tokenizer, *tokens: int, like=LlamaForCausalLM):
+    """A model that says after each of these tokens the next one, after the last the last, and after others the first.
+
+    It is so by construction: blocks add nothing, the embedding of token t is the unit vector t, and the row of the
+    output layer of each token is the sum of the unit vectors that it follows.
+    """
+    n = len(tokenizer)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": False}
+    if like is LlamaForCausalLM:
+        shape |= {"intermediate_size": 8}
+    model = like(like.config_class(vocab_size=n, hidden_size=n + n % 2, **shape))
+    for parameter in model.base_model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.zero_()
+    follows = dict.fromkeys(range(n), tokens[0]) | dict(zip(tokens, [*tokens[1:], tokens[-1]], strict=True))
+    head, vectors = model.get_output_embeddings().weight.data.zero_(), model.get_input_embeddings().weight.data
+    for before, after in follows.items():
+        vectors[before, before] = head[after, before] = 1.0
+    for end in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, end, getattr(tokenizer, end))
+        setattr(model.generation_config, end, getattr(tokenizer, end))
     model.new_ids = []
     return model
 

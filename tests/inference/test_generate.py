@@ -11,7 +11,7 @@ from minitrain.errors import ConfigError, DataError
 from minitrain.inference.generate import Generator, Sampling, load_generator
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
-from tests.conftest import random_llama
+from tests.conftest import chain_model, random_llama
 
 PROMPTS = ["a", "what is 1 + 1?", "a prompt that is longer than the others by far", "ünï ☃", "b"]
 GREEDY = Sampling(max_new_tokens=12)
@@ -51,24 +51,21 @@ def test_equal_to_transformers(generator, llama_folder):
 
 
 def test_answers_end_at_the_end_of_the_turn():
-    """Generation stops at the token that the template closes a turn with, also when it is not EOS."""
+    """Generation stops at the token that the template closes a turn with, also when it is not EOS.
+
+    The oracle is a model that says x, y, <|im_end|>, z, z, ... by construction.
+    """
     tokenizer = tiny_tokenizer()
     end = tokenizer.eos_token_id
     tokenizer.eos_token = "<|pad|>"
-    model = random_llama()
-    generator = Generator(model.eval(), Template(tokenizer, "chatml"))
+    x, y, z = tokenizer("xyz")["input_ids"]
+    model = chain_model(tokenizer, x, y, end, z).eval()
+    generator = Generator(model, Template(tokenizer, "chatml"))
     assert generator.end_ids == sorted({tokenizer.pad_token_id, end})
-    letter = tokenizer("x")["input_ids"][0]
-    answers = iter([letter, letter, end, letter, letter])
-
-    def forced(ids, scores):
-        scores[:, :] = -100.0
-        scores[:, next(answers)] = 100.0
-        return scores
-
-    original = model.generate
-    model.generate = lambda **kwargs: original(**kwargs, logits_processor=[forced])
-    assert generator.answer_messages(asked("hi"), GREEDY) == ["xx"]
+    assert generator.answer_messages(asked("hi", "a longer question"), GREEDY) == ["xy", "xy"]
+    plain = Generator(model, Template(tokenizer, "none"))  # where only EOS ends an answer
+    ids = plain._generate([tokenizer("hi")["input_ids"]], Sampling(max_new_tokens=6))
+    assert ids.tolist() == [[x, y, end, z, z, z]]
 
 
 def test_the_saved_template_is_used(tmp_path):
@@ -106,8 +103,9 @@ def test_places_of_the_model(tmp_path):
     overhead = len(generator.encode(*asked("")))
     with pytest.raises(DataError, match="40 tokens leave no place for an answer: the model has 40 places"):
         generator.encode(*asked("x" * (40 - overhead)))
+    generator.end_ids = [258]  # which the model does not say
     prompt = generator.encode(*asked("x" * (37 - overhead)))
-    assert generator._generate([prompt], GREEDY).shape[1] <= 3
+    assert generator._generate([prompt], GREEDY).shape[1] == 3
 
 
 def test_sampling(generator):

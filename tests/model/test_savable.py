@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from minitrain.errors import ConfigError
 from minitrain.inference.merge import merge
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.dry_run import dry_run
+from tests.conftest import chain_model
 
 CONTRADICTORY = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "early_stopping": True}
 
@@ -23,6 +24,12 @@ def base(llama_folder, tmp_path):
     return folder
 
 
+def generation_settings(folder) -> dict:
+    """What transformers reads in generation_config.json, apart from tokens, which are those of training."""
+    found = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    return {k: v for k, v in found.items() if not k.endswith("token_id") and k != "transformers_version"}
+
+
 def test_a_contradictory_generation_config_is_saved_as_it_was(base, make_trainer, tmp_path):
     """By training, and by merge; loading it again needs nothing."""
     whole = make_trainer(f"model.name_or_path={base}")
@@ -31,9 +38,7 @@ def test_a_contradictory_generation_config_is_saved_as_it_was(base, make_trainer
     part.train()
     merge([str(part.run.final)], [1.0], tmp_path / "merged")
     for folder in (whole.run.final, tmp_path / "merged"):
-        assert json.loads((folder / "generation_config.json").read_text()).items() >= CONTRADICTORY.items() - {
-            ("num_beams", 1)
-        }
+        assert generation_settings(folder) == generation_settings(base) == CONTRADICTORY
         assert AutoModelForCausalLM.from_pretrained(folder).generation_config.temperature == 0.6
 
 
@@ -79,37 +84,33 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(what, command, ma
 
 @pytest.fixture
 def gpt2(tmp_path):
-    """A GPT-2 without a chat template, whose own end is another token than that of a turn in ChatML."""
+    """A GPT-2 without a chat template that says x, y, <|im_end|>, z, z, ... by construction; its own EOS is another."""
     tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token_id
     tokenizer.eos_token = "<|pad|>"
-    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    x, y, z = tokenizer("xyz")["input_ids"]
+    chain_model(tokenizer, x, y, end, z, like=GPT2LMHeadModel).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_transformers_ends_answers_where_training_did(gpt2, make_trainer, tmp_path, merged):
-    """Its own `generate` stops at the end of a turn, though the base has another EOS."""
-    trainer = make_trainer(f"model.name_or_path={gpt2}", *(["lora.rank=2"] if merged else []))
+    """Its own `generate` stops at the end of a turn, though that of the base goes on."""
+    trainer = make_trainer(f"model.name_or_path={gpt2}", "lr=1e-6", *(["lora.rank=2"] if merged else []))
     trainer.train()
     folder = trainer.run.final
     if merged:
         folder = tmp_path / "merged"
         merge([str(trainer.run.final)], [1.0], folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end in trainer.template.end_ids() and end != tokenizer.eos_token_id
-    letter = tokenizer("x")["input_ids"][0]
-    answers = iter([letter, letter, end, letter, letter])
+    end, (x, y, z) = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer("xyz")["input_ids"]
 
-    def forced(ids, scores):
-        scores[:, :] = -100.0
-        scores[:, next(answers)] = 100.0
-        return scores
+    def answer(source) -> list[int]:
+        model = AutoModelForCausalLM.from_pretrained(source)
+        return model.generate(torch.tensor([[x]]), max_new_tokens=5, do_sample=False)[0].tolist()
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = model.generate(torch.tensor([[letter]]), max_new_tokens=5, do_sample=False, logits_processor=[forced])
-    assert ids[0].tolist() == [letter, letter, letter, end]
+    assert answer(gpt2) == [x, y, end, z, z, z]
+    assert answer(folder) == [x, y, end]
     for found in (AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)):
-        assert sorted(found.eos_token_id) == sorted(trainer.template.end_ids())
+        assert sorted(found.eos_token_id) == sorted({end, tokenizer.eos_token_id})
