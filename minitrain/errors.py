@@ -1,23 +1,116 @@
-"""The errors that a user can mend. The command line prints them as one line, without a traceback."""
+"""The errors that a user can fix, each with a stable code. The command line prints them without a traceback."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from minitrain.io.redact import redact
 
+# Code of an error -> what it says. Messages may be reworded; codes stay.
+CODES = {
+    # the command line and the config
+    "usage": "The command line, or a call from Python, has an argument that is unknown, missing or wrong.",
+    "invalid-config": "The config has the problems listed below; each has a code of its own.",
+    "unknown-option": "The config has no option of this name.",
+    "missing-option": "An option that is needed is not set.",
+    "wrong-type": "A value is of another type than the option.",
+    "out-of-range": "A number is outside of the limits of the option.",
+    "not-a-choice": "A value is not one of the values or names that there are.",
+    "invalid-value": "A value is of the right type, but cannot be used.",
+    "conflict": "Two options, or an option and the model, contradict each other.",
+    "no-effect": "An option would be ignored.",
+    "invalid-yaml": "The config is not valid YAML, or is not a list of keys and values.",
+    # files and packages
+    "not-found": "A file, a folder or a name in it does not exist.",
+    "wrong-path": "A path leads to something else than what is asked for, such as a folder instead of a file.",
+    "wrong-format": "A file is of a format that cannot be read or written here.",
+    "unreadable": "A file exists, and cannot be read.",
+    "not-writable": "A file or folder cannot be written.",
+    "already-exists": "An output exists and is not overwritten.",
+    "not-installed": "An optional package is missing.",
+    "unreachable": "A model or data set is on the hub, and the hub does not answer.",
+    # data
+    "no-data": "There are no rows, or none that can be trained on.",
+    "invalid-json": "A row or a file is not valid JSON.",
+    "invalid-table": "A CSV, TSV or Parquet file cannot be read as a table.",
+    "invalid-row": "A row lacks a key, or has a value that cannot be used.",
+    "wrong-column": "An option names a column that the row does not have.",
+    "too-large": "A row, a text, a number or a file is larger than the limit.",
+    "invalid-template": "A chat template or prompt template is wrong, or refuses the conversation.",
+    # models
+    "damaged-file": "A file is incomplete or its content is damaged.",
+    "mismatch": "Two things do not fit each other: weights and model, adapter and model, teacher and data.",
+    "unsupported-model": "The model or tokenizer is of a kind that cannot be used for this.",
+    # runs
+    "other-run": "A folder or checkpoint is of a run with other options or data.",
+    "unfinished-run": "A run has no model yet.",
+    "locked": "Another process uses the run folder.",
+    "no-space": "The disk is full.",
+    "out-of-memory": "The memory of the device or machine is full.",
+    "not-finite": "A loss, gradient or weight is NaN or infinite.",
+    "process-failed": "Another process of this run was killed or failed.",
+}
+
 
 class MinitrainError(ValueError):
-    """Something the user can mend; the message says what and how."""
+    """Something the user can fix; the message says what and how.
+
+    Attributes:
+        message: The message without its code.
+        code: The name of this kind of problem, one of `CODES`.
+    """
 
     exit_code = 2
 
-    def __init__(self, message: object = ""):
-        super().__init__(redact(str(message)))
+    def __init__(self, message: object, code: str = "unspecified"):
+        assert code in CODES or code == "unspecified", code
+        self.message, self.code = redact(str(message)), code
+        super().__init__(self.message, code)
+
+    def __str__(self) -> str:
+        return self.message if self.code == "unspecified" else f"{self.message} [{self.code}]"
+
+    def at(self, where: object) -> "MinitrainError":
+        """Return the same error with the place before its message."""
+        return type(self)(f"{where}: {self.message}", self.code)
 
 
 class ConfigError(MinitrainError):
     """An option is unknown, missing, of the wrong type, ignored, or contradicts another one."""
 
 
+class Issue(NamedTuple):
+    """One problem of a config."""
+
+    where: str  # file:line
+    key: str
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        code = "" if self.code == "unspecified" else f" [{self.code}]"
+        return f"{self.where}: {self.key}: {self.message}{code}"
+
+
+class InvalidConfigError(ConfigError):
+    """All problems of a config, one line each."""
+
+    def __init__(self, issues: Iterable[Issue], is_complete: bool = True):
+        self.issues = tuple(issue._replace(message=redact(issue.message)) for issue in issues)
+        self.is_complete = is_complete
+        count = "1 problem" if len(self.issues) == 1 else f"{len(self.issues)} problems"
+        lines = [f"{count}{'' if is_complete else ' or more'} in the configuration", *map(str, self.issues)]
+        super().__init__("\n  ".join(lines), "invalid-config")
+        self.args = (self.issues, is_complete)  # for pickle
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class UnreachableError(ConfigError):
     """A model or a data set is on the hub, and the hub cannot be reached."""
+
+    def __init__(self, message: object, code: str = "unreachable"):
+        super().__init__(message, code)
 
 
 class DataError(MinitrainError):

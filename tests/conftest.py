@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.messages import Snapshot
 from tests.order import pytest_collection_modifyitems  # noqa: F401
 from tests.processors import PROCESSOR, set_answers
 
@@ -34,6 +35,25 @@ if PROCESSOR:
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data and models, which users do not have
 DEADLINE = 300  # seconds for a command; none takes long, but on a machine that does much else
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-messages", action="store_true", help="write the messages of these tests to messages.txt")
+
+
+@pytest.fixture(scope="session")
+def _snapshot(request, tmp_path_factory):
+    update = request.config.getoption("--update-messages")
+    assert not (update and hasattr(request.config, "workerinput")), "--update-messages needs a single process"
+    snapshot = Snapshot(update, tmp_path_factory.getbasetemp())
+    yield snapshot
+    snapshot.save()
+
+
+@pytest.fixture
+def wording(request, _snapshot):
+    """``wording(text)``: the message of this test is the one in messages.txt, the only place that has wordings."""
+    return lambda text: _snapshot.compare(request.node.nodeid, text)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -73,7 +73,7 @@ def problems_of(item: str) -> list[str]:
     if not takers:
         return [f"{f'loss {name} has not' if name else 'no loss has'} all of {', '.join(sorted(asked))}"]
     attempts = [check_loss(one, loss) for one in takers if asked]
-    return [told for _, told in found.found] + min(attempts, key=len, default=[])
+    return [str(issue) for _, issue in found.entries] + min(attempts, key=len, default=[])
 
 
 def check_loss(name: str, given: dict) -> list[str]:
@@ -83,7 +83,7 @@ def check_loss(name: str, given: dict) -> list[str]:
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
     found.reported.update(f"loss.{key}" for key in needed - set(given))
     check_types(schema, given, "loss.", found)
-    return [told for _, told in found.found]
+    return [str(issue) for _, issue in found.entries]
 
 
 def problems_of_command(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Values as the types that the schema asks for, and all that is wrong with them, told at once."""
+"""Values as the types that the schema asks for, and all issues of a config, reported at once."""
 
 import math
 import types
@@ -8,11 +8,11 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from minitrain.errors import ConfigError
+from minitrain.errors import CODES, InvalidConfigError, Issue
 from minitrain.io.redact import redact
 
 from .schema import MAX_NUMBER, MIN_FRACTION, option_fields
-from .suggest import hint_for_key, hint_for_value, is_known_elsewhere, nearest, nearest_names
+from .suggest import hint_for_key, hint_for_value, is_known_elsewhere, nearest_names, suggest
 
 WORDS = {
     bool: "true or false",
@@ -23,7 +23,7 @@ WORDS = {
     dict: "keys and values",
 }
 MAX_HINTS = 20  # unknown options for which a similar name is searched: each takes milliseconds
-MAX_PROBLEMS = 100
+MAX_ISSUES = 100
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Source:
 
     def where(self, key: str) -> tuple[float, str]:
         """(a number to sort by, the place in words)."""
-        if any(related(key, other) for other in self.overridden):
+        if any(keys_overlap(key, other) for other in self.overridden):
             return math.inf, "--overrides"
         while key and key not in self.lines:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
@@ -51,34 +51,41 @@ class ConfigIssues:
 
     def __init__(self, source: Source):
         self.source = source
-        self.found: list[tuple[float, str]] = []
-        self.reported: set[str] = set()  # keys that something was told about
+        self.entries: list[tuple[float, Issue]] = []  # with the number to sort by
+        self.reported: set[str] = set()  # keys that have an issue
 
-    def add(self, key: str, what: str, *rests_on: str) -> None:
-        """Notes a problem, unless `key`, or one of the keys that it `rests_on`, was found wrong before."""
-        if any(related(spoilt, other) for spoilt in self.reported for other in (key, *rests_on)):
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def add(self, key: str, code: str, message: str = "", *rests_on: str) -> None:
+        """Add an issue, unless `key`, or one of the keys that it `rests_on`, has one already.
+
+        Args:
+            code: One of `errors.CODES`.
+        """
+        if code not in CODES:  # a call without a code; goes away when all have one
+            code, message, rests_on = "unspecified", code, (message, *rests_on) if message else rests_on
+        if any(keys_overlap(reported, other) for reported in self.reported for other in (key, *rests_on)):
             return
         self.reported.add(key)
-        order, place = self.source.where(key)
-        self.found.append((order, f"{place}: {key}: {what}"))
-        if len(self.found) == MAX_PROBLEMS:
+        order, where = self.source.where(key)
+        self.entries.append((order, Issue(where, key, code, message)))
+        if len(self.entries) == MAX_ISSUES:
             self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        if self.found:
-            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
-            count += " or more" if len(self.found) == MAX_PROBLEMS else ""
-            lines = [line for _, line in sorted(self.found, key=lambda pair: pair[0])]
-            raise ConfigError(f"{count} in the configuration\n" + "\n".join(f"  {line}" for line in lines))
+        if self.entries:
+            in_order = [issue for _, issue in sorted(self.entries, key=lambda pair: pair[0])]
+            raise InvalidConfigError(in_order, is_complete=len(self.entries) < MAX_ISSUES)
 
 
-def related(a: str, b: str) -> bool:
+def keys_overlap(a: str, b: str) -> bool:
     """Whether two keys are the same, or one is inside the other."""
     short, long = sorted((a, b), key=len)
     return long == short or long.startswith((f"{short}.", f"{short}["))
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as an error message shows it."""
     try:
         text = "nothing" if value is None else repr(value)
@@ -92,7 +99,16 @@ def shown(value: Any) -> str:
 
 
 class _Unfit(Exception):
-    """A value is not of its type or outside of its limits; the message says what was expected."""
+    """A value is not of its type or outside of its limits.
+
+    Args:
+        message: Says what was expected.
+        code: One of `errors.CODES`.
+    """
+
+    def __init__(self, message: str, code: str):
+        super().__init__(message)
+        self.code = code
 
 
 def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> dict:
@@ -105,11 +121,11 @@ def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> d
         if key not in known:
             _add_unknown(full, value, list(known), issues)
         elif value == "???":
-            issues.add(full, "is left open (???); give it a value.")
+            issues.add(full, "missing-option", "is left open (???); give it a value.")
         else:
             try:
                 if isinstance(value, str) and "\0" in value:
-                    raise _Unfit(f"holds a NUL character, got {shown(value)}. Remove it.")
+                    raise _Unfit(f"holds a NUL character, got {format_value(value)}. Remove it.", "invalid-value")
                 values[key] = _value(hints[key], value, full, issues)
                 if known[key].metadata:  # a loss of the user's own may have plain dataclass fields
                     check_limits(known[key].metadata, values[key])
@@ -117,10 +133,10 @@ def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> d
                 values.pop(key, None)
                 if _is_foreign_section(full, value):
                     _add_unknown(full, value, [], issues)
-                issues.add(full, f"{error}{hint_for_value(full, value)}")
+                issues.add(full, error.code, f"{error}{hint_for_value(full, value)}")
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            issues.add(f"{path}{name}", f"is missing. {f.metadata.get('help', '')}".rstrip())
+            issues.add(f"{path}{name}", "missing-option", f"is missing. {f.metadata.get('help', '')}".rstrip())
         if name not in values and is_dataclass(hints[name]):
             values[name] = check_types(hints[name], {}, f"{path}{name}.", issues)
     return values
@@ -133,7 +149,8 @@ def _value(hint: Any, value: Any, key: str, issues: ConfigIssues) -> Any:
         if isinstance(value, dict):
             return check_types(hint, value, f"{key}.", issues)
         names = ", ".join(f.name for f in fields(hint))
-        issues.add(key, f"expected {WORDS[dict]} ({names}), got {shown(value)}.{hint_for_value(key, value)}")
+        told = f"expected {WORDS[dict]} ({names}), got {format_value(value)}.{hint_for_value(key, value)}"
+        issues.add(key, "wrong-type", told)
         return {}
     if typing.get_origin(hint) is list and is_dataclass(args[0]) and isinstance(value, list):
         return [_value(args[0], entry, f"{key}[{i}]", issues) for i, entry in enumerate(value)]
@@ -154,7 +171,7 @@ def _leaf(hint: Any, value: Any) -> Any:
     converted = _scalar(hint, value)
     if converted is None:
         quotes = " Put it in quotes." if hint is str and type(value) is float else ""
-        raise _Unfit(f"expected {WORDS.get(origin or hint, hint)}, got {shown(value)}.{quotes}")
+        raise _Unfit(f"expected {WORDS.get(origin or hint, hint)}, got {format_value(value)}.{quotes}", "wrong-type")
     return converted
 
 
@@ -180,9 +197,10 @@ def check_limits(meta: dict, value: Any) -> None:
     if value is None or not meta:  # a field without `option` has no limits
         return
     if meta["choices"] and value not in meta["choices"]:
-        raise _Unfit(f"{value!r} is not one of {', '.join(meta['choices'])}.{nearest(value, meta['choices'])}")
+        told = f"{value!r} is not one of {', '.join(meta['choices'])}.{suggest(value, meta['choices'])}"
+        raise _Unfit(told, "not-a-choice")
     if value == "":
-        raise _Unfit("is empty. Give a value, or leave it out.")
+        raise _Unfit("is empty. Give a value, or leave it out.", "invalid-value")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_bounds(meta, value)
 
@@ -190,15 +208,15 @@ def check_limits(meta: dict, value: Any) -> None:
 def _check_bounds(meta: dict, value: int | float) -> None:
     most = MAX_NUMBER if meta["most"] is None and meta["below"] is None else meta["most"]
     if meta["least"] is not None and value < meta["least"]:
-        raise _Unfit(f"must be {meta['least']} or more, got {value}.")
+        raise _Unfit(f"must be {meta['least']} or more, got {value}.", "out-of-range")
     if meta["above"] is not None and value <= meta["above"]:
-        raise _Unfit(f"must be above {meta['above']}, got {value}.")
+        raise _Unfit(f"must be above {meta['above']}, got {value}.", "out-of-range")
     if meta["below"] is not None and value >= meta["below"]:
-        raise _Unfit(f"must be below {meta['below']}, got {value}.")
+        raise _Unfit(f"must be below {meta['below']}, got {value}.", "out-of-range")
     if most is not None and value > most:
-        raise _Unfit(f"must be {most} or less, got {value}.")
+        raise _Unfit(f"must be {most} or less, got {value}.", "out-of-range")
     if 0 < abs(value) < MIN_FRACTION:
-        raise _Unfit(f"is too close to 0 to have an effect, got {value}. Give 0 or a larger number.")
+        raise _Unfit(f"is too close to 0 to have an effect, got {value}. Give 0 or a larger number.", "out-of-range")
 
 
 # ------------------------------------------------------------------------------------------------ unknown names
@@ -206,16 +224,16 @@ def _check_bounds(meta: dict, value: int | float) -> None:
 
 def _add_unknown(key: str, value: Any, known: list[str], issues: ConfigIssues) -> None:
     """Report a key that does not exist, or those inside of it if it is a section of another tool."""
-    if len(issues.found) > MAX_HINTS:
-        issues.add(key, "unknown option.")
+    if len(issues.entries) > MAX_HINTS:
+        issues.add(key, "unknown-option", "unknown option.")
         return
     if _is_foreign_section(key, value, known):
         for name, inner in value.items():
             _add_unknown(f"{key}.{name}", inner, [], issues)
         return
     hint = hint_for_key(key, value, known)
-    issues.add(key, f"unknown option. {hint.text}")
-    meant = [one for one in hint.options if not issues.source.wrote(one) and not related(one, key)]
+    issues.add(key, "unknown-option", f"unknown option. {hint.text}")
+    meant = [one for one in hint.options if not issues.source.wrote(one) and not keys_overlap(one, key)]
     issues.reported.update(meant)  # not missing, then
 
 

@@ -17,7 +17,7 @@ from minitrain.errors import ConfigError
 from minitrain.io.redact import hide, hide_variables
 
 from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED
-from .issues import ConfigIssues, Source, check_types, shown
+from .issues import ConfigIssues, Source, check_types, format_value
 from .saved import config_yaml
 from .schema import DEFAULT_LOSS, Config, Written, aliases
 from .yaml_nodes import MAX_DEPTH, check_yaml
@@ -96,7 +96,7 @@ def _merge_loss(configured: Any, described: dict) -> dict:
     """Return the description of a loss object. Raises ConfigError when the config names another loss than that."""
     written = _long_forms({"loss": configured})["loss"]
     if written not in (DEFAULT_LOSS, described):
-        both = f"the config has {shown(written)}, and Trainer(loss=...) got {shown(described)}"
+        both = f"the config has {format_value(written)}, and Trainer(loss=...) got {format_value(described)}"
         raise ConfigError(f"loss: {both}. Set only one of them.")
     return described
 
@@ -205,7 +205,7 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
             issues.add(key, str(error).partition(": ")[2])
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
             overridden.add(key)
-            issues.add(key, f"cannot be set to {shown(value)}: {_reason(error)}")
+            issues.add(key, f"cannot be set to {format_value(value)}: {_reason(error)}")
         except ValueError:  # of a part that is no index
             overridden.add(key)
             issues.add(key, "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.")
@@ -263,7 +263,7 @@ def _resolve(node: Any, path: str, issues: ConfigIssues) -> Any:
             if is_hidden:
                 hide(values[name], raw)
         except (OmegaConfBaseException, RecursionError) as error:
-            issues.add(key, f"{shown(values[name])} cannot be filled in: {_reason(error)}")
+            issues.add(key, f"{format_value(values[name])} cannot be filled in: {_reason(error)}")
     return values
 
 

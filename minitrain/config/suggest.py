@@ -87,7 +87,7 @@ def hint_for_value(key: str, value: Any, choices: Iterable[str] = ()) -> str:
     if converted := _converted(key, value):
         return f" Use {converted}."
     row = _rows().get(f"{_without_index(key)}={_as_key(value)}")
-    return f" {_hint_of(row, True, key, value).text}" if row else nearest(str(value), choices)
+    return f" {_hint_of(row, True, key, value).text}" if row else suggest(str(value), choices)
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -170,7 +170,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_. ]", "", name).lower()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean ...?`` with the nearest of the known names, or nothing."""
     known = list(known)
     near = [one for one in known if _plain(one) == _plain(name)][:1] or nearest_names(name, known)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitrain.config.suggest import nearest
+from minitrain.config.suggest import suggest
 from minitrain.errors import ConfigError
 from minitrain.io.paths import looks_local
 
@@ -15,7 +15,7 @@ def find_model(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
         there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
-        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{nearest(source, there)}")
+        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{suggest(source, there)}")
     if not folder.is_dir() or _holds_model(folder):
         return source
     for name in ("final", "best"):

@@ -25,7 +25,7 @@ def check(config: Config, issues: ConfigIssues, is_object: bool = False) -> Loss
         return None
     if not known_name:
         hint = _of_python_class(str(name)) or hint_for_value("loss.name", name, known)
-        issues.add("loss.name", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
+        issues.add("loss.name", "not-a-choice", f"there is no loss {name!r}; there are {', '.join(known)}.{hint}")
         return None
     written = {key: value for key, value in config.loss.items() if key != "name"}
     for key in [key for key in written if key not in _options_of(known[name])]:

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitrain.config.issues import ConfigIssues, related, shown
+from minitrain.config.issues import ConfigIssues, format_value, keys_overlap
 from minitrain.config.schema import Config, all_keys
-from minitrain.config.suggest import hint_for_value, nearest
+from minitrain.config.suggest import hint_for_value, suggest
 from minitrain.data.examples import SCHEMAS
 from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.process import world_size
@@ -64,10 +64,10 @@ def _check_run(config: Config, issues: ConfigIssues) -> None:
     if config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
         issues.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
-        issues.add("resume", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
+        issues.add("resume", "not-found", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
     for key in config.allow_changes:
-        if not any(related(key, known) for known in all_keys()):
-            issues.add("allow_changes", f"there is no option {key!r}.{nearest(key, all_keys())}")
+        if not any(keys_overlap(key, known) for known in all_keys()):
+            issues.add("allow_changes", f"there is no option {key!r}.{suggest(key, all_keys())}")
     if config.keep_models and not config.save_models_every_steps:
         issues.add("keep_models", "would be ignored: it needs save_models_every_steps.", "save_models_every_steps")
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
@@ -94,7 +94,7 @@ def _check_teacher(options: dict, needed: bool, issues: ConfigIssues) -> None:
 
 def _check_steps(config: Config, issues: ConfigIssues) -> None:
     if uneven := uneven_batch(config, world_size(), "processes"):
-        issues.add("total_batch_size", uneven)
+        issues.add("total_batch_size", "conflict", uneven)
     if config.n_steps is not None and config.warmup_steps > config.n_steps:
         issues.add("warmup_steps", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
 
@@ -103,7 +103,7 @@ def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssue
     from .optim import accepted_options, check_optimizer, optimizer_class
 
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        issues.add("betas", f"expected two numbers from 0 to below 1, got {shown(config.betas)}.")
+        issues.add("betas", f"expected two numbers from 0 to below 1, got {format_value(config.betas)}.")
     try:
         chosen = optimizer_class(config.optimizer, UNFIT_OPTIMIZERS)
     except ConfigError as error:
@@ -141,7 +141,7 @@ def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> 
         issues.add("eval_generate", told, "eval_generate.n_examples")
     if answers.match not in ("text", "number") and not _has_one_group(answers.match):
         told = f"{answers.match!r} is neither text, number, nor a regular expression with one group in parentheses."
-        issues.add("eval_generate.match", told + nearest(answers.match, ("text", "number")))
+        issues.add("eval_generate.match", told + suggest(answers.match, ("text", "number")))
     if config.n_eval_examples and answers.n_examples > config.n_eval_examples:
         issues.add("eval_generate.n_examples", f"is more than n_eval_examples={config.n_eval_examples}.")
     if "early_stopping" in given and not stopping.patience and not config.save_best:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from minitrain.config.issues import related
+from minitrain.config.issues import keys_overlap
 from minitrain.config.saved import config_yaml, without_passwords
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
@@ -298,7 +298,7 @@ class RunFolder:
             return
         changes = dict(_changes(self._saved_settings(), self.settings(), self.config))
         allowed = self.config.allow_changes
-        refused = {key: told for key, told in changes.items() if not any(related(key, name) for name in allowed)}
+        refused = {key: told for key, told in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
         if refused:
             told = "; ".join(f"{key}: {change}" for key, change in refused.items())
             raise RunFolderError(

@@ -21,7 +21,7 @@ def check_config(config: Config, issues: ConfigIssues, loss_is_object: bool = Fa
     given = {f.name for f in option_fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
     for check in (distributed.check_processes, data.check, model.check, training.check):
         check(config, given, issues)
-    if issues.found and not given & CHECKED_WITH_TORCH:
+    if issues and not given & CHECKED_WITH_TORCH:
         return  # torch takes seconds to import, and options at their default are rarely wrong
     from minitrain.losses import checks as losses
 
