@@ -199,6 +199,9 @@ def _targets(
     missing = [one for one in wanted if not any(_matches([one], name) for name in named)] if _is_list(wanted) else []
     if not named or (missing and strict):
         raise ConfigError(f"lora.target_modules: {_no_such(missing[0] if missing else wanted, there)}")
+    lost = [one for one in excluded if not any(_matches([one], name) for name in named)] if _is_list(excluded) else []
+    if lost and strict:
+        raise ConfigError(f"lora.exclude_modules: {_no_such(lost[0], {name: there[name] for name in named})}")
     names = [n for n in named if there[n] not in whole and not (excluded and _matches(excluded, n, "exclude_modules"))]
     if not names:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """`validate` refuses what training refuses before its first step, in the same words, and warns of the same."""
 
+import functools
 import json
 import re
 import shutil
@@ -55,18 +56,19 @@ LIMITED = ("gpt2", "gpt_neo", "gptj", "codegen", "opt", "biogpt", "ctrl", "mpt")
 LEAKY = ("mamba", "falcon_h1", "bamba", "mpt")  # states, and distances that count from the row
 
 
+def config_file(folder, base, rows: list, /, **options) -> str:
+    """The path of a config over these rows."""
+    (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"datasets": [str(folder / "c.jsonl")], "model": {"name_or_path": str(base)}}
+    config |= {"batch_size": 4, "n_steps": 1, "output_dir": str(folder / "runs")}
+    (folder / "c.yml").write_text(json.dumps(config | options))  # JSON is YAML
+    return str(folder / "c.yml")
+
+
 @pytest.fixture
 def write(tmp_path, llama_folder):
     """``write(rows, key=value, ...)``: the path of a config over these rows."""
-
-    def write(rows: list, **options) -> str:
-        (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = {"datasets": [str(tmp_path / "c.jsonl")], "model": {"name_or_path": str(llama_folder)}}
-        config |= {"batch_size": 4, "n_steps": 1, "output_dir": str(tmp_path / "runs")}
-        (tmp_path / "c.yml").write_text(json.dumps(config | options))  # JSON is YAML
-        return str(tmp_path / "c.yml")
-
-    return write
+    return functools.partial(config_file, tmp_path, llama_folder)
 
 
 def refused(action) -> str | None:
@@ -297,6 +299,70 @@ def checkpoint_that_contradicts_itself(write, folder, llama):
     return write(ROWS["conversation"], n_steps=2, save_every_steps=1), "The checkpoint cannot be used; remove it"
 
 
+def spoilt_run(edit, words: str, n_steps: int = 2, sealed: bool = True):
+    """A run whose folder `edit(folder, checkpoint)` has changed; with `sealed`, the manifest fits what it wrote."""
+
+    def case(write, folder, llama):
+        path = write(ROWS["conversation"], save_every_steps=1)
+        Trainer(load_config(path)).train()
+        run = folder / "runs" / "c"
+        checkpoint = run / "checkpoints" / "step-1"
+        edit(run, checkpoint)
+        if sealed:
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            manifest["files"] = {name: fingerprint(checkpoint / name) for name in manifest["files"]}
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        return write(ROWS["conversation"], n_steps=n_steps, save_every_steps=1), words
+
+    return case
+
+
+def edit_json(name: str, change):
+    """Let `change` edit what a JSON file of the checkpoint holds."""
+
+    def edit(run, checkpoint):
+        content = json.loads((checkpoint / name).read_text())
+        change(content)
+        (checkpoint / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def without_a_row(index: dict) -> None:
+    pieces = next(iter(index["model"].values()))["pieces"]
+    pieces.clear()
+
+
+def in_another_folder(index: dict) -> None:
+    next(iter(index["model"].values()))["pieces"][0][0] = "../model-0.safetensors"
+
+
+def encoder(words: str, **options):
+    def case(write, folder, llama):
+        model = {"name_or_path": str(random_base("roberta", folder / "roberta"))}
+        return write(ROWS["labelled"], model=model, loss="classify", max_length=60, **options), words
+
+    return case
+
+
+def scorer(words: str, loss, edit=lambda folder: None):
+    """The model that a classification has made."""
+
+    def case(write, folder, llama):
+        Trainer(load_config(write(ROWS["labelled"], loss="classify", exp_name="a"))).train()
+        final = folder / "runs" / "a" / "final"
+        edit(final)
+        return write(ROWS["labelled"], model={"name_or_path": str(final)}, loss=loss, exp_name="b"), words
+
+    return case
+
+
+def lose_a_block(folder) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def file_in_place_of_checkpoints(write, folder, llama):
     (folder / "runs" / "c").mkdir(parents=True)
     (folder / "runs" / "c" / "checkpoints").write_text("")
@@ -392,6 +458,12 @@ CASES = {
         write(ROWS["conversation"], datasets=[{"path": str(folder / "c.jsonl"), "p_oracle": 0.5}]),
         "c.jsonl:1: p_oracle and n_distractors do not apply to rows of type prompt_response",
     ),
+    "more bad rows than may be": of_options(
+        "There are more bad rows than max_bad_rows=1.",
+        rows=[*ROWS["conversation"], {}, {}],
+        on_bad_row="skip",
+        max_bad_rows=1,
+    ),
     "rows of another kind": of_options("c.jsonl:1: ", loss="dpo"),
     "no model": lambda write, folder, llama: (write(ROWS["conversation"], model={"name_or_path": str(folder)}), ""),
     "other options": run_with_other_options,
@@ -400,6 +472,40 @@ CASES = {
     "a checkpoint of other parameters": checkpoint_of_other_parameters,
     "a checkpoint of other data": checkpoint_of_other_data,
     "a checkpoint that contradicts itself": checkpoint_that_contradicts_itself,
+    "a checkpoint without a row": spoilt_run(edit_json("index.json", without_a_row), "lacks rows from 0 on"),
+    "a checkpoint in two folders": spoilt_run(edit_json("index.json", in_another_folder), "outside of the checkpoint"),
+    "a checkpoint without an index": spoilt_run(edit_json("index.json", dict.clear), "contradict one another"),
+    "a checkpoint of another step": spoilt_run(
+        edit_json("manifest.json", lambda manifest: manifest.update(step=7)),
+        "holds the checkpoint of step 7",
+        sealed=False,
+    ),
+    "a manifest without a state": spoilt_run(
+        edit_json("manifest.json", lambda manifest: manifest["files"].pop("state.json")), "does not name state.json"
+    ),
+    "a manifest that names another folder": spoilt_run(
+        edit_json("manifest.json", lambda manifest: manifest["files"].update({"../x": {}})),
+        "names '../x'",
+        sealed=False,
+    ),
+    "a damaged checkpoint": spoilt_run(
+        lambda run, checkpoint: (checkpoint / "state.json").write_text("{"), "no checkpoint is sound: ", sealed=False
+    ),
+    "a damaged end of a run": spoilt_run(
+        lambda run, checkpoint: (run / "run.json").write_text("{"), "is damaged, so whether the run has finished"
+    ),
+    "a damaged config of a run": spoilt_run(
+        lambda run, checkpoint: ((run / "config.yml").write_text("\0"), (checkpoint / "state.json").write_text("{}")),
+        "cannot be read as a config",
+    ),
+    "a soft prompt before an encoder": encoder(
+        "is an encoder, whose first place is its head's", soft_prompt={"num_virtual_tokens": 2}
+    ),
+    "packed rows of an encoder": encoder("packing: an encoder sees all of a row", packing=True),
+    "outputs in another order": scorer(
+        "loss.labels: the model's outputs are", {"name": "classify", "labels": ["odd", "even"]}
+    ),
+    "a scorer without a block": scorer("its files hold no weights for model.layers.1", "classify", lose_a_block),
     "a file in the place of checkpoints": file_in_place_of_checkpoints,
     "a folder in the place of metrics": folder_in_place_of_metrics,
     "a place that nobody can write to": of_options("/dev/null/c: cannot be written", output_dir="/dev/null"),

@@ -1,0 +1,481 @@
+"""Each place of the code that can refuse a training is reached by a case here, or is listed with the reason."""
+
+import ast
+import contextlib
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitrain.cli.main import main
+from minitrain.config.issues import ConfigIssues, _Unfit
+from minitrain.errors import MinitrainError
+from tests.cli import test_bad_data, test_bad_input, test_bad_model
+from tests.conftest import CONFIG, ROOT, write
+from tests.tools import test_validate_refusals
+
+PACKAGE = ROOT / "minitrain"
+KINDS = {"ConfigError", "DataError", "RunError", "RunFolderError", "UnreachableError", "_Unfit"}
+OTHER_COMMANDS = (  # no training goes through these
+    "cli/",
+    "tools/analysis/",
+    "tools/preflight/preview.py",
+    "inference/generate.py",
+    "inference/score.py",
+    "inference/merge.py",
+    "inference/teacher_cache.py",
+    "inference/raft_metrics.py",
+)
+
+
+ELSEWHERE = (  # reached or not by what is installed, by the user and by the devices of a machine
+    "checks._check_adapter: model.quantization the package bitsandbytes is not installed",
+    "checks._check_device: device . device:",
+    "checks._check_device: trainer FSDPTrainer needs CUDA devices or the CPU; use devic",
+    "checks._check_device: trainer torchrun started processes on this machine, but it h",
+    "checks._check_run: .enabled the package is not installed: pip install",
+    "checks._check_run: report_to_tensorboard the package tensorboard is not install",
+    "dequantize.method_of: its weights are quantized by bitsandbytes, which is not inst",
+    "parallel.pick_device: device: there is no CUDA device here; use device=auto or dev",
+    "parallel.pick_device: device: there is no MPS device here; use device=auto or devi",
+    "paths.check_source: .path no permission to read .",
+    "paths.check_source: .path the package datasets, which reads it,",
+    "paths.check_source: .path the package pyarrow, which reads it,",
+    "tables.load_table: : the package datasets is not installed:",
+    "tables.read_parquet: : the package pyarrow is not installed:",
+    "hub.unreachable: : it is not here, the hub does not answer ( ), and its cache",
+    "checks._check_model: model.attn_implementation the package is not installed; use",
+)
+UNREACHED = {  # why no case reaches a place, or which tests do -> the places
+    "Python alone can give it": (
+        "base.create_loss: loss has no option ; it has , ,",
+        "base.create_loss: there is no loss ; there are ,",
+        "base.register_loss.register: a loss named is registered already",
+        "load._merge_loss: loss: . Set only one of them.",
+        "load.check_writable: config: : cannot be written to config.yml:",
+        "trainer.__init__: there is no hook ; there are , ,",
+    ),
+    "it depends on the values of weights, and validate reads none": (
+        "adapter_files._start: lora.use_dora: row of is all zeros, so it has no direction.",
+        "aux_models._check_start: loss.reference: the reference's log-probabilities are a toke",
+        "policy._compare_logps: model.name_or_path: the model gives NaN or inf, so its weigh",
+        "policy._compare_logps: model.name_or_path: the output layer of does something that",
+        "policy.find_blocks: has no list of blocks that minitrain can find",
+        "sequence_head._check_scores: model.name_or_path: the head of does something that minitrai",
+        "dequantize._scaled: of shape has , which do not fit each other.",
+        "dequantize.dequantized: is quantized ( ) in a way that minitrain cannot dequantize.",
+        "dequantize.dequantized: its weights are quantized and not in safetensors files, so m",
+    ),
+    "after the first step, or while a model is saved": (
+        "atomic_dir.atomic_folder: : cannot be written:",
+        "checkpoint._check_room: : the disk has MB free, a checkpoint needs MB; make room, or",
+        "checkpoint._commit: : cannot be written:",
+        "checkpoint._make_temporary: : cannot be written:",
+        "precision.update: float16 gradients overflow at every loss scale; use model.po",
+        "trainer._update: steps in a row (up to step ) had a non-finite loss or gradie",
+    ),
+    "other processes: tests/distributed and tests/faults": (
+        "checks._check_processes: trainer BasicTrainer trains on one device, but torchrun star",
+        "cache.load_cache: : a process that tokenised it was killed. Set a lower num_pr",
+        "memory._check_devices: total_batch_size:",
+        "memory._check_devices: trainer: BasicTrainer trains on one device, and not on ; set",
+        "run_dir._take_lock: : another process trains in this folder ( ); wait for it, or",
+        "sharded.check_same: : rank has another value than rank 0. Start all ranks with t",
+        "sharded.naming_failures:",
+        "sharded.taking_turns:",
+    ),
+    "another command says it": (
+        "metrics_log.read_history: : metrics.jsonl",
+        "metrics_log.read_lines: : cannot be read:",
+        "metrics_log.read_lines: : holds no",
+        "metrics_log.read_lines: : there is no such folder; name a run folder, like runs/EXP_",
+        "resolve.find_model: : holds neither a model (config.json), an adapter, nor a fin",
+        "resolve.find_model: : there is no such folder (seen from ).",
+        "resolve.find_model: : this run is not finished; the same training command goes o",
+        "template.encode_prompt: the chat template refuses the conversation:",
+        "adapter_config.outputs_of: : it holds no head, so nobody knows what its model ends in.",
+    ),
+    "validate alone says it of rows: tests/tools/test_validate.py": ("validate.validate:",),
+    "the check of the config comes first": (
+        "aux_models.load_teacher: loss.teacher: is missing; name the folder or the hub name of",
+        "files.refuse_no_file: : there is no such file (seen from )",
+        "files.refuse_no_file: : this is a folder; name a file in it",
+        "load.freeze_layers: freeze_layers: nothing is left to train.",
+        "template._read: the chat template is neither auto, chatml, none, nor a text",
+        "value.__call__: loss.name: value needs a model that reads from left to right",
+    ),
+    "the file changes or the disk fills while it is read": (
+        "cache.load_cache: : cannot be read:",
+        "mismatched._write: : the tokens cannot be kept there: . Set cache_dir.",
+        "tables.rows_of: : cannot be read:",
+    ),
+    "takes seconds: tests/config/test_config.py and tests/model/test_lora.py": (
+        "load._in_bounds: :",
+        "adapter._full_match: lora. : is no regular expression: .",
+        "adapter._full_match: lora. : matching with takes more than seconds. Use a simpler",
+    ),
+    "tests/config/test_config.py and tests/cli/test_bad_input.py": (
+        "load._guarded: : : a key",
+        "load._read_text: : this is a file of data; name the YAML file whose `datasets",
+    ),
+    "tests/model/test_new_tokens.py and tests/model/test_savable.py": (
+        "adapter.train_new_rows: trainable_token_indices: and are tied, so they need the same",
+        "adapter_files._fill_rows: : has the shape , here it is .",
+        "adapter_files._for_model: holds no weights of , which its base model lacks, too.",
+        "adapter_files._loaded_prompt: does not fit the model: missing .",
+        "save.check_saving: model.name_or_path: this model could not be saved after trai",
+        "vocabulary.count_ids: model.tokenizer_name_or_path: the tokens and have the same i",
+    ),
+    "tests/losses/test_kd.py": (
+        "kd.add_outputs: loss. :",
+        "kd.add_outputs: loss.teacher_outputs: holds nothing of as it is tokenised no",
+        "kd.add_outputs: loss.teacher_outputs: is damaged, its checksum is wrong. Mak",
+    ),
+    "tests/data": (
+        "encode._preference: chosen and rejected are the same in the chat template",
+        "files._check_header: :1:",
+        "files._lines: : : the line is longer than MiB",
+        "load.load_tokenizer: the tokenizer of has no tokenizer.json, which minitrain need",
+        "tables._row: is , which stands for none of ,",
+        "tables.load_table:",
+        "template.__init__: chat_template: the tokenizer has several templates; name a .",
+        "template._encode: the tokenizer cannot read :",
+        "template._join: the tokenizer makes no token of the text",
+        "template._marked: the chat template marks no text of the assistant in this con",
+        "template._refuse_lost: the tokenizer has no token for , and would leave it out",
+        "template._split_at_mark:",
+    ),
+    "packed rows that crash: tests/tools/test_validate_refusals.py": (
+        "policy.check_packing: packing: cannot read packed rows ( ). Set packing=false.",
+    ),
+    "tests/losses/test_rollouts.py": (
+        "formats_preference._earned: there is no prompt",
+        "advantages.rewards: : rows have no reward. Give them one, or with loss.advantage",
+    ),
+}
+
+
+def sites() -> dict[tuple[str, int], str]:
+    """(file, line) -> a name, for each line of a call that makes an error or adds to the problems of a config."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = str(file.relative_to(PACKAGE))
+        if name.startswith(OTHER_COMMANDS):
+            continue
+        tree = ast.parse(file.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if not _refuses(call):
+                continue
+            inside = [f.name for f in functions if f.lineno <= call.lineno <= f.end_lineno]
+            words = [n.value for a in call.args for n in ast.walk(a) if _is_text(n)]
+            for line in range(call.lineno, call.end_lineno + 1):
+                found[str(file), line] = (
+                    f"{file.stem}.{'.'.join(inside)}: {' '.join(' '.join(words).split())[:60].strip()}".strip()
+                )
+    return found
+
+
+def _refuses(call: ast.Call) -> bool:
+    function = call.func
+    if isinstance(function, ast.Attribute):
+        return (
+            function.attr == "add"
+            and isinstance(function.value, ast.Name)
+            and function.value.id in ("problems", "issues")
+        )
+    return isinstance(function, ast.Name) and function.id in KINDS
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip() != ""
+
+
+@contextlib.contextmanager
+def reached(monkeypatch):
+    """Inside, the lines of calls that refuse are noted."""
+    noted = set()
+
+    def noting(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            frame = sys._getframe(1)
+            noted.add((frame.f_code.co_filename, frame.f_lineno))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MinitrainError, "__init__", noting(MinitrainError.__init__))
+        patch.setattr(ConfigIssues, "add", noting(ConfigIssues.add))
+        patch.setattr(_Unfit, "__init__", noting(_Unfit.__init__))
+        yield noted
+
+
+def options(*overrides: str):
+    return lambda: overrides
+
+
+def rows(loss: str, *lines, **entry):
+    def prepare():
+        write("bad.jsonl", *lines)
+        return [f"datasets=[{json.dumps({'path': 'bad.jsonl'} | entry)}]", f"loss={loss}"]
+
+    return prepare
+
+
+def config(text: str):
+    def prepare():
+        Path("c.yml").write_text(text)
+        return []
+
+    return prepare
+
+
+def model(spoil, *overrides: str):
+    def prepare():
+        spoil()
+        return overrides
+
+    return prepare
+
+
+def adapter(*settings: str, **keys):
+    """An adapter with other keys in its adapter_config.json."""
+
+    def prepare():
+        adapter_of(*settings)
+        test_bad_model.changed(test_bad_model.CONFIG_FILE, **keys)()
+        return ["model.adapter=lora"]
+
+    return prepare
+
+
+def adapter_of(*settings: str) -> None:
+    """The folder lora/ with an adapter of the model: a LoRA, or what the settings say."""
+    quick = ("n_steps=1", "output_dir=made", "quiet=true", "save_every_steps=0")
+    assert main(["train", "c.yml", "--overrides", *(settings or ["lora={rank: 2}"]), *quick]) == 0
+    shutil.move("made/c/final", "lora")
+    shutil.rmtree("made")
+
+
+TURN = {"role": "user", "content": "a"}
+ORACLE = {"question": "a", "documents": [{"type": "oracle", "text": "b"}], "answer": "c"}
+ROLLOUT = test_bad_data.ROLLOUT
+QLORA = "model.quantization=4bit"
+LORA = "lora={rank: 2}"
+PREFIX = "soft_prompt={num_virtual_tokens: 2, method: prefix}"
+MORE = [
+    options(*[f"unknown{i}=1" for i in range(25)]),
+    options("lr=1e-300"),
+    options("lora={rank: 2, dropout: 1}"),
+    options("lr=???"),
+    config(CONFIG + 'exp_name: "a\\0b"'),
+    config("- a"),
+    config("#" * (1 << 20) + CONFIG),
+    config(CONFIG + "betas: [" + "1," * 10_001 + "]"),
+    config(CONFIG + "betas: " + "[" * 40 + "]" * 40),
+    model(lambda: Path("c.yml").unlink()),
+    model(lambda: (Path("c.yml").unlink(), Path("c.yml").mkdir())),
+    model(lambda: (Path("c.yml").unlink(), os.mkfifo("c.yml"))),
+    options("resume=model"),
+    options("keep_models=2"),
+    options("lora.alpha=2"),
+    options("soft_prompt.init_text=a"),
+    options("soft_prompt.num_virtual_tokens=2", "lora.rank=2"),
+    options("soft_prompt.num_virtual_tokens=2", "packing=true"),
+    options(PREFIX, "soft_prompt.init_text=a"),
+    options("soft_prompt={num_virtual_tokens: 2, prefix_projection: true}"),
+    options(PREFIX, "soft_prompt.encoder_hidden_size=4"),
+    options("lora={rank: 2, target_modules: 3}"),
+    options("lora={rank: 2, target_modules: '('}"),
+    options(LORA, "freeze_layers=[0]"),
+    options(LORA, "model.master_dtype=bfloat16"),
+    options(QLORA),
+    options(QLORA, LORA, "trainer=FSDPTrainer"),
+    options(QLORA, LORA, "lora.init=pissa"),
+    options("model.attn_implementation=flash_attention_3"),
+    options("freeze_layers=[5-0]"),
+    options("optimizer=Adafactor", "trainer=FSDPTrainer"),
+    options("trainer=FSDPTrainer", "fsdp.shard=hybrid"),
+    options("trainer=FSDPTrainer", "device=cpu", "fsdp.cpu_offload=true"),
+    options("fsdp.shard=none"),
+    options("eval_datasets=[rows.jsonl]", "n_eval_examples=2", "eval_generate.n_examples=3"),
+    options("eval_datasets=[rows.jsonl]", "eval_generate={n_examples: 1, match: '('}"),
+    options("eval_datasets=[rows.jsonl]", "eval_generate={n_examples: 1, match: 'a'}"),
+    options("loss=classify", "train_on=last_turn"),
+    options("loss=dpo", "mask_truncated=true"),
+    options("loss=policy", "truncation=end"),
+    options("loss=policy", "eval_datasets=[rows.jsonl]", "eval_generate.n_examples=1"),
+    options("loss=classify", "eval_datasets=[rows.jsonl]", "eval_generate.n_examples=1"),
+    options("loss=dpo", "datasets=[{path: rows.jsonl, type: text}]"),
+    options("loss=some.Class"),
+    options("lora={rank: 2, exclude_modules: [proj]}"),
+    options("lora={rank: 2, target_modules: [q_proj], exclude_modules: [q_proj]}"),
+    options("lora={rank: 2, target_modules: [lm_head], layers_to_transform: [0]}"),
+    options("lora={rank: 2, layers_to_transform: [7]}"),
+    options("lora={rank: 2, modules_to_save: [nothing]}"),
+    options("lora={rank: 2, target_modules: '(a+)+b'}"),
+    options("datasets=[model/config.json]"),
+    model(lambda: Path("empty").mkdir(), "datasets=[empty]"),
+    model(lambda: Path("empty").mkdir(), "datasets=[{path: empty, revision: a}]"),
+    options("datasets=[{path: rows.jsonl, split: a}]"),
+    model(lambda: (Path("run").mkdir(), shutil.copytree("model", "run/final")), "model.name_or_path=./run"),
+    model(lambda: (Path("run").mkdir(), shutil.copytree("model", "run/final")), "model.archive=run"),
+    model(lambda: adapter_of(), "model.name_or_path=./lora"),
+    model(lambda: adapter_of(), "model.archive=lora"),
+    model(lambda: adapter_of(), "model.adapter=lora", LORA),
+    model(lambda: adapter_of(), "model.adapter=lora", "soft_prompt.num_virtual_tokens=2"),
+    model(lambda: Path("a.parquet").write_text("x"), "datasets=[a.parquet]"),
+    adapter(r=...),
+    adapter(use_bdlora=True, alora_invocation_tokens=[1]),
+    adapter(init_lora_weights="pissa"),
+    adapter(task_type="SEQ_CLS"),
+    adapter(trainable_token_indices="x"),
+    adapter(trainable_token_indices={"nothing": [1]}),
+    adapter(trainable_token_indices=[1, 1]),
+    adapter(trainable_token_indices=[1], modules_to_save=["embed_tokens"]),
+    adapter(target_modules=["lm_head"], ensure_weight_tying=True),
+    adapter(target_modules="(a+)+b"),
+    rows("sft", {"messages": [TURN, {"role": "assistant", "content": [{"type": "image"}]}]}),
+    rows("sft", {"messages": ["a"]}),
+    rows(
+        "sft", {"messages": [TURN, {"role": "assistant", "content": ""}, TURN, {"role": "assistant", "content": "b"}]}
+    ),
+    rows("sft", {"instruction": "a", "output": "b", "history": [1]}),
+    rows("sft", {"messages": [TURN, {"role": "assistant", "content": "b"}]}, prompt_template="{prompt}"),
+    rows("sft", {"prompt": "a", "response": "b"}, p_oracle=0.5),
+    rows("sft", ORACLE | {"documents": 3}),
+    rows("sft", ORACLE | {"documents": [3]}),
+    rows("sft", ORACLE | {"documents": ["a"]}),
+    rows("sft", ORACLE | {"answer": ""}),
+    rows("sft", {key: ORACLE[key] for key in ("question", "documents")}),
+    rows("sft", {"question": "a", "context": 3, "oracle_context": "b", "answer": "c"}),
+    rows("sft", {"question": "a", "distractors": 3, "oracle_context": "b", "answer": "c"}),
+    rows("classify", {"text": "", "label": "x"}),
+    rows("classify", {"text": "a", "label": "1"}, {"text": "b", "label": "1.0"}),
+    rows("{name: classify, class_weights: {z: 2}}", {"text": "a", "label": "x"}, {"text": "b", "label": "y"}),
+    rows("kto", {"prompt": "a", "response": "b", "label": True}),
+    rows("kto", {"messages": [TURN], "label": True}),
+    rows("policy", ROLLOUT | {"response": ""}),
+    rows("policy", ROLLOUT | {"prompt": []}),
+    rows("policy", {"messages": [], "response": "a", "reward": 1}),
+    model(lambda: Path("t.jinja").write_text("{{ messages[0]['content'] }}"), "chat_template=t.jinja"),
+    model(lambda: Path("outputs").write_text("x"), "loss={name: kd, teacher_outputs: outputs}"),
+    options(LORA, "model.archive=model/model.safetensors"),
+    model(lambda: torch.save([1], "a.pt"), "model.archive=a.pt"),
+    model(lambda: Path("a.pt").write_text("x"), "model.archive=a.pt"),
+    model(lambda: torch.save(other_shape(), "a.pt"), "model.archive=a.pt"),
+    model(lambda: adapter_of("soft_prompt.num_virtual_tokens=2"), "model.adapter=lora", "packing=true"),
+    adapter("soft_prompt.num_virtual_tokens=2", num_virtual_tokens=3),
+    model(lambda: Path("a.json").write_text('[{"prompt": "a"} {}]'), "datasets=[a.json]"),
+    model(lambda: Path("a.json").write_bytes(b'[{"prompt": "\xff"}]'), "datasets=[a.json]"),
+    options("lr=0x" + "f" * 400),
+    rows("policy", {"prompt": "a", "response": "b", "returns": 1}),
+    rows("policy", {"prompt": "a", "response": "b", "advantages": 1}),
+    rows("policy", {"prompt_ids": [], "response_ids": [1], "reward": 1}),
+    model(lambda: two_files(ROLLOUT | {"old_logps": [-1, -1]}, ROLLOUT), "loss=policy", "datasets=[a.jsonl,b.jsonl]"),
+    model(lambda: more_tensors("lora={rank: 2}"), "model.adapter=lora"),
+    model(lambda: more_tensors("soft_prompt.num_virtual_tokens=2"), "model.adapter=lora"),
+    rows("{name: policy, advantages: given}", ROLLOUT),
+    rows("{name: policy, kl_coef: 0.1, kl_in: reward}", ROLLOUT, ROLLOUT),
+    model(test_bad_model.changed("model/config.json", quantization_config={"quant_method": "gptq"})),
+]
+
+
+def two_files(*rows: dict) -> None:
+    for name, row in zip(("a.jsonl", "b.jsonl"), rows, strict=True):
+        write(name, *[row] * 4)
+
+
+def more_tensors(settings: str) -> None:
+    adapter_of(settings)
+    file = "lora/adapter_model.safetensors"
+    save_file(load_file(file) | {"visual.weight": torch.ones(2)}, file)
+
+
+def other_shape() -> dict:
+    state = load_file("model/model.safetensors")
+    return state | {"model.norm.weight": torch.ones(7)}
+
+
+def table(test) -> list:
+    """The arguments that a test of another file is called with."""
+    return next(mark for mark in test.pytestmark if mark.name == "parametrize").args[1]
+
+
+def prepared_cases():
+    """Yield arguments of `validate`, each with its files in the current folder, which is empty before."""
+    for overrides, _ in table(test_bad_input.test_wrong_options):
+        yield overrides
+    for more, _ in table(test_bad_input.test_a_config_that_is_no_yaml):
+        Path("c.yml").write_bytes(CONFIG.encode() + (more if isinstance(more, bytes) else more.encode()) + b"\n")
+        yield []
+    for rows, _ in table(test_bad_data.test_bad_data):
+        yield [write("bad.jsonl", *rows)]
+    for name, content, _ in table(test_bad_data.test_a_file_that_is_not_what_its_name_says):
+        Path(name).write_bytes(content)
+        yield [f"datasets=[{name}]"]
+    for loss, rows, _ in table(test_bad_data.test_data_that_a_loss_cannot_learn_from):
+        yield [write("bad.jsonl", *rows), f"loss={loss}"]
+    for overrides, _ in table(test_bad_data.test_options_that_do_not_fit_the_data):
+        yield overrides
+    for template, _ in table(test_bad_data.test_a_chat_template_that_is_none):
+        Path("t.jinja").write_text(template)
+        yield ["chat_template=t.jinja"]
+    for spoil, _ in table(test_bad_model.test_a_folder_that_is_no_model):
+        spoil()
+        yield []
+    for spoil, _ in table(test_bad_model.test_an_adapter_that_is_none):
+        adapter_of()
+        spoil()
+        yield ["model.adapter=lora"]
+    for spoil, _ in table(test_bad_model.test_a_teacher_that_cannot_teach):
+        shutil.copytree("model", "teacher")
+        spoil()
+        yield ["loss={name: kd, teacher: teacher}"]
+    for prepare in MORE:
+        yield prepare()
+
+
+@pytest.mark.slow(1)
+def test_each_refusal_is_reached(tmp_path, monkeypatch, llama_folder, rows_file, capsys):
+    """`validate` reaches each place that can refuse a training, or the place is listed above."""
+
+    def furnish(place: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        monkeypatch.chdir(place)
+        shutil.copy(rows_file, "rows.jsonl")
+        shutil.copytree(llama_folder, "model")
+        Path("c.yml").write_text(CONFIG)
+
+    furnish(tmp_path / "a")
+    with reached(monkeypatch) as noted:
+        for overrides in prepared_cases():
+            main(["validate", "c.yml", *(["--overrides", *overrides] if overrides else [])])
+            furnish(tmp_path / "a")
+        for case, make in test_validate_refusals.CASES.items():
+            folder = tmp_path / case.replace(" ", "-")
+            folder.mkdir()
+            path, _ = make(
+                functools.partial(test_validate_refusals.config_file, folder, llama_folder), folder, llama_folder
+            )
+            main(["validate", path])
+    known = sites()
+    unreached = set(known.values()) - {known[place] for place in noted if place in known}
+    listed = {name for names in UNREACHED.values() for name in names}
+    assert sorted(unreached - listed - {*ELSEWHERE}) == []
+    assert sorted(listed - unreached) == []  # a place that a case reaches is on no list
+
+
+@pytest.mark.parametrize("number", range(len(MORE)))
+def test_both_refuse(fails, number):
+    """Training and `validate` refuse in the same words (see `fails`)."""
+    fails(*MORE[number]())
