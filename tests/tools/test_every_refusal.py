@@ -35,128 +35,128 @@ OTHER_COMMANDS = (  # no training goes through these
 
 
 ELSEWHERE = (  # reached or not by what is installed, by the user and by the devices of a machine
-    "checks._check_adapter: model.quantization the package bitsandbytes is not installed",
-    "checks._check_device: device . device:",
-    "checks._check_device: trainer FSDPTrainer needs CUDA devices or the CPU; use devic",
-    "checks._check_device: trainer torchrun started processes on this machine, but it h",
-    "checks._check_run: .enabled the package is not installed: pip install",
-    "checks._check_run: report_to_tensorboard the package tensorboard is not install",
-    "dequantize.method_of: its weights are quantized by bitsandbytes, which is not inst",
-    "parallel.pick_device: device: there is no CUDA device here; use device=auto or dev",
-    "parallel.pick_device: device: there is no MPS device here; use device=auto or devi",
-    "paths.check_source: .path no permission to read .",
-    "paths.check_source: .path the package datasets, which reads it,",
-    "paths.check_source: .path the package pyarrow, which reads it,",
-    "tables.load_table: : the package datasets is not installed:",
-    "tables.read_parquet: : the package pyarrow is not installed:",
-    "hub.unreachable: : it is not here, the hub does not answer ( ), and its cache",
-    "checks._check_model: model.attn_implementation the package is not installed; use",
+    "model/checks:_check_adapter: model.quantization the package bitsandbytes is not",
+    "distributed/checks:check_device: device . device:",
+    "distributed/checks:check_device: trainer FSDPTrainer needs CUDA devices or the CPU;",
+    "distributed/checks:check_device: trainer torchrun started processes on this machine",
+    "training/checks:_check_run: .enabled the package is not installed: pip install",
+    "training/checks:_check_run: report_to_tensorboard the package tensorboard is n",
+    "model/dequantize:method_of: its weights are quantized by bitsandbytes, which i",
+    "distributed/parallel:pick_device: device: there is no CUDA device here; use device=a",
+    "distributed/parallel:pick_device: device: there is no MPS device here; use device=au",
+    "data/checks:check_source: .path no permission to read .",
+    "data/checks:check_source: .path the package datasets, which reads it,",
+    "data/checks:check_source: .path the package pyarrow, which reads it,",
+    "data/tables:load_table: : the package datasets is not installed:",
+    "data/tables:read_parquet: : the package pyarrow is not installed:",
+    "io/hub:unreachable: : it is not here, the hub does not answer ( ), and",
+    "model/checks:_check_model: model.attn_implementation the package is not insta",
 )
 UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     "Python alone can give it": (
-        "base.create_loss: loss has no option ; it has , ,",
-        "base.create_loss: there is no loss ; there are ,",
-        "base.register_loss.register: a loss named is registered already",
-        "load._merge_loss: loss: . Set only one of them.",
-        "load.check_writable: config: : cannot be written to config.yml:",
-        "trainer.__init__: there is no hook ; there are , ,",
+        "losses/base:create_loss: loss has no option ; it has , ,",
+        "losses/base:create_loss: there is no loss ; there are ,",
+        "losses/base:register_loss.register: a loss named is registered already",
+        "config/load:_merge_loss: loss: . Set only one of them.",
+        "config/load:check_writable: config: : cannot be written to config.yml:",
+        "trainer:__init__: there is no hook ; there are , ,",
     ),
     "it depends on the values of weights, and validate reads none": (
-        "adapter_files._start: lora.use_dora: row of is all zeros, so it has no direction.",
-        "aux_models._check_start: loss.reference: the reference's log-probabilities are a toke",
-        "policy._compare_logps: model.name_or_path: the model gives NaN or inf, so its weigh",
-        "policy._compare_logps: model.name_or_path: the output layer of does something that",
-        "policy.find_blocks: has no list of blocks that minitrain can find",
-        "sequence_head._check_scores: model.name_or_path: the head of does something that minitrai",
-        "dequantize._scaled: of shape has , which do not fit each other.",
-        "dequantize.dequantized: is quantized ( ) in a way that minitrain cannot dequantize.",
-        "dequantize.dequantized: its weights are quantized and not in safetensors files, so m",
+        "model/adapter_files:_start: lora.use_dora: row of is all zeros, so it has no d",
+        "training/aux_models:_check_reference_matches_policy: loss.reference: the reference's log-probabilities",
+        "model/policy:_compare_logps: model.name_or_path: the model gives NaN or inf, so",
+        "model/policy:_compare_logps: model.name_or_path: the output layer of does somet",
+        "model/policy:find_blocks: has no list of blocks that minitrain can find",
+        "model/sequence_head:_check_scores: model.name_or_path: the head of does something tha",
+        "model/dequantize:_scaled: of shape has , which do not fit each other.",
+        "model/dequantize:dequantized: is quantized ( ) in a way that minitrain cannot de",
+        "model/dequantize:dequantized: its weights are quantized and not in safetensors f",
     ),
     "after the first step, or while a model is saved": (
-        "atomic_dir.atomic_folder: : cannot be written:",
-        "checkpoint._check_room: : the disk has MB free, a checkpoint needs MB; make room, or",
-        "checkpoint._commit: : cannot be written:",
-        "checkpoint._make_temporary: : cannot be written:",
-        "precision.update: float16 gradients overflow at every loss scale; use model.po",
-        "trainer._update: steps in a row (up to step ) had a non-finite loss or gradie",
+        "training/atomic_dir:atomic_folder: : cannot be written:",
+        "training/checkpoint:_check_room: : the disk has MB free, a checkpoint needs MB; mak",
+        "training/checkpoint:_commit: : cannot be written:",
+        "training/checkpoint:_make_temporary: : cannot be written:",
+        "training/precision:update: float16 gradients overflow at every loss scale; us",
+        "trainer:_update: steps in a row (up to step ) had a non-finite loss",
     ),
     "other processes: tests/distributed and tests/faults": (
-        "checks._check_processes: trainer BasicTrainer trains on one device, but torchrun star",
-        "cache.load_cache: : a process that tokenised it was killed. Set a lower num_pr",
-        "memory._check_devices: total_batch_size:",
-        "memory._check_devices: trainer: BasicTrainer trains on one device, and not on ; set",
-        "run_dir._take_lock: : another process trains in this folder ( ); wait for it, or",
-        "sharded.check_same: : rank has another value than rank 0. Start all ranks with t",
-        "sharded.naming_failures:",
-        "sharded.taking_turns:",
+        "distributed/checks:check_processes: trainer BasicTrainer trains on one device, but tor",
+        "data/cache:load_cache: : a process that tokenised it was killed. Set a lo",
+        "tools/preflight/memory:_check_devices: total_batch_size:",
+        "tools/preflight/memory:_check_devices: trainer: BasicTrainer trains on one device, and no",
+        "training/run_dir:_take_lock: : another process trains in this folder ( ); wait",
+        "distributed/sharded:check_same: : rank has another value than rank 0. Start all ra",
+        "distributed/sharded:naming_failures:",
+        "distributed/sharded:local_rank0_first:",
     ),
     "another command says it": (
-        "metrics_log.read_history: : metrics.jsonl",
-        "metrics_log.read_lines: : cannot be read:",
-        "metrics_log.read_lines: : holds no",
-        "metrics_log.read_lines: : there is no such folder; name a run folder, like runs/EXP_",
-        "resolve.find_model: : holds neither a model (config.json), an adapter, nor a fin",
-        "resolve.find_model: : there is no such folder (seen from ).",
-        "resolve.find_model: : this run is not finished; the same training command goes o",
-        "template.encode_prompt: the chat template refuses the conversation:",
-        "adapter_config.outputs_of: : it holds no head, so nobody knows what its model ends in.",
+        "training/metrics_log:read_history: : metrics.jsonl",
+        "training/metrics_log:read_lines: : cannot be read:",
+        "training/metrics_log:read_lines: : holds no",
+        "training/metrics_log:read_lines: : there is no such folder; name a run folder, like",
+        "inference/resolve:find_model: : holds neither a model (config.json), an adapter,",
+        "inference/resolve:find_model: : there is no such folder (seen from ).",
+        "inference/resolve:find_model: : this run is not finished; the same training comm",
+        "data/template:encode_prompt: the chat template refuses the conversation:",
+        "model/adapter_config:outputs_of: : it holds no head, so nobody knows what its model",
     ),
-    "validate alone says it of rows: tests/tools/test_validate.py": ("validate.validate:",),
+    "validate alone says it of rows: tests/tools/test_validate.py": ("tools/preflight/validate:validate:",),
     "the check of the config comes first": (
-        "aux_models.load_teacher: loss.teacher: is missing; name the folder or the hub name of",
-        "files.refuse_no_file: : there is no such file (seen from )",
-        "files.refuse_no_file: : this is a folder; name a file in it",
-        "load.freeze_layers: freeze_layers: nothing is left to train.",
-        "template._read: the chat template is neither auto, chatml, none, nor a text",
-        "value.__call__: loss.name: value needs a model that reads from left to right",
+        "training/aux_models:load_teacher: loss.teacher: is missing; name the folder or the h",
+        "data/files:refuse_no_file: : there is no such file (seen from )",
+        "data/files:refuse_no_file: : this is a folder; name a file in it",
+        "model/load:freeze_layers: freeze_layers: nothing is left to train.",
+        "data/template:_read: the chat template is neither auto, chatml, none, n",
+        "losses/value:__call__: loss.name: value needs a model that reads from lef",
     ),
     "the file changes or the disk fills while it is read": (
-        "cache.load_cache: : cannot be read:",
-        "mismatched._write: : the tokens cannot be kept there: . Set cache_dir.",
-        "tables.rows_of: : cannot be read:",
+        "data/cache:load_cache: : cannot be read:",
+        "data/mismatched:_write: : the tokens cannot be kept there: . Set cache_dir",
+        "data/tables:rows_of: : cannot be read:",
     ),
     "takes seconds: tests/config/test_config.py and tests/model/test_lora.py": (
-        "load._in_bounds: :",
-        "adapter._full_match: lora. : is no regular expression: .",
-        "adapter._full_match: lora. : matching with takes more than seconds. Use a simpler",
+        "config/load:_in_bounds: :",
+        "model/adapter:_full_match: lora. : is no regular expression: .",
+        "model/adapter:_full_match: lora. : matching with takes more than seconds. Use",
     ),
     "tests/config/test_config.py and tests/cli/test_bad_input.py": (
-        "load._guarded: : : a key",
-        "load._read_text: : this is a file of data; name the YAML file whose `datasets",
+        "config/load:_guarded: : : a key",
+        "config/load:_read_text: : this is a file of data; name the YAML file whose",
     ),
     "tests/model/test_new_tokens.py and tests/model/test_savable.py": (
-        "adapter.train_new_rows: trainable_token_indices: and are tied, so they need the same",
-        "adapter_files._fill_rows: : has the shape , here it is .",
-        "adapter_files._for_model: holds no weights of , which its base model lacks, too.",
-        "adapter_files._loaded_prompt: does not fit the model: missing .",
-        "save.check_saving: model.name_or_path: this model could not be saved after trai",
-        "vocabulary.count_ids: model.tokenizer_name_or_path: the tokens and have the same i",
+        "model/adapter:train_new_rows: trainable_token_indices: and are tied, so they nee",
+        "model/adapter_files:_fill_rows: : has the shape , here it is .",
+        "model/adapter_files:_for_model: holds no weights of , which its base model lacks,",
+        "model/adapter_files:_loaded_prompt: does not fit the model: missing .",
+        "model/save:check_saving: model.name_or_path: this model could not be saved",
+        "model/vocabulary:count_ids: model.tokenizer_name_or_path: the tokens and have",
     ),
     "tests/losses/test_kd.py": (
-        "kd.add_outputs: loss. :",
-        "kd.add_outputs: loss.teacher_outputs: holds nothing of as it is tokenised no",
-        "kd.add_outputs: loss.teacher_outputs: is damaged, its checksum is wrong. Mak",
+        "losses/kd:add_outputs: loss. :",
+        "losses/kd:add_outputs: loss.teacher_outputs: holds nothing of as it is to",
+        "losses/kd:add_outputs: loss.teacher_outputs: is damaged, its checksum is",
     ),
     "tests/data": (
-        "encode._preference: chosen and rejected are the same in the chat template",
-        "files._check_header: :1:",
-        "files._lines: : : the line is longer than MiB",
-        "load.load_tokenizer: the tokenizer of has no tokenizer.json, which minitrain need",
-        "tables._row: is , which stands for none of ,",
-        "tables.load_table:",
-        "template.__init__: chat_template: the tokenizer has several templates; name a .",
-        "template._encode: the tokenizer cannot read :",
-        "template._join: the tokenizer makes no token of the text",
-        "template._marked: the chat template marks no text of the assistant in this con",
-        "template._refuse_lost: the tokenizer has no token for , and would leave it out",
-        "template._split_at_mark:",
+        "data/encode:_preference: chosen and rejected are the same in the chat templ",
+        "data/files:_check_header: :1:",
+        "data/files:_lines: : : the line is longer than MiB",
+        "model/load:load_tokenizer: the tokenizer of has no tokenizer.json, which mini",
+        "data/tables:_row: is , which stands for none of ,",
+        "data/tables:load_table:",
+        "data/template:__init__: chat_template: the tokenizer has several templates",
+        "data/template:_encode: the tokenizer cannot read :",
+        "data/template:_join: the tokenizer makes no token of the text",
+        "data/template:_marked: the chat template marks no text of the assistant i",
+        "data/template:_refuse_lost: the tokenizer has no token for , and would leave i",
+        "data/template:_split_at_mark:",
     ),
     "packed rows that crash: tests/tools/test_validate_refusals.py": (
-        "policy.check_packing: packing: cannot read packed rows ( ). Set packing=false.",
+        "model/policy:check_packing: packing: cannot read packed rows ( ). Set packing=",
     ),
     "tests/losses/test_rollouts.py": (
-        "formats_preference._earned: there is no prompt",
-        "advantages.rewards: : rows have no reward. Give them one, or with loss.advantage",
+        "data/formats_preference:_earned: there is no prompt",
+        "losses/advantages:rewards: : rows have no reward. Give them one, or with loss",
     ),
 }
 
@@ -165,8 +165,8 @@ def sites() -> dict[tuple[str, int], str]:
     """(file, line) -> a name, for each line of a call that makes an error or adds to the problems of a config."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
-        name = str(file.relative_to(PACKAGE))
-        if name.startswith(OTHER_COMMANDS):
+        place = str(file.relative_to(PACKAGE).with_suffix(""))
+        if f"{place}.py".startswith(OTHER_COMMANDS):
             continue
         tree = ast.parse(file.read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -177,7 +177,7 @@ def sites() -> dict[tuple[str, int], str]:
             words = [n.value for a in call.args for n in ast.walk(a) if _is_text(n)]
             for line in range(call.lineno, call.end_lineno + 1):
                 found[str(file), line] = (
-                    f"{file.stem}.{'.'.join(inside)}: {' '.join(' '.join(words).split())[:60].strip()}".strip()
+                    f"{place}:{'.'.join(inside)}: {' '.join(' '.join(words).split())[:50].strip()}".strip()
                 )
     return found
 
@@ -284,7 +284,6 @@ MORE = [
     model(lambda: Path("c.yml").unlink()),
     model(lambda: (Path("c.yml").unlink(), Path("c.yml").mkdir())),
     model(lambda: (Path("c.yml").unlink(), os.mkfifo("c.yml"))),
-    options("resume=model"),
     options("keep_models=2"),
     options("lora.alpha=2"),
     options("soft_prompt.init_text=a"),
@@ -471,8 +470,8 @@ def test_each_refusal_is_reached(tmp_path, monkeypatch, llama_folder, rows_file,
     known = sites()
     unreached = set(known.values()) - {known[place] for place in noted if place in known}
     listed = {name for names in UNREACHED.values() for name in names}
-    assert sorted(unreached - listed - {*ELSEWHERE}) == []
-    assert sorted(listed - unreached) == []  # a place that a case reaches is on no list
+    assert not (new := sorted(unreached - listed - {*ELSEWHERE})), "\n".join(new)
+    assert not (old := sorted(listed - unreached)), "reached, or gone:\n" + "\n".join(old)
 
 
 @pytest.mark.parametrize("number", range(len(MORE)))

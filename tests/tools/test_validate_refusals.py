@@ -472,6 +472,10 @@ CASES = {
     "a checkpoint of other parameters": checkpoint_of_other_parameters,
     "a checkpoint of other data": checkpoint_of_other_data,
     "a checkpoint that contradicts itself": checkpoint_that_contradicts_itself,
+    "a checkpoint that is none": lambda write, folder, llama: (
+        write(ROWS["conversation"], resume=str(llama)),
+        "manifest.json is missing or damaged",
+    ),
     "a checkpoint without a row": spoilt_run(edit_json("index.json", without_a_row), "lacks rows from 0 on"),
     "a checkpoint in two folders": spoilt_run(edit_json("index.json", in_another_folder), "outside of the checkpoint"),
     "a checkpoint without an index": spoilt_run(edit_json("index.json", dict.clear), "contradict one another"),
