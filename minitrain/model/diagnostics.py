@@ -104,6 +104,12 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def refuse_missing_weights(config: ModelConfig, outputs: list[str] | None) -> None:
+    """Raise ConfigError for a local model without weights, in the words of an attempt to load it."""
+    if lack := missing_weights(Path(config.name_or_path)):
+        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {lack}")
+
+
 def missing_weights(folder: Path) -> str | None:
     """What a local model's folder lacks of its weights, if anything."""
     if not folder.is_dir():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minitrain.io.tensor_files import save_file
 
 from . import token_rows
-from .diagnostics import describe_unused, log_of_model, missing_weights
+from .diagnostics import describe_unused, log_of_model
 
 SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
 
@@ -198,14 +198,11 @@ def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
     """Return missing, mismatched and unexpected keys of a local model's safetensors files, as transformers names them.
 
     Only the headers are read. Nothing is returned of files that are named otherwise than the model's parameters.
-    Raises FileNotFoundError for a folder without weights, or without a part of them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
     gaps = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
-    if folder.is_dir() and (lack := missing_weights(folder)):
-        raise FileNotFoundError(lack)
     files = weight_files(str(folder), None) if folder.is_dir() else []
     if not files or get_model_conversion_mapping(model, add_legacy=False):
         return gaps

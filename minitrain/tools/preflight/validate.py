@@ -14,7 +14,7 @@ from minitrain.data.loader import MicrobatchLoader, describe_losses
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
-from minitrain.model.diagnostics import first_line, log_of_model
+from minitrain.model.diagnostics import first_line, log_of_model, refuse_missing_weights
 from minitrain.model.load import DTYPES
 from minitrain.model.outline import outline_frozen
 from minitrain.model.sequence_head import is_encoder
@@ -61,6 +61,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
 def _try_out(run: DryRun) -> list[str]:
     """Try what training tries between the data and the first step, and return warnings. Raises ConfigError."""
     config, tokenizer = run.config, run.template.tokenizer
+    refuse_missing_weights(config.model, run.loss.outputs)
     for examples in filter(None, (run.data.train, run.data.eval)):
         run.loader(examples)
     warmup_steps(config, run.loader(run.data.train).total_steps)
@@ -71,6 +72,7 @@ def _try_out(run: DryRun) -> list[str]:
     if "teacher" in run.loss.needs:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
+        refuse_missing_weights(teacher, None)
         outline = outline_frozen(teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32)
         log_of_model(teacher.name_or_path, outline.model.load_notes)
         for examples in filter(None, (run.data.train, run.data.eval)):
