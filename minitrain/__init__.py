@@ -10,6 +10,7 @@ _HOMES = {
     "register_loss": "losses",
     "Loss": "losses",
     "LossOutput": "losses",
+    "Models": "losses",
     "Batch": "batch",
     "PolicyOutput": "batch",
     "exit_process": "distributed.process",

@@ -22,7 +22,7 @@ from minitrain.training.checkpoint import restore_rng
 from minitrain.training.evaluation import run_evaluation, should_evaluate
 from minitrain.training.failpoints import failpoint
 from minitrain.training.metric_logger import MetricLogger, ThroughputMeter, duration, train_line
-from minitrain.training.metrics import MetricAccumulator, evaluate, step_statistics
+from minitrain.training.metrics import MetricAccumulator, evaluate, share_step_statistics
 from minitrain.training.optim import build_optimizer, lr_factor, set_lr, warmup_steps
 from minitrain.training.precision import Precision
 from minitrain.training.run_dir import RunFolder
@@ -94,7 +94,7 @@ class Trainer:
         with self.parallel.local_rank0_first():  # the first process of a machine tokenises and downloads
             self.template, data = read_data(config, self.loss)
             self.tokenizer = self.template.tokenizer
-            ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.needs}
+            ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.requires}
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.loads_shards, **ends)
             failpoint("load.policy")
         check_same_inputs(config, data, self.parallel)
@@ -185,14 +185,14 @@ class Trainer:
         weight = self.parallel.sum(weight.to(self.device))  # []
         loss = torch.zeros((), device=self.device)
         with self.precision.autocast():
-            step_statistics(self.loss, batches, self.policy, self.models, self.parallel)
+            share_step_statistics(self.loss, batches, self.models, self.parallel)
         for i, batch in enumerate(batches):
             self.window.count(batch)
             batch = batch.to(self.device)
             failpoint("step.batch")
             with self.parallel.backward_context(self.policy, last=i == len(batches) - 1):
                 with self.precision.autocast():
-                    output = self.loss(batch, self.policy, **self.models)
+                    output = self.loss(batch, self.models)
                 output.sum = failpoint("step.loss", output.sum)
                 failpoint("step.backward")
                 self.precision.backward(output.sum / weight)
@@ -326,9 +326,7 @@ class Trainer:
         if self.eval_loader is None:
             return {}
         batches = self.eval_loader.eval_batches
-        metrics = evaluate(
-            self.policy, self.loss, batches, self.models, self.parallel, self.precision, self._interrupted
-        )
+        metrics = evaluate(self.loss, batches, self.models, self.parallel, self.precision, self._interrupted)
         settings, examples = self.config.eval_generate, self.eval_loader.examples
         if metrics and settings.n_examples:
             say = self.logger.info if self.logger else lambda line: None

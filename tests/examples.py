@@ -7,12 +7,12 @@ import torch
 
 from minitrain.batch import Batch
 from minitrain.data.collate import Document, collate
-from minitrain.losses import Loss
+from minitrain.losses import Loss, Models, add_features
 from minitrain.model import attention
 from minitrain.model.policy import Policy
 from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_scorer
-from minitrain.training.metrics import step_statistics
+from minitrain.training.metrics import share_step_statistics
 from tests.conftest import random_llama
 
 LENGTHS = (9, 3, 14, 5, 30, 2, 7, 11)  # of which 1 to 27 tokens are learned
@@ -93,7 +93,7 @@ def prepared(loss: Loss) -> list[list[Document]]:
     """The examples that a loss learns from, with what it adds to them."""
     made = examples(loss.record)
     (file,) = files(made)
-    loss.prepare([file], [])
+    add_features(loss, [file])
     for number, document in enumerate(d for example in made for d in example):
         span = slice(file.offsets[number], file.offsets[number + 1])
         document.values = {name: float(column[number]) for name, column in file.values.items()}
@@ -114,27 +114,29 @@ def policy_for(loss: Loss, seed: int = 0, implementation: str = "sdpa") -> Polic
     attention.register()
     model.set_attn_implementation(implementation)
     policy = make_policy(model)
-    if "values" in loss.needs:
+    if "values" in loss.requires:
         policy.add_value_head()
         torch.nn.init.normal_(policy.value_head.weight, generator=generator)
     return policy
 
 
-def companions_for(loss: Loss, implementation: str = "sdpa") -> dict:
-    """The other models that it needs, all of other weights than the policy's."""
-    models = {name: policy_for(loss, 1, implementation) for name in ("reference", "teacher") if name in loss.needs}
-    return {name: model.requires_grad_(False) for name, model in models.items()}
+def models_for(loss: Loss, implementation: str = "sdpa") -> Models:
+    """Return a policy and the other models that a loss requires, which have other weights than the policy."""
+    others = {name: policy_for(loss, 1, implementation) for name in ("reference", "teacher") if name in loss.requires}
+    return Models(
+        policy_for(loss, 0, implementation), **{name: model.requires_grad_(False) for name, model in others.items()}
+    )
 
 
 def step(loss: Loss, batches: list[Batch], implementation: str = "sdpa"):
     """(loss value, gradients) of one optimizer step over micro-batches, as the trainer does it."""
-    policy, models = policy_for(loss, 0, implementation), companions_for(loss, implementation)
+    models = models_for(loss, implementation)
     parallel = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
     weight = sum(loss.weight(batch) for batch in batches)
-    step_statistics(loss, batches, policy, models, parallel)
+    share_step_statistics(loss, batches, models, parallel)
     value = 0.0
     for batch in batches:
-        output = loss(batch, policy, **models)
+        output = loss(batch, models)
         (output.sum / weight).backward()
         value += output.sum.item() / weight.item()
-    return value, [p.grad for p in policy.parameters() if p.grad is not None]
+    return value, [p.grad for p in models.policy.parameters() if p.grad is not None]

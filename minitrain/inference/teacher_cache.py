@@ -44,7 +44,7 @@ def teach(config: Config, output: Path | None = None) -> Path:
     Without `output` that is beside the token cache, where it stays when it is there already. Raises ConfigError.
     """
     loss = create_loss(**config.loss)
-    _check(loss.needs, loss.options)
+    _check(loss.requires, loss.options)
     parallel = SingleDevice(pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
     if loss.options.top_k > count_ids(tokenizer):

@@ -1,11 +1,24 @@
 """Losses by name. A new one is a file in this folder, imported here, and its test."""
 
 from . import classify, dft, dpo, kd, kto, pairwise, policy, sft, value
-from .base import Loss, LossOutput, create_loss, describe_loss, register_loss, registered
+from .base import (
+    AddedFeatures,
+    Loss,
+    LossOutput,
+    Models,
+    add_features,
+    create_loss,
+    describe_loss,
+    register_loss,
+    registered,
+)
 
 __all__ = [
+    "AddedFeatures",
     "Loss",
     "LossOutput",
+    "Models",
+    "add_features",
     "classify",
     "create_loss",
     "describe_loss",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitrain.errors import DataError
 
-from .base import DataFile
+from .base import AddedFeatures, DataFile
 
 ADVANTAGES = ("grpo", "rloo", "reinforce++", "gae", "given")
 DISCOUNTED = ("gae", "reinforce++")  # those that tell one token of a rollout from another
@@ -66,11 +66,17 @@ class Rollouts:
         which = self.of_tokens(torch.arange(len(self.lengths)))  # [n]
         return numbers.new_zeros(len(self.lengths)).index_add(0, which, numbers)
 
-    def note(self, name: str, numbers: Tensor) -> None:
-        """Makes [n] numbers a column of the files, 0 where there is no response."""
-        parts = numbers.float().split([int(places.sum()) for places in self.places])
-        for file, places, part in zip(self.files, self.places, parts, strict=True):
-            file.columns[name] = torch.zeros(len(places)).masked_scatter(places, part)
+    def as_features(self, **columns: Tensor) -> list[AddedFeatures]:
+        """Return columns [n] as features of the files, 0 where there is no response."""
+        lengths = [int(places.sum()) for places in self.places]
+        parts = {name: numbers.float().split(lengths) for name, numbers in columns.items()}
+        return [
+            AddedFeatures(
+                file,
+                token_features={name: torch.zeros(len(at)).masked_scatter(at, part[i]) for name, part in parts.items()},
+            )
+            for i, (file, at) in enumerate(zip(self.files, self.places, strict=True))
+        ]
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:

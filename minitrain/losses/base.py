@@ -4,16 +4,36 @@ A loss returns a sum and the weight of that sum in its own units; the trainer di
 whole optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is cut.
 """
 
-from collections.abc import Collection, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, PolicyOutput
 from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.errors import ConfigError
+
+OLD_NAMES = {  # of the contract of 0.1.0
+    "needs": "requires",
+    "prepare": "on_data_loaded (return AddedFeatures instead of changing the files)",
+    "statistics": "step_statistics",
+    "receive": "set_step_statistics",
+}
+
+
+class Models(NamedTuple):
+    """The models that a loss is called with; each is called as `models.policy(batch)` and returns `PolicyOutput`."""
+
+    policy: Callable[..., PolicyOutput]
+    reference: Callable[..., PolicyOutput] | None = None  # if the loss requires "reference"
+    teacher: Any = None  # if it requires "teacher"; `models.teacher.states(batch)` are its final hidden states
+
+    def frozen(self) -> dict[str, Any]:
+        """Return the models besides the policy, by name."""
+        return {name: model for name, model in self._asdict().items() if name != "policy" and model is not None}
 
 
 @dataclass
@@ -30,7 +50,7 @@ class LossOutput:
 
 
 class DataFile(Protocol):
-    """What a loss may know of a data file's D documents of T tokens altogether, and may add to."""
+    """What a loss may know of a data file's D documents of T tokens altogether."""
 
     source: str  # its path
     key: str  # a hash of all that determines its tokens
@@ -41,11 +61,22 @@ class DataFile(Protocol):
     labels: list[str]  # what values["label"] counts
 
 
+class AddedFeatures(NamedTuple):
+    """What a loss adds to the D documents and T tokens of a data file; what has the same name is replaced."""
+
+    file: DataFile
+    doc_features: Mapping[str, np.ndarray] = {}  # name -> [D]
+    token_features: Mapping[str, Tensor] = {}  # name -> [T, ...]
+    labels: list[str] | None = None  # what doc_features["label"] counts, if that is added
+
+
 class Loss:
     """A pluggable objective. Subclass it, give it a dataclass of options, and `register_loss` it.
 
     `weight` and `__call__` have to be written; the rest is for those that need it.
     """
+
+    has_step_statistics: ClassVar[bool] = False  # whether it needs sums over the whole step before it is called
 
     record: ClassVar[str] = "conversation"  # learns from: conversation, preference, feedback, labelled, rollout
     dropout: ClassVar[bool] = True  # whether the policy's dropout is on while it trains
@@ -56,6 +87,11 @@ class Loss:
     def __init__(self, options: Any):
         self.options = options
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise ConfigError for a class that has the contract of an older version."""
+        super().__init_subclass__(**kwargs)
+        _check_contract(cls)
+
     def ignored(self) -> dict[str, str]:
         """Return the options that have no effect beside the others, each with what it needs."""
         return {}
@@ -65,8 +101,8 @@ class Loss:
         return {}
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Of: reference, teacher (models that it is called with), values (a value head on the policy)."""
+    def requires(self) -> frozenset[str]:
+        """Any of: reference, teacher (models that it is called with), values (a value head on the policy)."""
         return frozenset()
 
     @property
@@ -74,27 +110,33 @@ class Loss:
         """Names of the scalars that the model ends in; None for one that ends in a vocabulary."""
         return None
 
-    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
-        """Called once with all data files, before a model is made; may add values and columns to them.
+    def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> Iterable[AddedFeatures]:
+        """Return features to add to the data files. Called once, before a model is built.
 
-        Raises ConfigError or DataError for data that the options do not fit.
+        A file that is split into training and evaluation data is in both lists.
+
+        Raises:
+            ConfigError, DataError: For data that the options do not fit.
         """
+        return ()
 
     def weight(self, batch: Batch) -> Tensor:
         """Units in this micro-batch -> []; needs no model."""
         raise NotImplementedError
 
-    def statistics(self, batch: Batch, policy, reference=None) -> Tensor | None:
-        """Sums [S] over a micro-batch, without gradient, that the loss has to know of the whole step beforehand."""
-        return None
+    def step_statistics(self, batch: Batch, models: Models) -> Tensor:
+        """Return sums over a micro-batch, shape [S]. Called without gradients, if `has_step_statistics`."""
+        raise NotImplementedError
 
-    def receive(self, statistics: Tensor) -> None:
-        """Gets those sums over all micro-batches and ranks -> [S], before it is called for any of them."""
+    def set_step_statistics(self, statistics: Tensor) -> None:
+        """Take those sums over all micro-batches and ranks, shape [S], before the loss is called for any of them."""
+        raise NotImplementedError
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        """`policy(batch)` gives `PolicyOutput`: per-token log-probabilities, never logits.
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        """Return the loss of a micro-batch, summed.
 
-        The policy has to be called as often on every rank, so never behind a condition on what is in the batch.
+        `models.policy(batch)` returns `PolicyOutput`: per-token log-probabilities, never logits. Call each model
+        equally often on every rank, so never under a condition on what is in the batch.
         """
         raise NotImplementedError
 
@@ -105,6 +147,46 @@ class Loss:
     def judge(self, samples: dict[str, list[float]]) -> dict[str, float]:
         """Figures of a whole evaluation that no sums give, from all samples in any order, like a rank correlation."""
         return {}
+
+
+def _check_contract(cls: type[Loss]) -> None:
+    own = vars(cls)
+    changes = [f"rename {old} to {new}" for old, new in OLD_NAMES.items() if old in own and new.split()[0] not in own]
+    if "__call__" in own and not _takes_models(inspect.signature(cls.__call__)):
+        changes.append("write __call__(self, batch, models), with models.policy, models.reference and models.teacher")
+    if "step_statistics" in own and not cls.has_step_statistics:
+        changes.append("set has_step_statistics = True")
+    if changes:
+        raise ConfigError(f"{cls.__name__}: does not have the methods of a loss: {'; '.join(changes)}.")
+
+
+def _takes_models(signature: inspect.Signature) -> bool:
+    try:
+        signature.bind("self", "batch", "models")
+    except TypeError:
+        return False
+    return not {"policy", "reference", "teacher"} & set(signature.parameters)
+
+
+def add_features(loss: Loss, train: Sequence[DataFile], eval: Sequence[DataFile] = ()) -> None:
+    """Show a loss the data files, and add to them what it returns. Raises ConfigError or DataError."""
+    for added in loss.on_data_loaded(train, eval) or ():
+        added.file.values |= added.doc_features
+        added.file.columns |= added.token_features
+        if added.labels is not None:
+            added.file.labels = added.labels
+
+
+class PairLoss(Loss):
+    """A loss whose unit is the pair: documents 2i and 2i + 1, both of which have targets."""
+
+    def weight(self, batch: Batch) -> Tensor:
+        return valid_pairs(batch).sum().float()
+
+
+def valid_pairs(batch: Batch) -> Tensor:
+    """Return which pairs have targets in both documents -> [P] bool."""
+    return batch.docs_with_targets.view(-1, 2).all(1)
 
 
 _REGISTRY: dict[str, type[Loss]] = {}

@@ -15,7 +15,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import MAX_NUMBER, option
 from minitrain.errors import ConfigError, DataError
 
-from .base import DataFile, Loss, LossOutput, register_loss
+from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
 
 
 @dataclass
@@ -57,25 +57,29 @@ class Classify(Loss):
 
     @property
     def outputs(self) -> list[str]:
-        """The labels; known after `prepare`, if they are not an option."""
+        """The labels; known after `on_data_loaded`, if they are not an option."""
         return ["score"] if self.options.regression else self.names
 
-    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
-        """Lets values["label"] of all files count the same labels; for regression they become the numbers.
+    def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
+        """Return labels that are numbered in the same way in all files; for regression, the numbers themselves.
 
-        Raises DataError for a label that training has not, or that is no number, and ConfigError for options.
+        Raises:
+            ConfigError: For options that do not fit the labels.
+            DataError: For a label that is not in the training data or, for regression, not a number.
         """
         if not self.options.regression:
             self.names = self.names or _sorted_names(train)
             for key, reason in self._unfit().items():
                 raise ConfigError(f"loss.{key}: {reason}")
         places = {name: place for place, name in enumerate(self.names)}
-        for file in {id(file): file for file in (*train, *evaluation)}.values():  # one may be split into both
+        added = []
+        for file in {id(file): file for file in (*train, *eval)}.values():  # one may be split into both
             meant = [
                 _number(name, file) if self.options.regression else _place(name, places, file) for name in file.labels
             ]
-            file.values["label"] = np.array(meant, np.float64)[file.values["label"].astype(int)]  # [D]
-            file.labels = self.names
+            label = np.array(meant, np.float64)[file.values["label"].astype(int)]  # [D]
+            added.append(AddedFeatures(file, {"label": label}, labels=self.names))
+        return added
 
     def _unfit(self) -> dict[str, str]:
         """Options that do not fit the labels, each with the reason."""
@@ -104,8 +108,8 @@ class Classify(Loss):
         given = self.options.class_weights
         return torch.tensor([given.get(name, 1.0) for name in self.names], device=device)
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        scores, labels = policy(batch).scores, batch.doc_feature("label")  # [D, L], [D]
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        scores, labels = models.policy(batch).scores, batch.doc_feature("label")  # [D, L], [D]
         if self.options.regression:
             loss, predictions, metrics = ((scores[:, 0] - labels) ** 2).sum(), scores[:, 0].detach(), {}
         else:

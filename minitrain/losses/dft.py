@@ -7,7 +7,7 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, register_loss
+from .base import LossOutput, Models, register_loss
 from .sft import TokenLoss
 
 
@@ -29,8 +29,8 @@ class DFT(TokenLoss):
         alpha = self.options.dft_alpha
         return logps.detach().exp() * alpha + (1 - alpha)
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        logps = policy(batch, token_weights=self.token_weights).logps
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        logps = models.policy(batch, token_weights=self.token_weights).logps
         return self.output(-(self.token_weights(logps) * logps).sum(), batch, logps)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

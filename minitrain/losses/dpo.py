@@ -11,8 +11,7 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, register_loss
-from .pairs import PairLoss, valid_pairs
+from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
 
 REFERENCE = option(
     "auto",
@@ -190,19 +189,21 @@ class DPO(PairLoss):
         told = {key: f"it needs loss.variant={' or '.join(fit)}." for key, fit in only.items() if variant not in fit}
         if self.options.average_log_prob and "ipo_sums" not in told:
             told["ipo_sums"] = "loss.average_log_prob takes means."
-        if "reference" not in self.needs:
+        if "reference" not in self.requires:
             told["reference"] = "neither reference_free nor simpo, orpo and cpo have one."
         return told
 
     @property
-    def needs(self) -> frozenset[str]:
+    def requires(self) -> frozenset[str]:
         free = self.options.reference_free or self.options.variant in WITHOUT_REFERENCE
         return frozenset() if free else frozenset({"reference"})
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        scores = policy(batch)
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        scores = models.policy(batch)
         sums = scores.per_document(scores.logps)  # [D]
-        ref = torch.zeros_like(sums) if reference is None else scores.per_document(reference(batch).logps)
+        ref = torch.zeros_like(sums)  # [D]
+        if models.reference is not None:
+            ref = scores.per_document(models.reference(batch).logps)
         counts = scores.per_document(torch.ones_like(scores.logps))
         usable = valid_pairs(batch)  # [P]
         columns = [column.view(-1, 2)[usable].T for column in (sums, ref, counts)]  # [2, P] each

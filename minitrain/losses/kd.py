@@ -16,7 +16,7 @@ from minitrain.errors import ConfigError
 from minitrain.io.checksum import is_intact, is_sealed
 from minitrain.io.redact import is_stored_name
 
-from .base import DataFile, LossOutput, register_loss
+from .base import AddedFeatures, DataFile, LossOutput, Models, register_loss
 from .sft import TokenLoss
 
 IDS, LOGPS = "teacher_ids", "teacher_logps"  # columns, and what they are called in a file behind the key of the data
@@ -103,37 +103,40 @@ class KD(TokenLoss):
         return {"alpha": "is 0, and so is loss.beta; nothing is left to learn. Set one of them."} if nothing else {}
 
     @property
-    def needs(self) -> frozenset[str]:
+    def requires(self) -> frozenset[str]:
         return frozenset({"teacher"} if self.options.teacher_outputs is None else ())
 
-    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
-        """Adds the teacher's outputs to the data where a file has them."""
-        if self.options.teacher_outputs is not None:
-            self.n_tokens = add_outputs([*train, *evaluation], self.options)
+    def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
+        """Return the columns of `teacher_outputs`, if that is set."""
+        if self.options.teacher_outputs is None:
+            return []
+        self.n_tokens, added = read_outputs([*train, *eval], self.options)
+        return added
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
         o = self.options
         formula = DIVERGENCES[o.divergence]
         if o.divergence == "jsd":
             formula = functools.partial(jsd, weight=o.jsd_weight)
         weights = o.alpha if o.divergence == "jsd" else o.alpha * o.temperature**2, o.beta
-        theirs = self._load_or_compute_ref_logps(batch) if teacher is None else teacher.states(batch)
-        scores = policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
+        theirs = self._stored_outputs(batch) if models.teacher is None else models.teacher.states(batch)
+        scores = models.policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
         output = self.output(losses.sum(), batch, scores.logps)
         output.metrics["kl"] = (scores.divergence.detach().sum(), output.weight)
         return output
 
-    def _load_or_compute_ref_logps(self, batch: Batch) -> TopKLogprobs:
+    def _stored_outputs(self, batch: Batch) -> TopKLogprobs:
         return TopKLogprobs(batch.target_feature(IDS), batch.target_feature(LOGPS), self.n_tokens)
 
 
-def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
-    """Gives data files the columns of `options.teacher_outputs`, which stay on disk -> V, the tokens of the teacher.
+def read_outputs(files: Sequence[DataFile], options: KDOptions) -> tuple[int, list[AddedFeatures]]:
+    """Return V, the number of the teacher's tokens, and the columns of `options.teacher_outputs`, which stay on disk.
 
-    Raises ConfigError for a file that was made for other data, of another teacher or with other options.
+    Raises:
+        ConfigError: For a file that was made for other data, of another teacher or with other options.
     """
-    path = Path(options.teacher_outputs)
+    path, added = Path(options.teacher_outputs), []
     try:
         if is_sealed(path) and not is_intact(path):
             raise ConfigError(
@@ -147,7 +150,8 @@ def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
                         f"loss.teacher_outputs: {path} holds nothing of {file.source} as it is tokenised now; "
                         "make it anew with `minitrain teach`."
                     )
-                file.columns |= {name: opened.get_tensor(f"{file.key}/{name}") for name in (IDS, LOGPS)}
+                columns = {name: opened.get_tensor(f"{file.key}/{name}") for name in (IDS, LOGPS)}
+                added.append(AddedFeatures(file, token_features=columns))
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"loss.teacher_outputs: {path} is no file of `minitrain teach`: {error}.") from None
     for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
@@ -155,4 +159,4 @@ def add_outputs(files: Sequence[DataFile], options: KDOptions) -> int:
         if not is_stored_name(made.get(key), str(given)) and not (given is None and key.startswith("teacher")):
             told = f"{path} was made with {made.get(key)}, and here it is {given}; make it anew, or set it to the same."
             raise ConfigError(f"loss.{key}: {told}")
-    return int(made["n_tokens"])
+    return int(made["n_tokens"]), added

@@ -8,9 +8,8 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, register_loss
+from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
 from .dpo import REFERENCE
-from .pairs import PairLoss, valid_pairs
 
 
 @dataclass
@@ -32,6 +31,7 @@ class KTO(PairLoss):
 
     record = "feedback"
     dropout = False
+    has_step_statistics = True
 
     def __init__(self, options: KTOOptions):
         super().__init__(options)
@@ -43,20 +43,20 @@ class KTO(PairLoss):
         return {"desirable_weight": reason} if nothing else {}
 
     @property
-    def needs(self) -> frozenset[str]:
+    def requires(self) -> frozenset[str]:
         return frozenset({"reference"})
 
-    def statistics(self, batch: Batch, policy, reference=None) -> Tensor:
-        ratios = self._log_ratios(batch, policy, reference)  # [D]
+    def step_statistics(self, batch: Batch, models: Models) -> Tensor:
+        ratios = _log_ratios(batch, models)  # [D]
         usable = valid_pairs(batch)
         return torch.stack([ratios.view(-1, 2)[usable, 1].sum(), usable.sum()])  # [2]
 
-    def receive(self, statistics: Tensor) -> None:
+    def set_step_statistics(self, statistics: Tensor) -> None:
         total, count = statistics.tolist()
         self.z = max(0.0, total / max(1.0, count))
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        ratios = self._log_ratios(batch, policy, reference)  # [D]
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        ratios = _log_ratios(batch, models)  # [D]
         usable = valid_pairs(batch)
         r = ratios.view(-1, 2)[usable, 0]  # [P]
         wanted = batch.doc_feature("desirable").view(-1, 2)[usable, 0] > 0.5  # [P]
@@ -67,11 +67,6 @@ class KTO(PairLoss):
             self.options.undesirable_weight * (1 - (-gain).sigmoid()),
         )
         return LossOutput(losses.sum() + 0 * ratios.sum(), self.weight(batch), self._metrics(r, wanted))
-
-    def _log_ratios(self, batch: Batch, policy, reference) -> Tensor:
-        """log policy / reference of each document's answer -> [D]."""
-        scores = policy(batch)
-        return scores.per_document(scores.logps - reference(batch).logps)
 
     def _metrics(self, r: Tensor, wanted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad():
@@ -87,3 +82,9 @@ class KTO(PairLoss):
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
         return means
+
+
+def _log_ratios(batch: Batch, models: Models) -> Tensor:
+    """Return log(policy / reference) of each document's answer -> [D]."""
+    output = models.policy(batch)
+    return output.per_document(output.logps - models.reference(batch).logps)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, register_loss
-from .pairs import PairLoss, valid_pairs
+from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
 
 
 @dataclass
@@ -38,8 +37,8 @@ class Pairwise(PairLoss):
     def outputs(self) -> list[str]:
         return ["score"]
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        scores = policy(batch).scores[:, 0]  # [D]
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        scores = models.policy(batch).scores[:, 0]  # [D]
         usable = valid_pairs(batch)  # [P]
         chosen, rejected = scores.view(-1, 2)[usable].T  # [P], [P]
         margins = self.options.margin

@@ -24,7 +24,7 @@ from .advantages import (
     penalised_rewards,
     whiten,
 )
-from .base import DataFile, Loss, LossOutput, register_loss
+from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
 from .dpo import REFERENCE
 from .value import EPS_VALUE, GAMMA, LAM, value_losses, value_metrics, with_explained_variance
 
@@ -111,7 +111,6 @@ class PolicyLoss(Loss):
 
     def __init__(self, options: PolicyOptions):
         super().__init__(options)
-        self.columns: frozenset[str] = frozenset()
         self.max_new_tokens = options.max_new_tokens
 
     def ignored(self) -> dict[str, str]:
@@ -145,17 +144,17 @@ class PolicyLoss(Loss):
         return {}
 
     @property
-    def needs(self) -> frozenset[str]:
-        o = self.options
-        compares = o.kl_coef > 0 and o.kl_in == "loss" and "ref_logps" not in self.columns
-        return frozenset({"reference"} if compares else ()) | frozenset({"values"} if o.vf_coef else ())
+    def requires(self) -> frozenset[str]:
+        compares = self.options.kl_coef > 0 and self.options.kl_in == "loss"
+        return frozenset({"reference"} if compares else ()) | frozenset({"values"} if self.options.vf_coef else ())
 
     @property
     def temperature(self) -> float:
         return self.options.temperature
 
-    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
-        self.columns = common_columns([*train, *evaluation])
+    def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
+        """Return the columns `advantages` and, for a value head, `returns`."""
+        common_columns([*train, *eval])
         learned, kind = Rollouts(train), self.options.advantages
         self.max_new_tokens = self.options.max_new_tokens or int(learned.lengths.max())
         if kind in ("grpo", "rloo") and int(learned.groups().bincount().max()) < 2:
@@ -163,11 +162,9 @@ class PolicyLoss(Loss):
                 f"{train[0].source}: no prompt has two rollouts, so none can be compared with another as "
                 f"loss.advantages={kind} does. Sample several of each prompt, or take loss.advantages=reinforce++."
             )
-        for files in apart(train, evaluation):
-            self._note_advantages(Rollouts(files))
+        return [added for files in apart(train, eval) for added in self._advantages(Rollouts(files))]
 
-    def _note_advantages(self, rollouts: Rollouts) -> None:
-        """Makes the columns advantages and, for a value head, returns."""
+    def _advantages(self, rollouts: Rollouts) -> list[AddedFeatures]:
         o = self.options
         if o.advantages == "given":
             advantages = rollouts.column("advantages", "loss.advantages=given")
@@ -175,9 +172,8 @@ class PolicyLoss(Loss):
         else:
             rewards = penalised_rewards(rollouts, o.kl_coef if o.kl_in == "reward" else 0.0, o.kl_estimator)
             advantages, returns = estimate(rollouts, rewards, o.advantages, o.gamma, o.lam, o.scale_rewards)
-        rollouts.note("advantages", whiten(advantages) if o.whiten else advantages)
-        if o.vf_coef:
-            rollouts.note("returns", returns)
+        columns = {"advantages": whiten(advantages) if o.whiten else advantages}
+        return rollouts.as_features(**columns, **({"returns": returns} if o.vf_coef else {}))
 
     def weight(self, batch: Batch) -> Tensor:
         if self.options.normaliser in ("dapo", "cispo"):
@@ -185,18 +181,18 @@ class PolicyLoss(Loss):
         rollouts = batch.docs_with_targets.sum().float()
         return rollouts * self.max_new_tokens if self.options.normaliser == "dr_grpo" else rollouts
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
         o = self.options
-        scores = policy(batch, entropy=True, temperature=o.temperature)
+        scores = models.policy(batch, entropy=True, temperature=o.temperature)
         advantages = batch.target_feature("advantages")  # [N]
-        old = batch.target_feature("old_logps") if "old_logps" in self.columns else scores.logps.detach()  # [N]
+        old = batch.target_feature("old_logps") if "old_logps" in batch.columns else scores.logps.detach()  # [N]
         log_ratio = scores.logps - old  # [N]
         used_ratio = _over_rollouts(scores, log_ratio, o.ratio)  # [N]
         rho = bounded_exp(used_ratio)  # [N]
         losses = surrogate(scores.logps, rho, advantages, o)  # [N]
         metrics = self._metrics(batch, scores, advantages, log_ratio, rho)
         bounded = used_ratio > MAX_LOG_RATIO  # [N]
-        apart = self._from_reference(batch, scores, reference)  # [N]
+        apart = self._from_reference(batch, scores, models)  # [N]
         if apart is not None:
             kl = kl_estimate(apart, o.kl_estimator)
             metrics["kl"] = kl.detach().sum(), metrics["ratio"][1]
@@ -209,7 +205,7 @@ class PolicyLoss(Loss):
             losses = losses - o.entropy_coef * scores.entropy
         if o.vf_coef:
             returns = batch.target_feature("returns")  # [N]
-            before = batch.target_feature("values") if "values" in self.columns else None  # [N]
+            before = batch.target_feature("values") if "values" in batch.columns else None  # [N]
             errors = value_losses(scores.values, returns, before, o.eps_value)
             losses = losses + o.vf_coef * errors
             metrics["value_loss"] = errors.detach().sum(), metrics["ratio"][1]
@@ -218,11 +214,11 @@ class PolicyLoss(Loss):
             losses = losses / _lengths(scores)
         return LossOutput(losses.sum(), self.weight(batch), metrics)
 
-    def _from_reference(self, batch: Batch, scores: PolicyOutput, reference) -> Tensor | None:
+    def _from_reference(self, batch: Batch, scores: PolicyOutput, models: Models) -> Tensor | None:
         """log p - log p_ref -> [N]; None where there is neither a reference nor a column of its log-probabilities."""
-        if reference is not None:
-            return scores.logps - reference(batch, temperature=self.temperature).logps
-        return scores.logps - batch.target_feature("ref_logps") if "ref_logps" in self.columns else None
+        if models.reference is not None:
+            return scores.logps - models.reference(batch, temperature=self.temperature).logps
+        return scores.logps - batch.target_feature("ref_logps") if "ref_logps" in batch.columns else None
 
     @torch.no_grad()
     def _metrics(

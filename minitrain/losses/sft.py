@@ -9,7 +9,7 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import Loss, LossOutput, register_loss
+from .base import Loss, LossOutput, Models, register_loss
 
 
 class TokenLoss(Loss):
@@ -46,12 +46,12 @@ class SFT(TokenLoss):
     weight part of the gradient: Lin et al. 2017 (arXiv 1708.02002).
     """
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
         smoothing, gamma = self.options.label_smoothing, self.options.focal_gamma
         if smoothing == 0 and gamma == 0:
-            scores = policy(batch, token_weights=torch.ones_like)
+            scores = models.policy(batch, token_weights=torch.ones_like)
             return self.output(-scores.logps.sum(), batch, scores.logps)
-        scores = policy(batch, mean_logps=smoothing > 0)
+        scores = models.policy(batch, mean_logps=smoothing > 0)
         losses = -scores.logps  # [N]
         if gamma > 0:
             # 1 - exp(logp) loses all its digits when p is near 1; expm1 keeps them.

@@ -11,7 +11,7 @@ from minitrain.config.schema import option
 from minitrain.errors import ConfigError
 
 from .advantages import ESTIMATORS, Rollouts, apart, common_columns, estimate, penalised_rewards
-from .base import DataFile, Loss, LossOutput, register_loss
+from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
 
 GAMMA = option(1.0, "Discount of what comes a token later.", least=0, most=1)
 LAM = option(0.95, "gae: lambda, from one step of foresight (0) to the whole rollout (1).", least=0, most=1)
@@ -43,10 +43,6 @@ class Value(Loss):
     record = "rollout"
     dropout = False
 
-    def __init__(self, options: ValueOptions):
-        super().__init__(options)
-        self.columns: frozenset[str] = frozenset()
-
     def ignored(self) -> dict[str, str]:
         return {} if self.options.kl_coef else {"kl_estimator": "it needs loss.kl_coef."}
 
@@ -54,25 +50,27 @@ class Value(Loss):
     def outputs(self) -> list[str]:
         return ["value"]
 
-    def prepare(self, train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> None:
-        o = self.options
-        self.columns = common_columns([*train, *evaluation])
-        if "returns" in self.columns:
-            return
-        kind = "gae" if "values" in self.columns else "reinforce++"
-        for files in apart(train, evaluation):
+    def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
+        """Return the column `returns`, unless the rows have it."""
+        o, columns, added = self.options, common_columns([*train, *eval]), []
+        if "returns" in columns:
+            return []
+        kind = "gae" if "values" in columns else "reinforce++"
+        for files in apart(train, eval):
             rollouts = Rollouts(files)
             rewards = penalised_rewards(rollouts, o.kl_coef, o.kl_estimator)
-            rollouts.note("returns", estimate(rollouts, rewards, kind, o.gamma, o.lam, False)[1])
+            _, returns = estimate(rollouts, rewards, kind, o.gamma, o.lam, False)
+            added += rollouts.as_features(returns=returns)
+        return added
 
     def weight(self, batch: Batch) -> Tensor:
         return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
-    def __call__(self, batch: Batch, policy, reference=None, teacher=None) -> LossOutput:
-        values, returns = policy(batch).values, batch.target_feature("returns")  # [N], [N]
+    def __call__(self, batch: Batch, models: Models) -> LossOutput:
+        values, returns = models.policy(batch).values, batch.target_feature("returns")  # [N], [N]
         if values is None:
             raise ConfigError("loss.name: value needs a model that reads from left to right, not an encoder.")
-        old = batch.target_feature("values") if "values" in self.columns else None  # [N]
+        old = batch.target_feature("values") if "values" in batch.columns else None  # [N]
         losses = value_losses(values, returns, old, self.options.eps_value)
         return LossOutput(losses.sum(), self.weight(batch), value_metrics(values, returns, old, self.options.eps_value))
 

@@ -32,7 +32,7 @@ from minitrain.errors import ConfigError
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.temp_files import building_folder
 from minitrain.io.tensor_files import save_file
-from minitrain.losses import Loss
+from minitrain.losses import Loss, Models
 from minitrain.model.adapter_config import has_adapter
 from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.load import DTYPES, load_frozen, load_tokenizer
@@ -141,30 +141,46 @@ def build_aux_models(
     precision: Precision,
     loaders: list[MicrobatchLoader],
     load: Load | None = None,
-) -> dict:
-    """The models that a loss needs besides the policy, by the names of its arguments. Raises ConfigError.
+) -> Models:
+    """Return the policy with the models that a loss requires besides it. Raises ConfigError.
 
     `load` makes those with weights of their own; `load_frozen` when left out.
     """
-    models, load = {}, load or load_frozen
-    if "teacher" in loss.needs:
-        models["teacher"] = load_teacher(loss, config, tokenizer, parallel, load)
+    teacher, reference, load = None, None, load or load_frozen
+    if "teacher" in loss.requires:
+        teacher = load_teacher(loss, config, tokenizer, parallel, load)
         for loader in loaders:
-            check_lengths(loader.examples, models["teacher"].policy)
-    if "reference" in loss.needs:
-        kind = reference_kind(loss, config)
-        if kind == "adapter":
-            models["reference"] = InitialPolicySnapshot(policy, parallel)
-        elif kind == "precomputed":
-            for cache in {id(c): c for loader in loaders for c in loader.examples.caches}.values():
-                cache.columns[REF_LOGPS] = _load_or_compute_ref_logps(
-                    cache, loss, policy, config, parallel, precision, loaders[0]
-                )
-            models["reference"] = PrecomputedRefLogps()
-        else:
-            models["reference"] = _own_model(config, policy, tokenizer, parallel, precision, load)
-            _check_reference_matches_policy(policy, models["reference"], loaders[0], parallel, precision)
-    return models
+            check_lengths(loader.examples, teacher.policy)
+    if "reference" in loss.requires:
+        reference = _build_reference(loss, config, policy, tokenizer, parallel, precision, loaders, load)
+    return Models(policy, reference, teacher)
+
+
+def _build_reference(
+    loss: Loss,
+    config: Config,
+    policy: Policy,
+    tokenizer,
+    parallel: SingleDevice,
+    precision: Precision,
+    loaders: list[MicrobatchLoader],
+    load: Load,
+) -> InitialPolicySnapshot | PrecomputedRefLogps | FrozenModel:
+    caches = list({id(cache): cache for loader in loaders for cache in loader.examples.caches}.values())
+    if all(REF_LOGPS in cache.columns for cache in caches):  # the rows have them
+        return PrecomputedRefLogps()
+    kind = reference_kind(loss, config)
+    if kind == "adapter":
+        return InitialPolicySnapshot(policy, parallel)
+    if kind == "precomputed":
+        for cache in caches:
+            cache.columns[REF_LOGPS] = _load_or_compute_ref_logps(
+                cache, loss, policy, config, parallel, precision, loaders[0]
+            )
+        return PrecomputedRefLogps()
+    reference = _own_model(config, policy, tokenizer, parallel, precision, load)
+    _check_reference_matches_policy(policy, reference, loaders[0], parallel, precision)
+    return reference
 
 
 def reference_kind(loss: Loss, config: Config) -> str:

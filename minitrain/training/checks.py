@@ -38,7 +38,7 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
 def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: ConfigIssues) -> None:
     """Add to `issues` the options of data, teacher and evaluation that do not fit the loss."""
     name = config.loss["name"]
-    _check_teacher(config.loss, "teacher" in loss.needs, issues)
+    _check_teacher(config.loss, "teacher" in loss.requires, issues)
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.record == "labelled" and key in given:
             issues.add(key, f"would be ignored: {name} reads texts as they are.", "loss.name")

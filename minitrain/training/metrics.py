@@ -2,14 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from minitrain.batch import Batch
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.losses import Loss, LossOutput
+from minitrain.losses import Loss, LossOutput, Models
 
 from .failpoints import failpoint
 from .precision import Precision
@@ -66,43 +65,38 @@ def inference(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def step_statistics(
-    loss: Loss, batches: Iterable[Batch], policy: nn.Module, models: dict[str, Any], parallel: SingleDevice
-) -> None:
-    """Gives a loss what it has to know of all batches together before it is called for any of them."""
-    if type(loss).statistics is Loss.statistics:
+def share_step_statistics(loss: Loss, batches: Iterable[Batch], models: Models, parallel: SingleDevice) -> None:
+    """Sum a loss's step statistics over all batches and ranks, and give it the sums."""
+    if not loss.has_step_statistics:
         return
-    reference = {name: model for name, model in models.items() if name == "reference"}
     with torch.no_grad():
-        sums = [loss.statistics(batch.to(parallel.device), policy, **reference) for batch in batches]
-    loss.receive(parallel.sum(torch.stack(sums).sum(0)))
+        sums = [loss.step_statistics(batch.to(parallel.device), models) for batch in batches]
+    loss.set_step_statistics(parallel.sum(torch.stack(sums).sum(0)))
 
 
 def evaluate(
-    policy: nn.Module,
     loss: Loss,
     batches: Callable[[], Iterable[Batch]],
-    models: dict[str, Any],
+    models: Models,
     parallel: SingleDevice,
     precision: Precision,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Mean loss and metrics over batches; the same for every batch size and number of ranks.
 
-    `models` are those that the loss needs besides the policy. Ends early, with {}, when `stop()`, on which all ranks
-    have to agree.
+    Ends early, with {}, when `stop()`, on which all ranks have to agree.
     """
     totals = MetricAccumulator(parallel.device)
-    with inference(policy), precision.autocast():
-        step_statistics(loss, batches(), policy, models, parallel)
+    with inference(models.policy), precision.autocast():
+        share_step_statistics(loss, batches(), models, parallel)
         for batch in batches():
             failpoint("eval.batch")
             if stop():
                 return {}
-            output = loss(batch.to(parallel.device), policy, **models)
+            output = loss(batch.to(parallel.device), models)
             totals.add(output)
             totals.add_samples(output)
-    parallel.reshard(policy)
+    parallel.reshard(models.policy)
     return loss.summary(totals.means(parallel)) | loss.judge(totals.all_samples(parallel))
 
 

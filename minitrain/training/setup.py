@@ -13,7 +13,7 @@ from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset, load
 from minitrain.data.template import Template, make_template
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
-from minitrain.losses import Loss
+from minitrain.losses import Loss, add_features
 from minitrain.model.load import freeze_layers, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, checkpoint_activations, find_blocks
 from minitrain.model.weights import Weights
@@ -29,7 +29,7 @@ def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:
     tokenizer = load_tokenizer(config.model, scores=loss.outputs is not None)
     template = make_template(tokenizer, config, loss.record)
     data = load_data(config, template, loss.record)
-    loss.prepare(data.train.caches, data.eval.caches if data.eval else [])
+    add_features(loss, data.train.caches, data.eval.caches if data.eval else [])
     return template, data
 
 

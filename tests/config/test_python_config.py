@@ -42,8 +42,8 @@ class Bare(Loss):
     def weight(self, batch):
         return torch.tensor(float(batch.n_targets))
 
-    def __call__(self, batch, policy, reference=None, teacher=None):
-        return LossOutput(-policy(batch).logps.sum(), self.weight(batch), {})
+    def __call__(self, batch, models):
+        return LossOutput(-models.policy(batch).logps.sum(), self.weight(batch), {})
 
 
 class Unregistered(SFT):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minitrain import DataError, create_loss
+from minitrain.losses import add_features
 from minitrain.losses.advantages import Rollouts, apart, estimate, gae, kl_estimate, penalised_rewards, whiten
 
 COLUMNS = ("values", "old_logps", "ref_logps")
@@ -93,7 +94,7 @@ def test_gae_by_hand_on_four_tokens():
     row |= {"old_logps": [-1.0, -2.0, -3.0, -1.0], "ref_logps": [-2.0, -2.0, -1.0, -2.0]}
     given = file([row, {**row, "values": [9.0, 9.0, 9.0, 9.0]}])
     options = dict(advantages="gae", gamma=0.5, lam=0.5, kl_coef=0.1, whiten=False, vf_coef=0.1)
-    create_loss("policy", **options).prepare([given], [])
+    add_features(create_loss("policy", **options), [given])
     want = [-0.3078125, -0.83125, -1.325, -2.1]
     assert kept(given, "advantages")[0] == pytest.approx(want)
     assert kept(given, "returns")[0] == pytest.approx([a + v for a, v in zip(want, row["values"])])
@@ -109,7 +110,7 @@ def test_advantages_equal_their_formulas(kind, whiten, kl_coef):
     files = [file(rows[:4], "a.jsonl"), file(rows[4:], "b.jsonl")]
     options = {"gamma": 0.9} | ({"lam": 0.8} if kind == "gae" else {})
     options |= {"kl_coef": kl_coef, "kl_in": "reward"} if kl_coef else {}
-    create_loss("policy", advantages=kind, whiten=whiten, vf_coef=0.1, **options).prepare(files, [])
+    add_features(create_loss("policy", advantages=kind, whiten=whiten, vf_coef=0.1, **options), files)
     advantages, returns = plain(rows, kind, 0.9, 0.8, kl_coef)
     close(kept(files[0], "advantages") + kept(files[1], "advantages"), whitened(advantages) if whiten else advantages)
     close(kept(files[0], "returns") + kept(files[1], "returns"), returns)
@@ -118,7 +119,7 @@ def test_advantages_equal_their_formulas(kind, whiten, kl_coef):
 def test_grpo_without_scaling():
     """scale_rewards=false leaves the deviation out (Dr. GRPO)."""
     given = file(rollouts())
-    create_loss("policy", scale_rewards=False).prepare([given], [])
+    add_features(create_loss("policy", scale_rewards=False), [given])
     close(kept(given, "advantages"), plain(rollouts(), "grpo", 1.0, 1.0, scale=False)[0])
 
 
@@ -150,7 +151,7 @@ def test_what_stands_outside_of_the_response_does_not_matter(kind, garbage):
         for outside in (0.0, garbage):
             given = file(rollouts(), garbage=outside)
             options = {"kl_coef": 0.1, "kl_in": "reward"} if kind != "given" else {}
-            create_loss("policy", advantages=kind, whiten=white, vf_coef=0.1, **options).prepare([given], [])
+            add_features(create_loss("policy", advantages=kind, whiten=white, vf_coef=0.1, **options), [given])
             found.append([kept(given, name) for name in ("advantages", "returns")])
         assert found[0] == found[1] and np.isfinite(np.concatenate(found[1][0])).all()
 
@@ -167,12 +168,12 @@ def test_groups_of_one_and_of_equal_rewards_teach_nothing(kind):
     """Their advantages are 0; when no prompt has two rollouts, that is an error that names the file."""
     row = {"group": 0, "reward": 0.1, "values": [0.0, 0.0]}
     given = file([row, row, row, row | {"group": 1}])
-    create_loss("policy", advantages=kind).prepare([given], [])
+    add_features(create_loss("policy", advantages=kind), [given])
     assert np.abs(kept(given, "advantages")).max() < 1e-6
     alone = file([row, row | {"group": 1}])
     with pytest.raises(DataError, match=r"a.jsonl: no prompt has two rollouts.*reinforce\+\+"):
-        create_loss("policy", advantages=kind).prepare([alone], [])
-    create_loss("policy", advantages=kind).prepare([file([row, row])], [alone])  # to evaluate on, it may be
+        add_features(create_loss("policy", advantages=kind), [alone])
+    add_features(create_loss("policy", advantages=kind), [file([row, row])], [alone])  # to evaluate on, it may be
 
 
 def test_files_to_evaluate_on_are_whitened_by_themselves():
@@ -180,7 +181,7 @@ def test_files_to_evaluate_on_are_whitened_by_themselves():
     train, held = file(rollouts(seed=0)), file(rollouts(seed=1))
     assert [len(files) for files in apart([train], [train])] == [1]
     loss = create_loss("policy", advantages="reinforce++")
-    loss.prepare([train], [held, train])
+    add_features(loss, [train], [held, train])
     for given, seed in ((train, 0), (held, 1)):
         close(kept(given, "advantages"), whitened(plain(rollouts(seed=seed), "reinforce++", 1.0, 1.0)[0]))
 
@@ -203,8 +204,8 @@ def test_missing_columns(options, missing, told):
     """The error names the file and what to give; without that use, the column may be missing."""
     given = file(without(rollouts(), *missing), "b.jsonl")
     with pytest.raises(DataError, match=told):
-        create_loss("policy", **options).prepare([given], [])
-    create_loss("policy").prepare([given], [])
+        add_features(create_loss("policy", **options), [given])
+    add_features(create_loss("policy"), [given])
 
 
 def test_missing_rewards_and_unlike_files():
@@ -212,11 +213,11 @@ def test_missing_rewards_and_unlike_files():
     rows = rollouts()
     rows[2]["reward"] = math.nan
     with pytest.raises(DataError, match=r"a.jsonl: 1 rows have no reward. .*loss.advantages=given"):
-        create_loss("policy").prepare([file(rows)], [])
-    create_loss("policy", advantages="given").prepare([file(rows)], [])
+        add_features(create_loss("policy"), [file(rows)])
+    add_features(create_loss("policy", advantages="given"), [file(rows)])
     files = [file(rollouts()), file(without(rollouts(), "old_logps"), "b.jsonl")]
     with pytest.raises(DataError, match=r"b.jsonl and a.jsonl: one has old_logps and the other has not"):
-        create_loss("policy").prepare(files, [])
+        add_features(create_loss("policy"), files)
 
 
 def test_returns_of_the_value_loss():
@@ -228,7 +229,7 @@ def test_returns_of_the_value_loss():
         (("returns", "values"), plain(rows, "reinforce++", 0.9, 0.8)[1]),
     ):
         given = file(without(rows, *missing))
-        create_loss("value", gamma=0.9, lam=0.8).prepare([given], [])
+        add_features(create_loss("value", gamma=0.9, lam=0.8), [given])
         close(kept(given, "returns"), want)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minitrain import ConfigError, DataError, create_loss, load_config
 from minitrain.batch import PolicyOutput
-from minitrain.losses import classify
+from minitrain.losses import Models, add_features, classify
 from tests.examples import collated, examples
 
 
@@ -28,12 +28,12 @@ def file(labels: list[str], source: str = "train.jsonl", order: list[str] | None
     """A data file with one example of each label named."""
     names = order or list(dict.fromkeys(labels))
     counts = np.array([names.index(label) for label in labels], np.float64)
-    return SimpleNamespace(source=source, values={"label": counts}, labels=names)
+    return SimpleNamespace(source=source, values={"label": counts}, columns={}, labels=names)
 
 
 def prepared(train, evaluation=(), **options):
     loss = create_loss("classify", **options)
-    loss.prepare(train, evaluation)
+    add_features(loss, train, evaluation)
     return loss
 
 
@@ -53,7 +53,7 @@ def test_cross_entropy(batch, smoothing, weights):
     named = dict(zip("012", weights, strict=True)) if weights else {}
     loss = prepared([file(["0", "1", "2"])], label_smoothing=smoothing, class_weights=named)
     policy = Outputs(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
-    output = loss(batch, policy)
+    output = loss(batch, Models(policy))
     (output.sum / loss.weight(batch)).backward()
     exact = policy.scores.detach().double().requires_grad_()
     given = torch.tensor(weights).double() if weights else None
@@ -72,7 +72,7 @@ def test_squared_error(batch):
     loss = prepared([file(["0", "1", "2"])], regression=True)
     assert loss.outputs == ["score"]
     policy = Outputs(torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
-    output = loss(batch, policy)
+    output = loss(batch, Models(policy))
     output.sum.backward()
     want = policy.scores.detach()[:, 0] - LABELS
     assert output.sum.item() == pytest.approx((want.double() ** 2).sum().item(), rel=1e-5) and output.weight == 8
@@ -87,7 +87,7 @@ def test_labels_mean_the_same_in_all_files():
     one, two, held = file(["b", "a", "b"]), file(["c", "b"], "two.jsonl"), file(["c", "c", "a"], "held.jsonl")
     loss = create_loss("classify")
     assert loss.outputs == []
-    loss.prepare([one, two], [held, one])
+    add_features(loss, [one, two], [held, one])
     assert loss.outputs == ["a", "b", "c"]
     assert [f.values["label"].tolist() for f in (one, two, held)] == [[1, 0, 1], [2, 1], [2, 2, 0]]
     numbers = file(["2.5", "1", "2.5"])

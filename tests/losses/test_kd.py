@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from minitrain import ConfigError, create_loss
 from minitrain.batch import Distillation, PolicyOutput, TopKLogprobs
 from minitrain.inference.teacher_cache import teach
+from minitrain.losses import Models
 from minitrain.losses.kd import DIVERGENCES, forward_kl, jsd
 from minitrain.model.kd_divergence import divergences, top_k_logprobs
 from minitrain.model.logprobs import LMHead, chunked_logprobs
@@ -87,7 +88,7 @@ def test_three_tokens_by_hand(divergence):
         return PolicyOutput(logps, torch.zeros(2, dtype=torch.long), 1, divergence=found)
 
     loss = create_loss("kd", divergence=divergence, temperature=1.0, alpha=1.0, beta=0.0)
-    output = loss(batch, policy, teacher=SimpleNamespace(states=lambda batch: (teacher, layer)))
+    output = loss(batch, Models(policy, teacher=SimpleNamespace(states=lambda batch: (teacher, layer))))
     ln2, ln3 = math.log(2), math.log(3)
     want = {"forward_kl": 5 / 4 * ln2 - ln3 / 4, "reverse_kl": 3 / 4 * ln3 - 3 / 8 * ln2}[divergence]
     assert output.sum.item() / output.weight.item() == pytest.approx(want, rel=1e-6)
@@ -383,7 +384,7 @@ def test_the_loss_of_a_training_is_its_formula(make_trainer, teacher_folder, tmp
 def test_the_teacher_only_teaches(make_trainer, teacher_folder, name):
     """It is in eval mode without gradients, in its own dtype, and no weight of it moves."""
     trainer = make_trainer(*kd(name or teacher_folder, "loss.teacher_dtype=bfloat16"))
-    teacher = trainer.models["teacher"].policy
+    teacher = trainer.models.teacher.policy
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     student = weights(trainer)
     trainer.train()
@@ -456,7 +457,7 @@ def test_a_file_of_outputs_trains_as_the_teacher_does(make_trainer, outputs, mor
     live = make_trainer(*options, "exp_name=live")
     live.train()
     noted = make_trainer(*options, f"loss.teacher_outputs={file}", "exp_name=noted")
-    assert not noted.models
+    assert not noted.models.frozen()
     noted.train()
     for kind in ("train", "eval"):
         for ours, theirs in zip(metrics(noted, kind), metrics(live, kind), strict=True):

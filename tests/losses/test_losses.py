@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitrain import ConfigError, create_loss, load_config
+from minitrain import ConfigError, Models, create_loss, load_config
 from minitrain.batch import PolicyOutput
 from minitrain.model.logprobs import LMHead, chunked_logprobs
 
@@ -34,7 +34,7 @@ class Targets:
 
 def run(loss, logits, targets):
     policy = TablePolicy(logits)
-    output = loss(Targets(targets), policy)
+    output = loss(Targets(targets), Models(policy))
     output.sum.backward()
     return output, policy.logits.grad
 

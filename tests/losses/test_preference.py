@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from minitrain import ConfigError, create_loss
 from minitrain.batch import PolicyOutput
 from minitrain.data.collate import collate
+from minitrain.losses import Models
 from minitrain.losses.dpo import VARIANTS
 from tests.conftest import metrics, weights
 from tests.examples import N, collated, examples, prepared
@@ -92,10 +93,12 @@ def test_variants_equal_their_formulas(pairs, variant, smoothing):
     counts = of_pairs(batch, torch.ones_like(ref))
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), counts)
     want = sum(plain(variant, *pi, *pr, *n, smoothing) for pi, pr, n in sides)
-    output = loss(batch, Table(logps), Table(ref) if "reference" in loss.needs else None)
+    output = loss(batch, Models(Table(logps), Table(ref) if "reference" in loss.requires else None))
     assert output.sum.item() == pytest.approx(want, rel=1e-9) and output.weight == N
-    reference = Table(ref) if "reference" in loss.needs else None
-    assert torch.autograd.gradcheck(lambda x: loss(batch, Table(x), reference).sum, (logps,), eps=1e-6, atol=1e-5)
+    reference = Table(ref) if "reference" in loss.requires else None
+    assert torch.autograd.gradcheck(
+        lambda x: loss(batch, Models(Table(x), reference)).sum, (logps,), eps=1e-6, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -106,8 +109,8 @@ def test_means_are_taken_once(pairs, variant):
     loss = create_loss("dpo", average_log_prob=True, beta=BETA, variant=variant, **OWN.get(variant, {}))
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), of_pairs(batch, torch.ones_like(ref)))
     want = sum(plain(variant, w / n, l / m, rw / n, rl / m, 1, 1, 0.0) for (w, l), (rw, rl), (n, m) in sides)  # noqa: E741
-    reference = Table(ref) if "reference" in loss.needs else None
-    assert loss(batch, Table(logps), reference).sum.item() == pytest.approx(want, rel=1e-9)
+    reference = Table(ref) if "reference" in loss.requires else None
+    assert loss(batch, Models(Table(logps), reference)).sum.item() == pytest.approx(want, rel=1e-9)
 
 
 def test_other_options_of_dpo(pairs):
@@ -116,7 +119,7 @@ def test_other_options_of_dpo(pairs):
     ours, theirs, counts = (of_pairs(batch, t) for t in (logps.detach(), ref, torch.ones_like(ref)))
 
     def value(**options) -> float:
-        return create_loss("dpo", beta=BETA, **options)(batch, Table(logps), Table(ref)).sum.item()
+        return create_loss("dpo", beta=BETA, **options)(batch, Models(Table(logps), Table(ref))).sum.item()
 
     deltas = [(w - rw) - (l - rl) for (w, l), (rw, rl) in zip(ours, theirs)]  # noqa: E741
     assert value(variant="ipo", ipo_sums=True) == pytest.approx(sum((d - 0.5 / BETA) ** 2 for d in deltas))
@@ -125,9 +128,9 @@ def test_other_options_of_dpo(pairs):
     nll = sum(-w / n for (w, _), (n, _) in zip(ours, counts))
     assert value(sft_weight=0.5) == pytest.approx(sum(-logsig(BETA * d) for d in deltas) + 0.5 * nll)
     free = create_loss("dpo", beta=BETA, reference_free=True)
-    assert free.needs == frozenset()
+    assert free.requires == frozenset()
     want = sum(-logsig(BETA * (w - l)) for w, l in ours)  # noqa: E741
-    assert free(batch, Table(logps)).sum.item() == pytest.approx(want)
+    assert free(batch, Models(Table(logps))).sum.item() == pytest.approx(want)
 
 
 MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # the variants of docs/losses.md that are over token means
@@ -140,8 +143,8 @@ def test_metrics_of_dpo(pairs, variant, average):
     accuracy is how often the chosen one's is larger; logps are sums, whatever the variant."""
     batch, logps, ref = pairs
     loss = create_loss("dpo", beta=BETA, variant=variant, average_log_prob=average)
-    free = "reference" not in loss.needs
-    output = loss(batch, Table(logps), None if free else Table(ref))
+    free = "reference" not in loss.requires
+    output = loss(batch, Models(Table(logps), None if free else Table(ref)))
     metrics = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
     ours, counts = of_pairs(batch, logps.detach()), of_pairs(batch, torch.ones_like(ref))
     theirs = of_pairs(batch, torch.zeros_like(ref) if free else ref)
@@ -169,7 +172,7 @@ def test_the_accuracy_does_not_favor_short_answers(pairs, variant):
     batch, _, ref = pairs
     logps = torch.where(batch.target_docs % 2 == 0, -1.0, -1.5).double()
     loss = create_loss("dpo", variant=variant)
-    total, weight = loss(batch, Table(logps), Table(torch.zeros_like(ref))).metrics["rewards/accuracies"]
+    total, weight = loss(batch, Models(Table(logps), Table(torch.zeros_like(ref)))).metrics["rewards/accuracies"]
     assert total == weight == N
     assert any(w < l for w, l in of_pairs(batch, logps))  # noqa: E741
 
@@ -179,7 +182,7 @@ def test_orpo_is_stable_at_both_ends():
     batch = collated(examples("preference"), [[0]])
     for level in (-1e-12, -1e-3, -50.0):
         logps = torch.full((batch.n_targets,), level, requires_grad=True)
-        output = create_loss("dpo", variant="orpo")(batch, Table(logps))
+        output = create_loss("dpo", variant="orpo")(batch, Models(Table(logps)))
         output.sum.backward()
         assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
 
@@ -194,10 +197,10 @@ def test_answers_that_are_far_off_are_finite(variant, gap):
     first = batch.target_docs % 2 == 0
     logps = torch.where(first == (gap < 0), -301.0, -1.0).requires_grad_()
     loss = create_loss("kto") if kto else create_loss("dpo", variant=variant)
-    ref = Table(torch.where(first == (gap < 0), -1.0, -301.0)) if "reference" in loss.needs else None
+    ref = Table(torch.where(first == (gap < 0), -1.0, -301.0)) if "reference" in loss.requires else None
     if kto:
-        loss.receive(loss.statistics(batch, Table(logps.detach()), ref))
-    output = loss(batch, Table(logps), ref)
+        loss.set_step_statistics(loss.step_statistics(batch, Models(Table(logps.detach()), ref)))
+    output = loss(batch, Models(Table(logps), ref))
     output.sum.backward()
     assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
     assert all(torch.isfinite(total) for total, _ in output.metrics.values())
@@ -212,8 +215,8 @@ def test_kto_equals_its_formula():
     for shift, sign in ((0.1, 1), (-0.5, 0)):  # z above 0, and held at 0
         policy = Table((logps + shift).requires_grad_())
         loss = create_loss("kto", beta=BETA, undesirable_weight=0.5)
-        loss.receive(loss.statistics(batch, policy, Table(ref)))
-        output = loss(batch, policy, Table(ref))
+        loss.set_step_statistics(loss.step_statistics(batch, Models(policy, Table(ref))))
+        output = loss(batch, Models(policy, Table(ref)))
         ratios = of_pairs(batch, policy.logps.detach() - ref)
         z = max(0.0, sum(other for _, other in ratios) / N)
         assert (z > 0) == bool(sign)
@@ -250,9 +253,9 @@ def test_pairwise_equals_its_formula(options):
         apart = w - l - options.get("margin", example[0].values["margin"])
         want += max(0.0, -apart) if options.get("loss_type") == "hinge" else -logsig(apart)
         want += options.get("center_rewards_coefficient", 0.0) * (w + l) ** 2
-    output = loss(batch, Scored(scores.requires_grad_()))
+    output = loss(batch, Models(Scored(scores.requires_grad_())))
     assert output.sum.item() == pytest.approx(want, rel=1e-6) and output.weight == N
-    assert torch.autograd.gradcheck(lambda x: loss(batch, Scored(x)).sum, (scores,), atol=1e-4)
+    assert torch.autograd.gradcheck(lambda x: loss(batch, Models(Scored(x))).sum, (scores,), atol=1e-4)
     accuracy = sum(w > l for w, l in scores.view(-1, 2).tolist()) / N  # noqa: E741
     assert (output.metrics["accuracy"][0] / N).item() == pytest.approx(accuracy)
 
@@ -329,10 +332,10 @@ def test_a_loaded_adapter_is_its_own_reference(dpo):
     with torch.no_grad():
         start, base = trainer.policy(batch).logps, dpo("exp_name=base").policy(batch).logps
     assert not torch.allclose(start, base, atol=1e-2)
-    torch.testing.assert_close(trainer.models["reference"](batch).logps, start)
+    torch.testing.assert_close(trainer.models.reference(batch).logps, start)
     trainer.train()
     assert metrics(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    torch.testing.assert_close(trainer.models["reference"](batch).logps, start)
+    torch.testing.assert_close(trainer.models.reference(batch).logps, start)
     with torch.no_grad():
         assert not torch.allclose(trainer.policy(batch).logps, start, atol=1e-3)
 
@@ -387,14 +390,14 @@ def test_a_reference_that_differs_is_refused(dpo, monkeypatch):
 def test_a_reference_in_bfloat16(dpo):
     """policy_dtype=bfloat16: the reference's residual stream is float32 as the policy's, so they agree closely."""
     trainer = dpo("model.policy_dtype=bfloat16", "n_steps=1")
-    assert trainer.models["reference"].policy.model.dtype == torch.bfloat16
+    assert trainer.models.reference.policy.model.dtype == torch.bfloat16
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=0.02)
 
 
 def test_a_reference_in_bfloat16_beside_a_policy_in_float32(dpo):
     """Its weights in bfloat16 meet activations in bfloat16, and not the policy's float32."""
     trainer = dpo("loss.reference=model", "model.reference_dtype=bfloat16", "n_steps=1")
-    assert trainer.models["reference"].policy.model.dtype == torch.bfloat16
+    assert trainer.models.reference.policy.model.dtype == torch.bfloat16
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=0.02)
 
 

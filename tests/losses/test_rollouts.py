@@ -11,9 +11,10 @@ from minitrain import ConfigError, DataError, create_loss
 from minitrain.batch import PolicyOutput
 from minitrain.data.collate import Document, collate
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.losses import LossOutput
+from minitrain.losses import LossOutput, Models
 from minitrain.losses.value import value_metrics, with_explained_variance
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.training.aux_models import PrecomputedRefLogps
 from minitrain.training.metrics import MetricAccumulator
 from tests.conftest import metrics, weights
 from tests.examples import LENGTHS, N, collated, prepared
@@ -112,7 +113,7 @@ def test_policy_equals_its_formula(drawn, options):
     options = options if options.get("normaliser") == "cispo" else EPS | options
     loss = create_loss("policy", **options)
     batch, inputs = drawn(loss)
-    output = loss(batch, Table(*inputs))
+    output = loss(batch, Models(Table(*inputs)))
     value = output.sum / output.weight
     want = plain(batch, *inputs, options)
     assert value.item() == pytest.approx(want.item(), rel=1e-6)
@@ -121,7 +122,9 @@ def test_policy_equals_its_formula(drawn, options):
     for a, b in zip(torch.autograd.grad(value, kept), torch.autograd.grad(want, kept)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     if options.get("normaliser") != "cispo":  # whose weight is detached: no slope of its value
-        assert torch.autograd.gradcheck(lambda *x: loss(batch, Table(*x, *inputs[len(x) :])).sum, inputs[:1], eps=1e-6)
+        assert torch.autograd.gradcheck(
+            lambda *x: loss(batch, Models(Table(*x, *inputs[len(x) :]))).sum, inputs[:1], eps=1e-6
+        )
 
 
 def test_the_value_loss_equals_its_formula(drawn):
@@ -132,11 +135,11 @@ def test_the_value_loss_equals_its_formula(drawn):
     want = 0.0
     for v, o, r in zip(values.tolist(), old.tolist(), returns.tolist()):
         want += 0.5 * max((v - r) ** 2, (min(max(v, o - 0.3), o + 0.3) - r) ** 2)
-    output = loss(batch, Table(None, None, values))
+    output = loss(batch, Models(Table(None, None, values)))
     assert output.sum.item() == pytest.approx(want) and output.weight == batch.n_targets
-    assert torch.autograd.gradcheck(lambda x: loss(batch, Table(None, None, x)).sum, (values,), eps=1e-6)
-    loss.columns = frozenset({"returns"})
-    free = loss(batch, Table(None, None, values))
+    assert torch.autograd.gradcheck(lambda x: loss(batch, Models(Table(None, None, x))).sum, (values,), eps=1e-6)
+    del batch.columns["values"]
+    free = loss(batch, Models(Table(None, None, values)))
     assert free.sum.item() == pytest.approx(0.5 * ((values - returns) ** 2).sum().item())
     assert "value_clip_fraction" in output.metrics and "value_clip_fraction" not in free.metrics
 
@@ -161,7 +164,7 @@ def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, r
     (want,) = torch.autograd.grad(plain(batch, logps, entropy, torch.zeros_like(logps), exact), logps)
     small = [x.detach().float().requires_grad_() for x in (logps, entropy)]
     batch.columns = {name: column.float() for name, column in batch.columns.items()}
-    output = loss(batch, Table(*small))
+    output = loss(batch, Models(Table(*small)))
     value = output.sum / output.weight
     (got,) = torch.autograd.grad(value, small[:1])
     assert torch.isfinite(value) and torch.isfinite(got).all()
@@ -187,7 +190,7 @@ def test_a_reference_100_nats_away_is_bounded(drawn, times_ratio):
     if times_ratio:  # whose own ratio is 1, so that only the KL is bounded
         batch.columns["old_logps"].flatten()[batch.target_positions[4]] = small[0][4].item()
     batch.columns = {name: column.float() for name, column in batch.columns.items()}
-    output = loss(batch, Table(small[0].requires_grad_(), small[1]))
+    output = loss(batch, Models(Table(small[0].requires_grad_(), small[1])))
     (output.sum / output.weight).backward()
     got = small[0].grad.double()
     assert torch.isfinite(got).all() and math.isfinite(output.metrics["kl"][0])
@@ -212,8 +215,7 @@ def test_the_gradient_of_a_kl_in_the_loss_is_that_of_a_kl():
 
     def expected(**options) -> torch.Tensor:
         loss = create_loss("policy", advantages="given", kl_coef=1.0, **options)
-        loss.columns = frozenset(made[0][0].columns)
-        output = loss(collate(made, 0), Table(logps, torch.zeros(3)))
+        output = loss(collate(made, 0), Models(Table(logps, torch.zeros(3))))
         (slopes,) = torch.autograd.grad(output.sum, logps, retain_graph=True)
         return torch.autograd.grad((logps.detach().exp() * slopes * logps).sum(), logits, retain_graph=True)[0]
 
@@ -249,8 +251,8 @@ def test_without_old_log_probabilities_the_ratio_is_1(drawn):
     """The gradient is that of -A log p, and nothing is clipped."""
     loss = create_loss("policy")
     batch, inputs = drawn(loss)
-    loss.columns = frozenset({"advantages"})
-    output = loss(batch, Table(*inputs))
+    batch.columns = {"advantages": batch.columns["advantages"]}
+    output = loss(batch, Models(Table(*inputs)))
     (gradient,) = torch.autograd.grad(output.sum, inputs[:1])
     torch.testing.assert_close(gradient, -batch.target_feature("advantages"))
     found = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
@@ -261,7 +263,10 @@ def test_metrics_of_the_policy(drawn):
     """Each figure of docs/metrics.md by its definition; explained variance is that of all tokens in any batches."""
     loss = create_loss("policy", advantages="gae", vf_coef=0.1, **EPS)
     batch, (logps, entropy, values) = drawn(loss)
-    found = {n: total.item() / w.item() for n, (total, w) in loss(batch, Table(logps, entropy, values)).metrics.items()}
+    found = {
+        n: total.item() / w.item()
+        for n, (total, w) in loss(batch, Models(Table(logps, entropy, values))).metrics.items()
+    }
     found = loss.summary(found)
     old, ref, a, r = (batch.target_feature(n) for n in ("old_logps", "ref_logps", "advantages", "returns"))
     with torch.no_grad():
@@ -294,7 +299,7 @@ def test_the_entropy_is_that_of_the_whole_distribution():
     loss = create_loss("policy")
     made, policy = prepared(loss), policy_for(loss)
     torch.nn.init.zeros_(policy.model.get_output_embeddings().weight)
-    total, weight = loss(collated(made, [[i] for i in range(N)]), policy).metrics["entropy"]
+    total, weight = loss(collated(made, [[i] for i in range(N)]), Models(policy)).metrics["entropy"]
     vocabulary = policy.model.get_output_embeddings().weight.shape[0]
     assert (total / weight).item() == pytest.approx(math.log(vocabulary), rel=1e-6)
 
@@ -398,7 +403,7 @@ def test_all_references_are_the_policy_at_the_start(train, lora):
 def test_log_probabilities_of_the_rows_take_the_place_of_a_reference(train):
     """ref_logps in the file: no second model, and the KL is to them."""
     trainer = train(rows(ref_logps=lambda n: [-6.0] * n), "loss.kl_coef=0.1", "n_steps=1")
-    assert trainer.models == {} and trainer.loss.needs == frozenset()
+    assert isinstance(trainer.models.reference, PrecomputedRefLogps) and trainer.loss.requires == {"reference"}
     trainer.train()
     assert metrics(trainer)[0]["kl"] > 0
     assert "kl" not in metrics(_trained(train(rows(), "n_steps=1", "exp_name=none")))[0]

@@ -41,7 +41,7 @@ def test_a_config_names_no_kernel(key, base, make_trainer, rows_file):
     assert load_generator(str(base), device="cpu").model.config._attn_implementation == "sdpa"
     options = ("loss.name=kd", f"loss.teacher={base}", f"model.name_or_path={base}")
     trainer = make_trainer(*options)
-    for model in (trainer.policy.model, trainer.models["teacher"].policy.model):
+    for model in (trainer.policy.model, trainer.models.teacher.policy.model):
         assert model.config._attn_implementation == "sdpa"
     config = Config(model=ModelConfig(name_or_path=str(base)))
     policy, weights = load_policy(config, load_tokenizer(config.model), empty=True)

@@ -232,7 +232,7 @@ def test_what_autograd_keeps_is_counted(config):
     known = [*trainer.policy.parameters(), *trainer.policy.buffers(), *vars(batch).values()]
     known = {t.untyped_storage()._cdata for t in known if isinstance(t, torch.Tensor)}
     with ledger, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = trainer.loss(batch, trainer.policy)
+        output = trainer.loss(batch, trainer.models)
     kept = {key: size for key, size in saved.items() if key not in known}
     assert len(kept) > 20
     assert {key: ledger.held[key][1] for key in kept} == kept

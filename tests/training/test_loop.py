@@ -101,8 +101,8 @@ class Poisoned(SFT):
         super().__init__(SFTOptions())
         self.bad, self.calls = bad, 0
 
-    def __call__(self, batch, policy, reference=None, teacher=None) -> LossOutput:
-        output = super().__call__(batch, policy)
+    def __call__(self, batch, models) -> LossOutput:
+        output = super().__call__(batch, models)
         self.calls += 1
         if self.calls in self.bad:
             output.sum = output.sum * math.nan

@@ -51,4 +51,4 @@ def dry_run(config: Config) -> DryRun:
 
 
 def _outline(config: Config, template: Template, loss: Loss, packed: bool = False) -> Policy:
-    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.needs, packed)
+    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.requires, packed)

@@ -30,7 +30,7 @@ from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
-from minitrain.losses import Loss
+from minitrain.losses import Loss, Models
 from minitrain.model import kd_divergence, logprobs
 from minitrain.model.load import CPU, DTYPES
 from minitrain.model.outline import outline_frozen
@@ -169,7 +169,7 @@ class Step:
     config: Config
     loss: Loss
     policy: nn.Module
-    models: dict[str, Any]
+    models: Models
     parallel: SingleDevice
     batches: list[Batch]
     held_out: Batch | None = None
@@ -181,7 +181,7 @@ def take(step: Step, ledger: MemoryTracker) -> None:
     precision = Precision(DTYPES[step.config.model.policy_dtype], CPU)
     for tensor in (*step.policy.parameters(), *step.policy.buffers()):
         ledger.hold(local_shard(tensor)[0], "weights")
-    for name, model in step.models.items():
+    for name, model in step.models.frozen().items():
         for tensor in model.tensors():
             ledger.hold(local_shard(tensor)[0], name)
     for parameter in trained:
@@ -197,14 +197,14 @@ def take(step: Step, ledger: MemoryTracker) -> None:
         for number, batch in enumerate(step.batches, 1):
             with step.parallel.backward_context(step.policy, last=number == len(step.batches)):
                 with precision.autocast():
-                    output = step.loss(batch, step.policy, **step.models)
+                    output = step.loss(batch, step.models)
                 precision.backward(output.sum / step.loss.weight(batch))
         precision.unscale(trained)
         step.parallel.clip_grad_norm(trained, step.config.max_grad_norm)
         _update(optimizer, ledger)
         if step.held_out is not None:
             with inference(step.policy), precision.autocast():
-                output = step.loss(step.held_out, step.policy, **step.models)
+                output = step.loss(step.held_out, step.models)
             step.parallel.reshard(step.policy)
 
 
@@ -265,7 +265,7 @@ def eval_metrics(run: DryRun) -> list[str]:
         step = _step(run, parallel, fake, ledger)
         precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
         with ledger, inference(step.policy), precision.autocast():
-            output = run.loss(step.held_out, step.policy, **step.models)
+            output = run.loss(step.held_out, step.models)
     means = run.loss.summary(dict.fromkeys(["loss", *output.metrics], 0.5))  # 0.5: x and x^2 have a variance above 0
     samples = {name: [0.0, 1.0] for name in output.samples}
     answers = ["exact_match"] * (run.config.eval_generate.n_examples > 0)
@@ -289,8 +289,8 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Mem
 
     with ledger:
         policy = prepare_policy(policy, None, config, parallel, precision, loss.dropout)
-        if "reference" in loss.needs and reference_kind(loss, config) == "precomputed":
-            models = {"reference": PrecomputedRefLogps()}
+        if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
+            models = Models(policy, PrecomputedRefLogps())
             for batch in batches:
                 batch.columns[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:

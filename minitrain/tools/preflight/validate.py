@@ -69,7 +69,7 @@ def _try_out(run: DryRun) -> list[str]:
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
     warnings = try_outline(run.outline(), config.packing)
-    if "teacher" in run.loss.needs:
+    if "teacher" in run.loss.requires:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
         refuse_missing_weights(teacher, None)

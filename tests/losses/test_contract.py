@@ -1,0 +1,146 @@
+"""The contract of a loss: what the trainer relies on, and what is said about a class that does not keep it."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from minitrain import ConfigError, Loss, Models, create_loss
+from minitrain.cli.plugin import load_plugin
+from minitrain.losses import add_features, registered
+from tests.examples import examples, files
+
+OPTIONS = {"kd": {"teacher": "tiny"}}
+VARIED = [
+    *((name, OPTIONS.get(name, {})) for name in registered()),
+    ("policy", {"kl_coef": 0.1}),
+    ("policy", {"kl_coef": 0.1, "kl_in": "reward", "vf_coef": 0.1}),
+    ("policy", {"advantages": "given", "vf_coef": 0.1}),
+    ("classify", {"regression": True}),
+    ("dpo", {"variant": "simpo"}),
+]
+
+
+def contents(file) -> dict:
+    return {"values": dict(file.values), "columns": dict(file.columns), "labels": list(file.labels)}
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a["labels"] == b["labels"]
+    for kind in ("values", "columns"):
+        assert a[kind].keys() == b[kind].keys()
+        for name, numbers in a[kind].items():
+            np.testing.assert_array_equal(np.asarray(numbers), np.asarray(b[kind][name]))
+
+
+@pytest.mark.parametrize("name, options", VARIED, ids=str)
+def test_data_is_not_changed_and_requirements_stay(name, options):
+    """`on_data_loaded` returns features and leaves the files alone; `requires` is right before it and after it."""
+    loss = create_loss(name, **options)
+    (file,) = files(examples(loss.record))
+    file.labels.reverse()  # so that a loss numbers them in another way
+    before, required = copy.deepcopy(contents(file)), loss.requires
+    added = list(loss.on_data_loaded([file], []))
+    assert_equal(contents(file), before)
+    assert loss.requires == required
+    if name in ("policy", "classify"):
+        assert added
+
+
+def test_added_features_are_in_the_file():
+    """Documents, tokens and labels; what has the same name is replaced, and a loss may return nothing."""
+    (file,) = files(examples("rollout"))
+    old = file.columns["advantages"].clone()
+    add_features(create_loss("policy", advantages="rloo"), [file])
+    assert file.columns["advantages"].shape == old.shape and not torch.equal(file.columns["advantages"], old)
+    (file,) = files(examples("labelled"))
+    file.labels = ["b", "a", "c"]
+    loss = create_loss("classify")
+    numbers = file.values["label"].copy()
+    add_features(loss, [file])
+    assert file.labels == ["a", "b", "c"] and file.values["label"].tolist() == [[1, 0, 2][int(n)] for n in numbers]
+
+    class Silent(Loss):
+        def on_data_loaded(self, train, eval):
+            self.n = len(train)
+
+    add_features(Silent(None), [file])
+
+
+# ------------------------------------------------------------------------------------------ classes of other contracts
+
+
+def test_a_call_with_the_old_arguments_is_refused():
+    """In the class itself, and with the advice to take `models`."""
+    for old in (
+        lambda self, batch, policy, reference=None, teacher=None: None,
+        lambda self, batch, policy: None,
+        lambda self, batch, policy, **models: None,
+        lambda self, batch: None,
+    ):
+        with pytest.raises(ConfigError, match=r"Mine: .*write __call__\(self, batch, models\), with models.policy"):
+            type("Mine", (Loss,), {"__call__": old})
+    for right in (lambda self, batch, models: None, lambda self, batch, m, scale=1.0: None, lambda self, *args: None):
+        assert issubclass(type("Mine", (Loss,), {"__call__": right}), Loss)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("needs", "requires"),
+        ("prepare", r"on_data_loaded \(return AddedFeatures instead of changing the files\)"),
+        ("statistics", "step_statistics"),
+        ("receive", "set_step_statistics"),
+    ],
+)
+def test_a_method_of_the_old_name_is_refused(old, new):
+    """It would never be called. A helper of that name is fine beside the method of the new name."""
+    with pytest.raises(ConfigError, match=f"Mine: .*rename {old} to {new}"):
+        type("Mine", (Loss,), {old: lambda self: None})
+    both = {
+        old: lambda self: None,
+        new.partition(" ")[0].replace("\\", ""): lambda self: None,
+        "has_step_statistics": True,
+    }
+    assert type("Mine", (Loss,), both)
+
+
+def test_step_statistics_have_to_be_declared():
+    """Without the class attribute they would never be asked for."""
+    with pytest.raises(ConfigError, match=r"Mine: .*set has_step_statistics = True"):
+        type("Mine", (Loss,), {"step_statistics": lambda self, batch, models: None})
+    assert [name for name, cls in registered().items() if cls.has_step_statistics] == ["kto"]
+
+
+def test_a_plugin_with_an_old_loss_is_named(tmp_path):
+    """The error names the file and the class, and all changes at once."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from minitrain import Loss\n\n\nclass Old(Loss):\n    needs = frozenset({'reference'})\n\n"
+        "    def __call__(self, batch, policy, reference=None, teacher=None): ...\n"
+    )
+    with pytest.raises(ConfigError, match=r"--plugin: .*mine.py: Old: .*rename needs to requires; write __call__"):
+        load_plugin(str(file))
+
+
+def test_models_besides_the_policy():
+    """Only those that are there."""
+    assert Models("p").frozen() == {} and Models("p", teacher="t").frozen() == {"teacher": "t"}
+
+
+@dataclass
+class NoOptions:
+    pass
+
+
+def test_the_error_is_one_for_objects_too():
+    """A class that is never registered is checked where it is defined."""
+    with pytest.raises(ConfigError, match="write __call__"):
+
+        class Mine(Loss):
+            def __call__(self, batch, policy):
+                return policy(batch)
+
+        Mine(NoOptions())
