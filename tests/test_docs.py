@@ -128,7 +128,7 @@ def is_command(item: str) -> bool:
 
 def test_the_options_of_the_adapters_exist():
     """Each item of the second column of the README's table is an override that the schema takes, or a command."""
-    adapters = tables(ROOT / "README.md", ["what", "option", ""])
+    adapters = tables(ROOT / "README.md", ["adapter", "option", "notes"])
     assert len(adapters) > 5
     assert [told for place, here in adapters for told in problems_of_items(place, here)] == []
 
