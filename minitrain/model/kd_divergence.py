@@ -1,11 +1,11 @@
-"""How far a policy's distribution is from a teacher's, without a [tokens, vocabulary] tensor of either.
+"""The divergence of a policy's distribution from a teacher's, without a [tokens, vocabulary] tensor of either.
 
-Both heads go through their matrices a chunk of tokens at a time, and the gradient of ``a divergence - b log p`` is made
-in the same pass, from the logits at hand: 4 matrix products, like the plain path. The backward pass checks that this
-was the loss, and scales; for another loss it makes a pass of its own.
+Both LM heads run on a chunk of tokens at a time. The gradient of ``a divergence - b log p`` is computed in the same
+pass from the same logits (4 matrix products, like the unchunked path). The backward pass checks that the loss was this
+one, and scales. For a different loss it makes a second pass.
 
-Vocabularies of one tokenizer may be padded to different sizes. What is compared are the distributions over the tokens
-that both have, each with a sum of 1.
+Vocabularies of one tokenizer can be padded to different sizes. The distributions are compared over the tokens that both
+models have, and each is normalized over these.
 """
 
 from typing import NamedTuple
@@ -31,22 +31,26 @@ from .logprobs import (
     products_in,
 )
 
-BUFFERS = 2  # that share `CHUNK_BYTES`: the logits of both
+BUFFERS = 2  # logits of policy and teacher, which share `CHUNK_BYTES`
 
 
 def divergences(
     hidden: Tensor, targets: Tensor, layer: LMHead, distillation: Distillation, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, at temperature 1, and the divergence from the teacher -> [N], [N] float32.
+    """Return the log-probability of each target at temperature 1, and the divergence from the teacher.
+
+    Both are differentiable with respect to hidden, weight, bias and rows, but not to the teacher. N can be 0: the
+    results are then empty and their sums are zeros attached to the graph.
 
     Args:
-        hidden: [N, H], the states that predict the targets.
-        targets: [N] int64.
-        distillation: the teacher at the same tokens, the formula, the temperature.
-        chunk: tokens at a time; by default what fits `heads.CHUNK_BYTES`.
+        hidden: Hidden states that predict the targets, shape [N, H].
+        targets: Token ids, int64, shape [N].
+        layer: The LM head of the policy.
+        distillation: The teacher at the same tokens, the formula and the temperature.
+        chunk: Number of tokens per chunk; by default what fits into `logprobs.CHUNK_BYTES`.
 
-    Both are differentiable with respect to hidden, weight, bias and rows, but not to the teacher. N may be 0: the
-    results are empty and their sums are zeros attached to the graph.
+    Returns:
+        Two float32 tensors of shape [N].
     """
     chunk = chunk or _default_chunk(hidden, layer)
     dtype = matmul_dtype_of(hidden)
@@ -58,7 +62,7 @@ def divergences(
 
 @torch.no_grad()
 def top_k_logprobs(hidden: Tensor, layer: LMHead, temperature: float, k: int, chunk: int | None = None) -> TopKLogprobs:
-    """The k likeliest tokens after each of N hidden states [N, H], and all others as one more."""
+    """Return the k likeliest tokens after each hidden state [N, H], and all other tokens as one outcome."""
     chunk, n = chunk or _default_chunk(hidden, layer), len(hidden)
     head = _Head(hidden, layer, chunk)
     ids = hidden.new_empty((n, k), dtype=torch.int64)
@@ -71,7 +75,7 @@ def top_k_logprobs(hidden: Tensor, layer: LMHead, temperature: float, k: int, ch
 
 
 class _Head:
-    """A teacher's hidden states [N, H] and output layer, and what they need in one pass."""
+    """A teacher's hidden states [N, H] and LM head, with the buffers for one pass over them."""
 
     def __init__(self, hidden: Tensor, layer: LMHead, chunk: int):
         self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
@@ -81,7 +85,7 @@ class _Head:
         self.buffer = hidden.new_empty(size, dtype=compute_dtype(hidden))  # [chunk, V]
 
     def logits(self, rows: slice) -> Tensor:
-        """[n, V], in a buffer that the next ones will take."""
+        """Return logits [n, V] in a buffer that the next call overwrites."""
         part = self.hidden[rows]  # [n, H]
         return logits_of(part, self.matrix, self.layer.bias, self.layer, False, self.buffer[: len(part)])[0]
 
@@ -121,7 +125,7 @@ class _Divergences(torch.autograd.Function):
 
 
 def _weights(settings: _Settings) -> tuple[float, float]:
-    """Of log p and of the divergence in the loss that is expected."""
+    """Return the expected weights of log p and of the divergence in the loss."""
     of_divergence, of_nll = settings.distillation.weights
     return -of_nll, of_divergence
 
@@ -136,7 +140,21 @@ def _sweep(
     weights: tuple[Tensor, Tensor] | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Gradients | None]:
-    """log p and divergence of all tokens [N], and with `weights` [N] of both the gradients of their weighted sum."""
+    """Compute log p and the divergence of all targets.
+
+    Args:
+        hidden: Shape [N, H].
+        weight: The LM head's weight, shape [V, H].
+        bias: Shape [V].
+        trained_rows: Trained rows of the weight, shape [n, H].
+        targets: Token ids, shape [N].
+        settings: Options of the pass.
+        weights: Weights of log p and of the divergence in the loss, shape [N] each; None computes no gradients.
+        needed: Which of the first four inputs need a gradient.
+
+    Returns:
+        log p [N], the divergence [N], and the gradients of their weighted sum.
+    """
     asked, n, dtype = settings.distillation, targets.numel(), compute_dtype(hidden)
     teacher = asked.teacher if isinstance(asked.teacher, TopKLogprobs) else _Head(*asked.teacher, settings.chunk)
     n_tokens = min(weight.shape[0], teacher.n_tokens)
@@ -158,7 +176,7 @@ def _sweep(
         divergence[rows], gradient = _compare(tempered, rows, teacher, asked)  # [n], [n, n_tokens]
         if grads is not None:
             of_logp, of_divergence = (w[rows, None] for w in weights)  # [n, 1]
-            dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # of w log p: w (1 at the target - p)
+            dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # gradient of w log p: w (1 at the target - p)
             dlogits.scatter_add_(1, wanted, of_logp)
             dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / asked.temperature)
             grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), part, matrix)
@@ -166,9 +184,9 @@ def _sweep(
 
 
 def _compare(logits: Tensor, rows: slice, teacher: _Head | TopKLogprobs, asked: Distillation) -> tuple[Tensor, Tensor]:
-    """Divergence of a chunk [n] and its gradient by the student's logits at the temperature [n, V].
+    """Return the divergence of a chunk [n], and its gradient [n, V] with respect to `logits`.
 
-    `logits` are these; they are written over.
+    `logits` are the student's, divided by the temperature; they are overwritten.
     """
     formula, n_tokens = asked.formula, logits.shape[1]
     if isinstance(teacher, TopKLogprobs):
@@ -182,31 +200,31 @@ def _compare(logits: Tensor, rows: slice, teacher: _Head | TopKLogprobs, asked: 
 
 
 def _on_likeliest(logits: Tensor, ids: Tensor, teacher: Tensor, formula) -> tuple[Tensor, Tensor]:
-    """The same on k tokens [n, k] and the rest, of which the teacher's log-probabilities are [n, k + 1]."""
+    """Return the same over k tokens [n, k] and the rest as one outcome; the teacher's logps are [n, k + 1]."""
     k = ids.shape[1]
     student, others = _outcomes(logits, ids)  # [n, k + 1], [n, V]
-    if k == logits.shape[1]:  # there is no rest
+    if k == logits.shape[1]:  # no token is left for the rest
         student, teacher = student[:, :k], teacher[:, :k]
     divergence, slope = formula(student, teacher)
     gradient = slope - student.exp() * slope.sum(1, keepdim=True)  # [n, k + 1] of the outcomes' logits
-    spread = others.mul_(gradient[:, k:]) if k < logits.shape[1] else others  # the rest's over its tokens
+    spread = others.mul_(gradient[:, k:]) if k < logits.shape[1] else others  # spread over the tokens of the rest
     return divergence, spread.scatter_(1, ids, gradient[:, :k])
 
 
 def _likeliest_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of logits [n, V], which are written over -> [n, k], log-probabilities [n, k + 1]."""
+    """Return the ids [n, k] of the k likeliest tokens and the logps [n, k + 1]; overwrite the logits [n, V]."""
     ids = logits.topk(k).indices
     return ids, _outcomes(logits, ids)[0]
 
 
 def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n, k + 1] of the tokens `ids` [n, k] and of the rest, and each token's share of the rest.
+    """Return the logps [n, k + 1] of the tokens `ids` [n, k] and of the rest, and each token's probability in the rest.
 
-    The shares [n, V] take the place of `logits`.
+    These probabilities [n, V] overwrite `logits`.
     """
     top = logits.gather(1, ids)  # [n, k]
     others = logits.scatter_(1, ids, -torch.inf)
-    peak = others.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # of no token at all it would be -inf
+    peak = others.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # -inf if no token is left
     total = others.sub_(peak).exp_().sum(1, keepdim=True)  # [n, 1]
     rest = peak + total.log()
     return torch.cat([top, rest], 1).log_softmax(1), others.div_(total.clamp_min(1))

@@ -1,4 +1,4 @@
-"""Tokenizer and model from a folder, the hub or the embedded default."""
+"""Load a tokenizer and a model from a folder, the Hub or the built-in `tiny`."""
 
 from pathlib import Path
 
@@ -32,10 +32,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_tokenizer(config: ModelConfig, scores: bool = False):
-    """The tokenizer, always with a pad token. Raises ConfigError when there is none.
+    """Load a tokenizer; it always has a pad token.
 
-    `scores`: for a model that ends in scalars. It needs no EOS, and the pad token is another one: transformers looks
-    for the last token that is no padding by its id, and would pass over an EOS that is the pad token too.
+    Args:
+        config: The model options.
+        scores: The tokenizer is for a model with a scalar head. It needs no EOS, and its pad token is not the EOS:
+            transformers finds the last token by its id, and would skip an EOS that is also the pad token.
+
+    Raises:
+        ConfigError: The tokenizer cannot be loaded, or lacks an EOS that is needed.
     """
     from transformers import AutoTokenizer
 
@@ -70,9 +75,17 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
 def load_model(
     config: ModelConfig, tokenizer, seed: int, dtype: torch.dtype | None = None, outputs: list[str] | None = None
 ) -> nn.Module:
-    """A transformers model in `dtype`, else master_dtype, with as many rows as the tokenizer or more.
+    """Load a transformers model whose embeddings have a row for every token id.
 
-    A causal LM, or with `outputs` one that ends in scalars of these names. Raises ConfigError when it cannot be loaded.
+    Args:
+        config: The model options.
+        tokenizer: The tokenizer that the model is trained with.
+        seed: Seed of weights that no file has.
+        dtype: Dtype of the parameters; `model.master_dtype` by default.
+        outputs: Labels of a scalar head; None loads a causal LM.
+
+    Raises:
+        ConfigError: The model cannot be loaded.
     """
     dtype = dtype or DTYPES[config.master_dtype]
     if config.name_or_path == "tiny":
@@ -87,7 +100,7 @@ def load_model(
         model, missing = from_pretrained(config, dtype, outputs, seed)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
-    for parameter in model.parameters():  # and no buffers: rotary frequencies in bfloat16 would be wrong
+    for parameter in model.parameters():  # and no buffers: bfloat16 is too coarse for rotary frequencies
         parameter.data = parameter.data.to(dtype)
     resize_embeddings(model, tokenizer)
     if config.archive:
@@ -105,10 +118,21 @@ def load_policy(
     outputs: list[str] | None = None,
     value_head: bool = False,
 ) -> tuple[Policy, Weights | None]:
-    """The model as a `Policy`, on the CPU but for quantised layers; with its adapter, if it has one.
+    """Load the model as a policy with its adapter, on the CPU. Quantized layers are on `device`.
 
-    With `empty`, it is built without memory for its parameters where its files allow it, and the second value gives
-    the rows of them. `outputs`: it ends in scalars of these names. `value_head`: in one more besides the vocabulary.
+    Args:
+        config: The full config.
+        tokenizer: The tokenizer that the model is trained with.
+        device: Where quantized layers go.
+        empty: Build the model on the meta device if its files allow that, so that each rank reads only its shards.
+        outputs: Labels of a scalar head; None loads a causal LM.
+        value_head: Add a value head next to the LM head.
+
+    Returns:
+        The policy, and the weights to fill it with if it is on the meta device, else None.
+
+    Raises:
+        ConfigError: The model or its adapter cannot be loaded.
     """
     compute = DTYPES[config.model.policy_dtype]
     dtype = compute if has_adapter(config) else DTYPES[config.model.master_dtype]
@@ -134,14 +158,14 @@ def load_policy(
 
 
 def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
-    """A model that is only looked at, in `dtype`, with the residual stream in another one."""
+    """Load a frozen model in `dtype`, whose residual stream has the dtype `residual`."""
     return frozen_policy(load_model(config, tokenizer, 0, dtype), dtype, packing, residual)
 
 
 def frozen_policy(model: nn.Module, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
-    """A model in `dtype` as one that is only looked at."""
+    """Return a policy of a model in `dtype` that is not trained; its residual stream has the dtype `residual`."""
     policy = make_policy(model.eval().requires_grad_(False))
-    if dtype != residual:  # as autocast has it, whose matrix products alone are in less than the masters' precision
+    if dtype != residual:  # as with autocast, which lowers the precision of matrix products only
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))
     if packing:
         attention.attend_by_document(model)
@@ -149,7 +173,7 @@ def frozen_policy(model: nn.Module, dtype: torch.dtype, packing: bool, residual:
 
 
 def add_value_head(policy: Policy, config: ModelConfig) -> None:
-    """A value head, with the weights in the folder of the adapter or the model where these have some."""
+    """Add a value head, with the weights from the folder of the adapter or the model if one has them."""
     policy.add_value_head()
     files = [Path(folder) / VALUE_HEAD_FILE for folder in (config.adapter, config.name_or_path) if folder]
     if file := next((file for file in files if file.is_file()), None):
@@ -157,7 +181,7 @@ def add_value_head(policy: Policy, config: ModelConfig) -> None:
 
 
 def load_base(config: ModelConfig, tokenizer) -> nn.Module:
-    """A model in float32, with the weights that an adapter was trained beside: rounded where they were quantised."""
+    """Load the base model of an adapter in float32, with weights rounded as in training if that was quantized."""
     model = load_model(config, tokenizer, 0, torch.float32, trained_outputs(config))
     if config.quantization != "none":
         quantize_model(model, config.quantization, torch.float32, CPU)
@@ -166,14 +190,14 @@ def load_base(config: ModelConfig, tokenizer) -> nn.Module:
 
 
 def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
-    """A model in float32 with the adapter of the config added to its weights."""
+    """Load a model in float32 with the adapter of the config merged into its weights."""
     model = load_base(config, tokenizer)
     fold_adapter(model, Path(config.adapter))
     return model
 
 
 def fold_adapter(model: nn.Module, folder: Path) -> None:
-    """Adds what the LoRA of a folder does to the weights of its base model."""
+    """Merge the LoRA in a folder into the weights of its base model."""
     load_adapter(model, folder)
     for module in list(model.modules()):
         if hasattr(module, "lora") or has_rows(module):
@@ -181,9 +205,16 @@ def fold_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: Weights | None = None) -> None:
-    """Freezes blocks by number or range (``3``, ``"0-5"``) and ``"embeddings"``; frozen weights become `dtype`.
+    """Freeze blocks and embeddings of a model. Rows of new tokens are trained in any case.
 
-    Rows of new tokens are trained all the same. `weights` are those of a model that was built empty.
+    Args:
+        model: The transformers model.
+        entries: Block numbers (``3``), ranges (``"0-5"``) and ``"embeddings"``.
+        dtype: Dtype of frozen weights.
+        weights: Weights of a model on the meta device.
+
+    Raises:
+        ConfigError: A block does not exist, or nothing is left to train.
     """
     blocks = find_blocks(model.base_model)
     for entry in map(str, entries):
@@ -207,9 +238,10 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
 
 
 def trained_outputs(config: ModelConfig) -> list[str] | None:
-    """Names of the scalars that a trained model or adapter ends in, as its files say; None for a vocabulary.
+    """Return the labels of a trained model or adapter from its files; None for a causal LM.
 
-    Raises ConfigError when they cannot be read.
+    Raises:
+        ConfigError: The files cannot be read.
     """
     if config.adapter:
         return outputs_of(Path(config.adapter))
@@ -224,7 +256,7 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
-    """What `load_model` loads, without memory, and its weights; (None, None) when files do not fit the model."""
+    """Return what `load_model` loads on the meta device, and its weights; (None, None) if the files do not fit."""
     model, weights = empty_model(config, dtype)
     if model is None or weights is None:
         return None, None

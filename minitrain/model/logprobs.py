@@ -1,15 +1,15 @@
-"""Log-probabilities from hidden states and the output matrix, without a [tokens, vocabulary] tensor.
+"""Logps from hidden states and the LM head, without a [tokens, vocabulary] tensor.
 
-N supervised tokens of width H go through a matrix of V rows, a chunk of tokens at a time. Per chunk there is
-one [chunk, V] buffer; nothing of that size outlives it.
+The hidden states of N targets are multiplied by a [V, H] matrix, a chunk of tokens at a time. Only one [chunk, V]
+buffer exists at a time.
 
-The gradient needs the probabilities again. Usually they are recomputed in the backward pass (4 matrix products
-in all). Where the caller knows the weights w of a loss ``-sum w log p`` from the log-probabilities alone, as in
-SFT and DFT, the gradient is made in the forward pass from the probabilities at hand (3 products, like the plain
-path); the backward pass then only checks that these were the weights, and scales.
+The gradient needs the probabilities again. By default they are recomputed in the backward pass (4 matrix products in
+total). If the weights w of a loss ``-sum w log p`` follow from the log-probabilities alone, as in SFT and DFT, the
+gradient is computed in the forward pass (3 products, like the unchunked path). The backward pass then only checks that
+the loss had these weights, and scales.
 
-Products take bfloat16 or float16 where the hardware multiplies them, but logits are summed and kept in float32: rounded
-to the 8 bits of bfloat16, log-probabilities would be off by 0.03.
+Products are in bfloat16 or float16 if the hardware supports that, but logits are accumulated and kept in float32:
+rounded to the 8 bits of bfloat16, log-probabilities would be off by 0.03.
 """
 
 import contextlib
@@ -19,13 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of one float32 [chunk, V] buffer
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # size of one float32 [chunk, V] buffer
 
 
 class LMHead(NamedTuple):
-    """logits = softcap * tanh(z / softcap), z = (hidden @ weight.T + bias) * scale.
+    """An output layer: logits = softcap * tanh(z / softcap), z = (hidden @ weight.T + bias) * scale.
 
-    The rows of the weight at `row_ids` are `rows`, which are trained where the rest is frozen.
+    Attributes:
+        weight: Shape [V, H].
+        bias: Shape [V].
+        scale: Factor of the logits.
+        softcap: Bound of the logits.
+        rows: Trained rows that replace those of a frozen weight, shape [n, H].
+        row_ids: Token ids of `rows`, shape [n].
     """
 
     weight: Tensor  # [V, H]
@@ -36,16 +42,16 @@ class LMHead(NamedTuple):
     row_ids: Tensor | None = None  # [n]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight with its rows, for matrix products -> [V, H]."""
+        """Return the weight with its trained rows in `dtype`, shape [V, H]."""
         return matrix_of(self.weight, self.rows, self.row_ids, dtype)
 
     def at(self, temperature: float) -> "LMHead":
-        """The layer whose logits are divided by a temperature, after the softcap."""
+        """Return the head whose logits are divided by a temperature, after the softcap."""
         softcap = self.softcap and self.softcap / temperature  # c tanh(z/c) / t = (c/t) tanh((z/t) / (c/t))
         return self._replace(scale=self.scale / temperature, softcap=softcap)
 
     def first(self, n: int) -> "LMHead":
-        """Of the first n tokens only."""
+        """Return the head of the first n tokens of the vocabulary."""
         return self._replace(weight=self.weight[:n], bias=None if self.bias is None else self.bias[:n])
 
 
@@ -64,17 +70,23 @@ def chunked_logprobs(
     mean_logps: bool = False,
     chunk: int | None = None,
 ) -> TokenScores:
-    """Log-probability of each target, and on request entropy and the mean log-probability over the vocabulary.
+    """Return the log-probability of each target, and optionally the entropy and the mean over the vocabulary.
+
+    The results are differentiable with respect to hidden, weight, bias and rows. N can be 0: the results are then empty
+    and their sums are zeros attached to the graph.
 
     Args:
-        hidden: [N, H], the states that predict the targets.
-        targets: [N] int64.
-        token_weights: maps [n] log-probabilities to [n] weights w when the loss will be ``-c * sum w log p``.
-            It saves a matrix product; when the loss turns out to be another one, the gradient is still right.
-        chunk: tokens at a time; by default what fits `CHUNK_BYTES`.
+        hidden: Hidden states that predict the targets, shape [N, H].
+        targets: Token ids, int64, shape [N].
+        layer: The LM head.
+        token_weights: Maps log-probabilities [n] to weights w [n], if the loss will be ``-c * sum w log p``. It saves a
+            matrix product. If the loss is a different one, the gradient is still right.
+        entropy: Compute the entropy of each distribution.
+        mean_logps: Compute the mean log-probability over the vocabulary.
+        chunk: Number of tokens per chunk; by default what fits into `CHUNK_BYTES`.
 
-    All results are differentiable with respect to hidden, weight, bias and rows. N may be 0: the results are empty
-    and their sums are zeros attached to the graph.
+    Returns:
+        Float32 tensors of shape [N], None for those not asked for.
     """
     if chunk is None:
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
@@ -83,7 +95,7 @@ def chunked_logprobs(
     if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
         token_weights = None
     settings = _Settings(layer.scale, layer.softcap, layer.row_ids, chunk, dtype, token_weights, entropy, mean_logps)
-    # Autocast would cast the products of the forward pass again.
+    # Autocast would cast the factors again in the forward pass.
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
         logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
     return TokenScores(logps, entropies if entropy else None, means if mean_logps else None)
@@ -127,7 +139,7 @@ class _TokenScores(torch.autograd.Function):
             logps[rows] = picked - lse[rows]
             if grads:
                 weights = settings.token_weights(logps[rows])  # [n]
-                dlogits = logits.mul_((weights / total)[:, None])  # of -sum w log p: w (p - 1 at the target)
+                dlogits = logits.mul_((weights / total)[:, None])  # gradient of -sum w log p: w (p - 1 at the target)
                 dlogits.scatter_add_(1, wanted, -weights[:, None])
                 grads.add(rows, backward_through_softcap(dlogits, slope, settings), part, matrix)
             if settings.mean_logps or settings.entropy:
@@ -171,7 +183,7 @@ class _TokenScores(torch.autograd.Function):
 
 
 class Gradients:
-    """Sums of the gradients of hidden, weight, bias and rows over the chunks, in float32 or better."""
+    """Sums of the gradients of hidden, weight, bias and rows over the chunks, in float32 or wider."""
 
     def __init__(
         self,
@@ -191,7 +203,14 @@ class Gradients:
         self.rows = torch.zeros_like(trained_rows, dtype=dtype) if needed[3] else None  # [n, H]
 
     def add(self, rows: slice, dlogits: Tensor, part: Tensor, matrix: Tensor) -> None:
-        """dlogits [n, V] float32 or better, part [n, H], and matrix [V, H] in the dtype of the matrix products."""
+        """Add the gradients of a chunk.
+
+        Args:
+            rows: The chunk's slice of the N targets.
+            dlogits: Gradient of the logits before scale and softcap, float32 or wider, shape [n, V].
+            part: Hidden states of the chunk, shape [n, H].
+            matrix: The weight in the dtype of the matrix products, shape [V, H].
+        """
         if self.bias is not None:
             self.bias += dlogits.sum(0)
         dlogits, part = dlogits.to(matrix.dtype), part.to(matrix.dtype)
@@ -205,8 +224,9 @@ class Gradients:
             self.rows += dlogits[:, self.row_ids].T @ part
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients times `factor`, in the dtypes of their tensors."""
         if self.weight is not None and self.row_ids is not None:
-            self.weight.index_fill_(0, self.row_ids, 0.0)  # the logits there are of the rows
+            self.weight.index_fill_(0, self.row_ids, 0.0)  # these logits come from the trained rows
         grads = (self.hidden, self.weight, self.bias, self.rows)
         if factor is not None:
             grads = tuple(g if g is None else g.mul_(factor) for g in grads)
@@ -214,7 +234,7 @@ class Gradients:
 
 
 def matrix_of(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a weight with other rows at `row_ids`, for matrix products -> [V, H]."""
+    """Return a weight in `dtype` with its rows at `row_ids` replaced, shape [V, H]."""
     matrix = weight.to(dtype)
     return matrix if rows is None else matrix.index_copy(0, row_ids, rows.to(dtype))
 
@@ -227,9 +247,18 @@ def logits_of(
     need_slope: bool,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """[n, V] logits, in `buffer`, and the slope of the softcap there (None without one).
+    """Compute the logits of a chunk.
 
-    `matrix` is in the dtype that `logits_dtype` names.
+    Args:
+        part: Hidden states, shape [n, H].
+        matrix: The weight in the dtype of `logits_dtype`, shape [V, H].
+        bias: Shape [V].
+        settings: Has the scale and the softcap.
+        need_slope: Also compute the derivative of the softcap.
+        buffer: Where the logits are written, shape [n, V].
+
+    Returns:
+        The logits, and the derivative of the softcap at them (None without a softcap), shape [n, V].
     """
     logits = _product(part.to(matrix.dtype), matrix.T, buffer)
     if bias is not None:
@@ -244,7 +273,7 @@ def logits_of(
 
 
 def _product(part: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """part [n, H] times matrix [H, V] in `out`."""
+    """Return part [n, H] times matrix [H, V], written to `out`."""
     if part.dtype == out.dtype:
         return torch.mm(part, matrix, out=out)
     if part.dtype.itemsize == 2:
@@ -254,9 +283,10 @@ def _product(part: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 products round their factors, but no sums, to a `dtype` of bfloat16 on CPUs with AMX.
+    """Within the context, round the factors of float32 products to bfloat16 on CPUs with AMX, if that is `dtype`.
 
-    There they are many times faster. AVX512-BF16 alone would save a fifth, which is not worth the rounding.
+    Sums stay in float32. This is many times faster with AMX. AVX512-BF16 alone would save a fifth, which is not worth
+    the rounding.
     """
     options = torch.backends.mkldnn.matmul
     before = options.fp32_precision
@@ -269,14 +299,14 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def backward_through_softcap(dlogits: Tensor, slope: Tensor | None, settings: "_Settings | LMHead") -> Tensor:
-    """Gradient of the logits -> gradient of the matrix product, in place."""
+    """Turn the gradient of the logits into that of the matrix product, in place."""
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(settings.scale) if settings.scale != 1.0 else dlogits
 
 
 def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
-    """c with grad == c * expected to rounding, or None."""
+    """Return c such that grad equals c * expected up to rounding, or None."""
     if grad.numel() == 0:
         return None
     largest = expected.abs().argmax()
@@ -285,52 +315,52 @@ def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
 
 
 def matmul_dtype_of(hidden: Tensor) -> torch.dtype:
-    """Autocast's dtype inside autocast; float32 where the processor would only emulate a narrower one, slowly."""
+    """Return autocast's dtype, else that of the states; float32 if the processor would only emulate it."""
     kind = hidden.device.type
     return native_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype, kind)
 
 
 def native_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
-    """A dtype for matrix products on this kind of device: the same, or float32 instead of an emulated one."""
+    """Return `dtype` for matrix products on this device type, or float32 if it would be emulated."""
     emulated = {torch.bfloat16: not cpu_has_bfloat16(), torch.float16: not cpu_has_float16()}
     return torch.float32 if kind == "cpu" and emulated.get(dtype, False) else dtype
 
 
 def logits_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
-    """The dtype of the factors of logits: `dtype`, or float32 where a product of `dtype` would be rounded to it."""
+    """Return the dtype of the factors of logits: `dtype`, or float32 if the product would be rounded to `dtype`."""
     return dtype if dtype.itemsize > 2 or keeps_float32_sums(kind) else torch.float32
 
 
 def keeps_float32_sums(kind: str) -> bool:
-    """Whether products of bfloat16 or float16 can give float32 on this kind of device; ROCm and the CPU cannot."""
+    """Return whether bfloat16 and float16 products can return float32 on this device type; not on ROCm or the CPU."""
     return kind == "cuda" and torch.version.hip is None
 
 
 def needs_loss_scale(dtype: torch.dtype) -> bool:
-    """Whether gradients are made in the backward pass only, where the loss scale is in them.
+    """Return whether gradients must be computed in the backward pass, where they include the loss scale.
 
-    Without it, float16 would round those of unlikely tokens to nothing.
+    Without the scale, float16 would round the gradients of unlikely tokens to 0.
     """
     return dtype == torch.float16
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """That of logits and of sums: float32, or better where the states are."""
+    """Return the dtype of logits and sums: float32, or wider if the states are."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware."""
+    """Return whether this processor multiplies bfloat16 matrices in hardware."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
 
 
 def cpu_has_float16() -> bool:
-    """Whether this processor multiplies float16 matrices in hardware."""
+    """Return whether this processor multiplies float16 matrices in hardware."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_fp16") or capabilities.get("avx512_fp16"))
 
 
 def cpu_has_amx() -> bool:
-    """Whether this processor has a unit for matrices of bfloat16."""
+    """Return whether this processor has AMX units for bfloat16 matrices."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""The policy: a transformers causal language model that gives per-token scores instead of logits."""
+"""The policy: a transformers causal language model that returns logps of targets instead of logits."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from .positions import position_limit, rotary_limit
 
 
 class Policy(nn.Module):
-    """Backbone, then the chunked head on the supervised positions only.
+    """A backbone, and a chunked LM head that runs on the targets only.
 
-    The head runs inside `forward`, so that a sharding wrapper has gathered its matrix when it is needed.
+    The head runs inside `forward`, so that a sharding wrapper has gathered its matrix by then.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self.prompted = hasattr(model, "soft_prompt")  # whether trained vectors come before each document
+        self.prompted = hasattr(model, "soft_prompt")  # trained vectors come before each document
         self.value_head: nn.Linear | None = None
         config = model.config
         # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
@@ -36,13 +36,13 @@ class Policy(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """The last hidden states -> [R, T, H].
+        """Return the last hidden states, shape [R, T, H].
 
-        Without a mask and a cache, transformers reads the borders of documents off position_ids; our own
-        attention gets them in the mask's place. Rows of one document each have the same positions.
+        Without a mask and a cache, transformers infers document boundaries from position_ids. `attention` gets them as
+        the mask. Batch rows of one document each have the same positions.
         """
         by_document = batch.packed and self.supports_document_masking
-        # In packed rows, padding that continues the positions could go beyond those that the model has places for.
+        # In packed rows, positions that continue into the padding could exceed the model's position table.
         positions = batch.position_ids * (batch.doc_ids >= 0) if batch.packed else batch.position_ids[:1]
         inputs, n_before = {"input_ids": batch.input_ids}, 0
         if self.prompted:
@@ -62,12 +62,12 @@ class Policy(nn.Module):
 
     @property
     def position_limit(self) -> int:
-        """The longest text that the model can read, trained vectors before it not counted."""
+        """Return the longest document, in tokens, that the model can read; a soft prompt does not count."""
         return position_limit(self.model) - self._n_prompt_tokens
 
     @property
     def rotary_limit(self) -> int:
-        """The longest text that the model reads alike in every batch, trained vectors before it not counted."""
+        """Return the longest document, in tokens, whose result does not depend on the rest of its batch."""
         return rotary_limit(self.model) - self._n_prompt_tokens
 
     @property
@@ -76,16 +76,19 @@ class Policy(nn.Module):
 
     @property
     def attention_is_quadratic_in_row(self) -> bool:
-        """Whether attention over a packed row costs the square of the row's length."""
+        """Return whether the cost of attention is quadratic in the length of a packed row."""
         return self.model.config._attn_implementation in ("eager", "sdpa")
 
     @property
     def supports_document_masking(self) -> bool:
-        """Whether attention goes by documents, so that these may share a prompt in a row."""
+        """Return whether attention masks by document, so that documents of a row can share a prompt."""
         return self.model.config._attn_implementation == attention.NAME
 
     def output(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
-        """What goes into the output layer, and the layer; hidden is [N, H]."""
+        """Return the input of the LM head and the head, for hidden states [N, H].
+
+        With LoRA on the head, both are widened (see `lora`), so the input is [N, H + r].
+        """
         head = self.model.get_output_embeddings()
         layer = LMHead(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
         if token_rows.has_rows(head):
@@ -101,10 +104,19 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         distillation: Distillation | None = None,
     ) -> PolicyOutput:
-        """Scores of the N supervised tokens of a batch; see `heads.chunked_logprobs` for the options.
+        """Return the logps of the N targets of a batch, and what the options ask for.
 
-        `temperature` divides the logits, as when answers are sampled at it. With `distillation` the divergence from a
-        teacher, beside log-probabilities at temperature 1 and in the place of the rest.
+        Args:
+            batch: R batch rows of T tokens.
+            token_weights: See `logprobs.chunked_logprobs`.
+            entropy: Also return the entropy at each target.
+            mean_logps: Also return the mean log-probability over the vocabulary at each target.
+            temperature: Divides the logits, as in sampling.
+            distillation: Return the divergence from this teacher and logps at temperature 1; the options before have
+                no effect.
+
+        Returns:
+            Float32 tensors of shape [N]. `values` is set if the policy has a value head.
         """
         hidden = self._predicting(batch)  # [N, H]
         values = self._values(hidden) if self.value_head is not None else None
@@ -116,37 +128,37 @@ class Policy(nn.Module):
         return PolicyOutput(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
 
     def states(self, batch: Batch) -> tuple[Tensor, LMHead]:
-        """What the distributions at the N supervised tokens are made of: hidden states [N, H], and the output layer."""
+        """Return the input of the LM head at the N targets, shape [N, H], and the head."""
         return self.output(self._predicting(batch))
 
     def _predicting(self, batch: Batch) -> Tensor:
-        """The hidden states that the N supervised tokens are predicted from -> [N, H]."""
+        """Return the hidden states that predict the N targets, shape [N, H]."""
         return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predict_positions)
 
     def add_value_head(self) -> None:
-        """A scalar of each hidden state, 0 at first."""
+        """Add a linear layer that maps each hidden state to one value, 0 at first."""
         self.value_head = nn.Linear(self.model.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def _values(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> [N] float32."""
+        """Return the value of each hidden state [N, H], shape [N], float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())[:, 0]
 
     def check(self, ids: Tensor, packing: bool, gathered: Callable[[], AbstractContextManager]) -> None:
-        """Compares the head with the model's own on a few tokens [n]; see `check_policy`."""
+        """Compare the logps with the model's own on a few tokens [n]; see `check_policy`."""
         _check_head(self, ids, gathered)
         if packing:
             check_packing(self, ids)
 
     def score_of_second(self, scores: PolicyOutput) -> Tensor:
-        """Something that depends on the second document -> []."""
+        """Return a scalar that depends on the second document."""
         return scores.per_document(scores.logps)[1]
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of transformer blocks: the longest ModuleList that is no part of another one."""
+    """Return the transformer blocks: the longest ModuleList that is not inside another one."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
     inner = {id(sub) for outer in lists for sub in outer.modules() if sub is not outer}
     outermost = [module for module in lists if id(module) not in inner]
@@ -156,7 +168,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Each block keeps its input only and computes the rest again in the backward pass (non-reentrant)."""
+    """Have each block keep only its input and recompute the rest in the backward pass (non-reentrant)."""
     for block in find_blocks(model.base_model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -167,10 +179,16 @@ def check_policy(
     device: torch.device | str = "cpu",
     gathered: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
-    """Tries what minitrain relies on, on a handful of tokens, since not every architecture keeps to it.
+    """Check on a few tokens what minitrain assumes of an architecture.
 
-    Raises ConfigError when the policy's own head gives other numbers than the model's, or, with `packing`, when
-    documents of one row see each other. `gathered` lets parts of a sharded policy be called.
+    Args:
+        policy: The loaded policy.
+        packing: Also check that documents of a packed row are independent.
+        device: Where the tokens are made.
+        gathered: Context in which modules of a sharded policy can be called.
+
+    Raises:
+        ConfigError: The logps differ from the model's own, or documents of a packed row attend to each other.
     """
     training = policy.training
     policy.eval()
@@ -179,13 +197,13 @@ def check_policy(
     policy.train(training)
 
 
-LARGE_LOGIT = 30.0  # large enough to see a softcap, a scale or a multiplier
+LARGE_LOGIT = 30.0  # large enough that a softcap, a scale or a multiplier changes the logps
 
 
 def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager]) -> None:
-    """Compare log-probabilities as they are, and on hidden states scaled so that the largest logit is `LARGE_LOGIT`.
+    """Compare the logps as they are, and on hidden states scaled so that the largest logit is `LARGE_LOGIT`.
 
-    New models, above all, have logits so small that what an output layer does to them could not be told from rounding.
+    The logits of a new model are so small that rounding would hide what its output layer does to them.
     """
     largest = _compare_logps(policy, ids, gathered, 1.0)
     if largest > 0:
@@ -194,15 +212,15 @@ def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractCont
 
 @torch.no_grad()
 def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager], scale: float) -> float:
-    """Compare the policy with its model on the last hidden states times `scale`; return the model's largest logit."""
-    prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
+    """Compare the policy with its model on the last hidden states times `scale`; return the largest logit."""
+    prompted, policy.prompted = policy.prompted, False  # the model's own logits do not include the prompt
     with _scaled_states(policy.model, scale) as calls:
         ours = policy(row_of(ids, [12])).logps  # [11]
         policy.prompted = prompted
         with gathered():
             logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
     if len(calls) != 2:
-        return 0.0  # its parts are called in a way that cannot be scaled
+        return 0.0  # the model calls its decoder in a way that the hook does not see
     if not logits.isfinite().all():
         raise ConfigError(
             "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for policy_dtype."
@@ -221,9 +239,9 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
 
 @contextmanager
 def _scaled_states(model: nn.Module, scale: float) -> Iterator[list]:
-    """Inside, a model without its output layer gives its last hidden states times `scale`; yields its calls.
+    """Within the context, multiply the last hidden states of a model by `scale`; yield the list of calls.
 
-    Some models, like OPT, call their decoder without its parent.
+    Some models, such as OPT, call their decoder directly, not through its parent.
     """
     calls, body = [], model.get_decoder()
 
@@ -240,13 +258,17 @@ def _scaled_states(model: nn.Module, scale: float) -> Iterator[list]:
 
 
 def check_packing(policy: Policy, ids: Tensor) -> None:
-    """The second document's score must not depend on the first one's embeddings at all. Raises ConfigError."""
+    """Check that the output for the second document does not depend on the embeddings of the first.
+
+    Raises:
+        ConfigError: It does, or the model cannot read packed rows.
+    """
     seen = []
     embedding = policy.model.get_input_embeddings()
 
     def note(module, args, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())  # [1, 12, H]
-        return seen[-1].clone()  # which a model may change in place
+        return seen[-1].clone()  # a model may change the clone in place
 
     hook = embedding.register_forward_hook(note)
     try:
@@ -268,7 +290,7 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
 
 
 def row_of(ids: Tensor, lengths: list[int]) -> Batch:
-    """One row of documents of these lengths, all but their first tokens learned."""
+    """Return a batch of one row with documents of these lengths; all tokens but the first of each are targets."""
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
     doc_ids = (positions == 0).cumsum(0) - 1  # [T]
     labels = torch.where(positions == 0, IGNORE_INDEX, ids)  # [T]
