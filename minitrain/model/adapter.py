@@ -1,4 +1,4 @@
-"""Which layers of a model have a LoRA, and which of the model's parameters are trained with it."""
+"""Add LoRA to the layers that an adapter names, and select the parameters to train with it."""
 
 import contextlib
 import difflib
@@ -26,16 +26,24 @@ MATCH_SECONDS = 2
 
 @dataclass
 class Adapter:
-    """A LoRA in a model: what its adapter_config.json says, and which parameters of the model are its own."""
+    """A LoRA in a model.
+
+    Attributes:
+        config: Its adapter_config.json.
+        adapted: Layers with LoRA by name.
+        taken: Initial A and B by layer that were subtracted from the base (pissa, olora).
+        saved: Names of modules that are trained and saved in full.
+        carried: Names of frozen tensors that are saved with the adapter.
+    """
 
     config: dict[str, Any]
-    adapted: dict[str, nn.Module]  # layers by name
-    taken: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B that were taken out of the base
-    saved: list[str] = field(default_factory=list)  # modules that are trained and saved whole
-    carried: list[str] = field(default_factory=list)  # frozen tensors that are saved with it
+    adapted: dict[str, nn.Module]
+    taken: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The model's parameters that are trained."""
+        """Return the parameters that are trained."""
         found = dict(model.named_parameters())
         bias = self.config["bias"]
         biases = {f"{name}.bias" for name in self.adapted} if bias == "lora_only" else set()
@@ -53,7 +61,7 @@ class Adapter:
         return wanted
 
     def freeze(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Trains the adapter, in float32; everything else is frozen, and in `dtype` unless it is quantised."""
+        """Freeze all but the adapter. The adapter is in float32, the rest in `dtype` unless quantized."""
         trained = {id(parameter) for parameter in self.parameters(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -61,7 +69,7 @@ class Adapter:
                 parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else dtype)
 
     def names(self, model: nn.Module) -> list[str]:
-        """Return the names of the tensors that are saved; those of trained rows in a carried weight are not."""
+        """Return the names of the tensors to save, without trained rows of a weight that is saved."""
         inside = {name.removesuffix("weight") + token_rows.NAME for name in self.carried}
         return [*(name for name in self.parameters(model) if name not in inside), *self.carried]
 
@@ -70,9 +78,16 @@ class Adapter:
 
 
 def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = None, strict: bool = True) -> Adapter:
-    """Gives every layer that the config names its matrices, still zero. Raises ConfigError.
+    """Add LoRA, still zero, to the layers that an adapter_config.json names.
 
-    With `strict` each name in target_modules has to be there; PEFT wants one of them.
+    Args:
+        model: The transformers model.
+        config: The adapter_config.json.
+        weights: Weights of a model on the meta device.
+        strict: Require every name in target_modules and exclude_modules to match; PEFT requires one.
+
+    Raises:
+        ConfigError: A name matches nothing, or options contradict each other.
     """
     modules = dict(model.named_modules())
     saved = []
@@ -105,30 +120,35 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
 
 
 def _has_place(model: nn.Module, weight: str, adapter: Adapter) -> bool:
-    """Whether PEFT's format has a place for rows of a weight: not beside LoRA, nor in a layer with a bias."""
+    """Return whether PEFT can store trained rows of a weight: not with LoRA on it, nor in a layer with a bias."""
     owned = [module for module in model.modules() if getattr(module, "weight", None) is model.get_parameter(weight)]
     adapted = [module for module in adapter.adapted.values() if any(module is one for one in owned)]
     return not adapted and all(getattr(module, "bias", None) is None for module in owned)
 
 
 def new_biases(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the names of frozen biases that have grown with the vocabulary, beyond what the base's files hold."""
+    """Return the names of frozen biases that are larger than in the base model because of new tokens."""
     trained = adapter.parameters(model)
     biases = [name for name, parameter in embedding_parameters(model).items() if parameter.ndim == 1]
     return [name for name in biases if model.new_ids and name not in trained]
 
 
 def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Weights | None) -> list[str]:
-    """Give frozen embeddings trained rows for new tokens and those in `wanted`; return the names of their weights.
+    """Add trained rows to frozen embeddings, for new tokens and those in `wanted`.
 
     The rows start as those of the weight. Tied layers share them.
 
     Args:
-        wanted: Token ids of the input embeddings, or of layers by name, as PEFT's trainable_token_indices.
-        whole: Modules that are trained whole.
+        model: The transformers model.
+        wanted: PEFT's trainable_token_indices: token ids of the input embeddings, or by layer name.
+        whole: Names of modules that are trained in full.
+        weights: Weights of a model on the meta device.
+
+    Returns:
+        The names of the weights with trained rows.
 
     Raises:
-        ConfigError: A wanted layer has no rows, is trained whole, or is tied to one with other rows.
+        ConfigError: `wanted` names a layer that has no rows, is trained in full, or is tied to one with other rows.
     """
     layers = embedding_layers(model)
     chosen = wanted_rows(model, wanted)
@@ -152,7 +172,7 @@ def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Wei
 
 
 def start_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights | None) -> None:
-    """Set the trained rows of a layer to those of its weight."""
+    """Initialize the trained rows of a layer with those of its weight."""
     layer = model.get_submodule(name)
     if weights is None:
         with torch.no_grad():
@@ -163,7 +183,7 @@ def start_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights
 
 
 def wanted_rows(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
-    """Return PEFT's trainable_token_indices by whole names of layers. Raises ConfigError."""
+    """Return PEFT's trainable_token_indices by full layer name. Raises ConfigError."""
     if wanted is None:
         return {}
     key, chosen, layers = "trainable_token_indices", {}, embedding_layers(model)
@@ -186,7 +206,7 @@ def wanted_rows(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
 def _targets(
     model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], saved: list[str], strict: bool
 ) -> list[str]:
-    """Names of the layers to adapt, in the model's order; none in the modules that are trained whole."""
+    """Return the names of the layers to adapt, in the model's order, without modules that are trained in full."""
     wanted, excluded = config["target_modules"], config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
@@ -212,7 +232,7 @@ def _targets(
 
 
 def _of_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:
-    """Those of the names that lie in the blocks with these numbers."""
+    """Return the names that are in the blocks with these numbers."""
     blocks = find_blocks(model.base_model)
     path = next(name for name, module in modules.items() if module is blocks)
     outside = [number for number in layers if not 0 <= number < len(blocks)]
@@ -229,14 +249,14 @@ def _is_list(value: Any) -> bool:
 
 
 def _matches(wanted: Any, name: str, key: str = "target_modules") -> bool:
-    """A name or the end of one in a list, or a regular expression of the whole name; as PEFT reads them."""
+    """Return whether a layer's name matches: the end of it a name in a list, or all of it a regex, as in PEFT."""
     if _is_list(wanted):
         return any(name == one or name.endswith(f".{one}") for one in wanted)
     return _full_match(wanted, name, key) or name == wanted or name.endswith(f".{wanted}")
 
 
 def _full_match(expression: str, name: str, key: str) -> bool:
-    """Whether a regular expression matches a whole name. Raises ConfigError for one that is wrong or takes too long."""
+    """Return whether a regular expression matches a full name. Raises ConfigError if it is invalid or too slow."""
     try:
         with _time_limit(MATCH_SECONDS):
             return re.fullmatch(expression, name) is not None
@@ -251,7 +271,7 @@ def _full_match(expression: str, name: str, key: str) -> bool:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Inside, raise TimeoutError after some seconds. Only the main thread gets signals; others have no limit."""
+    """Within the context, raise TimeoutError after some seconds; only in the main thread, which gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -283,16 +303,23 @@ def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> 
 
 
 def _with_tied(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return names of modules, and behind them those of other modules with the same weight."""
+    """Return the names, followed by those of other modules with the same weight."""
     own = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
     tied = [name for name, module in model.named_modules() if id(module._parameters.get("weight")) in own]
     return list(dict.fromkeys([*names, *tied]))
 
 
 def _untie(model: nn.Module, saved: list[str], weights: Weights | None, keep: bool) -> bool:
-    """Whether weights had to be untied: a module that is trained whole must not change another one, as with PEFT.
+    """Untie modules that are trained in full, as PEFT does, so that they do not change other modules.
 
-    With `keep`, modules that are both trained whole stay tied.
+    Args:
+        model: The transformers model.
+        saved: Names of modules that are trained in full.
+        weights: Weights of a model on the meta device.
+        keep: Keep modules tied if both are trained in full.
+
+    Returns:
+        Whether a weight was untied.
     """
     owners: dict[int, str] = {}
     untied = False

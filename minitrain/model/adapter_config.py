@@ -1,4 +1,4 @@
-"""What adapter_config.json says: read and checked, and made of the options of a new adapter."""
+"""Read and check adapter_config.json, and make one from the options of a new adapter."""
 
 import json
 from collections.abc import Callable
@@ -15,11 +15,14 @@ from .sequence_head import heads_of
 from .soft_prompt import KINDS
 
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # the last layer of a scalar head
-REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "PROMPT": ("num_virtual_tokens",)}  # nobody could guess them
-MAX_RANK = 1 << 15  # a rank or a number of vectors beyond it is a mistake that would take all memory
+HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # keys of the last layer of a scalar head
+REQUIRED = {
+    "LORA": ("r", "lora_alpha", "target_modules"),
+    "PROMPT": ("num_virtual_tokens",),
+}  # have no default
+MAX_RANK = 1 << 15  # a larger rank or number of vectors is a mistake that would take all memory
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
-# What PEFT can do and this does not: refused when an adapter uses it.
+# Features of PEFT that are not supported; an adapter that uses one is refused.
 FOREIGN = (
     *("layer_replication", "lora_bias", "target_parameters", "use_qalora"),
     *("alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"),
@@ -42,7 +45,7 @@ def _are_by_pattern(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
-# What the options of adapter_config.json have to be, where they are given.
+# Option of adapter_config.json -> whether a value is valid, and what is expected.
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, f"a whole number from 1 to {MAX_RANK}"),
     "lora_alpha": (_is_number, "a finite number"),
@@ -69,7 +72,11 @@ def has_adapter(config: Config) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises ConfigError for what minitrain cannot do."""
+    """Read the adapter_config.json of a folder.
+
+    Raises:
+        ConfigError: It cannot be read, lacks a key, or uses what minitrain does not support.
+    """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         kind = config["peft_type"]
@@ -92,17 +99,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: an adapter that was started by {start} and goes on a changed base model. "
             "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
         )
-    return {"bias": "none"} | config  # torchtune writes no more than what is needed
+    return {"bias": "none"} | config  # torchtune writes only the required keys
 
 
 def outputs_of(folder: Path) -> list[str] | None:
-    """Names of the scalars that an adapter's model ends in; None for a vocabulary. Raises ConfigError."""
+    """Return the labels of the scalar head of an adapter's model; None for a causal LM.
+
+    Raises:
+        ConfigError: The adapter's files do not say.
+    """
     config = read_config(folder)
     if config.get("task_type") != "SEQ_CLS":
         return None
     if "minitrain_outputs" in config:
         return config["minitrain_outputs"]
-    with safe_open(folder / FILE, "pt") as file:  # PEFT notes no names
+    with safe_open(folder / FILE, "pt") as file:  # PEFT saves no labels
         heads = [key for key in file.keys() if key.endswith(HEADS)]  # noqa: SIM118
         if not heads:
             raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.")
@@ -110,7 +121,7 @@ def outputs_of(folder: Path) -> list[str] | None:
 
 
 def base_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """What adapter_config.json says of the base model."""
+    """Return the keys of adapter_config.json about the base model."""
     quantization = config.model.quantization
     return {
         "task_type": "SEQ_CLS" if heads_of(model).trained else "CAUSAL_LM",
@@ -122,7 +133,7 @@ def base_config(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def new_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """adapter_config.json for the options of a LoRA. A scalar head is new, and so trained whole."""
+    """Return adapter_config.json for a new LoRA. A scalar head is new, so it is trained in full."""
     options = config.lora
     whole = [*options.modules_to_save, *heads_of(model).trained]
     return base_config(config, model) | {

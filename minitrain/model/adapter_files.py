@@ -1,4 +1,4 @@
-"""Adapters as files, in PEFT's format both ways, and the values that a new one starts from."""
+"""Load and save adapters in PEFT's format, and initialize new ones."""
 
 import json
 import math
@@ -23,13 +23,20 @@ from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config
 from .vocabulary import count_ids
 from .weights import Less, Weights
 
-PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of names in PEFT's files; of a head beside a soft prompt
+PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of keys in PEFT's files; of a head with a soft prompt
 
 
 def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> Adapter:
-    """Puts the adapter that a config asks for into a model. Raises ConfigError.
+    """Add the adapter of a config to a model.
 
-    `weights` are those of a model that was built empty: they get the rows of the adapter, too.
+    Args:
+        config: The full config.
+        model: The transformers model.
+        tokenizer: Tokenizes the initial text of a soft prompt.
+        weights: Weights of a model on the meta device; those of the adapter are added.
+
+    Raises:
+        ConfigError: The adapter does not fit the model.
     """
     if config.model.adapter:
         return load_adapter(model, Path(config.model.adapter), weights)
@@ -42,9 +49,9 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 
 def outline_adapter(config: Config, model: nn.Module) -> Adapter:
-    """The adapter that `adapt_model` makes, without values, in a model on the meta device. Raises ConfigError."""
+    """Add the adapter of `adapt_model` to a model on the meta device, without values. Raises ConfigError."""
     if config.model.adapter:
-        return load_adapter(model, Path(config.model.adapter))  # what it sets has no values here, but has to fit
+        return load_adapter(model, Path(config.model.adapter))  # checks names and shapes
     if config.soft_prompt.num_virtual_tokens:
         _refuse_encoder(model)
         model.soft_prompt = SoftPrompt(model, config.soft_prompt, 0)
@@ -53,7 +60,7 @@ def outline_adapter(config: Config, model: nn.Module) -> Adapter:
 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
-    """Puts the adapter of a folder into a model. Raises ConfigError when it does not fit."""
+    """Add the adapter in a folder to a model. Raises ConfigError if it does not fit."""
     config = _for_model(read_config(folder), model, folder)
     try:
         tensors = load_file(folder / FILE)
@@ -76,7 +83,7 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
     adapter.carried = list(dict.fromkeys([*adapter.carried, *sorted(carried)]))
     for name in (name for name in trained if name.endswith(f".{token_rows.NAME}")):
         module = name.removesuffix(f".{token_rows.NAME}")
-        start_rows(model, module, parameters[name], weights)  # its weight may have come from the file
+        start_rows(model, module, parameters[name], weights)  # the adapter file can have the weight
         if name in named:
             ids = wanted_rows(model, config.get("trainable_token_indices"))[module]
             _fill_rows(folder, name, model.get_submodule(module), ids, named[name], weights)
@@ -84,9 +91,9 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
 
 
 def _by_own_names(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by the names of the model's. Raises ConfigError when they do not fit."""
+    """Return the tensors of an adapter's file by parameter name. Raises ConfigError if they do not fit."""
     names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, module in model.named_modules():  # as PEFT has it of embeddings that have grown
+    for name, module in model.named_modules():  # the key in PEFT of resized embeddings
         if token_rows.has_rows(module):
             names[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = f"{name}.weight"
     wanted = wanted_rows(model, adapter.config.get("trainable_token_indices"))
@@ -112,7 +119,7 @@ def _fill(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weig
 def _fill_rows(
     folder: Path, name: str, module: nn.Module, ids: list[int], tensor: Tensor, weights: Weights | None
 ) -> None:
-    """Set the trained rows of these token ids; a layer may train those of new tokens besides."""
+    """Load the trained rows of these token ids; the layer can have rows of new tokens, too."""
     if list(tensor.shape) != [len(ids), module.weight.shape[1]]:
         raise ConfigError(
             f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {[len(ids), module.weight.shape[1]]}."
@@ -123,9 +130,10 @@ def _fill_rows(
 
 
 def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
-    """adapter_config.json with the names of `modules_to_save` as PEFT takes them: all modules that end in one.
+    """Return an adapter_config.json with full names in `modules_to_save`; PEFT matches the ends of names.
 
-    Raises ConfigError for an adapter of a model that ends otherwise.
+    Raises:
+        ConfigError: The adapter is of a model with another head.
     """
     ends, heads = config.get("task_type") == "SEQ_CLS", heads_of(model)
     named, ours = config.get("minitrain_outputs"), list(model.config.id2label.values())
@@ -141,7 +149,14 @@ def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[s
 
 
 def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads."""
+    """Save an adapter in the format of `peft.PeftModel.from_pretrained`.
+
+    Args:
+        model: The transformers model.
+        adapter: Its adapter.
+        tensors: Name and unsharded value of each tensor of the adapter.
+        folder: Where the files go.
+    """
     if isinstance(adapter, PromptAdapter):
         found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
         heads = tuple(f"{name}." for name in adapter.saved)
@@ -154,7 +169,7 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
     kept = {_peft_name(name, adapter): tensor for name, tensor in found.items()}
     config = adapter.config | {"target_modules": _concise(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    config["modules_to_save"] = adapter.saved or None  # whole names: PEFT takes all that end in one
+    config["modules_to_save"] = adapter.saved or None  # full names: PEFT matches the ends of names
     config["trainable_token_indices"] = _saved_rows(model, adapter) or None
     config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
     if adapter.taken:
@@ -163,7 +178,7 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
 
 
 def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
-    """Further names of what is trained whole in several modules: PEFT wants one tensor for each."""
+    """Return tied names of modules that are trained in full -> the saved name; PEFT needs a tensor for each."""
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     named = model.named_parameters(remove_duplicate=False)
     owned = {name: owners[id(parameter)] for name, parameter in named if name != owners[id(parameter)]}
@@ -171,7 +186,7 @@ def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
 
 
 def _saved_rows(model: nn.Module, adapter: Adapter) -> dict[str, list[int]]:
-    """The token ids whose rows are saved by themselves, by the layer that has them."""
+    """Return the token ids whose trained rows are saved, by layer."""
     modules = [name.rpartition(".")[0] for name in adapter.names(model) if name.endswith(f".{token_rows.NAME}")]
     return {name: model.get_submodule(name).token_ids.tolist() for name in modules}
 
@@ -189,7 +204,7 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         if options.init_text:
             ids = tokenizer(options.init_text, add_special_tokens=False)["input_ids"]
             ids = (ids * (options.num_virtual_tokens // max(1, len(ids)) + 1))[: options.num_virtual_tokens]
-        else:  # any tokens are a better start than noise (section 3.2 of Lester et al.)
+        else:  # random tokens are better than noise (section 3.2 of Lester et al.)
             generator = torch.Generator().manual_seed(config.seed)
             ids = torch.randint(count_ids(tokenizer), (options.num_virtual_tokens,), generator=generator).tolist()
         name = next(name for name, p in model.named_parameters() if p is embeddings.weight)
@@ -200,7 +215,7 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 
 def _prompt_options(config: dict[str, Any]) -> SoftPromptConfig:
-    """The options of a prompt that was saved."""
+    """Return the options of a saved soft prompt."""
     method = next(name for name, kind in KINDS.items() if kind == config["peft_type"])
     return SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
 
@@ -252,7 +267,7 @@ def _known_prompt(model: nn.Module, config: dict[str, Any], weights: Weights | N
 
 
 def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
-    """Initial values of one layer's matrices."""
+    """Initialize the LoRA matrices of one layer."""
     key = f"{name}.weight"
 
     def weight() -> Tensor:
@@ -305,19 +320,19 @@ def _peft_name(name: str, adapter: Adapter) -> str:
 
 
 def _concise(adapter: Adapter, model: nn.Module) -> list[str]:
-    """The last parts of the adapted layers' names, where these mean the same layers; else the whole names."""
+    """Return target_modules: the last parts of the layer names if they match no other layers, else the full names."""
     short = {name.rpartition(".")[2] for name in adapter.adapted}
     meant = [n for n, m in model.named_modules() if n.rpartition(".")[2] in short and lora.is_adaptable(m)]
     return sorted(short) if len(meant) == len(adapter.adapted) else sorted(adapter.adapted)
 
 
 def _give_back(adapter: Adapter, kept: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """A LoRA of twice the rank on the base model as it was: BA - B0 A0 = [B, -B0] [A; A0]."""
+    """Convert to a LoRA of twice the rank on the unchanged base model: BA - B0 A0 = [B, -B0] [A; A0]."""
     for name, (first, second) in adapter.taken.items():
         key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
         kept[key_a] = torch.cat([kept[key_a], first])
         kept[key_b] = torch.cat([kept[key_b], -second], 1)
-    others = [name for name in adapter.adapted if name not in adapter.taken]  # embeddings keep their rank
+    others = [name for name in adapter.adapted if name not in adapter.taken]  # the rank of embeddings stays
     config["rank_pattern"] = dict.fromkeys(map(re.escape, others), config["r"])
     config["alpha_pattern"] = dict.fromkeys(map(re.escape, others), config["lora_alpha"])
     config["r"] *= 2

@@ -1,11 +1,11 @@
-"""Attention for packed rows: each document by itself, without a mask and without a [T, T] matrix.
+"""Attention for packed rows: each document separately, without a [T, T] mask or matrix.
 
-transformers keeps packed documents apart with a [T, T] mask, and then computes all T * T scores. Here the documents are
-taken out of their rows, those of like length side by side, and each group is plain causal attention. So the cost is
-about the sum of the squares of the documents' lengths, and a row may be as long as one likes.
+transformers separates packed documents with a [T, T] mask and computes all T * T scores. Here documents of similar
+length are gathered from their batch rows into groups, and each group is plain causal attention. The cost is about the
+sum of the squared document lengths, so a row can have any length.
 
-Every architecture of transformers hands its attention mask on to the attention function as it is when it has four
-dimensions. So the documents' places travel in the mask's place, which also takes them through activation checkpointing.
+transformers passes a four-dimensional attention mask unchanged to the attention function, in every architecture. So the
+spans of the documents are passed as the mask, which works with activation checkpointing, too.
 """
 
 import functools
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 NAME = "sdpa_documents"
-LIKE_LENGTH = 0.7  # a group's shortest document is at least this share of its longest
+LIKE_LENGTH = 0.7  # the shortest document of a group has at least this fraction of the longest's tokens
 
 
 class Group(NamedTuple):
-    """Documents of like length."""
+    """Documents of similar length."""
 
-    places: Tensor  # [G, t] flat places in the rows; the tail of a shorter document repeats its last token's
-    real: Tensor  # [tokens] flat places in [G, t] that are no such tail, nor another document's
+    places: Tensor  # [G, t] flat positions in the batch; shorter documents repeat their last one at the end
+    real: Tensor  # [tokens] flat positions in [G, t] without these tails and shared prefixes
 
 
 def attend_by_document(model: torch.nn.Module) -> None:
-    """Has a model of which packed rows are asked, and which has sdpa, use the attention of this file."""
+    """Have a model with sdpa use this attention for packed rows."""
     if model.config._attn_implementation == "sdpa":
         register()
         model.set_attn_implementation(NAME)
@@ -34,7 +34,7 @@ def attend_by_document(model: torch.nn.Module) -> None:
 
 @functools.cache
 def register() -> None:
-    """Names this attention to transformers; with the first model, since all that it imports takes seconds."""
+    """Register this attention with transformers; not at import, since what it imports takes seconds."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -43,9 +43,11 @@ def register() -> None:
 
 
 def as_mask(spans: Tensor) -> Tensor:
-    """[D, 3] int64 (row, start, stop) of each document -> what `model(attention_mask=...)` takes.
+    """Return the `attention_mask` for documents at these spans.
 
-    With two columns more, (start, stop) of the tokens in the row that the document begins with, or (0, 0).
+    Args:
+        spans: (row, start, stop) of each document, int64, shape [D, 3]. With shape [D, 5] the last two columns are
+            (start, stop) of a shared prefix in the row, or (0, 0).
     """
     return spans[None, None]
 
@@ -53,7 +55,19 @@ def as_mask(spans: Tensor) -> Tensor:
 def documents_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """query [R, heads, T, d], key and value [R, kv_heads, T, d] -> [R, T, heads, d]."""
+    """Compute attention within documents, with the signature that transformers expects.
+
+    Args:
+        module: The attention layer.
+        query: Shape [R, heads, T, d].
+        key: Shape [R, kv_heads, T, d].
+        value: Shape [R, kv_heads, T, d].
+        attention_mask: The result of `as_mask`; any other mask is passed to sdpa.
+        **kwargs: Options of transformers' sdpa.
+
+    Returns:
+        The output, shape [R, T, heads, d], and no attention weights.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int64:
@@ -65,17 +79,17 @@ def documents_attention(
     outputs = []
     for places, real in groups:
         q, k, v = (t.index_select(0, places.view(-1)).unflatten(0, places.shape).transpose(1, 2) for t in flat)
-        # Tails need no mask: causal attention of the tokens before never sees them.
+        # Tails need no mask: in causal attention, earlier tokens do not attend to them.
         mask = _window(kwargs.get("sliding_window"), q)
         attended, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # [G, t, heads, d]
         outputs.append(attended.flatten(0, 1).index_select(0, real))
-    outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))  # what padding gets
+    outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))  # the output at padding
     return torch.cat(outputs).index_select(0, back).unflatten(0, (rows, columns)), None
 
 
-@functools.lru_cache(maxsize=4)  # all layers of a model ask for the same
+@functools.lru_cache(maxsize=4)  # all layers of a model call it with the same arguments
 def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
-    """The groups, and for each place in the rows where its output stands in theirs, laid end to end."""
+    """Return the groups, and for each position of the batch the index of its output in theirs, concatenated."""
     groups, order = [], []
     remaining = torch.tensor([(*span, 0, 0)[:5] for span in spans])  # [D, 5]
     length = _lengths(remaining)  # [D]
@@ -99,12 +113,12 @@ def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tupl
 
 
 def _lengths(spans: Tensor) -> Tensor:
-    """Tokens of each document with those that it shares, [D, 5] -> [D]."""
+    """Return the number of tokens of each document with its shared prefix, for spans [D, 5], shape [D]."""
     return spans[:, 2] - spans[:, 1] + spans[:, 4] - spans[:, 3]
 
 
 def _window(width: int | None, query: Tensor) -> Tensor | None:
-    """The mask of sliding-window attention, where a document is longer than the window."""
+    """Return the mask of sliding-window attention, or None if no document is longer than the window."""
     length = query.shape[2]
     if width is None or length <= width:
         return None

@@ -14,7 +14,9 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
     """Add to `issues` what is wrong with the options of the model.
 
     Args:
+        config: The full config.
         given: Names of the options that are not at their default.
+        issues: Where problems are added.
     """
     _check_model(config, issues)
     _check_adapter(config, given, issues)
@@ -115,7 +117,14 @@ def _check_prompt(config: Config, issues: ConfigIssues) -> None:
 
 
 def check_folder(key: str, name: str, for_adapter: str, issues: ConfigIssues) -> None:
-    """`for_adapter`: what to do about a folder {} that is an adapter."""
+    """Add a problem if a local model's folder is missing or not a model.
+
+    Args:
+        key: The option.
+        name: Its value.
+        for_adapter: What to do if the folder {} has an adapter.
+        issues: Where problems are added.
+    """
     folder = Path(name)
     if name == "tiny" or not looks_local(name):
         return
@@ -142,7 +151,7 @@ def check_archive(path: Path, issues: ConfigIssues) -> None:
 
 
 def _no_expression(expression: str) -> str | None:
-    """What is wrong with a regular expression, if anything is."""
+    """Return what is wrong with a regular expression, or None."""
     try:
         re.compile(expression)
     except re.error as error:

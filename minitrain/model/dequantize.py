@@ -1,7 +1,7 @@
-"""Weights of quantized checkpoints as ordinary tensors: FP8 in blocks, MXFP4, and bitsandbytes' 4 and 8 bits.
+"""Dequantize checkpoints to ordinary tensors: block-wise FP8, MXFP4, and 4 and 8 bits of bitsandbytes.
 
-They are read here and not by transformers' quantizers: those keep packed weights that a cast or a save destroys, and
-they infer the size of FP8 blocks from the number of scales, which is wrong where a matrix ends within a block.
+transformers' quantizers are not used: they keep packed weights, which a cast or a save destroys. They also infer the
+size of FP8 blocks from the number of scales, which is wrong if a matrix ends within a block.
 """
 
 import math
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
 
-Read = Callable[[str], Tensor]  # the tensor of a key
+Read = Callable[[str], Tensor]  # key -> tensor
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # e2m1
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PACKED = (*FP8, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.int8, torch.uint8)
 
 
 def method_of(quantization: dict) -> str:
-    """Return the method that a config's quantization_config names.
+    """Return the method of a quantization_config.
 
-    Raises ConfigError for one that `dequantized` cannot read.
+    Raises:
+        ConfigError: `dequantized` does not support the method.
     """
     bits = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     method = quantization.get("quant_method", "bitsandbytes" if bits else None)
@@ -39,9 +40,10 @@ def method_of(quantization: dict) -> str:
 
 
 def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of safetensors files, quantized ones in `dtype` under the names of their weights.
+    """Return the dequantized tensors of safetensors files by name, floating-point ones in `dtype`.
 
-    Raises ConfigError for a tensor that cannot be dequantized.
+    Raises:
+        ConfigError: A tensor cannot be dequantized.
     """
     files = {key: safe_open(path, framework="pt") for path in paths for key in _keys(path)}
     if not files:
@@ -57,7 +59,7 @@ def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -
 
 
 def describe_dequantized(model: nn.Module, quantization: dict, dtype: torch.dtype) -> str:
-    """Return in words what the weights of a quantized checkpoint become in this model, and the memory they take."""
+    """Return a line about the dtype and memory of the dequantized weights of a model."""
     mib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**20
     name = str(dtype).removeprefix("torch.")
     return f"its {method_of(quantization)} weights are dequantized on loading to {name}, which takes {mib:,.1f} MiB"
@@ -69,7 +71,10 @@ def _keys(path: Path) -> list[str]:
 
 
 def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
-    """`NAME_scale_inv` holds a factor for each block of NAME. Scales of activations are for FP8 products only."""
+    """Dequantize FP8: `NAME_scale_inv` has a factor for each block of NAME.
+
+    Scales of activations are needed for FP8 products only.
+    """
     for key in keys:
         if key.endswith(("_scale_inv", ".activation_scale", ".input_scale")):
             continue
@@ -80,7 +85,7 @@ def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[
 
 
 def _scaled(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) -> Tensor:
-    """weight [..., rows, columns] times a scale for each block, those at the edges cut off."""
+    """Multiply a weight [..., rows, columns] by a scale for each block; blocks at the edges can be partial."""
     if scales.numel() == 1:
         return weight.float() * scales.float().view(())
     rows, columns = weight.shape[-2:]
@@ -93,7 +98,10 @@ def _scaled(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) 
 
 
 def _mxfp4(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
-    """`NAME_blocks` [E, columns, G, 16] holds two values a byte, the low four bits first; `NAME_scales` exponents."""
+    """Dequantize MXFP4: `NAME_blocks` [E, columns, G, 16] has two values per byte, low bits first.
+
+    `NAME_scales` [E, columns, G] has exponents.
+    """
     for key in keys:
         name = key.removesuffix("_blocks")
         if f"{name}_scales" in keys and name != key:
@@ -107,7 +115,7 @@ def _mxfp4(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tupl
 
 
 def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
-    """In 4 bits NAME.absmax and others belong to NAME, in 8 bits MODULE.SCB to MODULE.weight."""
+    """Dequantize bitsandbytes: 4-bit NAME has a state in NAME.absmax and others, 8-bit M.weight has scales in M.SCB."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     states: dict[str, dict[str, str]] = {
@@ -133,7 +141,7 @@ def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterat
 
 
 def _parents(key: str) -> Iterator[str]:
-    """`a.b` and `a` of `a.b.c`."""
+    """Yield the parents of a dotted key: `a.b` and `a` for `a.b.c`."""
     while "." in key:
         key = key.rpartition(".")[0]
         yield key

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a model, in words."""
+"""Describe what is wrong with the files of a model."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def model_load_error(config: ModelConfig, wanted: str, error: Exception) -> ConfigError:
-    """What to tell when a model cannot be made. `wanted`: what it would have been."""
+    """Return the error for a model that cannot be loaded; `wanted` names the type of model."""
     folder = Path(config.name_or_path)
     reason = damage(folder) or missing_weights(folder) or first_line(error)
     told = ConfigError(f"no {wanted} in {config.name_or_path!r}: {reason}")
@@ -27,20 +27,23 @@ def model_load_error(config: ModelConfig, wanted: str, error: Exception) -> Conf
 
 
 def named(outputs: list[str] | None) -> str:
-    """A model that ends in these scalars, or in a vocabulary, in words."""
+    """Return the name of the type of model: a causal LM, or one with a scalar head."""
     return "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
 
 
 def tokenizer_load_error(name: str, error: Exception) -> ConfigError:
-    """What to tell when a tokenizer cannot be read."""
+    """Return the error for a tokenizer that cannot be loaded."""
     told = damage(Path(name)) or first_line(error)
     return unreachable(name, error) or ConfigError(f"no tokenizer could be loaded from {name!r}: {told}")
 
 
 def refuse_encoder(shape: Any) -> None:
-    """Raises ConfigError for the config of a model of BERT's kind, whose tokens see those that follow them.
+    """Refuse the config of an encoder such as BERT, whose tokens attend to later ones.
 
-    transformers takes one for a causal model and only warns.
+    transformers loads it as a causal model and only warns.
+
+    Raises:
+        ConfigError: The model is an encoder.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -49,9 +52,15 @@ def refuse_encoder(shape: Any) -> None:
 
 
 def check_missing_keys(config: ModelConfig, found: dict, outputs: list[str] | None) -> None:
-    """Raises ConfigError for weights that files do not hold: transformers draws them at random, and goes on.
+    """Refuse files that lack weights: transformers initializes these at random and continues.
 
-    `found` is its loading info. With `outputs` the model may have a new head, so gaps are for others to judge.
+    Args:
+        config: The model options.
+        found: Loading info of transformers: missing and mismatched keys.
+        outputs: Labels of a scalar head. It can be new, so `name_outputs` checks missing keys then.
+
+    Raises:
+        ConfigError: Weights are missing or have another shape.
     """
     for name, there, wanted in sorted(found["mismatched_keys"]):
         told = f"in its files {name} has the shape {list(there)}, and not {list(wanted)} as in its config"
@@ -63,12 +72,12 @@ def check_missing_keys(config: ModelConfig, found: dict, outputs: list[str] | No
 
 
 def without_head(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
-    """Return keys of files that are worth a warning: a model that ends in scalars has no use for an output layer."""
+    """Return the unused keys to warn about: a model with a scalar head does not need an LM head."""
     return [key for key in keys if outputs is None or "lm_head" not in key]
 
 
 def describe_unused(keys: Iterable[str]) -> list[str]:
-    """Return a line about the tensors of a model's files that the model has no place for, if there are any."""
+    """Return a line about the tensors of a model's files that the model does not have, if there are any."""
     if not (unused := sorted(keys)):
         return []
     others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
@@ -76,13 +85,13 @@ def describe_unused(keys: Iterable[str]) -> list[str]:
 
 
 def log_of_model(name: str, lines: Iterable[str]) -> None:
-    """Log lines about a model that is loaded; rank 0 alone does."""
+    """Log lines about a model as warnings, on rank 0 only."""
     for line in lines if os.environ.get("RANK", "0") == "0" else ():
         logging.getLogger("minitrain").warning(f"{redact(name)}: {line}.")
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the first file of a model's folder that is damaged, if one is."""
+    """Return what is wrong with the first damaged file in a model's folder, or None."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_bytes())
@@ -105,13 +114,17 @@ def damage(folder: Path) -> str | None:
 
 
 def refuse_missing_weights(config: ModelConfig, outputs: list[str] | None) -> None:
-    """Raise ConfigError for a local model without weights, in the words of an attempt to load it."""
+    """Refuse a local model without weights, with the message that loading it would give.
+
+    Raises:
+        ConfigError: Files of weights are missing.
+    """
     if lack := missing_weights(Path(config.name_or_path)):
         raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {lack}")
 
 
 def missing_weights(folder: Path) -> str | None:
-    """What a local model's folder lacks of its weights, if anything."""
+    """Return which files of weights are missing in a local model's folder, or None."""
     if not folder.is_dir():
         return None
     for name in WEIGHT_FILES:
@@ -127,7 +140,7 @@ def missing_weights(folder: Path) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, or what it announces with a colon at its end, too."""
+    """Return the first line of an error's message, with the second one if the first ends with a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return told.rstrip(".") + "."

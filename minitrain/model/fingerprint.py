@@ -1,8 +1,8 @@
-"""What tells a model from another one by its files: for caches of what it computed, and for checkpoints.
+"""Fingerprints of a model's files, for caches of what it computed and for checkpoints.
 
-Up to `WHOLE` bytes are hashed in full, which takes a second or two. Larger models are sampled: the header and
-`SAMPLES` places of every tensor, about 260 kB each, so that a model of 15 GB with 300 tensors costs 80 MB of reading.
-A single changed number in a sampled tensor may be missed; training changes nearly all of them.
+Models of up to `WHOLE` bytes are hashed in full, which takes a second or two. Of larger ones the header and `SAMPLES`
+ranges of every tensor are hashed, about 260 kB per tensor: 80 MB for a model of 15 GB with 300 tensors. A single
+changed number in a sampled tensor can be missed; training changes nearly all of them.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from minitrain.config.schema import ModelConfig
 from .adapter_config import CONFIG_FILE
 from .state_dict import archive_files
 
-WHOLE = 1 << 30  # bytes of all files
-SAMPLES, SAMPLE = 64, 4096  # of a tensor, and bytes of one
+WHOLE = 1 << 30  # bytes of all files together
+SAMPLES, SAMPLE = 64, 4096  # samples per tensor, bytes per sample
 WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 def model_fingerprint(config: ModelConfig) -> list[str]:
-    """Return a line for each file of a model, its adapter and its archive, that changes with what the file holds."""
+    """Return a line with a hash for each file of a model, its adapter and its archive."""
     folders = [_folder(config), *([Path(config.adapter)] if config.adapter else [])]
     files = [file for folder in folders if folder for file in sorted(folder.glob("*"))]
     files = [file for file in files if file.suffix in WEIGHTS or file.name in ("config.json", CONFIG_FILE)]
@@ -31,7 +31,7 @@ def model_fingerprint(config: ModelConfig) -> list[str]:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    """Where the files of a model are: a folder, or a snapshot of the hub's cache; None for the embedded model."""
+    """Return the folder of a model's files, possibly in the Hub's cache; None for `tiny`."""
     from transformers.utils.hub import cached_file
 
     if config.name_or_path == "tiny":
@@ -53,7 +53,7 @@ def _digest(file: Path, is_sampled: bool) -> str:
 
 
 def _pieces(file: Path) -> Iterator[tuple[int, int]]:
-    """The bytes that stand for a file: the header of a safetensors file, and samples of each tensor."""
+    """Yield the byte ranges to hash: the header of a safetensors file, and samples of each tensor."""
     size = file.stat().st_size
     if file.suffix == ".safetensors":
         with open(file, "rb") as opened:
@@ -62,7 +62,7 @@ def _pieces(file: Path) -> Iterator[tuple[int, int]]:
         yield 0, begin
         tensors = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
         spans = [(begin + start, begin + stop) for start, stop in tensors]
-    else:  # where tensors begin is not known, so the file is cut into parts of about the size of one
+    else:  # offsets of tensors are unknown: take spans of about the size of a tensor
         spans = [(start, min(size, start + (1 << 24))) for start in range(0, size, 1 << 24)]
     for start, stop in spans:
         for number in range(SAMPLES):

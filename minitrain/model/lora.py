@@ -1,9 +1,9 @@
-"""LoRA by hand: small matrices beside the weights of a model, which themselves stay as they are.
+"""LoRA: a low-rank update of frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
     y = x W^T + b + s (x A^T) B^T          A [r, in], B [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
 
-Hu et al. 2021 (arXiv 2106.09685). The matrices are parameters of the very layer whose weight they change, so no name of
-the model changes, and a sharding wrapper finds them where they are needed.
+A and B are parameters of the layer that they adapt. So no name in the model changes, and a sharding wrapper gathers
+them together with the weight.
 """
 
 import functools
@@ -26,7 +26,7 @@ MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 
 @dataclass
 class Settings:
-    """How one layer is adapted."""
+    """LoRA options of one layer."""
 
     rank: int
     scaling: float
@@ -35,7 +35,7 @@ class Settings:
 
 
 def adapt(module: nn.Module, settings: Settings) -> None:
-    """Gives a layer its matrices, all zeros (in float32), and the forward pass that uses them."""
+    """Add LoRA to a layer: its matrices, zero and in float32, and the forward pass that uses them."""
     device = module.weight.device
     rows, columns = shape_of(module)
     names = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
@@ -54,7 +54,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of the matrix W; an embedding is a matrix from token ids [in] to vectors [out]."""
+    """Return (out, in) of the matrix W; an embedding maps one-hot token ids [in] to vectors [out]."""
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.num_embeddings
     if isinstance(module, nn.Linear):
@@ -63,19 +63,19 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer's weight is [in, out]."""
+    """Return whether a layer's weight has the shape [in, out]."""
     return isinstance(module, (Conv1D, nn.Embedding))
 
 
 def matrices(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] of an adapted layer."""
+    """Return A [r, in] and B [out, r] of a layer with LoRA."""
     if isinstance(module, nn.Embedding):
         return module.lora_embedding_A, module.lora_embedding_B
     return module.lora_A, module.lora_B
 
 
 def merged(module: nn.Module, weight: Tensor) -> Tensor:
-    """W of an adapted layer with its adapter added, in float32, laid out as `weight` is."""
+    """Return `weight` of a layer with its LoRA merged, in float32 and with the layout of `weight`."""
     first, second = (matrix.detach().float() for matrix in matrices(module))
     base = weight.float().T if is_transposed(module) else weight.float()  # [out, in]
     total = base + module.lora.scaling * (second @ first)
@@ -90,11 +90,17 @@ def merged(module: nn.Module, weight: Tensor) -> Tensor:
 def initial_values(
     kind: str, weight: Callable[[], Tensor], module: nn.Module, name: str, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """A and B at the start, the same on every rank, for the weight W [out, in] that `weight()` gives in float32.
+    """Return the initial A [r, in] and B [out, r], the same on every rank.
 
-    default: A uniform, B zero (Kaiming; Hu et al.); gaussian: A normal with deviation 1/r. pissa: the r largest
-    singular values of W (arXiv 2404.02948); olora: the first r columns of its QR (arXiv 2406.01775); these two are
-    taken out of W, so that the sum stays what it was. An embedding has its roles changed: A zero, B normal.
+    Args:
+        kind: `default`: A uniform (Kaiming), B zero. `gaussian`: A normal with deviation 1/r, B zero. `pissa`: from the
+            r largest singular values of W (arXiv 2404.02948). `olora`: from the first r columns of its QR decomposition
+            (arXiv 2406.01775). For the last two the caller subtracts the update from W, so that the sum is unchanged.
+            Embeddings have A zero and B normal.
+        weight: Returns W [out, in] in float32.
+        module: The layer.
+        name: Its name, which with `seed` seeds the random values.
+        seed: Seed of the run.
     """
     rank, (rows, columns) = module.lora.rank, shape_of(module)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -103,7 +109,7 @@ def initial_values(
         return torch.zeros(rank, columns), torch.randn(rows, rank, generator=generator)
     if kind == "pissa":
         left, values, right = torch.linalg.svd(weight(), full_matrices=False)
-        signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # [1, k]; the same wherever it is computed
+        signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # [1, k]; the same with any LAPACK
         roots = (values[:rank] / module.lora.scaling).sqrt()
         return roots[:, None] * (right * signs.T)[:rank], (left * signs)[:, :rank] * roots
     if kind == "olora":
@@ -127,7 +133,7 @@ def _adapted(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 class _AdaptedLinear:
-    """Comes before Linear, Conv1D or a quantised Linear among the bases of a layer's class."""
+    """Mixin of adapted layers, before Linear, Conv1D or QuantizedLinear in their bases."""
 
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora
@@ -147,9 +153,9 @@ class _AdaptedLinear:
         return y + (share - 1) * plain + share * update
 
     def as_output(self, hidden: Tensor, layer: LMHead) -> tuple[Tensor, LMHead]:
-        """Return the same as a hidden state [N, K] and a weight [V, K] to multiply, for an output layer.
+        """Return an input [N, K] and an LM head with a weight [V, K] whose product are the logits with LoRA.
 
-        h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T, and with DoRA's factors m of the rows
+        h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T, and with DoRA's scales m of the rows
         h W^T + d ((m - 1) W)^T + s (d A^T) (m B)^T, where d is h after dropout.
         """
         lora, dtype = self.lora, hidden.dtype
@@ -171,14 +177,14 @@ class _AdaptedEmbedding:
         first, second = self.lora_embedding_A, self.lora_embedding_B
         y = super().forward(ids)
         update = F.linear(F.embedding(ids, first.T), second) * self.lora.scaling
-        update = update * getattr(self, "embed_scale", 1.0)  # of Gemma, whose embeddings grow on their way out
+        update = update * getattr(self, "embed_scale", 1.0)  # Gemma scales its embeddings
         if not self.lora.dora:
             return y + update.to(y.dtype)
         return (dora_shares(self) * (y + update)).to(y.dtype)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The plain case in one piece: the update is added in place, and the input is kept once, as it came."""
+    """LoRA without dropout or DoRA: adds the update in place, and saves the input once, in its own dtype."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, first, second, scaling):
@@ -208,9 +214,9 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def fold(module: nn.Module) -> None:
-    """Make an adapted layer an ordinary one again, with the adapter in its weight: in float32, cast once.
+    """Merge the LoRA of a layer into its weight, in float32 and cast once, and restore the ordinary layer.
 
-    A weight that was tied to another layer's is tied no longer if LoRA changes it, since the other one stays as it is.
+    If the weight is tied to that of another layer, it is untied: the other one does not change.
     """
     if token_rows.has_rows(module):
         token_rows.fold(module)
@@ -225,15 +231,15 @@ def fold(module: nn.Module) -> None:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """W [out, in] of a layer, what is quantised made whole again, with the rows that are trained alone."""
+    """Return W [out, in] of a layer, dequantized, with its trained rows."""
     weight = token_rows.put_rows(module, dequantized(module))
     return weight.T if is_transposed(module) else weight
 
 
 def dora_shares(module: nn.Module) -> Tensor:
-    """Return the factor of each row of W + sBA [out], in float32.
+    """Return DoRA's scale of each row of W + sBA, in float32, shape [out].
 
-    Its norm counts as a constant in the gradient (section 4.3 of arXiv 2402.09353).
+    The gradient treats the norm of the row as a constant (section 4.3 of arXiv 2402.09353).
     """
     first, second = matrices(module)
     with torch.no_grad():
@@ -242,12 +248,12 @@ def dora_shares(module: nn.Module) -> Tensor:
 
 
 def _shares(module: nn.Module, total: Tensor) -> Tensor:
-    """The same for W + sBA [out, in]. A row of zeros has no direction, so its length does not matter."""
+    """Return DoRA's scales for `total` = W + sBA [out, in]. A row of zeros has no direction, so any scale is right."""
     norm = total.norm(dim=1)
     return module.lora_magnitude_vector / torch.where(norm > 0, norm, 1.0)
 
 
 def _compute(x: Tensor) -> torch.dtype:
-    """Autocast's dtype inside autocast, else that of the input."""
+    """Return autocast's dtype inside autocast, else that of the input."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,4 +1,4 @@
-"""A policy without its weights, on the meta device: what it is made of, how much of it is trained, how it attends."""
+"""Build a policy on the meta device, without its weights: its layers, what is trained and how it attends."""
 
 from pathlib import Path
 
@@ -25,10 +25,17 @@ from .weights import find_gaps, parameters_on_meta
 def outline_policy(
     config: Config, tokenizer, outputs: list[str] | None = None, value_head: bool = False, packed: bool = False
 ) -> Policy:
-    """The policy that `load_policy` loads and the trainer freezes, from the model's config alone. Raises ConfigError.
+    """Build the policy that `load_policy` loads and the trainer freezes, from the model's config only.
 
-    Its parameters are on the meta device. Those that quantisation packs are as they were before it, or with `packed`
-    as they are after it.
+    Args:
+        config: The full config.
+        tokenizer: The tokenizer that the model is trained with.
+        outputs: Labels of a scalar head; None builds a causal LM.
+        value_head: Add a value head next to the LM head.
+        packed: Give quantized layers the sizes that they have after quantization, not before.
+
+    Raises:
+        ConfigError: The model or its adapter cannot be built.
     """
     compute = DTYPES[config.model.policy_dtype]
     dtype = compute if has_adapter(config) else DTYPES[config.model.master_dtype]
@@ -50,16 +57,16 @@ def outline_policy(
 
 
 def outline_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
-    """The policy that `load_frozen` loads, in the same way."""
+    """Build the policy that `load_frozen` loads, from the model's config only."""
     with parameters_on_meta():
         model = _outline(config, tokenizer, dtype, None)
     return frozen_policy(model, dtype, packing, residual)
 
 
 def _outline(config: ModelConfig, tokenizer, dtype: torch.dtype, outputs: list[str] | None) -> nn.Module:
-    """As `load_model` loads it. Its buffers are real, and of the dtype that they always have.
+    """Build what `load_model` loads. Its buffers are real, in their own dtype.
 
-    `load_notes` of it are the lines that are logged when it is loaded.
+    The attribute `load_notes` has the lines that are logged when the model is loaded.
     """
     kind, number = auto_class(outputs)
     trust = {"trust_remote_code": config.trust_remote_code}

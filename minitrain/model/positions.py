@@ -1,7 +1,6 @@
-"""How long a text may be for a model.
+"""The longest documents that a model can read.
 
-Models that look positions up in a table fail beyond its end; some rotary frequencies depend on the other texts of a
-batch.
+Models with a table of positions fail beyond its end. Some rotary frequencies depend on the other documents of a batch.
 """
 
 import contextlib
@@ -11,21 +10,21 @@ from collections.abc import Iterator
 from torch import nn
 
 UNLIMITED = 1 << 62
-MAX_OFFSET = 8  # rows that a table has before position 0, as OPT's and BART's have 2
+MAX_OFFSET = 8  # rows of a table before position 0; OPT and BART have 2
 
 
 def n_positions(model: nn.Module) -> int:
-    """Return the longest text, in tokens, that a decoder's config allows."""
+    """Return the longest document, in tokens, that a decoder's config allows."""
     config = model.config.get_text_config()
-    # MPT's biases are made for max_seq_len tokens.
+    # MPT has biases for max_seq_len tokens.
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or UNLIMITED
 
 
 def position_limit(model: nn.Module) -> int:
-    """Return the longest text, in tokens, that the model can read; `UNLIMITED` for rotary positions and the like.
+    """Return the longest document, in tokens, that the model can read; `UNLIMITED` without a table of positions.
 
-    A table is an embedding, or a buffer of two dimensions or more, with a row for each of max_position_embeddings. It
-    is found on the meta device, too.
+    A table is an embedding, or a buffer of two or more dimensions, with a row for each of max_position_embeddings. The
+    model can be on the meta device.
     """
     n = n_positions(model)
     if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
@@ -38,10 +37,10 @@ def position_limit(model: nn.Module) -> int:
 
 
 def rotary_limit(model: nn.Module) -> int:
-    """Return the longest text, in tokens, whose rotary frequencies do not depend on other texts.
+    """Return the longest document, in tokens, whose rotary frequencies do not depend on other documents.
 
-    Beyond it, `dynamic` frequencies follow the longest text so far, and `longrope` chooses one of two sets by
-    the longest text of a batch (transformers#25104).
+    Beyond it, `dynamic` frequencies depend on the longest document so far, and `longrope` selects one of two sets by
+    the longest document of a batch (transformers#25104).
     """
     limits = [UNLIMITED]
     for module, layer_type, kind in _rotary_kinds(model):
@@ -56,7 +55,7 @@ def rotary_limit(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def restoring_rotary(model: nn.Module) -> Iterator[None]:
-    """Inside, texts beyond `rotary_limit` may change `dynamic` frequencies; afterwards they are as when loaded."""
+    """Reset `dynamic` frequencies after the context, where documents beyond `rotary_limit` can change them."""
     try:
         yield
     finally:
@@ -74,7 +73,7 @@ def _reset_rotary(model: nn.Module) -> None:
 
 
 def _rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
-    """Yield each rotary module with its type, or with each type of layer (None where there is one) and that one's."""
+    """Yield (rotary module, layer type, rope type); the layer type is None if all layers have the same rope type."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
@@ -83,9 +82,9 @@ def _rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str
 
 
 def batches_by_length(lengths: list[int], batch_size: int, limit: int) -> list[list[int]]:
-    """Return indices in batches, the longest texts first. Texts beyond `limit` are only with others of their length.
+    """Return batches of indices, the longest documents first; those beyond `limit` only with others of their length.
 
-    What a model does with a text beyond a limit depends on the longest one in its batch.
+    Beyond the limit, the result for a document depends on the longest one in its batch.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = []

@@ -1,4 +1,4 @@
-"""Models as transformers makes them from a folder or the hub: with their weights, or without memory for these."""
+"""Load models of a folder or the Hub with transformers: with their weights, or on the meta device."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
 
 def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
-    """transformers' class of models that end in these scalars, or in a vocabulary, and what it has to be told."""
+    """Return transformers' class for a causal LM or a model with a scalar head, and its keyword arguments."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if outputs is None:
@@ -32,9 +32,11 @@ def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
 
 
 def read_model_config(config: ModelConfig, **changes):
-    """Return transformers' config of a model, in which nothing names code to load.
+    """Return transformers' config of a model, without keys that load code.
 
-    Raises what transformers raises, or ConfigError for a quantization that minitrain cannot read.
+    Raises:
+        Exception: What transformers raises.
+        ConfigError: minitrain cannot read the model's quantization.
     """
     from transformers import AutoConfig
 
@@ -42,7 +44,7 @@ def read_model_config(config: ModelConfig, **changes):
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     shape = AutoConfig.from_pretrained(config.name_or_path, **where, **changes)
     for part in _parts(shape):
-        # transformers would load the kernel that config.json names here, from the hub (CVE-2026-4372).
+        # transformers would load the kernel named here from the Hub (CVE-2026-4372).
         part._attn_implementation = part._experts_implementation = None
         vars(part).pop("fusion_config", None)
     if quantization := quantization_of(shape):
@@ -51,7 +53,7 @@ def read_model_config(config: ModelConfig, **changes):
 
 
 def quantization_of(shape) -> dict | None:
-    """Return the quantization_config in a config or in one of its parts, if one has any."""
+    """Return the quantization_config of a config or of one nested in it, or None."""
     for part in _parts(shape):
         if found := vars(part).get("quantization_config") or vars(part).get("compression_config"):
             return found if isinstance(found, dict) else found.to_dict()
@@ -59,7 +61,7 @@ def quantization_of(shape) -> dict | None:
 
 
 def _parts(shape) -> Iterator:
-    """A config, and all configs within it."""
+    """Yield a config and all configs nested in it."""
     from transformers import PreTrainedConfig
 
     yield shape
@@ -71,7 +73,20 @@ def _parts(shape) -> Iterator:
 def from_pretrained(
     config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int
 ) -> tuple[nn.Module, set[str]]:
-    """The model, and the parameters that its files do not hold; these are drawn by `seed`."""
+    """Load a model with its weights.
+
+    Args:
+        config: The model options.
+        dtype: Dtype of the parameters.
+        outputs: Labels of a scalar head; None loads a causal LM.
+        seed: Seed of parameters that the files lack.
+
+    Returns:
+        The model, and the names of the parameters that its files lack.
+
+    Raises:
+        ConfigError: The model cannot be loaded.
+    """
     kind, number = auto_class(outputs)
     options = {"attn_implementation": attention_of(config), "trust_remote_code": config.trust_remote_code}
     try:
@@ -89,10 +104,10 @@ def from_pretrained(
                     revision=config.revision,
                     dtype=dtype,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # which are refused below
+                    ignore_mismatched_sizes=True,  # check_missing_keys refuses them
                     **options,
                 )
-        vars(model).pop("generate", None)  # a custom_generate of the repository would follow options of its own
+        vars(model).pop("generate", None)  # custom code in the repository would ignore our options
     except Exception as error:
         raise model_load_error(config, named(outputs), error) from None
     check_missing_keys(config, found, outputs)
@@ -103,7 +118,7 @@ def from_pretrained(
 def _from_quantized(
     config: ModelConfig, shape, quantization: dict, dtype: torch.dtype, kind: type, options: dict
 ) -> tuple[nn.Module, dict]:
-    """As `kind.from_pretrained`, with the weights dequantized, and without a trace of that in the model's config."""
+    """Load like `kind.from_pretrained`, with dequantized weights, and no quantization in the model's config."""
     for part in _parts(shape):
         for key in ("quantization_config", "compression_config"):
             vars(part).pop(key, None)
@@ -127,7 +142,7 @@ def _from_quantized(
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
-    """A model whose parameters have no memory yet, and where their rows are; (None, None) when files do not fit it."""
+    """Return a model on the meta device and the weights in its files; (None, None) if these do not fit the model."""
     kind, _ = auto_class(None)
     try:
         shape = read_model_config(config)
@@ -149,18 +164,18 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | No
 def _read_generation_config(model: nn.Module, config: ModelConfig) -> None:
     from transformers import GenerationConfig
 
-    with contextlib.suppress(OSError):  # not every model has one
+    with contextlib.suppress(OSError):  # some models have none
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
 
 
 def attention_of(config: ModelConfig) -> str | None:
-    """What transformers is asked for; None leaves the choice to it."""
+    """Return transformers' `attn_implementation`; None lets it choose."""
     return None if config.attn_implementation == "auto" else config.attn_implementation
 
 
 @contextlib.contextmanager
 def without_bar() -> Iterator[None]:
-    """transformers' bars would stand among our lines, and in runs that are to be quiet."""
+    """Within the context, hide transformers' progress bars, which would mix with our lines, also with --quiet."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

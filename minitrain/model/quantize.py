@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits by bitsandbytes (the extra `quant`); what is trained lies beside them in float32."""
+"""Frozen weights in 4 or 8 bits with bitsandbytes (the extra `quant`); trained parameters are separate, in float32."""
 
 import copy
 import math
@@ -12,10 +12,14 @@ from .sequence_head import heads_of
 
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the linear layers, all but the output layer or head, and move them to `device`, which packs weights.
+    """Replace the linear layers except the head by quantized ones.
 
-    4bit is NF4 with double quantization (QLoRA, arXiv 2305.14314); 8bit is one scale for each row of a weight, as in
-    LLM.int8() (arXiv 2208.07339). Both compute in `dtype`.
+    Args:
+        model: The transformers model.
+        bits: `4bit` is NF4 with double quantization (QLoRA, arXiv 2305.14314). `8bit` has one scale for each row of a
+            weight, as in LLM.int8() (arXiv 2208.07339).
+        dtype: Dtype of the computation.
+        device: Where the layers go; moving them packs the weights.
     """
     import bitsandbytes as bnb
 
@@ -32,10 +36,11 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer that computes in `dtype` with a frozen weight, which it unpacks for each product.
+    """A linear layer that computes in `dtype` with a frozen weight, unpacked for each product.
 
-    bitsandbytes' own layers change what they hold: Linear4bit repacks its weight in eval mode on CPUs with AVX512-BF16,
-    and both cast a bias that is trained. On CPUs, Linear8bitLt rounds its input to 8 bits in eval mode only.
+    The layers of bitsandbytes are not used because they change their parameters: Linear4bit repacks its weight in eval
+    mode on CPUs with AVX512-BF16, and both cast a trained bias. On CPUs, Linear8bitLt rounds its input to 8 bits, in
+    eval mode only.
     """
 
     dtype: torch.dtype
@@ -45,12 +50,12 @@ class QuantizedLinear(nn.Linear):
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight -> [out, in]."""
+        """Return the unpacked weight, shape [out, in]."""
         return dequantized(self).to(dtype)
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """x W^T. The unpacked weight is made again in the backward pass, not kept."""
+    """Compute x W^T. The backward pass unpacks the weight again."""
 
     @staticmethod
     @_disable_dynamo
@@ -65,7 +70,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers by name, all but the output layer or head."""
+    """Return the linear layers by name, except the head."""
     kept = {part for name in heads_of(model).trained for part in model.get_submodule(name).modules()}
     kept.add(model.get_output_embeddings())
     found = dict(model.named_modules())
@@ -73,7 +78,7 @@ def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Ordinary linear layers again, in float32, with the weights as quantisation has rounded them."""
+    """Replace quantized layers by ordinary ones in float32, with the rounded weights."""
     for name, module in list(model.named_modules()):
         if not is_quantized(getattr(module, "weight", None)):
             continue
@@ -89,13 +94,13 @@ def is_quantized(parameter: Tensor) -> bool:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """Return the weight of a layer, unpacked where it is packed -> [out, in]."""
+    """Return the weight of a layer, unpacked if it is packed, shape [out, in]."""
     weight = module.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        # As one row: the CPU kernel of bitsandbytes takes a wrong scale for rows of 16 n values that are not 64 n.
+        # As one row: the CPU kernel of bitsandbytes uses a wrong scale for rows of 16 n values that are not 64 n.
         state = copy.copy(weight.quant_state)
         state.shape = (1, weight.quant_state.shape.numel())
         return dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
@@ -105,7 +110,7 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
-    """What `quantize_model` makes of a model, as far as memory goes, on the device of its weights, without values."""
+    """Give a model's layers tensors of the sizes that `quantize_model` makes, on the same device, without values."""
     for module in _quantizable(model).values():
         sizes, device = module.weight.shape, module.weight.device
         del module.weight
@@ -113,7 +118,7 @@ def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
         n, module.dtype = sizes.numel(), dtype
         module.unpacked = dtype if bits == "4bit" else torch.float32
         tensors = {"weight": (n, torch.int8), "scales": (sizes[0], torch.float32)}
-        if bits == "4bit":  # scales of 64 weights each in 8 bits, scales of 256 of these, and both code books
+        if bits == "4bit":  # 8-bit scales of 64 weights each, a scale for 256 of these, and both code books
             n_scales = math.ceil(n / 64)
             tensors = {"weight": (math.ceil(n / 2), torch.uint8), "scales": (n_scales, torch.uint8)}
             tensors["more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
@@ -122,7 +127,7 @@ def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
 
 
 class _Outlined(QuantizedLinear):
-    """Makes the tensors of a quantized layer, without values."""
+    """A quantized layer whose tensors have the right sizes, but no values."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.scales.new_empty(self.out_features, self.in_features, dtype=self.unpacked).to(dtype)

@@ -1,4 +1,4 @@
-"""A model's folder as `from_pretrained` reads it: weights, config, tokenizer and template; or an adapter's."""
+"""Save a model or an adapter with its tokenizer, in the format that `from_pretrained` reads."""
 
 import json
 import tempfile
@@ -27,11 +27,15 @@ def save_model(
     tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
     value_head: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes what `from_pretrained` reads: weights cast once to `dtype`, tied ones once, tokenizer and template.
+    """Save the weights, config, tokenizer and template of a model; of a model with an adapter, only the adapter.
 
-    Of a model with an adapter, it writes the adapter, in float32.
-
-    `tensors` are those of `weights.whole_tensors` where the model's own are not whole.
+    Args:
+        model: The transformers model.
+        tokenizer: Its tokenizer.
+        folder: Where the files go.
+        dtype: Dtype of the saved weights; adapters are saved in float32.
+        tensors: Name and unsharded value of each tensor if the model is sharded; see `weights.whole_tensors`.
+        value_head: State dict of a value head.
     """
     tensors = tensors or whole_tensors(model, lambda tensor: tensor)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def save_model(
     if getattr(model, "adapter", None) is not None:
         save_adapter(model, model.adapter, tensors, folder)
         return
-    if getattr(model, "_weight_conversions", None):  # transformers knows the names that its files had
+    if getattr(model, "_weight_conversions", None):  # transformers converts the names in its files
         _save_converted(model, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors}, folder)
     else:
         save_weights(model, tensors, folder, dtype)
@@ -50,9 +54,10 @@ def save_model(
 
 
 def check_saving(model: nn.Module, tokenizer) -> None:
-    """Save all but the weights once, into a temporary folder, so that what fails does so before training.
+    """Save all but the weights to a temporary folder, so that an error occurs before training.
 
-    Raises ConfigError.
+    Raises:
+        ConfigError: Config or tokenizer cannot be saved.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -67,16 +72,16 @@ def check_saving(model: nn.Module, tokenizer) -> None:
 
 
 def set_end_tokens(model: nn.Module, end_ids: list[int]) -> None:
-    """Have the saved model end its answers with these tokens, as in training, and not with those of its base."""
+    """Set the tokens that end responses in the saved model to those of training, not of the base model."""
     if model.can_generate():
         ends = end_ids[0] if len(end_ids) == 1 else end_ids
         model.generation_config.eos_token_id = model.config.eos_token_id = ends
 
 
 def _save_converted(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Have transformers write weights under the names of the base model's files."""
+    """Save with transformers, which uses the names in the base model's files."""
     defaults = model.generation_config
-    model.generation_config = type(defaults)()  # `save_pretrained` refuses what published models have in it
+    model.generation_config = type(defaults)()  # save_pretrained refuses settings of some published models
     try:
         with without_bar():
             model.save_pretrained(folder, state_dict=state)
@@ -87,7 +92,7 @@ def _save_converted(model: nn.Module, state: dict[str, torch.Tensor], folder: Pa
 
 
 def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json, generation_config.json and the code of a model that brings its own."""
+    """Write config.json, generation_config.json and the code of a model with custom code."""
     from transformers.dynamic_module_utils import custom_object_save
 
     model.config.architectures = [type(model).__name__]
@@ -95,7 +100,7 @@ def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
-        # Not by its `save_pretrained`, which refuses what published models have in it (a temperature without sampling).
+        # Not with `save_pretrained`, which refuses settings of some published models (a temperature without sampling).
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -103,7 +108,7 @@ def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _mark_untied(model: nn.Module) -> None:
-    """So that a model whose output layer has come to differ from its embeddings is loaded with both."""
+    """Mark embeddings and LM head as untied in the config if they are now separate tensors."""
     head, text = model.get_output_embeddings(), model.config.get_text_config()
     if head is None:
         return

@@ -1,4 +1,4 @@
-"""Policies that end in scalars and not in a vocabulary: reward and value models, classifiers."""
+"""Policies with a scalar head instead of an LM head: reward models, value models and classifiers."""
 
 import contextlib
 from collections.abc import Iterable
@@ -16,7 +16,12 @@ from .positions import UNLIMITED, n_positions
 
 
 class Heads(NamedTuple):
-    """Names of the modules that a model's scalars come from, all trained whole, and of those with new weights."""
+    """Names of the modules of a scalar head.
+
+    Attributes:
+        trained: All of them; they are trained in full.
+        new: Those whose weights the files lack.
+    """
 
     trained: list[str]
     new: list[str]
@@ -25,11 +30,11 @@ class Heads(NamedTuple):
 class Scorer(Policy):
     """A decoder with a linear layer on the hidden state of each document's last token.
 
-    That is where a document ends in its row, wherever padding is and whatever ids stand in the text.
+    The last token is found by its position in the batch row, not by the id of padding.
     """
 
     def forward(self, batch: Batch) -> PolicyOutput:
-        """`scores` [D, L] of the documents, and where L is 1 `values` [N] of the text before each supervised token."""
+        """Return the `scores` [D, L] of the documents, and if L is 1 the `values` [N] before each target."""
         hidden = self.hidden_states(batch).flatten(0, 1)  # [R * T, H]
         scores = self._scalars(hidden.index_select(0, batch.last_token_positions.to(hidden.device)))  # [D, L]
         values = None
@@ -39,11 +44,11 @@ class Scorer(Policy):
 
     @property
     def n_positions(self) -> int:
-        """The longest text that the model has places for."""
+        """Return the longest document, in tokens, that the model's config allows."""
         return n_positions(self.model)
 
     def _scalars(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, L] float32."""
+        """Return the head's outputs for hidden states [n, H], shape [n, L], float32."""
         head = self.model.score
         with torch.autocast(hidden.device.type, enabled=False):
             bias = head.bias.float() if head.bias is not None else None
@@ -60,12 +65,12 @@ class Scorer(Policy):
 
 
 class EncoderScorer(Policy):
-    """An encoder of BERT's kind with the head that transformers gives it; one document a row, padded on the right."""
+    """An encoder such as BERT with transformers' head; one document per batch row, padded on the right."""
 
     def forward(self, batch: Batch) -> PolicyOutput:
-        """`scores` [D, L] of the documents."""
+        """Return the `scores` [D, L] of the documents."""
         mask = batch.doc_ids >= 0  # [R, T]
-        mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not come to NaN
+        mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not give NaN
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
         if getattr(self.model.config, "type_vocab_size", 1) > 1 and "token_types" in batch.columns:
             inputs["token_type_ids"] = batch.columns["token_types"].long()
@@ -74,7 +79,7 @@ class EncoderScorer(Policy):
 
     @property
     def n_positions(self) -> int:
-        """The longest text; positions of RoBERTa's kind begin behind the id of padding."""
+        """Return the longest document, in tokens; RoBERTa's positions begin after the id of padding."""
         for name, module in self.model.base_model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -89,7 +94,7 @@ class EncoderScorer(Policy):
 
 
 def make_policy(model: nn.Module) -> Policy:
-    """The policy that fits how a model ends."""
+    """Wrap a model in the policy for its head."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(_as_weights)
@@ -99,29 +104,39 @@ def make_policy(model: nn.Module) -> Policy:
 
 
 def _as_weights(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Autocast makes layer_norm fit on a GPU only: on the CPU it refuses float32 beside weights of half precision."""
+    """Cast the input to the dtype of the weight: on the CPU, autocast does not do it for layer_norm."""
     (x,) = inputs
     wider = x.dtype == torch.float32 and x.device.type == "cpu" and norm.weight is not None
     return (x.to(norm.weight.dtype),) if wider else inputs
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Whether a model is one of BERT's kind: transformers calls a decoder's scalar head `score`."""
+    """Return whether a model is an encoder such as BERT; transformers names the scalar head of decoders `score`."""
     return model.get_output_embeddings() is None and not hasattr(model, "score")
 
 
 def check_rows(model: nn.Module, packing: bool) -> None:
-    """Raises ConfigError for an encoder of packed rows."""
+    """Refuse packing for an encoder.
+
+    Raises:
+        ConfigError: The model is an encoder and `packing` is set.
+    """
     if packing and is_encoder(model):
         told = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
         raise ConfigError(f"packing: {told}")
 
 
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
-    """Notes in a model's config what its scalars mean, and where a decoder's text ends, for others who load it.
+    """Write the labels and the id of padding into a model's config, and set `model.heads`.
 
-    `missing`: names of the parameters that its files do not hold. Raises ConfigError when these are more than a head,
-    or when the files name the same outputs in another order.
+    Args:
+        model: A model with a scalar head.
+        outputs: Labels of the head.
+        pad_token_id: The tokenizer's id of padding; transformers finds the last token of a document with it.
+        missing: Names of the parameters that the model's files lack.
+
+    Raises:
+        ConfigError: More than a head is missing, or the files have the same labels in another order.
     """
     config, known = model.config, list(model.config.id2label.values())
     if known != outputs and sorted(known) == sorted(outputs):
@@ -130,7 +145,7 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
     config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
-    if not is_encoder(model):  # of which RoBERTa's kind counts positions from its own id
+    if not is_encoder(model):  # RoBERTa counts positions from its own id of padding
         config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
     new = sorted({name.rpartition(".")[0] for name in missing})
     body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
@@ -144,16 +159,17 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
 
 
 def heads_of(model: nn.Module) -> Heads:
-    """Those of a model that was loaded; none if it ends in a vocabulary."""
+    """Return the head modules of a loaded model; empty for a causal LM."""
     return Heads([], []) if model.get_output_embeddings() is not None else model.heads
 
 
 @torch.no_grad()
 def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
-    prompted, policy.prompted = policy.prompted, False  # the model's own logits know of no prompt
+    """Compare the scores of one document [n] with the model's own. Raises ConfigError."""
+    prompted, policy.prompted = policy.prompted, False  # the model's own logits do not include the prompt
     ours = policy(row_of(ids, [len(ids)])).scores[0]  # [L]
     policy.prompted = prompted
-    base = policy.model.get_input_embeddings().weight.dtype  # that of a head beside it may be float32
+    base = policy.model.get_input_embeddings().weight.dtype  # the head may be float32
     mixed = contextlib.nullcontext() if base == torch.float32 else torch.autocast(ids.device.type, base)
     with gathered(), mixed:
         theirs = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L]

@@ -1,8 +1,8 @@
-"""Prompt and prefix tuning: vectors before every document, all that is trained beside a frozen model.
+"""Prompt and prefix tuning: trained vectors before every document of a frozen model.
 
-prompt: n vectors take the place of the embeddings of tokens (Lester et al. 2021, arXiv 2104.08691). prefix: n keys and
-values in each layer's attention (Li and Liang 2021, arXiv 2101.00190), with `prefix_projection` made by a small network
-that is thrown away after training. The layout is PEFT's.
+prompt: n embedding vectors (Lester et al. 2021, arXiv 2104.08691). prefix: n keys and values in the attention of each
+layer (Li and Liang 2021, arXiv 2101.00190); with `prefix_projection` a small network computes them, which is dropped
+after training. The layout is that of PEFT.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ KINDS = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
 
 
 class SoftPrompt(nn.Module):
-    """A part of the model that it is put into, so that a sharding wrapper finds its parameters."""
+    """The trained vectors. It is a submodule of the model, so that a sharding wrapper finds its parameters."""
 
     def __init__(self, model: nn.Module, options: SoftPromptConfig, seed: int):
         super().__init__()
@@ -33,7 +33,7 @@ class SoftPrompt(nn.Module):
         heads = config.num_attention_heads
         self.heads = getattr(config, "num_key_value_heads", None) or heads
         self.head_dim = getattr(config, "head_dim", None) or width // heads
-        keys = self.heads * self.head_dim  # of one layer and token
+        keys = self.heads * self.head_dim  # size of the keys of one layer and token
         columns = width if self.method == "prompt" else keys if options.prefix_projection else 2 * self.n_layers * keys
         generator = torch.Generator().manual_seed(seed)
 
@@ -51,13 +51,17 @@ class SoftPrompt(nn.Module):
                 layer.weight, layer.bias = normal(*layer.weight.shape), nn.Parameter(torch.zeros_like(layer.bias))
 
     def vectors(self) -> Tensor:
-        """What PEFT saves: [n, H], or [n, 2 * layers * heads * head_dim]."""
+        """Return the vectors that PEFT saves, shape [n, H] or [n, 2 * layers * heads * head_dim]."""
         return self.weight if self.projection is None else self.projection(self.weight)
 
     def forward(self, ids: Tensor, embeddings: nn.Module, dtype: torch.dtype, fixed: bool = True) -> dict[str, Any]:
-        """What a backbone takes in the place of `input_ids` [R, T].
+        """Return the inputs of the backbone that replace `input_ids`.
 
-        With `fixed` a cache of keys and values stays as it is, however often a layer asks for it.
+        Args:
+            ids: Token ids, shape [R, T].
+            embeddings: The input embeddings.
+            dtype: Dtype of keys and values.
+            fixed: The cache of keys and values does not grow, since recomputation updates it twice.
         """
         vectors, rows = self.vectors(), len(ids)
         if self.method == "prompt":
@@ -76,12 +80,12 @@ class SoftPrompt(nn.Module):
 
     @property
     def n_before(self) -> int:
-        """Places that the prompt takes in the backbone's output."""
+        """Return the number of positions that the prompt adds to the backbone's output."""
         return self.n_tokens if self.method == "prompt" else 0
 
 
 class _FixedLayer(DynamicLayer):
-    """Keys and values that are put before others without being kept with them: recomputation asks twice."""
+    """Keys and values that are put before others but do not grow, since recomputation updates a layer twice."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
@@ -97,7 +101,7 @@ class PromptAdapter(Adapter):
 
 
 def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
-    """adapter_config.json, as PEFT has it."""
+    """Return adapter_config.json in PEFT's format."""
     prompt, config = model.soft_prompt, model.config.get_text_config()
     told = base | ({"modules_to_save": heads_of(model).trained} if heads_of(model).trained else {})
     told |= {
@@ -110,11 +114,11 @@ def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, A
     }
     if options.method == "prompt":
         return told | {"prompt_tuning_init": "RANDOM"}
-    return told | {"prefix_projection": False}  # what is saved has gone through it
+    return told | {"prefix_projection": False}  # the saved vectors are projected
 
 
 def vectors_of(tensors: dict[str, Tensor]) -> Tensor:
-    """`SoftPrompt.vectors` from the whole tensors by their names in the model."""
+    """Return `SoftPrompt.vectors` from unsharded tensors by their names in the model."""
     own = {name.removeprefix("soft_prompt."): tensor for name, tensor in tensors.items()}
     vectors = own["weight"]
     if "projection.0.weight" in own:

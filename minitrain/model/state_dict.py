@@ -1,4 +1,4 @@
-"""Weights that take the place of those of a model: a state dict in a file, or the files of a model's folder."""
+"""Weights that replace those of a model: a state dict in a file, or the files of a model's folder."""
 
 import json
 import pickle
@@ -17,14 +17,21 @@ INDEX = "model.safetensors.index.json"
 
 
 def load_archive(model: nn.Module, path: Path) -> None:
-    """Loads an archive over a model. Raises ConfigError when it cannot be read, or is of another model."""
+    """Replace the weights of a model by those of an archive.
+
+    Raises:
+        ConfigError: The archive cannot be read, or is of another model.
+    """
     model.load_state_dict(read_archive(model, path), strict=False)
 
 
 def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of an archive by the names of `model`; one that is tied to another may be missing.
+    """Read the tensors of an archive, by their names in `model`; tied ones can be missing.
 
-    A `.pt` file may hold its state dict under the key `state`. Objects are never unpickled. Raises ConfigError.
+    A `.pt` file can have its state dict under the key `state`. Objects are never unpickled.
+
+    Raises:
+        ConfigError: The archive cannot be read, or is of another model.
     """
     state: dict[str, Tensor] = {}
     try:
@@ -45,7 +52,7 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def archive_files(path: Path) -> list[Path]:
-    """The files of an archive: one of weights, or those of a folder as `final/` is. Empty where there are none."""
+    """Return the files of an archive: the file itself, or those of a model's folder; empty if there are none."""
     if path.is_file():
         return [path] if path.suffix in (".pt", ".bin", ".safetensors") else []
     if (path / INDEX).is_file():
@@ -55,7 +62,7 @@ def archive_files(path: Path) -> list[Path]:
 
 
 def _by_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Files keep the names that a model had in older versions of transformers, and buffers that it had then."""
+    """Rename the keys of older versions of transformers to those of `model`, and drop buffers that it no longer has."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

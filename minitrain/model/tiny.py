@@ -1,4 +1,4 @@
-"""The embedded default: a byte-level tokenizer and a small Llama with random weights, built on the spot."""
+"""The built-in default: a byte-level tokenizer and a small Llama with random weights."""
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -8,7 +8,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that every text can be written, and the tokens of ChatML."""
+    """Return a tokenizer with one token per byte, which can write any text, and the special tokens of ChatML."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -25,7 +25,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int, vocab_size: int, eos_token_id: int, pad_token_id: int, **changes) -> LlamaForCausalLM:
-    """A Llama of about 100,000 parameters; the same weights for the same seed. `changes` go into its config."""
+    """Return a Llama of about 100,000 parameters; `seed` determines its weights, `changes` override its config."""
     shape = dict(
         hidden_size=64,
         intermediate_size=128,
@@ -50,7 +50,7 @@ def tiny_model(seed: int, vocab_size: int, eos_token_id: int, pad_token_id: int,
 
 
 def tiny_scorer(model: LlamaForCausalLM, n_outputs: int, seed: int) -> LlamaForSequenceClassification:
-    """The same with scalars in the place of the vocabulary."""
+    """Return the model with a new scalar head of `n_outputs` labels instead of its LM head."""
     model.config.num_labels = n_outputs
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

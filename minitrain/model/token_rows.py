@@ -1,10 +1,9 @@
-"""Rows of frozen embeddings that are trained alone: those of tokens that are new to a model.
+"""Trained rows of frozen embeddings, for tokens that are new to a model.
 
-    embedding:     the vector of a token in `token_ids` is its row of `token_rows` [n, H], not that of the weight
-    output layer:  its logit is hidden @ row
+    embedding:  the vector of a token in `token_ids` is its row of `token_rows` [n, H], not that of the weight
+    LM head:    its logit is hidden @ row
 
-The rows are parameters of the layers that they belong to, one parameter where two layers are tied, as PEFT has it
-(`trainable_token_indices`).
+The rows are parameters of their layer, and tied layers share them, as with PEFT's `trainable_token_indices`.
 """
 
 import functools
@@ -17,10 +16,15 @@ NAME = "token_rows"
 
 
 def add(module: nn.Module, ids: list[int], rows: nn.Parameter | None = None) -> nn.Parameter:
-    """Give an embedding or a linear layer rows for these token ids, in ascending order; return the rows.
+    """Add trained rows to an embedding or a linear layer.
 
     Args:
-        rows: Those of a tied layer. New ones are zeros in float32, on the device of the weight.
+        module: The layer.
+        ids: Token ids in ascending order.
+        rows: The rows of a tied layer; by default new ones, zeros in float32 on the device of the weight.
+
+    Returns:
+        The rows, shape [n, H].
     """
     weight = module.weight
     device = weight.device if not weight.is_meta else None
@@ -37,10 +41,12 @@ def has_rows(module: nn.Module) -> bool:
 
 
 def put_rows(module: nn.Module, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return a weight [V, H] of the layer with its trained rows in place, in the dtype of `weight`.
+    """Return a weight of a layer with its trained rows, in the dtype of the weight.
 
     Args:
-        rows: The rows of a sharded layer, whole; None for those of the layer itself.
+        module: The layer.
+        weight: Its full weight, shape [V, H].
+        rows: The unsharded rows of a sharded layer, shape [n, H]; by default those of the layer.
     """
     if not has_rows(module):
         return weight
@@ -49,7 +55,7 @@ def put_rows(module: nn.Module, weight: Tensor, rows: Tensor | None = None) -> T
 
 
 def fold(module: nn.Module) -> None:
-    """Write the rows into the weight, in place: it may be tied."""
+    """Write the rows into the weight, in place because it can be tied."""
     with torch.no_grad():
         module.weight[module.token_ids] = module.token_rows.to(module.weight)
     del module.token_rows, module.token_ids
@@ -65,7 +71,7 @@ class _EmbeddingRows:
     def forward(self, ids: Tensor) -> Tensor:
         y = super().forward(ids)  # [..., H]
         at = torch.searchsorted(self.token_ids, ids).clamp_max(len(self.token_ids) - 1)  # [...]
-        rows = F.embedding(at, self.token_rows) * getattr(self, "embed_scale", 1.0)  # Gemma's embeddings are scaled
+        rows = F.embedding(at, self.token_rows) * getattr(self, "embed_scale", 1.0)  # Gemma scales its embeddings
         return torch.where((self.token_ids[at] == ids)[..., None], rows.to(y.dtype), y)
 
 

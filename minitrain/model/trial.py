@@ -1,4 +1,4 @@
-"""A policy on the meta device tried out as a loaded one is, with random values that take next to no memory."""
+"""Run the checks of a loaded policy on one from the meta device, with random values that take almost no memory."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,19 @@ from .diagnostics import first_line
 from .policy import Policy, check_packing, check_policy, find_blocks
 from .sequence_head import is_encoder
 
-SPREAD = 0.05  # of the values: large enough for gradients that are not 0, small enough not to overflow
-N_VALUES = 1 << 20  # which are repeated
-MAX_VOCABULARY = 1024  # rows of the output layer; the trial needs the first few tokens only
+SPREAD = 0.05  # standard deviation of the values: gradients are not 0 and nothing overflows
+N_VALUES = 1 << 20  # distinct values, which are repeated
+MAX_VOCABULARY = 1024  # rows of the LM head; the checks use the first few tokens
 
 
 def try_outline(policy: Policy, packing: bool) -> list[str]:
-    """Try what training tries with the weights, and return warnings. The policy is of no further use.
+    """Run the checks that training runs on the loaded policy. The policy cannot be used afterwards.
+
+    Returns:
+        Warnings: with random values a failed check is not certain.
 
     Raises:
-        ConfigError: With `packing`, when documents of one row see each other. Values make no difference to that.
+        ConfigError: With `packing`, documents of a row attend to each other. This does not depend on the values.
     """
     _give_values(policy)
     warnings = []
@@ -29,7 +32,7 @@ def try_outline(policy: Policy, packing: bool) -> list[str]:
             check_policy(policy, packing=False)
             warnings = []
             break
-        except Exception as error:  # whatever a model may do with such values
+        except Exception as error:  # a model can fail in any way with random values
             warnings = [f"tried out with random values: {first_line(error)}"]
     if packing and not is_encoder(policy.model):
         policy.eval()
@@ -45,7 +48,7 @@ def try_outline(policy: Policy, packing: bool) -> list[str]:
 
 
 def _fewer_blocks(model: nn.Module) -> Iterator[None]:
-    """Yield with one block of each kind in the model, which is quicker, and then with all of them."""
+    """Yield with one block of each structure in the model, which is faster, and then with all of them."""
     blocks = find_blocks(model)
     every = list(blocks)
     distinct = list({_signature(block): block for block in reversed(every)}.values())[::-1]
@@ -64,7 +67,7 @@ def _give_values(policy: Policy) -> None:
     values = SPREAD * torch.randn(N_VALUES, generator=torch.Generator().manual_seed(0))
     head = policy.model.get_output_embeddings()
     vocabulary = () if hasattr(head, "lora") else (head, policy.model.get_input_embeddings())
-    made: dict[int, nn.Parameter] = {}  # what is tied stays so
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in policy.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
@@ -78,7 +81,7 @@ def _give_values(policy: Policy) -> None:
 
 
 def _view(values: Tensor, shape: list[int]) -> Tensor:
-    """Return a tensor over few values: rows overlap by all but one, and matrices of a stack are the same one."""
+    """Return a view of few values: rows overlap by all but one value, and the matrices of a stack are the same."""
     pitch = shape[-1] if len(shape) > 2 else 1  # products of stacked matrices refuse rows that overlap
     strides = [0] * (len(shape) - 2) + [pitch, 1][2 - min(2, len(shape)) :]
     n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -1,8 +1,8 @@
-"""Tokens that are new to a model: which they are, and the embedding rows that they start with.
+"""Tokens that are new to a model, and the initial values of their embedding rows.
 
 A new row is the mean of the known rows (Hewitt 2021) plus a little noise: with equal rows, two tokens would have the
-same probability. The noise depends on the token's id alone, so that the policy, its reference, every rank and a later
-merge have the same row.
+same probability. The noise depends only on the token's id, so that the policy, its reference, every rank and a later
+merge get the same row.
 """
 
 from functools import cached_property
@@ -15,18 +15,19 @@ from minitrain.errors import ConfigError
 
 from .weights import Weights
 
-NOISE = 0.1  # standard deviation, as a share of that of the known rows
+NOISE = 0.1  # standard deviation, relative to that of the known rows
 
 
 def mark_known(tokenizer) -> None:
-    """Remember the ids that a tokenizer comes with, so that those of tokens added later are new."""
+    """Record the ids of a loaded tokenizer, so that ids of tokens added later count as new."""
     tokenizer.known = frozenset(tokenizer.get_vocab().values())
 
 
 def count_ids(tokenizer) -> int:
-    """Return one more than the largest token id, which is more than `len(tokenizer)` where ids have holes.
+    """Return one more than the largest token id, which is more than `len(tokenizer)` if ids have gaps.
 
-    Raises ConfigError when two tokens have one id, as when a token is added to a tokenizer with holes.
+    Raises:
+        ConfigError: Two tokens have the same id, which happens if a token is added to a tokenizer with gaps.
     """
     vocabulary = tokenizer.get_vocab()
     tokens: dict[int, str] = {}
@@ -41,17 +42,19 @@ def count_ids(tokenizer) -> int:
 
 
 def resize_embeddings(model: nn.Module, tokenizer, weights: Weights | None = None) -> None:
-    """Give every token id a row, and new tokens new rows. No row is removed.
+    """Add embedding rows so that every token id has one, and initialize those of new tokens. Remove no row.
 
-    New are the ids beyond the model's rows, and those of tokens added since the tokenizer was loaded, even where the
-    model has a spare row. `model.new_ids` lists those that a model learns from: all but padding.
+    New ids are those beyond the model's rows, and those of tokens added since the tokenizer was loaded, even if the
+    model has an unused row for them. `model.new_ids` lists those that are trained: all but padding.
 
     Args:
-        weights: Rows of a model without memory.
+        model: The transformers model.
+        tokenizer: The tokenizer that the model is trained with.
+        weights: Weights of a model on the meta device.
     """
     n_rows, n_ids = model.get_input_embeddings().weight.shape[0], count_ids(tokenizer)
     ids = set(tokenizer.get_vocab().values())
-    added = ids - getattr(tokenizer, "known", ids)  # nothing was added to a tokenizer that nobody marked
+    added = ids - getattr(tokenizer, "known", ids)  # without mark_known, no token counts as added
     new = sorted(added | set(range(n_rows, n_ids)))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
     model.new_ids = [number for number in new if number != padding]
@@ -69,23 +72,28 @@ def resize_embeddings(model: nn.Module, tokenizer, weights: Weights | None = Non
 
 
 def embedding_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the input embeddings and the output layer by name, as far as the model has them."""
+    """Return the input embeddings and the LM head by name, if the model has them."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     return {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weights and biases with a row for each token by name, tied ones once."""
+    """Return the weights and biases of embeddings and LM head by name, tied ones once."""
     layers = embedding_layers(model).values()
     wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
 class NewRows:
-    """Rows of a tensor, with new ones for new tokens."""
+    """The rows of a tensor, with new ones for new tokens.
+
+    Args:
+        source: Has the known rows as `source[start:stop]`.
+        n_rows: Number of known rows.
+        ids: Ids of new tokens.
+    """
 
     def __init__(self, source: Any, n_rows: int, ids: list[int]):
-        """`source[start:stop]` are the known rows, of which there are `n_rows`."""
         self.source, self.n_rows, self.ids = source, n_rows, ids
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -99,7 +107,7 @@ class NewRows:
         return found
 
     def start(self, ids: list[int]) -> Tensor:
-        """Return the rows that these tokens start with, in float32."""
+        """Return the initial rows of these tokens in float32, shape [n, H]."""
         mean, deviation = self._moments
         noise = [torch.randn(mean.shape, generator=torch.Generator().manual_seed(number)) for number in ids]
         return mean + NOISE * deviation * torch.stack(noise)
@@ -111,7 +119,7 @@ class NewRows:
 
 
 def describe_new(model: nn.Module, tokenizer) -> str | None:
-    """Say in words which tokens are new and how they are trained; None where there are none."""
+    """Return a line about which tokens are new and how they are trained; None if there are none."""
     if not model.new_ids:
         return None
     names = [str(tokenizer.convert_ids_to_tokens(number)) for number in model.new_ids[:4]]

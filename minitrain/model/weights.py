@@ -1,4 +1,4 @@
-"""Weights as rows of tensors: read by each rank from a model's files, and written again one tensor at a time."""
+"""Read rows of weights from a model's files, as each rank needs them, and write weights one tensor at a time."""
 
 import contextlib
 import itertools
@@ -17,32 +17,36 @@ from minitrain.io.tensor_files import save_file
 from . import token_rows
 from .diagnostics import describe_unused, log_of_model
 
-SHARD_BYTES = 4 << 30  # of one file of a saved model, and so of what is held while it is written
+SHARD_BYTES = 4 << 30  # size of one file of a saved model, and of the memory that saving takes
 
 
 class Weights:
-    """Rows of tensors, by the names of a model's parameters, without reading the rest of them."""
+    """Rows of the tensors of a model, by parameter name, read from files when they are needed.
+
+    Args:
+        sources: Name -> tensor or safetensors slice; `source[start:stop]` are its rows.
+        sizes: Name -> shape.
+    """
 
     def __init__(self, sources: dict[str, Any], sizes: dict[str, list[int]]):
-        """`sources[name][start:stop]` are rows of a tensor (safetensors' slices, or tensors), `sizes` its shape."""
         self.sources, self.sizes = sources, sizes
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor."""
+        """Return rows of a tensor."""
         return self.sources[name][start:stop]
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        """Takes these tensors in the place of those of the files."""
+        """Use these tensors instead of those in the files."""
         self.sources |= tensors
         self.sizes |= {name: list(tensor.shape) for name, tensor in tensors.items()}
 
     def alias(self, name: str, known: str) -> None:
-        """Makes a second tensor with the rows of one that is known."""
+        """Add a tensor with the rows of the tensor `known`."""
         self.sources[name], self.sizes[name] = self.sources[known], self.sizes[known]
 
 
 class Less:
-    """Rows of a tensor with the product of two matrices taken from them."""
+    """Rows of source - left @ right."""
 
     def __init__(self, source: Any, left: Tensor, right: Tensor):
         self.source, self.left, self.right = source, left, right
@@ -53,7 +57,7 @@ class Less:
 
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
-    """The weights in a folder's or a hub model's safetensors files; None when they are not named as in the model."""
+    """Open the safetensors files of a model; return None if their keys or shapes are not those of `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     if get_model_conversion_mapping(model, add_legacy=False):
@@ -69,11 +73,11 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
         sizes[parameter] = sources[parameter].get_shape()
         if sizes[parameter][1:] != list(value.shape[1:]):
             return None
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # of a name, the one that it is tied to
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # name -> the name that it is tied to
     for parameter in tied.keys() & files.keys():
         key = used.get(tied[parameter])
         if key is None or not torch.equal(files[parameter].get_tensor(parameter), files[key].get_tensor(key)):
-            return None  # the config says tied, the files hold two: transformers takes both
+            return None  # the config ties them, but the files have two: transformers loads both
     for buffer, value in model.named_buffers():
         if buffer in files:
             value.copy_(files[buffer].get_tensor(buffer))
@@ -83,11 +87,11 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, modules are made without memory for their parameters; their buffers are as always."""
+    """Within the context, new parameters are on the meta device; buffers are real."""
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is may be tied, and must stay the same one
+        if parameter is not None and not parameter.is_meta:  # a tied parameter must stay the same object
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
@@ -99,10 +103,13 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole of each tensor that is saved, tied ones once; `whole` joins the shards of one.
+    """Yield the name and the unsharded value of each tensor to save, tied ones once.
 
-    Those are all of a model, or with an adapter those that the adapter's files hold. Rows that are trained alone are
-    in the weight that they belong to.
+    With an adapter, these are the tensors of the adapter's files. Trained rows are written into their weight.
+
+    Args:
+        model: The transformers model.
+        whole: Returns the unsharded value of a tensor.
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
@@ -119,7 +126,14 @@ def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterat
 
 
 def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """Writes tensors, floating ones cast once to `dtype`, in files of up to `SHARD_BYTES` and no more in memory."""
+    """Save the tensors of a model in files of up to `SHARD_BYTES`, with at most one file in memory.
+
+    Args:
+        model: The transformers model.
+        tensors: Name and value of each tensor, in the order of `whole_tensors`.
+        folder: Where the files go.
+        dtype: Dtype of saved floating-point tensors.
+    """
     sizes = [_size(tensor, dtype) for tensor in _tensors(model).values()]
     counts, stream, files = _cut(sizes), iter(tensors), {}
     for number, count in enumerate(counts, 1):
@@ -135,7 +149,7 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
 
 
 def _cut(sizes: list[int]) -> list[int]:
-    """How many tensors go into each file."""
+    """Return how many tensors go into each file."""
     counts, held = [0], 0
     for size in sizes:
         if counts[-1] and held + size > SHARD_BYTES:
@@ -147,7 +161,7 @@ def _cut(sizes: list[int]) -> list[int]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a state dict holds, each of several tied parameters under the name that transformers keeps."""
+    """Return the state dict of a model, with tied parameters once, under the name that transformers keeps."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     kept: dict[int, str] = {}
     everything = model.named_parameters(remove_duplicate=False)
@@ -166,7 +180,7 @@ def _size(tensor: Tensor, dtype: torch.dtype) -> int:
 
 
 def weight_files(name: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a model; none when it has no such files."""
+    """Return the safetensors files of a model; empty if it has none."""
     from transformers.utils.hub import cached_file
 
     def find(file: str) -> Path | None:
@@ -187,7 +201,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str]:
-    """Return the keys of a model's files that it has no place for, apart from what older versions of it had."""
+    """Return the keys of a model's files that the model does not have, except those of its older versions."""
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     unused = set(keys) - used - set(tied) - dict(model.named_buffers()).keys()
@@ -195,9 +209,10 @@ def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str
 
 
 def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
-    """Return missing, mismatched and unexpected keys of a local model's safetensors files, as transformers names them.
+    """Return the missing, mismatched and unexpected keys of a local model's safetensors files.
 
-    Only the headers are read. Nothing is returned of files that are named otherwise than the model's parameters.
+    The format is the loading info of transformers. Only the headers are read. All lists are empty if transformers
+    converts the model's files.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
@@ -209,7 +224,7 @@ def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
     shapes, older = {}, get_model_conversion_mapping(model)
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
+            for key in file.keys():  # noqa: SIM118 (not a dict)
                 shapes[rename_source_key(key, older, [])[0]] = file.get_slice(key).get_shape()
     tied, used = set(getattr(model, "all_tied_weights_keys", None) or ()), set()
     for name, parameter in model.named_parameters():
