@@ -44,12 +44,12 @@ from minitrain.io.redact import redact
 from .cache_writer import new_cache
 from .collate import Document
 from .encode import EXCLUDED, N_DOCUMENTS, TruncationConfig, encode
-from .examples import to_record
+from .examples import format_sources, to_record
 from .files import Row
 from .source import Source, open_source
 from .template import Template, Tokens
 
-FORMAT = 9  # raise it when the same inputs give other tokens
+FORMAT = 9  # raise it when the same inputs give other tokens; row formats are in the key by themselves
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
 BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits
@@ -95,6 +95,7 @@ class Encoder:
             "dataset": {k: v for k, v in entry.items() if k not in ("path", "weight")},
             "suffix": "".join(Path(self.dataset.path).suffixes[-2:]),
             "kind": self.kind,
+            "row_formats": format_sources(self.kind, self.dataset.type),
             **self.limits._asdict(),
             "train_on": self.template.train_on,
             "chat_template": tokenizer.chat_template,

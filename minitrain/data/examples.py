@@ -3,6 +3,7 @@
 To add a schema: a function decorated with `schema` in the file of its kind, and its test.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -113,6 +114,26 @@ def schema(name: str, kind: str, *required: str):
 
 def schemas_of(kind: str) -> dict[str, Schema]:
     return {name: one for name, one in SCHEMAS.items() if one.kind == kind}
+
+
+def format_sources(kind: str, name: str | None) -> list[list]:
+    """Return what determines how rows are read: name, keys and code of each schema of a kind, in order.
+
+    Token caches have it in their key, so that rows which an old cache left out are read by a schema that is new.
+
+    Args:
+        name: The only schema that is used; None for all.
+    """
+    return [
+        [each, one.required, _source(one.convert)] for each, one in schemas_of(kind).items() if name in (None, each)
+    ]
+
+
+def _source(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # it was typed into an interpreter
+        return function.__code__.co_code.hex()
 
 
 def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> Record:

@@ -14,7 +14,7 @@ from minitrain.config.schema import Config, ModelConfig
 from minitrain.data import cache as cache_module
 from minitrain.data import cache_writer
 from minitrain.data.cache import TokenCache, load_cache
-from minitrain.data.examples import to_record
+from minitrain.data.examples import SCHEMAS, Conversation, assistant, format_sources, schema, to_record, user
 from minitrain.data.template import Template
 from minitrain.errors import DataError
 from minitrain.io.temp_files import building_folder
@@ -102,6 +102,60 @@ def test_everything_that_matters_is_in_the_key(jsonl, config, template, monkeypa
     entry = jsonl(change.get("rows", ROWS[:50]), **change.get("entry", {}))
     load_cache(entry, changed_template(**change["template"]) if "template" in change else template, config)
     assert len(files_in(config)) == 2
+
+
+@pytest.fixture
+def own_schemas():
+    """What a test registers is gone after it."""
+    before = dict(SCHEMAS)
+    yield
+    SCHEMAS.clear()
+    SCHEMAS.update(before)
+
+
+RIDDLES = [{"riddle": f"{i} + 1", "solution": str(i + 1)} for i in range(3)]
+
+
+def riddle(row, dataset):
+    return Conversation([user(row["riddle"]), assistant(row["solution"])])
+
+
+def riddle_with_a_dot(row, dataset):
+    return Conversation([user(row["riddle"] + "."), assistant(row["solution"])])
+
+
+def test_a_new_format_reads_the_rows_that_an_old_cache_left_out(jsonl, config, template, own_schemas):
+    """A cache that was written before the format was registered does not hide its rows, nor one of other code."""
+    config.on_bad_row, entry = "skip", jsonl([*ROWS[:2], *RIDDLES])
+    assert len(load_cache(entry, template, config)) == 2
+    register = schema("riddle", "conversation", "riddle", "solution")
+    register(riddle)
+    first = load_cache(entry, template, config)
+    assert len(first) == 5 and not first.counts
+    register(riddle_with_a_dot)
+    assert contents(load_cache(entry, template, config))[2:] != contents(first)[2:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "type"), [("preference", None), ("conversation", "messages")], ids=["other kind", "other type"]
+)
+def test_a_format_that_is_not_used_is_not_in_the_key(kind, type, own_schemas):
+    """Caches, and the files of teachers that name them, outlive formats of other kinds of rows."""
+    before = format_sources(kind, type)
+    schema("riddle", "conversation", "riddle", "solution")(riddle)
+    assert format_sources(kind, type) == before != []
+    assert format_sources("conversation", None)[-1][0] == "riddle"
+
+
+def test_a_format_typed_into_an_interpreter_is_in_the_key(own_schemas):
+    """There is no source to read, but code."""
+    found = []
+    for text in ("row['riddle']", "row['solution']['a']"):
+        scope = {}
+        exec(f"def convert(row, dataset):\n    return {text}", scope)
+        schema("riddle", "conversation", "riddle", "solution")(scope["convert"])
+        found.append(format_sources("conversation", "riddle"))
+    assert found[0] != found[1]
 
 
 def test_key_is_the_same_for_a_tokenizer_made_again(jsonl, config, template, no_encoding):
