@@ -1,4 +1,4 @@
-"""Where two runs part: `minitrain compare`. It reads their ledgers, a line for each step, and their configs."""
+"""Find the first step at which two runs differ, from their ledgers and configs: `minitrain compare`."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ from minitrain.errors import ConfigError, RunFolderError
 from minitrain.training.metrics_log import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
 
 FILE = "ledger.jsonl"
-OWN = ("exp_name", "output_dir")  # what always differs
-ROUNDING = 1e-5  # what another order of sums makes of a float32 loss, at most
+OWN = ("exp_name", "output_dir")  # always differ
+ROUNDING = 1e-5  # largest relative difference of a float32 loss due to the order of sums
 
 
 class Step(NamedTuple):
@@ -22,16 +22,25 @@ NAMES = {"tokens": "tokens", "loss": "loss", "grad_norm": "gradient norm"}
 
 
 class Parting(NamedTuple):
-    """Where a figure first differs, and the relative difference there; None of a hash."""
+    """The first difference of a metric.
+
+    Attributes:
+        step: The step.
+        apart: The relative difference there; None for a hash.
+    """
 
     step: int
     apart: float | None
 
 
 def compare(first: Path, second: Path) -> tuple[list[str], bool]:
-    """(lines that say where two runs part and in what, whether they are the same in all steps that both have).
+    """Compare two run directories.
 
-    Raises ConfigError for a folder without a ledger, and for runs without a step in common.
+    Returns:
+        Lines about where the runs first differ, and whether all steps that both have are the same.
+
+    Raises:
+        ConfigError: A directory has no ledger, or the runs have no step in common.
     """
     ledgers = [read_ledger(first), read_ledger(second)]
     steps = sorted(set(ledgers[0]) & set(ledgers[1]))
@@ -51,7 +60,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
 
 
 def read_ledger(folder: Path) -> dict[int, Step]:
-    """The steps of a run; lines that cannot be read are skipped, with a warning on stderr. Raises ConfigError."""
+    """Read the steps of a run; skip damaged lines with a warning on stderr. Raises ConfigError."""
     lines = read_lines(folder, FILE, "; a run writes it unless it has ledger=false")
     steps, damaged = {}, []
     for number, line in enumerate(lines, 1):
@@ -72,7 +81,7 @@ def _span(ledger: dict[int, Step]) -> str:
 
 
 def _options(first: Path, second: Path) -> list[str]:
-    """A line for each option in which the configs differ."""
+    """Return a line for each option that differs."""
     configs = []
     for folder in (first, second):
         try:
@@ -91,7 +100,7 @@ def _options(first: Path, second: Path) -> list[str]:
 
 
 def _flat(settings, path: str = ""):
-    """(key, value) of each option, ``a.b`` for one in a section."""
+    """Yield (key, value) of each option; the key is ``a.b`` in a section."""
     if isinstance(settings, dict) and (settings or not path):
         for key, value in settings.items():
             yield from _flat(value, f"{path}.{key}" if path else str(key))
@@ -104,7 +113,7 @@ def _shown(config: dict, key: str) -> str:
 
 
 def _figure(steps: list[int], a: list, b: list) -> tuple[str, Parting | None]:
-    """What to say of a figure, and where it first differs."""
+    """Return a line about a metric of two runs, and its first difference."""
     differing = [i for i in range(len(steps)) if a[i] != b[i] and not (a[i] != a[i] and b[i] != b[i])]  # NaN is NaN
     if not differing:
         return f"the same to the last bit in {len(steps):,} steps", None
@@ -121,13 +130,13 @@ def _figure(steps: list[int], a: list, b: list) -> tuple[str, Parting | None]:
 
 
 def _apart(a: float, b: float) -> float:
-    """Their difference as a share of the larger one; infinite where one is no number."""
+    """Return the difference relative to the larger number; infinity if one is NaN."""
     share = abs(a - b) / max(abs(a), abs(b))
     return share if share == share else float("inf")
 
 
 def _verdict(partings: dict[str, Parting], steps: list[int]) -> str:
-    """In words what differed first, and what that leaves as the cause."""
+    """Return a sentence about what differed first, and its possible causes."""
     if not partings:
         return f"The runs are the same in all {len(steps):,} steps that both have."
     step = min(parting.step for parting in partings.values())

@@ -1,6 +1,6 @@
-"""What looks wrong in the figures of a run, in words: `minitrain doctor`.
+"""Diagnose problems in the logged metrics of a run: `minitrain doctor`.
 
-A finding is a small function over what was logged, and a line in CHECKS.
+Each diagnosis is a small function over the metrics, and a line in CHECKS.
 """
 
 import math
@@ -15,12 +15,12 @@ from typing import NamedTuple
 from minitrain.training.atomic_dir import checkpoints, step_of
 from minitrain.training.metrics_log import History, Point
 
-ENOUGH = 6  # lines, below which nothing is said of how a figure goes
-SHOWN = 5  # steps that are named
-FLAT = 0.02  # of a figure's size, the least change that counts
-RISE = 0.3  # of what was gained, or of the loss: lost again by a run that diverges
+ENOUGH = 6  # fewest lines from which a trend is derived
+SHOWN = 5  # most steps listed
+FLAT = 0.02  # smallest relative change that counts
+RISE = 0.3  # fraction of the gain, or of the loss, that a diverging run loses again
 SPIKE = 8  # times the running median
-CLIPPED = 2  # times max_grad_norm, the median of norms that are always clipped
+CLIPPED = 2  # times max_grad_norm: median norm of a run whose gradients are always clipped
 CLIP_FRACTION = 0.3
 RATIOS = (0.8, 1.25)
 PADDING = 0.3
@@ -29,7 +29,7 @@ WIDTH = 100
 
 
 class Finding(NamedTuple):
-    """What looks wrong, where it shows, and what to try."""
+    """What looks wrong, the evidence, and what to try."""
 
     what: str
     evidence: str
@@ -37,7 +37,14 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What is looked at, how, the figures without which there is nothing to look at, and one that forbids it."""
+    """A check of the metrics of a run.
+
+    Attributes:
+        of: What is checked.
+        look: Returns the finding, if there is one.
+        needs: Metrics without which the check is skipped.
+        unless: A metric with which the check is skipped.
+    """
 
     of: str
     look: Callable[[History], Finding | None]
@@ -49,7 +56,13 @@ class Check(NamedTuple):
 
 
 class Trend(NamedTuple):
-    """Where a figure begins and ends, and the least difference between the two that is neither small nor noise."""
+    """The change of a metric over a run.
+
+    Attributes:
+        first: Mean at the start.
+        last: Mean at the end.
+        least: Smallest difference that is neither small nor noise.
+    """
 
     first: float
     last: float
@@ -57,7 +70,7 @@ class Trend(NamedTuple):
 
 
 def examine(run: History) -> tuple[list[Finding], list[str]]:
-    """The findings, and what was looked at and found well."""
+    """Run all checks that apply; return the findings, and the names of the checks without one."""
     findings, well = [], []
     for check in CHECKS:
         if not check.applies(run):
@@ -71,7 +84,7 @@ def examine(run: History) -> tuple[list[Finding], list[str]]:
 
 
 def report(run: History) -> str:
-    """The whole report, wrapped for the terminal."""
+    """Return the full report, wrapped for the terminal."""
     findings, well = examine(run)
     lines = [len(run.figures.get(f"{kind}/loss", [])) for kind in ("train", "eval")]
     paragraphs = [_wrap(f"{run.folder}: {lines[0]} train and {lines[1]} eval lines, up to step {run.last_step}")]
@@ -126,7 +139,7 @@ def diverging_loss(run: History) -> Finding | None:
 
 
 def not_finite(run: History) -> Finding | None:
-    # With loss scaling an overflow is how the scale is found.
+    # With loss scaling, overflows are normal: they adjust the scale.
     scaled = run.setting("model.policy_dtype", str) == "float16"
     names = ["train/loss", "eval/loss"] + ([] if scaled else ["train/grad_norm"])
     bad = {name: [p for p in run.figures.get(name, []) if not p.finite] for name in names}
@@ -259,7 +272,7 @@ def much_padding(run: History) -> Finding | None:
 
 
 def slower(run: History) -> Finding | None:
-    speeds = run.values("train/tokens_per_second")[1:]  # the first line has the start in it
+    speeds = run.values("train/tokens_per_second")[1:]  # the first line includes the start
     if len(speeds) < ENOUGH:
         return None
     before, after, least = _trend(speeds)
@@ -320,7 +333,7 @@ def unfinished(run: History) -> Finding | None:
 
 CHECKS = [
     Check("lr", no_lr, ("train/lr",)),
-    Check("the loss moves", flat_loss, ("train/loss",), unless="train/ratio"),  # a policy's loss measures nothing
+    Check("the loss moves", flat_loss, ("train/loss",), unless="train/ratio"),  # a policy loss's value means nothing
     Check("the loss does not rise", diverging_loss, ("train/loss",), unless="train/ratio"),
     Check("finite figures", not_finite),
     Check("spikes of the gradient", gradient_spikes, ("train/grad_norm",)),
@@ -341,12 +354,12 @@ CHECKS = [
 
 
 def _measure(run: History) -> str:
-    """The figure that falls while a model learns. The loss of dft may rise then."""
+    """Return the metric that falls while a model learns; the loss of dft can rise."""
     return "perplexity" if "train/dft_alpha" in run.figures else "loss"
 
 
 def _trend(values: list[float]) -> Trend:
-    """From the mean of the first third to that of the last. Noise is that of the values after the first third."""
+    """Return the trend from the mean of the first third to that of the last; the noise excludes the first third."""
     third = max(len(values) // 3, 1)
     noise = pstdev(values[third:] or values) / math.sqrt(third)
     first, last = fmean(values[:third]), fmean(values[-third:])
@@ -354,7 +367,7 @@ def _trend(values: list[float]) -> Trend:
 
 
 def _change(run: History, name: str) -> Trend:
-    """Between the first and the last evaluation, which are free of noise; or the trend of a train figure."""
+    """Return the change from the first to the last evaluation, which has no noise, or the trend of a train metric."""
     values = run.values(name)
     return Trend(values[0], values[-1], FLAT * abs(values[0])) if name.startswith("eval/") else _trend(values)
 

@@ -1,4 +1,4 @@
-"""The figures of one or several runs as a picture: `minitrain plot`."""
+"""Plot the metrics of one or several runs: `minitrain plot`."""
 
 import math
 from collections.abc import Iterable
@@ -8,22 +8,28 @@ from minitrain.errors import ConfigError
 from minitrain.io.temp_files import new_file
 from minitrain.training.metrics_log import History, Point
 
-# Counters, times and options, of which a curve tells nothing.
+# Counters, times and options, whose curves are not useful.
 LEFT_OUT = {"epoch", "tokens", "eta_seconds", "seconds", "dft_alpha"}
-LAST = ("lr", "grad_norm", "tokens_per_second", "padding", "memory_gb")  # what every loss has, behind its own
-POSITIVE = ("loss", "perplexity", "kl", "grad_norm")  # endings of figures that may be shown by their logarithm
+LAST = ("lr", "grad_norm", "tokens_per_second", "padding", "memory_gb")  # metrics of every loss, shown after its own
+POSITIVE = ("loss", "perplexity", "kl", "grad_norm")  # suffixes of metrics that can have a logarithmic axis
 TWO_DECADES = 100
-FEW = 60  # points of a curve that are still shown one by one
+FEW = 60  # largest number of points with markers
 STYLES = {"train": {"linestyle": "-", "marker": "."}, "eval": {"linestyle": "--", "marker": "o"}}
 PANEL = (4.2, 2.7)  # inches
 NOTE = "Description"
 
 
 def plot(histories: list[History], output: Path, force: bool = False, chosen: list[str] | None = None) -> None:
-    """Writes a PNG with a panel for each figure, or those that are `chosen`, train and eval of all runs together.
+    """Write a PNG with a panel for each metric, with train and eval of all runs.
 
-    Raises ConfigError without matplotlib, for a figure that no run has, or when `output` cannot be written or is
-    another file's place.
+    Args:
+        histories: The logs of the runs.
+        output: The PNG file.
+        force: Overwrite any file; without it only a plot of the same runs is overwritten.
+        chosen: Names of the metrics; all by default.
+
+    Raises:
+        ConfigError: matplotlib is missing, no run has a metric, or `output` cannot be written or is another file.
     """
     figure = picture(histories, chosen)
     note = "minitrain plot of " + ", ".join(run_names(histories))
@@ -33,7 +39,7 @@ def plot(histories: list[History], output: Path, force: bool = False, chosen: li
 
 
 def picture(histories: list[History], chosen: list[str] | None = None):
-    """A matplotlib figure with a panel for each figure that was logged, or that is chosen. Raises ConfigError."""
+    """Return a matplotlib figure with a panel for each chosen metric, by default all. Raises ConfigError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -61,27 +67,27 @@ def picture(histories: list[History], chosen: list[str] | None = None):
 
 
 def run_names(histories: list[History]) -> list[str]:
-    """The names of the folders; their paths where two have the same name."""
+    """Return the names of the run directories, or their paths if two have the same name."""
     names = [history.name for history in histories]
     return names if len(set(names)) == len(names) else [str(history.folder) for history in histories]
 
 
 def panels_of(histories: Iterable[History]) -> list[str]:
-    """Names of the figures without train/ and eval/: the loss, its own metrics, what every loss has."""
+    """Return the names of the metrics without train/ and eval/: the loss, its own metrics, those of every loss."""
     names = dict.fromkeys(name.partition("/")[2] for history in histories for name in history.figures)
     own = [name for name in names if name not in LEFT_OUT and name not in (*LAST, "loss")]
     return [name for name in ("loss", *own, *LAST) if name in names]
 
 
 def wants_log(name: str, values: list[float]) -> bool:
-    """Whether a figure that cannot be negative spans more than two decades."""
+    """Return whether a metric that cannot be negative spans more than two decades."""
     if not name.endswith(POSITIVE) or not values or min(values) <= 0:
         return False
     return max(values) / min(values) > TWO_DECADES
 
 
 def _colours(histories: list[History]) -> list[dict[str, str]]:
-    """For each run, of its train and its eval curves: several runs differ by colour, one run's two kinds do."""
+    """Return the colors of train and eval curves of each run; with several runs, each run has one color."""
     if len(histories) == 1:
         return [{"train": "C0", "eval": "C1"}]
     return [dict.fromkeys(STYLES, f"C{number % 10}") for number in range(len(histories))]
@@ -98,7 +104,7 @@ def _draw(axis, name: str, histories: list[History], colours: list[dict[str, str
     last = max(history.last_step for history in histories)
     axis.set_xlim(-0.02 * last, 1.02 * last or 1)
     axis.set_xlabel("step")
-    axis.set_title(name, loc="left", fontsize=11, fontweight="bold")  # the name of the y-axis, where it can be read
+    axis.set_title(name, loc="left", fontsize=11, fontweight="bold")  # names the y-axis
     if name in LAST and axis.get_yscale() == "linear":
         axis.set_ylim(0, 1.08 * max(values, default=0) or 1)  # so that small changes look small
     axis.grid(alpha=0.3)
@@ -106,7 +112,7 @@ def _draw(axis, name: str, histories: list[History], colours: list[dict[str, str
 
 
 def _curve(axis, points: list[Point], style: dict) -> None:
-    """A line with a gap, and a cross at the foot of the panel, wherever a value is infinite or undefined."""
+    """Draw a line with a gap, and a cross at the bottom of the panel, where a value is infinite or undefined."""
     few = len(points) <= FEW
     style = style | {"marker": style["marker"] if few else "", "linewidth": 1.4 if few else 0.8}
     finite = [point.value if point.finite else math.nan for point in points]
@@ -131,7 +137,7 @@ def _legend(histories: list[History], names: list[str], colours: list[dict[str, 
 
 
 def _note(file: Path) -> str | None:
-    """What `plot` has written into a picture of its own; None for any other file."""
+    """Return the description that `plot` writes into its PNG files; None for any other file."""
     from PIL import Image
 
     try:

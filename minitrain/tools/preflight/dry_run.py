@@ -1,4 +1,4 @@
-"""All that a training does before its first step, but without weights: what `inspect` and `validate` look at."""
+"""Prepare a training without loading weights, for `inspect` and `validate`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +15,15 @@ from minitrain.training.setup import make_loader, read_data
 
 @dataclass
 class DryRun:
-    """A training that will not take place. Its policy is on the meta device."""
+    """A prepared training.
+
+    Attributes:
+        config: The full config.
+        loss: The loss.
+        template: The chat template with its tokenizer.
+        data: The tokenized training and evaluation data.
+        policy: The policy on the meta device.
+    """
 
     config: Config
     loss: Loss
@@ -24,11 +32,11 @@ class DryRun:
     policy: Policy
 
     def loader(self, examples: TokenizedDataset) -> MicrobatchLoader:
-        """The loader of a trainer on one device."""
+        """Return the loader of a trainer on one device."""
         return make_loader(examples, self.config, self.template.tokenizer, self.policy)
 
     def with_packing(self, packing: bool) -> "DryRun":
-        """The same, packed or not."""
+        """Return the same training with or without packing."""
         config = dataclasses.replace(self.config, packing=packing)
         return dataclasses.replace(self, config=config, policy=_outline(config, self.template, self.loss))
 
@@ -37,12 +45,17 @@ class DryRun:
         return _outline(self.config, self.template, self.loss)
 
     def packed_policy(self) -> Policy:
-        """Another policy on the meta device, of which quantised layers are as small as they will be."""
+        """Return another policy on the meta device whose quantized layers have their final size."""
         return _outline(self.config, self.template, self.loss, packed=True)
 
 
 def dry_run(config: Config) -> DryRun:
-    """Reads the data as the trainer does, and of the model its config alone. Raises ConfigError or DataError."""
+    """Read the data as the trainer does, and the model's config only.
+
+    Raises:
+        ConfigError: An option does not fit the model or the data.
+        DataError: A data row cannot be used.
+    """
     loss = create_loss(**config.loss)
     template, data = read_data(config, loss)
     policy = _outline(config, template, loss)

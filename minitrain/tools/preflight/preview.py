@@ -1,4 +1,4 @@
-"""What the loop will see, as text: `minitrain inspect`."""
+"""Show the batches of a training as text: `minitrain inspect`."""
 
 import itertools
 import math
@@ -21,7 +21,12 @@ PARTS = {"preference": ("chosen", "rejected"), "feedback": ("what was judged", "
 
 
 class Ink(NamedTuple):
-    """What stands before and behind a prompt, and before and behind learned tokens."""
+    """Marks around spans of text.
+
+    Attributes:
+        prompt: Before and after tokens that are not targets.
+        learned: Before and after targets.
+    """
 
     prompt: tuple[str, str]
     learned: tuple[str, str]
@@ -32,17 +37,31 @@ BRACKETS = Ink(("", ""), ("⟦", "⟧"))
 
 
 class Part(NamedTuple):
-    """A batch that the loop will see, and which of its examples are shown."""
+    """A batch of the training.
+
+    Attributes:
+        title: Its step and number.
+        rows: The examples of each batch row.
+        chosen: Examples to show.
+    """
 
     title: str
-    rows: Rows  # of examples
+    rows: Rows
     chosen: set[int]
 
 
 def inspect(config: Config, n_examples: int = 4, split: str = "train", ink: Ink = BRACKETS) -> Iterator[str]:
-    """Lines about the first examples in the order of the first epoch, or of the evaluation's files.
+    """Yield lines about the first examples, from the batches that a training on one device gets.
 
-    They are read out of the very batches that the loop gets on one device. Raises ConfigError or DataError.
+    Args:
+        config: The full config.
+        n_examples: Number of examples.
+        split: `train`, in the order of the first epoch, or `eval`, in the order of the files.
+        ink: Marks around targets and other text.
+
+    Raises:
+        ConfigError: An option does not fit the model or the data.
+        DataError: A data row cannot be used.
     """
     run = dry_run(config)
     examples = run.data.train if split == "train" else run.data.eval
@@ -70,7 +89,7 @@ def _evaluation(loader: MicrobatchLoader, n_examples: int) -> Iterator[Part]:
 
 
 def _batch(batch: Batch, part: Part, loader: MicrobatchLoader, run: DryRun, ink: Ink) -> Iterator[str]:
-    """The rows of a batch that hold chosen examples."""
+    """Yield lines about the batch rows with chosen examples."""
     n_rows, n_columns = batch.input_ids.shape
     padding = batch.input_ids.numel() - batch.n_tokens
     share = f"{100 * padding / batch.input_ids.numel():.1f} %"
@@ -96,7 +115,7 @@ def _batch(batch: Batch, part: Part, loader: MicrobatchLoader, run: DryRun, ink:
 
 
 def _numbers(batch: Batch, d: int) -> list[str]:
-    """Where a document lies in its row, and how many of its tokens are learned."""
+    """Return the position of a document in its batch row, and the number of its targets, in words."""
     row, start, stop = batch.spans[d].tolist()
     learned = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
     told = [f"tokens {start} to {stop - 1}", f"{stop - start} tokens, {learned} learned"]
@@ -107,7 +126,7 @@ def _numbers(batch: Batch, d: int) -> list[str]:
 
 
 def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
-    """What else a loss knows of a document. `labels` are the names of classes."""
+    """Return the features of a document that the loss uses, in words; `labels` are the names of classes."""
     told = []
     for name, values in batch.values.items():
         number = float(values[d])
@@ -132,7 +151,7 @@ def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
 
 
 def _text(batch: Batch, d: int, tokenizer, ink: Ink) -> str:
-    """A document's own tokens, special ones too; where they begin behind others, they are read in that place."""
+    """Return the text of a document with special tokens; a shared prefix is decoded with it, but not shown."""
     row, start, stop = batch.spans[d].tolist()
     before = batch.input_ids[row, slice(*batch.prefixes[d].tolist())].tolist() if batch.prefixes is not None else []
     ids = before + batch.input_ids[row, start:stop].tolist()
@@ -146,7 +165,7 @@ def _text(batch: Batch, d: int, tokenizer, ink: Ink) -> str:
 
 
 def _runs(learned: Tensor) -> list[tuple[int, bool]]:
-    """Where each run of tokens that are alike ends, and whether it is learned, from [T] bool."""
+    """Return (end, is target) of each run of equal values in `learned`, bool, shape [T]."""
     marks = learned.numpy()
     ends = [*(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(marks)]
     return [(end, bool(marks[end - 1])) for end in ends]
@@ -157,5 +176,5 @@ def _decoded(tokenizer, ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    """With a mark where a line ends, and codes for what cannot be printed, which might move a terminal's cursor."""
+    """Mark ends of lines, and escape characters that cannot be printed, since they could move a terminal's cursor."""
     return "".join("↵\n" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
