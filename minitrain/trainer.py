@@ -1,16 +1,15 @@
 """The loop. It knows no loss, no data set, no model class and no number of devices."""
 
 import functools
-import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from minitrain.config.schema import Config
 from minitrain.distributed.parallel import make_parallel
-from minitrain.inference.exact_match import exact_match
+from minitrain.inference.evaluation import evaluate_all
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.model.load import DTYPES, load_policy
 from minitrain.model.save import check_saving, set_end_tokens
@@ -21,15 +20,16 @@ from minitrain.training.aux_models import build_aux_models
 from minitrain.training.checkpoint import restore_rng
 from minitrain.training.evaluation import run_evaluation, should_evaluate
 from minitrain.training.failpoints import failpoint
-from minitrain.training.metric_logger import MetricLogger, ThroughputMeter, duration, train_line
-from minitrain.training.metrics import MetricAccumulator, evaluate, share_step_statistics
-from minitrain.training.optim import build_optimizer, lr_factor, set_lr, warmup_steps
+from minitrain.training.metric_logger import MetricLogger
+from minitrain.training.optim import build_optimizer, lr_factor, warmup_steps
 from minitrain.training.precision import Precision
+from minitrain.training.reporting import log_train, report_start, start_window, warn
 from minitrain.training.run_dir import RunFolder
 from minitrain.training.save_schedule import SaveSchedule
 from minitrain.training.saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
 from minitrain.training.setup import make_loader, prepare_policy, read_data
 from minitrain.training.signals import capture_signals
+from minitrain.training.step import StepOutput, forward_backward, optim_step
 
 from .batch import Batch
 from .errors import ConfigError, RunError
@@ -71,6 +71,7 @@ class Trainer:
         self.saved_progress: dict = {}  # of the newest checkpoint in the run folder
         n_bytes = 3 * sum(p.numel() * p.element_size() for p in self.parameters)  # with two moments
         self.save_schedule = SaveSchedule(config.save_every_steps, n_bytes, self.parallel)
+        self.step_output: StepOutput | None = None  # of the gradients that no optimizer step has used yet
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
         self.best: float | None = None
@@ -80,7 +81,7 @@ class Trainer:
         self.should_stop = False
         self.signal: int | None = None  # what all ranks agreed to stop for
         self._received: int | None = None  # what reached this rank, which the others do not know yet
-        self._start_window()
+        start_window(self)
 
     def _load(self) -> None:
         """Read the data and the model, and try what training needs. An error of one rank ends them all."""
@@ -165,66 +166,68 @@ class Trainer:
     def _loop(self) -> None:
         self.logger.start_bar(self.total_steps, self.step)
         self.save_schedule.start()
-        self._start_window()
+        start_window(self)
         for indices, batches in self.train_loader.steps(self.consumed):
             if self._stopping() or self.step >= self.total_steps:
                 break
             self.parallel.set_status(f"step {self.step + 1}")
-            self._train_step(batches)
-            self.step += 1
+            output = self.forward_backward(batches)
+            self.grad_norm = self.optim_step()
+            for batch, computed in zip(batches, output.outputs):
+                self.window.count(batch)
+                self.totals.add(computed)
             self.consumed += len(indices)
             self.indices = indices
             tokens = functools.partial(self.train_loader.examples.digest, indices)
-            self.logger.log_step(self.step, tokens, self.step_loss, self.grad_norm)
+            self.logger.log_step(self.step, tokens, float(output.loss), self.grad_norm)
             self.logger.advance()
             self._after_step()
 
-    def _train_step(self, batches: list[Batch]) -> None:
-        """One optimizer step: sums over all micro-batches and ranks, divided by the weight of the whole step."""
-        weight = sum(self.loss.weight(batch) for batch in batches)
-        weight = self.parallel.sum(weight.to(self.device))  # []
-        loss = torch.zeros((), device=self.device)
-        with self.precision.autocast():
-            share_step_statistics(self.loss, batches, self.models, self.parallel)
-        for i, batch in enumerate(batches):
-            self.window.count(batch)
-            batch = batch.to(self.device)
-            failpoint("step.batch")
-            with self.parallel.backward_context(self.policy, last=i == len(batches) - 1):
-                with self.precision.autocast():
-                    output = self.loss(batch, self.models)
-                output.sum = failpoint("step.loss", output.sum)
-                failpoint("step.backward")
-                self.precision.backward(output.sum / weight)
-            loss += output.sum.detach()
-            self.totals.add(output)
-        failpoint("step.reduce")
-        self.precision.unscale(self.parameters)
-        norm = self.parallel.clip_grad_norm(self.parameters, self.config.max_grad_norm)
-        self.grad_norm = float(norm)
-        self.step_loss = float(self.parallel.sum(loss) / weight)  # the same on every rank
-        self._update(not math.isfinite(self.step_loss), math.isfinite(self.grad_norm))
-        self.optimizer.zero_grad(set_to_none=True)
+    def forward_backward(self, batches: Sequence[Batch]) -> StepOutput:
+        """Add the gradients of one optimizer step: summed over micro-batches and ranks, then divided once.
 
-    def _update(self, loss_is_bad: bool, norm_is_finite: bool) -> None:
-        """Takes the step, or leaves weights, moments and schedule alone when something is not finite."""
-        if loss_is_bad or not norm_is_finite:
-            overflow = self.precision.scale > 1 and not loss_is_bad  # what loss scaling is there to find out
-            self.bad_steps += not overflow
-            self.precision.update(overflow=True)
-            if not overflow:
-                self.logger.warning(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped")
-            if self.bad_steps >= self.config.max_bad_steps:
-                raise RunError(
-                    f"{self.bad_steps} steps in a row (up to step {self.step + 1}) had a non-finite loss or gradient; "
-                    "the weights are those before them. Lower lr, look at the data, or find the place with debug=true."
-                )
-            return
-        set_lr(self.optimizer, self.lr)
-        self.optimizer.step()
-        self.precision.update(overflow=False)
-        self.updates += 1
-        self.bad_steps = 0
+        Args:
+            batches: The micro-batches of this rank, such as `train_loader.steps()` yields. All ranks call it.
+        """
+        self.step_output = forward_backward(self.loss, batches, self.models, self.parallel, self.precision)
+        return self.step_output
+
+    def optim_step(self) -> float:
+        """Clip the gradients, update the weights at the scheduled learning rate, and return the gradient norm.
+
+        A step with a non-finite loss or gradient leaves weights, moments and schedule alone.
+
+        Raises:
+            RunError: After `max_bad_steps` such steps in a row.
+        """
+        if self.step_output is None:
+            raise RunError("optim_step: there are no gradients. Call forward_backward first.")
+        update = optim_step(
+            self.optimizer,
+            self.parameters,
+            self.step_output.loss,
+            self.lr,
+            self.config.max_grad_norm,
+            self.parallel,
+            self.precision,
+        )
+        self.step_output = None
+        self.step += 1
+        if update.taken:
+            self.updates += 1
+            self.bad_steps = 0
+        elif not update.overflowed:
+            self._count_bad_step()
+        return update.grad_norm
+
+    def _count_bad_step(self) -> None:
+        self.bad_steps += 1
+        warn(self, f"step {self.step}: loss or gradient is not finite; the step is skipped")
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise RunError(
+                f"{self.bad_steps} steps in a row (up to step {self.step}) had a non-finite loss or gradient; "
+                "the weights are those before them. Lower lr, look at the data, or find the place with debug=true."
+            )
 
     @property
     def lr(self) -> float:
@@ -234,7 +237,7 @@ class Trainer:
     def _after_step(self) -> None:
         config, last = self.config, self.step == self.total_steps
         if self.step % config.log_every_steps == 0 or last:
-            self._log_train()
+            log_train(self)
         self.call_hook("on_step_end")
         self.run.finish_saving(wait=False)
         if should_evaluate(self):
@@ -253,37 +256,20 @@ class Trainer:
         self.signal = code if code > 1 else self.signal
         return code > 0
 
-    def _interrupted(self) -> bool:
+    def is_interrupted(self) -> bool:
+        """Return whether a signal has stopped the training. All ranks call it."""
         return self._stopping() and self.signal is not None
 
     # ------------------------------------------------------------------------------------------ begin and end
 
     def _begin(self) -> None:
-        self.logger.warning(*(f"warning: {line}" for line in self.warnings))
-        for line in (*self.notes, self._description()):
-            self.logger.info(line)
-        if self.checkpoint is not None:
-            self.logger.info(f"going on from {self.checkpoint}")
-        if self.save_schedule.every is None:
-            interval = duration(self.save_schedule.interval)
-            self.logger.info(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
+        report_start(self)
         self.call_hook("on_train_begin")
         failpoint("train.begin")
         if should_evaluate(self):
             run_evaluation(self)
         if self.checkpoint is not None:
             restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
-
-    def _description(self) -> str:
-        total = sum(p.numel() for p in self.policy.parameters())
-        trained = sum(p.numel() for p in self.parameters)
-        held = f", {len(self.eval_loader.examples):,} to evaluate on" if self.eval_loader else ""
-        ranks = f"{self.parallel.world_size} x " if self.parallel.world_size > 1 else ""
-        return (
-            f"{self.config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{self.device} in "
-            f"{self.config.model.policy_dtype}; {len(self.train_loader.examples):,} examples{held}; "
-            f"{self.total_steps} steps of {self.config.total_batch_size}; loss {self.config.loss['name']}"
-        )
 
     def _finish(self) -> None:
         if self.evaluated_step != self.step:
@@ -301,41 +287,11 @@ class Trainer:
         if hook in self.hooks:
             self.hooks[hook](self)
 
-    # ------------------------------------------------------------------------------------------------ logging
-
-    def _start_window(self) -> None:
-        """The figures of a log line are exact means over the steps since the line before."""
-        self.totals = MetricAccumulator(self.device)
-        self.window = ThroughputMeter(self.step)
-
-    def _log_train(self) -> None:
-        self.train_metrics = self.loss.summary(self.totals.means(self.parallel)) | {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": self.grad_norm,
-            "epoch": self.consumed / self.train_loader.epoch_size,
-            **self.window.figures(self.step, self.total_steps, self.parallel),
-        }
-        self.logger.log(self.step, "train", self.train_metrics)
-        self.logger.info(train_line(self.step, self.total_steps, self.train_metrics))
-        self._start_window()
-
     # --------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the evaluation data; {} without any, or when a signal came."""
-        if self.eval_loader is None:
-            return {}
-        batches = self.eval_loader.eval_batches
-        metrics = evaluate(self.loss, batches, self.models, self.parallel, self.precision, self._interrupted)
-        settings, examples = self.config.eval_generate, self.eval_loader.examples
-        if metrics and settings.n_examples:
-            say = self.logger.info if self.logger else lambda line: None
-            progress = not self.config.quiet
-            with self.precision.autocast():
-                metrics["exact_match"] = exact_match(
-                    self.generator, examples, settings, self.config.eval_batch_size, say, progress
-                )
-        return metrics
+        return {} if self.eval_loader is None else evaluate_all(self, self.eval_loader)
 
     # --------------------------------------------------------------------------------------- using the model
 

@@ -39,6 +39,7 @@ from minitrain.training.metrics import inference
 from minitrain.training.optim import build_optimizer
 from minitrain.training.precision import Precision
 from minitrain.training.setup import make_loader, prepare_policy
+from minitrain.training.step import forward_backward, optim_step
 
 from .dry_run import DryRun
 
@@ -189,34 +190,29 @@ def take(step: Step, ledger: MemoryTracker) -> None:
     _tell_head(step.policy, ledger)
     with ledger:
         optimizer = build_optimizer(step.policy, step.config)
+        optimizer.register_step_pre_hook(lambda *_: setattr(ledger, "part", "optimizer"))
+        optimizer.register_step_post_hook(lambda *_: _hold_moments(optimizer, ledger))
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
             ledger.hold(local_shard(parameter.grad)[0], "gradients")
-        _update(optimizer, ledger)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         ledger.settle()
-        for number, batch in enumerate(step.batches, 1):
-            with step.parallel.backward_context(step.policy, last=number == len(step.batches)):
-                with precision.autocast():
-                    output = step.loss(batch, step.models)
-                precision.backward(output.sum / step.loss.weight(batch))
-        precision.unscale(trained)
-        step.parallel.clip_grad_norm(trained, step.config.max_grad_norm)
-        _update(optimizer, ledger)
+        output = forward_backward(step.loss, step.batches, step.models, step.parallel, precision)
+        norm = step.config.max_grad_norm
+        optim_step(optimizer, trained, output.loss, step.config.lr, norm, step.parallel, precision)
         if step.held_out is not None:
             with inference(step.policy), precision.autocast():
-                output = step.loss(step.held_out, step.models)
+                step.loss(step.held_out, step.models)
             step.parallel.reshard(step.policy)
 
 
-def _update(optimizer: torch.optim.Optimizer, ledger: MemoryTracker) -> None:
-    ledger.part = "optimizer"
-    optimizer.step()
+def _hold_moments(optimizer: torch.optim.Optimizer, ledger: MemoryTracker) -> None:
     ledger.part = "activations"
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
                 ledger.hold(local_shard(value)[0], "optimizer")
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _tell_head(policy: nn.Module, ledger: MemoryTracker) -> None:
