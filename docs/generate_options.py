@@ -14,22 +14,26 @@ from minitrain.losses import registered
 HEAD = """\
 # Options
 
-Every option of a config file, generated from `minitrain/config/schema.py` by `docs/generate_options.py`. Each can also
-be set on the command line, as `--overrides lr=2e-5 model.policy_dtype=bfloat16 datasets=[a.jsonl,b.csv]`.
+```bash
+minitrain train config.yml --overrides lr=2e-5 model.policy_dtype=bfloat16 "datasets=[a.jsonl,b.csv]"
+```
 
-- An unknown key, an option that would be ignored and a wrong type are errors; all of them are told at once.
-- A number is at most 1,000,000,000 where the table names no other bound, and neither nan nor inf.
-- `loss: dft` is short for `loss: {name: dft}`, `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.
+These are all options of a config file and of `--overrides`. `docs/generate_options.py` generates this page from
+`minitrain/config/schema.py`.
+
+- Unknown keys, wrong types and options without effect are errors. All of them are reported at once.
+- A number is at most 1,000,000,000 unless the table names another bound, and never nan or inf.
+- `loss: dft` is short for `loss: {name: dft}`, and `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.
 - An override of one of `n_steps`/`n_epochs`, `warmup_steps`/`warmup_ratio`, `eval_datasets`/`validation_split` or
-  `packing`/`group_by_length` takes the place of the other one in the file.
-- `${oc.env:NAME}` is the environment variable NAME, `${seed}` another option. The saved config keeps them unresolved,
-  and messages name the variable instead of its value ([secrets](resume.md#secrets)).
-- *free*: may differ between an interrupted run and the one that goes on with it.
+  `packing`/`group_by_length` replaces the other one in the file.
+- `${oc.env:NAME}` is the environment variable NAME, and `${seed}` another option. The saved config keeps them
+  unresolved, and messages show the variable instead of its value ([secrets](resume.md#secrets)).
+- *free*: you may change this option when you resume a run ([resume.md](resume.md)).
 """
 
 
 def document() -> str:
-    """The whole page."""
+    """Return the page."""
     parts = [HEAD, section("Top level", Config)]
     for f in option_fields(Config):
         schema = nested(typing.get_type_hints(Config).get(f.name))
@@ -54,7 +58,7 @@ def nested(hint) -> type | None:
 def section(title: str, schema: type) -> str:
     """A heading and a table of one dataclass."""
     hints = typing.get_type_hints(schema)
-    lines = [f"## {title}", "", "| key | default | value | |", "|---|---|---|---|"]
+    lines = [f"## {title}", "", "| key | default | value | meaning |", "|---|---|---|---|"]
     for f in option_fields(schema):
         alias = f" (or `{f.metadata['alias']}`)" if f.metadata["alias"] else ""
         free = " *free*" if f.metadata["free"] else ""
@@ -89,7 +93,7 @@ def value(f, hint) -> str:
 
 def type_name(hint) -> str:
     """A type as a user reads it."""
-    words = {bool: "true or false", int: "whole number", float: "number", str: "text", typing.Any: "text or list"}
+    words = {bool: "true or false", int: "whole number", float: "number", str: "string", typing.Any: "string or list"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return type_name(args[0])
