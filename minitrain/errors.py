@@ -1,5 +1,6 @@
 """The errors that a user can fix, each with a stable code. The command line prints them without a traceback."""
 
+import errno
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -33,6 +34,10 @@ CODES = {
     "invalid-json": "A row or a file is not valid JSON.",
     "invalid-table": "A CSV, TSV or Parquet file cannot be read as a table.",
     "invalid-row": "A row lacks a key, or has a value that cannot be used.",
+    "invalid-text": "A text is not UTF-8, or has characters that the tokenizer or minitrain cannot take.",
+    "no-answer": "A row has no answer to train on, or an empty one.",
+    "same-answers": "The chosen and the rejected answer are the same.",
+    "unsuitable-data": "Each row is valid, but the loss cannot be trained on all of them together.",
     "wrong-column": "An option names a column that the row does not have.",
     "too-large": "A row, a text, a number or a file is larger than the limit.",
     "invalid-template": "A chat template or prompt template is wrong, or refuses the conversation.",
@@ -40,6 +45,7 @@ CODES = {
     "damaged-file": "A file is incomplete or its content is damaged.",
     "mismatch": "Two things do not fit each other: weights and model, adapter and model, teacher and data.",
     "unsupported-model": "The model or tokenizer is of a kind that cannot be used for this.",
+    "no-device": "There is no device of this kind.",
     # runs
     "other-run": "A folder or checkpoint is of a run with other options or data.",
     "unfinished-run": "A run has no model yet.",
@@ -127,6 +133,12 @@ class RunFolderError(RunError):
     """A run folder or a checkpoint is refused: it is damaged, or of another run. Nothing was written over."""
 
     exit_code = 2
+
+
+def write_error_code(error: Exception) -> str:
+    """Return the code for an error in writing a file."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return "no-space" if full else "not-writable"
 
 
 def is_failure(error: BaseException) -> bool:

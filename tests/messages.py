@@ -6,9 +6,13 @@ An ellipsis (…) in the snapshot stands for any text: the words of another libr
 there by hand, and an update keeps a message that still matches.
 """
 
+import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from minitrain.errors import CODES
 
@@ -32,6 +36,14 @@ def reports(text: object, code: str, *parts: str) -> bool:
     """Return whether a problem with this code is reported whose message has all these parts: a key, a line, a value."""
     assert code in CODES, code
     return any(code == one and all(part in message for part in parts) for message, one in problems(text))
+
+
+@contextlib.contextmanager
+def raises(error: type[Exception], code: str, *parts: str) -> Iterator[pytest.ExceptionInfo]:
+    """Like `pytest.raises`, for an error that reports a problem with this code and these parts in its message."""
+    with pytest.raises(error) as caught:
+        yield caught
+    assert reports(caught.value, code, *parts), str(caught.value)
 
 
 class Snapshot:

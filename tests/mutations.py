@@ -405,7 +405,7 @@ BUGS = {
             title="Rollouts beyond the maximum length were dropped before the mean of their group was taken.",
             reported_in="allenai/open-instruct#1794",
             file="minitrain/data/encode.py",
-            line='excluded = "rollouts longer than max_length, not trained on"',
+            line='excluded = "long-rollouts"',
             replacement="return TOO_LONG",
             test="tests/losses/test_rollouts.py::test_what_is_not_trained_on_counts_in_the_mean_of_its_group",
         ),

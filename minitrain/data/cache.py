@@ -37,22 +37,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minitrain.config.schema import Config, DatasetConfig
-from minitrain.errors import DataError
+from minitrain.errors import DataError, write_error_code
 from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
 from .collate import Document
-from .encode import EXCLUDED, N_DOCUMENTS, TruncationConfig, encode
+from .encode import ALIKE, EXCLUDED, N_DOCUMENTS, NOTHING_LEFT, TOO_LONG, TruncationConfig, encode
 from .examples import format_sources, to_record
 from .files import Row
 from .source import Source, open_source
 from .template import Template, Tokens
 
-FORMAT = 9  # raise it when the same inputs give other tokens; row formats are in the key by themselves
+FORMAT = 10  # raise it when the same inputs give other tokens; row formats are in the key by themselves
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # below it, starting processes takes longer than it saves
-BAD_ROWS = "bad rows left out"  # the count that max_bad_rows limits
+BAD_ROWS = "bad-rows"  # the count that max_bad_rows limits
+# What is counted of a file -> how it is reported.
+LEFT_OUT = {
+    BAD_ROWS: "bad rows left out",
+    TOO_LONG: "examples left out (too long)",
+    NOTHING_LEFT: "examples left out (nothing to learn after truncation)",
+    ALIKE: "examples left out (chosen and rejected are the same after truncation)",
+}
+COUNTED = LEFT_OUT | {
+    "truncated": "truncated examples",
+    "unlearned-turns": "unlearned turns",
+    "long-rollouts": "rollouts longer than max_length, not trained on",
+    "truncated-rollouts": "truncated rollouts, not trained on",
+}
 
 
 @dataclass
@@ -73,10 +86,10 @@ class Encoder:
                 record = to_record(row, self.dataset, self.kind)
                 documents = encode(record, self.template, self.limits)
             except DataError as error:
-                chunk.bad.append((len(chunk.examples), line, str(error)))
+                chunk.bad.append((len(chunk.examples), line, error))
                 continue
             if isinstance(documents, str):
-                chunk.notes.append((len(chunk.examples), {f"examples left out ({documents})": 1}))
+                chunk.notes.append((len(chunk.examples), {documents: 1}))
                 continue
             counts: dict[str, int] = {}
             for document in documents:
@@ -110,12 +123,12 @@ class Encoder:
 
 @dataclass
 class Chunk:
-    """What one process made of some rows. `bad` holds (good examples before it, line, reason), `notes` (good
+    """What one process made of some rows. `bad` holds (good examples before it, line, error), `notes` (good
     examples before it, what is counted of it)."""
 
     examples: list[list[Tokens]]  # the documents of each, as arrays
     lines: list[int]  # of each
-    bad: list[tuple[int, int, str]]
+    bad: list[tuple[int, int, DataError]]
     notes: list[tuple[int, dict[str, int]]]
 
 
@@ -144,7 +157,7 @@ class TokenCache:
         self.values: dict[str, np.ndarray] = {name: t.numpy() for kind, name, t in named if kind == "values"}
         excluded = self.values.pop(EXCLUDED, np.zeros(len(self.offsets) - 1))  # [D]
         self.columns: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
-        self.counts: dict[str, int] = json.loads(metadata["counts"])
+        self.counts: dict[str, int] = json.loads(metadata["counts"])  # by the keys of COUNTED
         self.labels: list[str] = json.loads(metadata["labels"])  # what the numbers in values["label"] stand for
         self.n_documents = int(metadata["n_documents"])  # of each example
         self.trained = np.flatnonzero(excluded[:: self.n_documents] == 0)  # examples that are trained on
@@ -155,7 +168,7 @@ class TokenCache:
     @property
     def n_rows(self) -> int:
         """Rows that its examples were made of, with those that were left out."""
-        return len(self) + sum(count for what, count in self.counts.items() if "left out" in what)
+        return len(self) + sum(count for what, count in self.counts.items() if what in LEFT_OUT)
 
     @property
     def key(self) -> str:
@@ -194,20 +207,24 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
         source = open_source(dataset)
         path = folder / f"{encoder.key(source)}.safetensors"
     except OSError as error:
-        raise DataError(f"{dataset.path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{dataset.path}: cannot be read: {error.strerror}", "unreadable") from None
     cache = usable_cache(path, source.name, config)
     if cache is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _build(path, encoder, source, config)
         except OSError as error:
-            raise DataError(f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.") from None
+            raise DataError(
+                f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.", write_error_code(error)
+            ) from None
         except BrokenProcessPool:
-            raise DataError(f"{source.name}: a process that tokenised it was killed. Set a lower num_proc.") from None
+            raise DataError(
+                f"{source.name}: a process that tokenised it was killed. Set a lower num_proc.", "process-failed"
+            ) from None
         cache = TokenCache(path, source.name)
     if len(cache.trained) == 0:
-        told = "; ".join(f"{count} {what}" for what, count in cache.counts.items())
-        raise DataError(f"{source.name}: no example can be trained on ({told or 'the file has no rows'})")
+        told = "; ".join(f"{count} {COUNTED[what]}" for what, count in cache.counts.items())
+        raise DataError(f"{source.name}: no example can be trained on ({told or 'the file has no rows'})", "no-data")
     return cache
 
 
@@ -227,7 +244,7 @@ def usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
         cache = TokenCache(path, source)
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        tqdm.write(f"{path}: the tokens of {redact(source)} are damaged ({reason}), and are made again")
+        tqdm.write(f"{path}: the tokens of {redact(source)} are damaged ({reason}), and are made again [damaged-file]")
         return None
     allowed = config.max_bad_rows if config.on_bad_row == "skip" else 0
     return cache if cache.counts.get(BAD_ROWS, 0) <= allowed else None
@@ -307,14 +324,14 @@ def _work(rows: list[Row]) -> Chunk:
 
 def _enforce_bad_row_limit(chunk: Chunk, before: int, wanted: int, path: str, config: Config, counts: Counter) -> None:
     """Counts the bad rows that stand before the last wanted example; raises DataError as the config says."""
-    for examples_before, line, reason in chunk.bad:
+    for examples_before, line, error in chunk.bad:
         if before + examples_before >= wanted:
             return
-        where = f"{path}:{line}: {reason}"
+        where = f"{path}:{line}: {error.message}"
         if config.on_bad_row == "error":
-            raise DataError(f"{where}. Mend the row, or leave such rows out with on_bad_row=skip.")
+            raise DataError(f"{where}. Mend the row, or leave such rows out with on_bad_row=skip.", error.code)
         counts[BAD_ROWS] += 1
         if counts[BAD_ROWS] <= 3:
-            tqdm.write(f"left out {redact(where)}".encode(errors="backslashreplace").decode())
+            tqdm.write(f"left out {redact(where)} [{error.code}]".encode(errors="backslashreplace").decode())
         if counts[BAD_ROWS] > config.max_bad_rows:
-            raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.")
+            raise DataError(f"{where}. There are more bad rows than max_bad_rows={config.max_bad_rows}.", error.code)

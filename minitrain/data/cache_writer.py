@@ -63,7 +63,9 @@ class CacheWriter:
         if self.columns is None:
             self.columns = set(document.columns)
         if unlike := sorted(self.columns ^ set(document.columns)):
-            raise DataError(f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.")
+            raise DataError(
+                f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.", "mismatch"
+            )
         self.offsets.append(self.offsets[-1] + len(document.ids))
         self.shared.append(document.shared)
         for name, value in document.values.items():

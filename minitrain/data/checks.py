@@ -24,32 +24,36 @@ def _check_files(config: Config, issues: ConfigIssues) -> None:
     from minitrain.data.examples import SCHEMAS
 
     if not config.datasets:
-        issues.add("datasets", "is missing: name at least one file, for example datasets=[data.jsonl].")
+        issues.add(
+            "datasets", "missing-option", "is missing: name at least one file, for example datasets=[data.jsonl]."
+        )
     for name, entries in (("datasets", config.datasets), ("eval_datasets", config.eval_datasets)):
         for i, entry in enumerate(entries):
             key = f"{name}[{i}]"
             check_source(key, entry, issues)
             if entry.type is not None and entry.type not in SCHEMAS:
                 hint = hint_for_value(f"{key}.type", entry.type, SCHEMAS)
-                issues.add(f"{key}.type", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
+                issues.add(f"{key}.type", "not-a-choice", f"{entry.type!r} is not one of {', '.join(SCHEMAS)}.{hint}")
             if name == "eval_datasets" and entry.weight != 1:
-                issues.add(f"{key}.weight", "has no meaning for evaluation, which sees every example once.")
+                issues.add(
+                    f"{key}.weight", "no-effect", "has no meaning for evaluation, which sees every example once."
+                )
 
 
 def _check_data(config: Config, given: set[str], issues: ConfigIssues) -> None:
     for winner, loser in MUTUALLY_EXCLUSIVE:
         if winner in given and loser in given:
-            issues.add(loser, f"would be ignored beside {winner}; give one of them.", winner)
+            issues.add(loser, "conflict", f"would be ignored beside {winner}; give one of them.", winner)
     if config.validation_split > 1 and config.validation_split != int(config.validation_split):
-        issues.add("validation_split", "is a share below 1 or a whole number of examples.")
+        issues.add("validation_split", "out-of-range", "is a share below 1 or a whole number of examples.")
     if config.chat_template not in ("auto", "chatml", "none"):
         try:
             Path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError):
             told = f"{config.chat_template!r} is neither auto, chatml, none, nor a text file."
-            issues.add("chat_template", told + hint_for_value("chat_template", config.chat_template))
+            issues.add("chat_template", "not-found", told + hint_for_value("chat_template", config.chat_template))
     if "max_bad_rows" in given and config.on_bad_row == "error":
-        issues.add("max_bad_rows", "would be ignored: it needs on_bad_row=skip.", "on_bad_row")
+        issues.add("max_bad_rows", "no-effect", "would be ignored: it needs on_bad_row=skip.", "on_bad_row")
 
 
 def check_source(key: str, entry: DatasetConfig, issues: ConfigIssues) -> None:
@@ -61,29 +65,33 @@ def check_source(key: str, entry: DatasetConfig, issues: ConfigIssues) -> None:
 
     path, extra = Path(entry.path), "is not installed: pip install minitrain[data]"
     if "://" in entry.path:
-        issues.add(f"{key}.path", f"{entry.path} is an address; download it, and name the file.")
+        issues.add(f"{key}.path", "wrong-path", f"{entry.path} is an address; download it, and name the file.")
         return
     if not is_file(entry):
         if (path / "config.json").is_file():
-            issues.add(f"{key}.path", f"{path} is the folder of a model; name a file, or a folder of data.")
+            issues.add(
+                f"{key}.path", "wrong-path", f"{path} is the folder of a model; name a file, or a folder of data."
+            )
         elif path.is_dir() and not any(format_of(file) in FORMATS for file in path.rglob("*")):
-            issues.add(f"{key}.path", f"{path} is a folder without a .{', .'.join(FORMATS)} file; name a file.")
+            issues.add(
+                f"{key}.path", "wrong-path", f"{path} is a folder without a .{', .'.join(FORMATS)} file; name a file."
+            )
         elif find_spec("datasets") is None:
-            issues.add(f"{key}.path", f"the package datasets, which reads it, {extra}")
+            issues.add(f"{key}.path", "not-installed", f"the package datasets, which reads it, {extra}")
         if path.is_dir() and entry.revision:
-            issues.add(f"{key}.revision", "would be ignored: a folder has none.", f"{key}.path")
+            issues.add(f"{key}.revision", "no-effect", "would be ignored: a folder has none.", f"{key}.path")
         return
     if not path.exists():
-        issues.add(f"{key}.path", f"there is no file {path} (seen from {Path.cwd()}).{near_file(path)}")
+        issues.add(f"{key}.path", "not-found", f"there is no file {path} (seen from {Path.cwd()}).{near_file(path)}")
     elif not path.is_file():
-        issues.add(f"{key}.path", f"{path} is a device or a pipe, which cannot be read twice.")
+        issues.add(f"{key}.path", "wrong-path", f"{path} is a device or a pipe, which cannot be read twice.")
     elif not os.access(path, os.R_OK):
-        issues.add(f"{key}.path", f"no permission to read {path}.")
+        issues.add(f"{key}.path", "unreadable", f"no permission to read {path}.")
     elif format_of(path) not in FORMATS:
-        issues.add(f"{key}.path", f"{path} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
+        issues.add(f"{key}.path", "wrong-format", f"{path} is no .{', .'.join(FORMATS)} file (.gz behind it is fine).")
     elif format_of(path) == "parquet" and find_spec("pyarrow") is None:
-        issues.add(f"{key}.path", f"the package pyarrow, which reads it, {extra}")
+        issues.add(f"{key}.path", "not-installed", f"the package pyarrow, which reads it, {extra}")
     for option in ("split", "name", "revision"):
         if getattr(entry, option) is not None:
             told = "would be ignored: it is for data sets on the hub or in a folder."
-            issues.add(f"{key}.{option}", told, f"{key}.path")
+            issues.add(f"{key}.{option}", "no-effect", told, f"{key}.path")

@@ -19,8 +19,7 @@ from .examples import (
 from .template import Template, Tokens, refuse_unusable
 
 N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example
-TOO_LONG, NOTHING_LEFT = "too long", "nothing to learn after truncation"
-ALIKE = "chosen and rejected are the same after truncation"
+TOO_LONG, NOTHING_LEFT, ALIKE = "too-long", "nothing-left", "same-answers"  # why an example is left out
 EXCLUDED = "excluded"  # the value of documents that are not trained on, and only take part in what is made of all files
 
 
@@ -60,14 +59,16 @@ def refuse_empty_answers(messages: Messages, n_learned: int | None = None) -> No
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in answers[-n_learned:] if n_learned else answers:
         if not messages[i]["content"].strip():
-            raise DataError(f"turn {i + 1} of {len(messages)} is an empty answer, so there is nothing to learn")
+            raise DataError(
+                f"turn {i + 1} of {len(messages)} is an empty answer, so there is nothing to learn", "no-answer"
+            )
 
 
 def _preference(record: Preference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """The chosen document, then the rejected one."""
     documents = [_continued(record.prompt, continuation, template) for continuation in (record.chosen, record.rejected)]
     if _alike(documents):
-        raise DataError("chosen and rejected are the same in the chat template")
+        raise DataError("chosen and rejected are the same in the chat template", "same-answers")
     for document in documents:
         document.values["margin"] = record.margin
     documents = truncate(documents, limits, template.tokenizer.bos_token_id)
@@ -118,11 +119,11 @@ def _labelled(record: ClassificationExample, template: Template, limits: Truncat
     if len(encoded["input_ids"]) > limits.max_length:
         if limits.truncation == "drop":
             return TOO_LONG
-        notes = {"truncated examples": 1}
+        notes = {"truncated": 1}
         encoded = template.tokenizer(*texts, truncation=True, max_length=limits.max_length)
     ids = encoded["input_ids"]
     if not ids:
-        raise DataError("the text is empty")
+        raise DataError("the text is empty", "invalid-row")
     tokens = Tokens(ids, [False] * len(ids), notes, values={"label": record.label})
     tokens.columns["token_types"] = encoded.get("token_type_ids", [0] * len(ids))
     return [tokens]
@@ -137,9 +138,9 @@ def _rollout(record: Rollout, template: Template, limits: TruncationConfig) -> l
     tokens, truncated = _sampled(record, template, limits.mask_truncated)
     excluded = ""
     if len(tokens.ids) > limits.max_length:
-        excluded = "rollouts longer than max_length, not trained on"
+        excluded = "long-rollouts"
     elif limits.mask_truncated and truncated:
-        excluded = "truncated rollouts, not trained on"
+        excluded = "truncated-rollouts"
     if excluded:
         tokens.notes = tokens.notes | {excluded: 1}
     n = sum(tokens.mask)
@@ -148,7 +149,8 @@ def _rollout(record: Rollout, template: Template, limits: TruncationConfig) -> l
         if len(numbers) != n:
             raise DataError(
                 f"{name} has {len(numbers)} numbers for the {n} tokens of the response with its end; "
-                "give prompt_ids and response_ids, so that the tokens are those that were sampled"
+                "give prompt_ids and response_ids, so that the tokens are those that were sampled",
+                "invalid-row",
             )
         following = iter(numbers)
         tokens.columns[name] = [next(following) if learned else 0.0 for learned in tokens.mask]
@@ -179,7 +181,7 @@ def _sampled(record: Rollout, template: Template, must_know: bool) -> tuple[Toke
 
 def _check_ids(ids: list[int], n_tokens: int) -> None:
     if max(ids) >= n_tokens:
-        raise DataError(f"the token id {max(ids)} is beyond the tokenizer's {n_tokens} tokens")
+        raise DataError(f"the token id {max(ids)} is beyond the tokenizer's {n_tokens} tokens", "invalid-row")
 
 
 def truncate(documents: list[Tokens], limits: TruncationConfig, bos_token_id: int | None) -> list[Tokens] | str:
@@ -209,4 +211,4 @@ def _shorten(tokens: Tokens, cut: int, max_length: int, bos_token_id: int | None
     head = 1 if tokens.ids[0] == bos_token_id else 0
     ids = (tokens.ids[:head] + tokens.ids[head + cut :])[:max_length]
     mask = (tokens.mask[:head] + tokens.mask[head + cut :])[:max_length]
-    return Tokens(ids, [False, *mask[1:]], tokens.notes | {"truncated examples": 1}, values=tokens.values)
+    return Tokens(ids, [False, *mask[1:]], tokens.notes | {"truncated": 1}, values=tokens.values)

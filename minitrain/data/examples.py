@@ -148,7 +148,7 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
         name = dataset.type
         missing = [key for key in known[name].required if key not in row]
         if missing:
-            raise DataError(f"type {name} needs the key {missing[0]!r}; the row has {keys_of(row)}")
+            raise DataError(f"type {name} needs the key {missing[0]!r}; the row has {keys_of(row)}", "invalid-row")
     else:
         name = _recognise(dataset.columns, known) or _recognise(row, known)
     if name is None:
@@ -157,13 +157,14 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
         example = f"{{{first}: my_column, {second}: my_other_column}}"
         raise DataError(
             f"no known schema of {kind} rows has the keys {keys_of(row)}. Known are ({kinds}). "
-            f"Map your columns, for example columns: {example}{_of_header(dataset.path)}"
+            f"Map your columns, for example columns: {example}{_of_header(dataset.path)}",
+            "invalid-row",
         )
     templated = dataset.prompt_template or dataset.response_template
     if templated and name not in TEMPLATED:
-        raise DataError(f"prompt_template and response_template do not apply to rows of type {name}")
+        raise DataError(f"prompt_template and response_template do not apply to rows of type {name}", "no-effect")
     if name not in WITH_DOCUMENTS and (dataset.p_oracle < 1 or dataset.n_distractors is not None):
-        raise DataError(f"p_oracle and n_distractors do not apply to rows of type {name}")
+        raise DataError(f"p_oracle and n_distractors do not apply to rows of type {name}", "no-effect")
     return known[name].convert(row, dataset)
 
 
@@ -185,7 +186,7 @@ def _recognise(keys: dict, known: dict[str, Schema]) -> str | None:
 
 def _column(row: dict, column: str, path: str) -> object:
     if column not in row:
-        raise DataError(f"columns names {column!r}; the row has {keys_of(row)}{_of_header(path)}")
+        raise DataError(f"columns names {column!r}; the row has {keys_of(row)}{_of_header(path)}", "wrong-column")
     return row[column]
 
 
@@ -207,7 +208,7 @@ def text_of(row: dict, key: str) -> str:
     if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{key} is not a text, but {short(value)!r}")
+        raise DataError(f"{key} is not a text, but {short(value)!r}", "invalid-row")
     return value
 
 
@@ -216,25 +217,25 @@ def number_of(row: dict, key: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer beyond 1e308
-        raise DataError(f"{key} is not a number, but {short(value)!r}") from None
+        raise DataError(f"{key} is not a number, but {short(value)!r}", "invalid-row") from None
     if not -float("inf") < number < float("inf"):
-        raise DataError(f"{key} is not a finite number, but {value}")
+        raise DataError(f"{key} is not a finite number, but {value}", "invalid-row")
     return number
 
 
 def turns_of(turns: object, key: str) -> Messages:
     """A list of objects with role/content or from/value as messages."""
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{key} is not a list of turns")
+        raise DataError(f"{key} is not a list of turns", "invalid-row")
     return [turn_of(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
 
 
 def turn_of(turn: object, where: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise DataError(f"{where} is not an object with a role and a content")
+        raise DataError(f"{where} is not an object with a role and a content", "invalid-row")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where} has the role {short(role)!r}; known are {', '.join(ROLES)}")
+        raise DataError(f"{where} has the role {short(role)!r}; known are {', '.join(ROLES)}", "invalid-row")
     content = turn.get("content", turn.get("value"))
     return {"role": ROLES[role], "content": _content(content, where)}
 
@@ -257,9 +258,9 @@ def compared(row: dict, chosen: Any, rejected: Any) -> Preference:
         good, bad = good[len(prompt) :], bad[len(prompt) :]
     for key, turns in (("chosen", good), ("rejected", bad)):
         if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
-            raise DataError(f"{key} does not end with words of the assistant")
+            raise DataError(f"{key} does not end with words of the assistant", "no-answer")
     if good == bad:
-        raise DataError("chosen and rejected are the same")
+        raise DataError("chosen and rejected are the same", "same-answers")
     return Preference(prompt, good, bad, number_of(row, "margin") if "margin" in row else 0.0)
 
 
@@ -304,7 +305,7 @@ def fill(template: str, row: dict, name: str) -> str:
 
     def value(match: re.Match) -> str:
         if match[1] not in row:
-            raise DataError(f"{name} names the column {match[1]!r}; the row has {keys_of(row)}")
+            raise DataError(f"{name} names the column {match[1]!r}; the row has {keys_of(row)}", "wrong-column")
         return text_of(row, match[1])
 
     return re.sub(r"\{(\w+)\}", value, template)
@@ -317,7 +318,7 @@ def _content(content: Any, where: str) -> str:
         kinds = [str(part.get("type", "text")) for part in content if isinstance(part, dict)]
         if set(kinds) <= {"text"} and all(isinstance(text, str) for text in texts):
             return "".join(texts)
-        raise DataError(f"{where} has parts that are not text, but {short(content)}")
+        raise DataError(f"{where} has parts that are not text, but {short(content)}", "invalid-row")
     if not isinstance(content, str):
-        raise DataError(f"{where} has no text as its content, but {short(content)!r}")
+        raise DataError(f"{where} has no text as its content, but {short(content)!r}", "invalid-row")
     return content

@@ -37,15 +37,15 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             yield from reader(file, path)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(f"{path}: cannot be read: {error}", "unreadable") from None
 
 
 def refuse_no_file(path: Path) -> None:
     """Raises DataError when there is no file to read."""
     if path.is_dir():
-        raise DataError(f"{path}: this is a folder; name a file in it")
+        raise DataError(f"{path}: this is a folder; name a file in it", "wrong-path")
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file (seen from {Path.cwd()})")
+        raise DataError(f"{path}: there is no such file (seen from {Path.cwd()})", "not-found")
 
 
 def _lines(file, path: Path) -> Iterator[tuple[int, bytes]]:
@@ -54,7 +54,7 @@ def _lines(file, path: Path) -> Iterator[tuple[int, bytes]]:
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(raw) > MAX_LINE_BYTES:
-            raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+            raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB", "too-large")
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         yield number, raw.rstrip(b"\r\n")
@@ -70,11 +70,11 @@ def _parse(raw: bytes) -> dict | DataError:
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        return DataError(f"not UTF-8 text (byte {error.start} of the line)")
+        return DataError(f"not UTF-8 text (byte {error.start} of the line)", "invalid-text")
     except json.JSONDecodeError as error:
-        return DataError(f"not valid JSON: {error.msg} (column {error.colno})")
+        return DataError(f"not valid JSON: {error.msg} (column {error.colno})", "invalid-json")
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        return DataError(f"not usable JSON: {error}")
+        return DataError(f"not usable JSON: {error}", "invalid-json")
     return _as_row(row)
 
 
@@ -91,7 +91,7 @@ def _as_row(row) -> dict | DataError:
     if isinstance(row, dict):
         return row
     hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
-    return DataError(f"expected an object with keys, got {type(row).__name__} {short(row)!r}{hint}")
+    return DataError(f"expected an object with keys, got {type(row).__name__} {short(row)!r}{hint}", "invalid-row")
 
 
 def _read_json(file, path: Path) -> Iterator[Row]:
@@ -99,7 +99,7 @@ def _read_json(file, path: Path) -> Iterator[Row]:
         text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text") from None
+        raise DataError(f"{path}:{line}: not UTF-8 text", "invalid-text") from None
     start = _skip(text, 0, " \t\r\n")
     wrapped = text[start : start + 1] == "{"
     if wrapped and _has_row_per_line(text):
@@ -108,12 +108,12 @@ def _read_json(file, path: Path) -> Iterator[Row]:
     if wrapped:
         start = _start_of_data(text, path)
     if text[start : start + 1] != "[":
-        raise DataError(f'{path}: expected a list of rows, {{"data": [...]}}, or one row per line')
+        raise DataError(f'{path}: expected a list of rows, {{"data": [...]}}, or one row per line', "invalid-row")
     end = yield from _list_entries(text, start + 1, path)
     after = _skip(text, end, " \t\r\n")
     if after < len(text) and not wrapped:
         line = text.count("\n", 0, after) + 1
-        raise DataError(f"{path}:{line}: not valid JSON: there is more behind the list")
+        raise DataError(f"{path}:{line}: not valid JSON: there is more behind the list", "invalid-json")
 
 
 def _has_row_per_line(text: str) -> bool:
@@ -132,7 +132,8 @@ def _start_of_data(text: str, path: Path) -> int:
     if not isinstance(whole.get("data"), list):
         keys = ", ".join(list(whole)[:5])
         raise DataError(
-            f"{path}: expected a list of rows under `data`, found the keys {keys}; write one row as [{{...}}]"
+            f"{path}: expected a list of rows under `data`, found the keys {keys}; write one row as [{{...}}]",
+            "invalid-row",
         )
     decoder, position = json.JSONDecoder(object_pairs_hook=_object), text.index("{") + 1
     while True:
@@ -154,7 +155,9 @@ def _list_entries(text: str, position: int, path: Path) -> Generator[Row, None, 
             return position + 1
         if not first:
             if text[position : position + 1] != ",":
-                raise DataError(f"{path}:{line}: not valid JSON: expected a comma or the end of the list")
+                raise DataError(
+                    f"{path}:{line}: not valid JSON: expected a comma or the end of the list", "invalid-json"
+                )
             position = _skip(text, position + 1, " \t\r\n")
             line, counted = line + text.count("\n", counted, position), position
         try:
@@ -166,7 +169,9 @@ def _list_entries(text: str, position: int, path: Path) -> Generator[Row, None, 
 
 
 def _bad_json(path: Path, line: int, error: Exception) -> DataError:
-    return DataError(f"{path}:{getattr(error, 'lineno', line)}: not valid JSON: {getattr(error, 'msg', error)}")
+    return DataError(
+        f"{path}:{getattr(error, 'lineno', line)}: not valid JSON: {getattr(error, 'msg', error)}", "invalid-json"
+    )
 
 
 def _skip(text: str, position: int, characters: str) -> int:
@@ -192,7 +197,7 @@ def _read_csv(file, path: Path) -> Iterator[Row]:
                 yield line, _csv_row(header, cells)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
+        raise DataError(f"{path}:{line}: not valid CSV: {error}", "invalid-table") from None
 
 
 def _read_tsv(file, path: Path) -> Iterator[Row]:
@@ -209,17 +214,19 @@ def _read_tsv(file, path: Path) -> Iterator[Row]:
 
 def _check_header(header: list[str], path: Path) -> None:
     if isinstance(problem := _csv_row(header, header), DataError):
-        raise DataError(f"{path}:1: {problem}")
+        raise problem.at(f"{path}:1")
     if len(set(header)) != len(header):
         told = "The first line has to name the columns; a file without a header cannot be read."
-        raise DataError(f"{path}:1: a column name stands twice in the header: {', '.join(header)}. {told}")
+        raise DataError(
+            f"{path}:1: a column name stands twice in the header: {', '.join(header)}. {told}", "invalid-table"
+        )
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict | DataError:
     if len(cells) != len(header):
-        return DataError(f"{len(cells)} fields where the header has {len(header)}")
+        return DataError(f"{len(cells)} fields where the header has {len(header)}", "invalid-row")
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
-        return DataError("not UTF-8 text")
+        return DataError("not UTF-8 text", "invalid-text")
     return dict(zip(header, cells, strict=True))

@@ -39,10 +39,10 @@ def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
         turns.append({"role": "system", "content": text_of(row, "system")})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise DataError(f"history is not a list of pairs, but {short(history)!r}")
+        raise DataError(f"history is not a list of pairs, but {short(history)!r}", "invalid-row")
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(f"history[{i}] is not a pair of texts [instruction, output]")
+            raise DataError(f"history[{i}] is not a pair of texts [instruction, output]", "invalid-row")
         turns += [user(pair[0]), assistant(pair[1])]
     prompt = text_of(row, "instruction")
     if row.get("input"):
@@ -80,7 +80,7 @@ def _query_response(row: dict, dataset: DatasetConfig) -> Conversation:
 def _plain_text(row: dict, dataset: DatasetConfig) -> PlainText:
     text = text_of(row, "text")
     if not text:
-        raise DataError("text is empty")
+        raise DataError("text is empty", "invalid-row")
     return PlainText(text)
 
 
@@ -94,11 +94,11 @@ def _pair(row: dict, prompt_key: str, response_key: str, dataset: DatasetConfig)
     if dataset.response_template is not None:
         response = fill(dataset.response_template, row, "response_template")
     if not response:
-        raise DataError(f"{response_key} is empty, so there is nothing to learn")
+        raise DataError(f"{response_key} is empty, so there is nothing to learn", "no-answer")
     return Conversation([user(prompt), assistant(response)])
 
 
 def _answered(messages: Messages, key: str) -> Messages:
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise DataError(f"{key} has no turn of the assistant, so there is nothing to learn")
+        raise DataError(f"{key} has no turn of the assistant, so there is nothing to learn", "no-answer")
     return messages

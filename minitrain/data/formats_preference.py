@@ -97,7 +97,7 @@ def _rollout_ids(row: dict, dataset: DatasetConfig) -> Rollout:
     for key in ("prompt_ids", "response_ids"):
         ids = row[key]
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise DataError(f"{key} is not a list of token ids")
+            raise DataError(f"{key} is not a list of token ids", "invalid-row")
     return _earned(row, row["prompt_ids"], row["response_ids"])
 
 
@@ -116,29 +116,29 @@ def _rollout_messages(row: dict, dataset: DatasetConfig) -> Rollout:
 
 def _last_judged(turns: Messages, key: str, desirable: bool) -> UnpairedPreference:
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
-        raise DataError(f"{key} does not end with words of the assistant")
+        raise DataError(f"{key} does not end with words of the assistant", "no-answer")
     return UnpairedPreference(turns[:-1], turns[-1:], desirable)
 
 
 def _wanted(value: Any, key: str) -> bool:
     value = value.strip().lower() if isinstance(value, str) else value
     if isinstance(value, (list, dict)) or value not in _YES:
-        raise DataError(f"{key} is neither true nor false, but {short(value)!r}")
+        raise DataError(f"{key} is neither true nor false, but {short(value)!r}", "invalid-row")
     return _YES[value]
 
 
 def _judged_text(row: dict, key: str, pair: str | None) -> ClassificationExample:
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label != label or label == "":
-        raise DataError(f"label is neither a text nor a number, but {short(label)!r}")
+        raise DataError(f"label is neither a text nor a number, but {short(label)!r}", "invalid-row")
     return ClassificationExample(text_of(row, key), text_of(row, pair) if pair else None, str(label))
 
 
 def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) -> Rollout:
     if not prompt:
-        raise DataError("there is no prompt")
+        raise DataError("there is no prompt", "invalid-row")
     if not response:
-        raise DataError("the response is empty, so there is nothing to learn")
+        raise DataError("the response is empty, so there is nothing to learn", "no-answer")
     tokens: dict[str, list[float]] = {}
     for name in TOKEN_COLUMNS:
         given = row.get(name)
@@ -149,9 +149,10 @@ def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) 
         if name in LOGPS and (above := [number for number in tokens[name] if number > ROUNDING]):
             raise DataError(
                 f"{name} holds {above[0]:g}, but a log-probability is never above 0. Give logarithms of probabilities, "
-                "with their sign"
+                "with their sign",
+                "invalid-row",
             )
     if "reward" not in row and "advantages" not in tokens and "returns" not in tokens:
-        raise DataError("there is neither a reward, nor advantages, nor returns")
+        raise DataError("there is neither a reward, nor advantages, nor returns", "invalid-row")
     truncated = None if row.get("truncated") is None else _wanted(row["truncated"], "truncated")
     return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else math.nan, tokens, truncated)

@@ -54,16 +54,19 @@ def raft_conversation(row: dict, documents: Documents, dataset: DatasetConfig) -
     """The prompt and the teacher's answer. Raises DataError."""
     answer = teacher_answer(row)
     if answer is None:
-        raise DataError(f"the row has documents, but none of {', '.join(ANSWERS)}; it has {keys_of(row)}")
+        raise DataError(
+            f"the row has documents, but none of {', '.join(ANSWERS)}; it has {keys_of(row)}", "invalid-row"
+        )
     if documents.unsorted:
         raise DataError(
-            "documents[0] is a text; to train on it, say what it is: {type: oracle or distractor, text: ...}"
+            "documents[0] is a text; to train on it, say what it is: {type: oracle or distractor, text: ...}",
+            "invalid-row",
         )
     prompt = raft_prompt(row, documents, dataset)
     if dataset.response_template is not None:
         answer = fill(dataset.response_template, row | {"answer": answer, "response": answer}, "response_template")
     if not answer:
-        raise DataError("the teacher's answer is empty, so there is nothing to learn")
+        raise DataError("the teacher's answer is empty, so there is nothing to learn", "no-answer")
     return Conversation([user(prompt), assistant(answer)])
 
 
@@ -74,7 +77,7 @@ def typed(row: dict) -> Documents:
     """``documents``: objects with a type (oracle or distractor) and a text, or texts alone."""
     documents = row["documents"]
     if not isinstance(documents, list) or not documents:
-        raise DataError("documents is not a list of documents")
+        raise DataError("documents is not a list of documents", "invalid-row")
     if all(isinstance(document, str) for document in documents):
         return Documents([], [], documents)
     texts: dict[str, list[str]] = {"oracle": [], "distractor": []}
@@ -82,7 +85,9 @@ def typed(row: dict) -> Documents:
         kind = document.get("type") if isinstance(document, dict) else None
         key = next((key for key in ("text", "content") if isinstance(document, dict) and key in document), None)
         if kind not in texts or key is None:
-            raise DataError(f"documents[{i}] is not an object with type: oracle or distractor, and a text")
+            raise DataError(
+                f"documents[{i}] is not an object with type: oracle or distractor, and a text", "invalid-row"
+            )
         texts[kind].append(text_of(document, key))
     return Documents(texts["oracle"], texts["distractor"], [])
 
@@ -94,7 +99,7 @@ def in_context(row: dict) -> Documents:
     if isinstance(sentences, list) and len(sentences) == 1 and isinstance(sentences[0], list):
         sentences = sentences[0]
     if not isinstance(sentences, list) or not sentences or not all(isinstance(text, str) for text in sentences):
-        raise DataError("context.sentences is not a list of documents")
+        raise DataError("context.sentences is not a list of documents", "invalid-row")
     oracle = text_of(row, "oracle_context")
     return Documents([oracle], [text for text in sentences if text != oracle], [])
 
@@ -102,7 +107,7 @@ def in_context(row: dict) -> Documents:
 def in_columns(row: dict) -> Documents:
     distractors = row["distractors"]
     if not isinstance(distractors, list) or not all(isinstance(text, str) for text in distractors):
-        raise DataError("distractors is not a list of texts")
+        raise DataError("distractors is not a list of texts", "invalid-row")
     return Documents([text_of(row, "oracle_context")], distractors, [])
 
 

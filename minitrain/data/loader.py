@@ -12,7 +12,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
-from .cache import BAD_ROWS, TokenCache, load_cache
+from .cache import BAD_ROWS, COUNTED, TokenCache, load_cache
 from .collate import Document, collate
 from .mismatched import add_mismatched_answers
 from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_step
@@ -64,7 +64,7 @@ class TokenizedDataset:
         n = len(self)
         count = int(held_out) if held_out >= 1 else max(1, round(n * held_out))
         if count >= n:
-            raise ConfigError(f"validation_split: {count} of {n} examples held out leave none to train on")
+            raise ConfigError(f"validation_split: {count} of {n} examples held out leave none to train on", "no-data")
         mark = np.zeros(n, bool)
         mark[np.random.Generator(np.random.PCG64([seed, 2])).permutation(n)[:count]] = True
         marks = np.split(mark, self.starts[1:-1])
@@ -128,19 +128,21 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
 
 def describe_losses(counts: dict[str, int], n_rows: int) -> list[str]:
     """Return how many of so many rows were cut or left out, each count with its share of them."""
-    return [f"{count:,} {what}{'' if _of_turns(what) else _share(count, n_rows)}" for what, count in counts.items()]
+    return [
+        f"{count:,} {COUNTED[what]}{'' if _of_turns(what) else _share(count, n_rows)}" for what, count in counts.items()
+    ]
 
 
 def _warnings(cache: TokenCache, config: Config) -> Iterator[str]:
     for what, count in cache.counts.items():
         if count * 3 > cache.n_rows and not _of_turns(what):
             longer = f"raise max_length={config.max_length}" if what != BAD_ROWS else "look at why they are bad"
-            yield f"{cache.source}: {count:,} {what}{_share(count, cache.n_rows)}, more than a third: {longer}"
+            yield f"{cache.source}: {count:,} {COUNTED[what]}{_share(count, cache.n_rows)}, more than a third: {longer}"
 
 
 def _of_turns(what: str) -> bool:
     """Whether turns are counted, of which a row has several."""
-    return "turns" in what
+    return what == "unlearned-turns"
 
 
 def _share(count: int, n_rows: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minitrain.config.schema import Config
-from minitrain.errors import DataError
+from minitrain.errors import DataError, write_error_code
 
 from .cache import FORMAT, TokenCache, usable_cache
 from .cache_writer import new_cache
@@ -27,7 +27,8 @@ def add_mismatched_answers(caches: list[TokenCache], config: Config) -> list[Tok
     if partners is None:
         raise DataError(
             f"{caches[0].source}:{caches[0].lines[0]}: all rows have the same prompt as this one, but kto needs "
-            "answers to different prompts. Add rows with other prompts."
+            "answers to different prompts. Add rows with other prompts.",
+            "unsuitable-data",
         )
     starts = np.cumsum([0, *map(len, caches)])
     settings = [FORMAT, config.max_length, [cache.key for cache in caches]]
@@ -75,7 +76,9 @@ def _write(
                 other = _tokens(caches[which], partner - int(starts[which]))
                 writer.add(int(cache.lines[number]), _documents(_tokens(cache, number), other, max_length))
     except OSError as error:
-        raise DataError(f"{path.parent}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.") from None
+        raise DataError(
+            f"{path.parent}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.", write_error_code(error)
+        ) from None
 
 
 def _tokens(cache: TokenCache, number: int) -> Tokens:

@@ -21,7 +21,7 @@ def read_parquet(file, path: Path) -> Iterator[tuple[int, dict | DataError]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: the package pyarrow is not installed: {PACKAGE}") from None
+        raise DataError(f"{path}: the package pyarrow is not installed: {PACKAGE}", "not-installed") from None
     try:
         number = 0
         table = pyarrow.parquet.ParquetFile(file)
@@ -32,7 +32,7 @@ def read_parquet(file, path: Path) -> Iterator[tuple[int, dict | DataError]]:
                 yield number, _row(row, names)
     except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         where = f"{path}:{number + 1}" if number else str(path)
-        raise DataError(f"{where}: no sound parquet file: {_told(error)}") from None
+        raise DataError(f"{where}: no sound parquet file: {_told(error)}", "invalid-table") from None
 
 
 def load_table(dataset: DatasetConfig) -> Any:
@@ -43,7 +43,7 @@ def load_table(dataset: DatasetConfig) -> Any:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{dataset.path}: the package datasets is not installed: {PACKAGE}") from None
+        raise DataError(f"{dataset.path}: the package datasets is not installed: {PACKAGE}", "not-installed") from None
     folder = Path(dataset.path).is_dir()
     if not folder and not hub_answers():
         datasets.config.HF_HUB_OFFLINE = True
@@ -52,7 +52,7 @@ def load_table(dataset: DatasetConfig) -> Any:
         return datasets.load_dataset(dataset.path, streaming=folder, **wanted)
     except Exception as error:
         told = f"{dataset.path}: {_told(error)}"
-        raise unreachable(dataset.path, error, "dataset") or DataError(told) from None
+        raise unreachable(dataset.path, error, "dataset") or DataError(told, "unreadable") from None
 
 
 def rows_of(table: Any, name: str) -> Iterator[tuple[int, dict | DataError]]:
@@ -66,7 +66,7 @@ def rows_of(table: Any, name: str) -> Iterator[tuple[int, dict | DataError]]:
             yield number, _row(row, names)
     except Exception as error:  # rows are read as they come, by readers of many kinds
         hint = "Files named one by one may hold rows of several kinds."
-        raise DataError(f"{name}: cannot be read: {_told(error)} {hint}") from None
+        raise DataError(f"{name}: cannot be read: {_told(error)} {hint}", "unreadable") from None
 
 
 def _row(row: dict, names: LabelNames) -> dict | DataError:
@@ -74,7 +74,7 @@ def _row(row: dict, names: LabelNames) -> dict | DataError:
     row = {key: value for key, value in row.items() if value is not None}
     for key in names.keys() & row.keys():
         if not isinstance(row[key], int) or not 0 <= row[key] < len(names[key]):
-            return DataError(f"{key} is {row[key]}, which stands for none of {', '.join(names[key])}")
+            return DataError(f"{key} is {row[key]}, which stands for none of {', '.join(names[key])}", "invalid-row")
         row[key] = names[key][row[key]]
     return row
 

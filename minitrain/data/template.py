@@ -68,13 +68,17 @@ class Template:
         elif chat_template != "auto":
             tokenizer.chat_template = _read(chat_template)
         if not isinstance(tokenizer.chat_template, str):
-            raise ConfigError("chat_template: the tokenizer has several templates; name a .jinja file.")
+            raise ConfigError(
+                "chat_template: the tokenizer has several templates; name a .jinja file.", "invalid-template"
+            )
         try:
             self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
+            raise ConfigError(
+                f"chat_template: not valid Jinja, line {error.lineno}: {error.message}", "invalid-template"
+            ) from None
         except UnboundedTemplate as error:
-            raise ConfigError(f"chat_template: {error}. Name another template.") from None
+            raise ConfigError(f"chat_template: {error}. Name another template.", "invalid-template") from None
         except jinja2.TemplateError:
             pass  # a template may refuse this very conversation
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
@@ -115,7 +119,7 @@ class Template:
         try:
             pieces, notes = self._pieces(record.messages, n_learned)
         except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from None
+            raise DataError(f"the chat template refuses the conversation: {error}", "invalid-template") from None
         return self._join(pieces, notes)
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
@@ -125,7 +129,7 @@ class Template:
             prompt = self._render(messages, prompt=True)
             spans = self._earlier_spans(messages, prompt)[0] if len(messages) > 1 else []
         except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from None
+            raise DataError(f"the chat template refuses the conversation: {error}", "invalid-template") from None
         return self._join(_cut(prompt, spans, []), {}).ids
 
     def encode_text(self, text: str, before: str = "") -> list[int]:
@@ -159,7 +163,7 @@ class Template:
         except BaseException as error:  # of a tokenizer that is damaged
             if not is_failure(error):
                 raise
-            raise DataError(f"the tokenizer cannot read {text[:40]!r}: {error}") from None
+            raise DataError(f"the tokenizer cannot read {text[:40]!r}: {error}", "invalid-text") from None
 
     def _ids(self, text: str) -> list[int]:
         ids = self._encode(text).ids
@@ -171,7 +175,7 @@ class Template:
         """Raise DataError for a character that the tokenizer leaves out without a word."""
         for character in sorted(set(text)):
             if not character.isspace() and not self._encode(character).ids:
-                raise DataError(f"the tokenizer has no token for {character!r}, and would leave it out")
+                raise DataError(f"the tokenizer has no token for {character!r}, and would leave it out", "invalid-text")
 
     def _join(self, pieces: list[tuple[str, bool]], notes: dict[str, int]) -> Tokens:
         ids, mask, before = [], [], ""
@@ -181,7 +185,7 @@ class Template:
             mask += [learned] * len(part)
             before = text or before
         if not ids:
-            raise DataError("the tokenizer makes no token of the text")
+            raise DataError("the tokenizer makes no token of the text", "invalid-text")
         n = len(ids)
         ids = self._with_bos(ids)
         mask = [False] * (len(ids) - n) + mask
@@ -216,7 +220,7 @@ class Template:
             spans.append((len(prompt), len(text)))
         if n_learned is not None:  # cut where all_turns cuts, so that the ids are the same
             return _cut(text, spans, spans[-n_learned:]), {}
-        return _cut(text, spans, spans), {"unlearned turns": lost} if lost else {}
+        return _cut(text, spans, spans), {"unlearned-turns": lost} if lost else {}
 
     def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the spans inside {% generation %}, each with the token that ends its turn."""
@@ -227,7 +231,7 @@ class Template:
             token = self._special_end.search(text, start, end) or self._special_start.match(text, end)
             closed.append((start, token.end() if token else end))
         if not closed:
-            raise DataError("the chat template marks no text of the assistant in this conversation")
+            raise DataError("the chat template marks no text of the assistant in this conversation", "invalid-template")
         text = text[: closed[-1][1]]
         return (text, closed) if self._special_end.search(text) else self._ended(text, closed)
 
@@ -242,7 +246,7 @@ class Template:
         whole, prompt = self._render(messages), self._render(messages[:-1], prompt=True)
         if whole.startswith(prompt):
             if whole == prompt and messages[-1]["content"].strip():
-                raise DataError(_HIDDEN)
+                raise DataError(_HIDDEN, "invalid-template")
             return prompt, self._closed(whole[len(prompt) :])
         history = self._render(messages[:-1])
         common = _common_prefix(whole, prompt)
@@ -256,7 +260,7 @@ class Template:
         answer = {"role": "assistant", "content": OPEN + messages[-1]["content"]}
         before, mark, tail = self._render([*messages[:-1], answer]).rpartition(OPEN)
         if not mark:
-            raise DataError(_HIDDEN)
+            raise DataError(_HIDDEN, "invalid-template")
         return before, self._closed(tail)
 
     def _closed(self, tail: str) -> str:
@@ -310,7 +314,9 @@ def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"the chat template {file!r} is neither auto, chatml, none, nor a text file.") from None
+        raise ConfigError(
+            f"the chat template {file!r} is neither auto, chatml, none, nor a text file.", "not-found"
+        ) from None
 
 
 def _common_prefix(a: str, b: str) -> int:
@@ -321,12 +327,14 @@ def refuse_unusable(texts: list[str]) -> None:
     """Raises DataError for characters that no tokenizer can take, or that have a meaning here."""
     whole = "".join(texts)
     if OPEN in whole or CLOSE in whole:
-        raise DataError("the text holds U+E0F0 or U+E0F1, characters of private use that mark answers here")
+        raise DataError(
+            "the text holds U+E0F0 or U+E0F1, characters of private use that mark answers here", "invalid-text"
+        )
     try:
         whole.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"the text holds {whole[error.start]!r}, half a surrogate pair, which is no character"
+            f"the text holds {whole[error.start]!r}, half a surrogate pair, which is no character", "invalid-text"
         ) from None
 
 

@@ -16,13 +16,16 @@ def check_processes(config: Config, given: set[str], issues: ConfigIssues) -> No
         if processes > 1:
             issues.add(
                 "trainer",
+                "conflict",
                 f"BasicTrainer trains on one device, but torchrun started {processes} processes. "
                 "Set trainer=FSDPTrainer.",
             )
         if "fsdp" in given:
-            issues.add("fsdp", "would be ignored: it needs trainer=FSDPTrainer.", "trainer")
+            issues.add("fsdp", "no-effect", "would be ignored: it needs trainer=FSDPTrainer.", "trainer")
     elif config.fsdp.shard == "hybrid" and (processes == local or processes % local):
-        issues.add("fsdp.shard", "hybrid needs several machines with equally many processes; use full on one.")
+        issues.add(
+            "fsdp.shard", "conflict", "hybrid needs several machines with equally many processes; use full on one."
+        )
 
 
 def check_device(config: Config, issues: ConfigIssues) -> None:
@@ -33,17 +36,19 @@ def check_device(config: Config, issues: ConfigIssues) -> None:
     try:
         device = pick_device(config.device).type
     except ConfigError as error:
-        issues.add("device", str(error).removeprefix("device: ") + ".")
+        issues.add("device", error.code, error.message.removeprefix("device: ") + ".")
         return
     if config.trainer == "BasicTrainer":
         return
     local, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if device == "mps":
-        issues.add("trainer", "FSDPTrainer needs CUDA devices or the CPU; use device=cpu, or BasicTrainer.")
+        issues.add("trainer", "conflict", "FSDPTrainer needs CUDA devices or the CPU; use device=cpu, or BasicTrainer.")
     if device == "cuda" and local > n_gpus:
-        issues.add("trainer", f"torchrun started {local} processes on this machine, but it has {n_gpus} GPUs.")
+        issues.add(
+            "trainer", "conflict", f"torchrun started {local} processes on this machine, but it has {n_gpus} GPUs."
+        )
     if config.fsdp.cpu_offload and device == "cpu":
-        issues.add("fsdp.cpu_offload", "would be ignored: everything is on the CPU already.")
+        issues.add("fsdp.cpu_offload", "no-effect", "would be ignored: everything is on the CPU already.")
 
 
 def uneven_batch(config: Config, number: int, what: str) -> str | None:

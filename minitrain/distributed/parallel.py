@@ -116,9 +116,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: there is no CUDA device here; use device=auto or device=cpu")
+        raise ConfigError("device: there is no CUDA device here; use device=auto or device=cpu", "no-device")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device: there is no MPS device here; use device=auto or device=cpu")
+        raise ConfigError("device: there is no MPS device here; use device=auto or device=cpu", "no-device")
     return torch.device(name)
 
 

@@ -140,7 +140,8 @@ class FullySharded(SingleDevice):
             if differing := [name for name, value in found[0].items() if theirs[name] != value]:
                 raise ConfigError(
                     f"{', '.join(differing)}: rank {rank} has another value than rank 0. Start all ranks with the same "
-                    "config, data and model."
+                    "config, data and model.",
+                    "mismatch",
                 )
 
     def run_on_rank0(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
@@ -149,12 +150,12 @@ class FullySharded(SingleDevice):
             try:
                 value = function()
             except MinitrainError as raised:
-                error = [type(raised).__name__, str(raised)]
+                error = [type(raised).__name__, raised.message, raised.code]
         if meanwhile is not None:
             meanwhile()
         value, error = self.gather([value, error])[0]
         if error is not None:
-            raise getattr(errors, error[0])(error[1])
+            raise getattr(errors, error[0])(*error[1:])
         return value
 
     @contextlib.contextmanager
@@ -166,7 +167,7 @@ class FullySharded(SingleDevice):
             with _loss_told():
                 self.store.wait([key])
             if failure := self._failure():
-                raise RunError(failure)
+                raise RunError(failure, "process-failed")
         try:
             with self.naming_failures():
                 yield
@@ -213,14 +214,14 @@ class FullySharded(SingleDevice):
                 yield
         except LostContactError:
             if failure := self._failure():
-                raise RunError(failure) from None
+                raise RunError(failure, "process-failed") from None
             raise
         except BaseException as error:
             if self.store is not None and is_failure(error):
-                kind = "" if isinstance(error, MinitrainError) else f"{type(error).__name__}: "
-                reason = (str(error).strip().splitlines() or ["no message"])[0]
+                known = isinstance(error, MinitrainError)
+                text = error.message if known else f"{type(error).__name__}: {str(error).strip() or 'no message'}"
                 with contextlib.suppress(RuntimeError):  # the store is gone
-                    self.store.compare_set(FAILURE, "", redact(f"rank {self.rank} failed: {kind}{reason}"))
+                    self.store.compare_set(FAILURE, "", redact(f"rank {self.rank} failed: {text.splitlines()[0]}"))
             raise
 
     def _failure(self) -> str | None:
@@ -266,7 +267,7 @@ def _loss_told() -> Iterator[None]:
         if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
             text = str(error).strip().splitlines()[0]
             told = f"lost contact with another process; see what that one said ({text})"
-            raise LostContactError(told) from None
+            raise LostContactError(told, "process-failed") from None
         raise
 
 

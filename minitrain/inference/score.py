@@ -74,7 +74,7 @@ class SequenceScorer:
         if isinstance(documents, str):
             raise DataError(f"{asked.where}: {documents}")
         (tokens,) = documents
-        self.n_truncated += tokens.notes.get("truncated examples", 0)
+        self.n_truncated += tokens.notes.get("truncated", 0)
         columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
         return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns)
 

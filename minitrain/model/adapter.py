@@ -94,7 +94,7 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
     for wanted in config.get("modules_to_save") or []:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not found:
-            raise ConfigError(f"lora.modules_to_save: {_no_such(wanted, modules)}")
+            raise ConfigError(f"lora.modules_to_save: {_no_such(wanted, modules)}", "not-a-choice")
         saved += found
     adapter = Adapter(config, {}, saved=list(dict.fromkeys(saved)))
     keep = bool(config.get("ensure_weight_tying"))
@@ -106,7 +106,8 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
     if keep and (tied := _with_tied(model, adapter.adapted)[len(adapter.adapted) :]):
         raise ConfigError(
             f"ensure_weight_tying: LoRA on a layer that is tied to {tied[0]} is not supported. Train it whole "
-            "(modules_to_save) or make the adapter without ensure_weight_tying."
+            "(modules_to_save) or make the adapter without ensure_weight_tying.",
+            "unsupported-model",
         )
     adapter.carried += [name for name in rows if untied or not _has_place(model, name, adapter)]
     adapter.carried += new_biases(model, adapter)
@@ -157,12 +158,15 @@ def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Wei
         if any(f"{name}.".startswith(f"{path}.") for path in whole):
             if name in chosen:
                 raise ConfigError(
-                    f"trainable_token_indices: {name} is in modules_to_save, too. Leave it out of one of them."
+                    f"trainable_token_indices: {name} is in modules_to_save, too. Leave it out of one of them.",
+                    "conflict",
                 )
             continue
         owner = first.setdefault(id(layer.weight), name)
         if chosen.get(name, chosen.get(owner)) != chosen.get(owner):
-            raise ConfigError(f"trainable_token_indices: {name} and {owner} are tied, so they need the same token ids.")
+            raise ConfigError(
+                f"trainable_token_indices: {name} and {owner} are tied, so they need the same token ids.", "mismatch"
+            )
         ids = sorted({*chosen.get(owner, ()), *model.new_ids})
         if ids:
             rows = token_rows.add(layer, ids, None if owner == name else layers[owner].token_rows)
@@ -190,15 +194,21 @@ def wanted_rows(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
     if isinstance(wanted, list):
         wanted = {next(name for name, layer in layers.items() if layer is model.get_input_embeddings()): wanted}
     if not isinstance(wanted, dict):
-        raise ConfigError(f"{key}: expected token ids in a list, or lists by names of layers, got {wanted!r}.")
+        raise ConfigError(
+            f"{key}: expected token ids in a list, or lists by names of layers, got {wanted!r}.", "wrong-type"
+        )
     for one, ids in wanted.items():
         names = [name for name in layers if name.endswith(one)]
         if not names:
-            raise ConfigError(f"{key}: no embedding or output layer is called {one!r}. There are {', '.join(layers)}.")
+            raise ConfigError(
+                f"{key}: no embedding or output layer is called {one!r}. There are {', '.join(layers)}.", "not-a-choice"
+            )
         n_rows = layers[names[0]].weight.shape[0]
         plain = isinstance(ids, list) and all(type(number) is int for number in ids)
         if not plain or len(set(ids)) < len(ids) or not all(0 <= number < n_rows for number in ids):
-            raise ConfigError(f"{key}: {one} needs different token ids from 0 to {n_rows - 1}, got {str(ids)[:100]}.")
+            raise ConfigError(
+                f"{key}: {one} needs different token ids from 0 to {n_rows - 1}, got {str(ids)[:100]}.", "out-of-range"
+            )
         chosen |= dict.fromkeys(names, ids)
     return chosen
 
@@ -218,15 +228,17 @@ def _targets(
         named = [name for name in there if _matches(wanted, name)]
     missing = [one for one in wanted if not any(_matches([one], name) for name in named)] if _is_list(wanted) else []
     if not named or (missing and strict):
-        raise ConfigError(f"lora.target_modules: {_no_such(missing[0] if missing else wanted, there)}")
+        raise ConfigError(f"lora.target_modules: {_no_such(missing[0] if missing else wanted, there)}", "not-a-choice")
     lost = [one for one in excluded if not any(_matches([one], name) for name in named)] if _is_list(excluded) else []
     if lost and strict:
-        raise ConfigError(f"lora.exclude_modules: {_no_such(lost[0], {name: there[name] for name in named})}")
+        known = {name: there[name] for name in named}
+        raise ConfigError(f"lora.exclude_modules: {_no_such(lost[0], known)}", "not-a-choice")
     names = [n for n in named if there[n] not in whole and not (excluded and _matches(excluded, n, "exclude_modules"))]
     if not names:
         raise ConfigError(
             f"lora.target_modules: exclude_modules or modules_to_save has all layers that it names, like {named[0]}. "
-            "Name a layer that is in neither."
+            "Name a layer that is in neither.",
+            "conflict",
         )
     return _of_layers(model, modules, names, layers) if layers else names
 
@@ -237,10 +249,14 @@ def _of_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str]
     path = next(name for name, module in modules.items() if module is blocks)
     outside = [number for number in layers if not 0 <= number < len(blocks)]
     if outside:
-        raise ConfigError(f"lora.layers_to_transform: {outside[0]} is outside of the blocks 0-{len(blocks) - 1}.")
+        raise ConfigError(
+            f"lora.layers_to_transform: {outside[0]} is outside of the blocks 0-{len(blocks) - 1}.", "out-of-range"
+        )
     inside = [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
     if not inside:
-        raise ConfigError(f"lora.layers_to_transform: no layer to adapt is in these blocks, like {names[0]}.")
+        raise ConfigError(
+            f"lora.layers_to_transform: no layer to adapt is in these blocks, like {names[0]}.", "invalid-value"
+        )
     return inside
 
 
@@ -261,11 +277,12 @@ def _full_match(expression: str, name: str, key: str) -> bool:
         with _time_limit(MATCH_SECONDS):
             return re.fullmatch(expression, name) is not None
     except re.error as error:
-        raise ConfigError(f"lora.{key}: {expression!r} is no regular expression: {error}.") from None
+        raise ConfigError(f"lora.{key}: {expression!r} is no regular expression: {error}.", "invalid-value") from None
     except TimeoutError:
         raise ConfigError(
             f"lora.{key}: matching {expression!r} with {name} takes more than {MATCH_SECONDS} seconds. "
-            "Use a simpler expression, or a list of names."
+            "Use a simpler expression, or a list of names.",
+            "invalid-value",
         ) from None
 
 

@@ -81,23 +81,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG_FILE).read_text())
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
+        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}", "unreadable") from None
     if kind not in ("LORA", *KINDS.values()):
-        raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.")
+        raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.", "unsupported-model")
     needed = REQUIRED["LORA" if kind == "LORA" else "PROMPT"]
     if lacking := [key for key in needed if config.get(key) is None]:
-        raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.")
+        raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.", "invalid-value")
     for key, (is_valid, expected) in VALUES.items():
         if config.get(key) is not None and not is_valid(config[key]):
             value = repr(config[key])[:100]
-            raise ConfigError(f"{folder / CONFIG_FILE}: {key} is wrong, got {value}. It has to be {expected}.")
+            raise ConfigError(
+                f"{folder / CONFIG_FILE}: {key} is wrong, got {value}. It has to be {expected}.", "invalid-value"
+            )
     for key in FOREIGN:
         if config.get(key):
-            raise ConfigError(f"{folder}: it uses {key}, which is not known here.")
+            raise ConfigError(f"{folder}: it uses {key}, which is not known here.", "unsupported-model")
     if isinstance(start := config.get("init_lora_weights"), str) and start.startswith(CHANGES_BASE):
         raise ConfigError(
             f"{folder}: an adapter that was started by {start} and goes on a changed base model. "
-            "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
+            "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it.",
+            "unsupported-model",
         )
     return {"bias": "none"} | config  # torchtune writes only the required keys
 
@@ -116,7 +119,7 @@ def outputs_of(folder: Path) -> list[str] | None:
     with safe_open(folder / FILE, "pt") as file:  # PEFT saves no labels
         heads = [key for key in file.keys() if key.endswith(HEADS)]  # noqa: SIM118
         if not heads:
-            raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.")
+            raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.", "mismatch")
         return [f"LABEL_{number}" for number in range(file.get_slice(heads[0]).get_shape()[0])]
 
 

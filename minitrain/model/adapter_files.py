@@ -65,13 +65,13 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
     try:
         tensors = load_file(folder / FILE)
     except Exception as error:
-        raise ConfigError(f"{folder / FILE} cannot be read: {error}") from None
+        raise ConfigError(f"{folder / FILE} cannot be read: {error}", "unreadable") from None
     if config["peft_type"] != "LORA":
         return _loaded_prompt(model, config, tensors, folder, weights)
     try:
         adapter = inject(model, config, weights, strict=False)
     except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG_FILE}: {str(error).removeprefix('lora.')}") from None
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error.message.removeprefix('lora.')}", error.code) from None
     named = _by_own_names(model, adapter, tensors, folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -106,13 +106,15 @@ def _by_own_names(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]
     if missing or unknown:
         base = adapter.config.get("base_model_name_or_path")
         told = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
-        raise ConfigError(f"{folder} does not fit the model: {told}.")
+        raise ConfigError(f"{folder} does not fit the model: {told}.", "mismatch")
     return {names[key]: tensor for key, tensor in tensors.items()}
 
 
 def _fill(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weights: Weights | None) -> None:
     if parameter.shape != tensor.shape:
-        raise ConfigError(f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}.")
+        raise ConfigError(
+            f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}.", "mismatch"
+        )
     _set(name, parameter, tensor, weights)
 
 
@@ -122,7 +124,8 @@ def _fill_rows(
     """Load the trained rows of these token ids; the layer can have rows of new tokens, too."""
     if list(tensor.shape) != [len(ids), module.weight.shape[1]]:
         raise ConfigError(
-            f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {[len(ids), module.weight.shape[1]]}."
+            f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {[len(ids), module.weight.shape[1]]}.",
+            "mismatch",
         )
     rows = module.token_rows.detach() if weights is None else weights.sources[name]
     at = torch.searchsorted(module.token_ids.cpu(), torch.tensor(ids))
@@ -140,11 +143,11 @@ def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[s
     if ends != bool(heads.trained) or (named and named != ours):
         told = f"{', '.join(named or ['scalars'])}" if ends else "a vocabulary"
         here = ", ".join(ours) if heads.trained else "a vocabulary"
-        raise ConfigError(f"{folder} is of a model that ends in {told}, and not in {here}.")
+        raise ConfigError(f"{folder} is of a model that ends in {told}, and not in {here}.", "mismatch")
     wanted = [*(config.get("modules_to_save") or []), *(("classifier", "score") if ends else ())]
     whole = [name for name, _ in model.named_modules() if any(name.endswith(one) for one in wanted)]
     if lost := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in whole)]:
-        raise ConfigError(f"{folder} holds no weights of {lost[0]}, which its base model lacks, too.")
+        raise ConfigError(f"{folder} holds no weights of {lost[0]}, which its base model lacks, too.", "mismatch")
     return config | {"modules_to_save": whole or None}
 
 
@@ -229,7 +232,9 @@ def _loaded_prompt(
     wanted = model.soft_prompt.weight.shape
     if found is None or found.shape != wanted:
         shape = "missing" if found is None else list(found.shape)
-        raise ConfigError(f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(wanted)}.")
+        raise ConfigError(
+            f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(wanted)}.", "mismatch"
+        )
     with torch.no_grad():
         model.soft_prompt.weight.copy_(found)
     adapter = _known_prompt(model, config, weights)
@@ -238,11 +243,11 @@ def _loaded_prompt(
         n for n in adapter.parameters(model) if not n.startswith("soft_prompt.") and not n.endswith(token_rows.NAME)
     ]
     if missing := [name for name in whole if f"{PROMPT_PREFIX}{name}" not in tensors]:
-        raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}.")
+        raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}.", "mismatch")
     for key in tensors.keys() - {TENSOR}:
         name = key.removeprefix(PROMPT_PREFIX)
         if name not in parameters:
-            raise ConfigError(f"{folder} does not fit the model: unexpected {key}.")
+            raise ConfigError(f"{folder} does not fit the model: unexpected {key}.", "mismatch")
         _fill(folder, name, parameters[name], tensors[key], weights)
     carried = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(whole))
     adapter.carried = list(dict.fromkeys([*adapter.carried, *carried]))
@@ -255,7 +260,7 @@ def _loaded_prompt(
 def _refuse_encoder(model: nn.Module) -> None:
     if is_encoder(model):
         told = f"{type(model).__name__} is an encoder, whose first place is its head's; train it with lora"
-        raise ConfigError(f"soft_prompt: {told}.")
+        raise ConfigError(f"soft_prompt: {told}.", "conflict")
 
 
 def _known_prompt(model: nn.Module, config: dict[str, Any], weights: Weights | None) -> PromptAdapter:
@@ -283,7 +288,8 @@ def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weigh
         if not lengths.all():
             raise ConfigError(
                 f"lora.use_dora: row {int(lengths.argmin())} of {name} is all zeros, so it has no direction. "
-                f"Add {name} to lora.exclude_modules, or leave use_dora out."
+                f"Add {name} to lora.exclude_modules, or leave use_dora out.",
+                "conflict",
             )
         _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, lengths, weights)
     kinds = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")

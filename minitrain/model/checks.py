@@ -29,20 +29,30 @@ def _check_model(config: Config, issues: ConfigIssues) -> None:
     key = "model.name_or_path"
     check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", issues)
     if model.revision is not None and (model.name_or_path == "tiny" or looks_local(model.name_or_path)):
-        issues.add("model.revision", "would be ignored: the model does not come from the hub.", key)
+        issues.add("model.revision", "no-effect", "would be ignored: the model does not come from the hub.", key)
     tokenizer = model.tokenizer_name_or_path
     if tokenizer and looks_local(tokenizer) and not Path(tokenizer).is_dir():
-        issues.add("model.tokenizer_name_or_path", f"there is no folder {tokenizer} (seen from {Path.cwd()}).")
+        issues.add(
+            "model.tokenizer_name_or_path", "not-found", f"there is no folder {tokenizer} (seen from {Path.cwd()})."
+        )
     if model.archive:
         check_archive(Path(model.archive), issues)
     for name, package in ATTENTION_PACKAGES.items():
         if model.attn_implementation == name and find_spec(package) is None:
-            issues.add("model.attn_implementation", f"the package {package} is not installed; use auto.")
+            issues.add(
+                "model.attn_implementation", "not-installed", f"the package {package} is not installed; use auto."
+            )
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
-            issues.add("freeze_layers", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`.")
+            issues.add(
+                "freeze_layers", "invalid-value", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`."
+            )
         elif entry != "embeddings" and _is_reversed(str(entry)):
-            issues.add("freeze_layers", f"the range {entry} ends before it begins. Write the smaller number first.")
+            issues.add(
+                "freeze_layers",
+                "invalid-value",
+                f"the range {entry} ends before it begins. Write the smaller number first.",
+            )
 
 
 def _is_reversed(span: str) -> bool:
@@ -56,64 +66,78 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
     model, folder = config.model, Path(config.model.adapter or "")
     if model.adapter and not (folder / "adapter_config.json").is_file():
         inner = f" Its adapter is {folder / 'final'}." if (folder / "final" / "adapter_config.json").is_file() else ""
-        issues.add("model.adapter", f"{folder} holds no adapter_config.json, so it is no adapter.{inner}")
+        issues.add("model.adapter", "wrong-path", f"{folder} holds no adapter_config.json, so it is no adapter.{inner}")
     if model.adapter and "lora" in given:
-        issues.add("lora", "would be ignored beside model.adapter, which says itself what it is.", "model.adapter")
+        issues.add(
+            "lora", "conflict", "would be ignored beside model.adapter, which says itself what it is.", "model.adapter"
+        )
     if model.adapter and "soft_prompt" in given:
-        issues.add("soft_prompt", "would be ignored beside model.adapter, which says itself what it is.")
+        issues.add("soft_prompt", "conflict", "would be ignored beside model.adapter, which says itself what it is.")
     elif "soft_prompt" in given:
         _check_prompt(config, issues)
     if "lora" in given and not model.adapter and not config.lora.rank:
-        issues.add("lora", "would be ignored: it needs lora.rank, for example lora.rank=16.", "lora.rank")
+        issues.add("lora", "no-effect", "would be ignored: it needs lora.rank, for example lora.rank=16.", "lora.rank")
     wanted = config.lora.target_modules
     if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
-        issues.add("lora.target_modules", "expected names in a list, a regular expression, or all-linear.")
+        issues.add(
+            "lora.target_modules", "wrong-type", "expected names in a list, a regular expression, or all-linear."
+        )
     elif config.lora.rank and not wanted:
-        issues.add("lora.target_modules", "is empty, so that nothing would be trained. Name layers, or leave it out.")
+        issues.add(
+            "lora.target_modules",
+            "invalid-value",
+            "is empty, so that nothing would be trained. Name layers, or leave it out.",
+        )
     elif isinstance(wanted, str) and (error := _no_expression(wanted)):
-        issues.add("lora.target_modules", f"{wanted!r} is no regular expression: {error}.")
+        issues.add("lora.target_modules", "invalid-value", f"{wanted!r} is no regular expression: {error}.")
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
         told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
-        issues.add("freeze_layers", told, "lora.rank")
+        issues.add("freeze_layers", "no-effect", told, "lora.rank")
     if has_adapter and model.archive:
         told = (
             "would be lost: an adapter's files name model.name_or_path as its base. Name a folder with these weights "
         )
-        issues.add("model.archive", told + "there, and leave model.archive out.", "lora.rank")
+        issues.add("model.archive", "conflict", told + "there, and leave model.archive out.", "lora.rank")
     if has_adapter and model.master_dtype != "float32":
-        issues.add("model.master_dtype", "would be ignored: adapters are trained in float32.", "lora.rank")
+        issues.add("model.master_dtype", "no-effect", "would be ignored: adapters are trained in float32.", "lora.rank")
     if model.quantization == "none":
         return
     if not has_adapter:
         told = "quantised weights cannot be trained; it needs lora.rank or soft_prompt."
-        issues.add("model.quantization", told, "lora.rank")
+        issues.add("model.quantization", "conflict", told, "lora.rank")
     if find_spec("bitsandbytes") is None:
-        issues.add("model.quantization", "the package bitsandbytes is not installed: pip install minitrain[quant]")
+        issues.add(
+            "model.quantization",
+            "not-installed",
+            "the package bitsandbytes is not installed: pip install minitrain[quant]",
+        )
     if config.trainer == "FSDPTrainer":
         told = "bitsandbytes packs weights so that FSDP2 cannot cut them by rows; use trainer=BasicTrainer, or none."
-        issues.add("model.quantization", told, "trainer")
+        issues.add("model.quantization", "conflict", told, "trainer")
     if config.lora.init in ("pissa", "olora"):
-        issues.add("lora.init", f"{config.lora.init} changes the weights, which quantisation has packed.")
+        issues.add("lora.init", "conflict", f"{config.lora.init} changes the weights, which quantisation has packed.")
 
 
 def _check_prompt(config: Config, issues: ConfigIssues) -> None:
     prompt = config.soft_prompt
     if not prompt.num_virtual_tokens:
         told = "would be ignored: it needs soft_prompt.num_virtual_tokens, for example 20."
-        issues.add("soft_prompt", told, "soft_prompt.num_virtual_tokens")
+        issues.add("soft_prompt", "no-effect", told, "soft_prompt.num_virtual_tokens")
     if config.lora.rank:
-        issues.add("soft_prompt", "cannot be trained together with lora; give one of them.", "lora.rank")
+        issues.add("soft_prompt", "conflict", "cannot be trained together with lora; give one of them.", "lora.rank")
     if config.packing:
         told = "examples of one row would need prompts of their own; set packing=false (group_by_length saves padding)."
-        issues.add("packing", told, "soft_prompt")
+        issues.add("packing", "conflict", told, "soft_prompt")
     if prompt.method == "prefix" and prompt.init_text:
-        issues.add("soft_prompt.init_text", "would be ignored: it needs soft_prompt.method=prompt.")
+        issues.add("soft_prompt.init_text", "no-effect", "would be ignored: it needs soft_prompt.method=prompt.")
     if prompt.method == "prompt" and prompt.prefix_projection:
-        issues.add("soft_prompt.prefix_projection", "would be ignored: it needs soft_prompt.method=prefix.")
+        issues.add(
+            "soft_prompt.prefix_projection", "no-effect", "would be ignored: it needs soft_prompt.method=prefix."
+        )
     if prompt.encoder_hidden_size and not prompt.prefix_projection:
         told = "would be ignored: it needs soft_prompt.prefix_projection=true."
-        issues.add("soft_prompt.encoder_hidden_size", told)
+        issues.add("soft_prompt.encoder_hidden_size", "no-effect", told)
 
 
 def check_folder(key: str, name: str, for_adapter: str, issues: ConfigIssues) -> None:
@@ -129,25 +153,25 @@ def check_folder(key: str, name: str, for_adapter: str, issues: ConfigIssues) ->
     if name == "tiny" or not looks_local(name):
         return
     if not folder.is_dir():
-        issues.add(key, f"there is no folder {folder} (seen from {Path.cwd()}).{near_file(folder)}")
+        issues.add(key, "not-found", f"there is no folder {folder} (seen from {Path.cwd()}).{near_file(folder)}")
     elif (folder / "final" / "config.json").is_file():
-        issues.add(key, f"{folder} is the folder of a run; its model is {folder / 'final'}.")
+        issues.add(key, "wrong-path", f"{folder} is the folder of a run; its model is {folder / 'final'}.")
     elif (folder / "adapter_config.json").is_file():
-        issues.add(key, f"{folder} is an adapter; {for_adapter.format(folder)}.")
+        issues.add(key, "wrong-path", f"{folder} is an adapter; {for_adapter.format(folder)}.")
     elif not (folder / "config.json").is_file():
-        issues.add(key, f"{folder} holds no config.json, so it is not a model's folder.")
+        issues.add(key, "wrong-path", f"{folder} holds no config.json, so it is not a model's folder.")
 
 
 def check_archive(path: Path, issues: ConfigIssues) -> None:
     from minitrain.model.state_dict import archive_files
 
     if (path / "final").is_dir():
-        issues.add("model.archive", f"{path} is the folder of a run; its model is {path / 'final'}.")
+        issues.add("model.archive", "wrong-path", f"{path} is the folder of a run; its model is {path / 'final'}.")
     elif (path / "adapter_config.json").is_file():
-        issues.add("model.archive", f"{path} is an adapter; name it as model.adapter.")
+        issues.add("model.archive", "wrong-path", f"{path} is an adapter; name it as model.adapter.")
     elif not archive_files(path):
         told = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
-        issues.add("model.archive", told + near_file(path))
+        issues.add("model.archive", "not-found", told + near_file(path))
 
 
 def _no_expression(expression: str) -> str | None:

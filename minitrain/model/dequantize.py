@@ -32,10 +32,14 @@ def method_of(quantization: dict) -> str:
     if method not in METHODS:
         raise ConfigError(
             f"its weights are quantized (quant_method {method!r}), and minitrain can dequantize only "
-            f"{', '.join(METHODS)}. Choose the model without quantization, or dequantize it first."
+            f"{', '.join(METHODS)}. Choose the model without quantization, or dequantize it first.",
+            "unsupported-model",
         )
     if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
-        raise ConfigError("its weights are quantized by bitsandbytes, which is not installed: pip install bitsandbytes")
+        raise ConfigError(
+            "its weights are quantized by bitsandbytes, which is not installed: pip install bitsandbytes",
+            "not-installed",
+        )
     return method
 
 
@@ -47,13 +51,18 @@ def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -
     """
     files = {key: safe_open(path, framework="pt") for path in paths for key in _keys(path)}
     if not files:
-        raise ConfigError("its weights are quantized and not in safetensors files, so minitrain cannot read them.")
+        raise ConfigError(
+            "its weights are quantized and not in safetensors files, so minitrain cannot read them.",
+            "unsupported-model",
+        )
     tensors = {}
     for name, tensor in METHODS[method_of(quantization)](
         files.keys(), lambda key: files[key].get_tensor(key), quantization
     ):
         if tensor.dtype in PACKED:
-            raise ConfigError(f"{name} is quantized ({tensor.dtype}) in a way that minitrain cannot dequantize.")
+            raise ConfigError(
+                f"{name} is quantized ({tensor.dtype}) in a way that minitrain cannot dequantize.", "unsupported-model"
+            )
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors
 
@@ -92,7 +101,7 @@ def _scaled(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) 
     wanted = block and (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     if wanted != tuple(scales.shape[-2:]) or not scales.is_floating_point():
         told = f"{list(scales.shape)} scales ({scales.dtype}) and weight_block_size {block}"
-        raise ConfigError(f"{name} of shape {list(weight.shape)} has {told}, which do not fit each other.")
+        raise ConfigError(f"{name} of shape {list(weight.shape)} has {told}, which do not fit each other.", "mismatch")
     scales = scales.float().repeat_interleave(block[0], -2)[..., :rows, :]
     return weight.float() * scales.repeat_interleave(block[1], -1)[..., :columns]
 

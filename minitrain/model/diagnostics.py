@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from minitrain.config.schema import ModelConfig
-from minitrain.errors import ConfigError
+from minitrain.errors import ConfigError, MinitrainError
 from minitrain.io.hub import unreachable
 from minitrain.io.redact import redact
 
@@ -21,9 +21,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 def model_load_error(config: ModelConfig, wanted: str, error: Exception) -> ConfigError:
     """Return the error for a model that cannot be loaded; `wanted` names the type of model."""
     folder = Path(config.name_or_path)
-    reason = damage(folder) or missing_weights(folder) or first_line(error)
-    told = ConfigError(f"no {wanted} in {config.name_or_path!r}: {reason}")
-    return unreachable(config.name_or_path, error) or told
+    damaged = damage(folder) or missing_weights(folder)
+    told = f"no {wanted} in {config.name_or_path!r}: {damaged or first_line(error)}"
+    return unreachable(config.name_or_path, error) or ConfigError(told, _code(damaged, error))
 
 
 def named(outputs: list[str] | None) -> str:
@@ -33,8 +33,15 @@ def named(outputs: list[str] | None) -> str:
 
 def tokenizer_load_error(name: str, error: Exception) -> ConfigError:
     """Return the error for a tokenizer that cannot be loaded."""
-    told = damage(Path(name)) or first_line(error)
-    return unreachable(name, error) or ConfigError(f"no tokenizer could be loaded from {name!r}: {told}")
+    damaged = damage(Path(name))
+    told = f"no tokenizer could be loaded from {name!r}: {damaged or first_line(error)}"
+    return unreachable(name, error) or ConfigError(told, _code(damaged, error))
+
+
+def _code(damaged: str | None, error: Exception) -> str:
+    if damaged:
+        return "damaged-file"
+    return error.code if isinstance(error, MinitrainError) else "unreadable"
 
 
 def refuse_encoder(shape: Any) -> None:
@@ -48,7 +55,10 @@ def refuse_encoder(shape: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False):
-        raise ConfigError(f"{shape.model_type} is an encoder and continues no text; loss.name=classify can train it.")
+        raise ConfigError(
+            f"{shape.model_type} is an encoder and continues no text; loss.name=classify can train it.",
+            "unsupported-model",
+        )
 
 
 def check_missing_keys(config: ModelConfig, found: dict, outputs: list[str] | None) -> None:
@@ -64,11 +74,11 @@ def check_missing_keys(config: ModelConfig, found: dict, outputs: list[str] | No
     """
     for name, there, wanted in sorted(found["mismatched_keys"]):
         told = f"in its files {name} has the shape {list(there)}, and not {list(wanted)} as in its config"
-        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {told}.")
+        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {told}.", "mismatch")
     if (missing := sorted(found["missing_keys"])) and outputs is None and not config.archive:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         told = f"its files do not hold {missing[0]}{others}, which its config.json asks for"
-        raise ConfigError(f"{config.name_or_path}: {told}; copy or download it again.")
+        raise ConfigError(f"{config.name_or_path}: {told}; copy or download it again.", "damaged-file")
 
 
 def without_head(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
@@ -120,7 +130,7 @@ def refuse_missing_weights(config: ModelConfig, outputs: list[str] | None) -> No
         ConfigError: Files of weights are missing.
     """
     if lack := missing_weights(Path(config.name_or_path)):
-        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {lack}")
+        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {lack}", "damaged-file")
 
 
 def missing_weights(folder: Path) -> str | None:
@@ -141,6 +151,7 @@ def missing_weights(folder: Path) -> str | None:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, with the second one if the first ends with a colon."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    text = error.message if isinstance(error, MinitrainError) else str(error)
+    lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
     told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return told.rstrip(".") + "."

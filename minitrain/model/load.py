@@ -60,9 +60,11 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
         raise tokenizer_load_error(name, error) from None
     mark_known(tokenizer)
     if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.")
+        raise ConfigError(
+            f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.", "unsupported-model"
+        )
     if tokenizer.eos_token_id is None and not scores:
-        raise ConfigError(f"the tokenizer of {name!r} has no EOS token, so no answer could end.")
+        raise ConfigError(f"the tokenizer of {name!r} has no EOS token, so no answer could end.", "unsupported-model")
     if scores and tokenizer.pad_token in (None, tokenizer.eos_token):
         others = (tokenizer.unk_token, tokenizer.bos_token)
         distinct = next((token for token in others if token not in (None, tokenizer.eos_token)), "<|pad|>")
@@ -224,7 +226,9 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
             first, _, last = entry.partition("-")
             numbers = range(int(first), int(last or first) + 1)
             if not numbers or numbers[-1] >= len(blocks):
-                raise ConfigError(f"freeze_layers: {entry} is outside of the model's blocks 0-{len(blocks) - 1}.")
+                raise ConfigError(
+                    f"freeze_layers: {entry} is outside of the model's blocks 0-{len(blocks) - 1}.", "out-of-range"
+                )
             frozen = [blocks[number] for number in numbers]
         for module in frozen:
             for parameter in module.parameters():
@@ -234,7 +238,7 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
         layers = embedding_layers(model)
         train_new_rows(model, None, [name for name in layers if layers[name].weight.requires_grad], weights)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("freeze_layers: nothing is left to train.")
+        raise ConfigError("freeze_layers: nothing is left to train.", "invalid-value")
 
 
 def trained_outputs(config: ModelConfig) -> list[str] | None:

@@ -163,7 +163,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     inner = {id(sub) for outer in lists for sub in outer.modules() if sub is not outer}
     outermost = [module for module in lists if id(module) not in inner]
     if not outermost:
-        raise ConfigError(f"{type(model).__name__} has no list of blocks that minitrain can find")
+        raise ConfigError(f"{type(model).__name__} has no list of blocks that minitrain can find", "unsupported-model")
     return max(outermost, key=len)
 
 
@@ -223,7 +223,9 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
         return 0.0  # the model calls its decoder in a way that the hook does not see
     if not logits.isfinite().all():
         raise ConfigError(
-            "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for policy_dtype."
+            "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for "
+            "policy_dtype.",
+            "not-finite",
         )
     plain = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
     largest = float(logits.abs().max())
@@ -232,7 +234,8 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
     if not torch.allclose(plain, ours, rtol=relative, atol=tolerance):
         raise ConfigError(
             f"model.name_or_path: the output layer of {type(policy.model).__name__} does something that minitrain "
-            "does not know, so its log-probabilities would be wrong. Please report this architecture."
+            "does not know, so its log-probabilities would be wrong. Please report this architecture.",
+            "unsupported-model",
         )
     return largest
 
@@ -278,14 +281,17 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         name, reason = type(policy.model).__name__, first_line(error)
-        raise ConfigError(f"packing: {name} cannot read packed rows ({reason}). Set packing=false.") from None
+        raise ConfigError(
+            f"packing: {name} cannot read packed rows ({reason}). Set packing=false.", "conflict"
+        ) from None
     finally:
         hook.remove()
     gradient = torch.autograd.grad(score, seen[0])[0]  # [1, 12, H]
     if gradient[0, :5].any():
         raise ConfigError(
             f"packing: {type(policy.model).__name__} lets documents of one row see each other; set packing=false "
-            "(group_by_length=true also saves padding)."
+            "(group_by_length=true also saves padding).",
+            "conflict",
         )
 
 

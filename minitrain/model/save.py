@@ -67,7 +67,8 @@ def check_saving(model: nn.Module, tokenizer) -> None:
     except Exception as error:
         raise ConfigError(
             f"model.name_or_path: this model could not be saved after training: {first_line(error)} "
-            "Fix config.json or the tokenizer in the model's folder."
+            "Fix config.json or the tokenizer in the model's folder.",
+            "unsupported-model",
         ) from None
 
 

@@ -123,7 +123,7 @@ def check_rows(model: nn.Module, packing: bool) -> None:
     """
     if packing and is_encoder(model):
         told = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
-        raise ConfigError(f"packing: {told}")
+        raise ConfigError(f"packing: {told}", "conflict")
 
 
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
@@ -141,7 +141,7 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     config, known = model.config, list(model.config.id2label.values())
     if known != outputs and sorted(known) == sorted(outputs):
         told = f"the model's outputs are {', '.join(known)}, in this order; set loss.labels=[{','.join(known)}]"
-        raise ConfigError(f"loss.labels: {told}.")
+        raise ConfigError(f"loss.labels: {told}.", "mismatch")
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
     config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
@@ -151,7 +151,8 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
     if lost := [name for name in new if model.get_submodule(name) in body]:
         raise ConfigError(
-            f"model.name_or_path: its files hold no weights for {lost[0]}, nor for {len(lost) - 1} others."
+            f"model.name_or_path: its files hold no weights for {lost[0]}, nor for {len(lost) - 1} others.",
+            "damaged-file",
         )
     children = {name for name, child in model.named_children() if any(True for _ in child.parameters())}
     head = sorted(children - {model.base_model_prefix})
@@ -176,5 +177,6 @@ def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 + float(theirs.abs().max()) / 64):
         raise ConfigError(
             f"model.name_or_path: the head of {type(policy.model).__name__} does something that minitrain does not "
-            "know, so its scores would be wrong. Please report this architecture."
+            "know, so its scores would be wrong. Please report this architecture.",
+            "unsupported-model",
         )

@@ -43,9 +43,9 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
                 state |= held.get("state", held)
     except (AttributeError, pickle.UnpicklingError):
         told = "it holds something else than names with tensors; save a state dict"
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {told}.") from None
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {told}.", "unreadable") from None
     except Exception as error:
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}") from None
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}", "unreadable") from None
     state = _by_own_names(model, state)
     _compare(model, state, path)
     return state
@@ -86,10 +86,12 @@ def _compare(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     if missing or unexpected:
         raise ConfigError(
             f"model.archive: {path} does not fit {type(model).__name__}: "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}."
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}.",
+            "mismatch",
         )
     for name, tensor in state.items():
         if tuple(tensor.shape) != wanted[name]:
             raise ConfigError(
-                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, the model's has {wanted[name]}."
+                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, the model's has {wanted[name]}.",
+                "mismatch",
             )

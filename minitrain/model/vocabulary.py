@@ -36,7 +36,8 @@ def count_ids(tokenizer) -> int:
         if first != token:
             raise ConfigError(
                 f"model.tokenizer_name_or_path: the tokens {first!r} and {token!r} have the same id, got {number}. "
-                "The ids of this tokenizer have holes; add the token to its tokenizer.json, with a free id."
+                "The ids of this tokenizer have holes; add the token to its tokenizer.json, with a free id.",
+                "unsupported-model",
             )
     return max(tokens) + 1
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from minitrain.errors import RunError, RunFolderError
+from minitrain.errors import RunError, RunFolderError, write_error_code
 
 from .failpoints import failpoint
 
@@ -45,7 +45,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             fsync(file)
         replace_folder(temporary, target)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{target}: cannot be written: {reason(error)}") from None
+        raise RunError(f"{target}: cannot be written: {reason(error)}", write_error_code(error)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,7 +57,7 @@ def verify(folder: Path, parallel: "SingleDevice") -> None:
     wrong = [_complaint(folder / name, wanted[name]) for name in mine]
     told = [text for found in parallel.gather(list(filter(None, wrong))) for text in found]
     if told:
-        raise RunFolderError("; ".join(told))
+        raise RunFolderError("; ".join(told), "damaged-file")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -87,9 +87,11 @@ def latest_valid(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, l
             verify(path, parallel)
             return path, complaints
         except RunFolderError as error:
-            complaints.append(str(error))
+            complaints.append(error.message)
     if found:
-        raise RunFolderError("no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.")
+        raise RunFolderError(
+            "no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.", "damaged-file"
+        )
     return None, []
 
 
@@ -147,14 +149,16 @@ def _read_manifest(folder: Path) -> dict[str, dict]:
         assert all(isinstance(entry, dict) for entry in files.values()) and type(step) is int
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
         told = "manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
-        raise RunFolderError(f"{folder}: {told}") from None
+        raise RunFolderError(f"{folder}: {told}", "damaged-file") from None
     if re.fullmatch(r"step-\d+", folder.name) and step_of(folder) != step:
-        raise RunFolderError(f"{folder}: holds the checkpoint of step {step}. Rename it to step-{step}")
+        raise RunFolderError(f"{folder}: holds the checkpoint of step {step}. Rename it to step-{step}", "mismatch")
     for name in files:
         if Path(name).name != name:
-            raise RunFolderError(f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint")
+            raise RunFolderError(
+                f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint", "damaged-file"
+            )
     if missing := {"index.json", "state.json"} - files.keys():
-        raise RunFolderError(f"{folder}: manifest.json does not name {', '.join(sorted(missing))}")
+        raise RunFolderError(f"{folder}: manifest.json does not name {', '.join(sorted(missing))}", "damaged-file")
     return files
 
 

@@ -192,7 +192,7 @@ def reference_kind(loss: Loss, config: Config) -> str:
 def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = load_frozen) -> Teacher:
     """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
     if loss.options.teacher is None:
-        raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.")
+        raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.", "missing-option")
     chosen = teacher_config(loss, config)
     dtype = DTYPES[chosen.policy_dtype]
     with parallel.local_rank0_first():
@@ -220,7 +220,8 @@ def check_teacher_tokenizer(teacher: ModelConfig, ours) -> None:
         raise ConfigError(
             f"loss.teacher: {name} has another tokenizer: {len(differing)} tokens differ, {token!r} for one is number "
             f"{mine.get(token)} in the model's tokenizer and {other.get(token)} in the teacher's, so that their "
-            "distributions cannot be compared. Choose a teacher of the model's family."
+            "distributions cannot be compared. Choose a teacher of the model's family.",
+            "mismatch",
         )
 
 
@@ -248,7 +249,8 @@ def _check_reference_matches_policy(
     if parallel.max(float(apart)) > (1e-3 if exact else 0.1):
         raise ConfigError(
             f"loss.reference: the reference's log-probabilities are {float(apart):.2g} a token away from the policy's "
-            "before the first step. Set model.reference_dtype to model.policy_dtype, or loss.reference=precomputed."
+            "before the first step. Set model.reference_dtype to model.policy_dtype, or loss.reference=precomputed.",
+            "mismatch",
         )
 
 
@@ -326,5 +328,5 @@ def _read_ref_logps(file: Path, n_tokens: int) -> torch.Tensor | None:
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         if is_intact(file) and (noted := load_file(file)[REF_LOGPS]).shape == (n_tokens,):  # [T]
             return noted
-    tqdm.write(f"{file}: the log-probabilities of the reference are damaged, and are computed again")
+    tqdm.write(f"{file}: the log-probabilities of the reference are damaged, and are computed again [damaged-file]")
     return None

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitrain.distributed.parallel import SingleDevice, local_shard, writes
-from minitrain.errors import RunError, RunFolderError
+from minitrain.errors import RunError, RunFolderError, write_error_code
 from minitrain.io.tensor_files import save_file
 
 from .atomic_dir import fingerprint, fsync, reason, replace_folder, sibling
@@ -64,7 +64,7 @@ class Save:
         self.parts = {"model": _pieces(trained, snapshot), "optimizer": _pieces(tensors, snapshot)}
         self.rng = _rng_state()
         self.state = state | {"optimizer": numbers, "world_size": parallel.world_size}
-        self.error: str | None = None
+        self.error: tuple[int | None, str] | None = None  # number and reason
         self.files: dict[str, dict] = {}
         self.thread: threading.Thread | None = None
         self._check_room()
@@ -79,7 +79,7 @@ class Save:
                 self._write_file(f"{part}-{rank}.safetensors", tensors)
             self._write_file(f"rng-{rank}.safetensors", self.rng)
         except (OSError, SafetensorError) as error:
-            self.error = f"rank {rank}: {reason(error)}"
+            self.error = getattr(error, "errno", None), f"rank {rank}: {reason(error)}"
 
     def start(self) -> None:
         """`write` in a thread; `running` tells when it is done."""
@@ -104,7 +104,7 @@ class Save:
     def _commit(self, told: list[dict]) -> None:
         try:
             if failed := [one["error"] for one in told if one["error"]]:
-                raise OSError(None, "; ".join(failed))
+                raise OSError(failed[0][0], "; ".join(text for _, text in failed))
             for one in told:
                 self.files |= one["files"]
             for name, content in (("index", _join_indices(told)), ("state", self.state)):
@@ -117,14 +117,14 @@ class Save:
             failpoint("save.renamed")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self.temporary, ignore_errors=True)
-            raise RunError(f"{self.folder}: cannot be written: {reason(error)}") from None
+            raise RunError(f"{self.folder}: cannot be written: {reason(error)}", write_error_code(error)) from None
 
     def _make_temporary(self) -> str:
         temporary = sibling(self.folder, "tmp")
         try:
             temporary.mkdir(parents=True)
         except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written: {reason(error)}") from None
+            raise RunError(f"{self.folder}: cannot be written: {reason(error)}", write_error_code(error)) from None
         return str(temporary)
 
     def _check_room(self) -> None:
@@ -135,7 +135,8 @@ class Save:
         if free < needed:
             raise RunError(
                 f"{self.folder}: the disk has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB; "
-                "make room, or lower keep_checkpoints. The checkpoints that are there are untouched."
+                "make room, or lower keep_checkpoints. The checkpoints that are there are untouched.",
+                "no-space",
             )
 
     def _write_file(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -182,7 +183,8 @@ def check_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
         reader = _Reader(folder)
         if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
             raise RunFolderError(
-                f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?"
+                f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?",
+                "mismatch",
             )
         for part, entries in reader.index.items():
             for name in entries:
@@ -197,7 +199,9 @@ def _contradictions_refused(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunFolderError):
             raise
-        raise RunFolderError(f"{folder}: its files contradict one another ({reason(error)}). Remove it") from None
+        raise RunFolderError(
+            f"{folder}: its files contradict one another ({reason(error)}). Remove it", "damaged-file"
+        ) from None
 
 
 def restore_rng(folder: Path, parallel: SingleDevice) -> None:
@@ -252,19 +256,22 @@ class _Reader:
             if found != shape or first != end:
                 raise RunFolderError(
                     f"{self.folder / file}: {name} is {found} from row {end} on, and index.json says {shape} from row "
-                    f"{first} on. The checkpoint cannot be used; remove it"
+                    f"{first} on. The checkpoint cannot be used; remove it",
+                    "damaged-file",
                 )
             pieces.append((file, first, last))
             end = last
         if end != (entry["shape"][0] if entry["shape"] else 1):
             raise RunFolderError(
-                f"{self.folder / 'index.json'}: {name} lacks rows from {end} on. Remove the checkpoint"
+                f"{self.folder / 'index.json'}: {name} lacks rows from {end} on. Remove the checkpoint", "damaged-file"
             )
         return pieces
 
     def _open(self, name: str):
         if Path(name).name != name:
-            raise RunFolderError(f"{self.folder / 'index.json'}: names {name!r}, which is outside of the checkpoint")
+            raise RunFolderError(
+                f"{self.folder / 'index.json'}: names {name!r}, which is outside of the checkpoint", "damaged-file"
+            )
         if name not in self.files:
             self.files[name] = safe_open(self.folder / name, framework="pt")
         return self.files[name]

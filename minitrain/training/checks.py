@@ -41,40 +41,52 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     _check_teacher(config.loss, "teacher" in loss.requires, issues)
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.record == "labelled" and key in given:
-            issues.add(key, f"would be ignored: {name} reads texts as they are.", "loss.name")
+            issues.add(key, "no-effect", f"would be ignored: {name} reads texts as they are.", "loss.name")
     if loss.record != "rollout" and config.mask_truncated:
-        issues.add("mask_truncated", f"would be ignored: {name} does not learn from rollouts.", "loss.name")
+        issues.add(
+            "mask_truncated", "no-effect", f"would be ignored: {name} does not learn from rollouts.", "loss.name"
+        )
     for key in ("truncation", "max_prompt_length"):
         if loss.record == "rollout" and key in given:
-            issues.add(key, "would be ignored: rollouts are never cut. See mask_truncated.", "loss.name")
+            issues.add(key, "no-effect", "would be ignored: rollouts are never cut. See mask_truncated.", "loss.name")
     for i, entry in enumerate(config.datasets):
         if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
             told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."
-            issues.add(f"datasets[{i}].type", told, "loss.name")
+            issues.add(f"datasets[{i}].type", "mismatch", told, "loss.name")
     if loss.record in ("feedback", "rollout") and config.eval_generate.n_examples:
         told = f"the answers of {loss.record} rows need not be right, so none can be compared with them."
-        issues.add("eval_generate", told, "loss.name")
+        issues.add("eval_generate", "conflict", told, "loss.name")
     if loss.outputs is not None and config.eval_generate.n_examples:
-        issues.add("eval_generate", f"a model that {name} trains gives scores and no text.", "loss.name")
+        issues.add("eval_generate", "conflict", f"a model that {name} trains gives scores and no text.", "loss.name")
 
 
 def _check_run(config: Config, issues: ConfigIssues) -> None:
     from importlib.util import find_spec
 
     if config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
-        issues.add("exp_name", f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.")
+        issues.add(
+            "exp_name",
+            "invalid-value",
+            f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.",
+        )
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         issues.add("resume", "not-found", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
     for key in config.allow_changes:
         if not any(keys_overlap(key, known) for known in all_keys()):
-            issues.add("allow_changes", f"there is no option {key!r}.{suggest(key, all_keys())}")
+            issues.add("allow_changes", "unknown-option", f"there is no option {key!r}.{suggest(key, all_keys())}")
     if config.keep_models and not config.save_models_every_steps:
-        issues.add("keep_models", "would be ignored: it needs save_models_every_steps.", "save_models_every_steps")
+        issues.add(
+            "keep_models", "no-effect", "would be ignored: it needs save_models_every_steps.", "save_models_every_steps"
+        )
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
-        issues.add("report_to_tensorboard", "the package tensorboard is not installed: pip install tensorboard")
+        issues.add(
+            "report_to_tensorboard",
+            "not-installed",
+            "the package tensorboard is not installed: pip install tensorboard",
+        )
     for name in ("wandb", "swanlab"):
         if getattr(config, name).enabled and find_spec(name) is None:
-            issues.add(f"{name}.enabled", f"the package {name} is not installed: pip install {name}")
+            issues.add(f"{name}.enabled", "not-installed", f"the package {name} is not installed: pip install {name}")
 
 
 def _check_teacher(options: dict, needed: bool, issues: ConfigIssues) -> None:
@@ -84,49 +96,54 @@ def _check_teacher(options: dict, needed: bool, issues: ConfigIssues) -> None:
         check_folder("loss.teacher", name, "make it part of its base model first: minitrain merge {}", issues)
     elif needed:
         told = "is missing: name the folder or the hub name of a model, or what it says with loss.teacher_outputs."
-        issues.add("loss.teacher", told)
+        issues.add("loss.teacher", "missing-option", told)
     if outputs is not None and Path(outputs).is_dir():
-        issues.add("loss.teacher_outputs", f"{outputs} is a folder; name the file that `minitrain teach` made.")
+        issues.add(
+            "loss.teacher_outputs", "wrong-path", f"{outputs} is a folder; name the file that `minitrain teach` made."
+        )
     elif outputs is not None and not Path(outputs).is_file():
         told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain teach` makes one."
-        issues.add("loss.teacher_outputs", told + near_file(Path(outputs)))
+        issues.add("loss.teacher_outputs", "not-found", told + near_file(Path(outputs)))
 
 
 def _check_steps(config: Config, issues: ConfigIssues) -> None:
     if uneven := uneven_batch(config, world_size(), "processes"):
         issues.add("total_batch_size", "conflict", uneven)
     if config.n_steps is not None and config.warmup_steps > config.n_steps:
-        issues.add("warmup_steps", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
+        issues.add("warmup_steps", "out-of-range", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
 
 
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:
     from .optim import accepted_options, check_optimizer, optimizer_class
 
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        issues.add("betas", f"expected two numbers from 0 to below 1, got {format_value(config.betas)}.")
+        told = f"expected two numbers from 0 to below 1, got {format_value(config.betas)}."
+        issues.add("betas", "invalid-value", told)
     try:
         chosen = optimizer_class(config.optimizer, UNFIT_OPTIMIZERS)
     except ConfigError as error:
-        issues.add("optimizer", f"{error}{hint_for_value('optimizer', config.optimizer)}")
+        issues.add("optimizer", error.code, f"{error.message}{hint_for_value('optimizer', config.optimizer)}")
         return
     if config.trainer == "FSDPTrainer" and config.fsdp.shard != "none" and chosen.__name__ in WHOLE_MATRIX_OPTIMIZERS:
         told = f"{chosen.__name__} looks at whole matrices, which fsdp.shard={config.fsdp.shard} cuts up; use AdamW."
-        issues.add("optimizer", told, "fsdp.shard")
+        issues.add("optimizer", "conflict", told, "fsdp.shard")
     accepted = accepted_options(chosen)
     for key in ("betas", "eps", "weight_decay"):
         if key in given and key not in accepted:
-            issues.add(key, f"would be ignored: {chosen.__name__} has no {key}.", "optimizer")
+            issues.add(key, "no-effect", f"would be ignored: {chosen.__name__} has no {key}.", "optimizer")
     own = [name for name in accepted if name not in ("params", "lr", "betas", "eps", "weight_decay")]
     for key, value in config.optimizer_args.items():
         if key not in own:
-            issues.add(f"optimizer_args.{key}", f"{chosen.__name__} takes {', '.join(own)}.", "optimizer")
+            issues.add(
+                f"optimizer_args.{key}", "unknown-option", f"{chosen.__name__} takes {', '.join(own)}.", "optimizer"
+            )
         elif isinstance(value, float) and not math.isfinite(value):
-            issues.add(f"optimizer_args.{key}", f"expected a finite number, got {value}.")
+            issues.add(f"optimizer_args.{key}", "not-finite", f"expected a finite number, got {value}.")
     try:
         check_optimizer(config)
     except ConfigError as error:
-        told = str(error).removeprefix("optimizer: ")
-        issues.add("optimizer", told, "optimizer_args", "betas", "eps", "lr", "weight_decay")
+        told = error.message.removeprefix("optimizer: ")
+        issues.add("optimizer", error.code, told, "optimizer_args", "betas", "eps", "lr", "weight_decay")
 
 
 def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> None:
@@ -135,22 +152,26 @@ def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> 
         needs_data = "would be ignored: there is nothing to evaluate on. Give eval_datasets or validation_split."
         for key in (*NEEDS_EVAL_DATA, "eval_generate", "early_stopping"):
             if key in given:
-                issues.add(key, needs_data, "eval_datasets", "validation_split")
+                issues.add(key, "no-effect", needs_data, "eval_datasets", "validation_split")
     if not answers.n_examples and "eval_generate" in given:
         told = "would be ignored: it needs eval_generate.n_examples, for example 20."
-        issues.add("eval_generate", told, "eval_generate.n_examples")
+        issues.add("eval_generate", "no-effect", told, "eval_generate.n_examples")
     if answers.match not in ("text", "number") and not _has_one_group(answers.match):
         told = f"{answers.match!r} is neither text, number, nor a regular expression with one group in parentheses."
-        issues.add("eval_generate.match", told + suggest(answers.match, ("text", "number")))
+        issues.add("eval_generate.match", "invalid-value", told + suggest(answers.match, ("text", "number")))
     if config.n_eval_examples and answers.n_examples > config.n_eval_examples:
-        issues.add("eval_generate.n_examples", f"is more than n_eval_examples={config.n_eval_examples}.")
+        issues.add(
+            "eval_generate.n_examples", "out-of-range", f"is more than n_eval_examples={config.n_eval_examples}."
+        )
     if "early_stopping" in given and not stopping.patience and not config.save_best:
         told = "would be ignored: it needs early_stopping.patience, or save_best=true."
-        issues.add("early_stopping", told, "early_stopping.patience", "save_best")
+        issues.add("early_stopping", "no-effect", told, "early_stopping.patience", "save_best")
     if stopping.patience and not config.eval_every_steps:
-        issues.add("early_stopping.patience", "would be ignored: it needs eval_every_steps.", "eval_every_steps")
+        issues.add(
+            "early_stopping.patience", "no-effect", "would be ignored: it needs eval_every_steps.", "eval_every_steps"
+        )
     if stopping.metric == "exact_match" and not answers.n_examples:
-        issues.add("early_stopping.metric", "exact_match needs eval_generate.n_examples.", "eval_generate")
+        issues.add("early_stopping.metric", "conflict", "exact_match needs eval_generate.n_examples.", "eval_generate")
 
 
 def _has_one_group(expression: str) -> bool:

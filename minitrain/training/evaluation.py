@@ -52,7 +52,9 @@ def run_evaluation(trainer: "Trainer") -> None:
 def check_metric(metric: str, known: Collection[str]) -> None:
     """Raise ConfigError for a metric that the evaluation does not have."""
     if metric not in known:
-        raise ConfigError(f"early_stopping.metric: there is no {metric!r}; there are {', '.join(known)}")
+        raise ConfigError(
+            f"early_stopping.metric: there is no {metric!r}; there are {', '.join(known)}", "not-a-choice"
+        )
 
 
 def _warn_without_best(trainer: "Trainer") -> None:

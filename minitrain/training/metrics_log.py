@@ -83,7 +83,7 @@ def read_history(folder: Path) -> History:
             damaged_lines.append(number)
     if not history.figures:
         reason = "holds no line that can be read" if damaged_lines else "holds no figures yet"
-        raise ConfigError(f"{folder / 'metrics.jsonl'}: {reason}")
+        raise ConfigError(f"{folder / 'metrics.jsonl'}: {reason}", "damaged-file" if damaged_lines else "no-data")
     if damaged_lines:
         history.damaged.append(damaged_lines_message(folder / "metrics.jsonl", damaged_lines) + " skipped")
     for name, read in (("settings", read_settings), ("end", read_end)):
@@ -98,13 +98,13 @@ def read_lines(folder: Path, name: str, otherwise: str) -> list[str]:
     """The lines of a file in a run folder. Raises ConfigError; `otherwise` is what it means that there is none."""
     file = folder / name
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder; name a run folder, like runs/EXP_NAME")
+        raise ConfigError(f"{folder}: there is no such folder; name a run folder, like runs/EXP_NAME", "not-found")
     if not file.is_file():
-        raise ConfigError(f"{folder}: holds no {name}{otherwise}")
+        raise ConfigError(f"{folder}: holds no {name}{otherwise}", "not-found")
     try:
         return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}", "unreadable") from None
 
 
 def warn_damaged(messages: list[str]) -> None:
@@ -196,7 +196,9 @@ def read_settings(folder: Path) -> dict | None:
     except UNREADABLE:
         settings = None
     if not isinstance(settings, dict):
-        raise RunFolderError(f"{file}: cannot be read as a config, so the options of this run are unknown")
+        raise RunFolderError(
+            f"{file}: cannot be read as a config, so the options of this run are unknown", "damaged-file"
+        )
     return settings
 
 
@@ -214,5 +216,7 @@ def read_end(folder: Path) -> tuple[int, int] | None:
     except (*UNREADABLE, KeyError, TypeError):
         ended = ()
     if not ended or any(type(step) is not int or not 0 <= step < LARGEST_STEP for step in ended):
-        raise RunFolderError(f"{file}: is damaged, so whether the run has finished is unknown. Remove it")
+        raise RunFolderError(
+            f"{file}: is damaged, so whether the run has finished is unknown. Remove it", "damaged-file"
+        )
     return ended

@@ -21,7 +21,9 @@ def optimizer_class(name: str, unfit: set[str] = frozenset()) -> type[torch.opti
     }
     chosen = {key.lower(): value for key, value in classes.items()}.get(name.lower())
     if chosen is None:
-        raise ConfigError(f"torch.optim has no {name!r} that can be used; there are {', '.join(sorted(classes))}.")
+        raise ConfigError(
+            f"torch.optim has no {name!r} that can be used; there are {', '.join(sorted(classes))}.", "not-a-choice"
+        )
     return chosen
 
 
@@ -47,7 +49,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     try:
         optimizer = chosen([{"params": each} for each in groups.values()], **arguments)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise ConfigError(f"optimizer: {chosen.__name__} refuses its options: {error}") from None
+        raise ConfigError(f"optimizer: {chosen.__name__} refuses its options: {error}", "invalid-value") from None
     for group, (ratio, decay) in zip(optimizer.param_groups, groups, strict=True):
         group["lr_ratio"] = ratio
         if "weight_decay" in accepted:
@@ -81,7 +83,8 @@ def warmup_steps(config: Config, total: int) -> int:
     if config.warmup_steps > total:
         raise ConfigError(
             f"warmup_steps: {config.warmup_steps} is more than the {total} steps of n_epochs={config.n_epochs:g}. "
-            "Lower it, or set warmup_ratio instead."
+            "Lower it, or set warmup_ratio instead.",
+            "out-of-range",
         )
     return config.warmup_steps or round(config.warmup_ratio * total)
 

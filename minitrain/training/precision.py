@@ -47,7 +47,9 @@ class Precision:
         if overflow:
             self.scale, self.clean_steps = self.scale / 2, 0
             if self.scale < SMALLEST_SCALE:
-                raise RunError("float16 gradients overflow at every loss scale; use model.policy_dtype=bfloat16")
+                raise RunError(
+                    "float16 gradients overflow at every loss scale; use model.policy_dtype=bfloat16", "not-finite"
+                )
         else:
             self.clean_steps += 1
             if self.clean_steps == GROWTH_INTERVAL:

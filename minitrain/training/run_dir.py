@@ -21,7 +21,7 @@ from minitrain.config.issues import keys_overlap
 from minitrain.config.saved import config_yaml, without_passwords
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.errors import RunFolderError
+from minitrain.errors import RunFolderError, write_error_code
 
 from .atomic_dir import (
     checkpoints,
@@ -99,7 +99,8 @@ class RunFolder:
         if self.config.resume == "auto" and not self.parallel.run_on_rank0(lambda: holds_checkpoint(self.checkpoints)):
             raise RunFolderError(
                 f"{self.path} was finished at step {finished} and holds no checkpoint (see save_every_steps), so it "
-                "cannot be continued. Choose another exp_name."
+                "cannot be continued. Choose another exp_name.",
+                "other-run",
             )
         return None
 
@@ -138,7 +139,8 @@ class RunFolder:
             if was != now[name] and name not in self.config.allow_changes:
                 raise RunFolderError(
                     f"{checkpoint} is of a run with {INPUTS[name]}. Put them back, choose another exp_name, or go on "
-                    f"with what is there now: allow_changes=[{name}]."
+                    f"with what is there now: allow_changes=[{name}].",
+                    "other-run",
                 )
 
     def start(self, step: int | None, evaluates: bool) -> Logged | None:
@@ -254,10 +256,14 @@ class RunFolder:
         """Raise RunFolderError or OSError when what is written into the folder cannot be. Leaves nothing behind."""
         for name in ("config.yml", ".lock", *FILES):
             if (self.path / name).is_dir():
-                raise RunFolderError(f"{self.path / name}: is a folder, and training writes a file. Remove it.")
+                raise RunFolderError(
+                    f"{self.path / name}: is a folder, and training writes a file. Remove it.", "wrong-path"
+                )
         for name in ("checkpoints", "models", "tensorboard"):
             if (self.path / name).is_file():
-                raise RunFolderError(f"{self.path / name}: is a file, and training makes a folder. Remove it.")
+                raise RunFolderError(
+                    f"{self.path / name}: is a file, and training makes a folder. Remove it.", "wrong-path"
+                )
         place = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=place, ignore_cleanup_errors=True) as temporary:
             (Path(temporary) / self.path.relative_to(place)).mkdir(parents=True, exist_ok=True)
@@ -271,7 +277,8 @@ class RunFolder:
             self.lock.seek(0)
             raise RunFolderError(
                 f"{self.path}: another process trains in this folder ({self.lock.read().strip()}); "
-                "wait for it, or choose another exp_name."
+                "wait for it, or choose another exp_name.",
+                "locked",
             ) from None
         self._writing(self._sign_lock)
 
@@ -284,7 +291,9 @@ class RunFolder:
         try:
             return action()
         except OSError as error:
-            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}. Set output_dir.") from None
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {error.strerror}. Set output_dir.", write_error_code(error)
+            ) from None
 
     def _refuse_changes(self) -> None:
         """Raises RunFolderError for a folder with a run that `resume` forbids, or that had other options."""
@@ -292,7 +301,9 @@ class RunFolder:
         if not holds_checkpoints and not (self.path / "config.yml").exists():
             return
         if self.config.resume == "never":
-            raise RunFolderError(f"{self.path} holds a run already: choose another exp_name, or resume=auto.")
+            raise RunFolderError(
+                f"{self.path} holds a run already: choose another exp_name, or resume=auto.", "already-exists"
+            )
         trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
         if self.config.resume != "auto" or not trained:
             return
@@ -303,7 +314,8 @@ class RunFolder:
             told = "; ".join(f"{key}: {change}" for key, change in refused.items())
             raise RunFolderError(
                 f"{self.path} holds a run with other options ({told}). Choose another exp_name, take the options back, "
-                f"or go on with them: allow_changes=[{','.join(refused)}]."
+                f"or go on with them: allow_changes=[{','.join(refused)}].",
+                "other-run",
             )
 
     def _saved_settings(self) -> dict:
@@ -313,7 +325,7 @@ class RunFolder:
             settings = read_settings(self.path)
             problem = f"{file}: is missing"
         except RunFolderError as error:
-            settings, problem = None, str(error)
+            settings, problem = None, error.message
         if settings is not None:
             return settings
         for checkpoint in reversed(checkpoints(self.checkpoints)):
@@ -324,7 +336,8 @@ class RunFolder:
                     return settings
         raise RunFolderError(
             f"{problem}, and so are those that were changed. Write it again (the model card of best/ or final/ has its "
-            "text), or choose another exp_name."
+            "text), or choose another exp_name.",
+            "damaged-file",
         )
 
 

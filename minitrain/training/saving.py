@@ -72,7 +72,8 @@ def save_if_due(trainer: "Trainer") -> None:
         if trainer.config.save_every_steps is not None:
             raise
         trainer.save_schedule.failed()
-        trainer.logger.warning(f"warning: {error} Training continues without this checkpoint.")
+        told = f"warning: {error.message} Training continues without this checkpoint. [{error.code}]"
+        trainer.logger.warning(told)
 
 
 def save_checkpoint(trainer: "Trainer") -> None:

@@ -91,4 +91,4 @@ def check_lengths(examples: TokenizedDataset, policy: Policy) -> None:
     for limit, reason in limits:
         if lengths[longest] > limit:
             too_long = f"{examples.where(longest)} has {lengths[longest]} tokens, and {reason} {limit}"
-            raise ConfigError(f"max_length: {too_long}. Set max_length={limit}.")
+            raise ConfigError(f"max_length: {too_long}. Set max_length={limit}.", "too-large")

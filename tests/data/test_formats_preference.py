@@ -22,6 +22,7 @@ from minitrain.data.loader import load_data
 from minitrain.data.template import Template
 from minitrain.errors import DataError
 from minitrain.model.tiny import tiny_tokenizer
+from tests.messages import raises
 
 ASK = {"role": "user", "content": "ask"}
 TELL, LIE = ({"role": "assistant", "content": text} for text in ("tell", "lie"))
@@ -71,7 +72,7 @@ def test_transcripts():
     row = {"chosen": f"{start}\n\nAssistant: tell", "rejected": f"{start}\n\nAssistant: lie"}
     said = {"role": "assistant", "content": "tell: Human\nis"}
     assert record(row, "preference") == Preference([ASK, said, ASK], [TELL], [LIE])
-    with pytest.raises(DataError, match="chosen does not end with words of the assistant"):
+    with raises(DataError, "no-answer", "chosen"):
         record(row | {"chosen": f"{start}\n\nAssistant: "}, "preference")
 
 
@@ -121,34 +122,35 @@ def test_rollouts():
 
 
 @pytest.mark.parametrize(
-    "kind, row, reason",
+    "kind, row, code, part",
     [
         (
             "preference",
             {"prompt": "a", "response": "b"},
-            "no known schema of preference rows.*columns: {chosen: my_column",
+            "invalid-row",
+            "columns: {chosen: ",
         ),
-        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
-        ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, "chosen does not end with words"),
-        ("preference", {"prompt": "a", "chosen": "c", "rejected": [ASK]}, "rejected does not end with words"),
-        ("preference", {"prompt": "a", "chosen": 1.0, "rejected": None}, "rejected is not a text"),
-        ("preference", {"prompt": "a", "chosen": "c", "rejected": "b", "margin": "x"}, "margin is not a number"),
-        ("feedback", {"prompt": "a", "completion": "b", "label": "maybe"}, "label is neither true nor false"),
-        ("feedback", {"prompt": "a", "completion": "b", "label": [1]}, "label is neither true nor false"),
-        ("feedback", {"messages": [ASK], "label": True}, "messages does not end with words"),
-        ("labelled", {"text": "a", "label": None}, "label is neither a text nor a number"),
-        ("labelled", {"text": "a", "label": ""}, "label is neither a text nor a number"),
-        ("labelled", {"text": None, "label": 1}, "text is not a text"),
-        ("rollout", {"prompt": "a", "response": "b"}, "neither a reward, nor advantages, nor returns"),
-        ("rollout", {"prompt": "a", "response": "", "reward": 1}, "the response is empty"),
-        ("rollout", {"prompt": "a", "response": "b", "reward": float("nan")}, "reward is not a finite number"),
-        ("rollout", {"prompt_ids": [], "response_ids": [1], "reward": 1}, "prompt_ids is not a list of token ids"),
-        ("rollout", {"prompt_ids": [1.5], "response_ids": [1], "reward": 1}, "prompt_ids is not a list of token ids"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "same-answers", ""),
+        ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, "no-answer", "chosen"),
+        ("preference", {"prompt": "a", "chosen": "c", "rejected": [ASK]}, "no-answer", "rejected"),
+        ("preference", {"prompt": "a", "chosen": 1.0, "rejected": None}, "invalid-row", "rejected"),
+        ("preference", {"prompt": "a", "chosen": "c", "rejected": "b", "margin": "x"}, "invalid-row", "margin"),
+        ("feedback", {"prompt": "a", "completion": "b", "label": "maybe"}, "invalid-row", "label"),
+        ("feedback", {"prompt": "a", "completion": "b", "label": [1]}, "invalid-row", "label"),
+        ("feedback", {"messages": [ASK], "label": True}, "no-answer", "messages"),
+        ("labelled", {"text": "a", "label": None}, "invalid-row", "label"),
+        ("labelled", {"text": "a", "label": ""}, "invalid-row", "label"),
+        ("labelled", {"text": None, "label": 1}, "invalid-row", "text"),
+        ("rollout", {"prompt": "a", "response": "b"}, "invalid-row", "reward"),
+        ("rollout", {"prompt": "a", "response": "", "reward": 1}, "no-answer", "response"),
+        ("rollout", {"prompt": "a", "response": "b", "reward": float("nan")}, "invalid-row", "reward"),
+        ("rollout", {"prompt_ids": [], "response_ids": [1], "reward": 1}, "invalid-row", "prompt_ids"),
+        ("rollout", {"prompt_ids": [1.5], "response_ids": [1], "reward": 1}, "invalid-row", "prompt_ids"),
     ],
 )
-def test_bad_rows(kind, row, reason):
+def test_bad_rows(kind, row, code, part):
     """A row that cannot be used says which part of it, and why."""
-    with pytest.raises(DataError, match=reason):
+    with raises(DataError, code, part):
         record(row, kind)
 
 
@@ -197,8 +199,8 @@ def test_prompts_are_cut_alike(byte_template):
         assert prompts == [kept, kept] and any(chosen.mask) and any(rejected.mask)
         assert max(len(chosen.ids), len(rejected.ids)) <= limits.max_length and rejected.shared == len(kept)
     made = Preference(prompt, *answers)
-    assert documents(made, byte_template, TruncationConfig(9, "drop")) == "too long"
-    assert documents(made, byte_template, TruncationConfig(10, "end")) == "nothing to learn after truncation"
+    assert documents(made, byte_template, TruncationConfig(9, "drop")) == "too-long"
+    assert documents(made, byte_template, TruncationConfig(10, "end")) == "nothing-left"
 
 
 def test_pairs_with_the_same_answer_twice(byte_template, template):
@@ -207,14 +209,11 @@ def test_pairs_with_the_same_answer_twice(byte_template, template):
     spaced = {"role": "assistant", "content": "tell "}
     template.tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content | trim + eos_token }}{% endfor %}"
     stripping = Template(template.tokenizer, "auto")
-    with pytest.raises(DataError, match="chosen and rejected are the same in the chat template"):
+    with raises(DataError, "same-answers"):
         documents(Preference([ASK], [TELL], [spaced]), stripping)
     longer = {"role": "assistant", "content": "tell me"}
     made = Preference([ASK], [TELL], [longer])
-    assert (
-        documents(made, byte_template, TruncationConfig(7, "end"))
-        == "chosen and rejected are the same after truncation"
-    )
+    assert documents(made, byte_template, TruncationConfig(7, "end")) == "same-answers"
     assert isinstance(documents(made, byte_template, TruncationConfig(9, "end")), list)
 
 
@@ -231,7 +230,7 @@ def test_empty_answers_are_refused_wherever_they_are_learned(byte_template, cont
         Preference([ASK], [TELL], [empty]),
         UnpairedPreference([ASK], [empty], True),
     ):
-        with pytest.raises(DataError, match=r"turn \d of \d is an empty answer, so there is nothing to learn"):
+        with raises(DataError, "no-answer", "turn "):
             documents(made, byte_template)
     last = Template(tiny_tokenizer(), "none", "last_turn")
     for made, template in (
@@ -286,9 +285,9 @@ def test_documents_of_rollouts(byte_template):
         assert found.ids == [5, 6, *response] and found.values["excluded"] == excluded == bool(found.notes)
     ended, cut = (documents(Rollout([ASK], "tell", 1.0, {}, cut), byte_template)[0] for cut in (None, True))
     assert ended.ids == [*cut.ids, end] and all(cut.mask[-4:])
-    with pytest.raises(DataError, match=r"old_logps has 1 numbers for the .* tokens of the response with its end"):
+    with raises(DataError, "invalid-row", "old_logps", "prompt_ids and response_ids"):
         documents(Rollout([ASK], "tell", 1.0, {"old_logps": [-1.0]}), byte_template)
-    with pytest.raises(DataError, match="token id 100000 is beyond"):
+    with raises(DataError, "invalid-row", "100000"):
         documents(Rollout([100000], [1], 1.0), byte_template)
     same, other = (documents(Rollout(p, [7], 1.0), byte_template)[0].values["group"] for p in ([5, 6], [5, 7]))
     assert same == document.values["group"] != other
@@ -310,7 +309,7 @@ def test_through_the_cache(jsonl, config, template):
     (document,) = load_data(config, template, "rollout").train[1]
     assert document.values["reward"] == 1 and torch.equal(document.columns["old_logps"], torch.tensor([0.0, -1, -2]))
     config.datasets = [jsonl([row, row | {"old_logps": None}], "uneven.jsonl")]
-    with pytest.raises(DataError, match=r"uneven.jsonl: some rows have old_logps and others have not"):
+    with raises(DataError, "mismatch", "uneven.jsonl: ", "old_logps"):
         load_data(config, template, "rollout")
 
 

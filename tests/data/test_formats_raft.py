@@ -7,6 +7,7 @@ from minitrain.data.examples import to_record
 from minitrain.data.formats_raft import Documents, documents_of
 from minitrain.errors import DataError
 from minitrain.inference.generate import messages_of
+from tests.messages import raises
 
 TYPED = [
     {"type": "distractor", "text": "no 1"},
@@ -69,30 +70,30 @@ def test_unsorted_documents():
     row = {"question": "ask", "documents": ["one", "two", "three"]}
     (turn,) = messages_of(row)
     assert turn["content"] == "Document 1: one\n\nDocument 2: two\n\nDocument 3: three\n\nask"
-    with pytest.raises(DataError, match="to train on it, say what it is"):
+    with raises(DataError, "invalid-row", "documents[0]"):
         prompt(row | {"answer": "tell"})
 
 
 @pytest.mark.parametrize(
-    "row, reason",
+    "row, code, part",
     [
-        (SHAPES["raft"], "has documents, but none of teacher_answer, cot_answer, answer; it has question, documents"),
-        (SHAPES["raft"] | {"answer": ""}, "the teacher's answer is empty"),
-        (SHAPES["raft"] | {"answer": ["x"]}, "answer is not a text"),
-        ({"documents": "x", "answer": "y"}, "documents is not a list"),
-        ({"documents": [], "answer": "y"}, "documents is not a list"),
-        ({"documents": ["x", {"text": "y"}], "answer": "y"}, r"documents\[0\] is not an object with type: oracle or"),
-        ({"documents": [{"type": "gold", "text": "y"}], "answer": "y"}, r"documents\[0\] is not an object with type"),
-        ({"documents": [{"type": "oracle", "text": 1j}], "answer": "y"}, "text is not a text"),
-        ({"context": {"sentences": [[1]]}, "oracle_context": "x", "answer": "y"}, "context.sentences is not a list"),
-        ({"context": "x", "oracle_context": "x", "answer": "y"}, "context.sentences is not a list"),
-        ({"oracle_context": "x", "distractors": "no 1", "answer": "y"}, "distractors is not a list of texts"),
-        ({"oracle_context": None, "distractors": [], "answer": "y"}, "oracle_context is not a text"),
+        (SHAPES["raft"], "invalid-row", "teacher_answer, cot_answer, answer"),
+        (SHAPES["raft"] | {"answer": ""}, "no-answer", "answer"),
+        (SHAPES["raft"] | {"answer": ["x"]}, "invalid-row", "answer"),
+        ({"documents": "x", "answer": "y"}, "invalid-row", "documents"),
+        ({"documents": [], "answer": "y"}, "invalid-row", "documents"),
+        ({"documents": ["x", {"text": "y"}], "answer": "y"}, "invalid-row", "documents[0]"),
+        ({"documents": [{"type": "gold", "text": "y"}], "answer": "y"}, "invalid-row", "documents[0]"),
+        ({"documents": [{"type": "oracle", "text": 1j}], "answer": "y"}, "invalid-row", "text"),
+        ({"context": {"sentences": [[1]]}, "oracle_context": "x", "answer": "y"}, "invalid-row", "context.sentences"),
+        ({"context": "x", "oracle_context": "x", "answer": "y"}, "invalid-row", "context.sentences"),
+        ({"oracle_context": "x", "distractors": "no 1", "answer": "y"}, "invalid-row", "distractors"),
+        ({"oracle_context": None, "distractors": [], "answer": "y"}, "invalid-row", "oracle_context"),
     ],
 )
-def test_bad_rows(row, reason):
+def test_bad_rows(row, code, part):
     """Each says which part of it is wrong."""
-    with pytest.raises(DataError, match=reason):
+    with raises(DataError, code, part):
         prompt({"question": "ask"} | row)
 
 

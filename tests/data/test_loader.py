@@ -11,6 +11,7 @@ from minitrain.batch import IGNORE_INDEX
 from minitrain.config.schema import DatasetConfig
 from minitrain.data.loader import MicrobatchLoader, load_data
 from minitrain.errors import ConfigError
+from tests.messages import raises
 
 PAD = 0
 
@@ -165,7 +166,7 @@ def test_validation_split(entry, config, template, held_out, count):
 def test_validation_split_of_everything(entry, config, template):
     """A split that leaves nothing to train on is an error."""
     config.datasets, config.validation_split = [entry(5, "a")], 5
-    with pytest.raises(ConfigError, match="5 of 5 examples held out leave none to train on"):
+    with raises(ConfigError, "no-data", "validation_split: 5 of 5"):
         load_data(config, template)
 
 

@@ -7,6 +7,7 @@ import torch
 from minitrain.data.loader import load_data
 from minitrain.data.mismatched import choose_partners
 from minitrain.errors import DataError
+from tests.messages import raises
 
 ORDERS = {
     "by prompt": [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2],
@@ -82,10 +83,10 @@ def test_files_are_taken_together(jsonl, config, template):
     assert found == [("tell", "so<|"), ("tell", "so<|"), ("tell", "so<|"), ("so<|", "tell")]
     assert [cache.source for cache in data.caches] == [file.path for file in files]
     config.datasets = files[:1]
-    with pytest.raises(DataError, match=r"a.jsonl:1: all rows have the same prompt as this one, but kto needs answers"):
+    with raises(DataError, "unsuitable-data", "a.jsonl:1: "):
         load_data(config, template, "feedback")
     config.datasets, config.eval_datasets = files, files[1:]
-    with pytest.raises(DataError, match=r"b.jsonl:1: all rows have the same prompt"):
+    with raises(DataError, "unsuitable-data", "b.jsonl:1: "):
         load_data(config, template, "feedback")
 
 

@@ -10,6 +10,7 @@ from minitrain.data.template import CHATML, PLAIN, Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.tiny import tiny_tokenizer
 from tests.data import test_template as templates
+from tests.messages import raises
 
 TALK = [user("what?"), assistant("that"), user("and?"), assistant("this")]
 MANY = "{% for i in range(100000) %}"
@@ -64,11 +65,11 @@ def growing(step: str) -> str:
 def test_templates_without_bounds(monkeypatch, source):
     """One error, from the template itself and from the tokenizer that has it; no hang and no more than some MB."""
     monkeypatch.setattr("minitrain.data.sandbox.MAX_SECONDS", 0.5)
-    with pytest.raises(UnboundedTemplate, match=r"it does not end|it is nested without end"):
+    with pytest.raises(UnboundedTemplate):
         render(source, TALK, add_generation_prompt=False)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = source
-    with pytest.raises(ConfigError, match=r"chat_template: it .* Name another template."):
+    with raises(ConfigError, "invalid-template", "chat_template: "):
         Template(tokenizer)
 
 
@@ -79,7 +80,7 @@ def test_a_template_that_ends_for_some_conversations_only(monkeypatch):
     tokenizer.chat_template = "{% if messages|length > 2 %}" + MANY * 2 + END * 2 + "{% endif %}" + PLAIN
     template = Template(tokenizer)
     template.encode(Conversation(TALK[:2]))
-    with pytest.raises(DataError, match="the chat template refuses the conversation: it does not end"):
+    with raises(DataError, "invalid-template"):
         template.encode(Conversation(TALK))
 
 

@@ -14,6 +14,7 @@ from minitrain.data.files import read_rows
 from minitrain.data.source import is_file, open_source
 from minitrain.errors import UnreachableError
 from minitrain.io import hub
+from tests.messages import raises, reports
 
 datasets = pytest.importorskip("datasets")
 
@@ -52,7 +53,7 @@ def test_parquet_has_the_rows_of_any_file(tmp_path, template, config, jsonl):
     assert other.ids.tolist() == one.ids.tolist() and other.mask.tolist() == one.mask.tolist()
     assert other.lines.tolist() == list(range(1, 31))
     datasets.Dataset.from_list([*ROWS[:3], {"prompt": "a", "response": ""}]).to_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match=r"bad\.parquet:4: response is empty"):
+    with raises(DataError, "no-answer", "bad.parquet:4: response"):
         load_cache(DatasetConfig(str(tmp_path / "bad.parquet")), template, config)
 
 
@@ -63,7 +64,7 @@ def test_labels_by_name_and_empty_columns(tmp_path):
     rows = [row for _, row in read_rows(file)]
     assert rows[0] == {"sentence1": "a", "sentence2": "a", "label": "equivalent", "idx": 0}
     assert rows[1] == {"sentence1": "b", "label": "not_equivalent", "idx": 1}
-    assert str(rows[2]) == "label is -1, which stands for none of not_equivalent, equivalent"
+    assert reports(rows[2], "invalid-row", "label is -1", "not_equivalent, equivalent")
 
 
 def test_labels_of_a_folder(tmp_path, template, config):
@@ -74,7 +75,7 @@ def test_labels_of_a_folder(tmp_path, template, config):
     cache = load_cache(DatasetConfig(str(tmp_path / "glue")), template, config, "labelled")
     assert sorted(cache.labels) == sorted(NAMES) and len(cache) == 3
     assert [cache.labels[int(number)] for number in cache.values["label"]] == [NAMES[i] for i in PAIRS["label"]]
-    with pytest.raises(DataError, match=r"glue:test:3: label is -1"):
+    with raises(DataError, "invalid-row", "glue:test:3: label is -1"):
         load_cache(DatasetConfig(str(tmp_path / "glue"), split="test"), template, config, "labelled")
 
 
@@ -84,8 +85,9 @@ def test_what_is_no_parquet(tmp_path, spoil):
     file = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(ROWS).to_parquet(file)
     file.write_bytes(spoil(file.read_bytes()))
-    with pytest.raises(DataError, match=r"rows\.parquet: no sound parquet file: [^\n]+$"):
+    with raises(DataError, "invalid-table", "rows.parquet: ") as caught:
         list(read_rows(file))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_has_configurations_and_splits(folder, template, config):
@@ -96,9 +98,9 @@ def test_a_folder_has_configurations_and_splits(folder, template, config):
 
     assert (size(name="short"), size(name="long"), size(name="long", split="test")) == (10, 30, 4)
     assert size(name="long", n_examples=7) == 7
-    with pytest.raises(DataError, match=r"set: Config name is missing\. .*short.*long"):
+    with raises(DataError, "unreadable", "set: ", "short", "long"):
         size()
-    with pytest.raises(DataError, match=r"set: .*tset.*train.*test"):
+    with raises(DataError, "unreadable", "set: ", "tset", "train", "test"):
         size(name="long", split="tset")
 
 
@@ -107,9 +109,7 @@ def test_a_folder_whose_files_differ(tmp_path, template, config):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     (tmp_path / "set" / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(
-        DataError, match=r"set:train: cannot be read: .* Files named one by one may hold rows of several"
-    ):
+    with raises(DataError, "unreadable", "set:train: "):
         load_cache(DatasetConfig(str(tmp_path / "set")), template, config)
 
 
@@ -141,7 +141,7 @@ def test_a_data_set_of_the_hub(monkeypatch, template, config):
     rows = ROWS[:6]
     assert len(load_cache(entry, template, config)) == 6
     rows = [{"prompt": "a", "response": 3.5}, {"prompt": "a"}]
-    with pytest.raises(DataError, match="openai/gsm8k:test:2: no known schema"):
+    with raises(DataError, "invalid-row", "openai/gsm8k:test:2: ", "columns: "):
         load_cache(entry, template, config)
 
 
@@ -174,22 +174,22 @@ def test_names_of_files_and_of_the_hub(tmp_path, monkeypatch, path, options, fil
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "code", "part"),
     [
-        ("data/foo.jsonl", r"datasets\[0\].path: there is no file data/foo.jsonl \(seen from "),
-        ("rows", r"there is no file rows \(seen from .*\)\. Did you mean rows.jsonl\?"),
-        ("empty", r"empty is a folder without a .json, .jsonl, .csv, .tsv, .parquet file; name a file"),
-        ({"path": "rows.jsonl", "split": "test"}, r"datasets\[0\].split: would be ignored: it is for data sets on the"),
-        ({"path": "rows.jsonl", "name": "main"}, r"datasets\[0\].name: would be ignored"),
-        ({"path": "set", "revision": "v1"}, r"datasets\[0\].revision: would be ignored: a folder has none"),
+        ("data/foo.jsonl", "not-found", "datasets[0].path: there is no file data/foo.jsonl"),
+        ("rows", "not-found", "Did you mean rows.jsonl?"),
+        ("empty", "wrong-path", "datasets[0].path: empty"),
+        ({"path": "rows.jsonl", "split": "test"}, "no-effect", "datasets[0].split: "),
+        ({"path": "rows.jsonl", "name": "main"}, "no-effect", "datasets[0].name: "),
+        ({"path": "set", "revision": "v1"}, "no-effect", "datasets[0].revision: "),
     ],
 )
-def test_entries_that_are_refused(folder, tmp_path, monkeypatch, entry, told):
+def test_entries_that_are_refused(folder, tmp_path, monkeypatch, entry, code, part):
     """Told with the config, before anything is read."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
-    with pytest.raises(ConfigError, match=told):
+    with raises(ConfigError, code, part):
         load_config({"datasets": [entry], "model": {"name_or_path": "tiny"}})
 
 
@@ -199,13 +199,11 @@ def test_without_the_package(folder, tmp_path, monkeypatch):
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     for path, package in ((folder, "datasets"), ("openai/gsm8k", "datasets"), (tmp_path / "rows.parquet", "pyarrow")):
-        with pytest.raises(
-            ConfigError, match=rf"{package}, which reads it, is not installed: pip install minitrain\[data"
-        ):
+        with raises(ConfigError, "not-installed", "datasets[0].path: ", package, "minitrain[data]"):
             load_config({"datasets": [str(path)], "model": {"name_or_path": "tiny"}})
-    with pytest.raises(DataError, match=r"the package pyarrow is not installed: pip install minitrain\[data\]"):
+    with raises(DataError, "not-installed", "pyarrow", "minitrain[data]"):
         list(read_rows(tmp_path / "rows.parquet"))
-    with pytest.raises(DataError, match=r"the package datasets is not installed: pip install minitrain\[data\]"):
+    with raises(DataError, "not-installed", "datasets", "minitrain[data]"):
         open_source(DatasetConfig(str(folder)))
 
 
@@ -236,16 +234,14 @@ def test_a_silent_hub_is_asked_once(silent_hub, monkeypatch):
     from minitrain.config.schema import ModelConfig
     from minitrain.model.load import load_model, load_tokenizer
 
-    with pytest.raises(
-        UnreachableError, match=r"^openai/gsm8k: it is not here, the hub does not answer \(https:"
-    ) as told:
+    download = "hf download openai/gsm8k --repo-type dataset --local-dir DIR"
+    with raises(UnreachableError, "unreachable", "openai/gsm8k: ", "https:", download):
         open_source(DatasetConfig("openai/gsm8k"))
-    assert "hf download openai/gsm8k --repo-type dataset --local-dir DIR" in str(told.value)
     model = ModelConfig("FacebookAI/roberta-base")
     for load in (load_tokenizer, lambda config: load_model(config, range(9), 0)):
-        with pytest.raises(UnreachableError, match=r"hf download FacebookAI/roberta-base --local-dir DIR") as told:
+        with raises(UnreachableError, "unreachable", "hf download FacebookAI/roberta-base --local-dir DIR") as caught:
             load(model)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     assert len(silent_hub) == 1
 
 

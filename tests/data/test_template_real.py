@@ -7,6 +7,7 @@ from minitrain.data.examples import Conversation, to_record
 from minitrain.data.files import read_rows
 from minitrain.data.template import Template
 from minitrain.errors import DataError
+from tests.messages import reports
 
 TOKENIZERS = ["tokenizers/gpt2", "tokenizers/mistral-v3", "tokenizers/minimind", "models/stories260K"]
 CHOICES = [(name, kind) for name in TOKENIZERS for kind in ("auto", "chatml", "none")]
@@ -99,7 +100,7 @@ def test_tool_use(load, shared, name):
         try:
             tokens = template.encode(record)
         except DataError as error:
-            assert "must alternate" in str(error)
+            assert reports(error, "invalid-template", "must alternate")
             refused += 1
             continue
         decoded = template.tokenizer.decode([i for i, flag in zip(tokens.ids, tokens.mask) if flag])

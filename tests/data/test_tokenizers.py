@@ -10,6 +10,7 @@ from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer
 from minitrain.model.tiny import tiny_tokenizer
+from tests.messages import raises
 
 
 @pytest.fixture
@@ -36,27 +37,27 @@ def test_no_token_for_a(changed):
     template = Template(changed(model=without("a")), "none")
     assert template.encode(Conversation([user("his"), assistant("b")]))
     for record in (Conversation([user("has"), assistant("b")]), PlainText("hat")):
-        with pytest.raises(DataError, match="the tokenizer has no token for 'a', and would leave it out"):
+        with raises(DataError, "invalid-text", "'a'"):
             template.encode(record)
 
 
 def test_a_tokenizer_that_makes_nothing(changed):
     template = Template(changed(normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": ""}), "none")
-    with pytest.raises(DataError, match="has no token for 'x'"):
+    with raises(DataError, "invalid-text", "'x'"):
         template.encode_prompt([user("x")])
 
 
 def test_a_panic_of_the_tokenizer(changed):
     """It is an error of Rust code that is no Exception in Python."""
     broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    with pytest.raises(ConfigError, match=r"no tokenizer could be loaded from .*Cannot parse precompiled_charsmap"):
+    with raises(ConfigError, "unreadable", "Cannot parse precompiled_charsmap"):
         changed(normalizer=broken)
 
 
 def test_a_tokenizer_that_cannot_encode(changed):
     """WordLevel without the unknown token that it names fails in each text."""
     tokenizer = changed(model={"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "?"})
-    with pytest.raises(DataError, match="the tokenizer cannot read 'a': WordLevel error"):
+    with raises(DataError, "invalid-text", "'a'", "WordLevel error"):
         Template(tokenizer)
 
 
@@ -64,7 +65,7 @@ def test_a_tokenizer_that_cannot_encode(changed):
 def test_files_nested_too_deeply(tmp_path, file):
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / file).write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match=f"{file} is nested too deeply; copy or download it again"):
+    with raises(ConfigError, "damaged-file", str(tmp_path / file)):
         load_tokenizer(ModelConfig(str(tmp_path)))
 
 
@@ -72,5 +73,5 @@ def test_an_empty_eos(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": ""}))
-    with pytest.raises(ConfigError, match="has no EOS token"):
+    with raises(ConfigError, "unsupported-model", "EOS"):
         load_tokenizer(ModelConfig(str(tmp_path)))

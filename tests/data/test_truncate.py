@@ -6,6 +6,7 @@ from minitrain.data.encode import TruncationConfig, truncate
 from minitrain.data.loader import load_data
 from minitrain.data.template import Tokens
 from minitrain.errors import DataError
+from tests.messages import raises
 
 BOS = 1
 
@@ -48,12 +49,12 @@ def test_truncate(whole, length, how, expected):
     """The prompt goes first and the answer stays; a row without labels is left out (trl#6668)."""
     kept = truncate([tokens(whole)], TruncationConfig(length, how), BOS)
     if expected is None:
-        assert kept == ("too long" if how == "drop" and len(whole) > length else "nothing to learn after truncation")
+        assert kept == ("too-long" if how == "drop" and len(whole) > length else "nothing-left")
     else:
         (cut,) = kept
         assert text(cut) == expected
         assert not cut.mask[0] and any(cut.mask) and len(cut.ids) <= length
-        assert cut.notes == ({"truncated examples": 1} if len(whole) > length else {})
+        assert cut.notes == ({"truncated": 1} if len(whole) > length else {})
 
 
 def test_long_prompts_never_empty_an_answer():
@@ -67,26 +68,29 @@ def test_long_prompts_never_empty_an_answer():
                     assert sum(cut.mask) == min(n_answer, length - 1)
 
 
-@pytest.mark.parametrize(("how", "reason"), [("drop", "too long"), ("end", "nothing to learn after truncation")])
-def test_dropped_examples_are_counted(jsonl, config, template, how, reason):
+@pytest.mark.parametrize(("how", "code"), [("drop", "too-long"), ("end", "nothing-left")])
+def test_dropped_examples_are_counted(jsonl, config, template, wording, how, code):
     """Examples left out are counted and said; when all are, it is an error (trl#6668)."""
     config.max_length, config.truncation = 40, how
     long = {"prompt": "x" * 50, "response": "y"}
     entry = jsonl([long, {"prompt": "x", "response": "y"}, long])
     config.datasets = [entry]
     data = load_data(config, template)
-    assert len(data.train) == 1 and data.notes == [f"{entry.path}: 2 examples left out ({reason}) of 3 (66.7 %)"]
+    assert len(data.train) == 1 and data.train.caches[0].counts == {code: 2}
+    assert "2 " in data.notes[0] and " 3 (66.7 %)" in data.notes[0]
+    wording(data.notes[0])
     config.datasets = [jsonl([long], "all.jsonl")]
     for _ in range(2):  # also when the cache is there already
-        with pytest.raises(DataError, match=r"all\.jsonl: no example can be trained on \(1 examples left out"):
+        with raises(DataError, "no-data", "all.jsonl: ", "1 "):
             load_data(config, template)
 
 
-def test_truncated_examples_are_counted(jsonl, config, template):
+def test_truncated_examples_are_counted(jsonl, config, template, wording):
     """Cut examples are counted and said, and keep their answer and its end."""
     config.max_length = 24
     config.datasets = [jsonl([{"prompt": "x" * 50, "response": "yes"}])]
     data = load_data(config, template)
-    assert data.notes == [f"{config.datasets[0].path}: 1 truncated examples of 1 (100.0 %)"]
+    assert data.train.caches[0].counts == {"truncated": 1}
+    wording(data.notes[0])
     (cut,) = data.train[0]
     assert template.tokenizer.decode(cut.ids[cut.mask.bool()]) == "yes<|im_end|>" and len(cut.ids) == 24

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from tests.distributed.launch import Ranks, finish, torchrun
+from tests.messages import problems, reports
 
 TRACEBACK = "Traceback (most recent call last)"
 
@@ -24,8 +25,9 @@ def test_weights_that_one_rank_cannot_read(job, scratch, llama_folder, tmp_path)
     code, output = Ranks(2, [wrong], scratch, {}).finish(patience=60)
     assert code == 1 and TRACEBACK not in output, output
     of_rank_1, of_rank_0 = output.splitlines()
-    assert of_rank_1.startswith("minitrain: no causal language model in") and "is damaged" in of_rank_1
-    assert of_rank_0 == of_rank_1.replace("minitrain: ", "minitrain: rank 1 failed: ", 1)
+    ((reason, code),) = problems(of_rank_1)
+    assert code == "damaged-file" and "/model.safetensors" in reason
+    assert reports(of_rank_0, "process-failed", "rank 1", reason)
 
 
 @pytest.mark.parametrize("point", ["load.policy", "load.weights", "step.batch@3", "save.write@2"])
@@ -34,8 +36,8 @@ def test_an_error_of_one_rank(job, scratch, point):
     env = {"MINITRAIN_FAULT": f"{point}:raise#1"}
     code, output = Ranks(2, [job("fault", "save_every_steps=1", fsdp="full")], scratch, env).finish(patience=60)
     assert code != 0 and output.count(TRACEBACK) == 1, output
-    lines = [line for line in output.splitlines() if line.startswith("minitrain: ")]
-    assert lines == ["minitrain: rank 1 failed: RuntimeError: fault: raised on purpose"]
+    (line,) = [line for line in output.splitlines() if line.startswith("minitrain: ")]
+    assert reports(line, "process-failed", "rank 1", "RuntimeError: fault: raised on purpose")
 
 
 @pytest.mark.slow
@@ -46,4 +48,4 @@ def test_under_the_launcher(job, scratch, rank):
     options = {"monitor_interval": 20}
     code, output = finish(torchrun(2, [job("fault", fsdp="full")], scratch, env, **options))
     assert code == 1, output
-    assert f"minitrain: rank {rank} failed: RuntimeError: fault: raised on purpose" in output.splitlines()
+    assert reports(output, "process-failed", f"rank {rank}", "RuntimeError: fault: raised on purpose")

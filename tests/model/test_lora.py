@@ -18,6 +18,7 @@ from minitrain.model.policy import Policy
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.training.aux_models import InitialPolicySnapshot
+from tests.messages import raises
 from tests.model.test_policy import MODELS
 from tests.tensors import close, shaken
 
@@ -237,7 +238,7 @@ def test_dora_over_a_row_of_zeros_is_refused(folders, tmp_path):
     model = base(folders["llama"])
     model.model.layers[1].mlp.up_proj.weight.data[5] = 0.0
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"lora.use_dora: row 5 of model.layers.1.mlp.up_proj is all zeros"):
+    with raises(ConfigError, "conflict", "lora.use_dora: row 5 of model.layers.1.mlp.up_proj"):
         adapted(tmp_path, use_dora=True)
     adapted(tmp_path, use_dora=True, exclude_modules=["up_proj"])
     adapted(tmp_path)
@@ -254,7 +255,7 @@ def test_a_file_that_says_no_more_than_it_must_is_enough(folders, tmp_path):
     load_adapter(ours, tmp_path)
     close(exact(ours), exact(theirs.eval()), 1e-6)
     (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"r": None}))
-    with pytest.raises(ConfigError, match="does not say r"):
+    with raises(ConfigError, "invalid-value", f"{tmp_path / 'adapter_config.json'} ", " r."):
         load_adapter(base(folders["llama"]), tmp_path)
 
 
@@ -392,11 +393,12 @@ def test_a_wrong_value_in_an_adapters_config_is_one_error(folders, tmp_path, key
     """It names the file and the key, before anything of that size is made."""
     save_model(adapted(folders["llama"], target_modules=["q_proj"]), _Tokens(), tmp_path, torch.float32)
     file = tmp_path / "adapter_config.json"
-    right = json.loads(file.read_text())
+    right, codes = json.loads(file.read_text()), ("invalid-value", "wrong-type", "out-of-range", "not-a-choice")
     for value in WRONG[key]:
         file.write_text(json.dumps(right | {key: value}))
-        with pytest.raises(ConfigError, match=rf"adapter_config.json: {key}") as raised:
+        with pytest.raises(ConfigError) as raised:
             load_adapter(base(folders["llama"]), tmp_path)
+        assert f"adapter_config.json: {key}" in raised.value.message and raised.value.code in codes, value
         assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 500, value
 
 
@@ -409,7 +411,7 @@ def test_an_expression_that_never_ends_is_stopped(folders, tmp_path, monkeypatch
     endless = r"(.|\w)*(?=\d\d\d)"
     value = {endless: 4} if key == "rank_pattern" else endless
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ConfigError, match=rf"{key}: matching .* takes more than 0.2 seconds"):
+    with raises(ConfigError, "invalid-value", f"{key}: ", repr(endless)[1:-1], "0.2 seconds"):
         load_adapter(base(folders["llama"]), tmp_path)
 
 
@@ -436,28 +438,28 @@ def test_names_that_peft_accepts_are_accepted(folders, tmp_path):
 def test_layers_that_are_all_left_out_are_told(folders):
     """The layer is there, but another option has it."""
     for options in ({"exclude_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
-        with pytest.raises(ConfigError, match=r"exclude_modules or modules_to_save has all layers.* like lm_head"):
+        with raises(ConfigError, "conflict", "lora.target_modules: ", *options, "lm_head"):
             adapted(folders["llama"], target_modules=["lm_head"], **options)
-    with pytest.raises(ConfigError, match="layers_to_transform: no layer to adapt is in these blocks, like lm_head"):
+    with raises(ConfigError, "invalid-value", "lora.layers_to_transform: ", "lm_head"):
         adapted(folders["llama"], target_modules=["lm_head"], layers_to_transform=[0])
 
 
 def test_what_cannot_be_adapted_is_told(folders, tmp_path):
     """A layer that is not there names those that are like it; an adapter of another model names what is missing."""
-    with pytest.raises(ConfigError, match=r"nothing in the model is called 'q_prj'. Did you mean .*q_proj.* There are"):
+    with raises(ConfigError, "not-a-choice", "lora.target_modules: ", "'q_prj'", "q_proj"):
         adapted(folders["llama"], target_modules=["q_prj"])
-    with pytest.raises(ConfigError, match=r"nothing in the model is called 'lm_hat'. Did you mean lm_head"):
+    with raises(ConfigError, "not-a-choice", "lora.modules_to_save: ", "'lm_hat'", "Did you mean lm_head"):
         adapted(folders["llama"], modules_to_save=["lm_hat"])
-    with pytest.raises(ConfigError, match="7 is outside of the blocks 0-1"):
+    with raises(ConfigError, "out-of-range", "lora.layers_to_transform: 7", "0-1"):
         adapted(folders["llama"], layers_to_transform=[7])
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with raises(ConfigError, "invalid-value", "lora.target_modules: ", "'(q'"):
         adapted(folders["llama"], target_modules="(q")
     save_model(adapted(folders["llama"]), _Tokens(), tmp_path, torch.float32)
-    with pytest.raises(ConfigError, match=r"'q_proj'|'down_proj'"):
+    with raises(ConfigError, "not-a-choice", "target_modules: ", "_proj'"):
         load_adapter(base(folders["gpt2"]), tmp_path)
     changed = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(changed | {"init_lora_weights": "pissa"}))
-    with pytest.raises(ConfigError, match="path_initial_model_for_weight_conversion"):
+    with raises(ConfigError, "unsupported-model", "path_initial_model_for_weight_conversion"):
         load_adapter(base(folders["llama"]), tmp_path)
 
 

@@ -21,6 +21,7 @@ from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.model.vocabulary import resize_embeddings
 from tests.conftest import SHARED, random_llama
+from tests.messages import raises
 
 pytestmark = pytest.mark.numeric
 
@@ -89,7 +90,7 @@ def test_an_unknown_output_layer_is_refused():
     """A head that does more than minitrain knows is found before training, not by a strange loss."""
     model = random_llama()
     model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
-    with pytest.raises(ConfigError, match="output layer"):
+    with raises(ConfigError, "unsupported-model", "model.name_or_path: "):
         check_policy(Policy(model), packing=False)
 
 
@@ -105,14 +106,14 @@ def test_an_output_layer_is_checked_on_large_logits(change, dtype):
     model = random_llama(initializer_range=0.002).to(dtype).eval()
     check_policy(Policy(model), packing=False)
     model.lm_head.register_forward_hook(lambda module, args, out: changes[change](out))
-    with pytest.raises(ConfigError, match="output layer"):
+    with raises(ConfigError, "unsupported-model", "model.name_or_path: "):
         check_policy(Policy(model), packing=False)
 
 
 def test_a_model_that_leaks_between_packed_documents_is_refused():
     """Bloom has no position ids and so cannot tell documents apart."""
     model = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4))
-    with pytest.raises(ConfigError, match="packing"):
+    with raises(ConfigError, "conflict", "packing: "):
         check_policy(Policy(model), packing=True)
     check_policy(Policy(model), packing=False)
 
@@ -214,9 +215,9 @@ def test_freezing_blocks_and_embeddings():
     assert trained and all(name.startswith(("model.layers.2", "model.norm")) for name in trained)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert model.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
-    with pytest.raises(ConfigError, match="blocks 0-3"):
+    with raises(ConfigError, "out-of-range", "freeze_layers: 4", "0-3"):
         freeze_layers(model, [4], torch.float32)
-    with pytest.raises(ConfigError, match="nothing is left"):
+    with raises(ConfigError, "invalid-value", "freeze_layers: "):
         whole = random_llama()
         freeze_layers(whole, ["0-1", "embeddings"], torch.float32)
         whole.model.norm.requires_grad_(False)
@@ -246,7 +247,7 @@ def test_an_archive_loads_over_the_model(tmp_path, llama_folder):
         assert torch.equal(model.model.norm.weight, other.model.norm.weight)
         assert torch.equal(model.lm_head.weight, other.lm_head.weight)
     torch.save({"wrong": torch.zeros(1)}, tmp_path / "wrong.pt")
-    with pytest.raises(ConfigError, match="does not fit"):
+    with raises(ConfigError, "mismatch", "wrong.pt"):
         load_model(ModelConfig(str(llama_folder), archive=str(tmp_path / "wrong.pt")), tiny_tokenizer(), 0)
 
 

@@ -9,6 +9,7 @@ import torch
 from minitrain.cli.main import main
 from minitrain.tools.analysis.compare import Step, read_ledger
 from tests.conftest import metrics
+from tests.messages import reports
 
 pytestmark = pytest.mark.numeric
 
@@ -174,7 +175,7 @@ def test_without_a_ledger(train, compare, tmp_path, monkeypatch):
     assert not (tmp_path / "runs" / "a" / "ledger.jsonl").exists()
     code, told = compare("b", "a")
     assert code == 2 and "runs/a: holds no ledger.jsonl; a run writes it unless it has ledger=false" in told
-    assert compare("b", "c")[1].endswith("runs/c: there is no such folder; name a run folder, like runs/EXP_NAME\n")
+    assert reports(compare("b", "c")[1], "not-found", "runs/c: ")
     (tmp_path / "runs" / "a" / "ledger.jsonl").write_text("")
     assert compare("a", "b")[1].endswith("ledger.jsonl: holds no steps\n")
     late = {"step": 9, "tokens": "x", "loss": 1.0, "grad_norm": 1.0}

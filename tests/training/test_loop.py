@@ -12,6 +12,7 @@ from minitrain.losses import LossOutput
 from minitrain.losses.sft import SFT, SFTOptions
 from minitrain.training.optim import lr_factor
 from tests.conftest import metrics, random_llama, weights
+from tests.messages import raises
 
 QUIET = ("do_first_eval=false",)
 
@@ -131,7 +132,7 @@ def test_a_nan_step_is_logged_and_changes_nothing(make_trainer):
 def test_training_gives_up_after_many_nan_steps_in_a_row(make_trainer):
     """max_bad_steps in a row end the run with what to do about it; fewer do not."""
     trainer = make_trainer("n_steps=9", "max_bad_steps=3", loss=Poisoned((2, 3, 5, 6, 7)))
-    with pytest.raises(RunError, match=r"3 steps in a row \(up to step 7\)"):
+    with pytest.raises(RunError, match="step 7"):
         trainer.train()
 
 
@@ -355,7 +356,7 @@ def test_another_metric_is_looked_for_before_the_first_step(make_trainer, rows_f
     """Also with do_first_eval=false: a misspelt one would else be found out at the first evaluation, hours later."""
     options = (f"eval_datasets=[{rows_file}]", "do_first_eval=false", "n_steps=2", "save_best=true")
     steps = []
-    with pytest.raises(ConfigError, match="there is no 'perplexty'; there are loss, avg_p_correct, perplexity"):
+    with raises(ConfigError, "not-a-choice", "early_stopping.metric: ", "'perplexty'", "perplexity"):
         make_trainer("early_stopping.metric=perplexty", *options, on_step_end=lambda t: steps.append(t.step)).train()
     assert steps == []
     trainer = make_trainer("early_stopping.metric=perplexity", "exp_name=right", *options)

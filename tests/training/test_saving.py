@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from minitrain import ConfigError, RunError
 from minitrain.training.atomic_dir import checkpoints
 from tests.conftest import weights
+from tests.messages import raises
 
 EVERY = ("n_steps=7", "save_models_every_steps=2")
 
@@ -84,7 +85,7 @@ def test_a_run_that_goes_on_keeps_them(make_trainer):
     again = make_trainer(*EVERY)
     again.train()
     assert again.checkpoint.name == "step-5" and models(again) == ["step-2", "step-4", "step-6"]
-    with pytest.raises(RunError, match=r"lr: 0.01 -> 0.02"):
+    with raises(RunError, "other-run", "lr: 0.01 -> 0.02"):
         make_trainer(*EVERY, "lr=0.02")
 
 
@@ -97,7 +98,7 @@ def test_models_without_a_checkpoint_belong_to_their_options(make_trainer):
 
     with pytest.raises(KeyError):
         make_trainer(*EVERY, on_step_end=die).train()
-    with pytest.raises(RunError, match=r"lr: 0.01 -> 0.02"):
+    with raises(RunError, "other-run", "lr: 0.01 -> 0.02"):
         make_trainer(*EVERY, "lr=0.02")
 
 
@@ -107,5 +108,5 @@ def test_adapters_and_their_retention(make_trainer):
     trainer.train()
     assert (trainer.run.model(2) / "adapter_model.safetensors").exists()
     assert not (trainer.run.model(2) / "model.safetensors").exists()
-    with pytest.raises(ConfigError, match="keep_models: would be ignored"):
+    with raises(ConfigError, "no-effect", "keep_models: "):
         make_trainer("keep_models=2")
