@@ -38,7 +38,9 @@ class Rollouts:
         """Numbers of the tokens -> [n]. Raises DataError where a file has none; `use` is what they are needed for."""
         for file in self.files:
             if name not in file.columns:
-                raise DataError(f"{file.source}: {use} needs {name}, one number for each token of the response.")
+                raise DataError(
+                    f"{file.source}: {use} needs {name}, one number for each token of the response.", "invalid-row"
+                )
         pairs = zip(self.files, self.places, strict=True)
         return torch.cat([file.columns[name][places] for file, places in pairs]).double()
 
@@ -48,7 +50,8 @@ class Rollouts:
             if missing := int((file.values["reward"] != file.values["reward"]).sum()):
                 raise DataError(
                     f"{file.source}: {missing} rows have no reward. Give them one, or with loss.advantages=given "
-                    "an advantage (and returns, for a value head)."
+                    "an advantage (and returns, for a value head).",
+                    "invalid-row",
                 )
         return torch.cat([torch.from_numpy(file.values["reward"]) for file in self.files]).double()
 
@@ -156,7 +159,8 @@ def common_columns(files: Sequence[DataFile]) -> frozenset[str]:
         if unlike := sorted(set(file.columns) ^ set(files[0].columns)):
             raise DataError(
                 f"{file.source} and {files[0].source}: one has {', '.join(unlike)} and the other has not; "
-                "all files have to."
+                "all files have to.",
+                "mismatch",
             )
     return frozenset(files[0].columns)
 

@@ -157,7 +157,7 @@ def _check_contract(cls: type[Loss]) -> None:
     if "step_statistics" in own and not cls.has_step_statistics:
         changes.append("set has_step_statistics = True")
     if changes:
-        raise ConfigError(f"{cls.__name__}: does not have the methods of a loss: {'; '.join(changes)}.")
+        raise ConfigError(f"{cls.__name__}: does not have the methods of a loss: {'; '.join(changes)}.", "usage")
 
 
 def _takes_models(signature: inspect.Signature) -> bool:
@@ -197,7 +197,7 @@ def register_loss(name: str, options_class: type):
 
     def register(cls: type[Loss]) -> type[Loss]:
         if name in _REGISTRY:
-            raise ConfigError(f"a loss named {name!r} is registered already")
+            raise ConfigError(f"a loss named {name!r} is registered already", "already-exists")
         cls.name, cls.options_class = name, options_class
         _REGISTRY[name] = cls
         return cls
@@ -217,11 +217,13 @@ def create_loss(name: str, **options) -> Loss:
     that are not allowed or do not go together, and options that would have no effect.
     """
     if name not in _REGISTRY:
-        raise ConfigError(f"there is no loss {name!r}; there are {', '.join(_REGISTRY)}")
+        raise ConfigError(f"there is no loss {name!r}; there are {', '.join(_REGISTRY)}", "not-a-choice")
     known = [f.name for f in fields(_REGISTRY[name].options_class)]
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ConfigError(f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ConfigError(
+            f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}", "unknown-option"
+        )
     issues = ConfigIssues(Source(f"loss {name}"))
     loss = build_loss(name, check_types(_REGISTRY[name].options_class, options, "loss.", issues), options, issues)
     issues.raise_if_any()
@@ -244,9 +246,9 @@ def build_loss(name: str, options: dict[str, Any], given: Collection[str], issue
     loss = cls(cls.options_class(**options))
     for key, reason in loss.ignored().items():
         if key in given:
-            issues.add(f"loss.{key}", f"would be ignored: {reason}")
+            issues.add(f"loss.{key}", "no-effect", f"would be ignored: {reason}")
     for key, reason in loss.conflicts().items():
-        issues.add(f"loss.{key}", reason)
+        issues.add(f"loss.{key}", "conflict", reason)
     return loss
 
 

@@ -31,7 +31,7 @@ def check(config: Config, issues: ConfigIssues, is_object: bool = False) -> Loss
     for key in [key for key in written if key not in _options_of(known[name])]:
         if others := [other for other, one in known.items() if key in _options_of(one)]:
             have = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'}"
-            issues.add(f"loss.{key}", f"loss.name={name} has no such option; {have} it.")
+            issues.add(f"loss.{key}", "unknown-option", f"loss.name={name} has no such option; {have} it.")
     options = check_types(known[name].options_class, written, "loss.", issues)
     config.loss = {"name": name} | options
     return build_loss(name, options, written, issues)

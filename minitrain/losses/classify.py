@@ -70,7 +70,7 @@ class Classify(Loss):
         if not self.options.regression:
             self.names = self.names or _sorted_names(train)
             for key, reason in self._unfit().items():
-                raise ConfigError(f"loss.{key}: {reason}")
+                raise ConfigError(f"loss.{key}: {reason}", "conflict")
         places = {name: place for place, name in enumerate(self.names)}
         added = []
         for file in {id(file): file for file in (*train, *eval)}.values():  # one may be split into both
@@ -139,14 +139,19 @@ def _sorted_names(files: Sequence[DataFile]) -> list[str]:
     names = {name for file in files for name in file.labels}
     sources = ", ".join(sorted({file.source for file in files}))
     if len(names) < 2:
-        raise DataError(f"{sources}: all examples have the label {min(names)!r}, so there is nothing to tell apart")
+        raise DataError(
+            f"{sources}: all examples have the label {min(names)!r}, so there is nothing to tell apart",
+            "unsuitable-data",
+        )
     numbers = {name: _parsed(name) for name in names}
     if not all(map(math.isfinite, numbers.values())):
         return sorted(names)
     ordered = sorted(names, key=lambda name: (numbers[name], name))
     for one, other in itertools.pairwise(ordered):
         if numbers[one] == numbers[other]:
-            raise DataError(f"{sources}: the labels {one!r} and {other!r} are one number; write it in one way")
+            raise DataError(
+                f"{sources}: the labels {one!r} and {other!r} are one number; write it in one way", "unsuitable-data"
+            )
     return ordered
 
 
@@ -154,7 +159,7 @@ def _place(name: str, places: dict[str, int], file: DataFile) -> int:
     if name not in places:
         told = f"{file.source}: the label {name!r} is not among {_few(list(places))}"
         raise DataError(
-            f"{told}, which are those of training. If labels are numbers to learn, set loss.regression=true"
+            f"{told}, which are those of training. If labels are numbers to learn, set loss.regression=true", "mismatch"
         )
     return places[name]
 
@@ -165,7 +170,9 @@ def _few(names: list[str]) -> str:
 
 def _number(name: str, file: DataFile) -> float:
     if not math.isfinite(_parsed(name)):
-        raise DataError(f"{file.source}: the label {name!r} is no number, which loss.regression=true needs")
+        raise DataError(
+            f"{file.source}: the label {name!r} is no number, which loss.regression=true needs", "invalid-row"
+        )
     return _parsed(name)
 
 

@@ -140,7 +140,9 @@ def read_outputs(files: Sequence[DataFile], options: KDOptions) -> tuple[int, li
     try:
         if is_sealed(path) and not is_intact(path):
             raise ConfigError(
-                f"loss.teacher_outputs: {path} is damaged, its checksum is wrong. Make it again with `minitrain teach`."
+                f"loss.teacher_outputs: {path} is damaged, its checksum is wrong. Make it again with "
+                "`minitrain teach`.",
+                "damaged-file",
             )
         with safe_open(path, "pt") as opened:
             made, names = opened.metadata() or {}, set(opened.keys())
@@ -148,15 +150,18 @@ def read_outputs(files: Sequence[DataFile], options: KDOptions) -> tuple[int, li
                 if f"{file.key}/{IDS}" not in names:
                     raise ConfigError(
                         f"loss.teacher_outputs: {path} holds nothing of {file.source} as it is tokenised now; "
-                        "make it anew with `minitrain teach`."
+                        "make it anew with `minitrain teach`.",
+                        "mismatch",
                     )
                 columns = {name: opened.get_tensor(f"{file.key}/{name}") for name in (IDS, LOGPS)}
                 added.append(AddedFeatures(file, token_features=columns))
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"loss.teacher_outputs: {path} is no file of `minitrain teach`: {error}.") from None
+        raise ConfigError(
+            f"loss.teacher_outputs: {path} is no file of `minitrain teach`: {error}.", "wrong-path"
+        ) from None
     for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
         given = getattr(options, key)
         if not is_stored_name(made.get(key), str(given)) and not (given is None and key.startswith("teacher")):
             told = f"{path} was made with {made.get(key)}, and here it is {given}; make it anew, or set it to the same."
-            raise ConfigError(f"loss.{key}: {told}")
+            raise ConfigError(f"loss.{key}: {told}", "mismatch")
     return int(made["n_tokens"]), added

@@ -160,7 +160,8 @@ class PolicyLoss(Loss):
         if kind in ("grpo", "rloo") and int(learned.groups().bincount().max()) < 2:
             raise DataError(
                 f"{train[0].source}: no prompt has two rollouts, so none can be compared with another as "
-                f"loss.advantages={kind} does. Sample several of each prompt, or take loss.advantages=reinforce++."
+                f"loss.advantages={kind} does. Sample several of each prompt, or take loss.advantages=reinforce++.",
+                "unsuitable-data",
             )
         return [added for files in apart(train, eval) for added in self._advantages(Rollouts(files))]
 

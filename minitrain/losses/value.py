@@ -69,7 +69,9 @@ class Value(Loss):
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         values, returns = models.policy(batch).values, batch.target_feature("returns")  # [N], [N]
         if values is None:
-            raise ConfigError("loss.name: value needs a model that reads from left to right, not an encoder.")
+            raise ConfigError(
+                "loss.name: value needs a model that reads from left to right, not an encoder.", "conflict"
+            )
         old = batch.target_feature("values") if "values" in batch.columns else None  # [N]
         losses = value_losses(values, returns, old, self.options.eps_value)
         return LossOutput(losses.sum(), self.weight(batch), value_metrics(values, returns, old, self.options.eps_value))
