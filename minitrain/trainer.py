@@ -54,7 +54,9 @@ class Trainer:
         """Reads the data, then the model. Raises ConfigError, DataError or RunError."""
         unknown = set(hooks) - set(HOOKS)
         if unknown:
-            raise ConfigError(f"there is no hook {', '.join(sorted(unknown))}; there are {', '.join(HOOKS)}")
+            raise ConfigError(
+                f"there is no hook {', '.join(sorted(unknown))}; there are {', '.join(HOOKS)}", "not-a-choice"
+            )
         config = check_python_config(config, None if loss is None else describe_loss(loss))
         self.config, self.hooks = config, hooks
         self.loss = loss or create_loss(**config.loss)
@@ -201,7 +203,7 @@ class Trainer:
             RunError: After `max_bad_steps` such steps in a row.
         """
         if self.step_output is None:
-            raise RunError("optim_step: there are no gradients. Call forward_backward first.")
+            raise RunError("optim_step: there are no gradients. Call forward_backward first.", "usage")
         update = optim_step(
             self.optimizer,
             self.parameters,
@@ -226,7 +228,8 @@ class Trainer:
         if self.bad_steps >= self.config.max_bad_steps:
             raise RunError(
                 f"{self.bad_steps} steps in a row (up to step {self.step}) had a non-finite loss or gradient; "
-                "the weights are those before them. Lower lr, look at the data, or find the place with debug=true."
+                "the weights are those before them. Lower lr, look at the data, or find the place with debug=true.",
+                "not-finite",
             )
 
     @property

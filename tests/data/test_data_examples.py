@@ -174,10 +174,11 @@ def test_text_of_the_data_is_no_template():
         (ROWS["messages"], {"prompt_template": "{prompt}"}, "no-effect", "prompt_template"),
     ],
 )
-def test_bad_rows(row, options, code, part):
+def test_bad_rows(row, options, code, part, wording):
     """A row that cannot be used says which part of it, and why."""
-    with raises(DataError, code, part):
+    with raises(DataError, code, part) as caught:
         record(row, **options)
+    wording(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,11 @@ def test_rollouts():
         ("rollout", {"prompt_ids": [1.5], "response_ids": [1], "reward": 1}, "invalid-row", "prompt_ids"),
     ],
 )
-def test_bad_rows(kind, row, code, part):
+def test_bad_rows(kind, row, code, part, wording):
     """A row that cannot be used says which part of it, and why."""
-    with raises(DataError, code, part):
+    with raises(DataError, code, part) as caught:
         record(row, kind)
+    wording(caught.value)
 
 
 @pytest.fixture

@@ -91,10 +91,11 @@ def test_unsorted_documents():
         ({"oracle_context": None, "distractors": [], "answer": "y"}, "invalid-row", "oracle_context"),
     ],
 )
-def test_bad_rows(row, code, part):
+def test_bad_rows(row, code, part, wording):
     """Each says which part of it is wrong."""
-    with raises(DataError, code, part):
+    with raises(DataError, code, part) as caught:
         prompt({"question": "ask"} | row)
+    wording(caught.value)
 
 
 def test_rows_without_documents():

@@ -122,7 +122,7 @@ def test_a_plugin_with_an_old_loss_is_named(tmp_path):
         "from minitrain import Loss\n\n\nclass Old(Loss):\n    needs = frozenset({'reference'})\n\n"
         "    def __call__(self, batch, policy, reference=None, teacher=None): ...\n"
     )
-    with pytest.raises(ConfigError, match=r"--plugin: .*mine.py: Old: .*rename needs to requires; write __call__"):
+    with raises(ConfigError, "usage", "--plugin: ", "mine.py: Old: ", "needs to requires", "__call__"):
         load_plugin(str(file))
 
 
@@ -138,7 +138,7 @@ class NoOptions:
 
 def test_the_error_is_one_for_objects_too():
     """A class that is never registered is checked where it is defined."""
-    with pytest.raises(ConfigError, match="write __call__"):
+    with raises(ConfigError, "usage", "Mine: ", "__call__"):
 
         class Mine(Loss):
             def __call__(self, batch, policy):

@@ -170,7 +170,7 @@ def test_a_manifest_cannot_name_files_elsewhere(make_trainer):
         make_trainer("save_every_steps=1", f"resume={manifest.parent}").train()
 
 
-def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(make_trainer, capsys):
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(make_trainer, capsys, wording):
     """Running it again says so; with more steps it continues from its checkpoint."""
     options = ("save_every_steps=3", "lr_scheduler=constant")
     first = make_trainer(*options)
@@ -178,7 +178,7 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(make_trainer, caps
     capsys.readouterr()
     again = make_trainer(*options)
     assert again.train() == {} and again.step == 0
-    assert "finished" in capsys.readouterr().out
+    wording(capsys.readouterr().out)
     longer = make_trainer(*options, "n_steps=5")
     longer.train()
     assert longer.step == 5 and [row["step"] for row in metrics(longer)] == [1, 2, 3, 4, 5]
