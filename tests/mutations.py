@@ -431,7 +431,7 @@ BUGS = {
     "weights": [
         Bug(
             number=38,
-            title="A padded embedding matrix was cut to the size of the tokenizer.",
+            title="A padded embedding matrix was truncated to the size of the tokenizer.",
             reported_in="unslothai/unsloth-zoo#923",
             file="minitrain/model/vocabulary.py",
             line="if n_ids > n_rows:",
@@ -539,7 +539,7 @@ BUGS = {
         ),
         Bug(
             number=51,
-            title="A tied module that was saved whole was loaded into the base model, and then neither trained nor saved.",
+            title="A tied module that was saved in full was loaded into the base model, and then neither trained nor saved.",
             reported_in="huggingface/peft#2864",
             file="minitrain/model/adapter_files.py",
             line="adapter.carried = list(dict.fromkeys([*adapter.carried, *sorted(carried)]))",

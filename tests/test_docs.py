@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import itertools
 import re
 import runpy
 import shlex
@@ -124,6 +125,13 @@ def is_command(item: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ tables of keys
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], **BY_NAME)
+def test_headers_of_tables_name_every_column(page):
+    lines = page.read_text().splitlines()
+    headers = [line for line, below in itertools.pairwise(lines) if re.fullmatch(r"\|[-:|]+\|", below)]
+    assert [line for line in headers if not all(cell.strip() for cell in line[1:-1].split("|"))] == []
 
 
 def test_the_options_of_the_adapters_exist():

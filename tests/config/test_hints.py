@@ -40,7 +40,7 @@ KEYS = {
     "warmup_steps_ratio=0.1": "Use warmup_ratio.",
     "learning_rate=1": "Use lr.",
     "prompt_template=x": "Use datasets[0].prompt_template (with columns in braces, like {prompt}).",
-    "dataset.name=x": "Use datasets[0].path (a file, a folder, or a name on the Hub).",
+    "dataset.name=x": "Use datasets[0].path (a file, a directory, or a name on the Hub).",
     # what another tool's value says decides
     "use_peft=true": "Use lora.rank=16 (a rank above 0 is what turns LoRA on).",
     "use_peft=false": "Remove it: it is off by default.",
@@ -48,7 +48,7 @@ KEYS = {
     "peft={method: qlora}": "Use lora.rank=16 model.quantization=4bit.",
     "adapter=lora": "Use lora.rank=16.",
     "adapter=qlora": "Use lora.rank=16 model.quantization=4bit.",
-    "adapter=runs/a/final": "Use model.adapter (a folder with adapter_config.json).",
+    "adapter=runs/a/final": "Use model.adapter (a directory with adapter_config.json).",
     "save_strategy=steps": "Use save_every_steps (by time when left out).",
     "save_strategy=no": "Use save_every_steps=0.",
     "save_strategy=best": "Use save_best=true.",
