@@ -92,7 +92,7 @@ def build_adapter(setting: Setting, folder: Path) -> None:
     """adapter/, which all peers start from: on every linear layer but the output layer, B zero."""
     from minitrain.config.schema import Config, LoRAConfig, ModelConfig
     from minitrain.model.adapter_files import adapt_model, save_adapter
-    from minitrain.model.weights import whole_tensors
+    from minitrain.model.weights import full_tensors
 
     model = build_model(setting)
     model.new_ids = []
@@ -101,7 +101,7 @@ def build_adapter(setting: Setting, folder: Path) -> None:
     )
     model.adapter = adapt_model(config, model, None, None)
     (folder / "adapter").mkdir()
-    save_adapter(model, model.adapter, whole_tensors(model, lambda tensor: tensor), folder / "adapter")
+    save_adapter(model, model.adapter, full_tensors(model, lambda tensor: tensor), folder / "adapter")
 
 
 def make_rows(setting: Setting) -> list[tuple[list[int], list[int]]]:

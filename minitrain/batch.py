@@ -138,7 +138,7 @@ class TopKLogprobs(NamedTuple):
 class Distillation(NamedTuple):
     """What a policy is compared with at the supervised tokens, and how."""
 
-    teacher: Any  # its hidden states [N, H] and output layer, as `Policy.states` gives them, or `TopKLogprobs`
+    teacher: Any  # (hidden states [N, H], LM head) of `Policy.target_hidden_states`, or `TopKLogprobs`
     formula: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `losses/kd.py`
     temperature: float  # of both
     top_k: int | None = None  # compare on the teacher's k likeliest tokens and the rest; all for None

@@ -13,7 +13,7 @@ from minitrain.inference.evaluation import evaluate_all
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.model.load import DTYPES, load_policy
 from minitrain.model.save import check_saving, set_end_tokens
-from minitrain.model.vocabulary import describe_new
+from minitrain.model.vocabulary import describe_new_tokens
 from minitrain.tools.preflight.load import check_python_config
 from minitrain.training.agreement import check_same_inputs, check_same_options
 from minitrain.training.aux_models import build_aux_models
@@ -101,7 +101,7 @@ class Trainer:
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.loads_shards, **ends)
             failpoint("load.policy")
         check_same_inputs(config, data, self.parallel)
-        new = describe_new(policy.model, self.tokenizer)
+        new = describe_new_tokens(policy.model, self.tokenizer)
         self.notes = [*data.notes, *([f"new tokens: {new}"] if new else [])]
         self.warnings = data.warnings
         share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}

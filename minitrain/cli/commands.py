@@ -229,9 +229,9 @@ def compare(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     with _importing():
         config = _config(arguments)
-        from minitrain.tools.preflight.preview import BRACKETS, COLOURS, inspect
+        from minitrain.tools.preflight.preview import BRACKETS, COLORS, inspect
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
-    for line in inspect(config, arguments.rows, arguments.split, COLOURS if coloured else BRACKETS):
+    for line in inspect(config, arguments.rows, arguments.split, COLORS if coloured else BRACKETS):
         print(line)
     return 0
 

@@ -81,7 +81,7 @@ class FullySharded(SingleDevice):
                 block, mesh=self.mesh, mp_policy=compute, offload_policy=offload, reshard_after_forward=not keep
             )
         fully_shard(policy, mesh=self.mesh, mp_policy=rest, offload_policy=offload)
-        register_fsdp_forward_method(policy, "states")  # gathers embeddings and head as forward does
+        register_fsdp_forward_method(policy, "target_hidden_states")  # gathers embeddings and head as forward does
         for module in _sharded_modules(policy):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

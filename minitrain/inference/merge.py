@@ -8,7 +8,7 @@ from minitrain.config.schema import ModelConfig
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError
 from minitrain.model.adapter_config import read_config
-from minitrain.model.load import DTYPES, fold_adapter, load_base, load_tokenizer, trained_outputs
+from minitrain.model.load import DTYPES, load_base, load_tokenizer, merge_adapter, trained_outputs
 from minitrain.model.save import check_saving, save_model, set_end_tokens
 from minitrain.model.sequence_head import heads_of
 from minitrain.training.atomic_dir import atomic_folder
@@ -47,7 +47,7 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     total = {}
     for config, share in zip(configs, shares, strict=True):
-        fold_adapter(model, Path(config.adapter))
+        merge_adapter(model, Path(config.adapter))
         with torch.no_grad():
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 change = parameter - before[name]

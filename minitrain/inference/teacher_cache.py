@@ -95,7 +95,7 @@ def _ask(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions,
         for cache in caches:
             whole = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
             for batch, places in iter_batches_with_positions(cache, whole):
-                states = teacher.states(batch.to(teacher.precision.device))
+                states = teacher.target_hidden_states(batch.to(teacher.precision.device))
                 top = top_k_logprobs(*states, options.temperature, options.top_k)
                 writer.write(f"{cache.key}/{IDS}", places, top.ids.int())
                 writer.write(f"{cache.key}/{LOGPS}", places, top.logps)

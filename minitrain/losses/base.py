@@ -29,7 +29,9 @@ class Models(NamedTuple):
 
     policy: Callable[..., PolicyOutput]
     reference: Callable[..., PolicyOutput] | None = None  # if the loss requires "reference"
-    teacher: Any = None  # if it requires "teacher"; `models.teacher.states(batch)` are its final hidden states
+    teacher: Any = (
+        None  # if it requires "teacher"; `models.teacher.target_hidden_states(batch)` are its final hidden states
+    )
 
     def frozen(self) -> dict[str, Any]:
         """Return the models besides the policy, by name."""

@@ -30,7 +30,7 @@ class DFT(TokenLoss):
         return logps.detach().exp() * alpha + (1 - alpha)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
-        logps = models.policy(batch, token_weights=self.token_weights).logps
+        logps = models.policy(batch, detached_weight_fn=self.token_weights).logps
         return self.output(-(self.token_weights(logps) * logps).sum(), batch, logps)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

@@ -119,7 +119,7 @@ class KD(TokenLoss):
         if o.divergence == "jsd":
             formula = functools.partial(jsd, weight=o.jsd_weight)
         weights = o.alpha if o.divergence == "jsd" else o.alpha * o.temperature**2, o.beta
-        theirs = self._stored_outputs(batch) if models.teacher is None else models.teacher.states(batch)
+        theirs = self._stored_outputs(batch) if models.teacher is None else models.teacher.target_hidden_states(batch)
         scores = models.policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
         output = self.output(losses.sum(), batch, scores.logps)

@@ -49,7 +49,7 @@ class SFT(TokenLoss):
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         smoothing, gamma = self.options.label_smoothing, self.options.focal_gamma
         if smoothing == 0 and gamma == 0:
-            scores = models.policy(batch, token_weights=torch.ones_like)
+            scores = models.policy(batch, detached_weight_fn=torch.ones_like)
             return self.output(-scores.logps.sum(), batch, scores.logps)
         scores = models.policy(batch, mean_logps=smoothing > 0)
         losses = -scores.logps  # [N]

@@ -30,27 +30,27 @@ class Adapter:
 
     Attributes:
         config: Its adapter_config.json.
-        adapted: Layers with LoRA by name.
-        taken: Initial A and B by layer that were subtracted from the base (pissa, olora).
-        saved: Names of modules that are trained and saved in full.
-        carried: Names of frozen tensors that are saved with the adapter.
+        layers: Layers with LoRA by name.
+        subtracted_init: Initial A and B by layer that were subtracted from the base (pissa, olora).
+        modules_to_save: Names of modules that are trained and saved in full.
+        extra_tensors: Names of frozen tensors that are saved with the adapter.
     """
 
     config: dict[str, Any]
-    adapted: dict[str, nn.Module]
-    taken: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    saved: list[str] = field(default_factory=list)
-    carried: list[str] = field(default_factory=list)
+    layers: dict[str, nn.Module]
+    subtracted_init: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    extra_tensors: list[str] = field(default_factory=list)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained."""
         found = dict(model.named_parameters())
         bias = self.config["bias"]
-        biases = {f"{name}.bias" for name in self.adapted} if bias == "lora_only" else set()
+        biases = {f"{name}.bias" for name in self.layers} if bias == "lora_only" else set()
         wanted = {}
         for name, parameter in found.items():
             module, _, last = name.rpartition(".")
-            whole = any(module == path or module.startswith(f"{path}.") for path in self.saved)
+            whole = any(module == path or module.startswith(f"{path}.") for path in self.modules_to_save)
             if (
                 last in (*lora.MATRICES, token_rows.NAME)
                 or whole
@@ -70,8 +70,8 @@ class Adapter:
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the names of the tensors to save, without trained rows of a weight that is saved."""
-        inside = {name.removesuffix("weight") + token_rows.NAME for name in self.carried}
-        return [*(name for name in self.parameters(model) if name not in inside), *self.carried]
+        covered = {name.removesuffix("weight") + token_rows.NAME for name in self.extra_tensors}
+        return [*(name for name in self.parameters(model) if name not in covered), *self.extra_tensors]
 
 
 # --------------------------------------------------------------------------------------------------- where it goes
@@ -90,41 +90,43 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
         ConfigError: A name matches nothing, or options contradict each other.
     """
     modules = dict(model.named_modules())
-    saved = []
+    modules_to_save = []
     for wanted in config.get("modules_to_save") or []:
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not found:
-            raise ConfigError(f"lora.modules_to_save: {_no_such(wanted, modules)}", "not-a-choice")
-        saved += found
-    adapter = Adapter(config, {}, saved=list(dict.fromkeys(saved)))
+            raise ConfigError(f"lora.modules_to_save: {_unknown_module(wanted, modules)}", "not-a-choice")
+        modules_to_save += found
+    adapter = Adapter(config, {}, modules_to_save=list(dict.fromkeys(modules_to_save)))
     keep = bool(config.get("ensure_weight_tying"))
     if keep:
-        adapter.saved = _with_tied(model, adapter.saved)
-    untied = _untie(model, adapter.saved, weights, keep)
-    rows = train_new_rows(model, config.get("trainable_token_indices"), adapter.saved, weights)
-    adapter.adapted |= {name: modules[name] for name in _targets(model, modules, config, adapter.saved, strict)}
-    if keep and (tied := _with_tied(model, adapter.adapted)[len(adapter.adapted) :]):
+        adapter.modules_to_save = _add_tied(model, adapter.modules_to_save)
+    untied = _untie(model, adapter.modules_to_save, weights, keep)
+    rows = train_new_rows(model, config.get("trainable_token_indices"), adapter.modules_to_save, weights)
+    adapter.layers |= {
+        name: modules[name] for name in _targets(model, modules, config, adapter.modules_to_save, strict)
+    }
+    if keep and (tied := _add_tied(model, adapter.layers)[len(adapter.layers) :]):
         raise ConfigError(
             f"ensure_weight_tying: LoRA on a layer that is tied to {tied[0]} is not supported. Train it whole "
             "(modules_to_save) or make the adapter without ensure_weight_tying.",
             "unsupported-model",
         )
-    adapter.carried += [name for name in rows if untied or not _has_place(model, name, adapter)]
-    adapter.carried += new_biases(model, adapter)
-    for name, module in adapter.adapted.items():
+    adapter.extra_tensors += [name for name in rows if untied or not _is_storable(model, name, adapter)]
+    adapter.extra_tensors += new_biases(model, adapter)
+    for name, module in adapter.layers.items():
         rank = _pattern(config, "rank_pattern", name, config["r"])
         alpha = _pattern(config, "alpha_pattern", name, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         dropout, dora = config.get("lora_dropout", 0.0), bool(config.get("use_dora"))
-        lora.adapt(module, lora.Settings(rank, scaling, 0.0 if isinstance(module, nn.Embedding) else dropout, dora))
+        lora.adapt(module, lora.LoRASettings(rank, scaling, 0.0 if isinstance(module, nn.Embedding) else dropout, dora))
     return adapter
 
 
-def _has_place(model: nn.Module, weight: str, adapter: Adapter) -> bool:
+def _is_storable(model: nn.Module, weight: str, adapter: Adapter) -> bool:
     """Return whether PEFT can store trained rows of a weight: not with LoRA on it, nor in a layer with a bias."""
     owned = [module for module in model.modules() if getattr(module, "weight", None) is model.get_parameter(weight)]
-    adapted = [module for module in adapter.adapted.values() if any(module is one for one in owned)]
-    return not adapted and all(getattr(module, "bias", None) is None for module in owned)
+    with_lora = [module for module in adapter.layers.values() if any(module is one for one in owned)]
+    return not with_lora and all(getattr(module, "bias", None) is None for module in owned)
 
 
 def new_biases(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -152,7 +154,7 @@ def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Wei
         ConfigError: `wanted` names a layer that has no rows, is trained in full, or is tied to one with other rows.
     """
     layers = embedding_layers(model)
-    chosen = wanted_rows(model, wanted)
+    chosen = parse_token_indices(model, wanted)
     first: dict[int, str] = {}  # weight -> the first layer that has it
     for name, layer in layers.items():
         if any(f"{name}.".startswith(f"{path}.") for path in whole):
@@ -171,11 +173,11 @@ def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Wei
         if ids:
             rows = token_rows.add(layer, ids, None if owner == name else layers[owner].token_rows)
             if owner == name:
-                start_rows(model, name, rows, weights)
+                init_rows(model, name, rows, weights)
     return [f"{name}.weight" for name in first.values() if token_rows.has_rows(layers[name])]
 
 
-def start_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights | None) -> None:
+def init_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights | None) -> None:
     """Initialize the trained rows of a layer with those of its weight."""
     layer = model.get_submodule(name)
     if weights is None:
@@ -186,7 +188,7 @@ def start_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights
     weights.replace({f"{name}.{token_rows.NAME}": torch.cat(found).float()})
 
 
-def wanted_rows(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
+def parse_token_indices(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
     """Return PEFT's trainable_token_indices by full layer name. Raises ConfigError."""
     if wanted is None:
         return {}
@@ -214,36 +216,42 @@ def wanted_rows(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
 
 
 def _targets(
-    model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], saved: list[str], strict: bool
+    model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], modules_to_save: list[str], strict: bool
 ) -> list[str]:
     """Return the names of the layers to adapt, in the model's order, without modules that are trained in full."""
     wanted, excluded = config["target_modules"], config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    head, whole = model.get_output_embeddings(), {part for name in saved for part in modules[name].modules()}
-    there = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
+    head, whole = model.get_output_embeddings(), {part for name in modules_to_save for part in modules[name].modules()}
+    adaptable = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
     if wanted == "all-linear":
-        named = [n for n, module in there.items() if not isinstance(module, nn.Embedding) and module is not head]
+        named = [n for n, module in adaptable.items() if not isinstance(module, nn.Embedding) and module is not head]
     else:
-        named = [name for name in there if _matches(wanted, name)]
+        named = [name for name in adaptable if _matches(wanted, name)]
     missing = [one for one in wanted if not any(_matches([one], name) for name in named)] if _is_list(wanted) else []
     if not named or (missing and strict):
-        raise ConfigError(f"lora.target_modules: {_no_such(missing[0] if missing else wanted, there)}", "not-a-choice")
-    lost = [one for one in excluded if not any(_matches([one], name) for name in named)] if _is_list(excluded) else []
-    if lost and strict:
-        known = {name: there[name] for name in named}
-        raise ConfigError(f"lora.exclude_modules: {_no_such(lost[0], known)}", "not-a-choice")
-    names = [n for n in named if there[n] not in whole and not (excluded and _matches(excluded, n, "exclude_modules"))]
+        raise ConfigError(
+            f"lora.target_modules: {_unknown_module(missing[0] if missing else wanted, adaptable)}", "not-a-choice"
+        )
+    unmatched = (
+        [one for one in excluded if not any(_matches([one], name) for name in named)] if _is_list(excluded) else []
+    )
+    if unmatched and strict:
+        known = {name: adaptable[name] for name in named}
+        raise ConfigError(f"lora.exclude_modules: {_unknown_module(unmatched[0], known)}", "not-a-choice")
+    names = [
+        n for n in named if adaptable[n] not in whole and not (excluded and _matches(excluded, n, "exclude_modules"))
+    ]
     if not names:
         raise ConfigError(
             f"lora.target_modules: exclude_modules or modules_to_save has all layers that it names, like {named[0]}. "
             "Name a layer that is in neither.",
             "conflict",
         )
-    return _of_layers(model, modules, names, layers) if layers else names
+    return _filter_by_block(model, modules, names, layers) if layers else names
 
 
-def _of_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:
+def _filter_by_block(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:
     """Return the names that are in the blocks with these numbers."""
     blocks = find_blocks(model.base_model)
     path = next(name for name, module in modules.items() if module is blocks)
@@ -252,12 +260,12 @@ def _of_layers(model: nn.Module, modules: dict[str, nn.Module], names: list[str]
         raise ConfigError(
             f"lora.layers_to_transform: {outside[0]} is outside of the blocks 0-{len(blocks) - 1}.", "out-of-range"
         )
-    inside = [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
-    if not inside:
+    in_blocks = [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
+    if not in_blocks:
         raise ConfigError(
             f"lora.layers_to_transform: no layer to adapt is in these blocks, like {names[0]}.", "invalid-value"
         )
-    return inside
+    return in_blocks
 
 
 def _is_list(value: Any) -> bool:
@@ -305,11 +313,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def _no_such(wanted: str, modules: dict[str, nn.Module]) -> str:
-    there = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
-    near = difflib.get_close_matches(wanted.rpartition(".")[2], there, n=3, cutoff=0.5)
+def _unknown_module(wanted: str, modules: dict[str, nn.Module]) -> str:
+    available = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
+    near = difflib.get_close_matches(wanted.rpartition(".")[2], available, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"nothing in the model is called {wanted!r}.{hint} There are {', '.join(there)}."
+    return f"nothing in the model is called {wanted!r}.{hint} There are {', '.join(available)}."
 
 
 def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> Any:
@@ -319,19 +327,19 @@ def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> 
     return default
 
 
-def _with_tied(model: nn.Module, names: Iterable[str]) -> list[str]:
+def _add_tied(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names, followed by those of other modules with the same weight."""
     own = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
     tied = [name for name, module in model.named_modules() if id(module._parameters.get("weight")) in own]
     return list(dict.fromkeys([*names, *tied]))
 
 
-def _untie(model: nn.Module, saved: list[str], weights: Weights | None, keep: bool) -> bool:
+def _untie(model: nn.Module, modules_to_save: list[str], weights: Weights | None, keep: bool) -> bool:
     """Untie modules that are trained in full, as PEFT does, so that they do not change other modules.
 
     Args:
         model: The transformers model.
-        saved: Names of modules that are trained in full.
+        modules_to_save: Names of modules that are trained in full.
         weights: Weights of a model on the meta device.
         keep: Keep modules tied if both are trained in full.
 
@@ -342,8 +350,8 @@ def _untie(model: nn.Module, saved: list[str], weights: Weights | None, keep: bo
     untied = False
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner = owners.setdefault(id(parameter), name)
-        inside = [any(one.startswith(f"{path}.") for path in saved) for one in (name, owner)]
-        if owner == name or not any(inside) or (all(inside) and keep):
+        is_inside = [any(one.startswith(f"{path}.") for path in modules_to_save) for one in (name, owner)]
+        if owner == name or not any(is_inside) or (all(is_inside) and keep):
             continue
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, nn.Parameter(parameter.detach().clone()))

@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {"bias": "none"} | config  # torchtune writes only the required keys
 
 
-def outputs_of(folder: Path) -> list[str] | None:
+def read_adapter_outputs(folder: Path) -> list[str] | None:
     """Return the labels of the scalar head of an adapter's model; None for a causal LM.
 
     Raises:

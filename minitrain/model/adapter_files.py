@@ -16,12 +16,12 @@ from minitrain.errors import ConfigError
 from minitrain.io.tensor_files import save_file
 
 from . import lora, token_rows
-from .adapter import Adapter, inject, new_biases, start_rows, train_new_rows, wanted_rows
+from .adapter import Adapter, init_rows, inject, new_biases, parse_token_indices, train_new_rows
 from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
 from .sequence_head import heads_of, is_encoder
 from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .vocabulary import count_ids
-from .weights import Less, Weights
+from .weights import LowRankDifference, Weights
 
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of keys in PEFT's files; of a head with a soft prompt
 
@@ -43,60 +43,60 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
     if config.soft_prompt.num_virtual_tokens:
         return _new_prompt(config, model, tokenizer, weights)
     adapter = inject(model, new_config(config, model), weights)
-    for name, module in adapter.adapted.items():
-        _start(adapter, name, module, config, weights)
+    for name, module in adapter.layers.items():
+        _init_lora(adapter, name, module, config, weights)
     return adapter
 
 
-def outline_adapter(config: Config, model: nn.Module) -> Adapter:
+def adapt_meta_model(config: Config, model: nn.Module) -> Adapter:
     """Add the adapter of `adapt_model` to a model on the meta device, without values. Raises ConfigError."""
     if config.model.adapter:
         return load_adapter(model, Path(config.model.adapter))  # checks names and shapes
     if config.soft_prompt.num_virtual_tokens:
-        _refuse_encoder(model)
+        _check_is_decoder(model)
         model.soft_prompt = SoftPrompt(model, config.soft_prompt, 0)
-        return _known_prompt(model, {}, None)
+        return _make_prompt_adapter(model, {}, None)
     return inject(model, new_config(config, model))
 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
     """Add the adapter in a folder to a model. Raises ConfigError if it does not fit."""
-    config = _for_model(read_config(folder), model, folder)
+    config = _resolve_modules(read_config(folder), model, folder)
     try:
         tensors = load_file(folder / FILE)
     except Exception as error:
         raise ConfigError(f"{folder / FILE} cannot be read: {error}", "unreadable") from None
     if config["peft_type"] != "LORA":
-        return _loaded_prompt(model, config, tensors, folder, weights)
+        return _load_prompt(model, config, tensors, folder, weights)
     try:
         adapter = inject(model, config, weights, strict=False)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error.message.removeprefix('lora.')}", error.code) from None
-    named = _by_own_names(model, adapter, tensors, folder)
+    named = _rename_keys(model, adapter, tensors, folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = adapter.parameters(model)
     for name, tensor in named.items():
         if not name.endswith(token_rows.NAME):
-            _fill(folder, name, parameters[name], tensor, weights)
-    carried = {owners[id(parameters[name])] for name in named} - trained.keys()
-    adapter.carried = list(dict.fromkeys([*adapter.carried, *sorted(carried)]))
+            _load_tensor(folder, name, parameters[name], tensor, weights)
+    frozen = {owners[id(parameters[name])] for name in named} - trained.keys()
+    adapter.extra_tensors = list(dict.fromkeys([*adapter.extra_tensors, *sorted(frozen)]))
     for name in (name for name in trained if name.endswith(f".{token_rows.NAME}")):
         module = name.removesuffix(f".{token_rows.NAME}")
-        start_rows(model, module, parameters[name], weights)  # the adapter file can have the weight
+        init_rows(model, module, parameters[name], weights)  # the adapter file can have the weight
         if name in named:
-            ids = wanted_rows(model, config.get("trainable_token_indices"))[module]
-            _fill_rows(folder, name, model.get_submodule(module), ids, named[name], weights)
+            ids = parse_token_indices(model, config.get("trainable_token_indices"))[module]
+            _load_rows(folder, name, model.get_submodule(module), ids, named[name], weights)
     return adapter
 
 
-def _by_own_names(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _rename_keys(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file by parameter name. Raises ConfigError if they do not fit."""
     names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, module in model.named_modules():  # the key in PEFT of resized embeddings
         if token_rows.has_rows(module):
             names[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = f"{name}.weight"
-    wanted = wanted_rows(model, adapter.config.get("trainable_token_indices"))
+    wanted = parse_token_indices(model, adapter.config.get("trainable_token_indices"))
     missing = []
     for name in adapter.parameters(model):
         module, _, last = name.rpartition(".")
@@ -105,12 +105,12 @@ def _by_own_names(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]
     unknown = [key for key in tensors if key not in names]
     if missing or unknown:
         base = adapter.config.get("base_model_name_or_path")
-        told = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
-        raise ConfigError(f"{folder} does not fit the model: {told}.", "mismatch")
+        reason = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
+        raise ConfigError(f"{folder} does not fit the model: {reason}.", "mismatch")
     return {names[key]: tensor for key, tensor in tensors.items()}
 
 
-def _fill(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weights: Weights | None) -> None:
+def _load_tensor(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weights: Weights | None) -> None:
     if parameter.shape != tensor.shape:
         raise ConfigError(
             f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}.", "mismatch"
@@ -118,7 +118,7 @@ def _fill(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weig
     _set(name, parameter, tensor, weights)
 
 
-def _fill_rows(
+def _load_rows(
     folder: Path, name: str, module: nn.Module, ids: list[int], tensor: Tensor, weights: Weights | None
 ) -> None:
     """Load the trained rows of these token ids; the layer can have rows of new tokens, too."""
@@ -132,7 +132,7 @@ def _fill_rows(
     rows[at.to(rows.device)] = tensor.to(rows)
 
 
-def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
+def _resolve_modules(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
     """Return an adapter_config.json with full names in `modules_to_save`; PEFT matches the ends of names.
 
     Raises:
@@ -141,13 +141,13 @@ def _for_model(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[s
     ends, heads = config.get("task_type") == "SEQ_CLS", heads_of(model)
     named, ours = config.get("minitrain_outputs"), list(model.config.id2label.values())
     if ends != bool(heads.trained) or (named and named != ours):
-        told = f"{', '.join(named or ['scalars'])}" if ends else "a vocabulary"
+        head = f"{', '.join(named or ['scalars'])}" if ends else "a vocabulary"
         here = ", ".join(ours) if heads.trained else "a vocabulary"
-        raise ConfigError(f"{folder} is of a model that ends in {told}, and not in {here}.", "mismatch")
+        raise ConfigError(f"{folder} is of a model that ends in {head}, and not in {here}.", "mismatch")
     wanted = [*(config.get("modules_to_save") or []), *(("classifier", "score") if ends else ())]
     whole = [name for name, _ in model.named_modules() if any(name.endswith(one) for one in wanted)]
-    if lost := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in whole)]:
-        raise ConfigError(f"{folder} holds no weights of {lost[0]}, which its base model lacks, too.", "mismatch")
+    if missing := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in whole)]:
+        raise ConfigError(f"{folder} holds no weights of {missing[0]}, which its base model lacks, too.", "mismatch")
     return config | {"modules_to_save": whole or None}
 
 
@@ -162,22 +162,22 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
     """
     if isinstance(adapter, PromptAdapter):
         found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
-        heads = tuple(f"{name}." for name in adapter.saved)
-        wanted = (*heads, *adapter.carried)
-        kept = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if name.startswith(wanted)}
-        _write(folder, kept | {TENSOR: vectors_of(found)}, adapter.config)
+        heads = tuple(f"{name}." for name in adapter.modules_to_save)
+        wanted = (*heads, *adapter.extra_tensors)
+        peft_tensors = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if name.startswith(wanted)}
+        _write(folder, peft_tensors | {TENSOR: vectors_of(found)}, adapter.config)
         return
     found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
     found |= {name: found[owner].clone() for name, owner in _tied_names(model, adapter).items()}
-    kept = {_peft_name(name, adapter): tensor for name, tensor in found.items()}
-    config = adapter.config | {"target_modules": _concise(adapter, model)}
+    peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in found.items()}
+    config = adapter.config | {"target_modules": _short_targets(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    config["modules_to_save"] = adapter.saved or None  # full names: PEFT matches the ends of names
+    config["modules_to_save"] = adapter.modules_to_save or None  # full names: PEFT matches the ends of names
     config["trainable_token_indices"] = _saved_rows(model, adapter) or None
     config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
-    if adapter.taken:
-        _give_back(adapter, kept, config)
-    _write(folder, kept, config)
+    if adapter.subtracted_init:
+        _restore_base(adapter, peft_tensors, config)
+    _write(folder, peft_tensors, config)
 
 
 def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
@@ -185,7 +185,11 @@ def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     named = model.named_parameters(remove_duplicate=False)
     owned = {name: owners[id(parameter)] for name, parameter in named if name != owners[id(parameter)]}
-    return {name: owner for name, owner in owned.items() if any(name.startswith(f"{one}.") for one in adapter.saved)}
+    return {
+        name: owner
+        for name, owner in owned.items()
+        if any(name.startswith(f"{one}.") for one in adapter.modules_to_save)
+    }
 
 
 def _saved_rows(model: nn.Module, adapter: Adapter) -> dict[str, list[int]]:
@@ -200,7 +204,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
 
 
 def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> PromptAdapter:
-    _refuse_encoder(model)
+    _check_is_decoder(model)
     options, embeddings = config.soft_prompt, model.get_input_embeddings()
     model.soft_prompt = SoftPrompt(model, options, config.seed)
     if options.method == "prompt":
@@ -214,7 +218,7 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         rows = [embeddings.weight[i] if weights is None else weights.rows(name, i, i + 1)[0] for i in ids]
         with torch.no_grad():
             model.soft_prompt.weight.copy_(torch.stack(rows))
-    return _known_prompt(model, prompt_config(options, model, base_config(config, model)), weights)
+    return _make_prompt_adapter(model, prompt_config(options, model, base_config(config, model)), weights)
 
 
 def _prompt_options(config: dict[str, Any]) -> SoftPromptConfig:
@@ -223,10 +227,10 @@ def _prompt_options(config: dict[str, Any]) -> SoftPromptConfig:
     return SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
 
 
-def _loaded_prompt(
+def _load_prompt(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path, weights: Weights | None
 ) -> PromptAdapter:
-    _refuse_encoder(model)
+    _check_is_decoder(model)
     found = tensors.get(TENSOR)
     model.soft_prompt = SoftPrompt(model, _prompt_options(config), 0)
     wanted = model.soft_prompt.weight.shape
@@ -237,7 +241,7 @@ def _loaded_prompt(
         )
     with torch.no_grad():
         model.soft_prompt.weight.copy_(found)
-    adapter = _known_prompt(model, config, weights)
+    adapter = _make_prompt_adapter(model, config, weights)
     parameters = dict(model.named_parameters())
     whole = [
         n for n in adapter.parameters(model) if not n.startswith("soft_prompt.") and not n.endswith(token_rows.NAME)
@@ -248,30 +252,30 @@ def _loaded_prompt(
         name = key.removeprefix(PROMPT_PREFIX)
         if name not in parameters:
             raise ConfigError(f"{folder} does not fit the model: unexpected {key}.", "mismatch")
-        _fill(folder, name, parameters[name], tensors[key], weights)
-    carried = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(whole))
-    adapter.carried = list(dict.fromkeys([*adapter.carried, *carried]))
+        _load_tensor(folder, name, parameters[name], tensors[key], weights)
+    frozen = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(whole))
+    adapter.extra_tensors = list(dict.fromkeys([*adapter.extra_tensors, *frozen]))
     for name, parameter in adapter.parameters(model).items():
         if name.endswith(f".{token_rows.NAME}"):
-            start_rows(model, name.removesuffix(f".{token_rows.NAME}"), parameter, weights)
+            init_rows(model, name.removesuffix(f".{token_rows.NAME}"), parameter, weights)
     return adapter
 
 
-def _refuse_encoder(model: nn.Module) -> None:
+def _check_is_decoder(model: nn.Module) -> None:
     if is_encoder(model):
-        told = f"{type(model).__name__} is an encoder, whose first place is its head's; train it with lora"
-        raise ConfigError(f"soft_prompt: {told}.", "conflict")
+        reason = f"{type(model).__name__} is an encoder, whose first place is its head's; train it with lora"
+        raise ConfigError(f"soft_prompt: {reason}.", "conflict")
 
 
-def _known_prompt(model: nn.Module, config: dict[str, Any], weights: Weights | None) -> PromptAdapter:
-    adapter = PromptAdapter(config, {}, saved=heads_of(model).trained)
+def _make_prompt_adapter(model: nn.Module, config: dict[str, Any], weights: Weights | None) -> PromptAdapter:
+    adapter = PromptAdapter(config, {}, modules_to_save=heads_of(model).trained)
     if weights is not None:
         weights.replace({name: p.detach() for name, p in adapter.parameters(model).items()})
-    adapter.carried = train_new_rows(model, None, adapter.saved, weights) + new_biases(model, adapter)
+    adapter.extra_tensors = train_new_rows(model, None, adapter.modules_to_save, weights) + new_biases(model, adapter)
     return adapter
 
 
-def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
+def _init_lora(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
     """Initialize the LoRA matrices of one layer."""
     key = f"{name}.weight"
 
@@ -282,25 +286,27 @@ def _start(adapter: Adapter, name: str, module: nn.Module, config: Config, weigh
         return whole.T if lora.is_transposed(module) else whole
 
     kind = config.lora.init
-    first, second = lora.initial_values(kind, weight, module, name, config.seed)
+    a, b = lora.initial_values(kind, weight, module, name, config.seed)
     if config.lora.use_dora:
-        lengths = weight().norm(dim=1)  # [out]
-        if not lengths.all():
+        norms = weight().norm(dim=1)  # [out]
+        if not norms.all():
             raise ConfigError(
-                f"lora.use_dora: row {int(lengths.argmin())} of {name} is all zeros, so it has no direction. "
+                f"lora.use_dora: row {int(norms.argmin())} of {name} is all zeros, so it has no direction. "
                 f"Add {name} to lora.exclude_modules, or leave use_dora out.",
                 "conflict",
             )
-        _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, lengths, weights)
-    kinds = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
-    for matrix, parameter, value in zip(kinds, lora.matrices(module), (first, second), strict=True):
+        _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, norms, weights)
+    matrix_names = (
+        ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
+    )
+    for matrix, parameter, value in zip(matrix_names, lora.matrices(module), (a, b), strict=True):
         _set(f"{name}.{matrix}", parameter, value, weights)
     if kind in ("pissa", "olora") and not isinstance(module, nn.Embedding):
-        adapter.taken[name] = (first, second)
-        update = module.lora.scaling * second  # [out, r]
-        left, right = (first.T, update.T) if lora.is_transposed(module) else (update, first)
+        adapter.subtracted_init[name] = (a, b)
+        update = module.lora.scaling * b  # [out, r]
+        left, right = (a.T, update.T) if lora.is_transposed(module) else (update, a)
         if weights is not None:
-            weights.sources[key] = Less(weights.sources[key], left, right)
+            weights.sources[key] = LowRankDifference(weights.sources[key], left, right)
         else:
             with torch.no_grad():
                 module.weight.copy_(module.weight.float() - (left @ right).to(module.weight.device))
@@ -321,24 +327,24 @@ def _peft_name(name: str, adapter: Adapter) -> str:
         return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
     if last in ("lora_A", "lora_B"):
         return f"{PREFIX}{name}.weight"
-    inner = ".base_layer" if module in adapter.adapted and last not in lora.MATRICES else ""
+    inner = ".base_layer" if module in adapter.layers and last not in lora.MATRICES else ""
     return f"{PREFIX}{module}{inner}.{last}"
 
 
-def _concise(adapter: Adapter, model: nn.Module) -> list[str]:
+def _short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
     """Return target_modules: the last parts of the layer names if they match no other layers, else the full names."""
-    short = {name.rpartition(".")[2] for name in adapter.adapted}
-    meant = [n for n, m in model.named_modules() if n.rpartition(".")[2] in short and lora.is_adaptable(m)]
-    return sorted(short) if len(meant) == len(adapter.adapted) else sorted(adapter.adapted)
+    suffixes = {name.rpartition(".")[2] for name in adapter.layers}
+    matching = [n for n, m in model.named_modules() if n.rpartition(".")[2] in suffixes and lora.is_adaptable(m)]
+    return sorted(suffixes) if len(matching) == len(adapter.layers) else sorted(adapter.layers)
 
 
-def _give_back(adapter: Adapter, kept: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _restore_base(adapter: Adapter, peft_tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Convert to a LoRA of twice the rank on the unchanged base model: BA - B0 A0 = [B, -B0] [A; A0]."""
-    for name, (first, second) in adapter.taken.items():
+    for name, (a, b) in adapter.subtracted_init.items():
         key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
-        kept[key_a] = torch.cat([kept[key_a], first])
-        kept[key_b] = torch.cat([kept[key_b], -second], 1)
-    others = [name for name in adapter.adapted if name not in adapter.taken]  # the rank of embeddings stays
+        peft_tensors[key_a] = torch.cat([peft_tensors[key_a], a])
+        peft_tensors[key_b] = torch.cat([peft_tensors[key_b], -b], 1)
+    others = [name for name in adapter.layers if name not in adapter.subtracted_init]  # the rank of embeddings stays
     config["rank_pattern"] = dict.fromkeys(map(re.escape, others), config["r"])
     config["alpha_pattern"] = dict.fromkeys(map(re.escape, others), config["lora_alpha"])
     config["r"] *= 2

@@ -21,8 +21,8 @@ LIKE_LENGTH = 0.7  # the shortest document of a group has at least this fraction
 class Group(NamedTuple):
     """Documents of similar length."""
 
-    places: Tensor  # [G, t] flat positions in the batch; shorter documents repeat their last one at the end
-    real: Tensor  # [tokens] flat positions in [G, t] without these tails and shared prefixes
+    positions: Tensor  # [G, t] flat positions in the batch; shorter documents repeat their last one at the end
+    valid: Tensor  # [tokens] flat positions in [G, t] without these tails and shared prefixes
 
 
 def attend_by_document(model: torch.nn.Module) -> None:
@@ -74,17 +74,17 @@ def documents_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, _, columns, _ = query.shape
     spans = tuple(map(tuple, attention_mask[0, 0].tolist()))
-    groups, back = _groups(spans, rows, columns, query.device)
+    groups, inverse = _groups(spans, rows, columns, query.device)
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [R * T, heads, d] each
     outputs = []
-    for places, real in groups:
-        q, k, v = (t.index_select(0, places.view(-1)).unflatten(0, places.shape).transpose(1, 2) for t in flat)
+    for positions, valid in groups:
+        q, k, v = (t.index_select(0, positions.view(-1)).unflatten(0, positions.shape).transpose(1, 2) for t in flat)
         # Tails need no mask: in causal attention, earlier tokens do not attend to them.
         mask = _window(kwargs.get("sliding_window"), q)
         attended, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # [G, t, heads, d]
-        outputs.append(attended.flatten(0, 1).index_select(0, real))
+        outputs.append(attended.flatten(0, 1).index_select(0, valid))
     outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))  # the output at padding
-    return torch.cat(outputs).index_select(0, back).unflatten(0, (rows, columns)), None
+    return torch.cat(outputs).index_select(0, inverse).unflatten(0, (rows, columns)), None
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a model call it with the same arguments
@@ -101,15 +101,15 @@ def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tupl
         lengths, remaining = lengths[:size, None], remaining[size:]
         shared = prefix_stop - prefix
         steps = torch.minimum(torch.arange(int(lengths[0])), lengths - 1)  # [G, t]
-        places = row * columns + torch.where(steps < shared, prefix + steps, start + steps - shared)  # [G, t]
-        own = (torch.arange(int(lengths[0])) < lengths) & (steps >= shared)  # [G, t]
-        real = own.view(-1).nonzero()[:, 0]  # [tokens]
-        order.append(places.view(-1)[real])
-        groups.append(Group(places.to(device), real.to(device)))
+        positions = row * columns + torch.where(steps < shared, prefix + steps, start + steps - shared)  # [G, t]
+        is_own = (torch.arange(int(lengths[0])) < lengths) & (steps >= shared)  # [G, t]
+        valid = is_own.view(-1).nonzero()[:, 0]  # [tokens]
+        order.append(positions.view(-1)[valid])
+        groups.append(Group(positions.to(device), valid.to(device)))
     order = torch.cat(order)
-    back = torch.full((rows * columns,), len(order))  # [R * T]
-    back[order] = torch.arange(len(order))
-    return groups, back.to(device)
+    inverse = torch.full((rows * columns,), len(order))  # [R * T]
+    inverse[order] = torch.arange(len(order))
+    return groups, inverse.to(device)
 
 
 def _lengths(spans: Tensor) -> Tensor:

@@ -77,35 +77,37 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
         _check_prompt(config, issues)
     if "lora" in given and not model.adapter and not config.lora.rank:
         issues.add("lora", "no-effect", "would be ignored: it needs lora.rank, for example lora.rank=16.", "lora.rank")
-    wanted = config.lora.target_modules
-    if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
+    targets = config.lora.target_modules
+    if not isinstance(targets, str) and not (
+        isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
+    ):
         issues.add(
             "lora.target_modules", "wrong-type", "expected names in a list, a regular expression, or all-linear."
         )
-    elif config.lora.rank and not wanted:
+    elif config.lora.rank and not targets:
         issues.add(
             "lora.target_modules",
             "invalid-value",
             "is empty, so that nothing would be trained. Name layers, or leave it out.",
         )
-    elif isinstance(wanted, str) and (error := _no_expression(wanted)):
-        issues.add("lora.target_modules", "invalid-value", f"{wanted!r} is no regular expression: {error}.")
+    elif isinstance(targets, str) and (error := _regex_error(targets)):
+        issues.add("lora.target_modules", "invalid-value", f"{targets!r} is no regular expression: {error}.")
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
-        told = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
-        issues.add("freeze_layers", "no-effect", told, "lora.rank")
+        message = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
+        issues.add("freeze_layers", "no-effect", message, "lora.rank")
     if has_adapter and model.archive:
-        told = (
+        message = (
             "would be lost: an adapter's files name model.name_or_path as its base. Name a folder with these weights "
         )
-        issues.add("model.archive", "conflict", told + "there, and leave model.archive out.", "lora.rank")
+        issues.add("model.archive", "conflict", message + "there, and leave model.archive out.", "lora.rank")
     if has_adapter and model.master_dtype != "float32":
         issues.add("model.master_dtype", "no-effect", "would be ignored: adapters are trained in float32.", "lora.rank")
     if model.quantization == "none":
         return
     if not has_adapter:
-        told = "quantised weights cannot be trained; it needs lora.rank or soft_prompt."
-        issues.add("model.quantization", "conflict", told, "lora.rank")
+        message = "quantised weights cannot be trained; it needs lora.rank or soft_prompt."
+        issues.add("model.quantization", "conflict", message, "lora.rank")
     if find_spec("bitsandbytes") is None:
         issues.add(
             "model.quantization",
@@ -113,8 +115,8 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
             "the package bitsandbytes is not installed: pip install minitrain[quant]",
         )
     if config.trainer == "FSDPTrainer":
-        told = "bitsandbytes packs weights so that FSDP2 cannot cut them by rows; use trainer=BasicTrainer, or none."
-        issues.add("model.quantization", "conflict", told, "trainer")
+        message = "bitsandbytes packs weights so that FSDP2 cannot cut them by rows; use trainer=BasicTrainer, or none."
+        issues.add("model.quantization", "conflict", message, "trainer")
     if config.lora.init in ("pissa", "olora"):
         issues.add("lora.init", "conflict", f"{config.lora.init} changes the weights, which quantisation has packed.")
 
@@ -122,13 +124,15 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
 def _check_prompt(config: Config, issues: ConfigIssues) -> None:
     prompt = config.soft_prompt
     if not prompt.num_virtual_tokens:
-        told = "would be ignored: it needs soft_prompt.num_virtual_tokens, for example 20."
-        issues.add("soft_prompt", "no-effect", told, "soft_prompt.num_virtual_tokens")
+        message = "would be ignored: it needs soft_prompt.num_virtual_tokens, for example 20."
+        issues.add("soft_prompt", "no-effect", message, "soft_prompt.num_virtual_tokens")
     if config.lora.rank:
         issues.add("soft_prompt", "conflict", "cannot be trained together with lora; give one of them.", "lora.rank")
     if config.packing:
-        told = "examples of one row would need prompts of their own; set packing=false (group_by_length saves padding)."
-        issues.add("packing", "conflict", told, "soft_prompt")
+        message = (
+            "examples of one row would need prompts of their own; set packing=false (group_by_length saves padding)."
+        )
+        issues.add("packing", "conflict", message, "soft_prompt")
     if prompt.method == "prefix" and prompt.init_text:
         issues.add("soft_prompt.init_text", "no-effect", "would be ignored: it needs soft_prompt.method=prompt.")
     if prompt.method == "prompt" and prompt.prefix_projection:
@@ -136,8 +140,8 @@ def _check_prompt(config: Config, issues: ConfigIssues) -> None:
             "soft_prompt.prefix_projection", "no-effect", "would be ignored: it needs soft_prompt.method=prefix."
         )
     if prompt.encoder_hidden_size and not prompt.prefix_projection:
-        told = "would be ignored: it needs soft_prompt.prefix_projection=true."
-        issues.add("soft_prompt.encoder_hidden_size", "no-effect", told)
+        message = "would be ignored: it needs soft_prompt.prefix_projection=true."
+        issues.add("soft_prompt.encoder_hidden_size", "no-effect", message)
 
 
 def check_folder(key: str, name: str, for_adapter: str, issues: ConfigIssues) -> None:
@@ -170,11 +174,11 @@ def check_archive(path: Path, issues: ConfigIssues) -> None:
     elif (path / "adapter_config.json").is_file():
         issues.add("model.archive", "wrong-path", f"{path} is an adapter; name it as model.adapter.")
     elif not archive_files(path):
-        told = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
-        issues.add("model.archive", "not-found", told + near_file(path))
+        message = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
+        issues.add("model.archive", "not-found", message + near_file(path))
 
 
-def _no_expression(expression: str) -> str | None:
+def _regex_error(expression: str) -> str | None:
     """Return what is wrong with a regular expression, or None."""
     try:
         re.compile(expression)

@@ -89,19 +89,19 @@ def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[
             continue
         tensor = read(key)
         if f"{key}_scale_inv" in keys and tensor.dtype in FP8:
-            tensor = _scaled(key, tensor, read(f"{key}_scale_inv"), quantization.get("weight_block_size"))
+            tensor = _scale_blocks(key, tensor, read(f"{key}_scale_inv"), quantization.get("weight_block_size"))
         yield key, tensor
 
 
-def _scaled(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) -> Tensor:
+def _scale_blocks(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) -> Tensor:
     """Multiply a weight [..., rows, columns] by a scale for each block; blocks at the edges can be partial."""
     if scales.numel() == 1:
         return weight.float() * scales.float().view(())
     rows, columns = weight.shape[-2:]
-    wanted = block and (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
-    if wanted != tuple(scales.shape[-2:]) or not scales.is_floating_point():
-        told = f"{list(scales.shape)} scales ({scales.dtype}) and weight_block_size {block}"
-        raise ConfigError(f"{name} of shape {list(weight.shape)} has {told}, which do not fit each other.", "mismatch")
+    expected = block and (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    if expected != tuple(scales.shape[-2:]) or not scales.is_floating_point():
+        got = f"{list(scales.shape)} scales ({scales.dtype}) and weight_block_size {block}"
+        raise ConfigError(f"{name} of shape {list(weight.shape)} has {got}, which do not fit each other.", "mismatch")
     scales = scales.float().repeat_interleave(block[0], -2)[..., :rows, :]
     return weight.float() * scales.repeat_interleave(block[1], -1)[..., :columns]
 
@@ -134,7 +134,7 @@ def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterat
         name = next((name for name in _parents(key) if name in states), None)
         if name is not None:
             states[name][key.removeprefix(f"{name}.")] = key
-    state_keys = {key for found in states.values() for key in found.values()}
+    state_keys = {key for keys_of_name in states.values() for key in keys_of_name.values()}
     for key in keys:
         scales = f"{key.removesuffix('weight')}SCB"
         if key in state_keys or key.endswith((".SCB", ".weight_format")):

@@ -18,24 +18,24 @@ from minitrain.io.redact import redact
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def model_load_error(config: ModelConfig, wanted: str, error: Exception) -> ConfigError:
-    """Return the error for a model that cannot be loaded; `wanted` names the type of model."""
+def model_load_error(config: ModelConfig, model_type: str, error: Exception) -> ConfigError:
+    """Return the error for a model that cannot be loaded; `model_type` names the type of model."""
     folder = Path(config.name_or_path)
-    damaged = damage(folder) or missing_weights(folder)
-    told = f"no {wanted} in {config.name_or_path!r}: {damaged or first_line(error)}"
-    return unreachable(config.name_or_path, error) or ConfigError(told, _code(damaged, error))
+    damaged = find_corrupt_file(folder) or missing_weights(folder)
+    reason = f"no {model_type} in {config.name_or_path!r}: {damaged or first_line(error)}"
+    return unreachable(config.name_or_path, error) or ConfigError(reason, _code(damaged, error))
 
 
-def named(outputs: list[str] | None) -> str:
+def describe_head(outputs: list[str] | None) -> str:
     """Return the name of the type of model: a causal LM, or one with a scalar head."""
     return "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
 
 
 def tokenizer_load_error(name: str, error: Exception) -> ConfigError:
     """Return the error for a tokenizer that cannot be loaded."""
-    damaged = damage(Path(name))
-    told = f"no tokenizer could be loaded from {name!r}: {damaged or first_line(error)}"
-    return unreachable(name, error) or ConfigError(told, _code(damaged, error))
+    damaged = find_corrupt_file(Path(name))
+    reason = f"no tokenizer could be loaded from {name!r}: {damaged or first_line(error)}"
+    return unreachable(name, error) or ConfigError(reason, _code(damaged, error))
 
 
 def _code(damaged: str | None, error: Exception) -> str:
@@ -44,7 +44,7 @@ def _code(damaged: str | None, error: Exception) -> str:
     return error.code if isinstance(error, MinitrainError) else "unreadable"
 
 
-def refuse_encoder(shape: Any) -> None:
+def check_is_decoder(shape: Any) -> None:
     """Refuse the config of an encoder such as BERT, whose tokens attend to later ones.
 
     transformers loads it as a causal model and only warns.
@@ -61,27 +61,27 @@ def refuse_encoder(shape: Any) -> None:
         )
 
 
-def check_missing_keys(config: ModelConfig, found: dict, outputs: list[str] | None) -> None:
+def check_missing_keys(config: ModelConfig, loading_info: dict, outputs: list[str] | None) -> None:
     """Refuse files that lack weights: transformers initializes these at random and continues.
 
     Args:
         config: The model options.
-        found: Loading info of transformers: missing and mismatched keys.
+        loading_info: Loading info of transformers: missing and mismatched keys.
         outputs: Labels of a scalar head. It can be new, so `name_outputs` checks missing keys then.
 
     Raises:
         ConfigError: Weights are missing or have another shape.
     """
-    for name, there, wanted in sorted(found["mismatched_keys"]):
-        told = f"in its files {name} has the shape {list(there)}, and not {list(wanted)} as in its config"
-        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {told}.", "mismatch")
-    if (missing := sorted(found["missing_keys"])) and outputs is None and not config.archive:
+    for name, file_shape, config_shape in sorted(loading_info["mismatched_keys"]):
+        reason = f"in its files {name} has the shape {list(file_shape)}, and not {list(config_shape)} as in its config"
+        raise ConfigError(f"no {describe_head(outputs)} in {config.name_or_path!r}: {reason}.", "mismatch")
+    if (missing := sorted(loading_info["missing_keys"])) and outputs is None and not config.archive:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        told = f"its files do not hold {missing[0]}{others}, which its config.json asks for"
-        raise ConfigError(f"{config.name_or_path}: {told}; copy or download it again.", "damaged-file")
+        reason = f"its files do not hold {missing[0]}{others}, which its config.json asks for"
+        raise ConfigError(f"{config.name_or_path}: {reason}; copy or download it again.", "damaged-file")
 
 
-def without_head(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
+def drop_head_keys(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
     """Return the unused keys to warn about: a model with a scalar head does not need an LM head."""
     return [key for key in keys if outputs is None or "lm_head" not in key]
 
@@ -94,13 +94,13 @@ def describe_unused(keys: Iterable[str]) -> list[str]:
     return [f"its files hold {unused[0]}{others}, which the model of its config.json does not use"]
 
 
-def log_of_model(name: str, lines: Iterable[str]) -> None:
+def log_model_warnings(name: str, lines: Iterable[str]) -> None:
     """Log lines about a model as warnings, on rank 0 only."""
     for line in lines if os.environ.get("RANK", "0") == "0" else ():
         logging.getLogger("minitrain").warning(f"{redact(name)}: {line}.")
 
 
-def damage(folder: Path) -> str | None:
+def find_corrupt_file(folder: Path) -> str | None:
     """Return what is wrong with the first damaged file in a model's folder, or None."""
     for path in sorted(folder.glob("*.json")):
         try:
@@ -123,14 +123,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def refuse_missing_weights(config: ModelConfig, outputs: list[str] | None) -> None:
+def check_weights_exist(config: ModelConfig, outputs: list[str] | None) -> None:
     """Refuse a local model without weights, with the message that loading it would give.
 
     Raises:
         ConfigError: Files of weights are missing.
     """
-    if lack := missing_weights(Path(config.name_or_path)):
-        raise ConfigError(f"no {named(outputs)} in {config.name_or_path!r}: {lack}", "damaged-file")
+    if reason := missing_weights(Path(config.name_or_path)):
+        raise ConfigError(f"no {describe_head(outputs)} in {config.name_or_path!r}: {reason}", "damaged-file")
 
 
 def missing_weights(folder: Path) -> str | None:
@@ -144,8 +144,12 @@ def missing_weights(folder: Path) -> str | None:
         if index.is_file():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                lost = [folder / shard for shard in shards if not (folder / shard).is_file()]
-                return f"{lost[0]} is missing, which {index.name} names; copy or download it again." if lost else None
+                missing = [folder / shard for shard in shards if not (folder / shard).is_file()]
+                return (
+                    f"{missing[0]} is missing, which {index.name} names; copy or download it again."
+                    if missing
+                    else None
+                )
     return f"{folder} holds no {' or '.join(WEIGHT_FILES)}; copy or download it again."
 
 
@@ -153,5 +157,5 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error's message, with the second one if the first ends with a colon."""
     text = error.message if isinstance(error, MinitrainError) else str(error)
     lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
-    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return told.rstrip(".") + "."
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return message.rstrip(".") + "."

@@ -1,8 +1,8 @@
 """Fingerprints of a model's files, for caches of what it computed and for checkpoints.
 
-Models of up to `WHOLE` bytes are hashed in full, which takes a second or two. Of larger ones the header and `SAMPLES`
-ranges of every tensor are hashed, about 260 kB per tensor: 80 MB for a model of 15 GB with 300 tensors. A single
-changed number in a sampled tensor can be missed; training changes nearly all of them.
+Models of up to `MAX_FULL_BYTES` are hashed in full, which takes a second or two. Of larger ones the header and
+`N_SAMPLES` ranges of every tensor are hashed, about 260 kB per tensor: 80 MB for a model of 15 GB with 300 tensors. A
+single changed number in a sampled tensor can be missed; training changes nearly all of them.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from minitrain.config.schema import ModelConfig
 from .adapter_config import CONFIG_FILE
 from .state_dict import archive_files
 
-WHOLE = 1 << 30  # bytes of all files together
-SAMPLES, SAMPLE = 64, 4096  # samples per tensor, bytes per sample
+MAX_FULL_BYTES = 1 << 30  # bytes of all files together
+N_SAMPLES, SAMPLE_BYTES = 64, 4096  # samples per tensor, bytes per sample
 WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
@@ -26,7 +26,7 @@ def model_fingerprint(config: ModelConfig) -> list[str]:
     files = [file for folder in folders if folder for file in sorted(folder.glob("*"))]
     files = [file for file in files if file.suffix in WEIGHTS or file.name in ("config.json", CONFIG_FILE)]
     files += archive_files(Path(config.archive)) if config.archive else []
-    is_sampled = sum(file.stat().st_size for file in files) > WHOLE
+    is_sampled = sum(file.stat().st_size for file in files) > MAX_FULL_BYTES
     return [f"{file.name} {file.stat().st_size} {_digest(file, is_sampled)}" for file in files]
 
 
@@ -43,28 +43,28 @@ def _folder(config: ModelConfig) -> Path | None:
 
 def _digest(file: Path, is_sampled: bool) -> str:
     digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        for start, stop in _pieces(file) if is_sampled else [(0, file.stat().st_size)]:
-            opened.seek(start)
-            while start < stop and (block := opened.read(min(1 << 20, stop - start))):
+    with open(file, "rb") as stream:
+        for start, stop in _byte_ranges(file) if is_sampled else [(0, file.stat().st_size)]:
+            stream.seek(start)
+            while start < stop and (block := stream.read(min(1 << 20, stop - start))):
                 digest.update(block)
                 start += len(block)
     return digest.hexdigest()[:16]
 
 
-def _pieces(file: Path) -> Iterator[tuple[int, int]]:
+def _byte_ranges(file: Path) -> Iterator[tuple[int, int]]:
     """Yield the byte ranges to hash: the header of a safetensors file, and samples of each tensor."""
     size = file.stat().st_size
     if file.suffix == ".safetensors":
-        with open(file, "rb") as opened:
-            begin = 8 + int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(begin - 8))
-        yield 0, begin
+        with open(file, "rb") as stream:
+            data_start = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(data_start - 8))
+        yield 0, data_start
         tensors = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-        spans = [(begin + start, begin + stop) for start, stop in tensors]
+        spans = [(data_start + start, data_start + stop) for start, stop in tensors]
     else:  # offsets of tensors are unknown: take spans of about the size of a tensor
         spans = [(start, min(size, start + (1 << 24))) for start in range(0, size, 1 << 24)]
     for start, stop in spans:
-        for number in range(SAMPLES):
-            first = start + max(0, stop - start - SAMPLE) * number // (SAMPLES - 1)
-            yield first, min(first + SAMPLE, stop)
+        for number in range(N_SAMPLES):
+            first = start + max(0, stop - start - SAMPLE_BYTES) * number // (N_SAMPLES - 1)
+            yield first, min(first + SAMPLE_BYTES, stop)

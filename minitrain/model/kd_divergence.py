@@ -54,8 +54,8 @@ def divergences(
     """
     chunk = chunk or _default_chunk(hidden, layer)
     dtype = matmul_dtype_of(hidden)
-    early = torch.is_grad_enabled() and not needs_loss_scale(dtype)
-    settings = _Settings(layer, distillation, chunk, dtype, early)
+    with_gradient = torch.is_grad_enabled() and not needs_loss_scale(dtype)
+    settings = _Settings(layer, distillation, chunk, dtype, with_gradient)
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
         return _Divergences.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
 
@@ -64,30 +64,30 @@ def divergences(
 def top_k_logprobs(hidden: Tensor, layer: LMHead, temperature: float, k: int, chunk: int | None = None) -> TopKLogprobs:
     """Return the k likeliest tokens after each hidden state [N, H], and all other tokens as one outcome."""
     chunk, n = chunk or _default_chunk(hidden, layer), len(hidden)
-    head = _Head(hidden, layer, chunk)
+    head = _TeacherHead(hidden, layer, chunk)
     ids = hidden.new_empty((n, k), dtype=torch.int64)
     logps = hidden.new_empty((n, k + 1), dtype=compute_dtype(hidden))
     with torch.autocast(hidden.device.type, enabled=False), products_in(layer.weight.dtype):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            ids[rows], logps[rows] = _likeliest_of(head.logits(rows).div_(temperature), k)
+            ids[rows], logps[rows] = _top_k(head.logits(rows).div_(temperature), k)
     return TopKLogprobs(ids, logps, head.n_tokens)
 
 
-class _Head:
+class _TeacherHead:
     """A teacher's hidden states [N, H] and LM head, with the buffers for one pass over them."""
 
     def __init__(self, hidden: Tensor, layer: LMHead, chunk: int):
         self.hidden, self.layer, self.n_tokens = hidden, layer, layer.weight.shape[0]  # V
-        kind = hidden.device.type
-        self.matrix = layer.matrix(logits_dtype(native_dtype(layer.weight.dtype, kind), kind))  # [V, H]
+        device_type = hidden.device.type
+        self.matrix = layer.matrix(logits_dtype(native_dtype(layer.weight.dtype, device_type), device_type))  # [V, H]
         size = min(chunk, len(hidden)), self.n_tokens
         self.buffer = hidden.new_empty(size, dtype=compute_dtype(hidden))  # [chunk, V]
 
     def logits(self, rows: slice) -> Tensor:
         """Return logits [n, V] in a buffer that the next call overwrites."""
-        part = self.hidden[rows]  # [n, H]
-        return logits_of(part, self.matrix, self.layer.bias, self.layer, False, self.buffer[: len(part)])[0]
+        states = self.hidden[rows]  # [n, H]
+        return logits_of(states, self.matrix, self.layer.bias, self.layer, False, self.buffer[: len(states)])[0]
 
 
 class _Settings(NamedTuple):
@@ -106,21 +106,21 @@ class _Divergences(torch.autograd.Function):
             dtype = compute_dtype(hidden)
             weights = [hidden.new_full(targets.shape, number, dtype=dtype) for number in _weights(settings)]
         inputs = hidden, weight, bias, trained_rows, targets
-        logps, divergence, ctx.grads = _sweep(*inputs, settings, weights, ctx.needs_input_grad)
+        logps, divergence, ctx.grads = _run_chunks(*inputs, settings, weights, ctx.needs_input_grad)
         ctx.settings = settings
         ctx.save_for_backward(*inputs)
         return logps, divergence
 
     @staticmethod
     def backward(ctx, grad_logps, grad_divergence):
-        made = [torch.full_like(grad_logps, number) for number in _weights(ctx.settings)]
-        factor = match_up_to_scale(torch.cat([grad_logps, grad_divergence]), torch.cat(made))
+        expected = [torch.full_like(grad_logps, number) for number in _weights(ctx.settings)]
+        factor = match_up_to_scale(torch.cat([grad_logps, grad_divergence]), torch.cat(expected))
         grads, ctx.grads = ctx.grads, None
         if grads is None or factor is None:
             factor = None
             weights = grad_logps, grad_divergence
             with products_in(ctx.settings.matmul_dtype):
-                *_, grads = _sweep(*ctx.saved_tensors, ctx.settings, weights, ctx.needs_input_grad)
+                *_, grads = _run_chunks(*ctx.saved_tensors, ctx.settings, weights, ctx.needs_input_grad)
         return *grads.scaled(factor), None, None
 
 
@@ -130,7 +130,7 @@ def _weights(settings: _Settings) -> tuple[float, float]:
     return -of_nll, of_divergence
 
 
-def _sweep(
+def _run_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -155,8 +155,10 @@ def _sweep(
     Returns:
         log p [N], the divergence [N], and the gradients of their weighted sum.
     """
-    asked, n, dtype = settings.distillation, targets.numel(), compute_dtype(hidden)
-    teacher = asked.teacher if isinstance(asked.teacher, TopKLogprobs) else _Head(*asked.teacher, settings.chunk)
+    distillation, n, dtype = settings.distillation, targets.numel(), compute_dtype(hidden)
+    teacher = distillation.teacher
+    if not isinstance(teacher, TopKLogprobs):
+        teacher = _TeacherHead(*teacher, settings.chunk)
     n_tokens = min(weight.shape[0], teacher.n_tokens)
     logps, divergence = (hidden.new_empty(n, dtype=dtype) for _ in range(2))  # [N]
     row_ids, grads, matrix = settings.layer.row_ids, None, None
@@ -167,51 +169,54 @@ def _sweep(
     buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=dtype)  # [chunk, V]
     for start in range(0, n, settings.chunk):
         rows = slice(start, start + settings.chunk)
-        part, wanted = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
-        slots = buffer[: len(part)]
-        logits, slope = logits_of(part, logit_matrix, bias, settings.layer, grads is not None, slots)  # [n, V]
+        states, target_ids = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
+        chunk_buffer = buffer[: len(states)]
+        logits, slope = logits_of(states, logit_matrix, bias, settings.layer, grads is not None, chunk_buffer)  # [n, V]
         lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
-        logps[rows] = (logits.gather(1, wanted) - lse)[:, 0]
-        tempered = logits[:, :n_tokens] / asked.temperature  # [n, n_tokens]
-        divergence[rows], gradient = _compare(tempered, rows, teacher, asked)  # [n], [n, n_tokens]
+        logps[rows] = (logits.gather(1, target_ids) - lse)[:, 0]
+        tempered = logits[:, :n_tokens] / distillation.temperature  # [n, n_tokens]
+        divergence[rows], gradient = _compare(tempered, rows, teacher, distillation)  # [n], [n, n_tokens]
         if grads is not None:
             of_logp, of_divergence = (w[rows, None] for w in weights)  # [n, 1]
             dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # gradient of w log p: w (1 at the target - p)
-            dlogits.scatter_add_(1, wanted, of_logp)
-            dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / asked.temperature)
-            grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), part, matrix)
+            dlogits.scatter_add_(1, target_ids, of_logp)
+            dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / distillation.temperature)
+            grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), states, matrix)
     return logps, divergence, grads
 
 
-def _compare(logits: Tensor, rows: slice, teacher: _Head | TopKLogprobs, asked: Distillation) -> tuple[Tensor, Tensor]:
+def _compare(
+    logits: Tensor, rows: slice, teacher: _TeacherHead | TopKLogprobs, distillation: Distillation
+) -> tuple[Tensor, Tensor]:
     """Return the divergence of a chunk [n], and its gradient [n, V] with respect to `logits`.
 
     `logits` are the student's, divided by the temperature; they are overwritten.
     """
-    formula, n_tokens = asked.formula, logits.shape[1]
+    formula, n_tokens = distillation.formula, logits.shape[1]
     if isinstance(teacher, TopKLogprobs):
-        return _on_likeliest(logits, teacher.ids[rows].long(), teacher.logps[rows].to(logits.dtype), formula)
-    theirs = teacher.logits(rows)[:, :n_tokens].div_(asked.temperature)  # [n, V]
-    if asked.top_k is not None:
-        return _on_likeliest(logits, *_likeliest_of(theirs, min(asked.top_k, n_tokens)), formula)
+        return _compare_top_k(logits, teacher.ids[rows].long(), teacher.logps[rows].to(logits.dtype), formula)
+    theirs = teacher.logits(rows)[:, :n_tokens].div_(distillation.temperature)  # [n, V]
+    if distillation.top_k is not None:
+        return _compare_top_k(logits, *_top_k(theirs, min(distillation.top_k, n_tokens)), formula)
     student, theirs = (table.sub_(table.logsumexp(1, keepdim=True)) for table in (logits, theirs))
     divergence, slope = formula(student, theirs)
     return divergence, slope.addcmul_(student.exp_(), -slope.sum(1, keepdim=True))
 
 
-def _on_likeliest(logits: Tensor, ids: Tensor, teacher: Tensor, formula) -> tuple[Tensor, Tensor]:
+def _compare_top_k(logits: Tensor, ids: Tensor, teacher: Tensor, formula) -> tuple[Tensor, Tensor]:
     """Return the same over k tokens [n, k] and the rest as one outcome; the teacher's logps are [n, k + 1]."""
     k = ids.shape[1]
-    student, others = _outcomes(logits, ids)  # [n, k + 1], [n, V]
+    student, rest_probs = _outcomes(logits, ids)  # [n, k + 1], [n, V]
     if k == logits.shape[1]:  # no token is left for the rest
         student, teacher = student[:, :k], teacher[:, :k]
     divergence, slope = formula(student, teacher)
     gradient = slope - student.exp() * slope.sum(1, keepdim=True)  # [n, k + 1] of the outcomes' logits
-    spread = others.mul_(gradient[:, k:]) if k < logits.shape[1] else others  # spread over the tokens of the rest
-    return divergence, spread.scatter_(1, ids, gradient[:, :k])
+    if k < logits.shape[1]:
+        rest_probs.mul_(gradient[:, k:])  # spread over the tokens of the rest
+    return divergence, rest_probs.scatter_(1, ids, gradient[:, :k])
 
 
-def _likeliest_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ids [n, k] of the k likeliest tokens and the logps [n, k + 1]; overwrite the logits [n, V]."""
     ids = logits.topk(k).indices
     return ids, _outcomes(logits, ids)[0]
@@ -223,11 +228,11 @@ def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     These probabilities [n, V] overwrite `logits`.
     """
     top = logits.gather(1, ids)  # [n, k]
-    others = logits.scatter_(1, ids, -torch.inf)
-    peak = others.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # -inf if no token is left
-    total = others.sub_(peak).exp_().sum(1, keepdim=True)  # [n, 1]
+    rest_probs = logits.scatter_(1, ids, -torch.inf)
+    peak = rest_probs.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # -inf if no token is left
+    total = rest_probs.sub_(peak).exp_().sum(1, keepdim=True)  # [n, 1]
     rest = peak + total.log()
-    return torch.cat([top, rest], 1).log_softmax(1), others.div_(total.clamp_min(1))
+    return torch.cat([top, rest], 1).log_softmax(1), rest_probs.div_(total.clamp_min(1))
 
 
 def _default_chunk(hidden: Tensor, layer: LMHead) -> int:

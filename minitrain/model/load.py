@@ -12,10 +12,10 @@ from minitrain.io.hub import ask_for
 
 from . import attention
 from .adapter import train_new_rows
-from .adapter_config import has_adapter, outputs_of
+from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
 from .diagnostics import model_load_error, tokenizer_load_error
-from .lora import fold
+from .lora import merge_lora_weights
 from .policy import Policy, find_blocks
 from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
 from .quantize import dequantize_model, quantize_model
@@ -136,18 +136,18 @@ def load_policy(
     Raises:
         ConfigError: The model or its adapter cannot be loaded.
     """
-    compute = DTYPES[config.model.policy_dtype]
-    dtype = compute if has_adapter(config) else DTYPES[config.model.master_dtype]
+    compute_dtype = DTYPES[config.model.policy_dtype]
+    dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
     model, weights = None, None
     if empty and outputs is None and config.model.name_or_path != "tiny":
         model, weights = _empty_model(config.model, tokenizer, dtype)
     if model is None:
         model = load_model(config.model, tokenizer, config.seed, dtype, outputs)
     if config.model.quantization != "none":
-        quantize_model(model, config.model.quantization, compute, device)
+        quantize_model(model, config.model.quantization, compute_dtype, device)
     if has_adapter(config):
         model.adapter = adapt_model(config, model, tokenizer, weights)
-        model.adapter.freeze(model, compute)
+        model.adapter.freeze(model, compute_dtype)
     policy = make_policy(model)
     if value_head:
         add_value_head(policy, config.model)
@@ -194,16 +194,16 @@ def load_base(config: ModelConfig, tokenizer) -> nn.Module:
 def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
     """Load a model in float32 with the adapter of the config merged into its weights."""
     model = load_base(config, tokenizer)
-    fold_adapter(model, Path(config.adapter))
+    merge_adapter(model, Path(config.adapter))
     return model
 
 
-def fold_adapter(model: nn.Module, folder: Path) -> None:
+def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Merge the LoRA in a folder into the weights of its base model."""
     load_adapter(model, folder)
     for module in list(model.modules()):
         if hasattr(module, "lora") or has_rows(module):
-            fold(module)
+            merge_lora_weights(module)
 
 
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: Weights | None = None) -> None:
@@ -248,15 +248,15 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
         ConfigError: The files cannot be read.
     """
     if config.adapter:
-        return outputs_of(Path(config.adapter))
+        return read_adapter_outputs(Path(config.adapter))
     if config.name_or_path == "tiny":
         return None
     try:
         saved = read_model_config(config)
     except Exception as error:
         raise model_load_error(config, "model", error) from None
-    ends = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
-    return [saved.id2label[number] for number in range(saved.num_labels)] if ends else None
+    has_scalar_head = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
+    return [saved.id2label[number] for number in range(saved.num_labels)] if has_scalar_head else None
 
 
 def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:

@@ -55,7 +55,7 @@ class LMHead(NamedTuple):
         return self._replace(weight=self.weight[:n], bias=None if self.bias is None else self.bias[:n])
 
 
-class TokenScores(NamedTuple):
+class TokenLogps(NamedTuple):
     logps: Tensor  # [N] float32
     entropy: Tensor | None  # [N] float32
     mean_logps: Tensor | None  # [N] float32
@@ -65,11 +65,11 @@ def chunked_logprobs(
     hidden: Tensor,
     targets: Tensor,
     layer: LMHead,
-    token_weights: Callable[[Tensor], Tensor] | None = None,
+    detached_weight_fn: Callable[[Tensor], Tensor] | None = None,
     entropy: bool = False,
     mean_logps: bool = False,
     chunk: int | None = None,
-) -> TokenScores:
+) -> TokenLogps:
     """Return the log-probability of each target, and optionally the entropy and the mean over the vocabulary.
 
     The results are differentiable with respect to hidden, weight, bias and rows. N can be 0: the results are then empty
@@ -79,8 +79,8 @@ def chunked_logprobs(
         hidden: Hidden states that predict the targets, shape [N, H].
         targets: Token ids, int64, shape [N].
         layer: The LM head.
-        token_weights: Maps log-probabilities [n] to weights w [n], if the loss will be ``-c * sum w log p``. It saves a
-            matrix product. If the loss is a different one, the gradient is still right.
+        detached_weight_fn: Maps log-probabilities [n] to weights w [n], if the loss will be ``-c * sum w log p``. It
+            saves a matrix product. If the loss is a different one, the gradient is still right.
         entropy: Compute the entropy of each distribution.
         mean_logps: Compute the mean log-probability over the vocabulary.
         chunk: Number of tokens per chunk; by default what fits into `CHUNK_BYTES`.
@@ -93,12 +93,14 @@ def chunked_logprobs(
         chunk = max(64, budget // (4 * layer.weight.shape[0]))
     dtype = matmul_dtype_of(hidden)
     if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
-        token_weights = None
-    settings = _Settings(layer.scale, layer.softcap, layer.row_ids, chunk, dtype, token_weights, entropy, mean_logps)
+        detached_weight_fn = None
+    settings = _Settings(
+        layer.scale, layer.softcap, layer.row_ids, chunk, dtype, detached_weight_fn, entropy, mean_logps
+    )
     # Autocast would cast the factors again in the forward pass.
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
-        logps, entropies, means = _TokenScores.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
-    return TokenScores(logps, entropies if entropy else None, means if mean_logps else None)
+        logps, entropies, means = _TokenLogps.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
+    return TokenLogps(logps, entropies if entropy else None, means if mean_logps else None)
 
 
 class _Settings(NamedTuple):
@@ -107,41 +109,41 @@ class _Settings(NamedTuple):
     row_ids: Tensor | None
     chunk: int
     matmul_dtype: torch.dtype
-    token_weights: Callable[[Tensor], Tensor] | None
+    detached_weight_fn: Callable[[Tensor], Tensor] | None
     entropy: bool
     mean_logps: bool
 
 
-class _TokenScores(torch.autograd.Function):
+class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
         n = targets.numel()
         logps, lse, entropy, means = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))  # [N] each
         row_ids, grads, matrix = settings.row_ids, None, None
         logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
-        if settings.token_weights:
+        if settings.detached_weight_fn:
             grads = Gradients(hidden, weight, bias, trained_rows, row_ids, ctx.needs_input_grad)
             matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=torch.float32)  # [chunk, V]
         for start in range(0, n, settings.chunk):
             rows = slice(start, start + settings.chunk)
-            part, wanted = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
+            states, target_ids = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
             logits, slope = logits_of(
-                part, logit_matrix, bias, settings, grads is not None, buffer[: len(part)]
+                states, logit_matrix, bias, settings, grads is not None, buffer[: len(states)]
             )  # [n, V]
-            picked = logits.gather(1, wanted)[:, 0]  # [n]
+            target_logits = logits.gather(1, target_ids)[:, 0]  # [n]
             if grads:
                 top = logits.amax(1)  # [n]
                 total = logits.sub_(top[:, None]).exp_().sum(1)  # [n]
                 lse[rows] = top + total.log()
             else:
                 lse[rows] = torch.logsumexp(logits, 1)
-            logps[rows] = picked - lse[rows]
+            logps[rows] = target_logits - lse[rows]
             if grads:
-                weights = settings.token_weights(logps[rows])  # [n]
+                weights = settings.detached_weight_fn(logps[rows])  # [n]
                 dlogits = logits.mul_((weights / total)[:, None])  # gradient of -sum w log p: w (p - 1 at the target)
-                dlogits.scatter_add_(1, wanted, -weights[:, None])
-                grads.add(rows, backward_through_softcap(dlogits, slope, settings), part, matrix)
+                dlogits.scatter_add_(1, target_ids, -weights[:, None])
+                grads.add(rows, backward_through_softcap(dlogits, slope, settings), states, matrix)
             if settings.mean_logps or settings.entropy:
                 logits.sub_(lse[rows, None])  # log-probabilities
                 means[rows] = logits.mean(1)
@@ -156,7 +158,7 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, bias, trained_rows, targets, logps, lse, entropy = ctx.saved_tensors
         settings, grads = ctx.settings, ctx.grads
         if grads is not None:
-            factor = match_up_to_scale(grad_logps, -settings.token_weights(logps))
+            factor = match_up_to_scale(grad_logps, -settings.detached_weight_fn(logps))
             if factor is not None:
                 ctx.grads = None
                 return *grads.scaled(factor), None, None
@@ -168,8 +170,8 @@ class _TokenScores(torch.autograd.Function):
         with products_in(settings.matmul_dtype):
             for start in range(0, targets.numel(), settings.chunk):
                 rows = slice(start, start + settings.chunk)
-                part = hidden[rows]  # [n, H]
-                logits, slope = logits_of(part, logit_matrix, bias, settings, True, buffer[: len(part)])  # [n, V]
+                states = hidden[rows]  # [n, H]
+                logits, slope = logits_of(states, logit_matrix, bias, settings, True, buffer[: len(states)])  # [n, V]
                 logits.sub_(lse[rows, None])  # log-probabilities
                 probs = logits.exp()  # [n, V]
                 dlogits = probs * -(grad_logps[rows] + grad_means[rows])[:, None]
@@ -178,7 +180,7 @@ class _TokenScores(torch.autograd.Function):
                 if settings.mean_logps:
                     dlogits += grad_means[rows, None] / logits.shape[1]
                 dlogits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-                grads.add(rows, backward_through_softcap(dlogits, slope, settings), part, matrix)
+                grads.add(rows, backward_through_softcap(dlogits, slope, settings), states, matrix)
         return *grads.scaled(None), None, None
 
 
@@ -202,26 +204,26 @@ class Gradients:
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None  # [V]
         self.rows = torch.zeros_like(trained_rows, dtype=dtype) if needed[3] else None  # [n, H]
 
-    def add(self, rows: slice, dlogits: Tensor, part: Tensor, matrix: Tensor) -> None:
+    def add(self, rows: slice, dlogits: Tensor, states: Tensor, matrix: Tensor) -> None:
         """Add the gradients of a chunk.
 
         Args:
             rows: The chunk's slice of the N targets.
             dlogits: Gradient of the logits before scale and softcap, float32 or wider, shape [n, V].
-            part: Hidden states of the chunk, shape [n, H].
+            states: Hidden states of the chunk, shape [n, H].
             matrix: The weight in the dtype of the matrix products, shape [V, H].
         """
         if self.bias is not None:
             self.bias += dlogits.sum(0)
-        dlogits, part = dlogits.to(matrix.dtype), part.to(matrix.dtype)
+        dlogits, states = dlogits.to(matrix.dtype), states.to(matrix.dtype)
         if self.hidden is not None:
             self.hidden[rows] = dlogits @ matrix
         if self.weight is not None and matrix.dtype == self.weight.dtype:
-            self.weight.addmm_(dlogits.T, part)
+            self.weight.addmm_(dlogits.T, states)
         elif self.weight is not None:
-            self.weight += dlogits.T @ part
+            self.weight += dlogits.T @ states
         if self.rows is not None:
-            self.rows += dlogits[:, self.row_ids].T @ part
+            self.rows += dlogits[:, self.row_ids].T @ states
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients times `factor`, in the dtypes of their tensors."""
@@ -240,7 +242,7 @@ def matrix_of(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None, dtype
 
 
 def logits_of(
-    part: Tensor,
+    states: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
     settings: "_Settings | LMHead",
@@ -250,7 +252,7 @@ def logits_of(
     """Compute the logits of a chunk.
 
     Args:
-        part: Hidden states, shape [n, H].
+        states: Hidden states, shape [n, H].
         matrix: The weight in the dtype of `logits_dtype`, shape [V, H].
         bias: Shape [V].
         settings: Has the scale and the softcap.
@@ -260,7 +262,7 @@ def logits_of(
     Returns:
         The logits, and the derivative of the softcap at them (None without a softcap), shape [n, V].
     """
-    logits = _product(part.to(matrix.dtype), matrix.T, buffer)
+    logits = _product(states.to(matrix.dtype), matrix.T, buffer)
     if bias is not None:
         logits += bias
     if settings.scale != 1.0:
@@ -272,13 +274,13 @@ def logits_of(
     return logits.mul_(settings.softcap), slope
 
 
-def _product(part: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """Return part [n, H] times matrix [H, V], written to `out`."""
-    if part.dtype == out.dtype:
-        return torch.mm(part, matrix, out=out)
-    if part.dtype.itemsize == 2:
-        return torch.mm(part, matrix, out_dtype=out.dtype, out=out)
-    return out.copy_(part @ matrix)
+def _product(states: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+    """Return states [n, H] times matrix [H, V], written to `out`."""
+    if states.dtype == out.dtype:
+        return torch.mm(states, matrix, out=out)
+    if states.dtype.itemsize == 2:
+        return torch.mm(states, matrix, out_dtype=out.dtype, out=out)
+    return out.copy_(states @ matrix)
 
 
 @contextlib.contextmanager
@@ -316,24 +318,26 @@ def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
 
 def matmul_dtype_of(hidden: Tensor) -> torch.dtype:
     """Return autocast's dtype, else that of the states; float32 if the processor would only emulate it."""
-    kind = hidden.device.type
-    return native_dtype(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype, kind)
+    device_type = hidden.device.type
+    return native_dtype(
+        torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype, device_type
+    )
 
 
-def native_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
+def native_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """Return `dtype` for matrix products on this device type, or float32 if it would be emulated."""
     emulated = {torch.bfloat16: not cpu_has_bfloat16(), torch.float16: not cpu_has_float16()}
-    return torch.float32 if kind == "cpu" and emulated.get(dtype, False) else dtype
+    return torch.float32 if device_type == "cpu" and emulated.get(dtype, False) else dtype
 
 
-def logits_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
+def logits_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """Return the dtype of the factors of logits: `dtype`, or float32 if the product would be rounded to `dtype`."""
-    return dtype if dtype.itemsize > 2 or keeps_float32_sums(kind) else torch.float32
+    return dtype if dtype.itemsize > 2 or keeps_float32_sums(device_type) else torch.float32
 
 
-def keeps_float32_sums(kind: str) -> bool:
+def keeps_float32_sums(device_type: str) -> bool:
     """Return whether bfloat16 and float16 products can return float32 on this device type; not on ROCm or the CPU."""
-    return kind == "cuda" and torch.version.hip is None
+    return device_type == "cuda" and torch.version.hip is None
 
 
 def needs_loss_scale(dtype: torch.dtype) -> bool:

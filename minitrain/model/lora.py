@@ -25,7 +25,7 @@ MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 
 
 @dataclass
-class Settings:
+class LoRASettings:
     """LoRA options of one layer."""
 
     rank: int
@@ -34,15 +34,15 @@ class Settings:
     dora: bool = False
 
 
-def adapt(module: nn.Module, settings: Settings) -> None:
+def adapt(module: nn.Module, settings: LoRASettings) -> None:
     """Add LoRA to a layer: its matrices, zero and in float32, and the forward pass that uses them."""
     device = module.weight.device
     rows, columns = shape_of(module)
     names = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
-    first = nn.Parameter(torch.zeros(settings.rank, columns, device=device, dtype=torch.float32))  # [r, in]
-    second = nn.Parameter(torch.zeros(rows, settings.rank, device=device, dtype=torch.float32))  # [out, r]
-    module.register_parameter(names[0], first)
-    module.register_parameter(names[1], second)
+    a = nn.Parameter(torch.zeros(settings.rank, columns, device=device, dtype=torch.float32))  # [r, in]
+    b = nn.Parameter(torch.zeros(rows, settings.rank, device=device, dtype=torch.float32))  # [out, r]
+    module.register_parameter(names[0], a)
+    module.register_parameter(names[1], b)
     if settings.dora:
         module.lora_magnitude_vector = nn.Parameter(torch.zeros(rows, device=device, dtype=torch.float32))  # [out]
     module.lora = settings
@@ -74,13 +74,13 @@ def matrices(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.lora_A, module.lora_B
 
 
-def merged(module: nn.Module, weight: Tensor) -> Tensor:
+def merged_weight(module: nn.Module, weight: Tensor) -> Tensor:
     """Return `weight` of a layer with its LoRA merged, in float32 and with the layout of `weight`."""
-    first, second = (matrix.detach().float() for matrix in matrices(module))
+    a, b = (matrix.detach().float() for matrix in matrices(module))
     base = weight.float().T if is_transposed(module) else weight.float()  # [out, in]
-    total = base + module.lora.scaling * (second @ first)
+    total = base + module.lora.scaling * (b @ a)
     if module.lora.dora:
-        total *= _shares(module, total)[:, None].detach()
+        total *= _normalized_magnitude(module, total)[:, None].detach()
     return total.T.contiguous() if is_transposed(module) else total
 
 
@@ -88,15 +88,15 @@ def merged(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def initial_values(
-    kind: str, weight: Callable[[], Tensor], module: nn.Module, name: str, seed: int
+    method: str, weight: Callable[[], Tensor], module: nn.Module, name: str, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Return the initial A [r, in] and B [out, r], the same on every rank.
 
     Args:
-        kind: `default`: A uniform (Kaiming), B zero. `gaussian`: A normal with deviation 1/r, B zero. `pissa`: from the
-            r largest singular values of W (arXiv 2404.02948). `olora`: from the first r columns of its QR decomposition
-            (arXiv 2406.01775). For the last two the caller subtracts the update from W, so that the sum is unchanged.
-            Embeddings have A zero and B normal.
+        method: `default`: A uniform (Kaiming), B zero. `gaussian`: A normal with deviation 1/r, B zero. `pissa`: from
+            the r largest singular values of W (arXiv 2404.02948). `olora`: from the first r columns of its QR
+            decomposition (arXiv 2406.01775). For the last two the caller subtracts the update from W, so that the sum
+            is unchanged. Embeddings have A zero and B normal.
         weight: Returns W [out, in] in float32.
         module: The layer.
         name: Its name, which with `seed` seeds the random values.
@@ -107,20 +107,20 @@ def initial_values(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if isinstance(module, nn.Embedding):
         return torch.zeros(rank, columns), torch.randn(rows, rank, generator=generator)
-    if kind == "pissa":
+    if method == "pissa":
         left, values, right = torch.linalg.svd(weight(), full_matrices=False)
         signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # [1, k]; the same with any LAPACK
         roots = (values[:rank] / module.lora.scaling).sqrt()
         return roots[:, None] * (right * signs.T)[:rank], (left * signs)[:, :rank] * roots
-    if kind == "olora":
+    if method == "olora":
         orthogonal, upper = torch.linalg.qr(weight())
         return upper[:rank].contiguous(), orthogonal[:, :rank].contiguous()
-    first = torch.empty(rank, columns)
-    if kind == "gaussian":
-        first.normal_(std=1 / rank, generator=generator)
+    a = torch.empty(rank, columns)
+    if method == "gaussian":
+        a.normal_(std=1 / rank, generator=generator)
     else:
-        first.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
-    return first, torch.zeros(rows, rank)
+        a.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
+    return a, torch.zeros(rows, rank)
 
 
 # -------------------------------------------------------------------------------------------------- forward passes
@@ -128,8 +128,8 @@ def initial_values(
 
 @functools.cache
 def _adapted(layer: type[nn.Module]) -> type[nn.Module]:
-    kind = _AdaptedEmbedding if issubclass(layer, nn.Embedding) else _AdaptedLinear
-    return type(f"LoRA{layer.__name__}", (kind, layer), {})
+    mixin = _AdaptedEmbedding if issubclass(layer, nn.Embedding) else _AdaptedLinear
+    return type(f"LoRA{layer.__name__}", (mixin, layer), {})
 
 
 class _AdaptedLinear:
@@ -141,16 +141,19 @@ class _AdaptedLinear:
         if dropped is x and not lora.dora and type(self) is _adapted(nn.Linear):
             return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, lora.scaling)
         y = super().forward(x)
-        update = F.linear(F.linear(dropped, self.lora_A.to(_compute(x))), self.lora_B.to(_compute(x))) * lora.scaling
+        update = (
+            F.linear(F.linear(dropped, self.lora_A.to(_compute_dtype(x))), self.lora_B.to(_compute_dtype(x)))
+            * lora.scaling
+        )
         if not lora.dora:
             return y + update.to(y.dtype)
         weight = dense_weight(self)  # [out, in]
-        share = dora_shares(self).to(y.dtype)  # [out]
+        scale = dora_scales(self).to(y.dtype)  # [out]
         if dropped is x:
             plain = y if self.bias is None else y - self.bias
         else:
-            plain = F.linear(dropped, weight.to(_compute(x)))
-        return y + (share - 1) * plain + share * update
+            plain = F.linear(dropped, weight.to(_compute_dtype(x)))
+        return y + (scale - 1) * plain + scale * update
 
     def as_output(self, hidden: Tensor, layer: LMHead) -> tuple[Tensor, LMHead]:
         """Return an input [N, K] and an LM head with a weight [V, K] whose product are the logits with LoRA.
@@ -161,73 +164,73 @@ class _AdaptedLinear:
         lora, dtype = self.lora, hidden.dtype
         dropped = F.dropout(hidden, lora.dropout, self.training) if lora.dropout else hidden
         low = (F.linear(dropped, self.lora_A.to(dtype)) * lora.scaling).to(dtype)  # [N, r]
-        weight, second = dense_weight(self), self.lora_B.to(self.weight.dtype)  # [V, H], [V, r]
-        states, matrices = [hidden, low], [weight, second]
+        weight, b = dense_weight(self), self.lora_B.to(self.weight.dtype)  # [V, H], [V, r]
+        states, matrices = [hidden, low], [weight, b]
         if lora.dora:
-            share = dora_shares(self)[:, None].to(weight.dtype)  # [V, 1]
+            scale = dora_scales(self)[:, None].to(weight.dtype)  # [V, 1]
             if dropped is hidden:
-                matrices = [share * weight, share * second]
+                matrices = [scale * weight, scale * b]
             else:
-                states, matrices = [hidden, dropped, low], [weight, (share - 1) * weight, share * second]
+                states, matrices = [hidden, dropped, low], [weight, (scale - 1) * weight, scale * b]
         return torch.cat(states, 1), layer._replace(weight=torch.cat(matrices, 1), rows=None, row_ids=None)
 
 
 class _AdaptedEmbedding:
     def forward(self, ids: Tensor) -> Tensor:
-        first, second = self.lora_embedding_A, self.lora_embedding_B
+        a, b = self.lora_embedding_A, self.lora_embedding_B
         y = super().forward(ids)
-        update = F.linear(F.embedding(ids, first.T), second) * self.lora.scaling
+        update = F.linear(F.embedding(ids, a.T), b) * self.lora.scaling
         update = update * getattr(self, "embed_scale", 1.0)  # Gemma scales its embeddings
         if not self.lora.dora:
             return y + update.to(y.dtype)
-        return (dora_shares(self) * (y + update)).to(y.dtype)
+        return (dora_scales(self) * (y + update)).to(y.dtype)
 
 
 class _LoRALinear(torch.autograd.Function):
     """LoRA without dropout or DoRA: adds the update in place, and saves the input once, in its own dtype."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, first, second, scaling):
-        dtype = _compute(x)
+    def forward(ctx, x, weight, bias, a, b, scaling):
+        dtype = _compute_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [N, in]
-        low = flat @ first.to(dtype).T  # [N, r]
+        low = flat @ a.to(dtype).T  # [N, r]
         y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))  # [N, out]
-        y.addmm_(low, second.to(dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, weight, first, second, low)
+        y.addmm_(low, b.to(dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling, ctx.dtype = scaling, dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, first, second, low = ctx.saved_tensors
+        x, weight, a, b, low = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # [N, in]
         grad = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)  # [N, out]
-        grad_low = (grad @ second.to(ctx.dtype)).mul_(ctx.scaling)  # [N, r]
+        grad_low = (grad @ b.to(ctx.dtype)).mul_(ctx.scaling)  # [N, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight.to(ctx.dtype)).addmm_(grad_low, first.to(ctx.dtype)).view(x.shape).to(x.dtype)
+            grad_x = (grad @ weight.to(ctx.dtype)).addmm_(grad_low, a.to(ctx.dtype)).view(x.shape).to(x.dtype)
         grad_weight = (grad.T @ flat).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        grad_first = (grad_low.T @ flat).to(first.dtype)
-        grad_second = (grad.T @ low).mul_(ctx.scaling).to(second.dtype)
-        return grad_x, grad_weight, grad_bias, grad_first, grad_second, None
+        grad_a = (grad_low.T @ flat).to(a.dtype)
+        grad_b = (grad.T @ low).mul_(ctx.scaling).to(b.dtype)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
 
 
-def fold(module: nn.Module) -> None:
+def merge_lora_weights(module: nn.Module) -> None:
     """Merge the LoRA of a layer into its weight, in float32 and cast once, and restore the ordinary layer.
 
     If the weight is tied to that of another layer, it is untied: the other one does not change.
     """
     if token_rows.has_rows(module):
-        token_rows.fold(module)
+        token_rows.merge_rows(module)
     if hasattr(module, "lora"):
         weight = module.weight.detach()
-        module.weight = nn.Parameter(merged(module, weight).to(weight.dtype), requires_grad=False)
+        module.weight = nn.Parameter(merged_weight(module, weight).to(weight.dtype), requires_grad=False)
         for name in MATRICES:
             module._parameters.pop(name, None)
         del module.lora
-    ours = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
-    module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, ours))
+    mixins = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
+    module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, mixins))
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -236,24 +239,24 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
-def dora_shares(module: nn.Module) -> Tensor:
+def dora_scales(module: nn.Module) -> Tensor:
     """Return DoRA's scale of each row of W + sBA, in float32, shape [out].
 
     The gradient treats the norm of the row as a constant (section 4.3 of arXiv 2402.09353).
     """
-    first, second = matrices(module)
+    a, b = matrices(module)
     with torch.no_grad():
-        total = dense_weight(module).float() + module.lora.scaling * (second @ first)  # [out, in]
-    return _shares(module, total)
+        total = dense_weight(module).float() + module.lora.scaling * (b @ a)  # [out, in]
+    return _normalized_magnitude(module, total)
 
 
-def _shares(module: nn.Module, total: Tensor) -> Tensor:
+def _normalized_magnitude(module: nn.Module, total: Tensor) -> Tensor:
     """Return DoRA's scales for `total` = W + sBA [out, in]. A row of zeros has no direction, so any scale is right."""
     norm = total.norm(dim=1)
     return module.lora_magnitude_vector / torch.where(norm > 0, norm, 1.0)
 
 
-def _compute(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     """Return autocast's dtype inside autocast, else that of the input."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

@@ -28,7 +28,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self.prompted = hasattr(model, "soft_prompt")  # trained vectors come before each document
+        self.has_soft_prompt = hasattr(model, "soft_prompt")  # trained vectors come before each document
         self.value_head: nn.Linear | None = None
         config = model.config
         # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
@@ -45,7 +45,7 @@ class Policy(nn.Module):
         # In packed rows, positions that continue into the padding could exceed the model's position table.
         positions = batch.position_ids * (batch.doc_ids >= 0) if batch.packed else batch.position_ids[:1]
         inputs, n_before = {"input_ids": batch.input_ids}, 0
-        if self.prompted:
+        if self.has_soft_prompt:
             prompt = self.model.soft_prompt
             inputs = prompt(batch.input_ids, self.model.get_input_embeddings(), self.model.dtype)
             n_before = prompt.n_before
@@ -72,7 +72,7 @@ class Policy(nn.Module):
 
     @property
     def _n_prompt_tokens(self) -> int:
-        return self.model.soft_prompt.n_tokens if self.prompted else 0
+        return self.model.soft_prompt.n_tokens if self.has_soft_prompt else 0
 
     @property
     def attention_is_quadratic_in_row(self) -> bool:
@@ -84,7 +84,7 @@ class Policy(nn.Module):
         """Return whether attention masks by document, so that documents of a row can share a prompt."""
         return self.model.config._attn_implementation == attention.NAME
 
-    def output(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
+    def lm_head(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
         """Return the input of the LM head and the head, for hidden states [N, H].
 
         With LoRA on the head, both are widened (see `lora`), so the input is [N, H + r].
@@ -98,7 +98,7 @@ class Policy(nn.Module):
     def forward(
         self,
         batch: Batch,
-        token_weights: Callable[[Tensor], Tensor] | None = None,
+        detached_weight_fn: Callable[[Tensor], Tensor] | None = None,
         entropy: bool = False,
         mean_logps: bool = False,
         temperature: float = 1.0,
@@ -108,7 +108,7 @@ class Policy(nn.Module):
 
         Args:
             batch: R batch rows of T tokens.
-            token_weights: See `logprobs.chunked_logprobs`.
+            detached_weight_fn: See `logprobs.chunked_logprobs`.
             entropy: Also return the entropy at each target.
             mean_logps: Also return the mean log-probability over the vocabulary at each target.
             temperature: Divides the logits, as in sampling.
@@ -118,20 +118,20 @@ class Policy(nn.Module):
         Returns:
             Float32 tensors of shape [N]. `values` is set if the policy has a value head.
         """
-        hidden = self._predicting(batch)  # [N, H]
-        values = self._values(hidden) if self.value_head is not None else None
-        hidden, layer = self.output(hidden)
+        hidden = self._select_hidden_states(batch)  # [N, H]
+        values = self._compute_values(hidden) if self.value_head is not None else None
+        hidden, layer = self.lm_head(hidden)
         if distillation is not None:
             logps, divergence = divergences(hidden, batch.targets, layer, distillation)
             return PolicyOutput(logps, batch.target_docs, batch.n_docs, values=values, divergence=divergence)
-        scores = chunked_logprobs(hidden, batch.targets, layer.at(temperature), token_weights, entropy, mean_logps)
+        scores = chunked_logprobs(hidden, batch.targets, layer.at(temperature), detached_weight_fn, entropy, mean_logps)
         return PolicyOutput(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
 
-    def states(self, batch: Batch) -> tuple[Tensor, LMHead]:
+    def target_hidden_states(self, batch: Batch) -> tuple[Tensor, LMHead]:
         """Return the input of the LM head at the N targets, shape [N, H], and the head."""
-        return self.output(self._predicting(batch))
+        return self.lm_head(self._select_hidden_states(batch))
 
-    def _predicting(self, batch: Batch) -> Tensor:
+    def _select_hidden_states(self, batch: Batch) -> Tensor:
         """Return the hidden states that predict the N targets, shape [N, H]."""
         return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.predict_positions)
 
@@ -141,7 +141,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def _values(self, hidden: Tensor) -> Tensor:
+    def _compute_values(self, hidden: Tensor) -> Tensor:
         """Return the value of each hidden state [N, H], shape [N], float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())[:, 0]
@@ -152,7 +152,7 @@ class Policy(nn.Module):
         if packing:
             check_packing(self, ids)
 
-    def score_of_second(self, scores: PolicyOutput) -> Tensor:
+    def score_second_document(self, scores: PolicyOutput) -> Tensor:
         """Return a scalar that depends on the second document."""
         return scores.per_document(scores.logps)[1]
 
@@ -213,10 +213,11 @@ def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractCont
 @torch.no_grad()
 def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager], scale: float) -> float:
     """Compare the policy with its model on the last hidden states times `scale`; return the largest logit."""
-    prompted, policy.prompted = policy.prompted, False  # the model's own logits do not include the prompt
+    has_soft_prompt = policy.has_soft_prompt
+    policy.has_soft_prompt = False  # the model's own logits do not include the prompt
     with _scaled_states(policy.model, scale) as calls:
-        ours = policy(row_of(ids, [12])).logps  # [11]
-        policy.prompted = prompted
+        actual = policy(make_row(ids, [12])).logps  # [11]
+        policy.has_soft_prompt = has_soft_prompt
         with gathered():
             logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
     if len(calls) != 2:
@@ -227,11 +228,11 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
             "policy_dtype.",
             "not-finite",
         )
-    plain = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
+    expected = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
     largest = float(logits.abs().max())
     tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2 + largest / 64
     relative = tolerance if scale == 1.0 else min(tolerance, 1e-2)
-    if not torch.allclose(plain, ours, rtol=relative, atol=tolerance):
+    if not torch.allclose(expected, actual, rtol=relative, atol=tolerance):
         raise ConfigError(
             f"model.name_or_path: the output layer of {type(policy.model).__name__} does something that minitrain "
             "does not know, so its log-probabilities would be wrong. Please report this architecture.",
@@ -266,17 +267,17 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
     Raises:
         ConfigError: It does, or the model cannot read packed rows.
     """
-    seen = []
+    embeddings = []
     embedding = policy.model.get_input_embeddings()
 
-    def note(module, args, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())  # [1, 12, H]
-        return seen[-1].clone()  # a model may change the clone in place
+    def record(module, args, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())  # [1, 12, H]
+        return embeddings[-1].clone()  # a model may change the clone in place
 
-    hook = embedding.register_forward_hook(note)
+    hook = embedding.register_forward_hook(record)
     try:
         with torch.enable_grad():
-            score = policy.score_of_second(policy(row_of(ids, [5, len(ids) - 5])))  # []
+            score = policy.score_second_document(policy(make_row(ids, [5, len(ids) - 5])))  # []
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -286,7 +287,7 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
         ) from None
     finally:
         hook.remove()
-    gradient = torch.autograd.grad(score, seen[0])[0]  # [1, 12, H]
+    gradient = torch.autograd.grad(score, embeddings[0])[0]  # [1, 12, H]
     if gradient[0, :5].any():
         raise ConfigError(
             f"packing: {type(policy.model).__name__} lets documents of one row see each other; set packing=false "
@@ -295,7 +296,7 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
         )
 
 
-def row_of(ids: Tensor, lengths: list[int]) -> Batch:
+def make_row(ids: Tensor, lengths: list[int]) -> Batch:
     """Return a batch of one row with documents of these lengths; all tokens but the first of each are targets."""
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
     doc_ids = (positions == 0).cumsum(0) - 1  # [T]

@@ -11,13 +11,13 @@ from minitrain.io.hub import ask_for
 
 from .dequantize import dequantized, describe_dequantized, method_of
 from .diagnostics import (
+    check_is_decoder,
     check_missing_keys,
+    describe_head,
     describe_unused,
-    log_of_model,
+    drop_head_keys,
+    log_model_warnings,
     model_load_error,
-    named,
-    refuse_encoder,
-    without_head,
 )
 from .weights import Weights, open_weights, parameters_on_meta, weight_files
 
@@ -41,33 +41,33 @@ def read_model_config(config: ModelConfig, **changes):
     from transformers import AutoConfig
 
     ask_for(config.name_or_path)
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    shape = AutoConfig.from_pretrained(config.name_or_path, **where, **changes)
-    for part in _parts(shape):
+    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    hf_config = AutoConfig.from_pretrained(config.name_or_path, **source, **changes)
+    for nested in _nested_configs(hf_config):
         # transformers would load the kernel named here from the Hub (CVE-2026-4372).
-        part._attn_implementation = part._experts_implementation = None
-        vars(part).pop("fusion_config", None)
-    if quantization := quantization_of(shape):
+        nested._attn_implementation = nested._experts_implementation = None
+        vars(nested).pop("fusion_config", None)
+    if quantization := quantization_of(hf_config):
         method_of(quantization)
-    return shape
+    return hf_config
 
 
-def quantization_of(shape) -> dict | None:
+def quantization_of(hf_config) -> dict | None:
     """Return the quantization_config of a config or of one nested in it, or None."""
-    for part in _parts(shape):
-        if found := vars(part).get("quantization_config") or vars(part).get("compression_config"):
-            return found if isinstance(found, dict) else found.to_dict()
+    for nested in _nested_configs(hf_config):
+        if quantization := vars(nested).get("quantization_config") or vars(nested).get("compression_config"):
+            return quantization if isinstance(quantization, dict) else quantization.to_dict()
     return None
 
 
-def _parts(shape) -> Iterator:
+def _nested_configs(hf_config) -> Iterator:
     """Yield a config and all configs nested in it."""
     from transformers import PreTrainedConfig
 
-    yield shape
-    for value in vars(shape).values():
+    yield hf_config
+    for value in vars(hf_config).values():
         if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
+            yield from _nested_configs(value)
 
 
 def from_pretrained(
@@ -87,20 +87,20 @@ def from_pretrained(
     Raises:
         ConfigError: The model cannot be loaded.
     """
-    kind, number = auto_class(outputs)
+    model_class, class_kwargs = auto_class(outputs)
     options = {"attn_implementation": attention_of(config), "trust_remote_code": config.trust_remote_code}
     try:
-        shape = read_model_config(config, **number)
+        hf_config = read_model_config(config, **class_kwargs)
         if outputs is None:
-            refuse_encoder(shape)
-        with torch.random.fork_rng(devices=[]), without_bar():
+            check_is_decoder(hf_config)
+        with torch.random.fork_rng(devices=[]), no_progress_bar():
             torch.manual_seed(seed)
-            if quantization := quantization_of(shape):
-                model, found = _from_quantized(config, shape, quantization, dtype, kind, options)
+            if quantization := quantization_of(hf_config):
+                model, loading_info = _from_quantized(config, hf_config, quantization, dtype, model_class, options)
             else:
-                model, found = kind.from_pretrained(
+                model, loading_info = model_class.from_pretrained(
                     config.name_or_path,
-                    config=shape,
+                    config=hf_config,
                     revision=config.revision,
                     dtype=dtype,
                     output_loading_info=True,
@@ -109,24 +109,24 @@ def from_pretrained(
                 )
         vars(model).pop("generate", None)  # custom code in the repository would ignore our options
     except Exception as error:
-        raise model_load_error(config, named(outputs), error) from None
-    check_missing_keys(config, found, outputs)
-    log_of_model(config.name_or_path, describe_unused(without_head(found["unexpected_keys"], outputs)))
-    return model, found["missing_keys"]
+        raise model_load_error(config, describe_head(outputs), error) from None
+    check_missing_keys(config, loading_info, outputs)
+    log_model_warnings(config.name_or_path, describe_unused(drop_head_keys(loading_info["unexpected_keys"], outputs)))
+    return model, loading_info["missing_keys"]
 
 
 def _from_quantized(
-    config: ModelConfig, shape, quantization: dict, dtype: torch.dtype, kind: type, options: dict
+    config: ModelConfig, hf_config, quantization: dict, dtype: torch.dtype, model_class: type, options: dict
 ) -> tuple[nn.Module, dict]:
     """Load like `kind.from_pretrained`, with dequantized weights, and no quantization in the model's config."""
-    for part in _parts(shape):
+    for nested in _nested_configs(hf_config):
         for key in ("quantization_config", "compression_config"):
-            vars(part).pop(key, None)
+            vars(nested).pop(key, None)
     with parameters_on_meta():
-        empty = kind.from_config(shape, **options)
-    log_of_model(config.name_or_path, [describe_dequantized(empty, quantization, dtype)])
+        empty = model_class.from_config(hf_config, **options)
+    log_model_warnings(config.name_or_path, [describe_dequantized(empty, quantization, dtype)])
     state = dequantized(weight_files(config.name_or_path, config.revision), quantization, dtype)
-    model, found = type(empty).from_pretrained(
+    model, loading_info = type(empty).from_pretrained(
         None,
         config=empty.config,
         state_dict=state,
@@ -138,23 +138,25 @@ def _from_quantized(
     model.config.name_or_path = config.name_or_path
     if model.can_generate():
         _read_generation_config(model, config)
-    return model, found
+    return model, loading_info
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
     """Return a model on the meta device and the weights in its files; (None, None) if these do not fit the model."""
-    kind, _ = auto_class(None)
+    model_class, _ = auto_class(None)
     try:
-        shape = read_model_config(config)
-        refuse_encoder(shape)
-        if quantization_of(shape):
+        hf_config = read_model_config(config)
+        check_is_decoder(hf_config)
+        if quantization_of(hf_config):
             return None, None
         with parameters_on_meta():
             attends, trust = attention_of(config), config.trust_remote_code
-            model = kind.from_config(shape, dtype=dtype, attn_implementation=attends, trust_remote_code=trust)
+            model = model_class.from_config(
+                hf_config, dtype=dtype, attn_implementation=attends, trust_remote_code=trust
+            )
         weights = open_weights(config.name_or_path, config.revision, model)
     except Exception as error:
-        raise model_load_error(config, named(None), error) from None
+        raise model_load_error(config, describe_head(None), error) from None
     if weights is None:
         return None, None
     _read_generation_config(model, config)
@@ -174,14 +176,14 @@ def attention_of(config: ModelConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def without_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Within the context, hide transformers' progress bars, which would mix with our lines, also with --quiet."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()

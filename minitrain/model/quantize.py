@@ -71,10 +71,10 @@ class _QuantizedProduct(torch.autograd.Function):
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers by name, except the head."""
-    kept = {part for name in heads_of(model).trained for part in model.get_submodule(name).modules()}
-    kept.add(model.get_output_embeddings())
-    found = dict(model.named_modules())
-    return {name: module for name, module in found.items() if type(module) is nn.Linear and module not in kept}
+    excluded = {module for name in heads_of(model).trained for module in model.get_submodule(name).modules()}
+    excluded.add(model.get_output_embeddings())
+    modules = dict(model.named_modules())
+    return {name: module for name, module in modules.items() if type(module) is nn.Linear and module not in excluded}
 
 
 def dequantize_model(model: nn.Module) -> None:
@@ -96,25 +96,25 @@ def is_quantized(parameter: Tensor) -> bool:
 def dequantized(module: nn.Module) -> Tensor:
     """Return the weight of a layer, unpacked if it is packed, shape [out, in]."""
     weight = module.weight
-    kind = type(weight).__name__
-    if kind == "Params4bit":
+    type_name = type(weight).__name__
+    if type_name == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
         # As one row: the CPU kernel of bitsandbytes uses a wrong scale for rows of 16 n values that are not 64 n.
         state = copy.copy(weight.quant_state)
         state.shape = (1, weight.quant_state.shape.numel())
         return dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
-    if kind == "Int8Params":
+    if type_name == "Int8Params":
         return weight.data.float() * (weight.SCB / 127)[:, None]
     return weight
 
 
-def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
+def quantize_meta_model(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
     """Give a model's layers tensors of the sizes that `quantize_model` makes, on the same device, without values."""
     for module in _quantizable(model).values():
         sizes, device = module.weight.shape, module.weight.device
         del module.weight
-        module.__class__ = _Outlined
+        module.__class__ = _MetaQuantizedLinear
         n, module.dtype = sizes.numel(), dtype
         module.unpacked = dtype if bits == "4bit" else torch.float32
         tensors = {"weight": (n, torch.int8), "scales": (sizes[0], torch.float32)}
@@ -122,11 +122,11 @@ def outline_quantized(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
             n_scales = math.ceil(n / 64)
             tensors = {"weight": (math.ceil(n / 2), torch.uint8), "scales": (n_scales, torch.uint8)}
             tensors["more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
-        for name, (size, kind) in tensors.items():
-            module.register_buffer(name, torch.empty(size, dtype=kind, device=device))
+        for name, (size, tensor_dtype) in tensors.items():
+            module.register_buffer(name, torch.empty(size, dtype=tensor_dtype, device=device))
 
 
-class _Outlined(QuantizedLinear):
+class _MetaQuantizedLinear(QuantizedLinear):
     """A quantized layer whose tensors have the right sizes, but no values."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:

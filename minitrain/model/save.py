@@ -13,8 +13,8 @@ from minitrain.io.tensor_files import save_file
 
 from .adapter_files import save_adapter
 from .diagnostics import first_line
-from .pretrained import without_bar
-from .weights import save_weights, whole_tensors
+from .pretrained import no_progress_bar
+from .weights import full_tensors, save_weights
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -34,10 +34,10 @@ def save_model(
         tokenizer: Its tokenizer.
         folder: Where the files go.
         dtype: Dtype of the saved weights; adapters are saved in float32.
-        tensors: Name and unsharded value of each tensor if the model is sharded; see `weights.whole_tensors`.
+        tensors: Name and unsharded value of each tensor if the model is sharded; see `weights.full_tensors`.
         value_head: State dict of a value head.
     """
-    tensors = tensors or whole_tensors(model, lambda tensor: tensor)
+    tensors = tensors or full_tensors(model, lambda tensor: tensor)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     if value_head:
@@ -84,7 +84,7 @@ def _save_converted(model: nn.Module, state: dict[str, torch.Tensor], folder: Pa
     defaults = model.generation_config
     model.generation_config = type(defaults)()  # save_pretrained refuses settings of some published models
     try:
-        with without_bar():
+        with no_progress_bar():
             model.save_pretrained(folder, state_dict=state)
     finally:
         model.generation_config = defaults

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minitrain.batch import Batch, PolicyOutput
 from minitrain.errors import ConfigError
 
-from .policy import Policy, check_packing, find_blocks, row_of
+from .policy import Policy, check_packing, find_blocks, make_row
 from .positions import UNLIMITED, n_positions
 
 
@@ -60,7 +60,7 @@ class Scorer(Policy):
         if packing:
             check_packing(self, ids)
 
-    def score_of_second(self, scores: PolicyOutput) -> Tensor:
+    def score_second_document(self, scores: PolicyOutput) -> Tensor:
         return scores.scores[1].sum()
 
 
@@ -90,20 +90,20 @@ class EncoderScorer(Policy):
         return self.n_positions
 
     def check(self, ids: Tensor, packing: bool, gathered) -> None:
-        check_rows(self.model, packing)
+        check_can_pack(self.model, packing)
 
 
 def make_policy(model: nn.Module) -> Policy:
     """Wrap a model in the policy for its head."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.register_forward_pre_hook(_as_weights)
+            module.register_forward_pre_hook(_match_weight_dtype)
     if model.get_output_embeddings() is not None:
         return Policy(model)
     return EncoderScorer(model) if is_encoder(model) else Scorer(model)
 
 
-def _as_weights(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _match_weight_dtype(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Cast the input to the dtype of the weight: on the CPU, autocast does not do it for layer_norm."""
     (x,) = inputs
     wider = x.dtype == torch.float32 and x.device.type == "cpu" and norm.weight is not None
@@ -115,15 +115,15 @@ def is_encoder(model: nn.Module) -> bool:
     return model.get_output_embeddings() is None and not hasattr(model, "score")
 
 
-def check_rows(model: nn.Module, packing: bool) -> None:
+def check_can_pack(model: nn.Module, packing: bool) -> None:
     """Refuse packing for an encoder.
 
     Raises:
         ConfigError: The model is an encoder and `packing` is set.
     """
     if packing and is_encoder(model):
-        told = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
-        raise ConfigError(f"packing: {told}", "conflict")
+        reason = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
+        raise ConfigError(f"packing: {reason}", "conflict")
 
 
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
@@ -138,10 +138,10 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     Raises:
         ConfigError: More than a head is missing, or the files have the same labels in another order.
     """
-    config, known = model.config, list(model.config.id2label.values())
-    if known != outputs and sorted(known) == sorted(outputs):
-        told = f"the model's outputs are {', '.join(known)}, in this order; set loss.labels=[{','.join(known)}]"
-        raise ConfigError(f"loss.labels: {told}.", "mismatch")
+    config, labels = model.config, list(model.config.id2label.values())
+    if labels != outputs and sorted(labels) == sorted(outputs):
+        reason = f"the model's outputs are {', '.join(labels)}, in this order; set loss.labels=[{','.join(labels)}]"
+        raise ConfigError(f"loss.labels: {reason}.", "mismatch")
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
     config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
@@ -149,9 +149,10 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
         config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
     new = sorted({name.rpartition(".")[0] for name in missing})
     body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
-    if lost := [name for name in new if model.get_submodule(name) in body]:
+    if missing_modules := [name for name in new if model.get_submodule(name) in body]:
         raise ConfigError(
-            f"model.name_or_path: its files hold no weights for {lost[0]}, nor for {len(lost) - 1} others.",
+            f"model.name_or_path: its files hold no weights for {missing_modules[0]}, nor for "
+            f"{len(missing_modules) - 1} others.",
             "damaged-file",
         )
     children = {name for name, child in model.named_children() if any(True for _ in child.parameters())}
@@ -167,14 +168,15 @@ def heads_of(model: nn.Module) -> Heads:
 @torch.no_grad()
 def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
     """Compare the scores of one document [n] with the model's own. Raises ConfigError."""
-    prompted, policy.prompted = policy.prompted, False  # the model's own logits do not include the prompt
-    ours = policy(row_of(ids, [len(ids)])).scores[0]  # [L]
-    policy.prompted = prompted
+    has_soft_prompt = policy.has_soft_prompt
+    policy.has_soft_prompt = False  # the model's own logits do not include the prompt
+    actual = policy(make_row(ids, [len(ids)])).scores[0]  # [L]
+    policy.has_soft_prompt = has_soft_prompt
     base = policy.model.get_input_embeddings().weight.dtype  # the head may be float32
     mixed = contextlib.nullcontext() if base == torch.float32 else torch.autocast(ids.device.type, base)
     with gathered(), mixed:
-        theirs = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L]
-    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 + float(theirs.abs().max()) / 64):
+        expected = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L]
+    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2 + float(expected.abs().max()) / 64):
         raise ConfigError(
             f"model.name_or_path: the head of {type(policy.model).__name__} does something that minitrain does not "
             "know, so its scores would be wrong. Please report this architecture.",

@@ -95,16 +95,16 @@ class PromptAdapter(Adapter):
     """The adapter of a model with a `SoftPrompt`."""
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        wanted = ("soft_prompt.", *(f"{name}." for name in self.saved))
+        prefixes = ("soft_prompt.", *(f"{name}." for name in self.modules_to_save))
         rows = f".{token_rows.NAME}"
-        return {name: p for name, p in model.named_parameters() if name.startswith(wanted) or name.endswith(rows)}
+        return {name: p for name, p in model.named_parameters() if name.startswith(prefixes) or name.endswith(rows)}
 
 
 def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     """Return adapter_config.json in PEFT's format."""
     prompt, config = model.soft_prompt, model.config.get_text_config()
-    told = base | ({"modules_to_save": heads_of(model).trained} if heads_of(model).trained else {})
-    told |= {
+    config_json = base | ({"modules_to_save": heads_of(model).trained} if heads_of(model).trained else {})
+    config_json |= {
         "peft_type": KINDS[options.method],
         "num_virtual_tokens": prompt.n_tokens,
         "num_layers": prompt.n_layers,
@@ -113,8 +113,8 @@ def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, A
         "num_transformer_submodules": 1,
     }
     if options.method == "prompt":
-        return told | {"prompt_tuning_init": "RANDOM"}
-    return told | {"prefix_projection": False}  # the saved vectors are projected
+        return config_json | {"prompt_tuning_init": "RANDOM"}
+    return config_json | {"prefix_projection": False}  # the saved vectors are projected
 
 
 def vectors_of(tensors: dict[str, Tensor]) -> Tensor:

@@ -39,15 +39,15 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
             if file.suffix == ".safetensors":
                 state |= load_file(file)
             else:
-                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                state |= held.get("state", held)
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                state |= content.get("state", content)
     except (AttributeError, pickle.UnpicklingError):
-        told = "it holds something else than names with tensors; save a state dict"
-        raise ConfigError(f"model.archive: {path} cannot be loaded: {told}.", "unreadable") from None
+        reason = "it holds something else than names with tensors; save a state dict"
+        raise ConfigError(f"model.archive: {path} cannot be loaded: {reason}.", "unreadable") from None
     except Exception as error:
         raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}", "unreadable") from None
-    state = _by_own_names(model, state)
-    _compare(model, state, path)
+    state = _rename_keys(model, state)
+    _check_keys(model, state, path)
     return state
 
 
@@ -57,32 +57,32 @@ def archive_files(path: Path) -> list[Path]:
         return [path] if path.suffix in (".pt", ".bin", ".safetensors") else []
     if (path / INDEX).is_file():
         return [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
-    whole = path / "model.safetensors"
-    return [whole] if whole.is_file() else []
+    single = path / "model.safetensors"
+    return [single] if single.is_file() else []
 
 
-def _by_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rename_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the keys of older versions of transformers to those of `model`, and drop buffers that it no longer has."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     old_buffers = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
-    wanted = model.state_dict()
+    expected = model.state_dict()
     tensors = {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    named = {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in tensors.items()}
+    renamed = {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in tensors.items()}
     return {
         name: tensor
-        for name, tensor in named.items()
-        if name in wanted or not any(re.search(pattern, name) for pattern in old_buffers)
+        for name, tensor in renamed.items()
+        if name in expected or not any(re.search(pattern, name) for pattern in old_buffers)
     }
 
 
-def _compare(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _check_keys(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = [name for name in wanted if name not in state and name not in tied]
-    unexpected = [name for name in state if name not in wanted]
+    missing = [name for name in expected if name not in state and name not in tied]
+    unexpected = [name for name in state if name not in expected]
     if missing or unexpected:
         raise ConfigError(
             f"model.archive: {path} does not fit {type(model).__name__}: "
@@ -90,8 +90,9 @@ def _compare(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             "mismatch",
         )
     for name, tensor in state.items():
-        if tuple(tensor.shape) != wanted[name]:
+        if tuple(tensor.shape) != expected[name]:
             raise ConfigError(
-                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, the model's has {wanted[name]}.",
+                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, "
+                f"the model's has {expected[name]}.",
                 "mismatch",
             )

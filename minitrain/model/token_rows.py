@@ -54,7 +54,7 @@ def put_rows(module: nn.Module, weight: Tensor, rows: Tensor | None = None) -> T
     return weight.index_copy(0, module.token_ids, rows.to(weight.dtype))
 
 
-def fold(module: nn.Module) -> None:
+def merge_rows(module: nn.Module) -> None:
     """Write the rows into the weight, in place because it can be tied."""
     with torch.no_grad():
         module.weight[module.token_ids] = module.token_rows.to(module.weight)
@@ -63,16 +63,16 @@ def fold(module: nn.Module) -> None:
 
 @functools.cache
 def _with_rows(layer: type[nn.Module]) -> type[nn.Module]:
-    kind = _EmbeddingRows if issubclass(layer, nn.Embedding) else _OutputRows
-    return type(f"Rows{layer.__name__}", (kind, layer), {})
+    mixin = _EmbeddingRows if issubclass(layer, nn.Embedding) else _OutputRows
+    return type(f"Rows{layer.__name__}", (mixin, layer), {})
 
 
 class _EmbeddingRows:
     def forward(self, ids: Tensor) -> Tensor:
         y = super().forward(ids)  # [..., H]
-        at = torch.searchsorted(self.token_ids, ids).clamp_max(len(self.token_ids) - 1)  # [...]
-        rows = F.embedding(at, self.token_rows) * getattr(self, "embed_scale", 1.0)  # Gemma scales its embeddings
-        return torch.where((self.token_ids[at] == ids)[..., None], rows.to(y.dtype), y)
+        index = torch.searchsorted(self.token_ids, ids).clamp_max(len(self.token_ids) - 1)  # [...]
+        rows = F.embedding(index, self.token_rows) * getattr(self, "embed_scale", 1.0)  # Gemma scales its embeddings
+        return torch.where((self.token_ids[index] == ids)[..., None], rows.to(y.dtype), y)
 
 
 class _OutputRows:

@@ -16,7 +16,7 @@ N_VALUES = 1 << 20  # distinct values, which are repeated
 MAX_VOCABULARY = 1024  # rows of the LM head; the checks use the first few tokens
 
 
-def try_outline(policy: Policy, packing: bool) -> list[str]:
+def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
     """Run the checks that training runs on the loaded policy. The policy cannot be used afterwards.
 
     Returns:
@@ -25,7 +25,7 @@ def try_outline(policy: Policy, packing: bool) -> list[str]:
     Raises:
         ConfigError: With `packing`, documents of a row attend to each other. This does not depend on the values.
     """
-    _give_values(policy)
+    _fill_values(policy)
     warnings = []
     for _ in _fewer_blocks(policy.model.base_model):
         try:
@@ -36,23 +36,23 @@ def try_outline(policy: Policy, packing: bool) -> list[str]:
             warnings = [f"tried out with random values: {first_line(error)}"]
     if packing and not is_encoder(policy.model):
         policy.eval()
-        refused = None
+        last_error = None
         for _ in _fewer_blocks(policy.model.base_model):
             try:
                 check_packing(policy, torch.arange(3, 15))
                 return warnings
             except ConfigError as error:
-                refused = error
-        raise refused
+                last_error = error
+        raise last_error
     return warnings
 
 
 def _fewer_blocks(model: nn.Module) -> Iterator[None]:
     """Yield with one block of each structure in the model, which is faster, and then with all of them."""
     blocks = find_blocks(model)
-    every = list(blocks)
-    distinct = list({_signature(block): block for block in reversed(every)}.values())[::-1]
-    for chosen in (distinct, every):
+    all_blocks = list(blocks)
+    distinct = list({_signature(block): block for block in reversed(all_blocks)}.values())[::-1]
+    for chosen in (distinct, all_blocks):
         del blocks[:]
         blocks.extend(chosen)
         yield
@@ -63,11 +63,11 @@ def _signature(block: nn.Module) -> tuple:
     return (*((name, type(module)) for name, module in block.named_modules()), *shapes)
 
 
-def _give_values(policy: Policy) -> None:
+def _fill_values(policy: Policy) -> None:
     values = SPREAD * torch.randn(N_VALUES, generator=torch.Generator().manual_seed(0))
     head = policy.model.get_output_embeddings()
     vocabulary = () if hasattr(head, "lora") else (head, policy.model.get_input_embeddings())
-    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    replaced: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in policy.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
@@ -75,9 +75,9 @@ def _give_values(policy: Policy) -> None:
             shape = list(parameter.shape)
             if module in vocabulary:
                 shape[0] = min(shape[0], MAX_VOCABULARY)
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(_view(values, shape), requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
+            if id(parameter) not in replaced:
+                replaced[id(parameter)] = nn.Parameter(_view(values, shape), requires_grad=False)
+            module._parameters[name] = replaced[id(parameter)]
 
 
 def _view(values: Tensor, shape: list[int]) -> Tensor:

@@ -81,8 +81,8 @@ def embedding_layers(model: nn.Module) -> dict[str, nn.Module]:
 def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights and biases of embeddings and LM head by name, tied ones once."""
     layers = embedding_layers(model).values()
-    wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+    parameter_ids = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in parameter_ids}
 
 
 class NewRows:
@@ -102,10 +102,10 @@ class NewRows:
         ids = [number for number in self.ids if rows.start <= number < rows.stop]
         if not ids:
             return known
-        found = known.new_empty(rows.stop - rows.start, *known.shape[1:])
-        found[: len(known)] = known
-        found[[number - rows.start for number in ids]] = self.start(ids).to(known.dtype)
-        return found
+        rows_with_new = known.new_empty(rows.stop - rows.start, *known.shape[1:])
+        rows_with_new[: len(known)] = known
+        rows_with_new[[number - rows.start for number in ids]] = self.start(ids).to(known.dtype)
+        return rows_with_new
 
     def start(self, ids: list[int]) -> Tensor:
         """Return the initial rows of these tokens in float32, shape [n, H]."""
@@ -119,12 +119,12 @@ class NewRows:
         return known.mean(0), known.std(0, correction=0)
 
 
-def describe_new(model: nn.Module, tokenizer) -> str | None:
+def describe_new_tokens(model: nn.Module, tokenizer) -> str | None:
     """Return a line about which tokens are new and how they are trained; None if there are none."""
     if not model.new_ids:
         return None
     names = [str(tokenizer.convert_ids_to_tokens(number)) for number in model.new_ids[:4]]
     more = f" and {len(model.new_ids) - 4:,} more" if len(model.new_ids) > 4 else ""
-    alone = any(name.endswith("token_rows") for name, _ in model.named_parameters())
-    how = "their rows are trained alone, the other rows are frozen" if alone else "their rows are trained"
+    only_rows = any(name.endswith("token_rows") for name, _ in model.named_parameters())
+    how = "their rows are trained alone, the other rows are frozen" if only_rows else "their rows are trained"
     return f"{', '.join(names)}{more}, which the model does not know: {how}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minitrain.io.tensor_files import save_file
 
 from . import token_rows
-from .diagnostics import describe_unused, log_of_model
+from .diagnostics import describe_unused, log_model_warnings
 
 SHARD_BYTES = 4 << 30  # size of one file of a saved model, and of the memory that saving takes
 
@@ -45,7 +45,7 @@ class Weights:
         self.sources[name], self.sizes[name] = self.sources[known], self.sizes[known]
 
 
-class Less:
+class LowRankDifference:
     """Rows of source - left @ right."""
 
     def __init__(self, source: Any, left: Tensor, right: Tensor):
@@ -81,7 +81,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
     for buffer, value in model.named_buffers():
         if buffer in files:
             value.copy_(files[buffer].get_tensor(buffer))
-    log_of_model(name, describe_unused(_unused(files.keys(), set(used.values()), model)))
+    log_model_warnings(name, describe_unused(_unused(files.keys(), set(used.values()), model)))
     return Weights(sources, sizes)
 
 
@@ -102,27 +102,27 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def whole_tensors(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(model: nn.Module, full_tensor: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the unsharded value of each tensor to save, tied ones once.
 
     With an adapter, these are the tensors of the adapter's files. Trained rows are written into their weight.
 
     Args:
         model: The transformers model.
-        whole: Returns the unsharded value of a tensor.
+        full_tensor: Returns the unsharded value of a tensor.
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
         tensors = _tensors(model)
     else:
-        everything = dict(model.named_parameters(remove_duplicate=False))
-        tensors = {name: everything[name] for name in adapter.names(model)}
+        all_parameters = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {name: all_parameters[name] for name in adapter.names(model)}
     for name, tensor in tensors.items():
-        joined = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         module = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and token_rows.has_rows(module):
-            joined = token_rows.put_rows(module, joined, whole(module.token_rows.detach()))
-        yield name, joined
+            full = token_rows.put_rows(module, full, full_tensor(module.token_rows.detach()))
+        yield name, full
 
 
 def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
@@ -130,46 +130,46 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
 
     Args:
         model: The transformers model.
-        tensors: Name and value of each tensor, in the order of `whole_tensors`.
+        tensors: Name and value of each tensor, in the order of `full_tensors`.
         folder: Where the files go.
         dtype: Dtype of saved floating-point tensors.
     """
     sizes = [_size(tensor, dtype) for tensor in _tensors(model).values()]
-    counts, stream, files = _cut(sizes), iter(tensors), {}
+    counts, stream, files = _count_per_file(sizes), iter(tensors), {}
     for number, count in enumerate(counts, 1):
-        part = {}
+        file_tensors = {}
         for name, tensor in itertools.islice(stream, count):
-            part[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            file_tensors[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         file = "model.safetensors" if len(counts) == 1 else f"model-{number:05}-of-{len(counts):05}.safetensors"
-        save_file(part, folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(part, file)
+        save_file(file_tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(file_tensors, file)
     if len(counts) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _cut(sizes: list[int]) -> list[int]:
+def _count_per_file(sizes: list[int]) -> list[int]:
     """Return how many tensors go into each file."""
-    counts, held = [0], 0
+    counts, file_bytes = [0], 0
     for size in sizes:
-        if counts[-1] and held + size > SHARD_BYTES:
+        if counts[-1] and file_bytes + size > SHARD_BYTES:
             counts.append(0)
-            held = 0
+            file_bytes = 0
         counts[-1] += 1
-        held += size
+        file_bytes += size
     return counts
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model, with tied parameters once, under the name that transformers keeps."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    kept: dict[int, str] = {}
-    everything = model.named_parameters(remove_duplicate=False)
-    parameters = {name: p for name, p in everything if not name.endswith(f".{token_rows.NAME}")}
+    owners: dict[int, str] = {}
+    all_parameters = model.named_parameters(remove_duplicate=False)
+    parameters = {name: p for name, p in all_parameters if not name.endswith(f".{token_rows.NAME}")}
     for name, parameter in parameters.items():
-        if id(parameter) not in kept or kept[id(parameter)] in tied:
-            kept[id(parameter)] = name
-    names = set(kept.values())
+        if id(parameter) not in owners or owners[id(parameter)] in tied:
+            owners[id(parameter)] = name
+    names = set(owners.values())
     buffers = dict(model.named_buffers())
     chosen = {name: tensor for name, tensor in parameters.items() if name in names}
     return chosen | {name: buffers[name] for name in model.state_dict() if name in buffers}
@@ -221,11 +221,11 @@ def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
     files = weight_files(str(folder), None) if folder.is_dir() else []
     if not files or get_model_conversion_mapping(model, add_legacy=False):
         return gaps
-    shapes, older = {}, get_model_conversion_mapping(model)
+    shapes, mapping = {}, get_model_conversion_mapping(model)
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                shapes[rename_source_key(key, older, [])[0]] = file.get_slice(key).get_shape()
+                shapes[rename_source_key(key, mapping, [])[0]] = file.get_slice(key).get_shape()
     tied, used = set(getattr(model, "all_tied_weights_keys", None) or ()), set()
     for name, parameter in model.named_parameters():
         key = name if name in shapes else name.removeprefix(f"{model.base_model_prefix}.")

@@ -114,10 +114,10 @@ class Teacher(FrozenModel):
             check_policy(self.policy, packing, parallel.device, lambda: parallel.unsharded(self.policy))
         parallel.reshard(self.policy)
 
-    def states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
+    def target_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
         """What its distributions at the supervised tokens are made of: hidden states [N, H], and the output layer."""
         with torch.no_grad(), self.precision.autocast():
-            hidden, layer = self.policy.states(batch)
+            hidden, layer = self.policy.target_hidden_states(batch)
         return hidden, layer.first(self.n_tokens)
 
 

@@ -13,7 +13,7 @@ from minitrain.data.loader import TokenizedDataset
 from minitrain.errors import RunError
 from minitrain.model import save
 from minitrain.model.fingerprint import model_fingerprint
-from minitrain.model.weights import whole_tensors
+from minitrain.model.weights import full_tensors
 
 from .atomic_dir import atomic_folder
 from .checkpoint import load_checkpoint
@@ -42,7 +42,7 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
     card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step)
     model, parallel = trainer.generator.model, trainer.parallel
-    tensors = whole_tensors(model, parallel.full_tensor)
+    tensors = full_tensors(model, parallel.full_tensor)
     head = trainer.policy.value_head
     head_parameters = head.named_parameters() if head is not None else ()
     value_head = {name: parallel.full_tensor(parameter.detach()) for name, parameter in head_parameters}

@@ -137,30 +137,33 @@ GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl"
 @pytest.mark.parametrize(
     "stop, arguments",
     [
-        ("config:_read_text", ["train", "c.yml"]),
-        ("plugin:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
-        ("prepare:load_tokenizer", ["train", "c.yml"]),
+        ("config.load:_read_text", ["train", "c.yml"]),
+        ("cli.plugin:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
+        ("training.setup:load_tokenizer", ["train", "c.yml"]),
         ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
         ("trainer:load_policy", ["train", "c.yml"]),
         ("model.load:load_model", ["train", "c.yml"]),
         ("trainer:prepare_policy", ["train", "c.yml"]),
         ("trainer:build_aux_models", ["train", "c.yml"]),
-        ("generate:load_merged", GENERATE),
-        ("generate:Generator._generate", GENERATE),
-        ("commands:input", ["chat", "runs/lora"]),
-        ("generate:Generator.stream", ["chat", "runs/lora"]),
-        ("score:Judge.scores", ["score", "runs/labels", "--text", "a", "--output", "labels.jsonl", "--force"]),
-        ("merge:fold_adapter", ["merge", "runs/lora", "--output", "merged"]),
+        ("inference.generate:load_merged", GENERATE),
+        ("inference.generate:Generator._generate", GENERATE),
+        ("cli.commands:input", ["chat", "runs/lora"]),
+        ("inference.generate:Generator.stream", ["chat", "runs/lora"]),
+        (
+            "inference.score:SequenceScorer.scores",
+            ["score", "runs/labels", "--text", "a", "--output", "labels.jsonl", "--force"],
+        ),
+        ("inference.merge:merge_adapter", ["merge", "runs/lora", "--output", "merged"]),
         ("model.save:save_weights", ["merge", "runs/lora", "--output", "merged"]),
-        ("teach:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
-        ("teach:likeliest", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
-        ("dry:read_data", ["inspect", "c.yml"]),
-        ("inspect:_batch", ["inspect", "c.yml"]),
-        ("dry:outline_policy", ["validate", "c.yml"]),
-        ("validate:_figures", ["validate", "c.yml"]),
-        ("plot:plot", ["plot", "runs/lora"]),
-        ("doctor:examine", ["doctor", "runs/lora"]),
-        ("compare:compare", ["compare", "runs/lora", "runs/labels"]),
+        ("inference.teacher_cache:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+        ("inference.teacher_cache:top_k_logprobs", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+        ("tools.preflight.dry_run:read_data", ["inspect", "c.yml"]),
+        ("tools.preflight.preview:_batch", ["inspect", "c.yml"]),
+        ("tools.preflight.dry_run:build_meta_policy", ["validate", "c.yml"]),
+        ("tools.preflight.validate:_figures", ["validate", "c.yml"]),
+        ("tools.analysis.plot:plot", ["plot", "runs/lora"]),
+        ("tools.analysis.doctor:run_checks", ["doctor", "runs/lora"]),
+        ("tools.analysis.compare:compare", ["compare", "runs/lora", "runs/labels"]),
     ],
 )
 def test_one_line_and_nothing_changed(folder, stop, arguments):
@@ -174,13 +177,13 @@ def test_one_line_and_nothing_changed(folder, stop, arguments):
 
 
 SIGTERM_STAGES = [
-    ("prepare:load_tokenizer", ["train", "c.yml"]),
+    ("training.setup:load_tokenizer", ["train", "c.yml"]),
     ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
     ("trainer:load_policy", ["train", "c.yml"]),
     ("trainer:build_aux_models", ["train", "c.yml"]),
-    ("run:RunFolder.find_checkpoint", ["train", "c.yml"]),
-    ("generate:Generator._generate", GENERATE),
-    ("teach:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+    ("training.run_dir:RunFolder.find_checkpoint", ["train", "c.yml"]),
+    ("inference.generate:Generator._generate", GENERATE),
+    ("inference.teacher_cache:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
 ]
 
 
@@ -228,7 +231,7 @@ def test_kill_9_while_several_processes_tokenise(large_file, capsys):
 
 def test_in_the_first_evaluation(folder, capsys):
     """It is noted, a checkpoint of step 0 is written, and the same command goes on from there."""
-    command = Command("train", "c.yml", stop="evaluate:failpoint", seconds=1)
+    command = Command("train", "c.yml", stop="training.metrics:failpoint", seconds=1)
     assert command.interrupt() == 130
     assert "stopped by SIGINT at step 0; the same command goes on" in command.read("out") and not command.read("err")
     assert main(["train", "c.yml"]) == 0

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from minitrain import MinitrainError, Trainer, load_config
-from minitrain.model.weights import whole_tensors
+from minitrain.model.weights import full_tensors
 
 torch.set_num_threads(1)
 
 
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
-    tensors = whole_tensors(trainer.generator.model, trainer.parallel.full_tensor)
+    tensors = full_tensors(trainer.generator.model, trainer.parallel.full_tensor)
     return {name: tensor.clone() for name, tensor in tensors}
 
 

@@ -89,7 +89,7 @@ def test_three_tokens_by_hand(divergence):
         return PolicyOutput(logps, torch.zeros(2, dtype=torch.long), 1, divergence=found)
 
     loss = create_loss("kd", divergence=divergence, temperature=1.0, alpha=1.0, beta=0.0)
-    output = loss(batch, Models(policy, teacher=SimpleNamespace(states=lambda batch: (teacher, layer))))
+    output = loss(batch, Models(policy, teacher=SimpleNamespace(target_hidden_states=lambda batch: (teacher, layer))))
     ln2, ln3 = math.log(2), math.log(3)
     want = {"forward_kl": 5 / 4 * ln2 - ln3 / 4, "reverse_kl": 3 / 4 * ln3 - 3 / 8 * ln2}[divergence]
     assert output.sum.item() / output.weight.item() == pytest.approx(want, rel=1e-6)
@@ -180,8 +180,8 @@ def test_the_gradient_of_the_announced_loss_is_not_made_twice(monkeypatch):
     """One pass of both heads for the loss that was announced, two for another one."""
     from minitrain.model import kd_divergence
 
-    passes, sweep = [], kd_divergence._sweep
-    monkeypatch.setattr(kd_divergence, "_sweep", lambda *args: passes.append(1) or sweep(*args))
+    passes, sweep = [], kd_divergence._run_chunks
+    monkeypatch.setattr(kd_divergence, "_run_chunks", lambda *args: passes.append(1) or sweep(*args))
     for factor, n in ((1.0, 1), (torch.rand(N, dtype=torch.float64), 2)):
         student, teacher, targets = case()
         asked = Distillation(teacher, forward_kl, 2.0, None, (0.7, 0.3))

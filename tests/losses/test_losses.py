@@ -22,9 +22,9 @@ class TablePolicy:
     def __init__(self, logits: torch.Tensor):
         self.logits = logits.requires_grad_()
 
-    def __call__(self, batch, token_weights=None, entropy=False, mean_logps=False) -> PolicyOutput:
+    def __call__(self, batch, detached_weight_fn=None, entropy=False, mean_logps=False) -> PolicyOutput:
         layer = LMHead(torch.eye(self.logits.shape[1]))
-        scores = chunked_logprobs(self.logits, batch.targets, layer, token_weights, entropy, mean_logps)
+        scores = chunked_logprobs(self.logits, batch.targets, layer, detached_weight_fn, entropy, mean_logps)
         return PolicyOutput(scores.logps, torch.zeros_like(batch.targets), 1, scores.entropy, scores.mean_logps)
 
 

@@ -35,7 +35,7 @@ def edit(folder, name: str) -> None:
 def test_every_tensor_is_seen(deep, monkeypatch, is_sampled):
     """Whichever tensor differs, in full and by samples; the same files in another folder are the same."""
     if is_sampled:
-        monkeypatch.setattr(module, "WHOLE", 0)
+        monkeypatch.setattr(module, "MAX_FULL_BYTES", 0)
     config = ModelConfig(name_or_path=str(deep))
     seen, before = {tuple(model_fingerprint(config))}, (deep / "model.safetensors").read_bytes()
     names = list(load_file(deep / "model.safetensors"))
@@ -98,7 +98,7 @@ def test_references_of_another_model_are_not_reused(deep, dpo):
 
 def test_a_batch_of_cached_references_is_compared(deep, dpo, monkeypatch):
     """Even if two models had the same identity, log-probabilities that are not the policy's would be made again."""
-    monkeypatch.setattr("minitrain.training.aux_models.identity", lambda config: [])
+    monkeypatch.setattr("minitrain.training.aux_models.model_fingerprint", lambda config: [])
     assert dpo(f"model.name_or_path={deep}", "exp_name=one") == pytest.approx(math.log(2), abs=1e-6)
     edit(deep, "model.layers.15.mlp.down_proj.weight")
     assert dpo(f"model.name_or_path={deep}", "exp_name=two") == pytest.approx(math.log(2), abs=1e-6)

@@ -53,7 +53,7 @@ def test_scores_and_gradients_equal_the_plain_path(scale, softcap, bias, chunk):
 
 @pytest.mark.parametrize("weigh", [torch.ones_like, lambda logps: 0.7 * logps.exp() + 0.3])
 def test_gradients_of_the_single_pass_equal_the_plain_path(weigh):
-    """With `token_weights` the gradient is made in the forward pass; it is that of -c * sum w log p."""
+    """With `detached_weight_fn` the gradient is made in the forward pass; it is that of -c * sum w log p."""
     hidden, weight, bias, targets = inputs(True)
     exact = double((hidden, weight, bias))
     logps = chunked_logprobs(hidden, targets, LMHead(weight, bias, 0.5, 3.0), weigh, chunk=4).logps
@@ -64,7 +64,7 @@ def test_gradients_of_the_single_pass_equal_the_plain_path(weigh):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=2e-5)
 
 
-def test_wrong_token_weights_still_give_the_right_gradient():
+def test_wrong_detached_weights_still_give_the_right_gradient():
     """When the loss is not the announced one, the backward pass notices and recomputes."""
     hidden, weight, _, targets = inputs(False)
     exact = double((hidden, weight))

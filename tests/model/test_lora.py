@@ -13,7 +13,7 @@ from minitrain.data.collate import Document, collate
 from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
 from minitrain.model.logprobs import chunked_logprobs
-from minitrain.model.lora import _LoRALinear, fold
+from minitrain.model.lora import _LoRALinear, merge_lora_weights
 from minitrain.model.policy import Policy
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
@@ -132,8 +132,8 @@ def test_the_start_is_the_base_and_peft_agrees_on_everything_after(folders, tmp_
     for key, grad in found.items():
         close(grad, renamed[key], 1e-4)
     whole = copy.deepcopy(model)
-    for module in whole.adapter.adapted.values():
-        fold(module)
+    for module in whole.adapter.layers.values():
+        merge_lora_weights(module)
     close(logits(whole), logits(model), 1e-4)
     assert not any("lora" in key for key, _ in whole.named_parameters())
 
@@ -322,7 +322,7 @@ def test_the_gradient_of_an_adapted_output_layer_is_that_of_its_own_forward(fold
         policy = Policy(model).train()
         hidden = policy.hidden_states(batch).flatten(0, 1).index_select(0, batch.predict_positions)
         torch.manual_seed(5)
-        states, layer = policy.output(hidden)
+        states, layer = policy.lm_head(hidden)
         (-chunked_logprobs(states, batch.targets, layer).logps.sum()).backward()
         found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
@@ -339,11 +339,11 @@ def test_rank_stabilised_scaling_survives(folders, tmp_path):
     model = shaken(adapted(folders["llama"], rank=16, alpha=16.0, use_rslora=True))
     save_model(model, _Tokens(), tmp_path, torch.float32)
     again = base(folders["llama"])
-    layers = load_adapter(again, tmp_path).adapted
+    layers = load_adapter(again, tmp_path).layers
     assert all(layer.lora.scaling == 4.0 for layer in layers.values())
     layer = layers["model.layers.0.self_attn.q_proj"]
     want = layer.weight + 4.0 * layer.lora_B @ layer.lora_A
-    fold(layer)
+    merge_lora_weights(layer)
     close(layer.weight, want)
 
 
@@ -353,7 +353,7 @@ def test_a_merge_is_rounded_once(folders):
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight.data = layer.weight.data.bfloat16()
     exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
-    fold(layer)
+    merge_lora_weights(layer)
     assert layer.weight.dtype == torch.bfloat16
     assert (layer.weight != exact.bfloat16()).float().mean() < 1e-3  # ties of float32 and float64
 

@@ -127,7 +127,7 @@ def test_the_gradient_of_the_rows_is_that_of_the_whole_weight(bases, byte_folder
         scores = policy(batch, distillation=Distillation(teacher, forward_kl, 1.0, None, (1.0, 0.5)))
         (scores.divergence.sum() + 0.5 * -scores.logps.sum()).backward()
     else:
-        scores = policy(batch, entropy=told == "entropy", token_weights=lambda logps: torch.ones_like(logps))
+        scores = policy(batch, entropy=told == "entropy", detached_weight_fn=lambda logps: torch.ones_like(logps))
         (-scores.logps.sum() + (scores.entropy.sum() if told == "entropy" else 0.0)).backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     assert any("token_rows" in n for n in found)

@@ -14,7 +14,7 @@ from minitrain.data.collate import Document, collate
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
-from minitrain.model.adapter_config import outputs_of
+from minitrain.model.adapter_config import read_adapter_outputs
 from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, trained_outputs
 from minitrain.model.save import save_model
@@ -248,7 +248,7 @@ def test_peft_loads_a_lora(folders, tmp_path, kind, options):
     assert config["task_type"] == "SEQ_CLS" and set(config["modules_to_save"]) == HEADS[kind]
     theirs = peft.PeftModel.from_pretrained(their_base(folders[kind], tokenizer), tmp_path).eval()
     close(one_by_one(theirs, tokenizer), ours(policy, tokenizer), 1e-4)
-    assert outputs_of(tmp_path) == NAMES
+    assert read_adapter_outputs(tmp_path) == NAMES
     config = ModelConfig(str(folders[kind]), adapter=str(tmp_path))
     merged = make_policy(load_merged(config, tokenizer)).eval()
     assert list(merged.model.config.id2label.values()) == NAMES
@@ -263,7 +263,7 @@ def test_a_lora_of_peft_is_loaded(folders, tmp_path, kind):
     config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=QUERY_VALUE[kind])
     theirs = shaken(peft.get_peft_model(their_base(folders[kind], tokenizer, 2), config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    assert outputs_of(tmp_path / "theirs") == ["LABEL_0", "LABEL_1"]
+    assert read_adapter_outputs(tmp_path / "theirs") == ["LABEL_0", "LABEL_1"]
     source = ModelConfig(str(folders[kind]), adapter=str(tmp_path / "theirs"))
     model = load_model(source, tokenizer, 1, outputs=["LABEL_0", "LABEL_1"])
     model.adapter = load_adapter(model, tmp_path / "theirs")

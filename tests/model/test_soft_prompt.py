@@ -27,7 +27,7 @@ KINDS = {
 KNOWN = [name for name in MODELS if name != "gemma2-softcap"]  # PEFT does not know Gemma 2's caches of two kinds
 
 
-def prompted(folder, **options) -> Policy:
+def has_soft_prompt(folder, **options) -> Policy:
     """A policy with 5 vectors, larger than they start, so that they matter."""
     config = Config(model=ModelConfig(str(folder)), soft_prompt=SoftPromptConfig(num_virtual_tokens=5, **options))
     policy = load_policy(config, _Tokens())[0].eval()
@@ -48,7 +48,7 @@ def batch() -> Batch:
 @pytest.mark.parametrize("name", KNOWN)
 def test_peft_agrees(folders, tmp_path, name, kind):  # noqa: F811
     """Log-probabilities and gradients of what is saved equal those of PEFT, which loads it; and back."""
-    policy = prompted(folders[name], **KINDS[kind])
+    policy = has_soft_prompt(folders[name], **KINDS[kind])
     save_model(policy.model, _Tokens(), tmp_path, torch.float32)
     theirs = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path).eval()
     theirs.prompt_encoder["default"].embedding.weight.requires_grad_()

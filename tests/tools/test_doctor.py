@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from minitrain.cli.main import main
-from minitrain.tools.analysis.doctor import CHECKS, examine
+from minitrain.tools.analysis.doctor import CHECKS, run_checks
 from minitrain.training.metrics_log import read_history
 
 LINES = 30
@@ -72,20 +72,20 @@ def make_run(tmp_path):
 
 
 def found(folder) -> list[str]:
-    return [finding.what for finding in examine(read_history(folder))[0]]
+    return [finding.problem for finding in run_checks(read_history(folder))[0]]
 
 
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_nothing_is_found_in_a_healthy_run(make_run, kind, capsys):
     """And the report says what was looked at."""
     folder = make_run(kind)
-    findings, well = examine(read_history(folder))
+    findings, passed = run_checks(read_history(folder))
     assert findings == []
     assert main(["doctor", str(folder)]) == 0
     out, err = capsys.readouterr()
     said = " ".join(out.split())
     assert "30 train and 6 eval lines, up to step 300" in said and err == ""
-    assert f"Nothing looks wrong. Looked at: {', '.join(well)}." in said
+    assert f"Nothing looks wrong. Looked at: {', '.join(passed)}." in said
 
 
 def test_healthy_runs_are_looked_at_from_all_sides(tmp_path, make_run):
@@ -93,9 +93,9 @@ def test_healthy_runs_are_looked_at_from_all_sides(tmp_path, make_run):
     looked = {}
     for kind in HEALTHY:
         folder = make_run(kind)
-        looked[kind] = set(examine(read_history(folder))[1])
+        looked[kind] = set(run_checks(read_history(folder))[1])
         folder.rename(tmp_path / kind)
-    assert set.union(*looked.values()) == {check.of for check in CHECKS}
+    assert set.union(*looked.values()) == {check.name for check in CHECKS}
     assert "clip fractions" not in looked["sft"] and "overfitting" not in looked["policy"]
 
 
@@ -219,8 +219,8 @@ def test_a_run_that_was_never_evaluated(make_run):
         folder = make_run(settings=settings)
         file = folder / "metrics.jsonl"
         file.write_text("".join(line for line in file.open() if '"eval"' not in line))
-        (finding,) = examine(read_history(folder))[0]
-        assert finding.what == "The model was never evaluated." and finding.advice.startswith(advice)
+        (finding,) = run_checks(read_history(folder))[0]
+        assert finding.problem == "The model was never evaluated." and finding.advice.startswith(advice)
         folder.rename(folder.with_name(f"run-{number}"))
 
 
@@ -230,7 +230,7 @@ def test_where_an_unfinished_run_goes_on(make_run):
     for step in (90, 200):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (folder / "run.json").write_text('{"finished_step": 200, "total_steps": 200}')
-    (finding,) = examine(read_history(folder))[0]
+    (finding,) = run_checks(read_history(folder))[0]
     assert "last line is of step 300" in finding.evidence and "the checkpoint of step 200" in finding.advice
 
 

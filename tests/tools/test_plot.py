@@ -14,10 +14,10 @@ from minitrain.training.metrics_log import read_history
 def picture():
     """``picture(folder, ...)``: the matplotlib figure and its panels by name."""
     pytest.importorskip("matplotlib")
-    from minitrain.tools.analysis.plot import picture
+    from minitrain.tools.analysis.plot import make_figure
 
     def make(*folders):
-        drawn = picture([read_history(folder) for folder in folders])
+        drawn = make_figure([read_history(folder) for folder in folders])
         return drawn, {axis.get_title(loc="left"): axis for axis in drawn.axes}
 
     return make
@@ -50,9 +50,9 @@ def data_of(axis) -> list[tuple[list, list]]:
 
 def test_only_the_figures_that_are_asked_for(picture, run, capsys):
     """`--figures` gives panels in its order; one that no run has is refused with the names of those there are."""
-    from minitrain.tools.analysis.plot import picture as draw
+    from minitrain.tools.analysis.plot import make_figure
 
-    drawn = draw([read_history(run)], ["lr", "loss"])
+    drawn = make_figure([read_history(run)], ["lr", "loss"])
     assert [axis.get_title(loc="left") for axis in drawn.axes] == ["lr", "loss"]
     assert main(["plot", str(run), "--figures", "loss", "los"]) == 2
     assert "no run has logged los; there are loss, rewards/margins, lr, grad_norm" in capsys.readouterr().err

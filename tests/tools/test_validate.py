@@ -274,7 +274,7 @@ def test_more_than_the_machine_has(write, report, monkeypatch):
 
 def test_a_model_that_needs_its_values(write, report, monkeypatch):
     """Where no number can be told, it is said why; the other figures are there."""
-    monkeypatch.setattr(Policy, "output", lambda self, hidden: hidden.nonzero())
+    monkeypatch.setattr(Policy, "lm_head", lambda self, hidden: hidden.nonzero())
     code, found, _ = report(write(ROWS))
     assert code == 0 and found["peak memory"].startswith("not known, since the model cannot run without values: ")
     assert "parameters" in found

@@ -18,7 +18,7 @@ from minitrain.losses import create_loss, registered
 from minitrain.model.positions import UNLIMITED, position_limit, rotary_limit
 from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.model.trial import try_outline
+from minitrain.model.trial import check_meta_policy
 from minitrain.model.weights import parameters_on_meta
 from minitrain.tools.preflight.dry_run import dry_run
 from minitrain.tools.preflight.memory import eval_metrics
@@ -205,7 +205,7 @@ def test_an_outline_is_tried_as_the_model_is(kind, packing):
     if packing:
         attention.attend_by_document(outline.model)
     told = []
-    error = refused(lambda: told.extend(try_outline(outline, packing)))
+    error = refused(lambda: told.extend(check_meta_policy(outline, packing)))
     if packing and kind in LEAKY:
         assert error == (
             f"packing: {type(outline.model).__name__} lets documents of one row see each other; set packing=false "
@@ -232,8 +232,8 @@ def test_a_model_that_cannot_read_packed_rows(monkeypatch):
     def broken(scores):
         raise RuntimeError("The size of tensor a (12) must match\nmore")
 
-    monkeypatch.setattr(outline, "score_of_second", broken)
-    told = refused(lambda: try_outline(outline, True))
+    monkeypatch.setattr(outline, "score_second_document", broken)
+    told = refused(lambda: check_meta_policy(outline, True))
     assert told == (
         "packing: LlamaForCausalLM cannot read packed rows (The size of tensor a (12) must match.). Set packing=false."
     )

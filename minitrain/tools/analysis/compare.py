@@ -8,7 +8,7 @@ from minitrain.errors import ConfigError, RunFolderError
 from minitrain.training.metrics_log import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
 
 FILE = "ledger.jsonl"
-OWN = ("exp_name", "output_dir")  # always differ
+RUN_OPTIONS = ("exp_name", "output_dir")  # always differ
 ROUNDING = 1e-5  # largest relative difference of a float32 loss due to the order of sums
 
 
@@ -21,16 +21,16 @@ class Step(NamedTuple):
 NAMES = {"tokens": "tokens", "loss": "loss", "grad_norm": "gradient norm"}
 
 
-class Parting(NamedTuple):
+class Difference(NamedTuple):
     """The first difference of a metric.
 
     Attributes:
         step: The step.
-        apart: The relative difference there; None for a hash.
+        relative_difference: The relative difference there; None for a hash.
     """
 
     step: int
-    apart: float | None
+    relative_difference: float | None
 
 
 def compare(first: Path, second: Path) -> tuple[list[str], bool]:
@@ -49,14 +49,14 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
     a, b = ([ledger[step] for step in steps] for ledger in ledgers)
     lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in zip("ab", (first, second), ledgers)]
     lines += ["", *_options(first, second), ""]
-    partings = {}
+    differences = {}
     for name in Step._fields:
         sides = [[getattr(step, name) for step in steps_of] for steps_of in (a, b)]
-        told, parting = _figure(steps, *sides)
-        lines.append(f"{NAMES[name]:<14} {told}")
-        if parting is not None:
-            partings[name] = parting
-    return [*lines, "", _verdict(partings, steps)], not partings
+        line, difference = _compare_metric(steps, *sides)
+        lines.append(f"{NAMES[name]:<14} {line}")
+        if difference is not None:
+            differences[name] = difference
+    return [*lines, "", _explain(differences, steps)], not differences
 
 
 def read_ledger(folder: Path) -> dict[int, Step]:
@@ -90,63 +90,69 @@ def _options(first: Path, second: Path) -> list[str]:
             settings = None
         if settings is None:
             return [f"options: {folder / 'config.yml'} cannot be read"]
-        configs.append(dict(_flat(settings)))
+        configs.append(dict(_flatten(settings)))
     a, b = configs
-    keys = [key for key in (*a, *(key for key in b if key not in a)) if key not in OWN and a.get(key) != b.get(key)]
+    keys = [
+        key for key in (*a, *(key for key in b if key not in a)) if key not in RUN_OPTIONS and a.get(key) != b.get(key)
+    ]
     if not keys:
         return ["options: the same"]
     width = max(map(len, keys))
-    return ["options that differ:", *(f"  {key:<{width}}  {_shown(a, key)} -> {_shown(b, key)}" for key in keys)]
+    return [
+        "options that differ:",
+        *(f"  {key:<{width}}  {_format_option(a, key)} -> {_format_option(b, key)}" for key in keys),
+    ]
 
 
-def _flat(settings, path: str = ""):
+def _flatten(settings, path: str = ""):
     """Yield (key, value) of each option; the key is ``a.b`` in a section."""
     if isinstance(settings, dict) and (settings or not path):
         for key, value in settings.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, settings
 
 
-def _shown(config: dict, key: str) -> str:
+def _format_option(config: dict, key: str) -> str:
     return json.dumps(config[key], default=str, skipkeys=True) if key in config else "(not there)"
 
 
-def _figure(steps: list[int], a: list, b: list) -> tuple[str, Parting | None]:
+def _compare_metric(steps: list[int], a: list, b: list) -> tuple[str, Difference | None]:
     """Return a line about a metric of two runs, and its first difference."""
     differing = [i for i in range(len(steps)) if a[i] != b[i] and not (a[i] != a[i] and b[i] != b[i])]  # NaN is NaN
     if not differing:
         return f"the same to the last bit in {len(steps):,} steps", None
-    at = differing[0]
-    if isinstance(a[at], str):
-        told = f"first differ at step {steps[at]}, and in {len(differing):,} of {len(steps):,} steps"
-        return told, Parting(steps[at], None)
-    apart = {i: _apart(a[i], b[i]) for i in differing}
-    most = max(differing, key=apart.get)
-    told = f"first differs at step {steps[at]}: {a[at]:.9g} and {b[at]:.9g}, a relative difference of {apart[at]:.1e}"
-    if most != at:
-        told += f"; the largest is {apart[most]:.1e}, at step {steps[most]}"
-    return told, Parting(steps[at], apart[at])
+    first = differing[0]
+    if isinstance(a[first], str):
+        line = f"first differ at step {steps[first]}, and in {len(differing):,} of {len(steps):,} steps"
+        return line, Difference(steps[first], None)
+    relative_difference = {i: _relative_difference(a[i], b[i]) for i in differing}
+    largest = max(differing, key=relative_difference.get)
+    line = f"first differs at step {steps[first]}: {a[first]:.9g} and {b[first]:.9g}, "
+    line += f"a relative difference of {relative_difference[first]:.1e}"
+    if largest != first:
+        line += f"; the largest is {relative_difference[largest]:.1e}, at step {steps[largest]}"
+    return line, Difference(steps[first], relative_difference[first])
 
 
-def _apart(a: float, b: float) -> float:
+def _relative_difference(a: float, b: float) -> float:
     """Return the difference relative to the larger number; infinity if one is NaN."""
-    share = abs(a - b) / max(abs(a), abs(b))
-    return share if share == share else float("inf")
+    ratio = abs(a - b) / max(abs(a), abs(b))
+    return ratio if ratio == ratio else float("inf")
 
 
-def _verdict(partings: dict[str, Parting], steps: list[int]) -> str:
+def _explain(differences: dict[str, Difference], steps: list[int]) -> str:
     """Return a sentence about what differed first, and its possible causes."""
-    if not partings:
+    if not differences:
         return f"The runs are the same in all {len(steps):,} steps that both have."
-    step = min(parting.step for parting in partings.values())
-    first = [name for name, parting in partings.items() if parting.step == step]
+    step = min(difference.step for difference in differences.values())
+    first = [name for name, difference in differences.items() if difference.step == step]
     if "tokens" in first:
         return (
             f"From step {step} on they have seen other data: look at seed, datasets, total_batch_size, the tokenizer "
             "and what cuts and splits examples."
         )
-    small = all(partings[name].apart < ROUNDING for name in first)
+    small = all(differences[name].relative_difference < ROUNDING for name in first)
     size = "no more than rounding makes" if small else "more than rounding makes"
     if "loss" not in first:
         cause = "the backward pass: activation checkpointing, attention, micro-batches, another machine"

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from minitrain.training.atomic_dir import checkpoints, step_of
 from minitrain.training.metrics_log import History, Point
 
-ENOUGH = 6  # fewest lines from which a trend is derived
-SHOWN = 5  # most steps listed
+MIN_LINES = 6  # fewest lines from which a trend is derived
+MAX_STEPS = 5  # most steps listed
 FLAT = 0.02  # smallest relative change that counts
 RISE = 0.3  # fraction of the gain, or of the loss, that a diverging run loses again
 SPIKE = 8  # times the running median
@@ -31,7 +31,7 @@ WIDTH = 100
 class Finding(NamedTuple):
     """What looks wrong, the evidence, and what to try."""
 
-    what: str
+    problem: str
     evidence: str
     advice: str
 
@@ -40,19 +40,19 @@ class Check(NamedTuple):
     """A check of the metrics of a run.
 
     Attributes:
-        of: What is checked.
-        look: Returns the finding, if there is one.
-        needs: Metrics without which the check is skipped.
-        unless: A metric with which the check is skipped.
+        name: What is checked.
+        find: Returns the finding, if there is one.
+        requires: Metrics without which the check is skipped.
+        skipped_with: A metric with which the check is skipped.
     """
 
-    of: str
-    look: Callable[[History], Finding | None]
-    needs: tuple[str, ...] = ()
-    unless: str = ""
+    name: str
+    find: Callable[[History], Finding | None]
+    requires: tuple[str, ...] = ()
+    skipped_with: str = ""
 
     def applies(self, run: History) -> bool:
-        return all(map(run.values, self.needs)) and self.unless not in run.figures
+        return all(map(run.values, self.requires)) and self.skipped_with not in run.figures
 
 
 class Trend(NamedTuple):
@@ -61,38 +61,38 @@ class Trend(NamedTuple):
     Attributes:
         first: Mean at the start.
         last: Mean at the end.
-        least: Smallest difference that is neither small nor noise.
+        threshold: Smallest difference that is neither small nor noise.
     """
 
     first: float
     last: float
-    least: float
+    threshold: float
 
 
-def examine(run: History) -> tuple[list[Finding], list[str]]:
+def run_checks(run: History) -> tuple[list[Finding], list[str]]:
     """Run all checks that apply; return the findings, and the names of the checks without one."""
-    findings, well = [], []
+    findings, passed = [], []
     for check in CHECKS:
         if not check.applies(run):
             continue
-        finding = check.look(run)
+        finding = check.find(run)
         if finding is None:
-            well.append(check.of)
+            passed.append(check.name)
         else:
             findings.append(finding)
-    return findings, well
+    return findings, passed
 
 
 def report(run: History) -> str:
     """Return the full report, wrapped for the terminal."""
-    findings, well = examine(run)
-    lines = [len(run.figures.get(f"{kind}/loss", [])) for kind in ("train", "eval")]
+    findings, passed = run_checks(run)
+    lines = [len(run.figures.get(f"{split}/loss", [])) for split in ("train", "eval")]
     paragraphs = [_wrap(f"{run.folder}: {lines[0]} train and {lines[1]} eval lines, up to step {run.last_step}")]
-    for what, evidence, advice in findings:
-        paragraphs.append("\n".join([what, _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")]))
-    good = ", ".join(well)
-    if good:
-        paragraphs.append(_wrap(f"{'Nothing wrong with' if findings else 'Nothing looks wrong. Looked at'}: {good}."))
+    for problem, evidence, advice in findings:
+        paragraphs.append("\n".join([problem, _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")]))
+    names = ", ".join(passed)
+    if names:
+        paragraphs.append(_wrap(f"{'Nothing wrong with' if findings else 'Nothing looks wrong. Looked at'}: {names}."))
     return "\n\n".join(paragraphs)
 
 
@@ -100,14 +100,14 @@ def report(run: History) -> str:
 
 
 def flat_loss(run: History) -> Finding | None:
-    name = _measure(run)
+    name = _loss_metric(run)
     values, evals = run.values(f"train/{name}"), run.values(f"eval/{name}")
-    if len(values) < ENOUGH:
+    if len(values) < MIN_LINES:
         return None
     trend = _trend(values)
     in_first_line = abs(values[0] - trend.last) > max(FLAT * abs(values[0]), 2 * pstdev(values[1:]))
     in_evals = len(evals) > 1 and evals[0] - evals[-1] > FLAT * abs(evals[0])
-    if abs(trend.first - trend.last) > trend.least or in_first_line or in_evals:
+    if abs(trend.first - trend.last) > trend.threshold or in_first_line or in_evals:
         return None
     return Finding(
         "The loss does not move.",
@@ -119,9 +119,9 @@ def flat_loss(run: History) -> Finding | None:
 
 
 def diverging_loss(run: History) -> Finding | None:
-    name = _measure(run)
+    name = _loss_metric(run)
     points = run.points(f"train/{name}")
-    if len(points) < ENOUGH:
+    if len(points) < MIN_LINES:
         return None
     values = [point.value for point in points]
     smooth = [median(values[i - 1 : i + 2]) for i in range(1, len(values) - 1)]
@@ -143,12 +143,12 @@ def not_finite(run: History) -> Finding | None:
     scaled = run.setting("model.policy_dtype", str) == "float16"
     names = ["train/loss", "eval/loss"] + ([] if scaled else ["train/grad_norm"])
     bad = {name: [p for p in run.figures.get(name, []) if not p.finite] for name in names}
-    told = "; ".join(f"{name} at {_steps(points)}" for name, points in bad.items() if points)
-    if not told:
+    steps_by_metric = "; ".join(f"{name} at {_steps(points)}" for name, points in bad.items() if points)
+    if not steps_by_metric:
         return None
     return Finding(
         "Figures are infinite or undefined.",
-        f"{told}. A train line stands for all steps since the line before; such a step is skipped.",
+        f"{steps_by_metric}. A train line stands for all steps since the line before; such a step is skipped.",
         "a lower lr or a longer warmup_ratio; bfloat16 or float32 in the place of float16; debug=true names the place. "
         "When it comes back at the same examples, look at them.",
     )
@@ -156,7 +156,7 @@ def not_finite(run: History) -> Finding | None:
 
 def gradient_spikes(run: History) -> Finding | None:
     points, spikes = run.points("train/grad_norm"), []
-    for i in range(ENOUGH - 1, len(points)):
+    for i in range(MIN_LINES - 1, len(points)):
         usual = median(point.value for point in points[max(0, i - 20) : i])
         if points[i].value > SPIKE * usual > 0:
             spikes.append((points[i].value / usual, points[i]))
@@ -173,7 +173,7 @@ def gradient_spikes(run: History) -> Finding | None:
 
 def always_clipped(run: History) -> Finding | None:
     limit, norms = run.setting("max_grad_norm", int | float), run.values("train/grad_norm")
-    if not limit or len(norms) < ENOUGH or min(norms) <= limit or median(norms) <= CLIPPED * limit:
+    if not limit or len(norms) < MIN_LINES or min(norms) <= limit or median(norms) <= CLIPPED * limit:
         return None
     return Finding(
         "Gradients are always clipped.",
@@ -184,7 +184,7 @@ def always_clipped(run: History) -> Finding | None:
 
 
 def overfitting(run: History) -> Finding | None:
-    name = _measure(run)
+    name = _loss_metric(run)
     evals, trains = run.points(f"eval/{name}"), run.points(f"train/{name}")
     if len(evals) < 2 or len(trains) < 2:
         return None
@@ -205,21 +205,21 @@ def overfitting(run: History) -> Finding | None:
 
 def chosen_falls(run: History) -> Finding | None:
     names = ("logps/chosen", "rewards/margins")
-    kind = "eval" if all(len(run.values(f"eval/{name}")) > 1 for name in names) else "train"
-    if kind == "train" and len(run.values("train/logps/chosen")) < ENOUGH:
+    split = "eval" if all(len(run.values(f"eval/{name}")) > 1 for name in names) else "train"
+    if split == "train" and len(run.values("train/logps/chosen")) < MIN_LINES:
         return None
-    chosen, margins = (_change(run, f"{kind}/{name}") for name in names)
-    if chosen.first - chosen.last <= chosen.least or margins.last - margins.first <= margins.least:
+    chosen, margins = (_change(run, f"{split}/{name}") for name in names)
+    if chosen.first - chosen.last <= chosen.threshold or margins.last - margins.first <= margins.threshold:
         return None
     return Finding(
         "The chosen answers become less likely while margins rise.",
-        f"In {kind} lines logps/chosen went from {chosen.first:.4g} to {chosen.last:.4g} and rewards/margins from "
+        f"In {split} lines logps/chosen went from {chosen.first:.4g} to {chosen.last:.4g} and rewards/margins from "
         f"{margins.first:.3g} to {margins.last:.3g}: both answers fall, the rejected one faster.",
         "a lower lr, a larger loss.beta, or loss.sft_weight=0.1 to 1.",
     )
 
 
-def much_clipping(run: History) -> Finding | None:
+def high_clip_fraction(run: History) -> Finding | None:
     sides = [run.values(f"train/clip_fraction/{side}") for side in ("high", "low")]
     shares = [_trend(values).last for values in sides if values]
     if sum(shares) <= CLIP_FRACTION:
@@ -273,10 +273,10 @@ def much_padding(run: History) -> Finding | None:
 
 def slower(run: History) -> Finding | None:
     speeds = run.values("train/tokens_per_second")[1:]  # the first line includes the start
-    if len(speeds) < ENOUGH:
+    if len(speeds) < MIN_LINES:
         return None
-    before, after, least = _trend(speeds)
-    if after >= SLOWER * before or before - after <= least:
+    before, after, threshold = _trend(speeds)
+    if after >= SLOWER * before or before - after <= threshold:
         return None
     memory = run.values("train/memory_gb")
     used = f"; memory_gb went from {memory[0]:.3g} to {memory[-1]:.3g}" if memory else ""
@@ -287,7 +287,7 @@ def slower(run: History) -> Finding | None:
     )
 
 
-def no_lr(run: History) -> Finding | None:
+def zero_lr(run: History) -> Finding | None:
     zeros = []
     for point in reversed(run.points("train/lr")):
         if point.value != 0:
@@ -320,27 +320,28 @@ def unfinished(run: History) -> Finding | None:
         return None
     written = time.localtime((run.folder / "metrics.jsonl").stat().st_mtime)
     left = run.values("train/eta_seconds")
-    found = checkpoints(run.folder / "checkpoints")
+    saved = checkpoints(run.folder / "checkpoints")
     return Finding(
         "The run has not finished.",
         f"Its last line is of step {run.last_step}, written at {time.strftime('%Y-%m-%d %H:%M', written)}"
         + (f", with {left[-1] / 60:.0f} minutes of training still to come then." if left else "."),
-        f"unless it still runs, the same command again: it goes on from the checkpoint of step {step_of(found[-1])}."
-        if found
+        f"unless it still runs, the same command again: it goes on from the checkpoint of step {step_of(saved[-1])}."
+        if saved
         else "unless it still runs, the same command again, from the start: there is no checkpoint (save_every_steps).",
     )
 
 
 CHECKS = [
-    Check("lr", no_lr, ("train/lr",)),
-    Check("the loss moves", flat_loss, ("train/loss",), unless="train/ratio"),  # a policy loss's value means nothing
-    Check("the loss does not rise", diverging_loss, ("train/loss",), unless="train/ratio"),
+    Check("lr", zero_lr, ("train/lr",)),
+    # The value of a policy loss means nothing.
+    Check("the loss moves", flat_loss, ("train/loss",), skipped_with="train/ratio"),
+    Check("the loss does not rise", diverging_loss, ("train/loss",), skipped_with="train/ratio"),
     Check("finite figures", not_finite),
     Check("spikes of the gradient", gradient_spikes, ("train/grad_norm",)),
     Check("clipping of the gradient", always_clipped, ("train/grad_norm",)),
-    Check("overfitting", overfitting, ("train/loss", "eval/loss"), unless="train/ratio"),
+    Check("overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/ratio"),
     Check("log-probabilities of chosen answers", chosen_falls, ("train/logps/chosen", "train/rewards/margins")),
-    Check("clip fractions", much_clipping, ("train/clip_fraction/high",)),
+    Check("clip fractions", high_clip_fraction, ("train/clip_fraction/high",)),
     Check("bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
     Check("distance from the sampling policy", far_ratio, ("train/ratio",)),
     Check("padding", much_padding, ("train/padding",)),
@@ -353,7 +354,7 @@ CHECKS = [
 # -------------------------------------------------------------------------------------------------------- helpers
 
 
-def _measure(run: History) -> str:
+def _loss_metric(run: History) -> str:
     """Return the metric that falls while a model learns; the loss of dft can rise."""
     return "perplexity" if "train/dft_alpha" in run.figures else "loss"
 
@@ -373,9 +374,9 @@ def _change(run: History, name: str) -> Trend:
 
 
 def _steps(points: list[Point]) -> str:
-    shown = ", ".join(str(point.step) for point in points[:SHOWN])
-    more = f" and {len(points) - SHOWN} more" if len(points) > SHOWN else ""
-    return f"{'step' if len(points) == 1 else 'steps'} {shown}{more}"
+    steps = ", ".join(str(point.step) for point in points[:MAX_STEPS])
+    more = f" and {len(points) - MAX_STEPS} more" if len(points) > MAX_STEPS else ""
+    return f"{'step' if len(points) == 1 else 'steps'} {steps}{more}"
 
 
 def _wrap(text: str, indent: str = "") -> str:

@@ -7,7 +7,7 @@ from minitrain.config.schema import Config
 from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset
 from minitrain.data.template import Template
 from minitrain.losses import Loss, create_loss
-from minitrain.model.outline import outline_policy
+from minitrain.model.meta_policy import build_meta_policy
 from minitrain.model.policy import Policy
 from minitrain.model.save import check_saving
 from minitrain.training.setup import make_loader, read_data
@@ -38,15 +38,15 @@ class DryRun:
     def with_packing(self, packing: bool) -> "DryRun":
         """Return the same training with or without packing."""
         config = dataclasses.replace(self.config, packing=packing)
-        return dataclasses.replace(self, config=config, policy=_outline(config, self.template, self.loss))
+        return dataclasses.replace(self, config=config, policy=_build_policy(config, self.template, self.loss))
 
-    def outline(self) -> Policy:
+    def build_policy(self) -> Policy:
         """Return another policy on the meta device."""
-        return _outline(self.config, self.template, self.loss)
+        return _build_policy(self.config, self.template, self.loss)
 
-    def packed_policy(self) -> Policy:
+    def build_quantized_policy(self) -> Policy:
         """Return another policy on the meta device whose quantized layers have their final size."""
-        return _outline(self.config, self.template, self.loss, packed=True)
+        return _build_policy(self.config, self.template, self.loss, quantized=True)
 
 
 def dry_run(config: Config) -> DryRun:
@@ -58,10 +58,10 @@ def dry_run(config: Config) -> DryRun:
     """
     loss = create_loss(**config.loss)
     template, data = read_data(config, loss)
-    policy = _outline(config, template, loss)
+    policy = _build_policy(config, template, loss)
     check_saving(policy.model, template.tokenizer)
     return DryRun(config, loss, template, data, policy)
 
 
-def _outline(config: Config, template: Template, loss: Loss, packed: bool = False) -> Policy:
-    return outline_policy(config, template.tokenizer, loss.outputs, "values" in loss.requires, packed)
+def _build_policy(config: Config, template: Template, loss: Loss, quantized: bool = False) -> Policy:
+    return build_meta_policy(config, template.tokenizer, loss.outputs, "values" in loss.requires, quantized)

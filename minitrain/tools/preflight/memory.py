@@ -33,7 +33,7 @@ from minitrain.errors import ConfigError
 from minitrain.losses import Loss, Models
 from minitrain.model import kd_divergence, logprobs
 from minitrain.model.load import CPU, DTYPES
-from minitrain.model.outline import outline_frozen
+from minitrain.model.meta_policy import build_meta_frozen
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.metrics import inference
 from minitrain.training.optim import build_optimizer
@@ -217,13 +217,13 @@ def _hold_moments(optimizer: torch.optim.Optimizer, ledger: MemoryTracker) -> No
 
 def _tell_head(policy: nn.Module, ledger: MemoryTracker) -> None:
     """Has the ledger know when the policy is in its output layer."""
-    output = policy.output
+    lm_head = policy.lm_head
 
     def told(hidden: Tensor):
         ledger.part = "head"
-        return output(hidden)
+        return lm_head(hidden)
 
-    policy.output = told
+    policy.lm_head = told
     policy.register_forward_hook(lambda *_: setattr(ledger, "part", "activations"))
 
 
@@ -272,7 +272,7 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Mem
     """The largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
-    policy = _faked(run.packed_policy(), fake)
+    policy = _faked(run.build_quantized_policy(), fake)
     loaders = [
         make_loader(examples, config, tokenizer, policy, parallel.rank, parallel.world_size)
         for examples in (run.data.train, run.data.eval)
@@ -281,7 +281,7 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Mem
     batches = [_largest(loader, held_out) for loader, held_out in zip(loaders, (False, True))]
 
     def load(*asked) -> nn.Module:
-        return _faked(outline_frozen(*asked), fake)
+        return _faked(build_meta_frozen(*asked), fake)
 
     with ledger:
         policy = prepare_policy(policy, None, config, parallel, precision, loss.dropout)

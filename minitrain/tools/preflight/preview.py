@@ -17,40 +17,40 @@ from minitrain.io.redact import redact
 
 from .dry_run import DryRun, dry_run
 
-PARTS = {"preference": ("chosen", "rejected"), "feedback": ("what was judged", "an answer to another prompt")}
+DOCUMENT_NAMES = {"preference": ("chosen", "rejected"), "feedback": ("what was judged", "an answer to another prompt")}
 
 
-class Ink(NamedTuple):
+class Marks(NamedTuple):
     """Marks around spans of text.
 
     Attributes:
         prompt: Before and after tokens that are not targets.
-        learned: Before and after targets.
+        target: Before and after targets.
     """
 
     prompt: tuple[str, str]
-    learned: tuple[str, str]
+    target: tuple[str, str]
 
 
-COLOURS = Ink(("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m"))  # dim, green
-BRACKETS = Ink(("", ""), ("⟦", "⟧"))
+COLORS = Marks(("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m"))  # dim, green
+BRACKETS = Marks(("", ""), ("⟦", "⟧"))
 
 
-class Part(NamedTuple):
+class BatchPreview(NamedTuple):
     """A batch of the training.
 
     Attributes:
         title: Its step and number.
         rows: The examples of each batch row.
-        chosen: Examples to show.
+        selected: Examples to show.
     """
 
     title: str
     rows: Rows
-    chosen: set[int]
+    selected: set[int]
 
 
-def inspect(config: Config, n_examples: int = 4, split: str = "train", ink: Ink = BRACKETS) -> Iterator[str]:
+def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Marks = BRACKETS) -> Iterator[str]:
     """Yield lines about the first examples, from the batches that a training on one device gets.
 
     Args:
@@ -68,48 +68,49 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", ink: Ink 
     if examples is None:
         raise ConfigError("--split: there is nothing to evaluate on; give eval_datasets or validation_split.")
     loader = run.loader(examples)
-    for part in _training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples):
-        if not part.chosen.isdisjoint(itertools.chain.from_iterable(part.rows)):
-            yield from _batch(loader.batch(part.rows), part, loader, run, ink)
+    for preview in _training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples):
+        if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):
+            yield from _batch(loader.batch(preview.rows), preview, loader, run, marks)
 
 
-def _training(loader: MicrobatchLoader, n_examples: int) -> Iterator[Part]:
+def _training(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPreview]:
     size, order = loader.config.total_batch_size, loader.order(0)
     first = order[:n_examples]
     for step, start in enumerate(range(0, len(first), size), 1):
         layout = loader.layout(order[start : start + size])
-        chosen = set(first[start : start + size].tolist())
+        selected = set(first[start : start + size].tolist())
         for number, rows in enumerate(layout, 1):
-            yield Part(f"step {step}, micro-batch {number} of {len(layout)}", rows, chosen)
+            yield BatchPreview(f"step {step}, micro-batch {number} of {len(layout)}", rows, selected)
 
 
-def _evaluation(loader: MicrobatchLoader, n_examples: int) -> Iterator[Part]:
+def _evaluation(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPreview]:
     for number, rows in enumerate(loader.eval_layout(), 1):
-        yield Part(f"evaluation, batch {number}", rows, set(range(n_examples)))
+        yield BatchPreview(f"evaluation, batch {number}", rows, set(range(n_examples)))
 
 
-def _batch(batch: Batch, part: Part, loader: MicrobatchLoader, run: DryRun, ink: Ink) -> Iterator[str]:
+def _batch(batch: Batch, preview: BatchPreview, loader: MicrobatchLoader, run: DryRun, marks: Marks) -> Iterator[str]:
     """Yield lines about the batch rows with chosen examples."""
     n_rows, n_columns = batch.input_ids.shape
     padding = batch.input_ids.numel() - batch.n_tokens
-    share = f"{100 * padding / batch.input_ids.numel():.1f} %"
-    yield f"{part.title}: {n_rows} rows of {n_columns} tokens; {batch.n_targets} learned, {padding} padding ({share})"
-    parts = range(run.data.train.caches[0].n_documents)
-    documents = [(example, which) for row in part.rows for example in row for which in parts]  # [D]
+    percent = f"{100 * padding / batch.input_ids.numel():.1f} %"
+    counts = f"{batch.n_targets} learned, {padding} padding ({percent})"
+    yield f"{preview.title}: {n_rows} rows of {n_columns} tokens; {counts}"
+    document_numbers = range(run.data.train.caches[0].n_documents)
+    documents = [(example, number) for row in preview.rows for example in row for number in document_numbers]  # [D]
     assert len(documents) == batch.n_docs
-    places = batch.spans[:, 0].tolist()
-    shown = [d for d, (example, _) in enumerate(documents) if example in part.chosen]
-    for row, found in itertools.groupby(shown, key=places.__getitem__):
-        found = list(found)
+    row_of_document = batch.spans[:, 0].tolist()
+    selected_documents = [d for d, (example, _) in enumerate(documents) if example in preview.selected]
+    for row, documents_of_row in itertools.groupby(selected_documents, key=row_of_document.__getitem__):
+        documents_of_row = list(documents_of_row)
         yield f"row {row + 1}"
-        for d in found:
-            example, which = documents[d]
-            name = f", {PARTS[run.loss.record][which]}" if run.loss.record in PARTS else ""
-            told = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
-            yield f"  {redact(loader.examples.where(example))}{name}: {told}"
-            yield "    " + _text(batch, d, run.template.tokenizer, ink).replace("\n", "\n    ")
-        if others := places.count(row) - len(found):
-            yield f"  {others} other documents"
+        for d in documents_of_row:
+            example, number = documents[d]
+            name = f", {DOCUMENT_NAMES[run.loss.record][number]}" if run.loss.record in DOCUMENT_NAMES else ""
+            phrases = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
+            yield f"  {redact(loader.examples.where(example))}{name}: {phrases}"
+            yield "    " + _text(batch, d, run.template.tokenizer, marks).replace("\n", "\n    ")
+        if n_others := row_of_document.count(row) - len(documents_of_row):
+            yield f"  {n_others} other documents"
         if padding := int((batch.doc_ids[row] < 0).sum()):
             yield f"  {padding} padding"
 
@@ -117,64 +118,64 @@ def _batch(batch: Batch, part: Part, loader: MicrobatchLoader, run: DryRun, ink:
 def _numbers(batch: Batch, d: int) -> list[str]:
     """Return the position of a document in its batch row, and the number of its targets, in words."""
     row, start, stop = batch.spans[d].tolist()
-    learned = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
-    told = [f"tokens {start} to {stop - 1}", f"{stop - start} tokens, {learned} learned"]
+    n_targets = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
+    phrases = [f"tokens {start} to {stop - 1}", f"{stop - start} tokens, {n_targets} learned"]
     if batch.prefixes is not None and batch.prefixes[d, 1]:
         first, end = batch.prefixes[d].tolist()
-        told.append(f"behind tokens {first} to {end - 1}, which it shares")
-    return told
+        phrases.append(f"behind tokens {first} to {end - 1}, which it shares")
+    return phrases
 
 
 def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
     """Return the features of a document that the loss uses, in words; `labels` are the names of classes."""
-    told = []
+    phrases = []
     for name, values in batch.values.items():
         number = float(values[d])
         if math.isnan(number):  # a rollout without a reward
             continue
         if name == "label" and labels:
-            told.append(f"label {labels[int(number)]}")
+            phrases.append(f"label {labels[int(number)]}")
         elif name == "desirable":
-            told.append("wanted" if number else "not wanted")
+            phrases.append("wanted" if number else "not wanted")
         elif name == "group":
-            told.append(f"group {int(number) >> 28:x}")  # a hash of 52 bits
+            phrases.append(f"group {int(number) >> 28:x}")  # a hash of 52 bits
         else:
-            told.append(f"{name} {number:.4g}")
+            phrases.append(f"{name} {number:.4g}")
     row, start, stop = batch.spans[d].tolist()
-    learned = batch.labels[row, start:stop] != IGNORE_INDEX  # [T]
+    is_target = batch.labels[row, start:stop] != IGNORE_INDEX  # [T]
     for name, column in batch.columns.items():
         numbers = column[row, start:stop]  # [T, ...]
-        numbers = numbers[learned] if learned.any() else numbers
-        least, most = float(numbers.min()), float(numbers.max())
-        told.append(f"{name} {least:.4g}" + (f" to {most:.4g}" if most != least else ""))
-    return told
+        numbers = numbers[is_target] if is_target.any() else numbers
+        smallest, largest = float(numbers.min()), float(numbers.max())
+        phrases.append(f"{name} {smallest:.4g}" + (f" to {largest:.4g}" if largest != smallest else ""))
+    return phrases
 
 
-def _text(batch: Batch, d: int, tokenizer, ink: Ink) -> str:
+def _text(batch: Batch, d: int, tokenizer, marks: Marks) -> str:
     """Return the text of a document with special tokens; a shared prefix is decoded with it, but not shown."""
     row, start, stop = batch.spans[d].tolist()
     before = batch.input_ids[row, slice(*batch.prefixes[d].tolist())].tolist() if batch.prefixes is not None else []
     ids = before + batch.input_ids[row, start:stop].tolist()
-    text, read = "", _decoded(tokenizer, before)
-    for end, learned in _runs(batch.labels[row, start:stop] != IGNORE_INDEX):
-        until = _decoded(tokenizer, ids[: len(before) + end])
-        left, right = ink.learned if learned else ink.prompt
-        text += left + _visible(until[len(read) :]) + right
+    text, read = "", _decode(tokenizer, before)
+    for end, is_target in _runs(batch.labels[row, start:stop] != IGNORE_INDEX):
+        until = _decode(tokenizer, ids[: len(before) + end])
+        left, right = marks.target if is_target else marks.prompt
+        text += left + _escape(until[len(read) :]) + right
         read = until
     return text
 
 
-def _runs(learned: Tensor) -> list[tuple[int, bool]]:
-    """Return (end, is target) of each run of equal values in `learned`, bool, shape [T]."""
-    marks = learned.numpy()
+def _runs(is_target: Tensor) -> list[tuple[int, bool]]:
+    """Return (end, is target) of each run of equal values in `is_target`, bool, shape [T]."""
+    marks = is_target.numpy()
     ends = [*(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(marks)]
     return [(end, bool(marks[end - 1])) for end in ends]
 
 
-def _decoded(tokenizer, ids: list[int]) -> str:
+def _decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _visible(text: str) -> str:
+def _escape(text: str) -> str:
     """Mark ends of lines, and escape characters that cannot be printed, since they could move a terminal's cursor."""
     return "".join("↵\n" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

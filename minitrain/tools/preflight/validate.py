@@ -14,13 +14,13 @@ from minitrain.data.loader import MicrobatchLoader, describe_losses
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
-from minitrain.model.diagnostics import first_line, log_of_model, refuse_missing_weights
+from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
 from minitrain.model.load import DTYPES
-from minitrain.model.outline import outline_frozen
+from minitrain.model.meta_policy import build_meta_frozen
 from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
-from minitrain.model.trial import try_outline
-from minitrain.model.vocabulary import describe_new
+from minitrain.model.trial import check_meta_policy
+from minitrain.model.vocabulary import describe_new_tokens
 from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.evaluation import ALWAYS_THERE, check_metric
@@ -61,23 +61,25 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
 def _try_out(run: DryRun) -> list[str]:
     """Try what training tries between the data and the first step, and return warnings. Raises ConfigError."""
     config, tokenizer = run.config, run.template.tokenizer
-    refuse_missing_weights(config.model, run.loss.outputs)
+    check_weights_exist(config.model, run.loss.outputs)
     for examples in filter(None, (run.data.train, run.data.eval)):
         run.loader(examples)
     warmup_steps(config, run.loader(run.data.train).total_steps)
-    log_of_model(config.model.name_or_path, run.policy.model.load_notes)
+    log_model_warnings(config.model.name_or_path, run.policy.model.load_notes)
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
-    warnings = try_outline(run.outline(), config.packing)
+    warnings = check_meta_policy(run.build_policy(), config.packing)
     if "teacher" in run.loss.requires:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
-        refuse_missing_weights(teacher, None)
-        outline = outline_frozen(teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32)
-        log_of_model(teacher.name_or_path, outline.model.load_notes)
+        check_weights_exist(teacher, None)
+        teacher_policy = build_meta_frozen(
+            teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32
+        )
+        log_model_warnings(teacher.name_or_path, teacher_policy.model.load_notes)
         for examples in filter(None, (run.data.train, run.data.eval)):
-            check_lengths(examples, outline)
-        warnings += [f"teacher: {warning}" for warning in try_outline(outline, config.packing)]
+            check_lengths(examples, teacher_policy)
+        warnings += [f"teacher: {warning}" for warning in check_meta_policy(teacher_policy, config.packing)]
     return warnings
 
 
@@ -197,7 +199,7 @@ def _figures(run: DryRun) -> dict[str, str]:
     lengths = train.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
     learned = train.of_documents(_n_learned).sum(1)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
-    parameters, new = list(run.policy.parameters()), describe_new(run.policy.model, run.template.tokenizer)
+    parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return {
         "examples": f"{len(train):,} to train on" + (f", {len(held):,} to evaluate on" if held else ""),
@@ -226,7 +228,9 @@ def _padding(run: DryRun, share: float) -> str:
     """The share of places that hold nothing, as the config lays rows out and otherwise."""
     packing, told = run.config.packing, {}
     told[packing] = f"{100 * share:.1f} %"
-    if packing or not (run.policy.prompted or is_encoder(run.policy.model)):  # these need a row for each document
+    if packing or not (
+        run.policy.has_soft_prompt or is_encoder(run.policy.model)
+    ):  # these need a row for each document
         tokens, cells = _laid_out(run.with_packing(not packing).loader(run.data.train))
         told[not packing] = _share(cells - tokens, cells)
     return f"{told[False]} without packing" + (f", {told[True]} with it" if True in told else "")
