@@ -60,8 +60,9 @@ def section(title: str, schema: type) -> str:
     hints = typing.get_type_hints(schema)
     lines = [f"## {title}", "", "| key | default | value | meaning |", "|---|---|---|---|"]
     for f in option_fields(schema):
-        alias = f" (or `{f.metadata['alias']}`)" if f.metadata["alias"] else ""
-        free = " *free*" if f.metadata["free"] else ""
+        names = ", ".join(f"`{alias}`" for alias in f.metadata["aliases"])
+        alias = f" (or {names})" if names else ""
+        free = "" if f.metadata["affects_results"] else " *free*"
         help_text = f.metadata["help"].replace("|", "\\|")
         lines.append(f"| `{f.name}`{alias} | {default(f)} | {value(f, hints[f.name])} | {help_text}{free} |")
     return "\n".join([*lines, ""])
@@ -86,7 +87,7 @@ def value(f, hint) -> str:
     meta = f.metadata
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
-    limits = [("least", "{} or more"), ("above", "above {}"), ("below", "below {}"), ("most", "{} or less")]
+    limits = [("ge", "{} or more"), ("gt", "above {}"), ("lt", "below {}"), ("le", "{} or less")]
     told = [text.format(meta[name]) for name, text in limits if meta[name] is not None]
     return ", ".join([type_name(hint), *told])
 

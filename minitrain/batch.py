@@ -32,8 +32,8 @@ class Batch:
     doc_ids: Tensor  # [R, T] int64
     n_docs: int
     prefixes: Tensor | None = None  # [D, 2] int64 on the CPU, (0, 0) for a document that shares nothing
-    values: dict[str, Tensor] = field(default_factory=dict)  # name -> [D] float32, of each document
-    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [R, T, ...], of each token
+    doc_features: dict[str, Tensor] = field(default_factory=dict)  # name -> [D] float32, of each document
+    token_features: dict[str, Tensor] = field(default_factory=dict)  # name -> [R, T, ...], of each token
 
     def __post_init__(self):
         rows, columns = (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [N], [N]
@@ -71,13 +71,13 @@ class Batch:
 
     def doc_feature(self, name: str) -> Tensor:
         """A value of each document -> [D] float32."""
-        return self.values[name] if self.n_docs else torch.zeros(0, device=self.targets.device)
+        return self.doc_features[name] if self.n_docs else torch.zeros(0, device=self.targets.device)
 
     def target_feature(self, name: str) -> Tensor:
         """A column at the supervised tokens -> [N, ...]."""
         if not self.n_docs:
             return torch.zeros(0, device=self.targets.device)
-        return self.columns[name].flatten(0, 1)[self.target_positions]
+        return self.token_features[name].flatten(0, 1)[self.target_positions]
 
     @property
     def layout(self) -> Tensor:
@@ -94,7 +94,7 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in ("spans", "prefixes"):
                 setattr(moved, name, value.to(device, non_blocking=True))
-        for name in ("values", "columns"):
+        for name in ("doc_features", "token_features"):
             tensors = getattr(self, name).items()
             setattr(moved, name, {key: tensor.to(device, non_blocking=True) for key, tensor in tensors})
         return moved

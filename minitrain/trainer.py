@@ -97,7 +97,7 @@ class Trainer:
         with self.parallel.local_rank0_first():  # the first process of a machine tokenises and downloads
             self.template, data = read_data(config, self.loss)
             self.tokenizer = self.template.tokenizer
-            ends = {"outputs": self.loss.outputs, "value_head": "values" in self.loss.requires}
+            ends = {"outputs": self.loss.head_labels, "value_head": "values" in self.loss.requires}
             policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.loads_shards, **ends)
             failpoint("load.policy")
         check_same_inputs(config, data, self.parallel)

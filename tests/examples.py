@@ -36,12 +36,12 @@ def examples(kind: str) -> list[list[Document]]:
     for i, length in enumerate(LENGTHS):
         first = document(length, generator)
         found = [first]
-        if kind in ("preference", "feedback"):
+        if kind in ("preference", "unpaired_preference"):
             n_prompt = int(first.mask.argmax())
             found.append(document(LENGTHS[-i], generator, first.ids[:n_prompt]))
             found[1].shared = n_prompt
         for each in found:
-            each.values, each.columns = numbers(kind, i, each, generator)
+            each.doc_features, each.token_features = numbers(kind, i, each, generator)
         made.append(found)
     return made
 
@@ -50,11 +50,11 @@ def numbers(kind: str, i: int, document: Document, generator: torch.Generator) -
     """Values and columns that documents of a kind have."""
     if kind == "preference":
         return {"margin": 0.1 * i}, {}
-    if kind == "feedback":
+    if kind == "unpaired_preference":
         return {"desirable": float(i % 3 > 0)}, {}
     if kind == "rollout":
         return {"reward": float(i * 7 % 5) - 1, "group": float(i // 3)}, _of_tokens(document, generator)
-    if kind == "labelled":
+    if kind == "classification":
         return {"label": float(i % 3)}, {"token_types": torch.zeros(len(document.ids))}
     return {}, {}
 
@@ -71,7 +71,7 @@ def _of_tokens(document: Document, generator: torch.Generator) -> dict[str, torc
 def collated(made: list[list[Document]], rows: list[list[int]], packed: bool = False, shared: bool = False) -> Batch:
     """Rows of examples as a batch: packed, or each document in a row of its own; with prompts shared or repeated."""
     if not shared:
-        made = [[Document(d.ids, d.mask, 0, d.values, d.columns) for d in example] for example in made]
+        made = [[Document(d.ids, d.mask, 0, d.doc_features, d.token_features) for d in example] for example in made]
     laid = [[document for i in row for document in made[i]] for row in rows]
     if not packed:
         laid = [[document] for row in laid for document in row]
@@ -81,31 +81,35 @@ def collated(made: list[list[Document]], rows: list[list[int]], packed: bool = F
 def files(made: list[list[Document]]) -> list[SimpleNamespace]:
     """The examples as a data file, to prepare a loss with."""
     documents = [document for example in made for document in example]
-    values = {name: np.array([d.values[name] for d in documents]) for name in documents[0].values}
-    columns = {name: torch.cat([d.columns[name] for d in documents]) for name in documents[0].columns}
+    values = {name: np.array([d.doc_features[name] for d in documents]) for name in documents[0].doc_features}
+    columns = {name: torch.cat([d.token_features[name] for d in documents]) for name in documents[0].token_features}
     offsets = np.cumsum([0, *(len(d.ids) for d in documents)])
     mask = torch.cat([d.mask for d in documents])
     labels = sorted({str(int(number)) for number in values.get("label", [])})
-    return [SimpleNamespace(source="x", values=values, columns=columns, offsets=offsets, mask=mask, labels=labels)]
+    return [
+        SimpleNamespace(
+            source="x", doc_features=values, token_features=columns, offsets=offsets, mask=mask, labels=labels
+        )
+    ]
 
 
 def prepared(loss: Loss) -> list[list[Document]]:
     """The examples that a loss learns from, with what it adds to them."""
-    made = examples(loss.record)
+    made = examples(loss.example_type)
     (file,) = files(made)
     add_features(loss, [file])
     for number, document in enumerate(d for example in made for d in example):
         span = slice(file.offsets[number], file.offsets[number + 1])
-        document.values = {name: float(column[number]) for name, column in file.values.items()}
-        document.columns = {name: column[span] for name, column in file.columns.items()}
+        document.doc_features = {name: float(column[number]) for name, column in file.doc_features.items()}
+        document.token_features = {name: column[span] for name, column in file.token_features.items()}
     return made
 
 
 def policy_for(loss: Loss, seed: int = 0, implementation: str = "sdpa") -> Policy:
     """A random Llama with the ends that a loss needs."""
     model = random_llama(hidden_size=32)
-    if loss.outputs is not None:
-        model = tiny_scorer(model, len(loss.outputs), 0)
+    if loss.head_labels is not None:
+        model = tiny_scorer(model, len(loss.head_labels), 0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -132,11 +136,11 @@ def step(loss: Loss, batches: list[Batch], implementation: str = "sdpa"):
     """(loss value, gradients) of one optimizer step over micro-batches, as the trainer does it."""
     models = models_for(loss, implementation)
     parallel = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
-    weight = sum(loss.weight(batch) for batch in batches)
+    weight = sum(loss.num_items(batch) for batch in batches)
     share_step_statistics(loss, batches, models, parallel)
     value = 0.0
     for batch in batches:
         output = loss(batch, models)
-        (output.sum / weight).backward()
-        value += output.sum.item() / weight.item()
+        (output.loss_sum / weight).backward()
+        value += output.loss_sum.item() / weight.item()
     return value, [p.grad for p in models.policy.parameters() if p.grad is not None]

@@ -48,8 +48,8 @@ BUGS = {
             title="Gradient accumulation averaged the means of micro-batches, so a token in a short micro-batch weighed more.",
             reported_in="huggingface/transformers#34191, meta-pytorch/torchtune#1875",
             file="minitrain/training/step.py",
-            line="precision.backward(output.sum / weight)",
-            replacement="precision.backward(output.sum / output.weight / len(batches))",
+            line="precision.backward(output.loss_sum / weight)",
+            replacement="precision.backward(output.loss_sum / output.num_items / len(batches))",
             test="tests/training/test_loop.py::test_ten_steps_equal_a_plain_loop",
         ),
         Bug(
@@ -75,8 +75,8 @@ BUGS = {
             title="The loss was divided by the number of micro-batches a second time.",
             reported_in="huggingface/transformers#35078",
             file="minitrain/training/step.py",
-            line="precision.backward(output.sum / weight)",
-            replacement="precision.backward(output.sum / weight / len(batches))",
+            line="precision.backward(output.loss_sum / weight)",
+            replacement="precision.backward(output.loss_sum / weight / len(batches))",
             test="tests/training/test_loop.py::test_the_logged_loss_is_the_same_for_every_accumulation",
         ),
         Bug(
@@ -369,8 +369,8 @@ BUGS = {
             title="Masked positions were counted in means and standard deviations.",
             reported_in="inclusionAI/AReaL#1346",
             file="minitrain/losses/advantages.py",
-            line="torch.cat([file.columns[name][places] for",
-            replacement="torch.cat([file.columns[name][: int(places.sum())] for",
+            line="torch.cat([file.token_features[name][places] for",
+            replacement="torch.cat([file.token_features[name][: int(places.sum())] for",
             test="tests/losses/test_advantages.py::test_what_stands_outside_of_the_response_does_not_matter",
         ),
         Bug(
@@ -599,8 +599,8 @@ EXERCISES = [
     Mutation(
         number=1,
         file="minitrain/training/step.py",
-        line="precision.backward(output.sum / weight)",
-        replacement="precision.backward(output.sum / output.weight)",
+        line="precision.backward(output.loss_sum / weight)",
+        replacement="precision.backward(output.loss_sum / output.num_items)",
         test="tests/training/test_loop.py::test_the_logged_loss_is_the_same_for_every_accumulation",
     ),
     Mutation(

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 from minitrain import load_config
 from minitrain.cli.main import _config_first, _parser
+from minitrain.config.aliases import with_own_names
 from minitrain.config.issues import ConfigIssues, Source, check_types
-from minitrain.config.load import _long_forms, _override, _own_names
+from minitrain.config.load import _long_forms, _override
 from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
 from minitrain.data import sandbox
 from minitrain.losses import registered
@@ -63,7 +64,7 @@ def problems_of(item: str) -> list[str]:
     )
     found = ConfigIssues(Source("page"))
     _override(raw, [word for word in overrides if "=" in word], found)
-    given = _own_names(_long_forms(OmegaConf.to_container(raw)))
+    given = with_own_names(_long_forms(OmegaConf.to_container(raw)))
     check_types(Config, given, "", found)
     loss = dict(given.get("loss", {}))
     name = loss.pop("name", None)

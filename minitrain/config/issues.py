@@ -11,7 +11,7 @@ from typing import Any
 from minitrain.errors import CODES, InvalidConfigError, Issue
 from minitrain.io.redact import redact
 
-from .schema import MAX_NUMBER, MIN_FRACTION, option_fields
+from .schema import MAX_NUMBER, MIN_FRACTION, aliases, option_fields
 from .suggest import hint_for_key, hint_for_value, is_known_elsewhere, nearest_names, suggest
 
 WORDS = {
@@ -114,11 +114,14 @@ class _Unfit(Exception):
 def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> dict:
     """The values of `given` converted to the types of `schema`. What does not fit is told and left out."""
     known = {f.name: f for f in option_fields(schema)}
-    hints = typing.get_type_hints(schema)
+    hints, other_names = typing.get_type_hints(schema), aliases(schema)
     values = {}
     for key, value in ((str(key), value) for key, value in given.items()):
         full = f"{path}{key}"
-        if key not in known:
+        if key in other_names:
+            told = f"unknown option. {key} is another name of {path}{other_names[key]}. Set only one of them."
+            issues.add(full, "unknown-option", told)
+        elif key not in known:
             _add_unknown(full, value, list(known), issues)
         elif value == "???":
             issues.add(full, "missing-option", "is left open (???); give it a value.")
@@ -206,15 +209,15 @@ def check_limits(meta: dict, value: Any) -> None:
 
 
 def _check_bounds(meta: dict, value: int | float) -> None:
-    most = MAX_NUMBER if meta["most"] is None and meta["below"] is None else meta["most"]
-    if meta["least"] is not None and value < meta["least"]:
-        raise _Unfit(f"must be {meta['least']} or more, got {value}.", "out-of-range")
-    if meta["above"] is not None and value <= meta["above"]:
-        raise _Unfit(f"must be above {meta['above']}, got {value}.", "out-of-range")
-    if meta["below"] is not None and value >= meta["below"]:
-        raise _Unfit(f"must be below {meta['below']}, got {value}.", "out-of-range")
-    if most is not None and value > most:
-        raise _Unfit(f"must be {most} or less, got {value}.", "out-of-range")
+    largest = MAX_NUMBER if meta["le"] is None and meta["lt"] is None else meta["le"]
+    if meta["ge"] is not None and value < meta["ge"]:
+        raise _Unfit(f"must be {meta['ge']} or more, got {value}.", "out-of-range")
+    if meta["gt"] is not None and value <= meta["gt"]:
+        raise _Unfit(f"must be above {meta['gt']}, got {value}.", "out-of-range")
+    if meta["lt"] is not None and value >= meta["lt"]:
+        raise _Unfit(f"must be below {meta['lt']}, got {value}.", "out-of-range")
+    if largest is not None and value > largest:
+        raise _Unfit(f"must be {largest} or less, got {value}.", "out-of-range")
     if 0 < abs(value) < MIN_FRACTION:
         raise _Unfit(f"is too close to 0 to have an effect, got {value}. Give 0 or a larger number.", "out-of-range")
 

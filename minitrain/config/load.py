@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from minitrain.errors import ConfigError
 from minitrain.io.redact import hide, hide_variables
 
-from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED
+from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED, all_aliases, with_own_names
 from .issues import ConfigIssues, Source, check_types, format_value
 from .saved import config_yaml
-from .schema import DEFAULT_LOSS, Config, Written, aliases
+from .schema import DEFAULT_LOSS, Config, Written
 from .yaml_nodes import MAX_DEPTH, check_yaml
 
 MAX_CALLS = 5_000_000  # of functions while `${...}` are filled in, some seconds: they can refer to one another
@@ -50,7 +50,7 @@ def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tu
     issues = ConfigIssues(where)
     _override(raw, list(overrides), issues)
     config = _build_config(_in_bounds(lambda: _resolve(raw, "", issues), where.name), issues)
-    config.written = Written(_own_names(OmegaConf.to_container(raw)), {})
+    config.written = Written(with_own_names(OmegaConf.to_container(raw)), {})
     return config, issues
 
 
@@ -85,7 +85,7 @@ def default_config() -> Config:
 
 
 def _build_config(given: dict, issues: ConfigIssues) -> Config:
-    config = _build(Config, check_types(Config, _own_names(_long_forms(given)), "", issues))
+    config = _build(Config, check_types(Config, with_own_names(_long_forms(given)), "", issues))
     config.loss = DEFAULT_LOSS | config.loss
     if config.exp_name is None:
         config.exp_name = Path(issues.source.name).stem
@@ -119,8 +119,9 @@ def _read(source: str | Path | dict) -> tuple[DictConfig, Source]:
     else:
         name, text = str(source), _read_text(Path(source))
         raw = _guarded(name, lines, lambda: _parse(text, name, lines))
-    lines |= {key: lines[alias] for alias, key in aliases().items() if alias in lines and key not in lines}
-    return OmegaConf.create(_long_forms(OmegaConf.to_container(raw))), Source(name, lines)
+    given = _long_forms(OmegaConf.to_container(raw))
+    lines |= {key: lines[alias] for alias, key in all_aliases(given).items() if alias in lines and key not in lines}
+    return OmegaConf.create(given), Source(name, lines)
 
 
 def _read_text(path: Path) -> str:
@@ -185,20 +186,23 @@ def _reason(error: Exception) -> str:
 def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> None:
     """Merges the dotlist into `raw`. Of two rivals the one that is overridden wins."""
     overridden = issues.source.overridden
-    twins = aliases() | {key: alias for alias, key in aliases().items()}
+    names = all_aliases(OmegaConf.to_container(raw), overrides)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or key.count(".") > MAX_DEPTH or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
             overridden.add(text)
             issues.add(text, "write it as key=value, for example lr=2e-5.")
             continue
-        if key not in raw and twins.get(key) in raw:
-            key = twins[key]
+        twins = _names_of(key, names)
+        key = _name_in(raw, twins)
         try:
             check_yaml(value, key)
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
             parsed = [parsed] if key in LISTS and isinstance(parsed, dict) else parsed
-            overridden.update(_leaves(key, parsed) + _leaves(twins.get(key, key), parsed))
+            if key == "loss" and isinstance(parsed, dict):
+                inner = {name: _name_in(raw, _names_of(f"loss.{name}", names)) for name in parsed}
+                parsed = {inner[name].removeprefix("loss."): value for name, value in parsed.items()}
+            overridden.update(leaf for name in twins for leaf in _leaves(name, parsed))
             OmegaConf.update(raw, key, parsed)
         except ConfigError as error:
             overridden.add(key)
@@ -213,6 +217,20 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
     for one, other in (*MUTUALLY_EXCLUSIVE, *(pair[::-1] for pair in MUTUALLY_EXCLUSIVE)):
         if one in overridden and given.get(one) and other not in overridden:
             raw.pop(other, None)
+
+
+def _names_of(key: str, names: dict[str, str]) -> list[str]:
+    """Return all names of an option, `key` first. `names` are aliases."""
+    own = names.get(key, key)
+    return list(dict.fromkeys([key, own, *(alias for alias, name in names.items() if name == own)]))
+
+
+def _name_in(raw: DictConfig, names: list[str]) -> str:
+    """Return the name that a config has of an option; the first one when it has none."""
+    given = OmegaConf.to_container(raw)
+    loss = given.get("loss")
+    there = {*given, *(f"loss.{name}" for name in loss if isinstance(loss, dict))} if loss else set(given)
+    return next((name for name in names if name in there), names[0])
 
 
 def _leaves(key: str, value: Any) -> list[str]:
@@ -288,12 +306,6 @@ def _long_entry(entry: Any) -> Any:
     if isinstance(entry, dict) and entry.get("type") in UNTYPED:
         return {key: value for key, value in entry.items() if key != "type"}
     return entry
-
-
-def _own_names(given: dict) -> dict:
-    """Aliases replaced by what they stand for, unless both are there."""
-    names = aliases()
-    return {name if names.get(name) in given else names.get(name, name): value for name, value in given.items()}
 
 
 def _is_text(value: Any) -> bool:

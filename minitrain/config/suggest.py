@@ -67,8 +67,6 @@ def is_known_elsewhere(name: str) -> bool:
 def hint_for_key(key: str, value: Any, known: list[str]) -> Hint:
     """Return what to do about a key that does not exist. `known` are the names that exist in its section."""
     section, name = _split(key)
-    if name in aliases() and not section:
-        return Hint(f"{name} is another name of {aliases()[name]}. Set only one of them.")
     if row := _find_row(key, value):
         return _hint_of(*row, key, value)
     if meant := _own_keys(section, name, known):

@@ -134,9 +134,9 @@ class Chunk:
 
 def _as_arrays(document: Tokens) -> Tokens:
     """The same in arrays, which travel between processes more quickly."""
-    columns = {name: np.asarray(column, np.float32) for name, column in document.columns.items()}
+    columns = {name: np.asarray(column, np.float32) for name, column in document.token_features.items()}
     ids, mask = np.asarray(document.ids, np.int32), np.asarray(document.mask, np.uint8)
-    return dataclasses.replace(document, ids=ids, mask=mask, columns=columns)
+    return dataclasses.replace(document, ids=ids, mask=mask, token_features=columns)
 
 
 class TokenCache:
@@ -154,9 +154,9 @@ class TokenCache:
         self.offsets, self.shared = tensors.pop("offsets").numpy(), tensors.pop("shared").numpy()
         self.lines = tensors.pop("lines").numpy()  # [E] in the data file
         named = [(*name.split("/"), tensor) for name, tensor in tensors.items()]
-        self.values: dict[str, np.ndarray] = {name: t.numpy() for kind, name, t in named if kind == "values"}
-        excluded = self.values.pop(EXCLUDED, np.zeros(len(self.offsets) - 1))  # [D]
-        self.columns: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
+        self.doc_features: dict[str, np.ndarray] = {name: t.numpy() for kind, name, t in named if kind == "values"}
+        excluded = self.doc_features.pop(EXCLUDED, np.zeros(len(self.offsets) - 1))  # [D]
+        self.token_features: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
         self.counts: dict[str, int] = json.loads(metadata["counts"])  # by the keys of COUNTED
         self.labels: list[str] = json.loads(metadata["labels"])  # what the numbers in values["label"] stand for
         self.n_documents = int(metadata["n_documents"])  # of each example
@@ -192,8 +192,8 @@ class TokenCache:
 
     def _document(self, number: int) -> Document:
         span = slice(self.offsets[number], self.offsets[number + 1])
-        values = {name: float(column[number]) for name, column in self.values.items()}
-        columns = {name: column[span] for name, column in self.columns.items()}
+        values = {name: float(column[number]) for name, column in self.doc_features.items()}
+        columns = {name: column[span] for name, column in self.token_features.items()}
         return Document(self.ids[span], self.mask[span], int(self.shared[number]), values, columns)
 
 

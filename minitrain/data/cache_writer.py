@@ -44,9 +44,9 @@ class CacheWriter:
         self.n_documents = 1
         # What is one number a document is gathered here and written at the end.
         self.offsets, self.lines, self.shared = array("q", [0]), array("q"), array("i")
-        self.values: dict[str, array] = {}
+        self.doc_features: dict[str, array] = {}
         self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
-        self.columns: set[str] | None = None
+        self.token_features: set[str] | None = None
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -60,20 +60,20 @@ class CacheWriter:
             self._add(document)
 
     def _add(self, document: Tokens) -> None:
-        if self.columns is None:
-            self.columns = set(document.columns)
-        if unlike := sorted(self.columns ^ set(document.columns)):
+        if self.token_features is None:
+            self.token_features = set(document.token_features)
+        if unlike := sorted(self.token_features ^ set(document.token_features)):
             raise DataError(
                 f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.", "mismatch"
             )
         self.offsets.append(self.offsets[-1] + len(document.ids))
         self.shared.append(document.shared)
-        for name, value in document.values.items():
+        for name, value in document.doc_features.items():
             number = self.labels.setdefault(value, len(self.labels)) if isinstance(value, str) else value
-            self.values.setdefault(name, array("d")).append(number)
+            self.doc_features.setdefault(name, array("d")).append(number)
         self._append("ids", "I32", document.ids)
         self._append("mask", "U8", document.mask)
-        for name, column in document.columns.items():
+        for name, column in document.token_features.items():
             self._append(f"columns/{name}", "F32", column)
 
     def finish(self) -> Path:
@@ -83,7 +83,7 @@ class CacheWriter:
         for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
             self._append(name, "I64", numbers)
         self._append("shared", "I32", self.shared)
-        for name, numbers in self.values.items():
+        for name, numbers in self.doc_features.items():
             self._append(f"values/{name}", "F64", numbers)
         self._close()
         # The widest first, so that each is aligned.

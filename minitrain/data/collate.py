@@ -15,8 +15,8 @@ class Document:
     ids: Tensor  # [T] int32
     mask: Tensor  # [T] uint8
     shared: int = 0  # leading tokens that are those of the last document before it in its row that has 0 here
-    values: dict[str, float] = field(default_factory=dict)
-    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [T, ...]
+    doc_features: dict[str, float] = field(default_factory=dict)
+    token_features: dict[str, Tensor] = field(default_factory=dict)  # name -> [T, ...]
 
 
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
@@ -34,7 +34,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     documents = [document for row in rows for document in row]
     columns = {
         name: column.new_zeros(*shape, *column.shape[1:])  # [R, T, ...]
-        for name, column in (documents[0].columns if documents else {}).items()
+        for name, column in (documents[0].token_features if documents else {}).items()
     }
     prefixes = torch.zeros(len(documents), 2, dtype=torch.int64)  # [D, 2]
     n_docs = 0
@@ -51,7 +51,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
             labels[r, span] = torch.where(document.mask[own].bool(), ids, IGNORE_INDEX)
             doc_ids[r, span] = n_docs
             position_ids[r, span] = torch.arange(shared, length)
-            for name, column in document.columns.items():
+            for name, column in document.token_features.items():
                 columns[name][r, span] = column[own]
             if shared:
                 prefixes[n_docs] = torch.tensor([owner, owner + shared])
@@ -61,8 +61,8 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
             start = span.stop
         position_ids[r, start:] = torch.arange(length, length + n_columns - start)
     values = {
-        name: torch.tensor([document.values[name] for document in documents])  # [D]
-        for name in (documents[0].values if documents else {})
+        name: torch.tensor([document.doc_features[name] for document in documents])  # [D]
+        for name in (documents[0].doc_features if documents else {})
     }
     shares = prefixes if prefixes.any() else None
     return Batch(input_ids, position_ids, labels, doc_ids, n_docs, shares, values, columns)

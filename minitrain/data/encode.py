@@ -18,7 +18,13 @@ from .examples import (
 )
 from .template import Template, Tokens, refuse_unusable
 
-N_DOCUMENTS = {"conversation": 1, "preference": 2, "feedback": 1, "labelled": 1, "rollout": 1}  # of an example
+N_DOCUMENTS = {  # of an example
+    "conversation": 1,
+    "preference": 2,
+    "unpaired_preference": 1,
+    "classification": 1,
+    "rollout": 1,
+}
 TOO_LONG, NOTHING_LEFT, ALIKE = "too-long", "nothing-left", "same-answers"  # why an example is left out
 EXCLUDED = "excluded"  # the value of documents that are not trained on, and only take part in what is made of all files
 
@@ -70,7 +76,7 @@ def _preference(record: Preference, template: Template, limits: TruncationConfig
     if _alike(documents):
         raise DataError("chosen and rejected are the same in the chat template", "same-answers")
     for document in documents:
-        document.values["margin"] = record.margin
+        document.doc_features["margin"] = record.margin
     documents = truncate(documents, limits, template.tokenizer.bos_token_id)
     if isinstance(documents, list) and _alike(documents):
         return ALIKE
@@ -80,7 +86,7 @@ def _preference(record: Preference, template: Template, limits: TruncationConfig
 def _feedback(record: UnpairedPreference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """The answer that was judged, with a number that stands for its prompt; `mismatched.py` adds another answer."""
     document = _continued(record.prompt, record.response, template)
-    document.values |= {"desirable": float(record.desirable), "prompt": _number_of(record.prompt)}
+    document.doc_features |= {"desirable": float(record.desirable), "prompt": _number_of(record.prompt)}
     return truncate([document], limits, template.tokenizer.bos_token_id)
 
 
@@ -124,8 +130,8 @@ def _labelled(record: ClassificationExample, template: Template, limits: Truncat
     ids = encoded["input_ids"]
     if not ids:
         raise DataError("the text is empty", "invalid-row")
-    tokens = Tokens(ids, [False] * len(ids), notes, values={"label": record.label})
-    tokens.columns["token_types"] = encoded.get("token_type_ids", [0] * len(ids))
+    tokens = Tokens(ids, [False] * len(ids), notes, doc_features={"label": record.label})
+    tokens.token_features["token_types"] = encoded.get("token_type_ids", [0] * len(ids))
     return [tokens]
 
 
@@ -153,10 +159,10 @@ def _rollout(record: Rollout, template: Template, limits: TruncationConfig) -> l
                 "invalid-row",
             )
         following = iter(numbers)
-        tokens.columns[name] = [next(following) if learned else 0.0 for learned in tokens.mask]
+        tokens.token_features[name] = [next(following) if learned else 0.0 for learned in tokens.mask]
     prompt_ids = tuple(tokens.ids[: tokens.mask.index(True)])
-    tokens.values |= {"reward": record.reward, "group": float(hash(prompt_ids) % (1 << 52))}
-    tokens.values[EXCLUDED] = float(bool(excluded))
+    tokens.doc_features |= {"reward": record.reward, "group": float(hash(prompt_ids) % (1 << 52))}
+    tokens.doc_features[EXCLUDED] = float(bool(excluded))
     return [tokens]
 
 
@@ -211,4 +217,4 @@ def _shorten(tokens: Tokens, cut: int, max_length: int, bos_token_id: int | None
     head = 1 if tokens.ids[0] == bos_token_id else 0
     ids = (tokens.ids[:head] + tokens.ids[head + cut :])[:max_length]
     mask = (tokens.mask[:head] + tokens.mask[head + cut :])[:max_length]
-    return Tokens(ids, [False, *mask[1:]], tokens.notes | {"truncated": 1}, values=tokens.values)
+    return Tokens(ids, [False, *mask[1:]], tokens.notes | {"truncated": 1}, doc_features=tokens.doc_features)

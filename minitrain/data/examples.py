@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitrain.config.schema import DatasetConfig
-from minitrain.errors import DataError, short
+from minitrain.errors import ConfigError, DataError, short
 
 Messages = list[dict[str, str]]  # each with `role` (system, user, assistant, tool) and `content`
 
@@ -94,7 +94,7 @@ Record = Conversation | PlainText | Preference | UnpairedPreference | Classifica
 
 @dataclass
 class Schema:
-    kind: str  # conversation | preference | feedback | labelled | rollout
+    kind: str  # conversation | preference | unpaired_preference | classification | rollout
     required: tuple[str, ...]
     convert: Callable[[dict, DatasetConfig], Record]
 
@@ -103,7 +103,13 @@ SCHEMAS: dict[str, Schema] = {}
 
 
 def schema(name: str, kind: str, *required: str):
-    """Registers a converter for rows that have all the `required` keys; earlier ones are tried first."""
+    """Register a converter for rows that have all the `required` keys; earlier ones are tried first.
+
+    Args:
+        kind: The type of example it makes, a key of `MAPPED`.
+    """
+    if kind not in MAPPED:
+        raise ConfigError(f"schema {name}: no examples of the type {kind!r}. Use one of {', '.join(MAPPED)}.", "usage")
 
     def register(convert: Callable) -> Callable:
         SCHEMAS[name] = Schema(kind, required, convert)
@@ -172,8 +178,8 @@ def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> 
 MAPPED = {
     "conversation": ("prompt", "response"),
     "preference": ("chosen", "rejected"),
-    "feedback": ("completion", "label"),
-    "labelled": ("text", "label"),
+    "unpaired_preference": ("completion", "label"),
+    "classification": ("text", "label"),
     "rollout": ("response", "reward"),
 }
 WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")

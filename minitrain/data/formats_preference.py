@@ -37,57 +37,57 @@ def _chosen_messages(row: dict, dataset: DatasetConfig) -> Preference:
     return compared(row, row["chosen_messages"], row["rejected_messages"])
 
 
-@schema("completion_label", "feedback", "prompt", "completion", "label")
+@schema("completion_label", "unpaired_preference", "prompt", "completion", "label")
 def _completion_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     return UnpairedPreference(
         prompt_of(row), continuation_of(row["completion"], "completion"), _wanted(row["label"], "label")
     )
 
 
-@schema("response_label", "feedback", "prompt", "response", "label")
+@schema("response_label", "unpaired_preference", "prompt", "response", "label")
 def _response_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     return UnpairedPreference(
         prompt_of(row), continuation_of(row["response"], "response"), _wanted(row["label"], "label")
     )
 
 
-@schema("messages_label", "feedback", "messages", "label")
+@schema("messages_label", "unpaired_preference", "messages", "label")
 def _messages_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     return _last_judged(turns_of(row["messages"], "messages"), "messages", _wanted(row["label"], "label"))
 
 
-@schema("kto_tag", "feedback", "conversations", "kto_tag")
+@schema("kto_tag", "unpaired_preference", "conversations", "kto_tag")
 def _kto_tag(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     turns = turns_of(row["conversations"], "conversations")
     return _last_judged(turns, "conversations", _wanted(row["kto_tag"], "kto_tag"))
 
 
-@schema("labelled", "labelled", "text", "label")
+@schema("labelled", "classification", "text", "label")
 def _labelled(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "text", "text_pair" if "text_pair" in row else None)
 
 
-@schema("sentence_pair", "labelled", "sentence1", "sentence2", "label")
+@schema("sentence_pair", "classification", "sentence1", "sentence2", "label")
 def _sentence_pair(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "sentence1", "sentence2")
 
 
-@schema("premise_hypothesis", "labelled", "premise", "hypothesis", "label")
+@schema("premise_hypothesis", "classification", "premise", "hypothesis", "label")
 def _premise_hypothesis(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "premise", "hypothesis")
 
 
-@schema("question_pair", "labelled", "question1", "question2", "label")
+@schema("question_pair", "classification", "question1", "question2", "label")
 def _question_pair(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "question1", "question2")
 
 
-@schema("question_sentence", "labelled", "question", "sentence", "label")
+@schema("question_sentence", "classification", "question", "sentence", "label")
 def _question_sentence(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "question", "sentence")
 
 
-@schema("sentence", "labelled", "sentence", "label")
+@schema("sentence", "classification", "sentence", "label")
 def _sentence(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _judged_text(row, "sentence", None)
 

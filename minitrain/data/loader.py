@@ -112,7 +112,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     def read(entries) -> TokenizedDataset:
         caches = [load_cache(entry, template, config, kind) for entry in entries]
         every.extend(caches)
-        if kind == "feedback":
+        if kind == "unpaired_preference":
             caches = add_mismatched_answers(caches, config)
         return TokenizedDataset(caches, [entry.weight for entry in entries])
 

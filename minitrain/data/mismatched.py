@@ -23,7 +23,7 @@ def add_mismatched_answers(caches: list[TokenCache], config: Config) -> list[Tok
 
     Raises DataError when all rows have the same prompt, or when the folder of the caches cannot be written.
     """
-    partners = choose_partners(np.concatenate([cache.values["prompt"] for cache in caches]))  # [E]
+    partners = choose_partners(np.concatenate([cache.doc_features["prompt"] for cache in caches]))  # [E]
     if partners is None:
         raise DataError(
             f"{caches[0].source}:{caches[0].lines[0]}: all rows have the same prompt as this one, but kto needs "
@@ -84,8 +84,8 @@ def _write(
 def _tokens(cache: TokenCache, number: int) -> Tokens:
     """The one document of an example, its ids and mask as arrays [T]."""
     (document,) = cache[number]
-    values = {"desirable": document.values["desirable"]}
-    return Tokens(document.ids.numpy(), document.mask.numpy(), values=values)
+    values = {"desirable": document.doc_features["desirable"]}
+    return Tokens(document.ids.numpy(), document.mask.numpy(), doc_features=values)
 
 
 def _documents(judged: Tokens, other: Tokens, max_length: int) -> list[Tokens]:
@@ -93,4 +93,4 @@ def _documents(judged: Tokens, other: Tokens, max_length: int) -> list[Tokens]:
     prompt, answer = int(judged.mask.argmax()), int(other.mask.argmax())
     ids = np.concatenate([judged.ids[:prompt], other.ids[answer:]])[:max_length]
     mask = np.concatenate([judged.mask[:prompt], other.mask[answer:]])[:max_length]
-    return [judged, Tokens(ids, mask, shared=prompt, values=judged.values)]
+    return [judged, Tokens(ids, mask, shared=prompt, doc_features=judged.doc_features)]

@@ -43,8 +43,8 @@ class Tokens:
     mask: list[bool]
     notes: dict[str, int] = field(default_factory=dict)
     shared: int = 0  # leading tokens that are those of the document before it, of the same example
-    values: dict[str, float | str] = field(default_factory=dict)  # of the whole document
-    columns: dict[str, list[float]] = field(default_factory=dict)  # of each token
+    doc_features: dict[str, float | str] = field(default_factory=dict)  # of the whole document
+    token_features: dict[str, list[float]] = field(default_factory=dict)  # of each token
 
 
 class Template:
@@ -307,7 +307,7 @@ class Template:
 
 def make_template(tokenizer, config: Config, kind: str) -> Template:
     """The template for records of a kind; texts that are to be labelled are read as they are."""
-    return Template(tokenizer, "none" if kind == "labelled" else config.chat_template, config.train_on)
+    return Template(tokenizer, "none" if kind == "classification" else config.chat_template, config.train_on)
 
 
 def _read(file: str) -> str:

@@ -75,8 +75,8 @@ class SequenceScorer:
             raise DataError(f"{asked.where}: {documents}")
         (tokens,) = documents
         self.n_truncated += tokens.notes.get("truncated", 0)
-        columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
-        return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns)
+        columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}
+        return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), token_features=columns)
 
 
 def load_judge(
@@ -167,6 +167,6 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
 
 def _record(row: dict, dataset: DatasetConfig) -> Record:
     named = {"label", *row, *dataset.columns}
-    if not any(named.issuperset(one.required) for one in schemas_of("labelled").values()):
+    if not any(named.issuperset(one.required) for one in schemas_of("classification").values()):
         return to_record(row, dataset)
-    return to_record(row | {"label": "unknown"}, dataset, "labelled")
+    return to_record(row | {"label": "unknown"}, dataset, "classification")

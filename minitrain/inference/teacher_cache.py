@@ -49,7 +49,7 @@ def teach(config: Config, output: Path | None = None) -> Path:
     tokenizer = load_tokenizer(config.model)
     if loss.options.top_k > count_ids(tokenizer):
         raise ConfigError(f"loss.top_k: is {loss.options.top_k}, and the tokenizer has {count_ids(tokenizer)} tokens.")
-    data = load_data(config, make_template(tokenizer, config, loss.record), loss.record)
+    data = load_data(config, make_template(tokenizer, config, loss.example_type), loss.example_type)
     found = [*data.train.caches, *(data.eval.caches if data.eval else [])]
     caches = {cache.key: cache for cache in found}
     chosen = teacher_config(loss, config)

@@ -37,27 +37,27 @@ class Rollouts:
     def column(self, name: str, use: str) -> Tensor:
         """Numbers of the tokens -> [n]. Raises DataError where a file has none; `use` is what they are needed for."""
         for file in self.files:
-            if name not in file.columns:
+            if name not in file.token_features:
                 raise DataError(
                     f"{file.source}: {use} needs {name}, one number for each token of the response.", "invalid-row"
                 )
         pairs = zip(self.files, self.places, strict=True)
-        return torch.cat([file.columns[name][places] for file, places in pairs]).double()
+        return torch.cat([file.token_features[name][places] for file, places in pairs]).double()
 
     def rewards(self) -> Tensor:
         """What each rollout earned -> [D]. Raises DataError where some of a file have no reward."""
         for file in self.files:
-            if missing := int((file.values["reward"] != file.values["reward"]).sum()):
+            if missing := int((file.doc_features["reward"] != file.doc_features["reward"]).sum()):
                 raise DataError(
-                    f"{file.source}: {missing} rows have no reward. Give them one, or with loss.advantages=given "
-                    "an advantage (and returns, for a value head).",
+                    f"{file.source}: {missing} rows have no reward. Give them one, or with "
+                    "loss.advantage_estimator=given an advantage (and returns, for a value head).",
                     "invalid-row",
                 )
-        return torch.cat([torch.from_numpy(file.values["reward"]) for file in self.files]).double()
+        return torch.cat([torch.from_numpy(file.doc_features["reward"]) for file in self.files]).double()
 
     def groups(self) -> Tensor:
         """The number of each rollout's prompt -> [D] int64."""
-        values = torch.cat([torch.from_numpy(file.values["group"]) for file in self.files])
+        values = torch.cat([torch.from_numpy(file.doc_features["group"]) for file in self.files])
         return values.unique(return_inverse=True)[1]
 
     def of_tokens(self, numbers: Tensor) -> Tensor:
@@ -156,13 +156,13 @@ def _per_group(numbers: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 def common_columns(files: Sequence[DataFile]) -> frozenset[str]:
     """The columns that all files have. Raises DataError where some have what others have not."""
     for file in files:
-        if unlike := sorted(set(file.columns) ^ set(files[0].columns)):
+        if unlike := sorted(set(file.token_features) ^ set(files[0].token_features)):
             raise DataError(
                 f"{file.source} and {files[0].source}: one has {', '.join(unlike)} and the other has not; "
                 "all files have to.",
                 "mismatch",
             )
-    return frozenset(files[0].columns)
+    return frozenset(files[0].token_features)
 
 
 def apart(train: Sequence[DataFile], evaluation: Sequence[DataFile]) -> list[Sequence[DataFile]]:

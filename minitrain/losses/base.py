@@ -1,7 +1,8 @@
 """The contract of a loss, and the registry that finds it by name.
 
-A loss returns a sum and the weight of that sum in its own units; the trainer divides by the weight of the
-whole optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is cut.
+A loss returns a sum and the number of items (tokens, pairs ...) that it is over; the trainer divides by the number of
+items of the full optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is
+split.
 """
 
 import inspect
@@ -13,10 +14,19 @@ import numpy as np
 from torch import Tensor
 
 from minitrain.batch import Batch, PolicyOutput
+from minitrain.config.aliases import LOSS_OPTIONS, replace_aliases
 from minitrain.config.issues import ConfigIssues, Source, check_types
+from minitrain.config.schema import aliases
 from minitrain.errors import ConfigError
 
+EXAMPLE_TYPES = ("conversation", "preference", "unpaired_preference", "classification", "rollout")
 OLD_NAMES = {  # of the contract of 0.1.0
+    "weight": "num_items",
+    "record": "example_type",
+    "outputs": "head_labels",
+    "ignored": "unused_options",
+    "summary": "finalize_metrics",
+    "judge": "compute_eval_metrics",
     "needs": "requires",
     "prepare": "on_data_loaded (return AddedFeatures instead of changing the files)",
     "statistics": "step_statistics",
@@ -45,10 +55,10 @@ class LossOutput:
     `metrics` maps a name to (sum, weight); they are reduced over micro-batches and ranks like the loss.
     """
 
-    sum: Tensor  # [] attached to the graph, also when everything is masked
-    weight: Tensor  # []
+    loss_sum: Tensor  # [] attached to the graph, also when everything is masked
+    num_items: Tensor  # []
     metrics: dict[str, tuple[Tensor, Tensor]]
-    samples: dict[str, Tensor] = field(default_factory=dict)  # name -> [n], kept whole for `judge` in an evaluation
+    samples: dict[str, Tensor] = field(default_factory=dict)  # name -> [n], kept for `compute_eval_metrics`
 
 
 class DataFile(Protocol):
@@ -56,8 +66,8 @@ class DataFile(Protocol):
 
     source: str  # its path
     key: str  # a hash of all that determines its tokens
-    values: dict[str, np.ndarray]  # name -> [D]
-    columns: dict[str, Tensor]  # name -> [T, ...]
+    doc_features: dict[str, np.ndarray]  # name -> [D]
+    token_features: dict[str, Tensor]  # name -> [T, ...]
     offsets: np.ndarray  # [D + 1] where each document begins
     mask: Tensor  # [T] uint8, which tokens are learned
     labels: list[str]  # what values["label"] counts
@@ -75,12 +85,12 @@ class AddedFeatures(NamedTuple):
 class Loss:
     """A pluggable objective. Subclass it, give it a dataclass of options, and `register_loss` it.
 
-    `weight` and `__call__` have to be written; the rest is for those that need it.
+    Write `num_items` and `__call__`; the rest is for losses that need it.
     """
 
     has_step_statistics: ClassVar[bool] = False  # whether it needs sums over the whole step before it is called
 
-    record: ClassVar[str] = "conversation"  # learns from: conversation, preference, feedback, labelled, rollout
+    example_type: ClassVar[str] = "conversation"  # what it is trained on, one of EXAMPLE_TYPES
     dropout: ClassVar[bool] = True  # whether the policy's dropout is on while it trains
     temperature: float = 1.0  # at which it asks for log-probabilities
     options_class: ClassVar[type]
@@ -94,8 +104,8 @@ class Loss:
         super().__init_subclass__(**kwargs)
         _check_contract(cls)
 
-    def ignored(self) -> dict[str, str]:
-        """Return the options that have no effect beside the others, each with what it needs."""
+    def unused_options(self) -> dict[str, str]:
+        """Return the options that have no effect with the others, each with what it needs."""
         return {}
 
     def conflicts(self) -> dict[str, str]:
@@ -108,8 +118,8 @@ class Loss:
         return frozenset()
 
     @property
-    def outputs(self) -> list[str] | None:
-        """Names of the scalars that the model ends in; None for one that ends in a vocabulary."""
+    def head_labels(self) -> list[str] | None:
+        """Names of the outputs of the model's scalar head; None for a language model."""
         return None
 
     def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> Iterable[AddedFeatures]:
@@ -122,8 +132,8 @@ class Loss:
         """
         return ()
 
-    def weight(self, batch: Batch) -> Tensor:
-        """Units in this micro-batch -> []; needs no model."""
+    def num_items(self, batch: Batch) -> Tensor:
+        """Return the number of items in this micro-batch, shape []. Calls no model."""
         raise NotImplementedError
 
     def step_statistics(self, batch: Batch, models: Models) -> Tensor:
@@ -142,12 +152,12 @@ class Loss:
         """
         raise NotImplementedError
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What is logged, from the means of the metrics; for figures that are no means, like perplexity."""
+    def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what is logged, from the means of the metrics; for metrics that are not means, like perplexity."""
         return means
 
-    def judge(self, samples: dict[str, list[float]]) -> dict[str, float]:
-        """Figures of a whole evaluation that no sums give, from all samples in any order, like a rank correlation."""
+    def compute_eval_metrics(self, samples: dict[str, list[float]]) -> dict[str, float]:
+        """Return metrics of an evaluation from all samples, in any order; for those that are no sums, like a rank."""
         return {}
 
 
@@ -156,6 +166,8 @@ def _check_contract(cls: type[Loss]) -> None:
     changes = [f"rename {old} to {new}" for old, new in OLD_NAMES.items() if old in own and new.split()[0] not in own]
     if "__call__" in own and not _takes_models(inspect.signature(cls.__call__)):
         changes.append("write __call__(self, batch, models), with models.policy, models.reference and models.teacher")
+    if cls.example_type not in EXAMPLE_TYPES:
+        changes.append(f"set example_type, which is {cls.example_type!r}, to one of {', '.join(EXAMPLE_TYPES)}")
     if "step_statistics" in own and not cls.has_step_statistics:
         changes.append("set has_step_statistics = True")
     if changes:
@@ -173,8 +185,8 @@ def _takes_models(signature: inspect.Signature) -> bool:
 def add_features(loss: Loss, train: Sequence[DataFile], eval: Sequence[DataFile] = ()) -> None:
     """Show a loss the data files, and add to them what it returns. Raises ConfigError or DataError."""
     for added in loss.on_data_loaded(train, eval) or ():
-        added.file.values |= added.doc_features
-        added.file.columns |= added.token_features
+        added.file.doc_features |= added.doc_features
+        added.file.token_features |= added.token_features
         if added.labels is not None:
             added.file.labels = added.labels
 
@@ -182,7 +194,7 @@ def add_features(loss: Loss, train: Sequence[DataFile], eval: Sequence[DataFile]
 class PairLoss(Loss):
     """A loss whose unit is the pair: documents 2i and 2i + 1, both of which have targets."""
 
-    def weight(self, batch: Batch) -> Tensor:
+    def num_items(self, batch: Batch) -> Tensor:
         return valid_pairs(batch).sum().float()
 
 
@@ -202,6 +214,7 @@ def register_loss(name: str, options_class: type):
             raise ConfigError(f"a loss named {name!r} is registered already", "already-exists")
         cls.name, cls.options_class = name, options_class
         _REGISTRY[name] = cls
+        LOSS_OPTIONS[name] = options_class
         return cls
 
     return register
@@ -220,14 +233,16 @@ def create_loss(name: str, **options) -> Loss:
     """
     if name not in _REGISTRY:
         raise ConfigError(f"there is no loss {name!r}; there are {', '.join(_REGISTRY)}", "not-a-choice")
-    known = [f.name for f in fields(_REGISTRY[name].options_class)]
-    unknown = [key for key in options if key not in known]
+    schema = _REGISTRY[name].options_class
+    known = [f.name for f in fields(schema)]
+    unknown = [key for key in options if key not in (*known, *aliases(schema))]
     if unknown:
         raise ConfigError(
             f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}", "unknown-option"
         )
     issues = ConfigIssues(Source(f"loss {name}"))
-    loss = build_loss(name, check_types(_REGISTRY[name].options_class, options, "loss.", issues), options, issues)
+    options = replace_aliases(options, aliases(schema))
+    loss = build_loss(name, check_types(schema, options, "loss.", issues), options, issues)
     issues.raise_if_any()
     return loss
 
@@ -246,7 +261,7 @@ def build_loss(name: str, options: dict[str, Any], given: Collection[str], issue
     if any(key not in options for key in required):
         return None
     loss = cls(cls.options_class(**options))
-    for key, reason in loss.ignored().items():
+    for key, reason in loss.unused_options().items():
         if key in given:
             issues.add(f"loss.{key}", "no-effect", f"would be ignored: {reason}")
     for key, reason in loss.conflicts().items():

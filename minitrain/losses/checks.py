@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from minitrain.config.issues import ConfigIssues, check_types
-from minitrain.config.schema import Config
+from minitrain.config.schema import Config, aliases
 from minitrain.config.suggest import hint_for_value
 
 from . import registered
@@ -48,4 +48,4 @@ def _of_python_class(name: str) -> str:
 
 
 def _options_of(loss: type) -> set[str]:
-    return {f.name for f in fields(loss.options_class)}
+    return {f.name for f in fields(loss.options_class)} | aliases(loss.options_class).keys()

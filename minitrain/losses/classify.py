@@ -22,9 +22,7 @@ from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_lo
 class ClassifyOptions:
     labels: list[Any] = option([], "The labels in the order of the model's outputs; those of the training files.")
     positive_label: str | None = option(None, "Of two labels, the one that f1 is about; the last one when left out.")
-    label_smoothing: float = option(
-        0.0, "Weight of the mean negative log-probability over all labels.", least=0, most=1
-    )
+    label_smoothing: float = option(0.0, "Weight of the mean negative log-probability over all labels.", ge=0, le=1)
     class_weights: dict[str, float] = option({}, "What examples of a label count, as {label: 2.5}; 1 when left out.")
     regression: bool = option(False, "The labels are numbers, and the loss is the squared error.")
 
@@ -37,13 +35,13 @@ class Classify(Loss):
     `torch.nn.functional.cross_entropy` (Szegedy et al. 2015, arXiv 1512.00567).
     """
 
-    record = "labelled"
+    example_type = "classification"
 
     def __init__(self, options: ClassifyOptions):
         super().__init__(options)
         self.names = [str(name) for name in options.labels]
 
-    def ignored(self) -> dict[str, str]:
+    def unused_options(self) -> dict[str, str]:
         classes = ("labels", "positive_label", "label_smoothing", "class_weights")
         return dict.fromkeys(classes, "regression has no classes.") if self.options.regression else {}
 
@@ -56,7 +54,7 @@ class Classify(Loss):
         return found
 
     @property
-    def outputs(self) -> list[str]:
+    def head_labels(self) -> list[str]:
         """The labels; known after `on_data_loaded`, if they are not an option."""
         return ["score"] if self.options.regression else self.names
 
@@ -77,7 +75,7 @@ class Classify(Loss):
             meant = [
                 _number(name, file) if self.options.regression else _place(name, places, file) for name in file.labels
             ]
-            label = np.array(meant, np.float64)[file.values["label"].astype(int)]  # [D]
+            label = np.array(meant, np.float64)[file.doc_features["label"].astype(int)]  # [D]
             added.append(AddedFeatures(file, {"label": label}, labels=self.names))
         return added
 
@@ -97,7 +95,7 @@ class Classify(Loss):
             found["positive_label"] = f"would be ignored: of {len(self.names)} labels f1 is a mean over all."
         return found
 
-    def weight(self, batch: Batch) -> Tensor:
+    def num_items(self, batch: Batch) -> Tensor:
         labels = batch.doc_feature("label")  # [D]
         if not self.options.class_weights:
             return torch.tensor(float(batch.n_docs), device=labels.device)
@@ -119,9 +117,9 @@ class Classify(Loss):
             )
             predictions = scores.detach().argmax(1)  # [D]
             metrics = {"accuracy": ((predictions == labels).sum(), labels.new_tensor(float(batch.n_docs)))}
-        return LossOutput(loss, self.weight(batch), metrics, {"label": labels, "prediction": predictions})
+        return LossOutput(loss, self.num_items(batch), metrics, {"label": labels, "prediction": predictions})
 
-    def judge(self, samples: dict[str, list[float]]) -> dict[str, float]:
+    def compute_eval_metrics(self, samples: dict[str, list[float]]) -> dict[str, float]:
         labels, predictions = (np.array(samples.get(name, [])) for name in ("label", "prediction"))  # [n]
         if not len(labels):
             return {}

@@ -13,7 +13,7 @@ from .sft import TokenLoss
 
 @dataclass
 class DFTOptions:
-    dft_alpha: float = option(1.0, "1 is the paper's loss, 0 is sft, between is a blend.", least=0, most=1)
+    dft_alpha: float = option(1.0, "1 is the paper's loss, 0 is sft, between is a blend.", ge=0, le=1)
 
 
 @register_loss("dft", DFTOptions)
@@ -33,5 +33,5 @@ class DFT(TokenLoss):
         logps = models.policy(batch, detached_weight_fn=self.token_weights).logps
         return self.output(-(self.token_weights(logps) * logps).sum(), batch, logps)
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
-        return super().summary(means) | {"dft_alpha": self.options.dft_alpha}
+    def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        return super().finalize_metrics(means) | {"dft_alpha": self.options.dft_alpha}

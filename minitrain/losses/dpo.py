@@ -146,18 +146,18 @@ OVER_MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # these get pairs of toke
 @dataclass
 class DPOOptions:
     variant: str = option("sigmoid", "Which loss of the family (see docs/losses.md).", choices=tuple(VARIANTS))
-    beta: float | None = option(None, "Strength; 0.1 when left out, 2 for simpo.", above=0, most=1000)
+    beta: float | None = option(None, "Strength; 0.1 when left out, 2 for simpo.", gt=0, le=1000)
     label_smoothing: float = option(
-        0.0, "Share of labels taken to be flipped: sigmoid, robust, exo_pair.", least=0, most=0.499
+        0.0, "Share of labels taken to be flipped: sigmoid, robust, exo_pair.", ge=0, le=0.499
     )
-    gamma: float = option(1.0, "simpo: the margin.", least=0, most=1000)
-    alpha: float = option(1.0, "cpo: weight of the chosen answer's negative log-likelihood.", least=0)
+    gamma: float = option(1.0, "simpo: the margin.", ge=0, le=1000)
+    alpha: float = option(1.0, "cpo: weight of the chosen answer's negative log-likelihood.", ge=0)
     ipo_sums: bool = option(False, "ipo: over sums, as in the DPO authors' code, instead of token means.")
     reference_free: bool = option(False, "Take a reference that finds all answers equally likely.")
     average_log_prob: bool = option(
         False, "Take means over an answer's tokens instead of sums; ipo, sigmoid_norm, simpo and orpo always do."
     )
-    sft_weight: float = option(0.0, "Weight of the chosen answer's mean negative log-likelihood beside it.", least=0)
+    sft_weight: float = option(0.0, "Weight of the chosen answer's mean negative log-likelihood beside it.", ge=0)
     reference: str = REFERENCE
 
     def __post_init__(self):
@@ -179,10 +179,10 @@ class DPO(PairLoss):
     first loss of the default is ln 2.
     """
 
-    record = "preference"
+    example_type = "preference"
     dropout = False
 
-    def ignored(self) -> dict[str, str]:
+    def unused_options(self) -> dict[str, str]:
         variant = self.options.variant
         only = {"gamma": ("simpo",), "alpha": ("cpo",), "ipo_sums": ("ipo",)}
         only["label_smoothing"] = ("sigmoid", "robust", "exo_pair")
@@ -205,15 +205,15 @@ class DPO(PairLoss):
         if models.reference is not None:
             ref = scores.per_document(models.reference(batch).logps)
         counts = scores.per_document(torch.ones_like(scores.logps))
-        usable = valid_pairs(batch)  # [P]
-        columns = [column.view(-1, 2)[usable].T for column in (sums, ref, counts)]  # [2, P] each
+        valid = valid_pairs(batch)  # [P]
+        columns = [column.view(-1, 2)[valid].T for column in (sums, ref, counts)]  # [2, P] each
         pairs = Pairs(*(side for column in columns for side in column))
         compared = pairs.mean() if self.options.over_means else pairs
         losses = VARIANTS[self.options.variant](compared, self.options)  # [P]
         if self.options.sft_weight:
             losses = losses - self.options.sft_weight * pairs.logps_w / pairs.n_w
         # The sum over no pairs has to stay attached to the graph.
-        return LossOutput(losses.sum() + 0 * sums.sum(), self.weight(batch), self._metrics(pairs, compared))
+        return LossOutput(losses.sum() + 0 * sums.sum(), self.num_items(batch), self._metrics(pairs, compared))
 
     def _metrics(self, pairs: Pairs, compared: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
         """Rewards are those that the loss compares: of means where it takes means, so that they do not favor length."""

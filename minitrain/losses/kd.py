@@ -71,19 +71,19 @@ class KDOptions:
     teacher_outputs: str | None = option(
         None, "What the teacher says of all data: a file that `minitrain teach` made. Then no teacher is loaded."
     )
-    temperature: float = option(4.0, "T: the logits of both are divided by it.", least=0.01, most=1000)
-    alpha: float = option(0.7, "Weight of T^2 times the divergence.", least=0)
-    beta: float = option(0.3, "Weight of the cross entropy of the data's own tokens.", least=0)
+    temperature: float = option(4.0, "T: the logits of both are divided by it.", ge=0.01, le=1000)
+    alpha: float = option(0.7, "Weight of T^2 times the divergence.", ge=0)
+    beta: float = option(0.3, "Weight of the cross entropy of the data's own tokens.", ge=0)
     divergence: str = option(
         "forward_kl",
         "forward_kl: KL(T||S). reverse_kl: KL(S||T). symmetric: the mean of both. jsd: see jsd_weight.",
         choices=tuple(DIVERGENCES),
     )
     jsd_weight: float = option(
-        0.5, "jsd: b in b KL(T||M) + (1 - b) KL(S||M), M = (1 - b) S + b T; 0 is forward_kl.", least=0, most=1
+        0.5, "jsd: b in b KL(T||M) + (1 - b) KL(S||M), M = (1 - b) S + b T; 0 is forward_kl.", ge=0, le=1
     )
     top_k: int | None = option(
-        None, "Compare on the teacher's so many likeliest tokens, all others as one; on all when left out.", least=1
+        None, "Compare on the teacher's so many likeliest tokens, all others as one; on all when left out.", ge=1
     )
 
 
@@ -95,7 +95,7 @@ class KD(TokenLoss):
     1503.02531, section 2); a jsd goes without, as in its paper.
     """
 
-    def ignored(self) -> dict[str, str]:
+    def unused_options(self) -> dict[str, str]:
         return {} if self.options.divergence == "jsd" else {"jsd_weight": "it needs loss.divergence=jsd."}
 
     def conflicts(self) -> dict[str, str]:
@@ -123,7 +123,7 @@ class KD(TokenLoss):
         scores = models.policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
         output = self.output(losses.sum(), batch, scores.logps)
-        output.metrics["kl"] = (scores.divergence.detach().sum(), output.weight)
+        output.metrics["kl"] = (scores.divergence.detach().sum(), output.num_items)
         return output
 
     def _stored_outputs(self, batch: Batch) -> TopKLogprobs:

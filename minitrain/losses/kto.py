@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: answers that were wanted or not, without pairs."""
+"""Kahneman-Tversky optimisation: desirable and undesirable answers, without pairs."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,22 @@ from .dpo import REFERENCE
 
 @dataclass
 class KTOOptions:
-    beta: float = option(0.1, "Strength.", above=0, most=1000)
-    desirable_weight: float = option(1.0, "lambda_D, the weight of answers that were wanted.", least=0)
-    undesirable_weight: float = option(1.0, "lambda_U, the weight of those that were not.", least=0)
+    beta: float = option(0.1, "Strength.", gt=0, le=1000)
+    desirable_weight: float = option(1.0, "lambda_D, the weight of desirable answers.", ge=0)
+    undesirable_weight: float = option(1.0, "lambda_U, the weight of undesirable answers.", ge=0)
     reference: str = REFERENCE
 
 
 @register_loss("kto", KTOOptions)
 class KTO(PairLoss):
-    """lambda_D (1 - sig(beta (r - z))) of wanted answers, lambda_U (1 - sig(beta (z - r))) of others.
+    """lambda_D (1 - sig(beta (r - z))) of desirable answers, lambda_U (1 - sig(beta (z - r))) of others.
 
     z is the mean log-ratio of policy to reference over answers to other prompts, at least 0, without gradient, over
     the whole optimizer step (arXiv 2402.01306, eq. 8). The unit is the judged answer. Each example is two documents:
     the answer that was judged, and behind the same prompt an answer to another one, which only z is estimated from.
     """
 
-    record = "feedback"
+    example_type = "unpaired_preference"
     dropout = False
     has_step_statistics = True
 
@@ -48,8 +48,8 @@ class KTO(PairLoss):
 
     def step_statistics(self, batch: Batch, models: Models) -> Tensor:
         ratios = _log_ratios(batch, models)  # [D]
-        usable = valid_pairs(batch)
-        return torch.stack([ratios.view(-1, 2)[usable, 1].sum(), usable.sum()])  # [2]
+        valid = valid_pairs(batch)
+        return torch.stack([ratios.view(-1, 2)[valid, 1].sum(), valid.sum()])  # [2]
 
     def set_step_statistics(self, statistics: Tensor) -> None:
         total, count = statistics.tolist()
@@ -57,27 +57,27 @@ class KTO(PairLoss):
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         ratios = _log_ratios(batch, models)  # [D]
-        usable = valid_pairs(batch)
-        r = ratios.view(-1, 2)[usable, 0]  # [P]
-        wanted = batch.doc_feature("desirable").view(-1, 2)[usable, 0] > 0.5  # [P]
+        valid = valid_pairs(batch)
+        r = ratios.view(-1, 2)[valid, 0]  # [P]
+        desirable = batch.doc_feature("desirable").view(-1, 2)[valid, 0] > 0.5  # [P]
         gain = self.options.beta * (r - self.z)
         losses = torch.where(
-            wanted,
+            desirable,
             self.options.desirable_weight * (1 - gain.sigmoid()),
             self.options.undesirable_weight * (1 - (-gain).sigmoid()),
         )
-        return LossOutput(losses.sum() + 0 * ratios.sum(), self.weight(batch), self._metrics(r, wanted))
+        return LossOutput(losses.sum() + 0 * ratios.sum(), self.num_items(batch), self._metrics(r, desirable))
 
-    def _metrics(self, r: Tensor, wanted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(self, r: Tensor, desirable: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad():
-            rewards, yes, no = self.options.beta * r, wanted.float(), (~wanted).float()
+            rewards, yes, no = self.options.beta * r, desirable.float(), (~desirable).float()
             return {
                 "rewards/chosen": ((rewards * yes).sum(), yes.sum()),
                 "rewards/rejected": ((rewards * no).sum(), no.sum()),
                 "kl": (yes.new_tensor(self.z * len(r)), yes.new_tensor(float(len(r)))),
             }
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
+    def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the margin, where a step has both kinds of answers."""
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}

@@ -18,9 +18,9 @@ class PairwiseOptions:
         "sigmoid or logistic: -logsig(s_w - s_l - margin). hinge: relu(margin - (s_w - s_l)).",
         choices=("sigmoid", "logistic", "hinge"),
     )
-    margin: float | None = option(None, "The same for all pairs; when left out, the rows' own column, or 0.", least=0)
+    margin: float | None = option(None, "The same for all pairs; when left out, the rows' own column, or 0.", ge=0)
     center_rewards_coefficient: float = option(
-        0.0, "Weight of (s_w + s_l)^2, which keeps scores around 0; 0.01 is advised (arXiv 2312.09244).", least=0
+        0.0, "Weight of (s_w + s_l)^2, which keeps scores around 0; 0.01 is advised (arXiv 2312.09244).", ge=0
     )
 
 
@@ -31,23 +31,23 @@ class Pairwise(PairLoss):
     Bradley-Terry, as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); margins as in Llama 2 (arXiv 2307.09288).
     """
 
-    record = "preference"
+    example_type = "preference"
 
     @property
-    def outputs(self) -> list[str]:
+    def head_labels(self) -> list[str]:
         return ["score"]
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         scores = models.policy(batch).scores[:, 0]  # [D]
-        usable = valid_pairs(batch)  # [P]
-        chosen, rejected = scores.view(-1, 2)[usable].T  # [P], [P]
+        valid = valid_pairs(batch)  # [P]
+        chosen, rejected = scores.view(-1, 2)[valid].T  # [P], [P]
         margins = self.options.margin
         if margins is None:
-            margins = batch.doc_feature("margin").view(-1, 2)[usable, 0]  # [P]
+            margins = batch.doc_feature("margin").view(-1, 2)[valid, 0]  # [P]
         apart = chosen - rejected - margins
         losses = F.relu(-apart) if self.options.loss_type == "hinge" else -F.logsigmoid(apart)
         losses = losses + self.options.center_rewards_coefficient * (chosen + rejected) ** 2
-        weight = self.weight(batch)
+        weight = self.num_items(batch)
         with torch.no_grad():
             metrics = {
                 "accuracy": ((chosen > rejected).float().sum(), weight),

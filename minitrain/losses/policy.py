@@ -26,48 +26,57 @@ from .advantages import (
 )
 from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
 from .dpo import REFERENCE
-from .value import EPS_VALUE, GAMMA, LAM, value_losses, value_metrics, with_explained_variance
+from .value import EPS_VALUE, GAE_LAMBDA, GAMMA, value_losses, value_metrics, with_explained_variance
 
 EPS_HIGH = {"dapo": 0.28, "cispo": 5.0}  # as their papers have it, or their users
 
 
 @dataclass
 class PolicyOptions:
-    advantages: str = option(
-        "grpo", "How good a token was (see docs/losses.md). given: the rows' own `advantages`.", choices=ADVANTAGES
+    advantage_estimator: str = option(
+        "grpo",
+        "How good a token was (see docs/losses.md). given: the rows' own `advantages`.",
+        choices=ADVANTAGES,
+        alias="advantages",
     )
     gamma: float = GAMMA
-    lam: float = LAM
+    gae_lambda: float = GAE_LAMBDA
     scale_rewards: bool = option(True, "grpo: divide by the deviation of the group's rewards.")
     whiten: bool | None = option(
         None, "Advantages of mean 0 and deviation 1 over all tokens of the files; on with gae and reinforce++."
     )
-    normaliser: str = option(
+    loss_aggregation: str = option(
         "dapo",
         "What a step's sum is divided by; cispo also changes the term.",
         choices=("dapo", "grpo", "dr_grpo", "cispo"),
+        alias=("loss_type", "normaliser"),
     )
     max_new_tokens: int | None = option(
-        None, "dr_grpo: tokens that an answer could have had; the longest of the training files when left out.", least=1
+        None, "dr_grpo: tokens that an answer could have had; the longest of the training files when left out.", ge=1
     )
-    ratio: str = option(
+    importance_sampling_level: str = option(
         "token",
         "token: of each token. sequence: the geometric mean over a response's tokens (GSPO). product: that of the "
         "whole response (RLOO).",
         choices=("token", "sequence", "product"),
+        alias="ratio",
     )
-    eps_low: float = option(0.2, "The ratio is clipped below 1 - eps_low.", least=0, most=1)
-    eps_high: float | None = option(
+    clip_eps_low: float = option(
+        0.2, "The ratio is clipped below 1 - clip_eps_low.", ge=0, le=1, alias=("epsilon", "eps_low")
+    )
+    clip_eps_high: float | None = option(
         None,
-        "And above 1 + eps_high; with cispo, at eps_high. When left out: 0.28 with dapo, 5 with cispo, else eps_low.",
-        above=0,
+        "And above 1 + clip_eps_high; with cispo, at clip_eps_high. Default: 0.28 with dapo, 5 with cispo, else "
+        "clip_eps_low.",
+        gt=0,
+        alias=("epsilon_high", "eps_high"),
     )
-    dual_clip: float | None = option(None, "The ratio counts at most so much where the advantage is negative.", above=1)
+    dual_clip: float | None = option(None, "The ratio counts at most so much where the advantage is negative.", gt=1)
     temperature: float = option(
-        1.0, "The one that answers were sampled at; old_logps are those at it.", least=0.01, most=100
+        1.0, "The one that answers were sampled at; old_logps are those at it.", ge=0.01, le=100
     )
-    entropy_coef: float = option(0.0, "Weight of the entropy, which is to stay high.", least=0)
-    kl_coef: float = option(0.0, "Weight of the KL to the reference.", least=0)
+    entropy_coef: float = option(0.0, "Weight of the entropy, which is to stay high.", ge=0)
+    kl_coef: float = option(0.0, "Weight of the KL to the reference.", ge=0)
     kl_in: str = option(
         "auto",
         "The KL is a term of the loss, or lessens the rewards. auto: reward with gae and reinforce++, else loss.",
@@ -81,24 +90,24 @@ class PolicyOptions:
     )
     reference: str = REFERENCE
     vf_coef: float = option(
-        0.0, "Weight of the loss of a value head beside the vocabulary, 0.1 for instance; 0: there is none.", least=0
+        0.0, "Weight of the loss of a value head beside the vocabulary, 0.1 for instance; 0: there is none.", ge=0
     )
     eps_value: float = EPS_VALUE
 
     def __post_init__(self):
         if self.kl_in == "auto":
-            self.kl_in = "reward" if self.advantages in DISCOUNTED else "loss"
+            self.kl_in = "reward" if self.advantage_estimator in DISCOUNTED else "loss"
         if self.kl_estimator is None:
             self.kl_estimator = "k1" if self.kl_in == "reward" else "k3"
-        if self.eps_high is None:
-            self.eps_high = EPS_HIGH.get(self.normaliser, self.eps_low)
+        if self.clip_eps_high is None:
+            self.clip_eps_high = EPS_HIGH.get(self.loss_aggregation, self.clip_eps_low)
         if self.whiten is None:
-            self.whiten = self.advantages in DISCOUNTED
+            self.whiten = self.advantage_estimator in DISCOUNTED
 
 
 @register_loss("policy", PolicyOptions)
 class PolicyLoss(Loss):
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) of each token, rho = p / p_old (arXiv 1707.06347, eq. 7).
+    """-min(rho A, clip(rho, 1 - eps_l, 1 + eps_h) A) of each token, rho = p / p_old (arXiv 1707.06347, eq. 7).
 
     With dapo (arXiv 2503.14476) and cispo (arXiv 2506.13585) the unit is the token; with grpo (arXiv 2402.03300) it is
     the rollout, of which the mean over its tokens is taken; with dr_grpo (arXiv 2503.20783) it is a place of the
@@ -106,31 +115,31 @@ class PolicyLoss(Loss):
     old_logps are taken to be the policy's own: rho is 1, and the gradient that of -A log p.
     """
 
-    record = "rollout"
+    example_type = "rollout"
     dropout = False
 
     def __init__(self, options: PolicyOptions):
         super().__init__(options)
         self.max_new_tokens = options.max_new_tokens
 
-    def ignored(self) -> dict[str, str]:
+    def unused_options(self) -> dict[str, str]:
         o, told = self.options, {}
-        if o.advantages not in DISCOUNTED and (o.advantages == "given" or not o.vf_coef):
-            told["gamma"] = "it needs loss.advantages=gae or reinforce++, or returns for loss.vf_coef."
-        if o.advantages != "gae":
-            told["lam"] = "it needs loss.advantages=gae."
-        if o.advantages != "grpo":
-            told["scale_rewards"] = "it needs loss.advantages=grpo."
-        if o.normaliser != "dr_grpo":
-            told["max_new_tokens"] = "it needs loss.normaliser=dr_grpo."
-        if o.normaliser == "cispo":
-            told |= dict.fromkeys(("eps_low", "dual_clip"), "cispo clips at eps_high alone.")
+        if o.advantage_estimator not in DISCOUNTED and (o.advantage_estimator == "given" or not o.vf_coef):
+            told["gamma"] = "it needs loss.advantage_estimator=gae or reinforce++, or returns for loss.vf_coef."
+        if o.advantage_estimator != "gae":
+            told["gae_lambda"] = "it needs loss.advantage_estimator=gae."
+        if o.advantage_estimator != "grpo":
+            told["scale_rewards"] = "it needs loss.advantage_estimator=grpo."
+        if o.loss_aggregation != "dr_grpo":
+            told["max_new_tokens"] = "it needs loss.loss_aggregation=dr_grpo."
+        if o.loss_aggregation == "cispo":
+            told |= dict.fromkeys(("clip_eps_low", "dual_clip"), "cispo clips at clip_eps_high alone.")
         if not o.kl_coef:
             told |= dict.fromkeys(("kl_in", "kl_estimator", "kl_times_ratio", "reference"), "it needs loss.kl_coef.")
         elif o.kl_in == "reward":
             told["reference"] = "the KL is in the rewards, which needs old_logps and ref_logps in the rows."
             told["kl_times_ratio"] = "it needs loss.kl_in=loss."
-            if o.advantages == "given":
+            if o.advantage_estimator == "given":
                 told["kl_in"] = "advantages that are given come from no rewards."
         if not o.vf_coef:
             told["eps_value"] = "it needs loss.vf_coef."
@@ -155,40 +164,43 @@ class PolicyLoss(Loss):
     def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
         """Return the columns `advantages` and, for a value head, `returns`."""
         common_columns([*train, *eval])
-        learned, kind = Rollouts(train), self.options.advantages
+        learned, kind = Rollouts(train), self.options.advantage_estimator
         self.max_new_tokens = self.options.max_new_tokens or int(learned.lengths.max())
         if kind in ("grpo", "rloo") and int(learned.groups().bincount().max()) < 2:
             raise DataError(
                 f"{train[0].source}: no prompt has two rollouts, so none can be compared with another as "
-                f"loss.advantages={kind} does. Sample several of each prompt, or take loss.advantages=reinforce++.",
+                f"loss.advantage_estimator={kind} does. Sample several of each prompt, or take "
+                "loss.advantage_estimator=reinforce++.",
                 "unsuitable-data",
             )
         return [added for files in apart(train, eval) for added in self._advantages(Rollouts(files))]
 
     def _advantages(self, rollouts: Rollouts) -> list[AddedFeatures]:
         o = self.options
-        if o.advantages == "given":
-            advantages = rollouts.column("advantages", "loss.advantages=given")
+        if o.advantage_estimator == "given":
+            advantages = rollouts.column("advantages", "loss.advantage_estimator=given")
             returns = rollouts.column("returns", "loss.vf_coef with advantages that are given") if o.vf_coef else None
         else:
             rewards = penalised_rewards(rollouts, o.kl_coef if o.kl_in == "reward" else 0.0, o.kl_estimator)
-            advantages, returns = estimate(rollouts, rewards, o.advantages, o.gamma, o.lam, o.scale_rewards)
+            advantages, returns = estimate(
+                rollouts, rewards, o.advantage_estimator, o.gamma, o.gae_lambda, o.scale_rewards
+            )
         columns = {"advantages": whiten(advantages) if o.whiten else advantages}
         return rollouts.as_features(**columns, **({"returns": returns} if o.vf_coef else {}))
 
-    def weight(self, batch: Batch) -> Tensor:
-        if self.options.normaliser in ("dapo", "cispo"):
+    def num_items(self, batch: Batch) -> Tensor:
+        if self.options.loss_aggregation in ("dapo", "cispo"):
             return torch.tensor(float(batch.n_targets), device=batch.targets.device)
         rollouts = batch.docs_with_targets.sum().float()
-        return rollouts * self.max_new_tokens if self.options.normaliser == "dr_grpo" else rollouts
+        return rollouts * self.max_new_tokens if self.options.loss_aggregation == "dr_grpo" else rollouts
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         o = self.options
         scores = models.policy(batch, entropy=True, temperature=o.temperature)
         advantages = batch.target_feature("advantages")  # [N]
-        old = batch.target_feature("old_logps") if "old_logps" in batch.columns else scores.logps.detach()  # [N]
+        old = batch.target_feature("old_logps") if "old_logps" in batch.token_features else scores.logps.detach()  # [N]
         log_ratio = scores.logps - old  # [N]
-        used_ratio = _over_rollouts(scores, log_ratio, o.ratio)  # [N]
+        used_ratio = _over_rollouts(scores, log_ratio, o.importance_sampling_level)  # [N]
         rho = bounded_exp(used_ratio)  # [N]
         losses = surrogate(scores.logps, rho, advantages, o)  # [N]
         metrics = self._metrics(batch, scores, advantages, log_ratio, rho)
@@ -206,20 +218,20 @@ class PolicyLoss(Loss):
             losses = losses - o.entropy_coef * scores.entropy
         if o.vf_coef:
             returns = batch.target_feature("returns")  # [N]
-            before = batch.target_feature("values") if "values" in batch.columns else None  # [N]
+            before = batch.target_feature("values") if "values" in batch.token_features else None  # [N]
             errors = value_losses(scores.values, returns, before, o.eps_value)
             losses = losses + o.vf_coef * errors
             metrics["value_loss"] = errors.detach().sum(), metrics["ratio"][1]
             metrics |= value_metrics(scores.values, returns, before, o.eps_value)
-        if o.normaliser == "grpo":
+        if o.loss_aggregation == "grpo":
             losses = losses / _lengths(scores)
-        return LossOutput(losses.sum(), self.weight(batch), metrics)
+        return LossOutput(losses.sum(), self.num_items(batch), metrics)
 
     def _from_reference(self, batch: Batch, scores: PolicyOutput, models: Models) -> Tensor | None:
         """log p - log p_ref -> [N]; None where there is neither a reference nor a column of its log-probabilities."""
         if models.reference is not None:
             return scores.logps - models.reference(batch, temperature=self.temperature).logps
-        return scores.logps - batch.target_feature("ref_logps") if "ref_logps" in batch.columns else None
+        return scores.logps - batch.target_feature("ref_logps") if "ref_logps" in batch.token_features else None
 
     @torch.no_grad()
     def _metrics(
@@ -233,11 +245,11 @@ class PolicyLoss(Loss):
             "entropy": scores.entropy,
             "advantage": advantages,
         }
-        if o.normaliser == "cispo":
-            figures["clip_fraction/high"] = (rho > o.eps_high).float()
+        if o.loss_aggregation == "cispo":
+            figures["clip_fraction/high"] = (rho > o.clip_eps_high).float()
         else:
-            figures["clip_fraction/high"] = good * (rho > 1 + o.eps_high)
-            figures["clip_fraction/low"] = bad * (rho < 1 - o.eps_low)
+            figures["clip_fraction/high"] = good * (rho > 1 + o.clip_eps_high)
+            figures["clip_fraction/low"] = bad * (rho < 1 - o.clip_eps_low)
         metrics = {name: (figure.sum(), n) for name, figure in figures.items()}
         metrics["logps/positive"] = (scores.logps * good).sum(), good.sum()
         metrics["logps/negative"] = (scores.logps * bad).sum(), bad.sum()
@@ -246,7 +258,7 @@ class PolicyLoss(Loss):
         metrics["reward"] = rewards[known].sum(), known.sum().float()
         return metrics
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
+    def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the explained variance of a value head."""
         return with_explained_variance(means)
 
@@ -256,9 +268,9 @@ def surrogate(logps: Tensor, rho: Tensor, advantages: Tensor, o: PolicyOptions) 
 
     All [N].
     """
-    if o.normaliser == "cispo":
-        return -rho.detach().clamp(max=o.eps_high) * advantages * logps
-    losses = torch.maximum(-rho * advantages, -rho.clamp(1 - o.eps_low, 1 + o.eps_high) * advantages)
+    if o.loss_aggregation == "cispo":
+        return -rho.detach().clamp(max=o.clip_eps_high) * advantages * logps
+    losses = torch.maximum(-rho * advantages, -rho.clamp(1 - o.clip_eps_low, 1 + o.clip_eps_high) * advantages)
     if o.dual_clip is None:
         return losses
     return torch.where(advantages < 0, torch.minimum(losses, -o.dual_clip * advantages), losses)
@@ -270,7 +282,7 @@ def _lengths(scores: PolicyOutput) -> Tensor:
 
 
 def _over_rollouts(scores: PolicyOutput, log_ratio: Tensor, kind: str) -> Tensor:
-    """Log of the ratio that counts for each token, of `PolicyOptions.ratio` -> [N]."""
+    """Log of the ratio that counts for each token, of `PolicyOptions.importance_sampling_level` -> [N]."""
     if kind == "token":
         return log_ratio
     sums = scores.per_document(log_ratio)[scores.doc_ids]  # [N]

@@ -15,16 +15,16 @@ from .base import Loss, LossOutput, Models, register_loss
 class TokenLoss(Loss):
     """A loss whose unit is the supervised token."""
 
-    def weight(self, batch: Batch) -> Tensor:
+    def num_items(self, batch: Batch) -> Tensor:
         return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
     def output(self, loss: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
         """Wraps a summed loss with the metrics that every token loss logs."""
-        weight, logps = self.weight(batch), logps.detach()
+        weight, logps = self.num_items(batch), logps.detach()
         metrics = {"nll": (-logps.sum(), weight), "avg_p_correct": (logps.exp().sum(), weight)}
         return LossOutput(loss, weight, metrics)
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
+    def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds perplexity, the exponential of the mean negative log-likelihood."""
         nll = means.pop("nll")
         return means | {"perplexity": math.exp(nll) if nll < 700 else math.inf}
@@ -33,9 +33,9 @@ class TokenLoss(Loss):
 @dataclass
 class SFTOptions:
     label_smoothing: float = option(
-        0.0, "Weight of the mean negative log-probability over the whole vocabulary.", least=0, most=1
+        0.0, "Weight of the mean negative log-probability over the whole vocabulary.", ge=0, le=1
     )
-    focal_gamma: float = option(0.0, "Focal loss: each token is weighted by (1 - p)^gamma.", least=0, most=100)
+    focal_gamma: float = option(0.0, "Focal loss: each token is weighted by (1 - p)^gamma.", ge=0, le=100)
 
 
 @register_loss("sft", SFTOptions)

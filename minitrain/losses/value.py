@@ -13,20 +13,22 @@ from minitrain.errors import ConfigError
 from .advantages import ESTIMATORS, Rollouts, apart, common_columns, estimate, penalised_rewards
 from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
 
-GAMMA = option(1.0, "Discount of what comes a token later.", least=0, most=1)
-LAM = option(0.95, "gae: lambda, from one step of foresight (0) to the whole rollout (1).", least=0, most=1)
-EPS_VALUE = option(0.2, "How far a value may move from the row's `values` before it is clipped.", above=0)
+GAMMA = option(1.0, "Discount of what comes a token later.", ge=0, le=1)
+GAE_LAMBDA = option(
+    0.95, "gae: lambda, from one step of foresight (0) to the full rollout (1).", ge=0, le=1, alias="lam"
+)
+EPS_VALUE = option(0.2, "How far a value may move from the row's `values` before it is clipped.", gt=0)
 
 
 @dataclass
 class ValueOptions:
     gamma: float = GAMMA
-    lam: float = LAM
+    gae_lambda: float = GAE_LAMBDA
     eps_value: float = EPS_VALUE
     kl_coef: float = option(
         0.0,
         "Each token's reward is lessened by so much of its KL to the reference; needs old_logps, ref_logps.",
-        least=0,
+        ge=0,
     )
     kl_estimator: str = option("k1", "Of that KL (see docs/losses.md).", choices=ESTIMATORS)
 
@@ -40,14 +42,14 @@ class Value(Loss):
     on. Without `values` nothing is clipped.
     """
 
-    record = "rollout"
+    example_type = "rollout"
     dropout = False
 
-    def ignored(self) -> dict[str, str]:
+    def unused_options(self) -> dict[str, str]:
         return {} if self.options.kl_coef else {"kl_estimator": "it needs loss.kl_coef."}
 
     @property
-    def outputs(self) -> list[str]:
+    def head_labels(self) -> list[str]:
         return ["value"]
 
     def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
@@ -59,11 +61,11 @@ class Value(Loss):
         for files in apart(train, eval):
             rollouts = Rollouts(files)
             rewards = penalised_rewards(rollouts, o.kl_coef, o.kl_estimator)
-            _, returns = estimate(rollouts, rewards, kind, o.gamma, o.lam, False)
+            _, returns = estimate(rollouts, rewards, kind, o.gamma, o.gae_lambda, False)
             added += rollouts.as_features(returns=returns)
         return added
 
-    def weight(self, batch: Batch) -> Tensor:
+    def num_items(self, batch: Batch) -> Tensor:
         return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
@@ -72,11 +74,13 @@ class Value(Loss):
             raise ConfigError(
                 "loss.name: value needs a model that reads from left to right, not an encoder.", "conflict"
             )
-        old = batch.target_feature("values") if "values" in batch.columns else None  # [N]
+        old = batch.target_feature("values") if "values" in batch.token_features else None  # [N]
         losses = value_losses(values, returns, old, self.options.eps_value)
-        return LossOutput(losses.sum(), self.weight(batch), value_metrics(values, returns, old, self.options.eps_value))
+        return LossOutput(
+            losses.sum(), self.num_items(batch), value_metrics(values, returns, old, self.options.eps_value)
+        )
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
+    def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the explained variance."""
         return with_explained_variance(means)
 

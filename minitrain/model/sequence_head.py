@@ -72,8 +72,8 @@ class EncoderScorer(Policy):
         mask = batch.doc_ids >= 0  # [R, T]
         mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not give NaN
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
-        if getattr(self.model.config, "type_vocab_size", 1) > 1 and "token_types" in batch.columns:
-            inputs["token_type_ids"] = batch.columns["token_types"].long()
+        if getattr(self.model.config, "type_vocab_size", 1) > 1 and "token_types" in batch.token_features:
+            inputs["token_type_ids"] = batch.token_features["token_types"].long()
         scores = self.model(**inputs).logits[: batch.n_docs].float()  # [D, L]
         return PolicyOutput(None, batch.target_docs, batch.n_docs, scores=scores)
 

@@ -167,14 +167,14 @@ def _build_reference(
     load: Load,
 ) -> InitialPolicySnapshot | PrecomputedRefLogps | FrozenModel:
     caches = list({id(cache): cache for loader in loaders for cache in loader.examples.caches}.values())
-    if all(REF_LOGPS in cache.columns for cache in caches):  # the rows have them
+    if all(REF_LOGPS in cache.token_features for cache in caches):  # the rows have them
         return PrecomputedRefLogps()
     kind = reference_kind(loss, config)
     if kind == "adapter":
         return InitialPolicySnapshot(policy, parallel)
     if kind == "precomputed":
         for cache in caches:
-            cache.columns[REF_LOGPS] = _load_or_compute_ref_logps(
+            cache.token_features[REF_LOGPS] = _load_or_compute_ref_logps(
                 cache, loss, policy, config, parallel, precision, loaders[0]
             )
         return PrecomputedRefLogps()
@@ -314,12 +314,12 @@ def _still_right(
 
 def iter_batches_with_positions(cache, loader: MicrobatchLoader) -> Iterator[tuple[Batch, torch.Tensor]]:
     """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
-    cache.columns["place"] = torch.arange(len(cache.ids))
+    cache.token_features["place"] = torch.arange(len(cache.ids))
     try:
         for batch in loader.eval_batches():
             yield batch, batch.target_feature("place").long()
     finally:
-        del cache.columns["place"]
+        del cache.token_features["place"]
 
 
 def _read_ref_logps(file: Path, n_tokens: int) -> torch.Tensor | None:

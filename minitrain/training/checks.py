@@ -40,23 +40,24 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     name = config.loss["name"]
     _check_teacher(config.loss, "teacher" in loss.requires, issues)
     for key in ("chat_template", "train_on", "max_prompt_length"):
-        if loss.record == "labelled" and key in given:
+        if loss.example_type == "classification" and key in given:
             issues.add(key, "no-effect", f"would be ignored: {name} reads texts as they are.", "loss.name")
-    if loss.record != "rollout" and config.mask_truncated:
+    if loss.example_type != "rollout" and config.mask_truncated:
         issues.add(
             "mask_truncated", "no-effect", f"would be ignored: {name} does not learn from rollouts.", "loss.name"
         )
     for key in ("truncation", "max_prompt_length"):
-        if loss.record == "rollout" and key in given:
+        if loss.example_type == "rollout" and key in given:
             issues.add(key, "no-effect", "would be ignored: rollouts are never cut. See mask_truncated.", "loss.name")
     for i, entry in enumerate(config.datasets):
-        if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.record:
-            told = f"{entry.type} rows are {SCHEMAS[entry.type].kind} rows, and {name} learns from {loss.record} rows."
+        if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.example_type:
+            kind = SCHEMAS[entry.type].kind
+            told = f"{entry.type} rows are {kind} rows, and {name} learns from {loss.example_type} rows."
             issues.add(f"datasets[{i}].type", "mismatch", told, "loss.name")
-    if loss.record in ("feedback", "rollout") and config.eval_generate.n_examples:
-        told = f"the answers of {loss.record} rows need not be right, so none can be compared with them."
+    if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples:
+        told = f"the answers of {loss.example_type} rows need not be right, so none can be compared with them."
         issues.add("eval_generate", "conflict", told, "loss.name")
-    if loss.outputs is not None and config.eval_generate.n_examples:
+    if loss.head_labels is not None and config.eval_generate.n_examples:
         issues.add("eval_generate", "conflict", f"a model that {name} trains gives scores and no text.", "loss.name")
 
 

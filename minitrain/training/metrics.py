@@ -24,7 +24,7 @@ class MetricAccumulator:
         self.samples: dict[str, list[float]] = {}
 
     def add(self, output: LossOutput) -> None:
-        for name, (total, weight) in {"loss": (output.sum, output.weight), **output.metrics}.items():
+        for name, (total, weight) in {"loss": (output.loss_sum, output.num_items), **output.metrics}.items():
             pair = torch.stack([total.detach().to(self.dtype), weight.to(self.dtype)])  # [2]
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -97,7 +97,7 @@ def evaluate(
             totals.add(output)
             totals.add_samples(output)
     parallel.reshard(models.policy)
-    return loss.summary(totals.means(parallel)) | loss.judge(totals.all_samples(parallel))
+    return loss.finalize_metrics(totals.means(parallel)) | loss.compute_eval_metrics(totals.all_samples(parallel))
 
 
 def lower_is_better(metric: str) -> bool:

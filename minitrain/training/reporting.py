@@ -43,7 +43,7 @@ def start_window(trainer: "Trainer") -> None:
 
 def log_train(trainer: "Trainer") -> None:
     """Log the means of the window, and start the next one."""
-    trainer.train_metrics = trainer.loss.summary(trainer.totals.means(trainer.parallel)) | {
+    trainer.train_metrics = trainer.loss.finalize_metrics(trainer.totals.means(trainer.parallel)) | {
         "lr": trainer.optimizer.param_groups[0]["lr"],
         "grad_norm": trainer.grad_norm,
         "epoch": trainer.consumed / trainer.train_loader.epoch_size,

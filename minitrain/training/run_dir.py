@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import nn
 
+from minitrain.config.aliases import with_own_names
 from minitrain.config.issues import keys_overlap
 from minitrain.config.saved import config_yaml, without_passwords
 from minitrain.config.schema import Config, option_fields
@@ -307,7 +308,7 @@ class RunFolder:
         trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
         if self.config.resume != "auto" or not trained:
             return
-        changes = dict(_changes(self._saved_settings(), self.settings(), self.config))
+        changes = dict(_changes(with_own_names(self._saved_settings()), self.settings(), self.config))
         allowed = self.config.allow_changes
         refused = {key: told for key, told in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
         if refused:
@@ -348,7 +349,7 @@ def _holds_files(folder: Path) -> bool:
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
     """(key, ``old -> new``) of each option that changes what is computed."""
     for f in option_fields(schema):
-        if f.metadata["free"]:
+        if not f.metadata["affects_results"]:
             continue
         old, now, value = without_passwords(saved.get(f.name)), new.get(f.name), getattr(schema, f.name)
         if is_dataclass(value) and isinstance(old, dict):

@@ -26,9 +26,9 @@ def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:
 
     Raises ConfigError or DataError.
     """
-    tokenizer = load_tokenizer(config.model, scores=loss.outputs is not None)
-    template = make_template(tokenizer, config, loss.record)
-    data = load_data(config, template, loss.record)
+    tokenizer = load_tokenizer(config.model, scores=loss.head_labels is not None)
+    template = make_template(tokenizer, config, loss.example_type)
+    data = load_data(config, template, loss.example_type)
     add_features(loss, data.train.caches, data.eval.caches if data.eval else [])
     return template, data
 

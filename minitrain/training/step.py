@@ -70,7 +70,7 @@ def forward_backward(
     Args:
         batches: The micro-batches of this rank. Every rank has the same number of them.
     """
-    weight = sum(loss.weight(batch) for batch in batches)
+    weight = sum(loss.num_items(batch) for batch in batches)
     weight = parallel.sum(weight.to(parallel.device))  # []
     total = torch.zeros((), device=parallel.device)
     outputs = []
@@ -82,10 +82,10 @@ def forward_backward(
         with parallel.backward_context(models.policy, last=i == len(batches) - 1):
             with precision.autocast():
                 output = loss(batch, models)
-            output.sum = failpoint("step.loss", output.sum)
+            output.loss_sum = failpoint("step.loss", output.loss_sum)
             failpoint("step.backward")
-            precision.backward(output.sum / weight)
-        total = total + output.sum.detach()
+            precision.backward(output.loss_sum / weight)
+        total = total + output.loss_sum.detach()
         outputs.append(_detached(output))
     failpoint("step.reduce")
     return StepOutput(parallel.sum(total) / weight, outputs, parallel)
@@ -126,4 +126,4 @@ def optim_step(
 def _detached(output: LossOutput) -> LossOutput:
     """Return the same numbers without their graph, and without samples, which only an evaluation needs."""
     metrics = {name: (total.detach(), weight.detach()) for name, (total, weight) in output.metrics.items()}
-    return dataclasses.replace(output, sum=output.sum.detach(), metrics=metrics, samples={})
+    return dataclasses.replace(output, loss_sum=output.loss_sum.detach(), metrics=metrics, samples={})

@@ -114,7 +114,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
     [
         ("classify", [{"text": "a", "label": NAN}], "bad.jsonl:1: label is neither a text nor a number, but 'nan'"),
         ("classify", [{"text": "a", "label": None}], "bad.jsonl:1: label is neither a text nor a number"),
-        ("classify", [{"text": "a"}], "bad.jsonl:1: no known schema of labelled rows has the keys text"),
+        ("classify", [{"text": "a"}], "bad.jsonl:1: no known schema of classification rows has the keys text"),
         ("classify", [{"text": "a", "label": "x"}], "all examples have the label 'x', so there is nothing to tell"),
         ("{name: classify, labels: [x, z]}", [{"text": "a", "label": "y"}], "the label 'y' is not among x, z"),
         ("{name: classify, regression: true}", [{"text": "a", "label": "x"}], "the label 'x' is no number"),

@@ -53,7 +53,13 @@ validation_split: 0.2
 early_stopping: {patience: 0, metric: loss}
 on_bad_row: error
 """
-RECORDS = {"sft": "conversation", "dpo": "preference", "kto": "feedback", "classify": "labelled", "policy": "rollout"}
+RECORDS = {
+    "sft": "conversation",
+    "dpo": "preference",
+    "kto": "unpaired_preference",
+    "classify": "classification",
+    "policy": "rollout",
+}
 
 
 class Hang(BaseException):

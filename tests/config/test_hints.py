@@ -128,7 +128,7 @@ VALUES = {
     "trainer=TensorParallelTrainer": " Use trainer=FSDPTrainer.",
     "loss.name=nll": " Use loss.name=sft.",
     "loss=ipo": " Use loss.name=dpo loss.variant=ipo.",
-    "loss.name=grpo": " Use loss.name=policy loss.advantages=grpo.",
+    "loss.name=grpo": " Use loss.name=policy loss.advantage_estimator=grpo.",
     "datasets[0].type=sharegpt": " Use datasets[0].type=conversations.",
 }
 

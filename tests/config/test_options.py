@@ -98,11 +98,11 @@ ZERO = {  # what 0 means; all other options refuse it
     "pairwise:loss.margin": "no margin",
     "pairwise:loss.center_rewards_coefficient": "without that term",
     "value:loss.gamma": "only the reward of the token itself",
-    "value:loss.lam": "one step of foresight",
+    "value:loss.gae_lambda": "one step of foresight",
     "value:loss.kl_coef": "without the KL",
     "policy:loss.gamma": "only the reward of the token itself",
-    "policy:loss.lam": "one step of foresight",
-    "policy:loss.eps_low": "no ratio below 1",
+    "policy:loss.gae_lambda": "one step of foresight",
+    "policy:loss.clip_eps_low": "no ratio below 1",
     "policy:loss.entropy_coef": "without that term",
     "policy:loss.kl_coef": "without that term",
     "policy:loss.vf_coef": "without a value head",
@@ -115,7 +115,7 @@ BESIDE = {  # what an option needs, so as not to be ignored
     "kd:": {"loss": {"teacher": "tiny"}},
     "kd:loss.jsd_weight": {"loss": {"divergence": "jsd", "teacher": "tiny"}},
     "policy:loss.gamma": {"loss": {"advantages": "gae", "vf_coef": 0.1}},
-    "policy:loss.lam": {"loss": {"advantages": "gae", "vf_coef": 0.1}},
+    "policy:loss.gae_lambda": {"loss": {"advantages": "gae", "vf_coef": 0.1}},
 }
 
 

@@ -39,11 +39,11 @@ class PlainOptions:
 class Bare(Loss):
     """A loss of nobody's name, with options of no dataclass."""
 
-    def weight(self, batch):
+    def num_items(self, batch):
         return torch.tensor(float(batch.n_targets))
 
     def __call__(self, batch, models):
-        return LossOutput(-models.policy(batch).logps.sum(), self.weight(batch), {})
+        return LossOutput(-models.policy(batch).logps.sum(), self.num_items(batch), {})
 
 
 class Unregistered(SFT):
@@ -147,9 +147,9 @@ def test_a_loss_object_is_described_as_a_config_has_it(name, tmp_path):
 
 
 def test_options_that_follow_from_others_are_not_described():
-    """`policy` makes kl_in, eps_high and others of `advantages`; none of them was given."""
-    loss = create_loss("policy", advantages="reinforce++")
-    assert describe_loss(loss) == {"name": "policy", "advantages": "reinforce++"}
+    """`policy` makes kl_in, clip_eps_high and others of `advantage_estimator`; none of them was given."""
+    loss = create_loss("policy", advantage_estimator="reinforce++")
+    assert describe_loss(loss) == {"name": "policy", "advantage_estimator": "reinforce++"}
 
 
 def test_a_loss_object_is_recorded_and_resumed(make_trainer, tmp_path):

@@ -80,7 +80,10 @@ def test_a_shared_prompt_is_laid_out_once():
     """The second answer goes on from the prompt: its positions, and the place that predicts its first token."""
     a, b, c = document(1, 2, 3, 4, 5, learned=2), document(1, 2, 3, 6, 7, learned=2), document(8, 9, learned=1)
     for each in (a, b, c):
-        each.values, each.columns = {"score": float(each.ids[-1])}, {"place": torch.arange(len(each.ids)).float()}
+        each.doc_features, each.token_features = (
+            {"score": float(each.ids[-1])},
+            {"place": torch.arange(len(each.ids)).float()},
+        )
     b.shared = 3
     batch = collate([[c, a, b], [c]], PAD)
     assert batch.input_ids.tolist() == [[8, 9, 1, 2, 3, 4, 5, 6, 7], [8, 9] + [PAD] * 7]

@@ -97,18 +97,20 @@ def test_feedback(label, wanted):
         {"messages": [ASK, TELL], "label": label},
         {"conversations": [ASK, TELL], "kto_tag": label},
     ):
-        assert record(row, "feedback") == UnpairedPreference([ASK], [TELL], wanted)
+        assert record(row, "unpaired_preference") == UnpairedPreference([ASK], [TELL], wanted)
 
 
 def test_labelled():
     """Columns by the names that GLUE has, or by `columns`; a label of any kind is kept as text."""
-    assert record({"text": "a", "label": 1}, "labelled") == ClassificationExample("a", None, "1")
-    assert record({"sentence": "a", "label": 0.5}, "labelled") == ClassificationExample("a", None, "0.5")
+    assert record({"text": "a", "label": 1}, "classification") == ClassificationExample("a", None, "1")
+    assert record({"sentence": "a", "label": 0.5}, "classification") == ClassificationExample("a", None, "0.5")
     for first, second in (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")):
-        assert record({first: "a", second: "b", "label": "yes"}, "labelled") == ClassificationExample("a", "b", "yes")
+        assert record({first: "a", second: "b", "label": "yes"}, "classification") == ClassificationExample(
+            "a", "b", "yes"
+        )
     columns = {"text": "#1 String", "text_pair": "#2 String", "label": "Quality"}
     row = {"Quality": "1", "#1 String": "a", "#2 String": "b"}
-    assert record(row, "labelled", columns=columns) == ClassificationExample("a", "b", "1")
+    assert record(row, "classification", columns=columns) == ClassificationExample("a", "b", "1")
 
 
 def test_rollouts():
@@ -135,12 +137,12 @@ def test_rollouts():
         ("preference", {"prompt": "a", "chosen": "c", "rejected": [ASK]}, "no-answer", "rejected"),
         ("preference", {"prompt": "a", "chosen": 1.0, "rejected": None}, "invalid-row", "rejected"),
         ("preference", {"prompt": "a", "chosen": "c", "rejected": "b", "margin": "x"}, "invalid-row", "margin"),
-        ("feedback", {"prompt": "a", "completion": "b", "label": "maybe"}, "invalid-row", "label"),
-        ("feedback", {"prompt": "a", "completion": "b", "label": [1]}, "invalid-row", "label"),
-        ("feedback", {"messages": [ASK], "label": True}, "no-answer", "messages"),
-        ("labelled", {"text": "a", "label": None}, "invalid-row", "label"),
-        ("labelled", {"text": "a", "label": ""}, "invalid-row", "label"),
-        ("labelled", {"text": None, "label": 1}, "invalid-row", "text"),
+        ("unpaired_preference", {"prompt": "a", "completion": "b", "label": "maybe"}, "invalid-row", "label"),
+        ("unpaired_preference", {"prompt": "a", "completion": "b", "label": [1]}, "invalid-row", "label"),
+        ("unpaired_preference", {"messages": [ASK], "label": True}, "no-answer", "messages"),
+        ("classification", {"text": "a", "label": None}, "invalid-row", "label"),
+        ("classification", {"text": "a", "label": ""}, "invalid-row", "label"),
+        ("classification", {"text": None, "label": 1}, "invalid-row", "text"),
         ("rollout", {"prompt": "a", "response": "b"}, "invalid-row", "reward"),
         ("rollout", {"prompt": "a", "response": "", "reward": 1}, "no-answer", "response"),
         ("rollout", {"prompt": "a", "response": "b", "reward": float("nan")}, "invalid-row", "reward"),
@@ -179,7 +181,7 @@ def test_documents_of_a_preference(byte_template):
     chosen, rejected = documents(Preference([ASK], [TELL], [LIE], 0.5), byte_template)
     assert shown(chosen, byte_template).startswith("askTELL") and shown(rejected, byte_template).startswith("askLIE")
     assert (chosen.shared, rejected.shared) == (0, 3)
-    assert chosen.values == rejected.values == {"margin": 0.5}
+    assert chosen.doc_features == rejected.doc_features == {"margin": 0.5}
 
 
 def test_prompts_are_cut_alike(byte_template):
@@ -247,14 +249,14 @@ def test_documents_of_feedback(byte_template):
     (judged,) = documents(UnpairedPreference([ASK], [TELL], True), byte_template)
     (same,) = documents(UnpairedPreference([ASK], [LIE], False), byte_template, TruncationConfig(4, "prompt"))
     (other,) = documents(UnpairedPreference([ASK, TELL, ASK], [TELL], True), byte_template)
-    assert shown(judged, byte_template).startswith("askTELL") and judged.values["desirable"] == 1.0
-    assert judged.values["prompt"] == same.values["prompt"] != other.values["prompt"]
+    assert shown(judged, byte_template).startswith("askTELL") and judged.doc_features["desirable"] == 1.0
+    assert judged.doc_features["prompt"] == same.doc_features["prompt"] != other.doc_features["prompt"]
 
 
 def test_documents_of_labels(byte_template, shared):
     """Nothing is learned word by word; a pair has the separators and the types of a BERT tokenizer."""
     (alone,) = documents(ClassificationExample("ask", None, "yes"), byte_template)
-    assert not any(alone.mask) and alone.values == {"label": "yes"}
+    assert not any(alone.mask) and alone.doc_features == {"label": "yes"}
     from transformers import AutoTokenizer
 
     bert = AutoTokenizer.from_pretrained(shared("tokenizers/bert-base-uncased"))
@@ -262,7 +264,7 @@ def test_documents_of_labels(byte_template, shared):
     for limits in (TruncationConfig(100), TruncationConfig(6)):
         (pair,) = documents(ClassificationExample("one two three", "four", "0"), template, limits)
         want = bert("one two three", "four", truncation=True, max_length=limits.max_length)
-        assert pair.ids == want["input_ids"] and pair.columns["token_types"] == want["token_type_ids"]
+        assert pair.ids == want["input_ids"] and pair.token_features["token_types"] == want["token_type_ids"]
 
 
 def test_documents_of_rollouts(byte_template):
@@ -271,7 +273,7 @@ def test_documents_of_rollouts(byte_template):
     made = Rollout([5, 6], [7, 8, 9], 2.0, {"old_logps": [-1.0, -2.0, -3.0], "advantages": [0.5]})
     (document,) = documents(made, byte_template)
     assert document.ids == [5, 6, 7, 8, 9] and document.mask == [False, False, True, True, True]
-    assert document.columns == {"old_logps": [0, 0, -1, -2, -3], "advantages": [0, 0, 0.5, 0.5, 0.5]}
+    assert document.token_features == {"old_logps": [0, 0, -1, -2, -3], "advantages": [0, 0, 0.5, 0.5, 0.5]}
     end = byte_template.tokenizer.eos_token_id
     for response, truncated, limits, excluded in (
         ([7, 8, 9], None, TruncationConfig(4), True),
@@ -283,15 +285,15 @@ def test_documents_of_rollouts(byte_template):
         ([7, 8, end], True, TruncationConfig(5), False),
     ):
         (found,) = documents(Rollout([5, 6], response, 1.0, truncated=truncated), byte_template, limits)
-        assert found.ids == [5, 6, *response] and found.values["excluded"] == excluded == bool(found.notes)
+        assert found.ids == [5, 6, *response] and found.doc_features["excluded"] == excluded == bool(found.notes)
     ended, cut = (documents(Rollout([ASK], "tell", 1.0, {}, cut), byte_template)[0] for cut in (None, True))
     assert ended.ids == [*cut.ids, end] and all(cut.mask[-4:])
     with raises(DataError, "invalid-row", "old_logps", "prompt_ids and response_ids"):
         documents(Rollout([ASK], "tell", 1.0, {"old_logps": [-1.0]}), byte_template)
     with raises(DataError, "invalid-row", "100000"):
         documents(Rollout([100000], [1], 1.0), byte_template)
-    same, other = (documents(Rollout(p, [7], 1.0), byte_template)[0].values["group"] for p in ([5, 6], [5, 7]))
-    assert same == document.values["group"] != other
+    same, other = (documents(Rollout(p, [7], 1.0), byte_template)[0].doc_features["group"] for p in ([5, 6], [5, 7]))
+    assert same == document.doc_features["group"] != other
 
 
 def test_through_the_cache(jsonl, config, template):
@@ -300,15 +302,17 @@ def test_through_the_cache(jsonl, config, template):
     config.datasets = [jsonl(rows)]
     data = load_data(config, template, "preference").train
     chosen, rejected = data[3]
-    assert chosen.values == {"margin": 3.0} and rejected.shared == int(rejected.mask.argmax())
+    assert chosen.doc_features == {"margin": 3.0} and rejected.shared == int(rejected.mask.argmax())
     assert data.lengths[3] == len(chosen.ids) + len(rejected.ids) - rejected.shared
     config.datasets = [jsonl([{"text": f"t{i}", "label": ["no", "yes"][i % 2]} for i in range(5)], "labels.jsonl")]
-    (cache,) = load_data(config, template, "labelled").train.caches
-    assert cache.labels == ["no", "yes"] and cache.values["label"].tolist() == [0, 1, 0, 1, 0]
+    (cache,) = load_data(config, template, "classification").train.caches
+    assert cache.labels == ["no", "yes"] and cache.doc_features["label"].tolist() == [0, 1, 0, 1, 0]
     row = {"prompt_ids": [3], "response_ids": [4, 5], "reward": 1, "old_logps": [-1, -2]}
     config.datasets = [jsonl([row, row], "rollouts.jsonl")]
     (document,) = load_data(config, template, "rollout").train[1]
-    assert document.values["reward"] == 1 and torch.equal(document.columns["old_logps"], torch.tensor([0.0, -1, -2]))
+    assert document.doc_features["reward"] == 1 and torch.equal(
+        document.token_features["old_logps"], torch.tensor([0.0, -1, -2])
+    )
     config.datasets = [jsonl([row, row | {"old_logps": None}], "uneven.jsonl")]
     with raises(DataError, "mismatch", "uneven.jsonl: ", "old_logps"):
         load_data(config, template, "rollout")
@@ -328,4 +332,6 @@ def test_real_preferences(shared, name, n, template):
 
 def test_every_kind_has_a_schema():
     """None of the kinds that losses ask for is empty."""
-    assert all(schemas_of(kind) for kind in ("conversation", "preference", "feedback", "labelled", "rollout"))
+    assert all(
+        schemas_of(kind) for kind in ("conversation", "preference", "unpaired_preference", "classification", "rollout")
+    )

@@ -58,7 +58,7 @@ def pairs(examples, template) -> list[tuple[str, str, str]]:
         judged, other = examples[i]
         prompt, answer = texts(judged, template)
         assert texts(other, template)[0] == prompt and other.shared == int(judged.mask.argmax())
-        assert judged.values == other.values == {"desirable": judged.values["desirable"]}
+        assert judged.doc_features == other.doc_features == {"desirable": judged.doc_features["desirable"]}
         found.append((prompt, answer, texts(other, template)[1]))
     return found
 
@@ -67,7 +67,7 @@ def test_rows_grouped_by_prompt(jsonl, config, template):
     """300 rows, more than are tokenized at a time, grouped by prompt: the other answer names another prompt, and the
     judged one its own (trl#1911). In 0.1.0 it was the next row's, so 3 of 4 rows got an answer to their own prompt."""
     config.datasets = [jsonl([row(f"ask {i // 4}", f"to {i // 4}: {'ab' * (1 + i % 3)}") for i in range(300)])]
-    data = load_data(config, template, "feedback").train
+    data = load_data(config, template, "unpaired_preference").train
     assert len(data) == 300 and data.caches[0].lines.tolist() == list(range(1, 301))
     for prompt, judged, other in pairs(data, template):
         number = prompt.split("ask ")[1].split("<")[0].strip()
@@ -78,16 +78,16 @@ def test_files_are_taken_together(jsonl, config, template):
     """Each of two files has one prompt, one of them a single row: they get each other's answers."""
     files = [jsonl([row("ask", f"tell {i}") for i in range(3)], "a.jsonl"), jsonl([row("why", "so")], "b.jsonl")]
     config.datasets = files
-    data = load_data(config, template, "feedback").train
+    data = load_data(config, template, "unpaired_preference").train
     found = [(judged[:4], other[:4]) for _, judged, other in pairs(data, template)]
     assert found == [("tell", "so<|"), ("tell", "so<|"), ("tell", "so<|"), ("so<|", "tell")]
     assert [cache.source for cache in data.caches] == [file.path for file in files]
     config.datasets = files[:1]
     with raises(DataError, "unsuitable-data", "a.jsonl:1: "):
-        load_data(config, template, "feedback")
+        load_data(config, template, "unpaired_preference")
     config.datasets, config.eval_datasets = files, files[1:]
     with raises(DataError, "unsuitable-data", "b.jsonl:1: "):
-        load_data(config, template, "feedback")
+        load_data(config, template, "unpaired_preference")
 
 
 def test_a_prompt_is_the_same_however_its_rows_are_cut(jsonl, config, template):
@@ -95,7 +95,7 @@ def test_a_prompt_is_the_same_however_its_rows_are_cut(jsonl, config, template):
     config.max_length = 60
     rows = [row("a long question indeed", "x" * n) for n in (2, 20, 30, 90)] + [row("why", "so long " * 9)]
     config.datasets = [jsonl(rows)]
-    data = load_data(config, template, "feedback").train
+    data = load_data(config, template, "unpaired_preference").train
     for i in range(5):
         judged, other = data[i]
         assert max(len(judged.ids), len(other.ids)) <= 60 and other.mask.any()
@@ -111,7 +111,7 @@ def test_they_are_kept_and_made_anew(jsonl, config, template):
     config.datasets = entries[:1]
 
     def keys() -> list[str]:
-        return [cache.key for cache in load_data(config, template, "feedback").train.caches]
+        return [cache.key for cache in load_data(config, template, "unpaired_preference").train.caches]
 
     first = keys()
     assert keys() == first

@@ -72,11 +72,11 @@ def test_labels_of_a_folder(tmp_path, template, config):
     (tmp_path / "glue").mkdir()
     pairs().to_parquet(tmp_path / "glue" / "train.parquet")
     pairs(label=[1, 0, -1]).to_parquet(tmp_path / "glue" / "test.parquet")
-    cache = load_cache(DatasetConfig(str(tmp_path / "glue")), template, config, "labelled")
+    cache = load_cache(DatasetConfig(str(tmp_path / "glue")), template, config, "classification")
     assert sorted(cache.labels) == sorted(NAMES) and len(cache) == 3
-    assert [cache.labels[int(number)] for number in cache.values["label"]] == [NAMES[i] for i in PAIRS["label"]]
+    assert [cache.labels[int(number)] for number in cache.doc_features["label"]] == [NAMES[i] for i in PAIRS["label"]]
     with raises(DataError, "invalid-row", "glue:test:3: label is -1"):
-        load_cache(DatasetConfig(str(tmp_path / "glue"), split="test"), template, config, "labelled")
+        load_cache(DatasetConfig(str(tmp_path / "glue"), split="test"), template, config, "classification")
 
 
 @pytest.mark.parametrize("spoil", [lambda data: b"PAR1 no", lambda data: data[:-20], lambda data: b""])

@@ -25,7 +25,7 @@ def jobs(job, tmp_path, llama_folder):
     """``jobs("dpo", "lora", fsdp="full")``: a job of three steps with an evaluation."""
 
     def make(name: str, tuning: str, **where) -> dict:
-        kind = registered()[name].record
+        kind = registered()[name].example_type
         file = tmp_path / f"{kind}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[kind]))
         options = [option.format(folder=llama_folder) for option in OPTIONS.get(name, ())]

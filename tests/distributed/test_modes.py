@@ -155,8 +155,14 @@ def test_actor_and_critic_on_two_ranks(job, scratch, tmp_path):
     settings = [f"datasets=[{file}]", "loss.name=policy", "loss.vf_coef=0.5", "loss.temperature=0.8"]
     settings += ["loss.kl_coef=0.2", "gradient_accumulation_steps=2", "validation_split=5"]
     wanted = {
-        "group": (*settings, "loss.normaliser=grpo", "loss.ratio=sequence"),
-        "gae": (*settings, "loss.advantages=gae", "loss.kl_in=loss", "packing=true", "model.name_or_path=tiny"),
+        "group": (*settings, "loss.loss_aggregation=grpo", "loss.importance_sampling_level=sequence"),
+        "gae": (
+            *settings,
+            "loss.advantage_estimator=gae",
+            "loss.kl_in=loss",
+            "packing=true",
+            "model.name_or_path=tiny",
+        ),
     }
     alone = {name: job(f"alone-{name}", *more) for name, more in wanted.items()}
     ranked = {name: job(f"ranks-{name}", *more, fsdp="full") for name, more in wanted.items()}

@@ -25,7 +25,7 @@ def file(rows: list[dict], source: str = "a.jsonl", garbage: float = 0.0) -> Sim
     mask = torch.tensor([x for row in rows for x in [0] * 2 + [1] * len(row[names[0]])], dtype=torch.uint8)
     offsets = np.cumsum([0, *(2 + len(row[names[0]]) for row in rows)])
     values = {name: np.array([row[name] for row in rows], np.float64) for name in ("group", "reward")}
-    return SimpleNamespace(source=source, values=values, columns=columns, offsets=offsets, mask=mask)
+    return SimpleNamespace(source=source, doc_features=values, token_features=columns, offsets=offsets, mask=mask)
 
 
 def rollouts(sizes: tuple[int, ...] = (4, 1, 3, 6, 2, 2, 5), seed: int = 0) -> list[dict]:
@@ -41,7 +41,7 @@ def rollouts(sizes: tuple[int, ...] = (4, 1, 3, 6, 2, 2, 5), seed: int = 0) -> l
 def kept(given: SimpleNamespace, name: str) -> list[list[float]]:
     """A column at the response of each rollout."""
     starts, stops = given.offsets[:-1] + 2, given.offsets[1:]
-    return [given.columns[name][start:stop].tolist() for start, stop in zip(starts, stops)]
+    return [given.token_features[name][start:stop].tolist() for start, stop in zip(starts, stops)]
 
 
 def plain(rows: list[dict], kind: str, gamma: float, lam: float, kl_coef: float = 0.0, scale: bool = True):
@@ -94,12 +94,12 @@ def test_gae_by_hand_on_four_tokens():
     row = {"group": 0, "reward": 2.0, "values": [1.0, 2.0, 3.0, 4.0]}
     row |= {"old_logps": [-1.0, -2.0, -3.0, -1.0], "ref_logps": [-2.0, -2.0, -1.0, -2.0]}
     given = file([row, {**row, "values": [9.0, 9.0, 9.0, 9.0]}])
-    options = dict(advantages="gae", gamma=0.5, lam=0.5, kl_coef=0.1, whiten=False, vf_coef=0.1)
+    options = dict(advantage_estimator="gae", gamma=0.5, gae_lambda=0.5, kl_coef=0.1, whiten=False, vf_coef=0.1)
     add_features(create_loss("policy", **options), [given])
     want = [-0.3078125, -0.83125, -1.325, -2.1]
     assert kept(given, "advantages")[0] == pytest.approx(want)
     assert kept(given, "returns")[0] == pytest.approx([a + v for a, v in zip(want, row["values"])])
-    assert not given.columns["advantages"][given.mask == 0].any()
+    assert not given.token_features["advantages"][given.mask == 0].any()
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -109,9 +109,9 @@ def test_advantages_equal_their_formulas(kind, whiten, kl_coef):
     """Over two files, whose rollouts of one prompt are one group; returns are those before whitening."""
     rows = rollouts()
     files = [file(rows[:4], "a.jsonl"), file(rows[4:], "b.jsonl")]
-    options = {"gamma": 0.9} | ({"lam": 0.8} if kind == "gae" else {})
+    options = {"gamma": 0.9} | ({"gae_lambda": 0.8} if kind == "gae" else {})
     options |= {"kl_coef": kl_coef, "kl_in": "reward"} if kl_coef else {}
-    add_features(create_loss("policy", advantages=kind, whiten=whiten, vf_coef=0.1, **options), files)
+    add_features(create_loss("policy", advantage_estimator=kind, whiten=whiten, vf_coef=0.1, **options), files)
     advantages, returns = plain(rows, kind, 0.9, 0.8, kl_coef)
     close(kept(files[0], "advantages") + kept(files[1], "advantages"), whitened(advantages) if whiten else advantages)
     close(kept(files[0], "returns") + kept(files[1], "returns"), returns)
@@ -138,7 +138,10 @@ def test_estimators_of_kl(estimator):
 
 def test_the_default_penalty_is_k1_in_rewards_and_k3_in_the_loss():
     """PPO's and GRPO's; the place follows the advantages."""
-    found = [create_loss("policy", advantages=kind).options for kind in ("gae", "reinforce++", "grpo", "rloo", "given")]
+    found = [
+        create_loss("policy", advantage_estimator=kind).options
+        for kind in ("gae", "reinforce++", "grpo", "rloo", "given")
+    ]
     assert [o.kl_in for o in found] == ["reward", "reward", "loss", "loss", "loss"]
     assert [o.kl_estimator for o in found] == ["k1", "k1", "k3", "k3", "k3"]
 
@@ -152,7 +155,7 @@ def test_what_stands_outside_of_the_response_does_not_matter(kind, garbage):
         for outside in (0.0, garbage):
             given = file(rollouts(), garbage=outside)
             options = {"kl_coef": 0.1, "kl_in": "reward"} if kind != "given" else {}
-            add_features(create_loss("policy", advantages=kind, whiten=white, vf_coef=0.1, **options), [given])
+            add_features(create_loss("policy", advantage_estimator=kind, whiten=white, vf_coef=0.1, **options), [given])
             found.append([kept(given, name) for name in ("advantages", "returns")])
         assert found[0] == found[1] and np.isfinite(np.concatenate(found[1][0])).all()
 
@@ -169,19 +172,21 @@ def test_groups_of_one_and_of_equal_rewards_teach_nothing(kind):
     """Their advantages are 0; when no prompt has two rollouts, that is an error that names the file."""
     row = {"group": 0, "reward": 0.1, "values": [0.0, 0.0]}
     given = file([row, row, row, row | {"group": 1}])
-    add_features(create_loss("policy", advantages=kind), [given])
+    add_features(create_loss("policy", advantage_estimator=kind), [given])
     assert np.abs(kept(given, "advantages")).max() < 1e-6
     alone = file([row, row | {"group": 1}])
     with raises(DataError, "unsuitable-data", "a.jsonl: ", "reinforce++"):
-        add_features(create_loss("policy", advantages=kind), [alone])
-    add_features(create_loss("policy", advantages=kind), [file([row, row])], [alone])  # to evaluate on, it may be
+        add_features(create_loss("policy", advantage_estimator=kind), [alone])
+    add_features(
+        create_loss("policy", advantage_estimator=kind), [file([row, row])], [alone]
+    )  # to evaluate on, it may be
 
 
 def test_files_to_evaluate_on_are_whitened_by_themselves():
     """But one that is held out of a file to train on is that file, and is prepared once."""
     train, held = file(rollouts(seed=0)), file(rollouts(seed=1))
     assert [len(files) for files in apart([train], [train])] == [1]
-    loss = create_loss("policy", advantages="reinforce++")
+    loss = create_loss("policy", advantage_estimator="reinforce++")
     add_features(loss, [train], [held, train])
     for given, seed in ((train, 0), (held, 1)):
         close(kept(given, "advantages"), whitened(plain(rollouts(seed=seed), "reinforce++", 1.0, 1.0)[0]))
@@ -194,11 +199,11 @@ def without(rows: list[dict], *names: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("options", "missing", "part"),
     [
-        ({"advantages": "gae"}, ["values"], "values"),
-        ({"advantages": "gae", "kl_coef": 0.1}, ["ref_logps"], "ref_logps"),
-        ({"advantages": "reinforce++", "kl_coef": 0.1}, ["old_logps"], "old_logps"),
-        ({"advantages": "given"}, ["advantages"], "loss.advantages=given needs advantages"),
-        ({"advantages": "given", "vf_coef": 0.1}, ["returns"], "returns"),
+        ({"advantage_estimator": "gae"}, ["values"], "values"),
+        ({"advantage_estimator": "gae", "kl_coef": 0.1}, ["ref_logps"], "ref_logps"),
+        ({"advantage_estimator": "reinforce++", "kl_coef": 0.1}, ["old_logps"], "old_logps"),
+        ({"advantage_estimator": "given"}, ["advantages"], "loss.advantage_estimator=given needs advantages"),
+        ({"advantage_estimator": "given", "vf_coef": 0.1}, ["returns"], "returns"),
     ],
 )
 def test_missing_columns(options, missing, part):
@@ -213,9 +218,9 @@ def test_missing_rewards_and_unlike_files():
     """A row without a reward; files of which one has a column that another has not."""
     rows = rollouts()
     rows[2]["reward"] = math.nan
-    with raises(DataError, "invalid-row", "a.jsonl: 1 ", "reward", "loss.advantages=given"):
+    with raises(DataError, "invalid-row", "a.jsonl: 1 ", "reward", "loss.advantage_estimator=given"):
         add_features(create_loss("policy"), [file(rows)])
-    add_features(create_loss("policy", advantages="given"), [file(rows)])
+    add_features(create_loss("policy", advantage_estimator="given"), [file(rows)])
     files = [file(rollouts()), file(without(rollouts(), "old_logps"), "b.jsonl")]
     with raises(DataError, "mismatch", "b.jsonl", "a.jsonl", "old_logps"):
         add_features(create_loss("policy"), files)
@@ -230,7 +235,7 @@ def test_returns_of_the_value_loss():
         (("returns", "values"), plain(rows, "reinforce++", 0.9, 0.8)[1]),
     ):
         given = file(without(rows, *missing))
-        add_features(create_loss("value", gamma=0.9, lam=0.8), [given])
+        add_features(create_loss("value", gamma=0.9, gae_lambda=0.8), [given])
         close(kept(given, "returns"), want)
 
 

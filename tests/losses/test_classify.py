@@ -30,7 +30,7 @@ def file(labels: list[str], source: str = "train.jsonl", order: list[str] | None
     """A data file with one example of each label named."""
     names = order or list(dict.fromkeys(labels))
     counts = np.array([names.index(label) for label in labels], np.float64)
-    return SimpleNamespace(source=source, values={"label": counts}, columns={}, labels=names)
+    return SimpleNamespace(source=source, doc_features={"label": counts}, token_features={}, labels=names)
 
 
 def prepared(train, evaluation=(), **options):
@@ -41,7 +41,7 @@ def prepared(train, evaluation=(), **options):
 
 @pytest.fixture
 def batch():
-    made = examples("labelled")  # the labels are 0 1 2 0 1 2 0 1
+    made = examples("classification")  # the labels are 0 1 2 0 1 2 0 1
     return collated(made, [[i] for i in range(len(made))])
 
 
@@ -56,14 +56,14 @@ def test_cross_entropy(batch, smoothing, weights):
     loss = prepared([file(["0", "1", "2"])], label_smoothing=smoothing, class_weights=named)
     policy = Outputs(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     output = loss(batch, Models(policy))
-    (output.sum / loss.weight(batch)).backward()
+    (output.loss_sum / loss.num_items(batch)).backward()
     exact = policy.scores.detach().double().requires_grad_()
     given = torch.tensor(weights).double() if weights else None
     want = F.cross_entropy(exact, LABELS, given, label_smoothing=smoothing)
     if weights and smoothing:  # PyTorch takes the smoothed part's mean over the weights of the labels, too
-        assert want.item() == pytest.approx((output.sum / output.weight).item(), rel=1e-5)
+        assert want.item() == pytest.approx((output.loss_sum / output.num_items).item(), rel=1e-5)
     want.backward()
-    assert (output.sum / output.weight).item() == pytest.approx(want.item(), rel=1e-5)
+    assert (output.loss_sum / output.num_items).item() == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(policy.scores.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
     hits, count = output.metrics["accuracy"]
     assert hits == (exact.argmax(1) == LABELS).sum() and count == 8
@@ -72,12 +72,14 @@ def test_cross_entropy(batch, smoothing, weights):
 def test_squared_error(batch):
     """Regression: (output - number)^2, by example."""
     loss = prepared([file(["0", "1", "2"])], regression=True)
-    assert loss.outputs == ["score"]
+    assert loss.head_labels == ["score"]
     policy = Outputs(torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
     output = loss(batch, Models(policy))
-    output.sum.backward()
+    output.loss_sum.backward()
     want = policy.scores.detach()[:, 0] - LABELS
-    assert output.sum.item() == pytest.approx((want.double() ** 2).sum().item(), rel=1e-5) and output.weight == 8
+    assert (
+        output.loss_sum.item() == pytest.approx((want.double() ** 2).sum().item(), rel=1e-5) and output.num_items == 8
+    )
     torch.testing.assert_close(policy.scores.grad[:, 0], 2 * want)
 
 
@@ -88,13 +90,13 @@ def test_labels_mean_the_same_in_all_files():
     """Each file counts labels as they come in it; afterwards all count the same. A file in both lists is one."""
     one, two, held = file(["b", "a", "b"]), file(["c", "b"], "two.jsonl"), file(["c", "c", "a"], "held.jsonl")
     loss = create_loss("classify")
-    assert loss.outputs == []
+    assert loss.head_labels == []
     add_features(loss, [one, two], [held, one])
-    assert loss.outputs == ["a", "b", "c"]
-    assert [f.values["label"].tolist() for f in (one, two, held)] == [[1, 0, 1], [2, 1], [2, 2, 0]]
+    assert loss.head_labels == ["a", "b", "c"]
+    assert [f.doc_features["label"].tolist() for f in (one, two, held)] == [[1, 0, 1], [2, 1], [2, 2, 0]]
     numbers = file(["2.5", "1", "2.5"])
     prepared([numbers], [numbers], regression=True)
-    assert numbers.values["label"].tolist() == [2.5, 1, 2.5]
+    assert numbers.doc_features["label"].tolist() == [2.5, 1, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -108,14 +110,14 @@ def test_labels_mean_the_same_in_all_files():
 )
 def test_the_order_of_labels(labels, ordered):
     """By number when all are finite numbers, else by the alphabet."""
-    assert prepared([file(labels)]).outputs == ordered
+    assert prepared([file(labels)]).head_labels == ordered
 
 
 def test_labels_in_an_order_of_ones_own():
     """The option decides the order, and may name labels that no example has; YAML's numbers are texts."""
     data = file(["1", "0", "1"])
-    assert prepared([data], labels=[2, 1, 0]).outputs == ["2", "1", "0"]
-    assert data.values["label"].tolist() == [1, 2, 1]
+    assert prepared([data], labels=[2, 1, 0]).head_labels == ["2", "1", "0"]
+    assert data.doc_features["label"].tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_options_that_would_be_ignored(tmp_path):
 
 def judged(labels, predictions, names, **options) -> dict[str, float]:
     loss = prepared([file(names)], **options)
-    return loss.judge(
+    return loss.compute_eval_metrics(
         {"label": [float(names.index(x)) for x in labels], "prediction": [float(names.index(x)) for x in predictions]}
     )
 
@@ -199,7 +201,7 @@ def test_figures_where_nothing_is_to_divide_by():
     """All predictions one label: 0, as is the convention, and no NaN; no example at all: no figures."""
     found = judged(list("nny"), list("nnn"), ["n", "y"])
     assert found == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "matthews": 0.0}
-    assert prepared([file(["n", "y"])]).judge({}) == {}
+    assert prepared([file(["n", "y"])]).compute_eval_metrics({}) == {}
 
 
 def test_correlations():
@@ -215,4 +217,4 @@ def test_correlations():
     assert tied == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [2, 1, 3.5, 3.5])[0, 1], abs=1e-12)
     assert math.isnan(classify.pearson(np.ones(3), a[:3]))
     loss = prepared([file(["1", "2"])], regression=True)
-    assert loss.judge({"label": [1.0, 2, 3], "prediction": [1.0, 4, 9]})["spearman"] == pytest.approx(1)
+    assert loss.compute_eval_metrics({"label": [1.0, 2, 3], "prediction": [1.0, 4, 9]})["spearman"] == pytest.approx(1)

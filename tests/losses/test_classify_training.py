@@ -78,8 +78,8 @@ def test_a_run(make, kind):
     for batch in trainer.eval_loader.eval_batches():
         inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.doc_ids >= 0).long()}
         if kind == "bert":
-            inputs["token_type_ids"] = batch.columns["token_types"].long()
-        logits, labels = model(**inputs).logits, batch.values["label"].long()
+            inputs["token_type_ids"] = batch.token_features["token_types"].long()
+        logits, labels = model(**inputs).logits, batch.doc_features["label"].long()
         nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item() / 12
         hits += (logits.argmax(1) == labels).sum().item() / 12
     assert (nll, hits) == pytest.approx((ended["loss"], ended["accuracy"]), rel=1e-5)
@@ -184,7 +184,7 @@ def test_regression(make, tmp_path):
     for batch in trainer.eval_loader.eval_batches():
         with torch.no_grad():
             scores += zip(
-                trainer.policy.eval()(batch).scores[:, 0].tolist(), batch.values["label"].tolist(), strict=True
+                trainer.policy.eval()(batch).scores[:, 0].tolist(), batch.doc_features["label"].tolist(), strict=True
             )
     outputs, labels = np.array(scores).T
     assert ended["loss"] == pytest.approx(((outputs - labels) ** 2).mean(), rel=1e-5)

@@ -9,6 +9,7 @@ import torch
 
 from minitrain import ConfigError, Loss, Models, create_loss
 from minitrain.cli.plugin import load_plugin
+from minitrain.data.examples import schema
 from minitrain.losses import add_features, registered
 from tests.examples import examples, files
 from tests.messages import raises
@@ -25,7 +26,7 @@ VARIED = [
 
 
 def contents(file) -> dict:
-    return {"values": dict(file.values), "columns": dict(file.columns), "labels": list(file.labels)}
+    return {"values": dict(file.doc_features), "columns": dict(file.token_features), "labels": list(file.labels)}
 
 
 def assert_equal(a: dict, b: dict) -> None:
@@ -40,7 +41,7 @@ def assert_equal(a: dict, b: dict) -> None:
 def test_data_is_not_changed_and_requirements_stay(name, options):
     """`on_data_loaded` returns features and leaves the files alone; `requires` is right before it and after it."""
     loss = create_loss(name, **options)
-    (file,) = files(examples(loss.record))
+    (file,) = files(examples(loss.example_type))
     file.labels.reverse()  # so that a loss numbers them in another way
     before, required = copy.deepcopy(contents(file)), loss.requires
     added = list(loss.on_data_loaded([file], []))
@@ -53,15 +54,19 @@ def test_data_is_not_changed_and_requirements_stay(name, options):
 def test_added_features_are_in_the_file():
     """Documents, tokens and labels; what has the same name is replaced, and a loss may return nothing."""
     (file,) = files(examples("rollout"))
-    old = file.columns["advantages"].clone()
+    old = file.token_features["advantages"].clone()
     add_features(create_loss("policy", advantages="rloo"), [file])
-    assert file.columns["advantages"].shape == old.shape and not torch.equal(file.columns["advantages"], old)
-    (file,) = files(examples("labelled"))
+    assert file.token_features["advantages"].shape == old.shape and not torch.equal(
+        file.token_features["advantages"], old
+    )
+    (file,) = files(examples("classification"))
     file.labels = ["b", "a", "c"]
     loss = create_loss("classify")
-    numbers = file.values["label"].copy()
+    numbers = file.doc_features["label"].copy()
     add_features(loss, [file])
-    assert file.labels == ["a", "b", "c"] and file.values["label"].tolist() == [[1, 0, 2][int(n)] for n in numbers]
+    assert file.labels == ["a", "b", "c"] and file.doc_features["label"].tolist() == [
+        [1, 0, 2][int(n)] for n in numbers
+    ]
 
     class Silent(Loss):
         def on_data_loaded(self, train, eval):
@@ -90,6 +95,12 @@ def test_a_call_with_the_old_arguments_is_refused():
 @pytest.mark.parametrize(
     "old, new",
     [
+        ("weight", "num_items"),
+        ("record", "example_type"),
+        ("outputs", "head_labels"),
+        ("ignored", "unused_options"),
+        ("summary", "finalize_metrics"),
+        ("judge", "compute_eval_metrics"),
         ("needs", "requires"),
         ("prepare", "on_data_loaded (return AddedFeatures instead of changing the files)"),
         ("statistics", "step_statistics"),
@@ -102,10 +113,19 @@ def test_a_method_of_the_old_name_is_refused(old, new):
         type("Mine", (Loss,), {old: lambda self: None})
     both = {
         old: lambda self: None,
-        new.partition(" ")[0]: lambda self: None,
+        new.partition(" ")[0]: "conversation" if new == "example_type" else lambda self: None,
         "has_step_statistics": True,
     }
     assert type("Mine", (Loss,), both)
+
+
+def test_an_example_type_that_does_not_exist_is_refused():
+    """Of a loss and of a row format; the names of 0.1.0, too."""
+    for old in ("feedback", "labelled", "rows"):
+        with pytest.raises(ConfigError, match=f"Mine: .*set example_type, which is '{old}', to one of conversation, "):
+            type("Mine", (Loss,), {"example_type": old})
+        with pytest.raises(ConfigError, match=f"schema mine: no examples of the type '{old}'. Use one of "):
+            schema("mine", old, "text")
 
 
 def test_step_statistics_have_to_be_declared():

@@ -29,10 +29,10 @@ VARIANTS = {
     "pairwise": [{"center_rewards_coefficient": 0.01}, {"loss_type": "hinge", "margin": 1.0}],
     "kto": [{"undesirable_weight": 0.5}],
     "policy": [
-        {"normaliser": "grpo", "ratio": "sequence", "kl_coef": 0.1, "entropy_coef": 0.01},
-        {"normaliser": "dr_grpo", "advantages": "rloo", "dual_clip": 2.0},
-        {"normaliser": "grpo", "advantages": "rloo", "kl_coef": 0.1, "kl_times_ratio": True},
-        {"normaliser": "cispo", "advantages": "gae", "vf_coef": 0.1, "temperature": 0.7},
+        {"loss_aggregation": "grpo", "importance_sampling_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.01},
+        {"loss_aggregation": "dr_grpo", "advantage_estimator": "rloo", "dual_clip": 2.0},
+        {"loss_aggregation": "grpo", "advantage_estimator": "rloo", "kl_coef": 0.1, "kl_times_ratio": True},
+        {"loss_aggregation": "cispo", "advantage_estimator": "gae", "vf_coef": 0.1, "temperature": 0.7},
     ],
     "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],
     "kd": [{"divergence": "jsd", "jsd_weight": 0.3}, {"divergence": "reverse_kl", "top_k": 5, "temperature": 1.0}],
@@ -108,10 +108,10 @@ def padded(batch: Batch, left: int, right: int, garbage: bool) -> Batch:
     positions[:, :left] = torch.arange(left)
     last = batch.position_ids[:, -1:]
     positions[:, positions.shape[1] - right :] = last + 1 + torch.arange(right)
-    columns = {name: widen(column, float("nan") if garbage else 0) for name, column in batch.columns.items()}
+    columns = {name: widen(column, float("nan") if garbage else 0) for name, column in batch.token_features.items()}
     if garbage:
         ids[doc_ids < 0] = torch.randint(259, (int((doc_ids < 0).sum()),))
-    return Batch(ids, positions, labels, doc_ids, batch.n_docs, values=batch.values, columns=columns)
+    return Batch(ids, positions, labels, doc_ids, batch.n_docs, doc_features=batch.doc_features, token_features=columns)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
@@ -128,13 +128,13 @@ def test_nothing_to_learn_changes_nothing(case):
     """A micro-batch of no documents, or of documents without a label, adds a zero that is attached to the graph."""
     loss, made, want = case
     empty, rest = collate([], pad_token_id=0), [collated(made, ALL)]
-    assert loss.weight(empty) == 0
+    assert loss.num_items(empty) == 0
     assert_same(step(loss, [empty, *rest]), want)
-    if loss.record == "labelled":  # which is learned from without a word of it being one
+    if loss.example_type == "classification":  # which is learned from without a word of it being one
         return
     masked = collated(made, [[0], [1]])
     masked = dataclasses.replace(masked, labels=torch.full_like(masked.labels, IGNORE_INDEX))
-    assert loss.weight(masked) == 0
+    assert loss.num_items(masked) == 0
     assert_same(step(loss, [empty, *rest, masked]), want)
 
 

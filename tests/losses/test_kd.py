@@ -92,11 +92,11 @@ def test_three_tokens_by_hand(divergence):
     output = loss(batch, Models(policy, teacher=SimpleNamespace(target_hidden_states=lambda batch: (teacher, layer))))
     ln2, ln3 = math.log(2), math.log(3)
     want = {"forward_kl": 5 / 4 * ln2 - ln3 / 4, "reverse_kl": 3 / 4 * ln3 - 3 / 8 * ln2}[divergence]
-    assert output.sum.item() / output.weight.item() == pytest.approx(want, rel=1e-6)
+    assert output.loss_sum.item() / output.num_items.item() == pytest.approx(want, rel=1e-6)
     total, weight = output.metrics["kl"]
     assert total.item() / weight.item() == pytest.approx(want, rel=1e-6)
     if divergence == "forward_kl":  # p_S - p_T
-        output.sum.backward()
+        output.loss_sum.backward()
         torch.testing.assert_close(student.grad[0], torch.tensor([-3 / 8, -1 / 8, 1 / 2]))
 
 

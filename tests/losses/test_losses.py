@@ -36,7 +36,7 @@ class Targets:
 def run(loss, logits, targets):
     policy = TablePolicy(logits)
     output = loss(Targets(targets), Models(policy))
-    output.sum.backward()
+    output.loss_sum.backward()
     return output, policy.logits.grad
 
 
@@ -54,8 +54,8 @@ def test_sft_equals_cross_entropy(table, smoothing):
     exact = logits.double().requires_grad_()
     want = F.cross_entropy(exact, targets, label_smoothing=smoothing, reduction="sum")
     want.backward()
-    assert output.sum.item() == pytest.approx(want.item(), rel=1e-5)
-    assert output.weight == 9
+    assert output.loss_sum.item() == pytest.approx(want.item(), rel=1e-5)
+    assert output.num_items == 9
     torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_focal_loss_is_its_formula(table, gamma):
     logps = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     want = (-((1 - logps.exp()) ** gamma) * logps).sum()
     want.backward()
-    assert output.sum.item() == pytest.approx(want.item(), rel=1e-5)
+    assert output.loss_sum.item() == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_focal_loss_has_a_finite_gradient_at_certainty():
 def test_dft_on_two_equal_logits_is_half_of_sft():
     """p = 1/2: -p log p = log(2) / 2."""
     output, _ = run(create_loss("dft"), torch.zeros(1, 2), torch.tensor([0]))
-    assert output.sum.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
+    assert output.loss_sum.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
 
 
 def test_the_weight_of_dft_is_detached():
@@ -101,7 +101,7 @@ def test_dft_equals_its_formula(table, alpha):
     logps = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     want = -((alpha * logps.exp() + 1 - alpha).detach() * logps).sum()
     want.backward()
-    assert output.sum.item() == pytest.approx(want.item(), rel=1e-5)
+    assert output.loss_sum.item() == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -116,7 +116,7 @@ def test_token_losses_log_perplexity_and_p_correct(table):
     loss = create_loss("dft", dft_alpha=0.7)
     output, _ = run(loss, logits.clone(), targets)
     logps = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    figures = loss.summary({name: (total / weight).item() for name, (total, weight) in output.metrics.items()})
+    figures = loss.finalize_metrics({name: (total / weight).item() for name, (total, weight) in output.metrics.items()})
     assert figures["perplexity"] == pytest.approx((-logps.mean()).exp().item(), rel=1e-5)
     assert figures["avg_p_correct"] == pytest.approx(logps.exp().mean().item(), rel=1e-5)
     assert figures["dft_alpha"] == 0.7
@@ -139,7 +139,7 @@ def test_unknown_names_and_options_are_refused():
         ("dpo", {"beta": 0}, "out-of-range", "loss.beta: "),
         ("dpo", {"variant": "ippo"}, "not-a-choice", "Did you mean ipo"),
         ("dpo", {"gamma": 1.0}, "no-effect", "loss.gamma: "),
-        ("policy", {"lam": 0.5}, "no-effect", "loss.advantages=gae"),
+        ("policy", {"gae_lambda": 0.5}, "no-effect", "loss.advantage_estimator=gae"),
         ("policy", {"kl_coef": 0.1, "kl_estimator": "k1"}, "conflict", "loss.kl_estimator: "),
         ("kd", {"jsd_weight": 0.5}, "no-effect", "loss.divergence=jsd"),
     ],

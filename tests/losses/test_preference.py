@@ -95,10 +95,10 @@ def test_variants_equal_their_formulas(pairs, variant, smoothing):
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), counts)
     want = sum(plain(variant, *pi, *pr, *n, smoothing) for pi, pr, n in sides)
     output = loss(batch, Models(Table(logps), Table(ref) if "reference" in loss.requires else None))
-    assert output.sum.item() == pytest.approx(want, rel=1e-9) and output.weight == N
+    assert output.loss_sum.item() == pytest.approx(want, rel=1e-9) and output.num_items == N
     reference = Table(ref) if "reference" in loss.requires else None
     assert torch.autograd.gradcheck(
-        lambda x: loss(batch, Models(Table(x), reference)).sum, (logps,), eps=1e-6, atol=1e-5
+        lambda x: loss(batch, Models(Table(x), reference)).loss_sum, (logps,), eps=1e-6, atol=1e-5
     )
 
 
@@ -111,7 +111,7 @@ def test_means_are_taken_once(pairs, variant):
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), of_pairs(batch, torch.ones_like(ref)))
     want = sum(plain(variant, w / n, l / m, rw / n, rl / m, 1, 1, 0.0) for (w, l), (rw, rl), (n, m) in sides)  # noqa: E741
     reference = Table(ref) if "reference" in loss.requires else None
-    assert loss(batch, Models(Table(logps), reference)).sum.item() == pytest.approx(want, rel=1e-9)
+    assert loss(batch, Models(Table(logps), reference)).loss_sum.item() == pytest.approx(want, rel=1e-9)
 
 
 def test_other_options_of_dpo(pairs):
@@ -120,7 +120,7 @@ def test_other_options_of_dpo(pairs):
     ours, theirs, counts = (of_pairs(batch, t) for t in (logps.detach(), ref, torch.ones_like(ref)))
 
     def value(**options) -> float:
-        return create_loss("dpo", beta=BETA, **options)(batch, Models(Table(logps), Table(ref))).sum.item()
+        return create_loss("dpo", beta=BETA, **options)(batch, Models(Table(logps), Table(ref))).loss_sum.item()
 
     deltas = [(w - rw) - (l - rl) for (w, l), (rw, rl) in zip(ours, theirs)]  # noqa: E741
     assert value(variant="ipo", ipo_sums=True) == pytest.approx(sum((d - 0.5 / BETA) ** 2 for d in deltas))
@@ -131,7 +131,7 @@ def test_other_options_of_dpo(pairs):
     free = create_loss("dpo", beta=BETA, reference_free=True)
     assert free.requires == frozenset()
     want = sum(-logsig(BETA * (w - l)) for w, l in ours)  # noqa: E741
-    assert free(batch, Models(Table(logps))).sum.item() == pytest.approx(want)
+    assert free(batch, Models(Table(logps))).loss_sum.item() == pytest.approx(want)
 
 
 MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # the variants of docs/losses.md that are over token means
@@ -184,8 +184,8 @@ def test_orpo_is_stable_at_both_ends():
     for level in (-1e-12, -1e-3, -50.0):
         logps = torch.full((batch.n_targets,), level, requires_grad=True)
         output = create_loss("dpo", variant="orpo")(batch, Models(Table(logps)))
-        output.sum.backward()
-        assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
+        output.loss_sum.backward()
+        assert torch.isfinite(output.loss_sum) and torch.isfinite(logps.grad).all()
 
 
 @pytest.mark.parametrize("gap", [-300.0, 300.0])
@@ -194,7 +194,7 @@ def test_answers_that_are_far_off_are_finite(variant, gap):
     """The policy finds all of one answer 300 nats a token likelier, or less likely, than the reference and the other
     answer: loss, gradient and metrics are finite in float32, where exp(88) is not (trl#6637)."""
     kto = variant == "kto"
-    batch = collated(examples("feedback" if kto else "preference"), [[i] for i in range(N)])
+    batch = collated(examples("unpaired_preference" if kto else "preference"), [[i] for i in range(N)])
     first = batch.target_docs % 2 == 0
     logps = torch.where(first == (gap < 0), -301.0, -1.0).requires_grad_()
     loss = create_loss("kto") if kto else create_loss("dpo", variant=variant)
@@ -202,14 +202,14 @@ def test_answers_that_are_far_off_are_finite(variant, gap):
     if kto:
         loss.set_step_statistics(loss.step_statistics(batch, Models(Table(logps.detach()), ref)))
     output = loss(batch, Models(Table(logps), ref))
-    output.sum.backward()
-    assert torch.isfinite(output.sum) and torch.isfinite(logps.grad).all()
+    output.loss_sum.backward()
+    assert torch.isfinite(output.loss_sum) and torch.isfinite(logps.grad).all()
     assert all(torch.isfinite(total) for total, _ in output.metrics.values())
 
 
 def test_kto_equals_its_formula():
     """z is the mean log-ratio of the mismatched answers of all of the step, at least 0, and has no gradient."""
-    made = examples("feedback")
+    made = examples("unpaired_preference")
     batch = collated(made, [[i] for i in range(N)])
     generator = torch.Generator().manual_seed(3)
     logps, ref = (-torch.rand(batch.n_targets, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -223,10 +223,10 @@ def test_kto_equals_its_formula():
         assert (z > 0) == bool(sign)
         want = 0.0
         for example, (r, _) in zip(made, ratios):
-            wanted = example[0].values["desirable"]
+            wanted = example[0].doc_features["desirable"]
             want += 1 - sig(BETA * (r - z)) if wanted else 0.5 * (1 - sig(BETA * (z - r)))
-        assert output.sum.item() == pytest.approx(want)
-        output.sum.backward()
+        assert output.loss_sum.item() == pytest.approx(want)
+        output.loss_sum.backward()
         second = batch.target_docs % 2 == 1  # the mismatched answers
         assert not policy.logps.grad[second].any() and policy.logps.grad[~second].all()
         assert output.metrics["kl"][0].item() == pytest.approx(z * N)
@@ -251,12 +251,12 @@ def test_pairwise_equals_its_formula(options):
     loss = create_loss("pairwise", **options)
     want = 0.0
     for example, (w, l) in zip(made, scores.view(-1, 2).tolist()):  # noqa: E741
-        apart = w - l - options.get("margin", example[0].values["margin"])
+        apart = w - l - options.get("margin", example[0].doc_features["margin"])
         want += max(0.0, -apart) if options.get("loss_type") == "hinge" else -logsig(apart)
         want += options.get("center_rewards_coefficient", 0.0) * (w + l) ** 2
     output = loss(batch, Models(Scored(scores.requires_grad_())))
-    assert output.sum.item() == pytest.approx(want, rel=1e-6) and output.weight == N
-    assert torch.autograd.gradcheck(lambda x: loss(batch, Models(Scored(x))).sum, (scores,), atol=1e-4)
+    assert output.loss_sum.item() == pytest.approx(want, rel=1e-6) and output.num_items == N
+    assert torch.autograd.gradcheck(lambda x: loss(batch, Models(Scored(x))).loss_sum, (scores,), atol=1e-4)
     accuracy = sum(w > l for w, l in scores.view(-1, 2).tolist()) / N  # noqa: E741
     assert (output.metrics["accuracy"][0] / N).item() == pytest.approx(accuracy)
 
@@ -346,14 +346,14 @@ def test_precomputed_log_probabilities_are_kept(dpo, monkeypatch, tmp_path):
     settings = ("loss.reference=precomputed", f"cache_dir={tmp_path / 'cache'}")
     first = dpo(*settings, "validation_split=4")
     cache = first.train_loader.examples.caches[0]
-    noted = cache.columns["ref_logps"]
+    noted = cache.token_features["ref_logps"]
     for loader in (first.train_loader, first.eval_loader):
         for batch in loader.eval_batches():
             with torch.no_grad():
                 torch.testing.assert_close(batch.target_feature("ref_logps"), first.policy(batch).logps)
     monkeypatch.setattr("minitrain.training.aux_models.save_file", lambda *args: pytest.fail("computed again"))
     again = dpo(*settings, "exp_name=again").train_loader.examples.caches[0]
-    assert torch.equal(again.columns["ref_logps"], noted)
+    assert torch.equal(again.token_features["ref_logps"], noted)
     with pytest.raises(pytest.fail.Exception):
         dpo(*settings, "exp_name=bf16", "model.policy_dtype=bfloat16")
 
@@ -367,7 +367,7 @@ def test_a_damaged_file_of_log_probabilities_is_made_anew(dpo, tmp_path, capsys,
     whole = load_file(file)["ref_logps"].clone()
     file.write_bytes(damage(file.read_bytes()))
     again = dpo(*settings, "exp_name=again").train_loader.examples.caches[0]
-    assert torch.equal(again.columns["ref_logps"], whole)
+    assert torch.equal(again.token_features["ref_logps"], whole)
     assert reports(capsys.readouterr().out, "damaged-file", f"{file}: ")
 
 

@@ -20,7 +20,7 @@ from tests.conftest import metrics, weights
 from tests.examples import LENGTHS, N, collated, prepared
 from tests.messages import raises
 
-EPS = {"eps_low": 0.2, "eps_high": 0.4}
+EPS = {"clip_eps_low": 0.2, "clip_eps_high": 0.4}
 
 
 class Table:
@@ -40,7 +40,7 @@ def drawn():
 
     def draw(loss):
         batch = collated(prepared(loss), [[i] for i in range(N)])
-        batch.columns = {name: column.double() for name, column in batch.columns.items()}
+        batch.token_features = {name: column.double() for name, column in batch.token_features.items()}
         generator = torch.Generator().manual_seed(3)
         noise = torch.randn(3, batch.n_targets, generator=generator, dtype=torch.float64)
         logps = batch.target_feature("old_logps") + 0.4 * noise[0]
@@ -65,11 +65,11 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
         terms = 0.0
         for t in range(len(lp)):
             ratios = {"sequence": (lp - old).mean(), "product": (lp - old).sum()}
-            rho = ratios.get(o.get("ratio"), lp[t] - old[t]).exp()
-            if o.get("normaliser") == "cispo":
-                term = -min(rho.item(), o["eps_high"]) * a[t] * lp[t]
+            rho = ratios.get(o.get("importance_sampling_level"), lp[t] - old[t]).exp()
+            if o.get("loss_aggregation") == "cispo":
+                term = -min(rho.item(), o["clip_eps_high"]) * a[t] * lp[t]
             else:
-                clipped = rho.clamp(1 - o["eps_low"], 1 + o["eps_high"])
+                clipped = rho.clamp(1 - o["clip_eps_low"], 1 + o["clip_eps_high"])
                 gain = torch.min(rho * a[t], clipped * a[t])
                 if "dual_clip" in o and a[t] < 0:
                     gain = torch.max(gain, o["dual_clip"] * a[t])
@@ -82,7 +82,7 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
             term = term + o.get("vf_coef", 0.0) * 0.5 * torch.max((v[t] - r[t]) ** 2, (near - r[t]) ** 2)
             terms = terms + term
         total, means, n_tokens = total + terms, means + terms / len(lp), n_tokens + len(lp)
-    normaliser = o.get("normaliser", "dapo")
+    normaliser = o.get("loss_aggregation", "dapo")
     if normaliser == "grpo":
         return means / batch.n_docs
     return total / (batch.n_docs * o["max_new_tokens"] if normaliser == "dr_grpo" else n_tokens)
@@ -90,41 +90,51 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
 
 CASES = [
     {},
-    {"normaliser": "grpo"},
-    {"normaliser": "dr_grpo", "max_new_tokens": 50},
-    {"normaliser": "cispo", "eps_high": 1.1},
-    {"ratio": "sequence", "normaliser": "grpo", "eps_high": 0.05, "eps_low": 0.05},
-    {"ratio": "sequence", "advantages": "gae"},
-    {"ratio": "sequence", "normaliser": "cispo", "eps_high": 1.1},
-    {"dual_clip": 1.3, "advantages": "rloo"},
+    {"loss_aggregation": "grpo"},
+    {"loss_aggregation": "dr_grpo", "max_new_tokens": 50},
+    {"loss_aggregation": "cispo", "clip_eps_high": 1.1},
+    {"importance_sampling_level": "sequence", "loss_aggregation": "grpo", "clip_eps_high": 0.05, "clip_eps_low": 0.05},
+    {"importance_sampling_level": "sequence", "advantage_estimator": "gae"},
+    {"importance_sampling_level": "sequence", "loss_aggregation": "cispo", "clip_eps_high": 1.1},
+    {"dual_clip": 1.3, "advantage_estimator": "rloo"},
     {"entropy_coef": 0.1},
-    {"ratio": "product", "normaliser": "grpo", "advantages": "rloo"},  # RLOO as in TRL
-    {"ratio": "product", "kl_coef": 0.2, "kl_times_ratio": True},
+    {
+        "importance_sampling_level": "product",
+        "loss_aggregation": "grpo",
+        "advantage_estimator": "rloo",
+    },  # RLOO as in TRL
+    {"importance_sampling_level": "product", "kl_coef": 0.2, "kl_times_ratio": True},
     *({"kl_coef": 0.2, "kl_estimator": kind} for kind in ("k2", "k3")),
     *({"kl_coef": 0.2, "kl_estimator": kind, "kl_times_ratio": True} for kind in ("k1", "k2", "k3")),
-    {"kl_coef": 0.2, "kl_times_ratio": True, "ratio": "sequence", "normaliser": "cispo", "eps_high": 1.1},
-    {"kl_coef": 0.2, "entropy_coef": 0.1, "vf_coef": 0.3, "normaliser": "grpo", "advantages": "given"},
-    {"vf_coef": 0.1, "advantages": "gae", "normaliser": "dr_grpo", "max_new_tokens": 30},
+    {
+        "kl_coef": 0.2,
+        "kl_times_ratio": True,
+        "importance_sampling_level": "sequence",
+        "loss_aggregation": "cispo",
+        "clip_eps_high": 1.1,
+    },
+    {"kl_coef": 0.2, "entropy_coef": 0.1, "vf_coef": 0.3, "loss_aggregation": "grpo", "advantage_estimator": "given"},
+    {"vf_coef": 0.1, "advantage_estimator": "gae", "loss_aggregation": "dr_grpo", "max_new_tokens": 30},
 ]
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_policy_equals_its_formula(drawn, options):
     """Value and gradient in float64, with ratios on both sides of the clip."""
-    options = options if options.get("normaliser") == "cispo" else EPS | options
+    options = options if options.get("loss_aggregation") == "cispo" else EPS | options
     loss = create_loss("policy", **options)
     batch, inputs = drawn(loss)
     output = loss(batch, Models(Table(*inputs)))
-    value = output.sum / output.weight
+    value = output.loss_sum / output.num_items
     want = plain(batch, *inputs, options)
     assert value.item() == pytest.approx(want.item(), rel=1e-6)
     kept = [x for x in inputs if x is inputs[0] or (options.get("entropy_coef") and x is inputs[1])]
     kept += [inputs[2]] if options.get("vf_coef") else []
     for a, b in zip(torch.autograd.grad(value, kept), torch.autograd.grad(want, kept)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-    if options.get("normaliser") != "cispo":  # whose weight is detached: no slope of its value
+    if options.get("loss_aggregation") != "cispo":  # whose weight is detached: no slope of its value
         assert torch.autograd.gradcheck(
-            lambda *x: loss(batch, Models(Table(*x, *inputs[len(x) :]))).sum, inputs[:1], eps=1e-6
+            lambda *x: loss(batch, Models(Table(*x, *inputs[len(x) :]))).loss_sum, inputs[:1], eps=1e-6
         )
 
 
@@ -137,11 +147,11 @@ def test_the_value_loss_equals_its_formula(drawn):
     for v, o, r in zip(values.tolist(), old.tolist(), returns.tolist()):
         want += 0.5 * max((v - r) ** 2, (min(max(v, o - 0.3), o + 0.3) - r) ** 2)
     output = loss(batch, Models(Table(None, None, values)))
-    assert output.sum.item() == pytest.approx(want) and output.weight == batch.n_targets
-    assert torch.autograd.gradcheck(lambda x: loss(batch, Models(Table(None, None, x))).sum, (values,), eps=1e-6)
-    del batch.columns["values"]
+    assert output.loss_sum.item() == pytest.approx(want) and output.num_items == batch.n_targets
+    assert torch.autograd.gradcheck(lambda x: loss(batch, Models(Table(None, None, x))).loss_sum, (values,), eps=1e-6)
+    del batch.token_features["values"]
     free = loss(batch, Models(Table(None, None, values)))
-    assert free.sum.item() == pytest.approx(0.5 * ((values - returns) ** 2).sum().item())
+    assert free.loss_sum.item() == pytest.approx(0.5 * ((values - returns) ** 2).sum().item())
     assert "value_clip_fraction" in output.metrics and "value_clip_fraction" not in free.metrics
 
 
@@ -151,22 +161,26 @@ def test_the_value_loss_equals_its_formula(drawn):
 def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, ratio):
     """One old_logp of -120 for a token of logp -3: exp(117) overflows float32. Its gradient is that of the formula in
     float64 wherever clipping ends it, 0 where nothing else bounds it (A < 0), and never NaN (trl#6637)."""
-    clip = {"eps_high": 5.0} if normaliser == "cispo" else EPS
-    loss = create_loss("policy", normaliser=normaliser, ratio=ratio, advantages="given", **clip)
+    clip = {"clip_eps_high": 5.0} if normaliser == "cispo" else EPS
+    loss = create_loss(
+        "policy", loss_aggregation=normaliser, importance_sampling_level=ratio, advantage_estimator="given", **clip
+    )
     batch, (logps, entropy, _) = drawn(loss)
     doc = int(batch.docs_with_targets.numel() - 1)
     mine = batch.target_docs == doc  # all tokens of one rollout, so that the mean of its log-ratios is as far off
     far = mine if ratio == "sequence" else mine & (torch.arange(len(mine)) == int(mine.nonzero()[0]))
     places = batch.target_positions
-    batch.columns["old_logps"].flatten()[places[far]] = -120.0
+    batch.token_features["old_logps"].flatten()[places[far]] = -120.0
     logps = torch.where(far, -3.0, logps.detach()).requires_grad_()
-    batch.columns["advantages"].flatten()[places[mine]] = sign
-    exact = dict(clip, normaliser=normaliser, ratio=ratio) | {"max_new_tokens": loss.max_new_tokens}
+    batch.token_features["advantages"].flatten()[places[mine]] = sign
+    exact = dict(clip, loss_aggregation=normaliser, importance_sampling_level=ratio) | {
+        "max_new_tokens": loss.max_new_tokens
+    }
     (want,) = torch.autograd.grad(plain(batch, logps, entropy, torch.zeros_like(logps), exact), logps)
     small = [x.detach().float().requires_grad_() for x in (logps, entropy)]
-    batch.columns = {name: column.float() for name, column in batch.columns.items()}
+    batch.token_features = {name: column.float() for name, column in batch.token_features.items()}
     output = loss(batch, Models(Table(*small)))
-    value = output.sum / output.weight
+    value = output.loss_sum / output.num_items
     (got,) = torch.autograd.grad(value, small[:1])
     assert torch.isfinite(value) and torch.isfinite(got).all()
     if sign < 0 and normaliser != "cispo":
@@ -181,18 +195,18 @@ def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, r
 @pytest.mark.parametrize("times_ratio", [False, True])
 def test_a_reference_100_nats_away_is_bounded(drawn, times_ratio):
     """k3 would be exp(100): that token has no gradient of the KL and is counted; the other tokens have theirs."""
-    loss = create_loss("policy", kl_coef=0.2, kl_times_ratio=times_ratio, advantages="given", **EPS)
+    loss = create_loss("policy", kl_coef=0.2, kl_times_ratio=times_ratio, advantage_estimator="given", **EPS)
     batch, (logps, entropy, _) = drawn(loss)
-    batch.columns["advantages"].zero_()  # the KL alone
+    batch.token_features["advantages"].zero_()  # the KL alone
     options = EPS | {"kl_coef": 0.2, "kl_times_ratio": times_ratio}
     want = torch.autograd.grad(plain(batch, logps, entropy, torch.zeros_like(logps), options), logps)[0]
     small = [x.detach().float() for x in (logps, entropy)]
     small[0][4] = batch.target_feature("ref_logps")[4] - 100
     if times_ratio:  # whose own ratio is 1, so that only the KL is bounded
-        batch.columns["old_logps"].flatten()[batch.target_positions[4]] = small[0][4].item()
-    batch.columns = {name: column.float() for name, column in batch.columns.items()}
+        batch.token_features["old_logps"].flatten()[batch.target_positions[4]] = small[0][4].item()
+    batch.token_features = {name: column.float() for name, column in batch.token_features.items()}
     output = loss(batch, Models(Table(small[0].requires_grad_(), small[1])))
-    (output.sum / output.weight).backward()
+    (output.loss_sum / output.num_items).backward()
     got = small[0].grad.double()
     assert torch.isfinite(got).all() and math.isfinite(output.metrics["kl"][0])
     if not times_ratio:
@@ -210,14 +224,14 @@ def test_the_gradient_of_a_kl_in_the_loss_is_that_of_a_kl():
     logits = torch.tensor([0.3, -0.4, 0.9], dtype=torch.float64, requires_grad=True)
     logps = logits.log_softmax(-1)
     for v, (document,) in enumerate(made):
-        document.values = {"reward": 0.0, "group": 0.0}
+        document.doc_features = {"reward": 0.0, "group": 0.0}
         columns = {"advantages": 0.0, "old_logps": logps[v].item(), "ref_logps": q[v].log().item()}
-        document.columns = {name: torch.tensor([0.0, x], dtype=torch.float64) for name, x in columns.items()}
+        document.token_features = {name: torch.tensor([0.0, x], dtype=torch.float64) for name, x in columns.items()}
 
     def expected(**options) -> torch.Tensor:
-        loss = create_loss("policy", advantages="given", kl_coef=1.0, **options)
+        loss = create_loss("policy", advantage_estimator="given", kl_coef=1.0, **options)
         output = loss(collate(made, 0), Models(Table(logps, torch.zeros(3))))
-        (slopes,) = torch.autograd.grad(output.sum, logps, retain_graph=True)
+        (slopes,) = torch.autograd.grad(output.loss_sum, logps, retain_graph=True)
         return torch.autograd.grad((logps.detach().exp() * slopes * logps).sum(), logits, retain_graph=True)[0]
 
     p = logps.exp()
@@ -252,9 +266,9 @@ def test_without_old_log_probabilities_the_ratio_is_1(drawn):
     """The gradient is that of -A log p, and nothing is clipped."""
     loss = create_loss("policy")
     batch, inputs = drawn(loss)
-    batch.columns = {"advantages": batch.columns["advantages"]}
+    batch.token_features = {"advantages": batch.token_features["advantages"]}
     output = loss(batch, Models(Table(*inputs)))
-    (gradient,) = torch.autograd.grad(output.sum, inputs[:1])
+    (gradient,) = torch.autograd.grad(output.loss_sum, inputs[:1])
     torch.testing.assert_close(gradient, -batch.target_feature("advantages"))
     found = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
     assert found["ratio"] == 1 and found["approx_kl"] == found["clip_fraction/high"] == found["clip_fraction/low"] == 0
@@ -262,13 +276,13 @@ def test_without_old_log_probabilities_the_ratio_is_1(drawn):
 
 def test_metrics_of_the_policy(drawn):
     """Each figure of docs/metrics.md by its definition; explained variance is that of all tokens in any batches."""
-    loss = create_loss("policy", advantages="gae", vf_coef=0.1, **EPS)
+    loss = create_loss("policy", advantage_estimator="gae", vf_coef=0.1, **EPS)
     batch, (logps, entropy, values) = drawn(loss)
     found = {
         n: total.item() / w.item()
         for n, (total, w) in loss(batch, Models(Table(logps, entropy, values))).metrics.items()
     }
-    found = loss.summary(found)
+    found = loss.finalize_metrics(found)
     old, ref, a, r = (batch.target_feature(n) for n in ("old_logps", "ref_logps", "advantages", "returns"))
     with torch.no_grad():
         rho, d = (logps - old).exp(), logps - ref
@@ -311,20 +325,24 @@ def test_units_of_the_normalisers():
     longest = max(length - max(1, length // 4) for length in LENGTHS)
     for options, want in (
         ({}, n_tokens),
-        ({"normaliser": "cispo"}, n_tokens),
-        ({"normaliser": "grpo"}, N),
-        ({"normaliser": "dr_grpo"}, N * longest),
-        ({"normaliser": "dr_grpo", "max_new_tokens": 100}, N * 100),
+        ({"loss_aggregation": "cispo"}, n_tokens),
+        ({"loss_aggregation": "grpo"}, N),
+        ({"loss_aggregation": "dr_grpo"}, N * longest),
+        ({"loss_aggregation": "dr_grpo", "max_new_tokens": 100}, N * 100),
     ):
         loss = create_loss("policy", **options)
-        assert loss.weight(collated(prepared(loss), [[i] for i in range(N)])) == want
-        assert loss.weight(collate([], 0)) == 0
+        assert loss.num_items(collated(prepared(loss), [[i] for i in range(N)])) == want
+        assert loss.num_items(collate([], 0)) == 0
 
 
 def test_defaults_of_the_clip():
     """0.28 with dapo, 5 with cispo, else that below."""
-    cases = ({"normaliser": "dapo", "eps_low": 0.1}, {"normaliser": "cispo"}, {"normaliser": "grpo", "eps_low": 0.1})
-    assert [create_loss("policy", **options).options.eps_high for options in cases] == [0.28, 5.0, 0.1]
+    cases = (
+        {"loss_aggregation": "dapo", "clip_eps_low": 0.1},
+        {"loss_aggregation": "cispo"},
+        {"loss_aggregation": "grpo", "clip_eps_low": 0.1},
+    )
+    assert [create_loss("policy", **options).options.clip_eps_high for options in cases] == [0.28, 5.0, 0.1]
 
 
 # ----------------------------------------------------------------------------------------------- through the trainer
@@ -370,7 +388,13 @@ def test_the_sampling_temperature_gives_ratio_1(train, llama_folder, packing, ra
     """Sampled at 0.6 from the same weights: the ratio is 1 for every token, with dropout in the model too, and at
     another temperature it is not (trl#3029)."""
     given = sampled(llama_folder, 0.6)
-    settings = ("n_steps=1", f"packing={packing}", f"loss.ratio={ratio}", "loss.eps_low=1e-4", "loss.eps_high=1e-4")
+    settings = (
+        "n_steps=1",
+        f"packing={packing}",
+        f"loss.importance_sampling_level={ratio}",
+        "loss.clip_eps_low=1e-4",
+        "loss.clip_eps_high=1e-4",
+    )
     trainer = train(given, "loss.temperature=0.6", *settings)
     for module in trainer.policy.modules():
         if hasattr(module, "attention_dropout"):
@@ -465,7 +489,7 @@ def test_rows_may_bring_their_own_advantages(train):
     given = rows(advantages=lambda n: [0.5] * n)
     for row in given[::2]:
         del row["reward"]
-    (line,) = metrics(_trained(train(given, "loss.advantages=given", "n_steps=1", "total_batch_size=24")))
+    (line,) = metrics(_trained(train(given, "loss.advantage_estimator=given", "n_steps=1", "total_batch_size=24")))
     assert line["advantage"] == pytest.approx(0.5) and line["loss"] == pytest.approx(-0.5)
     assert line["reward"] == pytest.approx(sum(row["reward"] for row in given[1::2]) / 12)
 
@@ -473,7 +497,7 @@ def test_rows_may_bring_their_own_advantages(train):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_value_head_is_saved_and_goes_on(train, dtype):
     """The head beside a policy is trained, saved with the model, and what the next run starts from."""
-    settings = ("loss.vf_coef=0.5", "loss.advantages=reinforce++", f"model.policy_dtype={dtype}")
+    settings = ("loss.vf_coef=0.5", "loss.advantage_estimator=reinforce++", f"model.policy_dtype={dtype}")
     trainer = _trained(train(rows(), *settings, "n_steps=6", "validation_split=4"))
     head = trainer.policy.value_head
     assert head.weight.any() and {"value_loss", "explained_variance"} <= trainer.eval_metrics.keys()
@@ -487,7 +511,7 @@ def test_a_value_head_is_saved_and_goes_on(train, dtype):
 
 def test_a_value_head_beside_an_adapter_goes_on(train):
     """It lies in the adapter's folder, and is found there."""
-    settings = ("loss.vf_coef=0.5", "loss.advantages=reinforce++")
+    settings = ("loss.vf_coef=0.5", "loss.advantage_estimator=reinforce++")
     trainer = _trained(train(rows(), *settings, "lora.rank=4"))
     again = train(rows(), *settings, f"model.adapter={trainer.run.final}", "exp_name=again")
     assert trainer.policy.value_head.weight.any()
@@ -531,7 +555,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(train):
     given = rows(old_logps=lambda n: [-5.0] * n, values=lambda n: [0.5] * n)
     found = []
     for size in (1, 3, 8):
-        settings = ("loss.advantages=gae", "loss.vf_coef=0.1", "loss.normaliser=grpo", f"eval_batch_size={size}")
+        settings = (
+            "loss.advantage_estimator=gae",
+            "loss.vf_coef=0.1",
+            "loss.loss_aggregation=grpo",
+            f"eval_batch_size={size}",
+        )
         trainer = train(given, *settings, "validation_split=8", "n_steps=1", f"exp_name=size-{size}")
         found.append({k: v for k, v in _trained(trainer).eval_metrics.items() if k != "seconds"})
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
@@ -541,22 +570,26 @@ def test_evaluation_does_not_depend_on_the_batch_size(train):
 @pytest.mark.parametrize(
     ("options", "code", "part"),
     [
-        (["loss.lam=0.5"], "no-effect", "loss.lam: "),
+        (["loss.gae_lambda=0.5"], "no-effect", "loss.gae_lambda: "),
         (["loss.gamma=0.5"], "no-effect", "loss.gamma: "),
-        (["loss.advantages=rloo", "loss.scale_rewards=false"], "no-effect", "loss.scale_rewards: "),
+        (["loss.advantage_estimator=rloo", "loss.scale_rewards=false"], "no-effect", "loss.scale_rewards: "),
         (["loss.max_new_tokens=5"], "no-effect", "loss.max_new_tokens: "),
-        (["loss.normaliser=cispo", "loss.dual_clip=3"], "no-effect", "loss.dual_clip: "),
+        (["loss.loss_aggregation=cispo", "loss.dual_clip=3"], "no-effect", "loss.dual_clip: "),
         (["loss.kl_estimator=k1"], "no-effect", "loss.kl_estimator: "),
         (["loss.kl_coef=1", "loss.kl_estimator=k1"], "conflict", "loss.kl_estimator: "),
         (["loss.kl_times_ratio=true"], "no-effect", "loss.kl_times_ratio: "),
-        (["loss.advantages=gae", "loss.kl_coef=1", "loss.kl_times_ratio=true"], "no-effect", "loss.kl_in=loss"),
+        (
+            ["loss.advantage_estimator=gae", "loss.kl_coef=1", "loss.kl_times_ratio=true"],
+            "no-effect",
+            "loss.kl_in=loss",
+        ),
         (["truncation=end"], "no-effect", ": truncation: "),
         (["loss.name=sft", "mask_truncated=true"], "no-effect", ": mask_truncated: "),
         (["loss.reference=model"], "no-effect", "loss.reference: "),
-        (["loss.advantages=gae", "loss.kl_coef=1", "loss.reference=model"], "no-effect", "loss.reference: "),
-        (["loss.advantages=given", "loss.kl_coef=1", "loss.kl_in=reward"], "no-effect", "loss.kl_in: "),
+        (["loss.advantage_estimator=gae", "loss.kl_coef=1", "loss.reference=model"], "no-effect", "loss.reference: "),
+        (["loss.advantage_estimator=given", "loss.kl_coef=1", "loss.kl_in=reward"], "no-effect", "loss.kl_in: "),
         (["loss.eps_value=1"], "no-effect", "loss.eps_value: "),
-        (["loss.advantages=gea"], "not-a-choice", "Did you mean gae"),
+        (["loss.advantage_estimator=gea"], "not-a-choice", "Did you mean gae"),
         (["loss.name=value", "loss.kl_estimator=k3"], "no-effect", "loss.kl_estimator: "),
         (["eval_generate.n_examples=2", "validation_split=2"], "conflict", ": eval_generate: "),
     ],
@@ -571,7 +604,7 @@ def test_bad_data_end_before_a_model_is_read(train, monkeypatch):
     """A missing column is told with the file's name, and no model is loaded for it."""
     monkeypatch.setattr("minitrain.trainer.load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
     with raises(DataError, "invalid-row", "rollouts.jsonl: ", "values"):
-        train(rows(), "loss.advantages=gae")
+        train(rows(), "loss.advantage_estimator=gae")
     with raises(DataError, "unsuitable-data", "rollouts.jsonl: "):
         train(rows()[::4])
     with raises(DataError, "invalid-row", "rollouts.jsonl: 24 ", "reward"):

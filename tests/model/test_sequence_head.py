@@ -48,8 +48,8 @@ def documents(tokenizer, texts=TEXTS) -> list[Document]:
     for text, pair in texts:
         record = ClassificationExample(text, pair, "yes")
         (tokens,) = encode(record, template, TruncationConfig(96))
-        columns = {name: torch.tensor(column) for name, column in tokens.columns.items()}
-        made.append(Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), columns=columns))
+        columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}
+        made.append(Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), token_features=columns))
     return made
 
 
@@ -60,9 +60,9 @@ def widened(batch: Batch, more: int, ids: int) -> Batch:
         return torch.cat([tensor, torch.full((len(tensor), more), value, dtype=tensor.dtype)], 1)
 
     positions = torch.arange(batch.input_ids.shape[1] + more).expand(len(batch.input_ids), -1)
-    columns = {name: wide(column, 1) for name, column in batch.columns.items()}
+    columns = {name: wide(column, 1) for name, column in batch.token_features.items()}
     places = wide(batch.input_ids, ids), positions, wide(batch.labels, -100), wide(batch.doc_ids, -1)
-    return Batch(*places, batch.n_docs, columns=columns)
+    return Batch(*places, batch.n_docs, token_features=columns)
 
 
 def one_by_one(model, tokenizer, texts=TEXTS) -> torch.Tensor:

@@ -163,7 +163,7 @@ def test_a_skipped_step_is_noted_too(train, make_trainer):
 
     def spoil(trainer):
         if trainer.step == 1:
-            trainer.loss.weight = lambda batch: torch.tensor(float("nan"))
+            trainer.loss.num_items = lambda batch: torch.tensor(float("nan"))
 
     trainer = train("a", on_step_end=spoil)
     assert [step.loss == step.loss for step in read_ledger(trainer.run.path).values()] == [True, False, False]

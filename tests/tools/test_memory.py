@@ -33,7 +33,7 @@ def config(tmp_path, llama_folder):
 
     def make(*overrides: str, loss: str = "sft", model=llama_folder):
         data = tmp_path / f"{loss}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[registered()[loss].record]))
+        data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[registered()[loss].example_type]))
         base = {
             "datasets": [str(data)],
             "model": {"name_or_path": str(model)},

@@ -28,8 +28,8 @@ CASES = {
     "eager": ("sft", ["packing=true", "model.attn_implementation=eager", "max_length=60"]),
     "preference": ("pairwise", []),
     "shared prompts": ("pairwise", ["packing=true"]),
-    "feedback": ("kto", ["packing=true", "loss.reference=adapter"]),
-    "labelled": ("classify", []),
+    "unpaired_preference": ("kto", ["packing=true", "loss.reference=adapter"]),
+    "classification": ("classify", []),
     "rollouts": ("policy", ["packing=true"]),
 }
 
@@ -129,7 +129,9 @@ def test_what_is_shown_is_what_the_trainer_gets(write, capsys, case):
     assert [line for line in out.splitlines() if line.startswith("step ")] == titles
     rows = [count for batch in batches for count in (batch.doc_ids < 0).sum(1).tolist() if count]
     assert [int(line.split()[0]) for line in out.splitlines() if re.fullmatch(r"  \d+ padding", line)] == rows
-    assert any("which it shares" in place for _, _, place, _ in want) == (case in ("shared prompts", "feedback"))
+    assert any("which it shares" in place for _, _, place, _ in want) == (
+        case in ("shared prompts", "unpaired_preference")
+    )
 
 
 @pytest.mark.parametrize("loss", ["pairwise", "classify", "kto", "policy"])
@@ -148,7 +150,7 @@ def test_values_in_words(write, capsys, loss):
         elif loss == "classify":
             assert f"; label {row['label']};" in head and text == row["text"]
         elif loss == "kto":
-            assert head.endswith("; wanted" if row["label"] else "; not wanted")
+            assert head.endswith("; desirable" if row["label"] else "; undesirable")
             assert part or f"⟦{row['completion']}<|im_end|>⟧" in text
         else:
             assert f"; reward {row['reward']:.4g}; advantages " in head and "; group " in head

@@ -209,7 +209,7 @@ def test_a_row_without_anything_to_learn(write, rows, loss, tmp_path):
     cache.mask = cache.mask.clone()
     cache.mask[cache.offsets[document] : cache.offsets[document + 1]] = 0
     if loss == "classify":
-        cache.values["label"] = np.where(np.arange(20) == 10, np.nan, cache.values["label"])
+        cache.doc_features["label"] = np.where(np.arange(20) == 10, np.nan, cache.doc_features["label"])
     (line,) = faults(cache, run)
     assert line.startswith(f"{tmp_path / 'c.jsonl'}:13: has no ")
 

@@ -340,7 +340,7 @@ def in_another_folder(index: dict) -> None:
 def encoder(words: str, **options):
     def case(write, folder, llama):
         model = {"name_or_path": str(random_base("roberta", folder / "roberta"))}
-        return write(ROWS["labelled"], model=model, loss="classify", max_length=60, **options), words
+        return write(ROWS["classification"], model=model, loss="classify", max_length=60, **options), words
 
     return case
 
@@ -349,10 +349,10 @@ def scorer(words: str, loss, edit=lambda folder: None):
     """The model that a classification has made."""
 
     def case(write, folder, llama):
-        Trainer(load_config(write(ROWS["labelled"], loss="classify", exp_name="a"))).train()
+        Trainer(load_config(write(ROWS["classification"], loss="classify", exp_name="a"))).train()
         final = folder / "runs" / "a" / "final"
         edit(final)
-        return write(ROWS["labelled"], model={"name_or_path": str(final)}, loss=loss, exp_name="b"), words
+        return write(ROWS["classification"], model={"name_or_path": str(final)}, loss=loss, exp_name="b"), words
 
     return case
 
@@ -550,7 +550,7 @@ def test_what_training_refuses(case, write, tmp_path, llama_folder):
 def test_the_metrics_of_an_evaluation_are_known_before(write, loss):
     """Without weights, in the order in which training logs them."""
     options = {"name": loss} | ({"teacher": "tiny"} if loss == "kd" else {})
-    kind = create_loss(**options).record
+    kind = create_loss(**options).example_type
     more = {"eval_generate": {"n_examples": 1, "max_new_tokens": 2}} if loss in ("sft", "kd", "dpo") else {}
     path = write(ROWS[kind], loss=options, validation_split=8, model={"name_or_path": "tiny"}, **more)
     trainer = Trainer(load_config(path))
@@ -569,7 +569,7 @@ def test_tensors_without_a_place(write, kind, tmp_path, caplog):
     for more, n in (({}, 0), ({"visual.weight": torch.ones(2), "visual.bias": torch.ones(2)}, 1)):
         save_file(load_file(file) | more, file, metadata={"format": "pt"})
         labels = {"loss": "classify", "max_length": 60} if kind == "bert" else {}
-        rows = ROWS["labelled" if kind == "bert" else "conversation"]
+        rows = ROWS["classification" if kind == "bert" else "conversation"]
         path = write(rows, model={"name_or_path": str(tmp_path / "m")}, **labels)
         caplog.clear()
         Trainer(load_config(path))

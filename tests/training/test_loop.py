@@ -106,7 +106,7 @@ class Poisoned(SFT):
         output = super().__call__(batch, models)
         self.calls += 1
         if self.calls in self.bad:
-            output.sum = output.sum * math.nan
+            output.loss_sum = output.loss_sum * math.nan
         return output
 
 

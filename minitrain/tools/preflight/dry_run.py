@@ -64,4 +64,4 @@ def dry_run(config: Config) -> DryRun:
 
 
 def _build_policy(config: Config, template: Template, loss: Loss, quantized: bool = False) -> Policy:
-    return build_meta_policy(config, template.tokenizer, loss.outputs, "values" in loss.requires, quantized)
+    return build_meta_policy(config, template.tokenizer, loss.head_labels, "values" in loss.requires, quantized)

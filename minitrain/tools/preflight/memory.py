@@ -262,10 +262,11 @@ def eval_metrics(run: DryRun) -> list[str]:
         precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
         with ledger, inference(step.policy), precision.autocast():
             output = run.loss(step.held_out, step.models)
-    means = run.loss.summary(dict.fromkeys(["loss", *output.metrics], 0.5))  # 0.5: x and x^2 have a variance above 0
+    any_means = dict.fromkeys(["loss", *output.metrics], 0.5)  # 0.5: x and x^2 have a variance above 0
+    means = run.loss.finalize_metrics(any_means)
     samples = {name: [0.0, 1.0] for name in output.samples}
     answers = ["exact_match"] * (run.config.eval_generate.n_examples > 0)
-    return [*means, *run.loss.judge(samples), *answers]
+    return [*means, *run.loss.compute_eval_metrics(samples), *answers]
 
 
 def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: MemoryTracker) -> Step:
@@ -288,7 +289,7 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Mem
         if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
             models = Models(policy, PrecomputedRefLogps())
             for batch in batches:
-                batch.columns[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
+                batch.token_features[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:
             models = build_aux_models(loss, config, policy, tokenizer, parallel, precision, loaders, load)
     several = 2 if config.gradient_accumulation_steps > 1 else 1  # the second one finds gradients there

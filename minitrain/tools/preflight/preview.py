@@ -17,7 +17,10 @@ from minitrain.io.redact import redact
 
 from .dry_run import DryRun, dry_run
 
-DOCUMENT_NAMES = {"preference": ("chosen", "rejected"), "feedback": ("what was judged", "an answer to another prompt")}
+DOCUMENT_NAMES = {
+    "preference": ("chosen", "rejected"),
+    "unpaired_preference": ("what was judged", "an answer to another prompt"),
+}
 
 
 class Marks(NamedTuple):
@@ -105,7 +108,9 @@ def _batch(batch: Batch, preview: BatchPreview, loader: MicrobatchLoader, run: D
         yield f"row {row + 1}"
         for d in documents_of_row:
             example, number = documents[d]
-            name = f", {DOCUMENT_NAMES[run.loss.record][number]}" if run.loss.record in DOCUMENT_NAMES else ""
+            name = (
+                f", {DOCUMENT_NAMES[run.loss.example_type][number]}" if run.loss.example_type in DOCUMENT_NAMES else ""
+            )
             phrases = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
             yield f"  {redact(loader.examples.where(example))}{name}: {phrases}"
             yield "    " + _text(batch, d, run.template.tokenizer, marks).replace("\n", "\n    ")
@@ -129,21 +134,21 @@ def _numbers(batch: Batch, d: int) -> list[str]:
 def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
     """Return the features of a document that the loss uses, in words; `labels` are the names of classes."""
     phrases = []
-    for name, values in batch.values.items():
+    for name, values in batch.doc_features.items():
         number = float(values[d])
         if math.isnan(number):  # a rollout without a reward
             continue
         if name == "label" and labels:
             phrases.append(f"label {labels[int(number)]}")
         elif name == "desirable":
-            phrases.append("wanted" if number else "not wanted")
+            phrases.append("desirable" if number else "undesirable")
         elif name == "group":
             phrases.append(f"group {int(number) >> 28:x}")  # a hash of 52 bits
         else:
             phrases.append(f"{name} {number:.4g}")
     row, start, stop = batch.spans[d].tolist()
     is_target = batch.labels[row, start:stop] != IGNORE_INDEX  # [T]
-    for name, column in batch.columns.items():
+    for name, column in batch.token_features.items():
         numbers = column[row, start:stop]  # [T, ...]
         numbers = numbers[is_target] if is_target.any() else numbers
         smallest, largest = float(numbers.min()), float(numbers.max())

@@ -61,7 +61,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
 def _try_out(run: DryRun) -> list[str]:
     """Try what training tries between the data and the first step, and return warnings. Raises ConfigError."""
     config, tokenizer = run.config, run.template.tokenizer
-    check_weights_exist(config.model, run.loss.outputs)
+    check_weights_exist(config.model, run.loss.head_labels)
     for examples in filter(None, (run.data.train, run.data.eval)):
         run.loader(examples)
     warmup_steps(config, run.loader(run.data.train).total_steps)
@@ -113,17 +113,17 @@ def _check_metric(run: DryRun) -> None:
 
 def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
     """What is wrong with rows of a file, each line naming one."""
-    kind, template = run.loss.record, run.template
+    kind, template = run.loss.example_type, run.template
     checks: list[tuple[np.ndarray, str]] = []  # documents, and what is wrong with them
-    if kind == "labelled":
-        checks.append((np.flatnonzero(np.isnan(cache.values["label"])), "has no label"))
+    if kind == "classification":
+        checks.append((np.flatnonzero(np.isnan(cache.doc_features["label"])), "has no label"))
     else:
         checks.append((np.flatnonzero(_n_learned(cache) == 0), "has no token to learn"))
-    if kind not in ("labelled", "rollout"):  # a rollout may end where its sampling was cut off
+    if kind not in ("classification", "rollout"):  # a rollout may end where its sampling was cut off
         told = f"a learned answer does not end its turn (with {_named(template)}), so a model would not learn to stop"
         documents = _without_end(cache, template.end_ids(), run.config.max_length)
         # Of feedback only the judged answer is learned; the other one may be of a row whose end was cut.
-        checks.append((documents[documents % 2 == 0] if kind == "feedback" else documents, told))
+        checks.append((documents[documents % 2 == 0] if kind == "unpaired_preference" else documents, told))
     checks.append(
         (
             _with_second_bos(cache, kind, template, run.config.max_length),
@@ -161,7 +161,7 @@ def _with_second_bos(cache: TokenCache, kind: str, template: Template, max_lengt
         return np.empty(0, np.int64)
     places = np.flatnonzero(cache.ids.numpy() == bos)
     documents = _document_of(cache, places)
-    if kind == "labelled":  # read as the tokenizer itself writes a text or a pair of them
+    if kind == "classification":  # read as the tokenizer itself writes a text or a pair of them
         allowed = template.tokenizer("a", "b")["input_ids"].count(bos)
         found, counts = np.unique(documents, return_counts=True)
         return found[counts > max(1, allowed)]

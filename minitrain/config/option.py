@@ -1,0 +1,45 @@
+"""A dataclass field that is an option: its explanation, its limits and its other names."""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, field
+from typing import Any
+
+OLD_LIMITS = {"least": "ge", "above": "gt", "below": "lt", "most": "le"}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    ge: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    alias: str | Sequence[str] = (),
+    affects_results: bool = True,
+    **old: Any,
+) -> Any:
+    """Return a dataclass field with its explanation and limits.
+
+    Args:
+        ge, gt, lt, le: Bounds of a number (>=, >, <, <=); without an upper bound it is `MAX_NUMBER`.
+        alias: Other names of the option, one or several.
+        affects_results: Whether it changes what is computed. If not, a run may resume with another value.
+        old: `least`, `above`, `below`, `most` and `free`, the names of `ge`, `gt`, `lt`, `le` and
+            `affects_results=False` in 0.1.0.
+    """
+    limits = {"ge": ge, "gt": gt, "lt": lt, "le": le}
+    affects_results = not old.pop("free", not affects_results)
+    for name in OLD_LIMITS.keys() & old:
+        limits[OLD_LIMITS[name]] = old.pop(name)
+    if old:
+        raise TypeError(f"option() got an unexpected keyword argument {next(iter(old))!r}")
+    names = (alias,) if isinstance(alias, str) else tuple(alias)
+    metadata = dict(help=help, choices=choices, aliases=names, affects_results=affects_results, **limits)
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict, type)):
+        factory = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)

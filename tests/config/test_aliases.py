@@ -1,0 +1,166 @@
+"""Other names of options: accepted wherever a config comes from, and never together with the name they stand for."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minitrain import ConfigError, Loss, create_loss, load_config
+from minitrain.config.schema import Config, aliases, option
+from minitrain.errors import RunFolderError
+from minitrain.losses import registered
+from tests.conftest import metrics
+
+OF_LOSSES = [(name, *pair) for name, loss in registered().items() for pair in aliases(loss.options_class).items()]
+VALUES = {
+    "advantage_estimator": "gae",
+    "loss_aggregation": "grpo",
+    "importance_sampling_level": "sequence",
+    "clip_eps_low": 0.1,
+    "clip_eps_high": 0.3,
+    "gae_lambda": 0.5,
+}
+BESIDE = {"gae_lambda": {"advantage_estimator": "gae"}}  # what an option needs to have an effect
+
+
+def options_for(name: str, key: str, own: str) -> dict:
+    return {key: VALUES[own]} | (BESIDE.get(own, {}) if name == "policy" else {})
+
+
+@pytest.fixture
+def load(tmp_path, rows_file):
+    """``load({"name": "policy"}, "loss.gae_lambda=0.5")``: the options of the loss of a YAML file with overrides."""
+
+    def load(loss, *overrides: str) -> dict:
+        config = {"datasets": str(rows_file), "model": {"name_or_path": "tiny"}, "loss": loss}
+        (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+        return load_config(tmp_path / "c.yml", list(overrides)).loss
+
+    return load
+
+
+def test_the_names_of_other_libraries_and_of_0_1_0():
+    """TRL's, and those that these options had before."""
+    assert aliases(registered()["policy"].options_class) == {
+        "advantages": "advantage_estimator",
+        "lam": "gae_lambda",
+        "loss_type": "loss_aggregation",
+        "normaliser": "loss_aggregation",
+        "ratio": "importance_sampling_level",
+        "epsilon": "clip_eps_low",
+        "eps_low": "clip_eps_low",
+        "epsilon_high": "clip_eps_high",
+        "eps_high": "clip_eps_high",
+    }
+    assert aliases(registered()["value"].options_class) == {"lam": "gae_lambda"}
+    assert aliases() == {"batch_size": "total_batch_size"}
+
+
+@pytest.mark.parametrize("name, alias, own", OF_LOSSES)
+def test_an_alias_is_the_option_everywhere(load, name, alias, own):
+    """In Python, in a file, in overrides of one key and of the section; the config has the option's own name."""
+    given, meant = options_for(name, alias, own), options_for(name, own, own)
+    assert create_loss(name, **given).options == create_loss(name, **meant).options
+    want = {"name": name} | meant
+    section = ", ".join(f"{key}: {value}" for key, value in given.items())
+    assert load({"name": name} | given) == want
+    assert load({"name": name}, *(f"loss.{key}={value}" for key, value in given.items())) == want
+    assert load("sft", *(f"loss.{key}={value}" for key, value in given.items()), f"loss.name={name}") == want
+    assert load("sft", f"loss={{name: {name}, {section}}}") == want
+
+
+def test_an_override_takes_the_place_of_any_name_in_the_file(load):
+    """Whichever of the names the file and the override use."""
+    for there in ("clip_eps_low", "epsilon", "eps_low"):
+        for key in ("clip_eps_low", "epsilon", "eps_low"):
+            want = {"name": "policy", "clip_eps_low": 0.3}
+            assert load({"name": "policy", there: 0.1}, f"loss.{key}=0.3") == want
+            assert load({"name": "policy", there: 0.1}, f"loss={{{key}: 0.3}}") == want
+
+
+def test_an_option_set_twice_is_refused(load):
+    """With its line; by two aliases, too. Nothing is dropped in silence."""
+    for one, other in (("epsilon", "eps_low"), ("clip_eps_low", "eps_low"), ("normaliser", "loss_type")):
+        value = 0.1 if "eps" in one else "grpo"
+        with pytest.raises(ConfigError, match=r"c.yml:\d+: loss\.\w+: unknown option. \w+ is another name of loss"):
+            load({"name": "policy", one: value, other: value})
+        with pytest.raises(ConfigError, match="is another name of"):
+            create_loss("policy", **{one: value, other: value})
+
+
+def test_a_problem_with_an_alias_names_its_line(load, tmp_path):
+    """The line that the user wrote, and not that of the section."""
+    with pytest.raises(ConfigError) as caught:
+        load({"name": "policy", "eps_low": 7, "dual_clip": 3.0})
+    lines = (tmp_path / "c.yml").read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if "eps_low" in line)
+    assert f"c.yml:{number}: loss.clip_eps_low: must be 1 or less" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--overrides: loss.clip_eps_low: must be 1 or less"):
+        load({"name": "policy", "epsilon": 0.1}, "loss.eps_low=7")
+
+
+def test_an_alias_belongs_to_its_loss(load):
+    """`loss_type` is an option of pairwise and an alias of policy; the error names the losses that have an alias."""
+    assert load({"name": "pairwise", "loss_type": "hinge"}) == {"name": "pairwise", "loss_type": "hinge"}
+    with pytest.raises(ConfigError, match=r"loss.eps_low: loss.name=sft has no such option; policy has it"):
+        load({"name": "sft", "eps_low": 0.1})
+
+
+def test_a_reference_to_an_alias(load):
+    """`${loss.eps_low}` is the value as it is written."""
+    found = load({"name": "policy", "eps_low": 0.1, "eps_high": "${loss.eps_low}"})
+    assert found == {"name": "policy", "clip_eps_low": 0.1, "clip_eps_high": 0.1}
+
+
+def test_a_run_that_was_saved_with_the_old_name_resumes(make_trainer, tmp_path):
+    """Its config.yml has the name of 0.1.0; the same value under the new name is no change, another one is."""
+    rows = tmp_path / "rollouts.jsonl"
+    rows.write_text(
+        '{"prompt": "a", "response": "b", "reward": 1}\n{"prompt": "a", "response": "c", "reward": 0}\n' * 8
+    )
+    settings = (f"datasets=[{rows}]", "loss={name: policy, clip_eps_low: 0.1}", "save_every_steps=1")
+    trainer = make_trainer(*settings, "n_steps=1")
+    trainer.train()
+    saved = Path(trainer.run.path) / "config.yml"
+    saved.write_text(re.sub("clip_eps_low", "eps_low", saved.read_text()))
+    with pytest.raises(RunFolderError, match=r"loss: .*allow_changes=\[loss\]"):
+        make_trainer(*settings, "loss.clip_eps_low=0.3", "n_steps=2").train()
+    make_trainer(*settings, "n_steps=2").train()
+    assert [row["step"] for row in metrics(trainer)] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ of one's own
+
+
+@dataclass
+class Mine:
+    scale: float = option(1.0, "Scale.", ge=0, lt=10, alias=("factor", "multiplier"))
+    name_of_file: str = option("a", "File.", affects_results=False)
+
+
+@dataclass
+class Older:
+    scale: float = option(1.0, "Scale.", least=0, below=10, alias=("factor", "multiplier"))
+    name_of_file: str = option("a", "File.", free=True)
+
+
+def test_the_words_of_0_1_0_in_a_plugin():
+    """least, above, below, most and free mean ge, gt, lt, le and affects_results=False; what is no word is refused."""
+    for key in ("scale", "name_of_file"):
+        assert Mine.__dataclass_fields__[key].metadata == Older.__dataclass_fields__[key].metadata
+    assert option(1, "", above=0, most=3).metadata == option(1, "", gt=0, le=3).metadata
+    assert aliases(Mine) == {"factor": "scale", "multiplier": "scale"}
+    with pytest.raises(TypeError, match="leest"):
+        option(1, "", leest=0)
+
+
+def test_options_without_metadata_have_no_aliases():
+    """A dataclass of plain fields."""
+
+    @dataclass
+    class Plain:
+        power: float = 1.0
+
+    assert aliases(Plain) == {} and aliases(Config) and Loss
