@@ -354,5 +354,5 @@ def test_what_is_refused_and_what_fails(config_file, capsys):
     }.items():
         code, err = train(*overrides)
         assert code == 2 and told in err and len(err.splitlines()) == 1
-    code, err = train("exp_name=nan", "lr=1e30", "max_grad_norm=0", "n_steps=50", "max_bad_steps=1", "optimizer=SGD")
+    code, err = train("exp_name=nan", "lr=1000", "max_grad_norm=0", "n_steps=50", "max_bad_steps=1", "optimizer=SGD")
     assert code == 1 and "had a non-finite loss or gradient" in err

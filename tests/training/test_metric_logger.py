@@ -159,7 +159,7 @@ def test_the_config_in_the_run_folder_makes_the_same_run(make_trainer):
 
 def test_metrics_hold_no_invalid_json(make_trainer):
     """Infinite and undefined figures are texts."""
-    trainer = make_trainer("lr=1e9", "n_steps=6")
+    trainer = make_trainer("lr=1000", "n_steps=6")
     with contextlib.suppress(RunError):
         trainer.train()
     for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines():
@@ -193,7 +193,7 @@ def test_quiet_prints_nothing(make_trainer, rows_file, capsys):
 
 def test_quiet_leaves_warnings(make_trainer, capsys):
     """A step that is skipped, a tracker that fails and a signal are told in any case."""
-    trainer = make_trainer("quiet=true", "lr=1e30", "max_grad_norm=0", "optimizer=SGD", "n_steps=50", "max_bad_steps=2")
+    trainer = make_trainer("quiet=true", "lr=1000", "max_grad_norm=0", "optimizer=SGD", "n_steps=50", "max_bad_steps=2")
     with pytest.raises(RunError):
         trainer.train()
     lines = capsys.readouterr().out.splitlines()
