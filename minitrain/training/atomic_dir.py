@@ -52,7 +52,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def verify(folder: Path, parallel: "SingleDevice") -> None:
     """Checks every file against the manifest, each rank some of them. Raises RunFolderError that names the files."""
-    wanted = parallel.run_on_rank0(lambda: _read_manifest(folder))
+    wanted = parallel.run_on_rank0(lambda: read_manifest(folder))
     mine = list(wanted)[parallel.rank :: parallel.world_size]
     wrong = [_complaint(folder / name, wanted[name]) for name in mine]
     told = [text for found in parallel.gather(list(filter(None, wrong))) for text in found]
@@ -142,7 +142,8 @@ def sweep(folder: Path, name: str | None = None) -> None:
         debris.unlink() if debris.is_file() else shutil.rmtree(debris, ignore_errors=True)
 
 
-def _read_manifest(folder: Path) -> dict[str, dict]:
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """Return size and hash of each file of a checkpoint. Raises RunFolderError for a folder that is none."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files, step = manifest["files"], manifest["step"]

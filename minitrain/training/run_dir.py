@@ -30,6 +30,7 @@ from .atomic_dir import (
     holds_checkpoint,
     latest_valid,
     prune,
+    read_manifest,
     recover,
     replace_file,
     step_of,
@@ -88,13 +89,16 @@ class RunFolder:
     def finished(self, total_steps: int) -> str | None:
         """Return what to say if a run of so many steps or more has ended here by itself, else None.
 
-        Raises RunFolderError when a shorter one has, and left no checkpoint to go on from.
+        Raises RunFolderError when a shorter one has, and left no checkpoint to go on from, and when `resume` names a
+        folder that is not a checkpoint.
         """
         ended = self.parallel.run_on_rank0(lambda: read_end(self.path))
         if ended is None:
             return None
         finished, planned = ended
         if planned >= total_steps:
+            if self.config.resume not in ("auto", "never"):  # a folder that was named is never ignored
+                self.parallel.run_on_rank0(lambda: read_manifest(Path(self.config.resume)))
             early = f" (stopped early, of {planned})" if finished < planned else ""
             return f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name."
         if self.config.resume == "auto" and not self.parallel.run_on_rank0(lambda: holds_checkpoint(self.checkpoints)):
