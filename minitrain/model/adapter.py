@@ -44,21 +44,21 @@ class Adapter:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained."""
-        found = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         bias = self.config["bias"]
         biases = {f"{name}.bias" for name in self.layers} if bias == "lora_only" else set()
-        wanted = {}
-        for name, parameter in found.items():
+        trained = {}
+        for name, parameter in parameters.items():
             module, _, last = name.rpartition(".")
-            whole = any(module == path or module.startswith(f"{path}.") for path in self.modules_to_save)
+            in_saved_module = any(module == path or module.startswith(f"{path}.") for path in self.modules_to_save)
             if (
                 last in (*lora.MATRICES, token_rows.NAME)
-                or whole
+                or in_saved_module
                 or name in biases
                 or (bias == "all" and last == "bias")
             ):
-                wanted[name] = parameter
-        return wanted
+                trained[name] = parameter
+        return trained
 
     def freeze(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Freeze all but the adapter. The adapter is in float32, the rest in `dtype` unless quantized."""
@@ -91,11 +91,11 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
     """
     modules = dict(model.named_modules())
     modules_to_save = []
-    for wanted in config.get("modules_to_save") or []:
-        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
-            raise ConfigError(f"lora.modules_to_save: {_unknown_module(wanted, modules)}", "not-a-choice")
-        modules_to_save += found
+    for path in config.get("modules_to_save") or []:
+        matches = [name for name in modules if name == path or name.endswith(f".{path}")]
+        if not matches:
+            raise ConfigError(f"lora.modules_to_save: {_unknown_module(path, modules)}", "not-a-choice")
+        modules_to_save += matches
     adapter = Adapter(config, {}, modules_to_save=list(dict.fromkeys(modules_to_save)))
     keep = bool(config.get("ensure_weight_tying"))
     if keep:
@@ -136,28 +136,28 @@ def new_biases(model: nn.Module, adapter: Adapter) -> list[str]:
     return [name for name in biases if model.new_ids and name not in trained]
 
 
-def train_new_rows(model: nn.Module, wanted: Any, whole: list[str], weights: Weights | None) -> list[str]:
-    """Add trained rows to frozen embeddings, for new tokens and those in `wanted`.
+def train_new_rows(model: nn.Module, token_indices: Any, full_modules: list[str], weights: Weights | None) -> list[str]:
+    """Add trained rows to frozen embeddings, for new tokens and those in `token_indices`.
 
     The rows start as those of the weight. Tied layers share them.
 
     Args:
         model: The transformers model.
-        wanted: PEFT's trainable_token_indices: token ids of the input embeddings, or by layer name.
-        whole: Names of modules that are trained in full.
+        token_indices: PEFT's trainable_token_indices: token ids of the input embeddings, or by layer name.
+        full_modules: Names of modules that are trained in full.
         weights: Weights of a model on the meta device.
 
     Returns:
         The names of the weights with trained rows.
 
     Raises:
-        ConfigError: `wanted` names a layer that has no rows, is trained in full, or is tied to one with other rows.
+        ConfigError: `token_indices` names a layer without rows, trained in full, or tied to one with other rows.
     """
     layers = embedding_layers(model)
-    chosen = parse_token_indices(model, wanted)
+    chosen = parse_token_indices(model, token_indices)
     first: dict[int, str] = {}  # weight -> the first layer that has it
     for name, layer in layers.items():
-        if any(f"{name}.".startswith(f"{path}.") for path in whole):
+        if any(f"{name}.".startswith(f"{path}.") for path in full_modules):
             if name in chosen:
                 raise ConfigError(
                     f"trainable_token_indices: {name} is in modules_to_save, too. Leave it out of one of them.",
@@ -184,22 +184,24 @@ def init_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights 
         with torch.no_grad():
             rows.copy_(layer.weight[layer.token_ids.to(layer.weight.device)])
         return
-    found = [weights.rows(f"{name}.weight", number, number + 1) for number in layer.token_ids.tolist()]
-    weights.replace({f"{name}.{token_rows.NAME}": torch.cat(found).float()})
+    initial = [weights.rows(f"{name}.weight", number, number + 1) for number in layer.token_ids.tolist()]
+    weights.replace({f"{name}.{token_rows.NAME}": torch.cat(initial).float()})
 
 
-def parse_token_indices(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
+def parse_token_indices(model: nn.Module, token_indices: Any) -> dict[str, list[int]]:
     """Return PEFT's trainable_token_indices by full layer name. Raises ConfigError."""
-    if wanted is None:
+    if token_indices is None:
         return {}
     key, chosen, layers = "trainable_token_indices", {}, embedding_layers(model)
-    if isinstance(wanted, list):
-        wanted = {next(name for name, layer in layers.items() if layer is model.get_input_embeddings()): wanted}
-    if not isinstance(wanted, dict):
+    if isinstance(token_indices, list):
+        token_indices = {
+            next(name for name, layer in layers.items() if layer is model.get_input_embeddings()): token_indices
+        }
+    if not isinstance(token_indices, dict):
         raise ConfigError(
-            f"{key}: expected token ids in a list, or lists by names of layers, got {wanted!r}.", "wrong-type"
+            f"{key}: expected token ids in a list, or lists by names of layers, got {token_indices!r}.", "wrong-type"
         )
-    for one, ids in wanted.items():
+    for one, ids in token_indices.items():
         names = [name for name in layers if name.endswith(one)]
         if not names:
             raise ConfigError(
@@ -219,33 +221,38 @@ def _targets(
     model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], modules_to_save: list[str], strict: bool
 ) -> list[str]:
     """Return the names of the layers to adapt, in the model's order, without modules that are trained in full."""
-    wanted, excluded = config["target_modules"], config.get("exclude_modules")
+    targets, excluded = config["target_modules"], config.get("exclude_modules")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    head, whole = model.get_output_embeddings(), {part for name in modules_to_save for part in modules[name].modules()}
+    head = model.get_output_embeddings()
+    trained_modules = {part for name in modules_to_save for part in modules[name].modules()}
     adaptable = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
-    if wanted == "all-linear":
-        named = [n for n, module in adaptable.items() if not isinstance(module, nn.Embedding) and module is not head]
+    if targets == "all-linear":
+        matching = [n for n, module in adaptable.items() if not isinstance(module, nn.Embedding) and module is not head]
     else:
-        named = [name for name in adaptable if _matches(wanted, name)]
-    missing = [one for one in wanted if not any(_matches([one], name) for name in named)] if _is_list(wanted) else []
-    if not named or (missing and strict):
+        matching = [name for name in adaptable if _matches(targets, name)]
+    missing = (
+        [one for one in targets if not any(_matches([one], name) for name in matching)] if _is_list(targets) else []
+    )
+    if not matching or (missing and strict):
         raise ConfigError(
-            f"lora.target_modules: {_unknown_module(missing[0] if missing else wanted, adaptable)}", "not-a-choice"
+            f"lora.target_modules: {_unknown_module(missing[0] if missing else targets, adaptable)}", "not-a-choice"
         )
     unmatched = (
-        [one for one in excluded if not any(_matches([one], name) for name in named)] if _is_list(excluded) else []
+        [one for one in excluded if not any(_matches([one], name) for name in matching)] if _is_list(excluded) else []
     )
     if unmatched and strict:
-        known = {name: adaptable[name] for name in named}
+        known = {name: adaptable[name] for name in matching}
         raise ConfigError(f"lora.exclude_modules: {_unknown_module(unmatched[0], known)}", "not-a-choice")
     names = [
-        n for n in named if adaptable[n] not in whole and not (excluded and _matches(excluded, n, "exclude_modules"))
+        n
+        for n in matching
+        if adaptable[n] not in trained_modules and not (excluded and _matches(excluded, n, "exclude_modules"))
     ]
     if not names:
         raise ConfigError(
-            f"lora.target_modules: exclude_modules or modules_to_save has all layers that it names, like {named[0]}. "
-            "Name a layer that is in neither.",
+            "lora.target_modules: exclude_modules or modules_to_save has all layers that it names, "
+            f"like {matching[0]}. Name a layer that is in neither.",
             "conflict",
         )
     return _filter_by_block(model, modules, names, layers) if layers else names
@@ -272,11 +279,11 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set))
 
 
-def _matches(wanted: Any, name: str, key: str = "target_modules") -> bool:
+def _matches(patterns: Any, name: str, key: str = "target_modules") -> bool:
     """Return whether a layer's name matches: the end of it a name in a list, or all of it a regex, as in PEFT."""
-    if _is_list(wanted):
-        return any(name == one or name.endswith(f".{one}") for one in wanted)
-    return _full_match(wanted, name, key) or name == wanted or name.endswith(f".{wanted}")
+    if _is_list(patterns):
+        return any(name == one or name.endswith(f".{one}") for one in patterns)
+    return _full_match(patterns, name, key) or name == patterns or name.endswith(f".{patterns}")
 
 
 def _full_match(expression: str, name: str, key: str) -> bool:
@@ -313,11 +320,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def _unknown_module(wanted: str, modules: dict[str, nn.Module]) -> str:
+def _unknown_module(pattern: str, modules: dict[str, nn.Module]) -> str:
     available = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
-    near = difflib.get_close_matches(wanted.rpartition(".")[2], available, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(pattern.rpartition(".")[2], available, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"nothing in the model is called {wanted!r}.{hint} There are {', '.join(available)}."
+    return f"nothing in the model is called {pattern!r}.{hint} There are {', '.join(available)}."
 
 
 def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> Any:

@@ -138,7 +138,7 @@ def base_config(config: Config, model: nn.Module) -> dict[str, Any]:
 def new_config(config: Config, model: nn.Module) -> dict[str, Any]:
     """Return adapter_config.json for a new LoRA. A scalar head is new, so it is trained in full."""
     options = config.lora
-    whole = [*options.modules_to_save, *heads_of(model).trained]
+    modules_to_save = [*options.modules_to_save, *heads_of(model).trained]
     return base_config(config, model) | {
         "peft_type": "LORA",
         "r": options.rank,
@@ -147,7 +147,7 @@ def new_config(config: Config, model: nn.Module) -> dict[str, Any]:
         "target_modules": options.target_modules,
         "exclude_modules": options.exclude_modules,
         "layers_to_transform": options.layers_to_transform,
-        "modules_to_save": whole or None,
+        "modules_to_save": modules_to_save or None,
         "bias": options.bias,
         "use_rslora": options.use_rslora,
         "use_dora": options.use_dora,

@@ -96,11 +96,11 @@ def _rename_keys(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor],
     for name, module in model.named_modules():  # the key in PEFT of resized embeddings
         if token_rows.has_rows(module):
             names[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = f"{name}.weight"
-    wanted = parse_token_indices(model, adapter.config.get("trainable_token_indices"))
+    token_indices = parse_token_indices(model, adapter.config.get("trainable_token_indices"))
     missing = []
     for name in adapter.parameters(model):
         module, _, last = name.rpartition(".")
-        if _peft_name(name, adapter) not in tensors and (last != token_rows.NAME or module in wanted):
+        if _peft_name(name, adapter) not in tensors and (last != token_rows.NAME or module in token_indices):
             missing.append(_peft_name(name, adapter))
     unknown = [key for key in tensors if key not in names]
     if missing or unknown:
@@ -144,11 +144,11 @@ def _resolve_modules(config: dict[str, Any], model: nn.Module, folder: Path) -> 
         head = f"{', '.join(named or ['scalars'])}" if ends else "a vocabulary"
         here = ", ".join(ours) if heads.trained else "a vocabulary"
         raise ConfigError(f"{folder} is of a model that ends in {head}, and not in {here}.", "mismatch")
-    wanted = [*(config.get("modules_to_save") or []), *(("classifier", "score") if ends else ())]
-    whole = [name for name, _ in model.named_modules() if any(name.endswith(one) for one in wanted)]
-    if missing := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in whole)]:
+    suffixes = [*(config.get("modules_to_save") or []), *(("classifier", "score") if ends else ())]
+    paths = [name for name, _ in model.named_modules() if any(name.endswith(one) for one in suffixes)]
+    if missing := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in paths)]:
         raise ConfigError(f"{folder} holds no weights of {missing[0]}, which its base model lacks, too.", "mismatch")
-    return config | {"modules_to_save": whole or None}
+    return config | {"modules_to_save": paths or None}
 
 
 def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
@@ -161,15 +161,17 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
         folder: Where the files go.
     """
     if isinstance(adapter, PromptAdapter):
-        found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
+        by_name = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
         heads = tuple(f"{name}." for name in adapter.modules_to_save)
-        wanted = (*heads, *adapter.extra_tensors)
-        peft_tensors = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in found.items() if name.startswith(wanted)}
-        _write(folder, peft_tensors | {TENSOR: vectors_of(found)}, adapter.config)
+        prefixes = (*heads, *adapter.extra_tensors)
+        peft_tensors = {
+            f"{PROMPT_PREFIX}{name}": tensor for name, tensor in by_name.items() if name.startswith(prefixes)
+        }
+        _write(folder, peft_tensors | {TENSOR: vectors_of(by_name)}, adapter.config)
         return
-    found = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
-    found |= {name: found[owner].clone() for name, owner in _tied_names(model, adapter).items()}
-    peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in found.items()}
+    by_name = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
+    by_name |= {name: by_name[owner].clone() for name, owner in _tied_names(model, adapter).items()}
+    peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in by_name.items()}
     config = adapter.config | {"target_modules": _short_targets(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     config["modules_to_save"] = adapter.modules_to_save or None  # full names: PEFT matches the ends of names
@@ -231,29 +233,29 @@ def _load_prompt(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path, weights: Weights | None
 ) -> PromptAdapter:
     _check_is_decoder(model)
-    found = tensors.get(TENSOR)
+    vectors = tensors.get(TENSOR)
     model.soft_prompt = SoftPrompt(model, _prompt_options(config), 0)
-    wanted = model.soft_prompt.weight.shape
-    if found is None or found.shape != wanted:
-        shape = "missing" if found is None else list(found.shape)
+    expected = model.soft_prompt.weight.shape
+    if vectors is None or vectors.shape != expected:
+        shape = "missing" if vectors is None else list(vectors.shape)
         raise ConfigError(
-            f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(wanted)}.", "mismatch"
+            f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(expected)}.", "mismatch"
         )
     with torch.no_grad():
-        model.soft_prompt.weight.copy_(found)
+        model.soft_prompt.weight.copy_(vectors)
     adapter = _make_prompt_adapter(model, config, weights)
     parameters = dict(model.named_parameters())
-    whole = [
+    full_names = [
         n for n in adapter.parameters(model) if not n.startswith("soft_prompt.") and not n.endswith(token_rows.NAME)
     ]
-    if missing := [name for name in whole if f"{PROMPT_PREFIX}{name}" not in tensors]:
+    if missing := [name for name in full_names if f"{PROMPT_PREFIX}{name}" not in tensors]:
         raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}.", "mismatch")
     for key in tensors.keys() - {TENSOR}:
         name = key.removeprefix(PROMPT_PREFIX)
         if name not in parameters:
             raise ConfigError(f"{folder} does not fit the model: unexpected {key}.", "mismatch")
         _load_tensor(folder, name, parameters[name], tensors[key], weights)
-    frozen = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(whole))
+    frozen = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(full_names))
     adapter.extra_tensors = list(dict.fromkeys([*adapter.extra_tensors, *frozen]))
     for name, parameter in adapter.parameters(model).items():
         if name.endswith(f".{token_rows.NAME}"):

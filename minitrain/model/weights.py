@@ -52,8 +52,8 @@ class LowRankDifference:
         self.source, self.left, self.right = source, left, right
 
     def __getitem__(self, rows: slice) -> Tensor:
-        found = self.source[rows]
-        return (found.float() - self.left[rows] @ self.right).to(found.dtype)
+        source = self.source[rows]
+        return (source.float() - self.left[rows] @ self.right).to(source.dtype)
 
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
@@ -184,8 +184,8 @@ def weight_files(name: str, revision: str | None) -> list[Path]:
     from transformers.utils.hub import cached_file
 
     def find(file: str) -> Path | None:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(found) if found else None
+        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(path) if path else None
 
     index = find("model.safetensors.index.json")
     if index is not None:
