@@ -22,6 +22,8 @@ These are all options of a config file and of `--overrides`. `docs/generate_opti
 `minitrain/config/schema.py`.
 
 - Unknown keys, wrong types and options without effect are errors. All of them are reported at once.
+- An option without effect is an error at its default, too. You may always write that something is off: `false`, `0`,
+  `null`, or a section with such an entry. The `config.yml` of a run lists all options, and can be trained again.
 - A number is at most 1,000,000,000 unless the table names another bound, and never nan or inf.
 - `loss: dft` is short for `loss: {name: dft}`, and `datasets: a.jsonl` for `datasets: [{path: a.jsonl}]`.
 - An override of one of `n_steps`/`n_epochs`, `warmup_steps`/`warmup_ratio`, `eval_datasets`/`validation_split` or

@@ -14,7 +14,7 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
     """Add to `issues` what is wrong with the options of the data.
 
     Args:
-        given: Names of the options that are not at their default.
+        given: Names of the options that were written or are not at their default.
     """
     _check_files(config, issues)
     _check_data(config, given, issues)

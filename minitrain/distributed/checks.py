@@ -10,7 +10,7 @@ from .process import world_size
 
 
 def check_processes(config: Config, given: set[str], issues: ConfigIssues) -> None:
-    """`given`: names of the options that are not at their default."""
+    """`given`: names of the options that were written or are not at their default."""
     processes, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.trainer == "BasicTrainer":
         if processes > 1:

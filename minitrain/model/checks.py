@@ -15,7 +15,7 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
 
     Args:
         config: The full config.
-        given: Names of the options that are not at their default.
+        given: Names of the options that were written or are not at their default.
         issues: Where problems are added.
     """
     _check_model(config, issues)

@@ -28,7 +28,7 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
     """Add to `issues` what is wrong with the options of a run that need no torch to check.
 
     Args:
-        given: Names of the options that are not at their default.
+        given: Names of the options that were written or are not at their default.
     """
     _check_run(config, issues)
     _check_steps(config, issues)

@@ -6,6 +6,7 @@ from pathlib import Path
 from minitrain.config.load import check_writable, parse_config, parse_python_config
 from minitrain.config.saved import plain
 from minitrain.config.schema import Config
+from minitrain.config.written import written_options
 
 from .checks import check_config
 
@@ -17,7 +18,7 @@ def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Con
         ConfigError: It lists every problem with its file, line and key.
     """
     config, issues = parse_config(source, overrides)
-    check_config(config, issues)
+    check_config(config, issues, written_options(config.written.raw, issues.source.overridden))
     issues.raise_if_any()
     config.written = config.written._replace(resolved=plain(config))
     return config
