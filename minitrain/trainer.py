@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from minitrain.config.schedules import lr_factor
 from minitrain.config.schema import Config
 from minitrain.distributed.parallel import make_parallel
 from minitrain.inference.evaluation import evaluate_all
@@ -21,7 +22,7 @@ from minitrain.training.checkpoint import restore_rng
 from minitrain.training.evaluation import run_evaluation, should_evaluate
 from minitrain.training.failpoints import failpoint
 from minitrain.training.metric_logger import MetricLogger
-from minitrain.training.optim import build_optimizer, lr_factor, warmup_steps
+from minitrain.training.optim import build_optimizer, warmup_steps
 from minitrain.training.precision import Precision
 from minitrain.training.reporting import log_train, report_start, start_window, warn
 from minitrain.training.run_dir import RunFolder
@@ -235,7 +236,8 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the next update. It follows the updates taken, not the steps tried."""
-        return self.config.lr * lr_factor(self.updates, self.total_steps, self.warmup, self.config.lr_scheduler)
+        name, decay = self.config.lr_scheduler, self.config.lr_decay_ratio
+        return self.config.lr * lr_factor(self.updates, self.total_steps, self.warmup, name, decay)
 
     def _after_step(self) -> None:
         config, last = self.config, self.step == self.total_steps

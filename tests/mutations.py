@@ -619,7 +619,7 @@ EXERCISES = [
     ),
     Mutation(
         number=4,
-        file="minitrain/training/optim.py",
+        file="minitrain/config/schedules.py",
         line="return (step + 1) / warmup",
         replacement="return step / warmup",
         test="tests/training/test_optim.py::test_after_the_warm_up_the_schedule_is_that_of_transformers",

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from .option import option
+from .schedules import DECAY_RATIO, SCHEDULES
 
 MAX_NUMBER = 1_000_000_000  # of an option that names no bound: more is a slip, and overflows somewhere
 MIN_FRACTION = 1e-30  # a number that is closer to 0 is 0 in float32, or its inverse overflows
@@ -282,7 +283,16 @@ class Config:
     betas: list[float] = option([0.9, 0.999], "Adam's two decay rates.")
     eps: float = option(1e-8, "Adam's epsilon.", gt=0, le=1)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 does not clip.", ge=0)
-    lr_scheduler: str = option("linear", "Shape after the warm-up.", choices=("linear", "cosine", "constant"))
+    lr_scheduler: str = option(
+        "linear",
+        "How lr goes on after the warm-up. "
+        + ". ".join(f"{name}: {one.help}" for name, one in SCHEDULES.items())
+        + ".",
+        choices=tuple(SCHEDULES),
+    )
+    lr_decay_ratio: float | None = option(
+        None, f"wsd: share of all steps in which lr falls; {DECAY_RATIO} when left out.", gt=0, le=1
+    )
     warmup_steps: int = option(0, "Steps in which lr rises from 0 to its peak.", ge=0)
     warmup_ratio: float = option(0.0, "The same as a share of all steps.", ge=0, le=1)
     activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")

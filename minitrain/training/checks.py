@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitrain.config.issues import ConfigIssues, format_value, keys_overlap
+from minitrain.config.schedules import SCHEDULES
 from minitrain.config.schema import Config, all_keys
 from minitrain.config.suggest import hint_for_value, suggest
 from minitrain.data.examples import SCHEMAS
@@ -112,6 +113,11 @@ def _check_steps(config: Config, issues: ConfigIssues) -> None:
         issues.add("total_batch_size", "conflict", uneven)
     if config.n_steps is not None and config.warmup_steps > config.n_steps:
         issues.add("warmup_steps", "out-of-range", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
+    if config.lr_decay_ratio is not None and not SCHEDULES[config.lr_scheduler].decays:
+        decaying = " or ".join(name for name, one in SCHEDULES.items() if one.decays)
+        issues.add(
+            "lr_decay_ratio", "no-effect", f"would be ignored: it needs lr_scheduler={decaying}.", "lr_scheduler"
+        )
 
 
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:

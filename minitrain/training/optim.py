@@ -1,7 +1,6 @@
-"""Optimizers by name, parameter groups, and learning-rate schedules."""
+"""Optimizers by name, and parameter groups."""
 
 import inspect
-import math
 
 import torch
 from torch import nn
@@ -60,22 +59,6 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def check_optimizer(config: Config) -> None:
     """Raise the ConfigError that the optimizer's options would give when it is built over a model."""
     build_optimizer(nn.Linear(1, 1), config)
-
-
-def lr_factor(step: int, total: int, warmup: int, shape: str) -> float:
-    """What the peak learning rate is multiplied by at the 0-based optimizer step.
-
-    It rises over `warmup` steps, the first of which has 1/warmup already, stays constant or falls as a line or a
-    cosine, and would reach 0 at step `total`.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    if shape == "linear":
-        return 1.0 - progress
-    if shape == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0
 
 
 def warmup_steps(config: Config, total: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli.main import main
+from minitrain.config.schedules import SCHEDULES
 from tests.conftest import CONFIG, GOOD_ROW, ROOT
 
 # ---------------------------------------------------------------------------- the config: nothing is loaded for it
@@ -76,7 +77,7 @@ from tests.conftest import CONFIG, GOOD_ROW, ROOT
         (["n_steps=0"], "n_steps: must be 1 or more, got 0"),
         (["packing=1"], "packing: expected true or false, got 1"),
         (["betas=[0.9]"], "betas: expected two numbers from 0 to below 1"),
-        (["lr_scheduler=cosin"], "'cosin' is not one of linear, cosine, constant. Did you mean cosine?"),
+        (["lr_scheduler=cosin"], f"'cosin' is not one of {', '.join(SCHEDULES)}. Did you mean cosine?"),
         (["model=tiny"], "model: expected keys and values (name_or_path"),
         (["datasets=3"], "datasets: expected a list, got 3"),
         (["datasets=[]"], "datasets: is missing: name at least one file"),

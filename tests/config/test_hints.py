@@ -6,6 +6,7 @@ import pytest
 
 from minitrain import load_config
 from minitrain.cli.main import main
+from minitrain.config.schedules import SCHEDULES
 from minitrain.config.suggest import nearest_names, suggest
 from minitrain.errors import InvalidConfigError
 
@@ -121,7 +122,7 @@ VALUES = {
     "optimizer={_component_: torch.optim.AdamW}": "unknown option. Use optimizer.",
     "lr_scheduler=constant_with_warmup": " Use lr_scheduler=constant (with warmup_steps or warmup_ratio).",
     "lr_scheduler=cosin": " Did you mean cosine?",
-    "lr_scheduler=polynomial": "'polynomial' is not one of linear, cosine, constant.",
+    "lr_scheduler=polynomial": f"'polynomial' is not one of {', '.join(SCHEDULES)}.",
     "truncation=keep_end": " Use truncation=prompt.",
     "chat_template=llama3": " Use chat_template=auto (the tokenizer's own).",
     "device=cuda:0": " Use device=cuda (CUDA_VISIBLE_DEVICES chooses which one).",

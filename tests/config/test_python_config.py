@@ -10,6 +10,7 @@ import yaml
 
 from minitrain import Config, Loss, LossOutput, Trainer, create_loss, load_config, register_loss
 from minitrain.config.saved import config_yaml
+from minitrain.config.schedules import SCHEDULES
 from minitrain.config.schema import DatasetConfig, EarlyStoppingConfig, ModelConfig, option
 from minitrain.errors import ConfigError, RunFolderError
 from minitrain.losses import base, describe_loss, registered
@@ -59,7 +60,7 @@ class Unregistered(SFT):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("lr_scheduler", "cosin", "lr_scheduler: 'cosin' is not one of linear, cosine, constant. Did you mean cosine?"),
+        ("lr_scheduler", "cosin", f"lr_scheduler: 'cosin' is not one of {', '.join(SCHEDULES)}. Did you mean cosine?"),
         ("lr", -1.0, "lr: must be 0 or more, got -1.0."),
         ("lr", float("nan"), "lr: expected a number, got nan."),
         ("seed", "x", "seed: expected a whole number, got 'x'."),

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from minitrain import ConfigError, RunError
+from minitrain.config.schedules import lr_factor
 from minitrain.losses import LossOutput
 from minitrain.losses.sft import SFT, SFTOptions
-from minitrain.training.optim import lr_factor
 from tests.conftest import metrics, random_llama, weights
 from tests.messages import raises
 

@@ -2,14 +2,18 @@
 
 import inspect
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
 from minitrain import load_config
+from minitrain.config.schedules import SCHEDULES, lr_factor
+from minitrain.config.schema import Config
+from minitrain.errors import InvalidConfigError
 from minitrain.training.checks import UNFIT_OPTIMIZERS
-from minitrain.training.optim import build_optimizer, lr_factor, optimizer_class
+from minitrain.training.optim import build_optimizer, optimizer_class
 
 BASE = {"datasets": [__file__.replace("test_optim.py", "../../example/data/skills-test.jsonl")]}
 
@@ -18,20 +22,29 @@ def config(*overrides):
     return load_config(BASE | {"model": {"name_or_path": "tiny"}}, list(overrides))
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+# The schedule of transformers that each of ours is, with its arguments for 20 steps.
+OF_TRANSFORMERS = {
+    "linear": ("linear", {}),
+    "cosine": ("cosine", {}),
+    "constant": ("constant_with_warmup", {}),
+    "wsd": ("warmup_stable_decay", {"num_decay_steps": 6, "decay_type": "linear"}),
+}
+
+
+@pytest.mark.parametrize("shape", SCHEDULES)
 def test_after_the_warm_up_the_schedule_is_that_of_transformers(shape):
     """transformers starts its warm-up at 0, which moves nothing; ours at 1/warmup. From the peak on they agree."""
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    name = "constant_with_warmup" if shape == "constant" else shape
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=20)
+    name, arguments = OF_TRANSFORMERS[shape]
+    scheduler = get_scheduler(name, optimizer, 5, 20, scheduler_specific_kwargs=arguments)
     want = []
     for _ in range(20):
         want.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    got = [lr_factor(step, 20, 5, shape) for step in range(20)]
+    got = [lr_factor(step, 20, 5, shape, 0.3) for step in range(20)]
     assert got[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert got[5:] == pytest.approx(want[5:])
 
@@ -42,6 +55,26 @@ def test_the_schedule_is_its_closed_form():
     assert lr_factor(5, 10, 0, "linear") == pytest.approx(0.5)
     assert lr_factor(5, 10, 0, "cosine") == pytest.approx(0.5)
     assert lr_factor(9, 10, 0, "cosine") == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+
+
+def test_wsd_falls_in_the_last_tenth_of_the_steps():
+    """And sooner after a long warm-up, so that it has its peak; a share of one step has no decay."""
+    assert [lr_factor(step, 40, 0, "wsd") for step in (0, 36, 37, 38, 39)] == [1, 1, 0.75, 0.5, 0.25]
+    assert [lr_factor(step, 10, 8, "wsd", 0.5) for step in (7, 8, 9)] == [1, 1, 0.5]
+    assert [lr_factor(step, 4, 0, "wsd", 0.1) for step in range(4)] == [1, 1, 1, 1]
+
+
+def test_a_decay_without_a_schedule_that_decays():
+    with pytest.raises(InvalidConfigError) as caught:
+        config("lr_decay_ratio=0.2", "lr_scheduler=cosine")
+    assert [(issue.key, issue.code) for issue in caught.value.issues] == [("lr_decay_ratio", "no-effect")]
+    assert config("lr_decay_ratio=0.2", "lr_scheduler=wsd").lr_decay_ratio == 0.2
+
+
+def test_each_schedule_is_a_choice_with_its_help():
+    option = {f.name: f.metadata for f in fields(Config)}["lr_scheduler"]
+    assert option["choices"] == tuple(SCHEDULES) == tuple(OF_TRANSFORMERS)
+    assert all(f"{name}: {one.help}" in option["help"] for name, one in SCHEDULES.items())
 
 
 class Small(nn.Module):
