@@ -13,6 +13,7 @@ import pytest
 
 from minitrain import __version__
 from minitrain.cli.main import _parse, main
+from tests.cli.test_imports import WITH_CONFIG
 from tests.conftest import DEADLINE, ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -64,7 +65,7 @@ def test_train_py_is_the_train_command(capsys):
         ["--overrides", "lr=1", "--config=c.yml", "--overrides", "seed=2"],
     ],
 )
-@pytest.mark.parametrize("command", ["train", "validate", "inspect", "teach"])
+@pytest.mark.parametrize("command", WITH_CONFIG)
 def test_a_config_by_option(command, arguments):
     """`--config FILE`, as other trainers have it, is `FILE`, wherever it is."""
     parsed = _parse([command, *arguments], "minitrain")

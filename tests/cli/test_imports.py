@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 COMMANDS = next(
     action.choices for action in cli._parser("minitrain")._actions if isinstance(action, argparse._SubParsersAction)
 )
+WITH_CONFIG = [name for name, parser in COMMANDS.items() if "--overrides" in parser._option_string_actions]
 PACKAGES = {"argparse", "yaml", "omegaconf", "numpy", "torch", "transformers"}
 CONFIG = "model: {name_or_path: tiny}\ndatasets: [rows.jsonl]\n"
 
@@ -62,7 +63,7 @@ def test_what_is_not_there_imports_no_torch(here, arguments):
     assert not {"torch", "transformers", "numpy"} & imported("-m", "minitrain", *arguments, code=2)
 
 
-@pytest.mark.parametrize("command", ["train", "validate", "inspect", "teach"])
+@pytest.mark.parametrize("command", WITH_CONFIG)
 @pytest.mark.parametrize(
     "more", ["datasets: [", "learning_rate: 1", "lr: fast", "seed: -1", "betas: 3", "eval_datasets: [nowhere.jsonl]"]
 )
