@@ -19,6 +19,7 @@ CODES = {
     "invalid-value": "A value is of the right type, but cannot be used.",
     "conflict": "Two options, or an option and the model, contradict each other.",
     "no-effect": "An option would be ignored.",
+    "invalid-reference": "A ${...} in the config cannot be filled in.",
     "invalid-yaml": "The config is not valid YAML, or is not a list of keys and values.",
     # files and packages
     "not-found": "A file, a folder or a name in it does not exist.",
@@ -26,9 +27,11 @@ CODES = {
     "wrong-format": "A file is of a format that cannot be read or written here.",
     "unreadable": "A file exists, and cannot be read.",
     "not-writable": "A file or folder cannot be written.",
+    "os-error": "The operating system refuses to read or write a file.",
     "already-exists": "An output exists and is not overwritten.",
     "not-installed": "An optional package is missing.",
     "unreachable": "A model or data set is on the hub, and the hub does not answer.",
+    "plugin-failed": "The file of --plugin is not valid Python, or fails.",
     # data
     "no-data": "There are no rows, or none that can be trained on.",
     "invalid-json": "A row or a file is not valid JSON.",
@@ -40,6 +43,7 @@ CODES = {
     "unsuitable-data": "Each row is valid, but the loss cannot be trained on all of them together.",
     "wrong-column": "An option names a column that the row does not have.",
     "too-large": "A row, a text, a number or a file is larger than the limit.",
+    "wrong-tokens": "Examples have other tokens than they should: no end, a second beginning, nothing to train on.",
     "invalid-template": "A chat template or prompt template is wrong, or refuses the conversation.",
     # models
     "damaged-file": "A file is incomplete or its content is damaged.",
@@ -67,21 +71,17 @@ class MinitrainError(ValueError):
 
     exit_code = 2
 
-    def __init__(self, message: object, code: str = "unspecified"):
-        assert code in CODES or code == "unspecified", code
+    def __init__(self, message: object, code: str):
+        assert code in CODES, code
         self.message, self.code = redact(str(message)), code
         super().__init__(self.message, code)
 
     def __str__(self) -> str:
-        return self.message if self.code == "unspecified" else f"{self.message} [{self.code}]"
+        return f"{self.message} [{self.code}]"
 
     def at(self, where: object) -> "MinitrainError":
         """Return the same error with the place before its message."""
         return type(self)(f"{where}: {self.message}", self.code)
-
-
-class ConfigError(MinitrainError):
-    """An option is unknown, missing, of the wrong type, ignored, or contradicts another one."""
 
 
 class Issue(NamedTuple):
@@ -93,8 +93,13 @@ class Issue(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        code = "" if self.code == "unspecified" else f" [{self.code}]"
-        return f"{self.where}: {self.key}: {self.message}{code}"
+        return f"{self.where}: {self.key}: {self.message} [{self.code}]"
+
+
+class ConfigError(MinitrainError):
+    """An option is unknown, missing, of the wrong type, ignored, or contradicts another one."""
+
+    issues: tuple[Issue, ...] = ()  # the problems of a config, when it is read
 
 
 class InvalidConfigError(ConfigError):
@@ -110,6 +115,10 @@ class InvalidConfigError(ConfigError):
 
     def __str__(self) -> str:
         return self.message
+
+    def at(self, where: object) -> "InvalidConfigError":
+        issues = [issue._replace(where=f"{where}: {issue.where}") for issue in self.issues]
+        return InvalidConfigError(issues, self.is_complete)
 
 
 class UnreachableError(ConfigError):

@@ -1,5 +1,6 @@
 """Fixtures: a random two-layer Llama with the embedded tokenizer, small data, and a trainer over both."""
 
+import inspect
 import json
 import os
 import random
@@ -39,6 +40,13 @@ DEADLINE = 300  # seconds for a command; none takes long, but on a machine that 
 
 def pytest_addoption(parser):
     parser.addoption("--update-messages", action="store_true", help="write the messages of these tests to messages.txt")
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name commands and functions in the ids of tests, which messages.txt has, instead of numbering them."""
+    if isinstance(val, (list, tuple)) and all(isinstance(word, str) for word in val):
+        return " ".join(val)[:80].encode("unicode_escape").decode()
+    return val.__qualname__.partition(".")[0] if inspect.isfunction(val) else None
 
 
 @pytest.fixture(scope="session")
@@ -228,13 +236,13 @@ def furnish(folder: Path, llama_folder: Path, rows_file: Path) -> dict:
 
 
 @pytest.fixture
-def fails(folder, capsys):
-    """``fails("lr=x")``: the message of a training command that exits with 2 and leaves no run behind.
+def both_fail(folder, capsys):
+    """``both_fail("lr=x")``: the message of a training command that exits with 2 and leaves no run behind.
 
     `validate` says the same before.
     """
 
-    def fails(*overrides: str) -> str:
+    def both_fail(*overrides: str) -> str:
         arguments = ["c.yml", *(["--overrides", *overrides] if overrides else [])]
         assert main(["validate", *arguments]) == 2
         validated = capsys.readouterr().err
@@ -244,6 +252,18 @@ def fails(folder, capsys):
         assert err.startswith("minitrain: ") and "Traceback" not in err + out and out == ""
         assert not Path("out").exists()
         assert validated == err
+        return err
+
+    return both_fail
+
+
+@pytest.fixture
+def fails(both_fail, wording):
+    """The same, with the wording of messages.txt."""
+
+    def fails(*overrides: str) -> str:
+        err = both_fail(*overrides)
+        wording(err)
         return err
 
     return fails

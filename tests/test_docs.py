@@ -30,6 +30,7 @@ GENERATED = {
     "commands.md": "generate_commands.py",
     "migrating.md": "generate_migrating.py",
     "api.md": "generate_api.py",
+    "errors.md": "generate_errors.py",
 }
 BY_NAME = {"ids": lambda page: page.name}
 LOSS_OPTIONS = {name: [f.name for f in fields(loss.options_class)] for name, loss in registered().items()}

@@ -1,13 +1,22 @@
 """Codes of errors, and the snapshot of their wording."""
 
+import ast
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from minitrain import load_config
-from minitrain.errors import ConfigError, DataError, InvalidConfigError
+from minitrain import errors, load_config
+from minitrain.errors import CODES, ConfigError, DataError, InvalidConfigError, MinitrainError, UnreachableError
 from tests import messages
 from tests.messages import Snapshot, problems, read, reports
+
+FAMILY = {
+    name
+    for name, one in vars(errors).items()
+    if isinstance(one, type) and issubclass(one, MinitrainError) and one not in (InvalidConfigError, UnreachableError)
+} | {"Unfit", "_Unfit"}
 
 
 def test_every_issue_has_its_code(rows_file):
@@ -60,3 +69,40 @@ def test_the_snapshot_notices_a_new_wording(tmp_path, monkeypatch):
         second.compare(f"{test}[x]", "newer")
     with pytest.raises(AssertionError, match="does not have this message"):
         second.compare(f"{test}[y]", "newer")
+
+
+def trees() -> Iterator[tuple[Path, ast.AST]]:
+    for path in sorted(Path(errors.__file__).parent.rglob("*.py")):
+        yield path, ast.parse(path.read_text())
+
+
+def strings(node: ast.AST) -> list[str]:
+    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+
+
+def code_arguments() -> Iterator[tuple[str, list[str] | None]]:
+    """Yield file:line of each error or issue that the library makes, and its code as it may be; None if it has none."""
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            name = node.func if isinstance(node, ast.Call) else None
+            name = getattr(name, "attr", None) or getattr(name, "id", None)
+            is_add = name == "add" and ast.unparse(node.func.value).endswith("issues")
+            if name in FAMILY or is_add:
+                given = [one.value for one in node.keywords if one.arg == "code"] or node.args[1:2]
+                yield f"{path}:{node.lineno}", strings(given[0]) if given else None
+
+
+def test_every_problem_has_a_code():
+    """Each error and issue that the library makes has one of CODES, or the code of another error."""
+    found = list(code_arguments())
+    assert len(found) > 300
+    assert [where for where, codes in found if codes is None or set(codes) - set(CODES)] == []
+
+
+def test_every_code_is_in_use():
+    """Each is somewhere in the library besides its own line in CODES."""
+    used = set()
+    for _, tree in trees():
+        tree.body = [node for node in tree.body if not ast.unparse(node).startswith("CODES = ")]
+        used.update(strings(tree))
+    assert set(CODES) - used == set()

@@ -63,7 +63,7 @@ def generate(arguments: argparse.Namespace) -> int:
         try:
             ids.append(generator.encode(prompt.messages))
         except DataError as error:
-            raise DataError(f"{prompt.where}: {error}") from None
+            raise error.at(prompt.where) from None
     answers = generator.answer(ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet)
     rows, added = [prompt.row for prompt in prompts], [{"response": answer} for answer in answers]
     table = _check_sections(rows, added) if arguments.input else None
@@ -87,13 +87,13 @@ def _prompts(arguments: argparse.Namespace) -> list:
     template = arguments.prompt_template
     if arguments.input:
         if arguments.documents:
-            raise ConfigError("--documents goes with --prompt; rows of a file have documents of their own")
+            raise ConfigError("--documents goes with --prompt; rows of a file have documents of their own", "conflict")
         prompts = list(islice(read_prompts(Path(arguments.input), template), arguments.rows))
         if not prompts:
-            raise DataError(f"{arguments.input}: holds no prompts")
+            raise DataError(f"{arguments.input}: holds no prompts", "no-data")
         return prompts
     if arguments.rows:
-        raise ConfigError("--rows goes with --input")
+        raise ConfigError("--rows goes with --input", "no-effect")
     rows = [{"prompt": text} for text in arguments.prompt]
     if arguments.documents:
         documents = read_documents(arguments.documents)
@@ -159,7 +159,7 @@ def chat(arguments: argparse.Namespace) -> int:
             try:
                 messages = [*asked, {"role": "assistant", "content": generator.stream(asked, sampling)}]
             except DataError as error:
-                print(f"{error}; say something else, or /reset")
+                print(f"{error.message}; say something else, or /reset")
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -170,9 +170,11 @@ def merge(arguments: argparse.Namespace) -> int:
     refuse_folder(output, arguments.force)
     shares = arguments.weights or [1.0] * len(arguments.runs)
     if len(shares) != len(arguments.runs):
-        raise ConfigError(f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each")
+        raise ConfigError(
+            f"--weights: {len(shares)} numbers for {len(arguments.runs)} adapters; give one for each", "usage"
+        )
     if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
-        raise ConfigError(f"{missing[0]}: there is no such folder.")
+        raise ConfigError(f"{missing[0]}: there is no such folder.", "not-found")
     with _importing():
         from minitrain.inference.merge import merge
     dtype = merge(arguments.runs, shares, output, arguments.dtype)
@@ -202,7 +204,7 @@ def plot(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.runs[0]) if len(histories) == 1 else Path()
     output = new_output(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` knows its own
     if output.suffix.lower() != ".png":
-        raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png")
+        raise ConfigError(f"--output: {output} would be a PNG; give it a name that ends in .png", "wrong-format")
     plot(histories, output, arguments.force, arguments.figures)
     _inform(arguments, f"the plot is in {output}")
     return 0
@@ -241,7 +243,7 @@ def validate(arguments: argparse.Namespace) -> int:
 
     paths = arguments.configs + _configs_in(arguments.all)
     if not paths:
-        raise ConfigError("name a config, or with --all a folder of them")
+        raise ConfigError("name a config, or with --all a folder of them", "usage")
     with _importing():
         from minitrain.distributed.process import world_size
         from minitrain.tools.preflight.load import load_config
@@ -282,7 +284,7 @@ def _configs_in(folder: str | None) -> list[str]:
         return []
     found = sorted(str(path) for kind in ("*.yml", "*.yaml") for path in Path(folder).glob(kind))
     if not found:
-        raise ConfigError(f"--all: there is no .yml file in {folder}")
+        raise ConfigError(f"--all: there is no .yml file in {folder}", "not-found")
     return found
 
 
@@ -305,7 +307,7 @@ def _load_generator(arguments: argparse.Namespace):
     from minitrain.errors import ConfigError
 
     if arguments.top_p < 1 and arguments.temperature == 0:
-        raise ConfigError("--top-p would be ignored: it needs a --temperature above 0")
+        raise ConfigError("--top-p would be ignored: it needs a --temperature above 0", "no-effect")
     with _importing():
         from minitrain.inference.generate import Sampling, load_generator
     generator = load_generator(arguments.model, arguments.device, arguments.chat_template, arguments.trust_remote_code)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minitrain.config.schema import all_keys
 from minitrain.config.suggest import hint_for_key
@@ -18,12 +18,16 @@ from minitrain.training.signals import Terminated, sigterm_raised
 
 from . import commands
 
+if TYPE_CHECKING:
+    from minitrain.errors import MinitrainError
+
 EXIT_CODES = """exit codes:
   0    done
   1    training failed (a non-finite loss that does not go away, a full disk or memory); of compare: the runs differ
   2    something to mend in the command, the config or the data
   3    validate: nothing wrong was found, but a model or data set on the hub could not be reached
   130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
+docs/errors.md explains the code in brackets at the end of an error.
 """
 INSTALL = (
     "`pip install -e .` in the folder of minitrain installs all it needs; after `make demo` that is done in .venv: "
@@ -75,23 +79,33 @@ def _run(argv: list[str] | None, prog: str) -> int:
         package = (error.name or "").partition(".")[0]
         if package == "minitrain":
             raise
-        return commands.fail(f"the package {package} is not installed for {sys.executable}. {INSTALL}", 2)
+        told = f"the package {package} is not installed for {sys.executable}. {INSTALL} [not-installed]"
+        return commands.fail(told, 2)
     except (OSError, MemoryError, RuntimeError) as error:
-        told, code = _of_the_machine(error)
-        if told is None:
+        refused = _of_the_machine(error)
+        if refused is None:
             raise
-        return commands.fail(told, code)
+        return commands.fail(str(refused), refused.exit_code)
 
 
-def _of_the_machine(error: Exception) -> tuple[str | None, int]:
-    """What to tell of a file that cannot be had or of memory that is full, and the exit code; None of other errors."""
+def _of_the_machine(error: Exception) -> "MinitrainError | None":
+    """Return the error of a file that the system refuses, or of memory that is full; None for other errors."""
+    from minitrain.errors import MinitrainError, RunError
+
     if isinstance(error, OSError):
-        name = f"{redact(str(error.filename))[:80]}: " if error.filename else ""
-        return error.strerror and f"{name}{error.strerror}", 1 if error.errno == errno.ENOSPC else 2
+        if not error.strerror:
+            return None
+        message = f"{redact(str(error.filename))[:80]}: {error.strerror}" if error.filename else error.strerror
+        return RunError(message, "no-space") if error.errno == errno.ENOSPC else MinitrainError(message, "os-error")
     words = ("out of memory", "can't allocate memory")
     if isinstance(error, MemoryError) or any(one in str(error) for one in words):
-        return f"out of memory. {LESS_MEMORY}", 1
-    return None, 1
+        return RunError(f"out of memory. {LESS_MEMORY}", "out-of-memory")
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message} [usage]")
 
 
 def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
@@ -136,7 +150,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     from minitrain import __version__
 
     about = _about("Train language models after pre-training, and use them.")
-    parser = argparse.ArgumentParser(prog="minitrain", **about)
+    parser = _Parser(prog="minitrain", **about)
     parser.add_argument("--version", action="version", version=f"minitrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train = _command(commands, "train", "train a model as a YAML file says", "CONFIG.yml [--overrides KEY=VALUE ...]")

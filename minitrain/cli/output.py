@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from minitrain.errors import ConfigError
+from minitrain.errors import ConfigError, write_error_code
 from minitrain.io.temp_files import new_file
 
 
@@ -12,11 +12,11 @@ def new_output(name: str | None, force: bool):
     """The path of an output, if one is named. Raises ConfigError for a place where none can be made."""
     output = Path(name) if name else None
     if output and output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder; name a file in it")
+        raise ConfigError(f"--output: {output} is a folder; name a file in it", "wrong-path")
     if output and output.exists() and not force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force", "already-exists")
     if output and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {output.absolute().parent}")
+        raise ConfigError(f"--output: there is no folder {output.absolute().parent}", "not-found")
     return output
 
 
@@ -24,7 +24,9 @@ def new_rows_output(name: str | None, force: bool):
     """The same for an output of rows, which are written as JSON alone."""
     output = new_output(name, force)
     if output and output.suffix.lower() in (".csv", ".tsv", ".parquet", ".gz", ".txt", ".xlsx"):
-        raise ConfigError(f"--output: {output}: rows are written as JSON. Use a name that ends in .jsonl or .json.")
+        raise ConfigError(
+            f"--output: {output}: rows are written as JSON. Use a name that ends in .jsonl or .json.", "wrong-format"
+        )
     return output
 
 
@@ -44,7 +46,7 @@ def write_rows(rows: list[dict], added: list[dict], output: Path) -> str:
         with new_file(output) as file:
             file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}", write_error_code(error)) from None
     renamed = [f"`{name}` is in `{other}`" for name, other in names.items() if name != other]
     return f"; the rows have their own, so {', '.join(renamed)}" if renamed else ""
 
@@ -71,10 +73,12 @@ def refuse_folder(output: Path, force: bool) -> None:
     """Raises ConfigError for a folder that a merged model must not be written to: --force replaces models alone."""
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise ConfigError(f"--output: {above} is a file, so no folder can be made in it")
+        raise ConfigError(f"--output: {above} is a file, so no folder can be made in it", "wrong-path")
     if not output.exists():
         return
     if not force:
-        raise ConfigError(f"--output: {output} exists; choose another name or add --force")
+        raise ConfigError(f"--output: {output} exists; choose another name or add --force", "already-exists")
     if not (output / "config.json").is_file():
-        raise ConfigError(f"--output: {output} is no model's folder, and --force writes over nothing else")
+        raise ConfigError(
+            f"--output: {output} is no model's folder, and --force writes over nothing else", "already-exists"
+        )

@@ -15,7 +15,7 @@ def load_plugin(path: str) -> None:
     """
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
-        raise ConfigError(f"--plugin: {path} is no Python file that exists.")
+        raise ConfigError(f"--plugin: {path} is no Python file that exists.", "not-found")
     name = f"minitrain_plugin_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -23,11 +23,11 @@ def load_plugin(path: str) -> None:
     try:
         spec.loader.exec_module(module)
     except ConfigError as error:
-        raise ConfigError(f"--plugin: {path}: {error}") from None
+        raise error.at(f"--plugin: {path}") from None
     except SyntaxError as error:
-        raise ConfigError(f"--plugin: {path}:{error.lineno or 1}: {error.msg}") from None
+        raise ConfigError(f"--plugin: {path}:{error.lineno or 1}: {error.msg}", "plugin-failed") from None
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
         place = f"{path}:{lines[-1]}" if lines else path
-        raise ConfigError(f"--plugin: {place}: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"--plugin: {place}: {type(error).__name__}: {error}", "plugin-failed") from None

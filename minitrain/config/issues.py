@@ -57,14 +57,13 @@ class ConfigIssues:
     def __bool__(self) -> bool:
         return bool(self.entries)
 
-    def add(self, key: str, code: str, message: str = "", *rests_on: str) -> None:
+    def add(self, key: str, code: str, message: str, *rests_on: str) -> None:
         """Add an issue, unless `key`, or one of the keys that it `rests_on`, has one already.
 
         Args:
             code: One of `errors.CODES`.
         """
-        if code not in CODES:  # a call without a code; goes away when all have one
-            code, message, rests_on = "unspecified", code, (message, *rests_on) if message else rests_on
+        assert code in CODES, code
         if any(keys_overlap(reported, other) for reported in self.reported for other in (key, *rests_on)):
             return
         self.reported.add(key)

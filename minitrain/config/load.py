@@ -76,7 +76,9 @@ def check_writable(config: Config) -> None:
     try:
         config_yaml(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {error.full_key}: cannot be written to config.yml: {_reason(error)}") from None
+        raise ConfigError(
+            f"config: {error.full_key}: cannot be written to config.yml: {_reason(error)}", "invalid-value"
+        ) from None
 
 
 def default_config() -> Config:
@@ -97,7 +99,7 @@ def _merge_loss(configured: Any, described: dict) -> dict:
     written = _long_forms({"loss": configured})["loss"]
     if written not in (DEFAULT_LOSS, described):
         both = f"the config has {format_value(written)}, and Trainer(loss=...) got {format_value(described)}"
-        raise ConfigError(f"loss: {both}. Set only one of them.")
+        raise ConfigError(f"loss: {both}. Set only one of them.", "conflict")
     return described
 
 
@@ -126,21 +128,25 @@ def _read(source: str | Path | dict) -> tuple[DictConfig, Source]:
 
 def _read_text(path: Path) -> str:
     if path.name.removesuffix(".gz").endswith((".jsonl", ".csv", ".tsv")):
-        raise ConfigError(f"{path}: this is a file of data; name the YAML file whose `datasets` name it.")
+        raise ConfigError(f"{path}: this is a file of data; name the YAML file whose `datasets` name it.", "wrong-path")
     try:
         if path.exists() and not path.is_dir() and not path.is_file():
-            raise ConfigError(f"{path}: not a regular file (a pipe or a device). Name a YAML file.")
+            raise ConfigError(f"{path}: not a regular file (a pipe or a device). Name a YAML file.", "wrong-path")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: there is no such file.{hint}") from None
+        raise ConfigError(f"{path}: there is no such file.{hint}", "not-found") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: this is a folder; name a YAML file in it.") from None
+        raise ConfigError(f"{path}: this is a folder; name a YAML file in it.", "wrong-path") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}), so it is no YAML file.") from None
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}), so it is no YAML file.", "invalid-text"
+        ) from None
+    except ConfigError:  # which is a ValueError, too
+        raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}.") from None
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}.", "unreadable") from None
 
 
 def _parse(text: str, name: str, lines: dict[str, int]) -> DictConfig:
@@ -149,7 +155,7 @@ def _parse(text: str, name: str, lines: dict[str, int]) -> DictConfig:
     if node is None:
         return OmegaConf.create()
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{name}: expected lines of the form `key: value`, for example `lr: 2e-5`.")
+        raise ConfigError(f"{name}: expected lines of the form `key: value`, for example `lr: 2e-5`.", "invalid-yaml")
     return OmegaConf.create(text)
 
 
@@ -162,12 +168,14 @@ def _guarded(name: str, lines: dict[str, int], read: Callable) -> Any:
         if error.context_mark and "scanning" in error.context:  # where it begins, and not where the file ends
             mark = error.context_mark
         place = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError(f"{place}: not valid YAML: {_reason(error)}") from None
+        raise ConfigError(f"{place}: not valid YAML: {_reason(error)}", "invalid-yaml") from None
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise ConfigError(f"{Source(name, lines).where(key)[1]}: {key or 'a key'}: {_reason(error)}") from None
+        raise ConfigError(
+            f"{Source(name, lines).where(key)[1]}: {key or 'a key'}: {_reason(error)}", "invalid-yaml"
+        ) from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{name}: not valid YAML: {_reason(error)}") from None
+        raise ConfigError(f"{name}: not valid YAML: {_reason(error)}", "invalid-yaml") from None
 
 
 def _reason(error: Exception) -> str:
@@ -191,7 +199,7 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
         key, separator, value = text.partition("=")
         if not separator or key.count(".") > MAX_DEPTH or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
             overridden.add(text)
-            issues.add(text, "write it as key=value, for example lr=2e-5.")
+            issues.add(text, "usage", "write it as key=value, for example lr=2e-5.")
             continue
         twins = _names_of(key, names)
         key = _name_in(raw, twins)
@@ -206,13 +214,17 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
             OmegaConf.update(raw, key, parsed)
         except ConfigError as error:
             overridden.add(key)
-            issues.add(key, str(error).partition(": ")[2])
+            issues.add(key, error.code, error.message.partition(": ")[2])
         except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
             overridden.add(key)
-            issues.add(key, f"cannot be set to {format_value(value)}: {_reason(error)}")
+            issues.add(key, "invalid-value", f"cannot be set to {format_value(value)}: {_reason(error)}")
         except ValueError:  # of a part that is no index
             overridden.add(key)
-            issues.add(key, "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.")
+            issues.add(
+                key,
+                "unknown-option",
+                "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.",
+            )
     given = OmegaConf.to_container(raw)
     for one, other in (*MUTUALLY_EXCLUSIVE, *(pair[::-1] for pair in MUTUALLY_EXCLUSIVE)):
         if one in overridden and given.get(one) and other not in overridden:
@@ -257,7 +269,7 @@ def _in_bounds(fill: Callable, name: str) -> Any:
         return fill()
     except _TooManyCalls:
         told = "the references to other options, ${...}, multiply without bound. Write the values out."
-        raise ConfigError(f"{name}: {told}") from None
+        raise ConfigError(f"{name}: {told}", "too-large") from None
     finally:
         sys.setprofile(before)
 
@@ -281,7 +293,7 @@ def _resolve(node: Any, path: str, issues: ConfigIssues) -> Any:
             if is_hidden:
                 hide(values[name], raw)
         except (OmegaConfBaseException, RecursionError) as error:
-            issues.add(key, f"{format_value(values[name])} cannot be filled in: {_reason(error)}")
+            issues.add(key, "invalid-reference", f"{format_value(values[name])} cannot be filled in: {_reason(error)}")
     return values
 
 

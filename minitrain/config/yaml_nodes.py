@@ -32,7 +32,9 @@ def check_yaml(text: str, name: str) -> tuple[yaml.Node | None, dict[str, int]]:
         RecursionError: It is nested without end.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ConfigError(f"{name}: is too large for a configuration, got {len(text):,} characters. Name another file.")
+        raise ConfigError(
+            f"{name}: is too large for a configuration, got {len(text):,} characters. Name another file.", "too-large"
+        )
     loader, lines = _Loader(text), {}
     try:
         node = loader.get_single_node()
@@ -50,11 +52,13 @@ def _walk(
         _check_scalar(node, name, loader)
         return
     if next(budget, None) is None or depth > MAX_DEPTH:
-        raise ConfigError(f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.")
+        raise ConfigError(f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.", "too-large")
     for key, place, value in _children(node, path, name):
         lines.setdefault(key, place.start_mark.line + 1)
         if next(budget, None) is None:
-            raise ConfigError(f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.")
+            raise ConfigError(
+                f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.", "too-large"
+            )
         _walk(value, key, name, loader, lines, budget, depth + 1)
 
 
@@ -66,7 +70,9 @@ def _children(node: yaml.Node, path: str, name: str) -> Iterator[tuple[str, yaml
         return
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{name}:{key.start_mark.line + 1}: a key is a list or a mapping. Write `key: value`.")
+            raise ConfigError(
+                f"{name}:{key.start_mark.line + 1}: a key is a list or a mapping. Write `key: value`.", "invalid-yaml"
+            )
         yield path if key.value == "<<" else f"{path}.{key.value}".lstrip("."), key, value
 
 
@@ -81,7 +87,11 @@ def _check_scalar(node: yaml.ScalarNode, name: str, loader: _Loader) -> None:
         raise
     except (ValueError, LookupError, AttributeError, TypeError):
         if tag == "!!int" and len(text) > 1000:
-            raise ConfigError(f"{where}: {short} is a number of {len(text)} digits. Give a smaller one.") from None
-        raise ConfigError(f"{where}: {short!r} is not of the type {tag}. Leave the tag out.") from None
+            raise ConfigError(
+                f"{where}: {short} is a number of {len(text)} digits. Give a smaller one.", "too-large"
+            ) from None
+        raise ConfigError(f"{where}: {short!r} is not of the type {tag}. Leave the tag out.", "wrong-type") from None
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise ConfigError(f"{where}: {short} is a number of {value.bit_length()} bits. Give a smaller one.")
+        raise ConfigError(
+            f"{where}: {short} is a number of {value.bit_length()} bits. Give a smaller one.", "too-large"
+        )

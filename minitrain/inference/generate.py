@@ -70,7 +70,9 @@ class Generator:
     def end_ids(self) -> list[int]:
         """The tokens that an answer ends with."""
         if not self.model.can_generate():
-            raise ConfigError("this model gives scores and no text, so it cannot answer; see `minitrain score`.")
+            raise ConfigError(
+                "this model gives scores and no text, so it cannot answer; see `minitrain score`.", "unsupported-model"
+            )
         return self.template.end_ids()
 
     def answer(
@@ -104,7 +106,9 @@ class Generator:
         """Token ids up to where the answer begins. Raises DataError where the model has no place for an answer."""
         ids = self.template.encode_prompt(messages)
         if len(ids) >= self.n_positions:
-            raise DataError(f"{len(ids)} tokens leave no place for an answer: the model has {self.n_positions} places")
+            raise DataError(
+                f"{len(ids)} tokens leave no place for an answer: the model has {self.n_positions} places", "too-large"
+            )
         return ids
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
@@ -170,7 +174,7 @@ def load_generator(
     """
     config = model_config(find_model(source), trust_remote_code)
     if trained_outputs(config) is not None:
-        raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.")
+        raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.", "unsupported-model")
     place = pick_device(device)
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
@@ -191,7 +195,7 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or (looks_local(base) and not Path(base).is_dir()):
         told = f"{source}: its base model {base!r} is not there (seen from {Path.cwd()})"
-        raise ConfigError(f"{told}; mend base_model_name_or_path in {Path(source) / CONFIG_FILE}.")
+        raise ConfigError(f"{told}; mend base_model_name_or_path in {Path(source) / CONFIG_FILE}.", "not-found")
     return ModelConfig(
         name_or_path=base,
         revision=adapter.get("revision"),
@@ -240,15 +244,15 @@ def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
     elif format_of(path) in FORMATS:
         rows = read_rows(path)
     else:
-        raise DataError(f"{path}: expected a .txt, .{', .'.join(FORMATS)} file")
+        raise DataError(f"{path}: expected a .txt, .{', .'.join(FORMATS)} file", "wrong-format")
     for line, row in rows:
         where = f"{path}:{line}"
         if isinstance(row, DataError):
-            raise DataError(f"{where}: {row}")
+            raise row.at(where)
         try:
             yield Prompt(where, row, messages_of(row, template))
         except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+            raise error.at(where) from None
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
@@ -257,7 +261,7 @@ def _text_rows(path: Path) -> Iterator[Row]:
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
             except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: not UTF-8 text") from None
+                raise DataError(f"{path}:{number}: not UTF-8 text", "invalid-text") from None
             if text.strip():
                 yield number, {"prompt": text}
 
@@ -272,16 +276,18 @@ def messages_of(row: dict, template: str | None = None) -> Messages:
         if isinstance(row.get(key), str):
             text = row[key] + (f"\n{row['input']}" if key == "instruction" and row.get("input") else "")
             return [user(text if template is None else fill(template, row | {"prompt": text}, "--prompt-template"))]
-    raise DataError(f"none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}")
+    raise DataError(
+        f"none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}", "invalid-row"
+    )
 
 
 def _unanswered(value: object, template: str | None) -> Messages:
     messages = turns_of(value, "messages")
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages:
-        raise DataError("messages holds no turn of the user")
+        raise DataError("messages holds no turn of the user", "invalid-row")
     if template is not None:
-        raise DataError("--prompt-template does not apply to messages")
+        raise DataError("--prompt-template does not apply to messages", "no-effect")
     return messages
 
 
@@ -292,9 +298,9 @@ def read_documents(paths: list[str]) -> list[str]:
         try:
             texts.append(Path(path).read_text(encoding="utf-8-sig").strip())
         except UnicodeDecodeError:
-            raise DataError(f"{path}: not UTF-8 text") from None
+            raise DataError(f"{path}: not UTF-8 text", "invalid-text") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            raise DataError(f"{path}: cannot be read: {error.strerror}", "unreadable") from None
         if not texts[-1]:
-            raise DataError(f"{path}: is empty")
+            raise DataError(f"{path}: is empty", "no-data")
     return texts

@@ -27,15 +27,19 @@ def merge(sources: list[str], shares: list[float], output: Path, dtype: str | No
     configs = [model_config(find_model(source)) for source in sources]
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":
-            raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.")
+            raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.", "unsupported-model")
         if _base(config) != _base(configs[0]):
-            raise ConfigError(f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.")
+            raise ConfigError(
+                f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.", "mismatch"
+            )
     ends = [trained_outputs(config) for config in configs]
     for source, end in zip(sources, ends, strict=True):
         if end != ends[0]:
-            raise ConfigError(f"{source} and {sources[0]} are adapters of models that end in other outputs.")
+            raise ConfigError(
+                f"{source} and {sources[0]} are adapters of models that end in other outputs.", "mismatch"
+            )
     if Path(configs[0].name_or_path).resolve() == output.resolve():
-        raise ConfigError(f"--output: {output} is the base model, and the adapters would no longer fit it.")
+        raise ConfigError(f"--output: {output} is the base model, and the adapters would no longer fit it.", "conflict")
     tokenizer = load_tokenizer(configs[0], scores=ends[0] is not None)
     model = load_base(configs[0], tokenizer)
     if tokenizer.chat_template:

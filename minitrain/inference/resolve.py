@@ -15,15 +15,21 @@ def find_model(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
         there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
-        raise ConfigError(f"{source}: there is no such folder (seen from {Path.cwd()}).{suggest(source, there)}")
+        raise ConfigError(
+            f"{source}: there is no such folder (seen from {Path.cwd()}).{suggest(source, there)}", "not-found"
+        )
     if not folder.is_dir() or _holds_model(folder):
         return source
     for name in ("final", "best"):
         if _holds_model(folder / name):
             return str(folder / name)
     if (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{source}: this run is not finished; the same training command goes on with it.")
-    raise ConfigError(f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).")
+        raise ConfigError(
+            f"{source}: this run is not finished; the same training command goes on with it.", "unfinished-run"
+        )
+    raise ConfigError(
+        f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).", "wrong-path"
+    )
 
 
 def _beside_runs(folder: Path) -> bool:

@@ -70,9 +70,9 @@ class SequenceScorer:
         try:
             documents = encode(asked.record, self.template, self.limits)
         except DataError as error:
-            raise DataError(f"{asked.where}: {error}") from None
+            raise error.at(asked.where) from None
         if isinstance(documents, str):
-            raise DataError(f"{asked.where}: {documents}")
+            raise DataError(f"{asked.where}: {documents}", "too-large")
         (tokens,) = documents
         self.n_truncated += tokens.notes.get("truncated", 0)
         columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}
@@ -94,7 +94,10 @@ def load_judge(
     config = model_config(find_model(source), trust_remote_code)
     outputs = trained_outputs(config)
     if outputs is None:
-        raise ConfigError(f"{source}: this model ends in a vocabulary and gives no scores; use `minitrain generate`.")
+        raise ConfigError(
+            f"{source}: this model ends in a vocabulary and gives no scores; use `minitrain generate`.",
+            "unsupported-model",
+        )
     place = pick_device(device)
     tokenizer = load_tokenizer(config, scores=True)
     texts = all(isinstance(one.record, ClassificationExample) for one in asked)
@@ -124,14 +127,14 @@ def requests_from_args(arguments: Namespace) -> list[ScoringRequest]:
         missing = half == "response" and given[whole] and not given[half]
         if missing or (given[half] and len(given[half]) != len(given[whole] or [])):
             counts = f"{len(given[half] or [])} for {len(given[whole] or [])} of --{whole}"
-            raise ConfigError(f"--{half.replace('_', '-')}: {counts}; give one for each")
+            raise ConfigError(f"--{half.replace('_', '-')}: {counts}; give one for each", "usage")
     columns = dict(pair.partition("=")[::2] for pair in arguments.columns)
     if not all(columns.values()):
-        raise ConfigError('--columns: expected NAME=COLUMN, for example text="#1 String"')
+        raise ConfigError('--columns: expected NAME=COLUMN, for example text="#1 String"', "usage")
     if arguments.input:
         return _of_file(Path(arguments.input), columns)
     if columns:
-        raise ConfigError("--columns would be ignored: it needs --input")
+        raise ConfigError("--columns would be ignored: it needs --input", "no-effect")
     if arguments.text:
         halves = arguments.text_pair or [None] * len(arguments.text)
         pairs = zip(arguments.text, halves, strict=True)
@@ -149,7 +152,7 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
     """
     refuse_no_file(path)
     if format_of(path) not in FORMATS:
-        raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file")
+        raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file", "wrong-format")
     dataset, asked = DatasetConfig(str(path), columns=columns), []
     for line, row in read_rows(path):
         try:
@@ -157,11 +160,13 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
                 raise row
             asked.append(ScoringRequest(f"{path}:{line}", row, _record(row, dataset)))
         except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from None
+            raise error.at(f"{path}:{line}") from None
         if type(asked[-1].record) is not type(asked[0].record):
-            raise DataError(f"{path}:{line}: some rows are texts to label and others conversations; use two files")
+            raise DataError(
+                f"{path}:{line}: some rows are texts to label and others conversations; use two files", "invalid-row"
+            )
     if not asked:
-        raise DataError(f"{path}: holds no rows")
+        raise DataError(f"{path}: holds no rows", "no-data")
     return asked
 
 

@@ -24,7 +24,7 @@ from minitrain.data.loader import MicrobatchLoader, TokenizedDataset, load_data
 from minitrain.data.template import make_template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.distributed.process import world_size
-from minitrain.errors import ConfigError
+from minitrain.errors import ConfigError, write_error_code
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.redact import stored_name
 from minitrain.io.temp_files import new_file
@@ -48,7 +48,9 @@ def teach(config: Config, output: Path | None = None) -> Path:
     parallel = SingleDevice(pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
     if loss.options.top_k > count_ids(tokenizer):
-        raise ConfigError(f"loss.top_k: is {loss.options.top_k}, and the tokenizer has {count_ids(tokenizer)} tokens.")
+        raise ConfigError(
+            f"loss.top_k: is {loss.options.top_k}, and the tokenizer has {count_ids(tokenizer)} tokens.", "out-of-range"
+        )
     data = load_data(config, make_template(tokenizer, config, loss.example_type), loss.example_type)
     found = [*data.train.caches, *(data.eval.caches if data.eval else [])]
     caches = {cache.key: cache for cache in found}
@@ -73,19 +75,25 @@ def teach(config: Config, output: Path | None = None) -> Path:
                 _ask(teacher, caches.values(), loader, loss.options, writer)
             seal(file)
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}. Name another place with --output.") from None
+        raise ConfigError(
+            f"{output} cannot be written: {error.strerror}. Name another place with --output.", write_error_code(error)
+        ) from None
     return output
 
 
 def _check(needs: frozenset[str], options) -> None:
     if not isinstance(options, KDOptions):
-        raise ConfigError("loss.name: only kd has a teacher; set loss.name=kd.")
+        raise ConfigError("loss.name: only kd has a teacher; set loss.name=kd.", "conflict")
     if "teacher" not in needs:
-        raise ConfigError("loss.teacher_outputs: names a file that is there; set it to null to make a new one.")
+        raise ConfigError(
+            "loss.teacher_outputs: names a file that is there; set it to null to make a new one.", "conflict"
+        )
     if options.top_k is None:
-        raise ConfigError("loss.top_k: is missing; it says how many tokens are noted, for example loss.top_k=64.")
+        raise ConfigError(
+            "loss.top_k: is missing; it says how many tokens are noted, for example loss.top_k=64.", "missing-option"
+        )
     if world_size() > 1:
-        raise ConfigError("minitrain teach works on one device; start it without torchrun.")
+        raise ConfigError("minitrain teach works on one device; start it without torchrun.", "conflict")
 
 
 def _ask(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions, writer: "_Writer") -> None:

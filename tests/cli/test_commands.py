@@ -15,6 +15,7 @@ from minitrain import __version__
 from minitrain.cli.main import _parse, main
 from tests.cli.test_imports import WITH_CONFIG
 from tests.conftest import DEADLINE, ROOT
+from tests.messages import reports
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -74,16 +75,22 @@ def test_a_config_by_option(command, arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, about",
     [
-        (["train", "a.yml", "--config", "b.yml"], "give one config at a time"),
-        (["train", "--config"], "the following arguments are required: CONFIG.yml"),
-        (["generate", "runs/x", "--config", "b.yml", "--prompt", "a"], "unknown arguments: --config"),
+        (["train", "a.yml", "--config", "b.yml"], "a.yml"),
+        (["train", "--config"], "CONFIG.yml"),
+        (["generate", "runs/x", "--config", "b.yml", "--prompt", "a"], "--config"),
     ],
 )
-def test_a_config_by_option_that_does_not_fit(capsys, arguments, told):
+def test_a_config_by_option_that_does_not_fit(capsys, arguments, about):
     """Two configs, none behind the option, and commands that take no config."""
-    assert main(arguments) == 2 and told in capsys.readouterr().err
+    assert main(arguments) == 2 and reports(capsys.readouterr().err, "usage", about)
+
+
+def test_no_command(capsys):
+    """The whole help, and exit code 2."""
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: minitrain ")
 
 
 def test_version(capsys):
@@ -95,7 +102,6 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        ([], "usage: minitrain "),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "c.yml", "lr=1"], "unknown arguments: lr=1; options of the config follow --overrides"),
         (["train", "c.yml", "--override", "lr=1"], "unknown arguments: --override lr=1"),
@@ -122,11 +128,12 @@ def test_version(capsys):
         (["chat", "./nowhere"], "./nowhere: there is no such folder"),
     ],
 )
-def test_wrong_arguments(capsys, monkeypatch, arguments, told):
+def test_wrong_arguments(capsys, monkeypatch, wording, arguments, told):
     """Exit code 2 and one message for what cannot be done."""
     monkeypatch.chdir(ROOT)
     assert main(arguments) == 2
     out, err = capsys.readouterr()
+    wording(err.rpartition("\nminitrain ")[2])
     assert told in err and out == "" and "Traceback" not in err
 
 
@@ -181,7 +188,7 @@ def test_an_output_that_is_a_list(generate):
     assert generate("--input", "out.json", "--output", "again.jsonl")[0] == 0
     for name in ("out.csv", "out.jsonl.gz", "out.parquet"):
         code, _, err = generate("--prompt", "a", "--output", name)
-        assert code == 2 and f"{name}: rows are written as JSON. Use a name that ends in .jsonl or .json." in err
+        assert code == 2 and reports(err, "wrong-format", "--output: ", name)
 
 
 def test_a_response_that_a_row_has(generate):
@@ -202,7 +209,7 @@ def test_an_output_is_not_written_over(generate):
     """Without --force an existing file stays as it is, and the model is not even loaded."""
     Path("out.jsonl").write_text("mine")
     code, _, err = generate("--prompt", "a", "--output", "out.jsonl")
-    assert code == 2 and err == "minitrain: --output: out.jsonl exists; choose another name or add --force\n"
+    assert code == 2 and reports(err, "already-exists", "--output: out.jsonl ")
     assert Path("out.jsonl").read_text() == "mine"
     assert generate("--prompt", "a", "--output", "out.jsonl", "--force")[0] == 0
     assert rows_of("out.jsonl")[0]["prompt"] == "a"
@@ -241,17 +248,18 @@ def test_nothing_is_left_half_written(generate, monkeypatch, error, code):
         ),
     ],
 )
-def test_bad_prompts(generate, content, told):
+def test_bad_prompts(generate, wording, content, told):
     """A row without a usable prompt is told with file and line."""
     Path("p.jsonl").write_bytes(content)
     code, out, err = generate("--input", "p.jsonl")
+    wording(err)
     assert code == 2 and out == "" and told in err and len(err.splitlines()) == 1
 
 
 def test_a_text_file_that_is_no_utf8(generate):
     """It is told with its line."""
     Path("p.txt").write_bytes(b"fine\n\xff\n")
-    assert generate("--input", "p.txt")[2] == "minitrain: p.txt:2: not UTF-8 text\n"
+    assert reports(generate("--input", "p.txt")[2], "invalid-text", "p.txt:2: ")
 
 
 def test_the_same_seed_samples_the_same(generate):
@@ -347,13 +355,13 @@ def test_what_is_refused_and_what_fails(config_file, capsys):
         return main(["train", str(config_file), "--overrides", "n_steps=2", *overrides]), capsys.readouterr().err
 
     assert train("save_every_steps=1")[0] == 0
-    for overrides, told in {
-        ("lr=0.5",): "holds a run with other options (lr: 2e-05 -> 0.5)",
-        ("resume=never",): "holds a run already",
-        (f"resume={config_file.parent}",): "manifest.json is missing or damaged",
-        (f"output_dir={config_file}",): "cannot be written",
-    }.items():
-        code, err = train(*overrides)
-        assert code == 2 and told in err and len(err.splitlines()) == 1
+    for override, kind, about in (
+        ("lr=0.5", "other-run", "lr: 2e-05 -> 0.5"),
+        ("resume=never", "already-exists", ""),
+        (f"resume={config_file.parent}", "damaged-file", "manifest.json"),
+        (f"output_dir={config_file}", "not-writable", str(config_file)),
+    ):
+        code, err = train(override)
+        assert code == 2 and reports(err, kind, about) and len(err.splitlines()) == 1, err
     code, err = train("exp_name=nan", "lr=1000", "max_grad_norm=0", "n_steps=50", "max_bad_steps=1", "optimizer=SGD")
-    assert code == 1 and "had a non-finite loss or gradient" in err
+    assert code == 1 and reports(err, "not-finite")

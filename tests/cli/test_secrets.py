@@ -219,7 +219,7 @@ def test_values_are_searched_for_from_six_characters(monkeypatch, rows_file):
     told = "training my-run-1 train trainioc.env oc.env"
     shown = "${oc.env:LONG}ng my-run-1 train ${oc.env:LONG}${oc.env:OTHER} ${oc.env:OTHER}"
     assert redact(told) == redact(redact(told)) == shown
-    assert [str(kind(told)) for kind in (MinitrainError, ConfigError, DataError)] == [shown] * 3
+    assert [kind(told, "usage").message for kind in (MinitrainError, ConfigError, DataError)] == [shown] * 3
 
 
 def test_every_form_of_a_value_is_hidden(monkeypatch, rows_file, tmp_path):

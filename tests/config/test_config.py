@@ -10,7 +10,7 @@ import yaml
 from minitrain.config.saved import config_yaml
 from minitrain.errors import ConfigError, InvalidConfigError
 from minitrain.tools.preflight.load import load_config
-from tests.messages import reports
+from tests.messages import raises, reports
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_an_override_replaces_its_rival(load):
     assert (config.n_steps, config.n_epochs) == (None, 2.0)
     assert load("n_epochs: 5", "n_steps=2").n_steps == 2
     assert load("n_epochs: 5", "n_steps=null").n_epochs == 5.0
-    assert "would be ignored beside n_steps" in issues(load, "n_epochs: 5\nn_steps: 2")[1]
-    assert "would be ignored beside n_steps" in issues(load, "", "n_epochs=5", "n_steps=2")[1]
+    assert reports(issues(load, "n_epochs: 5\nn_steps: 2")[1], "conflict", "n_epochs: ", "n_steps")
+    assert reports(issues(load, "", "n_epochs=5", "n_steps=2")[1], "conflict", "n_epochs: ", "n_steps")
 
 
 def test_a_dict_serves_as_a_file(rows_file):
@@ -202,19 +202,18 @@ def test_the_place_is_exact(load, lines, overrides, place):
 @pytest.mark.parametrize(
     "key, meant",
     [
-        ("learning_rate", "lr"), ("epochs", "n_epochs"), ("beta1", "betas"), ("pad_token", "Remove it: "),
+        ("learning_rate", "lr"), ("epochs", "n_epochs"), ("beta1", "betas"),
         ("attn_implementation", "model.attn_implementation"), ("model.dtype", "model.policy_dtype"),
         ("model.torch_dtype", "model.policy_dtype"), ("model.policy_dtyp", "model.policy_dtype"), ("model.lr", "lr"),
         ("patience", "early_stopping.patience"), ("entity", "wandb.entity"), ("eval_every_step", "eval_every_steps"),
         ("enabled", "wandb.enabled or swanlab.enabled"), ("loss.dft_alpa", "loss.dft_alpha"),
-        ("loss.lr", "lr"), ("datasets[0].typ", "datasets[0].type"), ("wandb.foo", "There are enabled, entity, project"),
+        ("loss.lr", "lr"), ("datasets[0].typ", "datasets[0].type"), ("wandb.foo", "enabled, entity, project"),
         ("master_dtyp", "model.master_dtype"), ("label_smoothing", "loss.label_smoothing"),
     ],
 )  # fmt: skip
 def test_unknown_names_get_a_hint(load, key, meant):
     """Other libraries' names and near names are recognised, below the top level and across sections too."""
-    line = issues(load, "loss: dft", f"{key}=1")[1]
-    assert line.startswith(f"--overrides: {key}: unknown option. ") and meant in line
+    assert reports(issues(load, "loss: dft", f"{key}=1")[1], "unknown-option", f"--overrides: {key}: ", meant)
 
 
 @pytest.mark.parametrize(
@@ -245,24 +244,26 @@ def test_unknown_names_get_a_hint(load, key, meant):
         ("model:\n", "c.yml:1: model: expected keys and values (name_or_path"),
     ],
 )
-def test_files_that_are_no_config(load, text, told):
+def test_files_that_are_no_config(load, wording, text, told):
     """What YAML or OmegaConf refuse is told in one line, with the line number."""
-    assert any(told in line for line in issues(load, text, base=False))
+    err = "\n".join(issues(load, text, base=False))
+    wording(err)
+    assert told in err
 
 
 @pytest.mark.parametrize("step", ["[{}]", "{{<<: [{}]}}"])
 def test_alias_bombs_are_refused(load, step):
     """Aliases that grow ninefold at each level, as values or as merged keys, are not written out."""
     levels = [f"x{i + 1}: &x{i + 1} " + step.format(",".join([f"*x{i}"] * 9)) for i in range(9)]
-    assert "more than 10000 values" in issues(load, "\n".join(["x0: &x0 {a: 1}", *levels]), base=False)[0]
+    assert reports(issues(load, "\n".join(["x0: &x0 {a: 1}", *levels]), base=False)[0], "too-large", "10000")
 
 
 def test_an_alias_bomb_as_a_key_is_refused(load):
     """It would be hashed value by value."""
     levels = [f"x{i + 1}: &x{i + 1} [" + ",".join([f"*x{i}"] * 9) + "]" for i in range(9)]
     text = "\n".join(["x0: &x0 [1]", *levels, "? *x9", ": 1"])
-    assert "more than 10000 values" in issues(load, text, base=False)[0]
-    assert "a key is a list or a mapping" in issues(load, "", "lr={? [[1]] : 2}")[1]
+    assert reports(issues(load, text, base=False)[0], "too-large", "10000")
+    assert reports(issues(load, "", "lr={? [[1]] : 2}")[1], "invalid-yaml", "lr: ")
 
 
 @pytest.mark.parametrize(
@@ -272,47 +273,47 @@ def test_references_that_multiply_are_refused(load, monkeypatch, step):
     """Each level is twice the one before: 2^40 references, as texts, as sections and through a resolver."""
     monkeypatch.setattr("minitrain.config.load.MAX_CALLS", 200_000)
     levels = [f"x{i + 1}: {step.format(f'x{i}')}" for i in range(40)]
-    told = issues(load, "\n".join(["x0: {a: 1}", *levels]), base=False)
-    assert told == ["c.yml: the references to other options, ${...}, multiply without bound. Write the values out."]
+    (told,) = issues(load, "\n".join(["x0: {a: 1}", *levels]), base=False)
+    assert reports(told, "too-large", "c.yml: ", "${...}")
     assert sys.getprofile() is None
 
 
 def test_a_hundred_problems_are_enough(load):
     """Each unknown option is compared with all others, so the time for thousands of them would have no bound."""
     lines = issues(load, "\n".join(f"k{i}: 1" for i in range(3000)))
-    assert lines[0] == "100 problems or more in the configuration" and len(lines) == 101
+    assert lines[0].startswith("100 ") and len(lines) == 101
 
 
 def test_nothing_in_a_config_is_executed(load, tmp_path):
     """Tags that name Python objects are refused, in the file and in the overrides."""
     canary = tmp_path / "canary"
     attack = f"!!python/object/apply:os.system ['touch {canary}']"
-    assert "c.yml:3: not valid YAML: could not determine a constructor" in issues(load, f"lr: {attack}")[0]
-    assert "could not determine a constructor" in issues(load, "", f"lr={attack}")[1]
+    assert reports(issues(load, f"lr: {attack}")[0], "invalid-yaml", "c.yml:3: ")
+    assert reports(issues(load, "", f"lr={attack}")[1], "invalid-value", "lr: ")
     assert not canary.exists()
 
 
 @pytest.mark.parametrize(
-    "lines, reason",
+    "lines, about",
     [
-        ("lr: ${oc.env:NOT_SET_ANYWHERE}", "Environment variable 'NOT_SET_ANYWHERE' not found"),
-        ("lr: ${nowhere}", "Interpolation key 'nowhere' not found"),
-        ("lr: ${lr}", "Recursive interpolation"),
-        ("loss: {name: '${loss}'}", "Interpolation to parent node"),
-        ("lr: ${python:1}", "Unsupported interpolation type python"),
+        ("lr: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
+        ("lr: ${nowhere}", "nowhere"),
+        ("lr: ${lr}", "lr"),
+        ("loss: {name: '${loss}'}", "loss"),
+        ("lr: ${python:1}", "python"),
     ],
 )
-def test_interpolations_that_fail(load, lines, reason):
+def test_interpolations_that_fail(load, lines, about):
     """They are told like any other problem, with their line and beside the others."""
     found = issues(load, f"{lines}\nseed: x")
-    assert found[1].startswith("c.yml:3: ") and reason in found[1]
+    assert reports(found[1], "invalid-reference", "c.yml:3: ", about)
     assert reports(found[2], "wrong-type", "c.yml:4: seed: ", "'x'")
 
 
 @pytest.mark.parametrize("override", ["lr", "=5", "a..b=1", ".x=1", "model.=1", "a[=1", "lr 1", ""])
 def test_overrides_that_are_no_dotlist(load, override):
     """They are told with the form that was expected."""
-    assert issues(load, "", override)[1] == f"--overrides: {override}: write it as key=value, for example lr=2e-5."
+    assert reports(issues(load, "", override)[1], "usage", f"--overrides: {override}: ")
 
 
 def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
@@ -325,25 +326,27 @@ def test_exp_name_is_the_stem_of_the_file_by_default(load, tmp_path):
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "a\\b", "/x"])
 def test_exp_name_is_the_name_of_one_folder(load, name):
     """A run can be written nowhere but into output_dir."""
-    assert "is not the name of a folder" in issues(load, f"exp_name: '{name}'")[1]
+    assert reports(issues(load, f"exp_name: '{name}'")[1], "invalid-value", "exp_name: ")
 
 
 @pytest.mark.parametrize(
-    "lines, told",
+    "lines, key",
     [
-        ("freeze_layers: [9-0]", "freeze_layers: the range 9-0 ends before it begins."),
-        ('cache_dir: "a\\0b"', "cache_dir: holds a NUL character"),
-        ('output_dir: "\\0"', "output_dir: holds a NUL character"),
-        ('chat_template: "\\0"', "chat_template: holds a NUL character"),
+        ("freeze_layers: [9-0]", "freeze_layers"),
+        ('cache_dir: "a\\0b"', "cache_dir"),
+        ('output_dir: "\\0"', "output_dir"),
+        ('chat_template: "\\0"', "chat_template"),
     ],
 )
-def test_values_that_would_fail_late(load, lines, told):
+def test_values_that_would_fail_late(load, wording, lines, key):
     """They are refused with their line, before anything is loaded."""
-    assert told in issues(load, lines)[1]
+    line = issues(load, lines)[1]
+    wording(line)
+    assert reports(line, "invalid-value", f"c.yml:3: {key}: ")
 
 
 def test_a_pipe_is_no_config(tmp_path):
     """It is refused at once, where reading it would wait for ever."""
     os.mkfifo(tmp_path / "c.yml")
-    with pytest.raises(ConfigError, match="not a regular file"):
+    with raises(ConfigError, "wrong-path", "c.yml"):
         load_config(tmp_path / "c.yml")

@@ -9,6 +9,7 @@ from minitrain.cli.main import main
 from minitrain.config.schedules import SCHEDULES
 from minitrain.config.suggest import nearest_names, suggest
 from minitrain.errors import InvalidConfigError
+from tests.messages import reports
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ def test_a_typo_of_two_names():
 def test_options_on_the_command_line(argument, said, capsys):
     """An option of the config without --overrides is suggested by its name here."""
     assert main(["train", "c.yml", argument]) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert reports(capsys.readouterr().err.splitlines()[-1], "usage", said)
 
 
 def test_a_section_of_another_tool(wording):

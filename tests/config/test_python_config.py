@@ -17,6 +17,7 @@ from minitrain.losses import base, describe_loss, registered
 from minitrain.losses.dft import DFT
 from minitrain.losses.sft import SFT, SFTOptions
 from minitrain.tools.preflight.load import check_python_config
+from tests.messages import raises
 
 
 @pytest.fixture
@@ -165,13 +166,13 @@ def test_a_loss_object_is_recorded_and_resumed(make_trainer, tmp_path):
     again.train()
     assert again.step == 4
     for other in (None, create_loss("dft"), create_loss("sft"), Unregistered()):
-        with pytest.raises(RunFolderError, match=r"holds a run with other options \(loss: "):
+        with raises(RunFolderError, "other-run", "loss: "):
             make_trainer("n_steps=4", loss=other)
 
 
 def test_a_config_and_an_object_that_differ_are_refused(make_trainer):
     """Neither is ignored in silence; the same loss twice is fine, and so is an object where the config names none."""
-    with pytest.raises(ConfigError, match=r"loss: the config has .*'dft'.* got .*'sft'.* Set only one of them"):
+    with raises(ConfigError, "conflict", "loss: ", "'dft'", "'sft'"):
         make_trainer("loss=dft", loss=create_loss("sft"))
     same = make_trainer("loss.name=dft", "loss.dft_alpha=0.5", loss=create_loss("dft", dft_alpha=0.5))
     assert same.config.loss == {"name": "dft", "dft_alpha": 0.5}
@@ -179,7 +180,7 @@ def test_a_config_and_an_object_that_differ_are_refused(make_trainer):
 
 def test_an_option_of_an_object_that_has_no_effect_is_refused(make_trainer):
     """By the check that the same option in a config gets."""
-    with pytest.raises(ConfigError, match=r"loss.kl_estimator: would be ignored: it needs loss.kl_coef"):
+    with raises(ConfigError, "no-effect", "loss.kl_estimator: ", "loss.kl_coef"):
         make_trainer(loss=create_loss("policy", kl_estimator="k2"))
 
 
@@ -190,10 +191,10 @@ def test_a_registered_loss_of_the_users_own(make_trainer, own_registry, tmp_path
     trainer.train()
     saved = tmp_path / "runs" / "run" / "config.yml"
     assert load_config(saved).loss == {"name": "mine", "power": 3.0}
-    with pytest.raises(ConfigError, match=r"loss.power: expected a number, got 'x'"):
+    with raises(ConfigError, "wrong-type", "loss.power: ", "'x'"):
         load_config(saved, ["loss.power=x"])
     base._REGISTRY.pop("mine")
-    with pytest.raises(ConfigError, match=r"loss.name: there is no loss 'mine'"):
+    with raises(ConfigError, "not-a-choice", "loss.name: ", "'mine'"):
         load_config(saved)
 
 
@@ -205,22 +206,21 @@ def test_an_unregistered_class_is_never_taken_for_another_loss(make_trainer, tmp
     name = f"{__name__}.Unregistered"
     saved = tmp_path / "runs" / "run" / "config.yml"
     assert yaml.safe_load(saved.read_text())["loss"] == {"name": name, "label_smoothing": 0.25}
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError, "not-a-choice", f"'{name}'", "register_loss"):
         load_config(saved)
-    assert f"there is no loss '{name}'" in str(caught.value) and "register_loss" in str(caught.value)
     again = make_trainer("n_steps=4", "save_every_steps=1", loss=Unregistered())
     again.train()
     assert again.step == 4
-    with pytest.raises(RunFolderError, match=r"loss: "):
+    with raises(RunFolderError, "other-run", "loss: "):
         make_trainer("n_steps=6", "save_every_steps=1", loss=Unregistered(SFTOptions(label_smoothing=0.5)))
 
 
-@pytest.mark.parametrize("hint", [object, Any])
-def test_an_option_that_no_yaml_holds(make_trainer, own_registry, hint):
+@pytest.mark.parametrize("hint, code", [(object, "wrong-type"), (Any, "invalid-value")])
+def test_an_option_that_no_yaml_holds(make_trainer, own_registry, hint, code):
     """A function among the options of a registered loss is refused, since config.yml could not name it."""
     options = dataclasses.make_dataclass("O", [("f", hint, option(None, "A function."))])
     register_loss("odd", options)(type("Odd", (SFT,), {}))
-    with pytest.raises(ConfigError, match=r"loss.f: "):
+    with raises(ConfigError, code, "loss.f: "):
         make_trainer(loss=create_loss("odd", f=print))
 
 

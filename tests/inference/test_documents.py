@@ -110,11 +110,12 @@ def test_answers_of_several_lines(ask):
         (["--input", "rows.jsonl", "--prompt-template", "{x}"], "rows.jsonl:1: prompt_template names the column 'x'"),
     ],
 )
-def test_wrong_arguments(ask, arguments, told):
+def test_wrong_arguments(ask, wording, arguments, told):
     """One line and exit code 2, before the model is loaded."""
     Path("empty.txt").write_text(" \n")
     Path("binary.txt").write_bytes(b"\xff")
     Path("messages.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     Path("bad.jsonl").write_text('{"question": "a", "documents": {}}\n')
     code, out, err, asked = ask(*arguments)
+    wording(err)
     assert code == 2 and out == "" and told in err and len(err.splitlines()) == 1 and asked == []

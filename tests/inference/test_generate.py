@@ -12,6 +12,7 @@ from minitrain.inference.generate import Generator, Sampling, load_generator
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import chain_model, random_llama
+from tests.messages import raises
 
 PROMPTS = ["a", "what is 1 + 1?", "a prompt that is longer than the others by far", "ünï ☃", "b"]
 GREEDY = Sampling(max_new_tokens=12)
@@ -101,7 +102,7 @@ def test_places_of_the_model(tmp_path):
     save_model(random_llama(max_position_embeddings=40), tiny_tokenizer(), tmp_path, torch.float32)
     generator = load_generator(str(tmp_path))
     overhead = len(generator.encode(*asked("")))
-    with pytest.raises(DataError, match="40 tokens leave no place for an answer: the model has 40 places"):
+    with raises(DataError, "too-large", "40 tokens"):
         generator.encode(*asked("x" * (40 - overhead)))
     generator.end_ids = [258]  # which the model does not say
     prompt = generator.encode(*asked("x" * (37 - overhead)))
@@ -124,7 +125,7 @@ def test_run_folders(tmp_path, llama_folder):
     """final/ comes before best/; a run without either says what to do."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="this run is not finished; the same training command goes on with it"):
+    with raises(ConfigError, "unfinished-run", str(run)):
         load_generator(str(run))
     for name in ("best", "final"):
         (run / name).symlink_to(llama_folder)

@@ -11,6 +11,7 @@ from minitrain.cli.main import main
 from minitrain.inference.generate import Sampling, load_generator
 from minitrain.training import atomic_dir
 from tests.conftest import DEADLINE
+from tests.messages import reports
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_merged_model_answers_as_the_adapter_does(runs, tmp_path, capsys):
         generator = load_generator(source, device="cpu")
         assert [generator.answer_messages([each], Sampling(max_new_tokens=8))[0] for each in messages] == wanted
     assert main(["merge", run, "--output", str(output)]) == 2
-    assert "exists; choose another name or add --force" in capsys.readouterr().err
+    assert reports(capsys.readouterr().err, "already-exists", "--output: ")
     assert main(["merge", run, "--output", str(output), "--force", "--dtype", "bfloat16"]) == 0
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(output).values())
 
@@ -59,15 +60,15 @@ def test_several_adapters_are_added_by_weight(runs, tmp_path, llama_folder):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, code, about",
     [
-        (["nowhere"], "nowhere: there is no such folder"),
-        (["RUN", "--weights", "1", "2"], "--weights: 2 numbers for 1 adapters"),
-        (["RUN", "PLAIN"], "holds no LoRA, so there is nothing to merge"),
-        (["RUN", "OTHER"], "is an adapter of"),
+        (["nowhere"], "not-found", "nowhere: "),
+        (["RUN", "--weights", "1", "2"], "usage", "--weights: "),
+        (["RUN", "PLAIN"], "unsupported-model", "runs/plain"),
+        (["RUN", "OTHER"], "mismatch", "runs/other"),
     ],
 )
-def test_what_cannot_be_merged(make_trainer, runs, tmp_path, capsys, arguments, told):
+def test_what_cannot_be_merged(make_trainer, runs, tmp_path, capsys, arguments, code, about):
     """In one line, and nothing is written."""
     plain = make_trainer("exp_name=plain", "n_steps=1")
     plain.train()
@@ -76,7 +77,7 @@ def test_what_cannot_be_merged(make_trainer, runs, tmp_path, capsys, arguments, 
     folders = {"RUN": runs["one"].run.path, "PLAIN": plain.run.path, "OTHER": other.run.path}
     named = [str(folders.get(word, word)) for word in arguments]
     assert main(["merge", *named, "--output", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert reports(capsys.readouterr().err, code, about) and not (tmp_path / "out").exists()
 
 
 class Killed(BaseException):

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from minitrain.cli.main import main
 from minitrain.data.template import Template
+from tests.messages import reports
 from tests.scorers import random_base
 
 
@@ -132,7 +133,7 @@ def test_ratings_of_answers(place, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, told",
     [
         (
             ["llama", "--text", "a"],
@@ -155,17 +156,19 @@ def test_ratings_of_answers(place, capsys, tmp_path):
         (["runs/labels"], "one of the arguments --text --prompt --input is required"),
     ],
 )
-def test_what_cannot_be_scored(place, monkeypatch, capsys, arguments, message):
+def test_what_cannot_be_scored(place, monkeypatch, capsys, wording, arguments, told):
     """In one line, with what to do."""
     monkeypatch.chdir(place)
     (place / "mixed.jsonl").write_text('{"text": "a"}\n{"prompt": "a", "response": "b"}\n')
     (place / "empty.jsonl").write_text("")
     assert main(["score", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    wording(err.rpartition("\nminitrain ")[2])
+    assert told in err
 
 
 def test_generate_refuses_such_a_model(place, capsys):
     """Text from a head that was never there would be noise."""
     for name in ("labels", "reward"):
         assert main(["generate", str(place / "runs" / name), "--prompt", "a"]) == 2
-        assert "this model gives scores and no text; use `minitrain score`" in capsys.readouterr().err
+        assert reports(capsys.readouterr().err, "unsupported-model", name)

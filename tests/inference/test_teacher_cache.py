@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from minitrain.cli.main import main
 from tests.conftest import DEADLINE
+from tests.messages import reports
 
 CONFIG = """\
 datasets: [{rows}]
@@ -80,35 +81,36 @@ def test_damaged_outputs_are_not_trained_on(teach, capsys):
         content = file.read_bytes()
         file.write_bytes(content[:-4000] + bytes(4000))
     code = main(["train", "c.yml", "--overrides", "loss.teacher_outputs=t.safetensors", "loss.teacher=null"])
-    assert code == 2 and "t.safetensors is damaged, its checksum is wrong" in capsys.readouterr().err
+    assert code == 2 and reports(capsys.readouterr().err, "damaged-file", "t.safetensors")
     assert "are damaged, and are computed again" in teach()[1] and kept.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, problem, about",
     [
-        (["--overrides", "loss=sft"], "loss.name: only kd has a teacher"),
-        (["--overrides", "loss.top_k=null"], "loss.top_k: is missing; it says how many tokens are noted"),
-        (["--overrides", "loss.top_k=300"], "loss.top_k: is 300, and the tokenizer has 259 tokens"),
-        (["--overrides", "loss.teacher_outputs=c.yml"], "loss.teacher_outputs: names a file that is there"),
-        (["--overrides", "loss.teacher=null"], "loss.teacher: is missing"),
-        (["--output", "c.yml"], "--output: c.yml exists; choose another name or add --force"),
-        (["--output", "no/where"], "--output: there is no folder"),
-        (["--force", "--output", "cache"], "--output: cache is a folder"),
+        (["--overrides", "loss=sft"], "conflict", "loss.name: "),
+        (["--overrides", "loss.top_k=null"], "missing-option", "loss.top_k: "),
+        (["--overrides", "loss.top_k=300"], "out-of-range", "loss.top_k: "),
+        (["--overrides", "loss.teacher_outputs=c.yml"], "conflict", "loss.teacher_outputs: "),
+        (["--overrides", "loss.teacher=null"], "missing-option", "loss.teacher: "),
+        (["--output", "c.yml"], "already-exists", "--output: c.yml "),
+        (["--output", "no/where"], "not-found", "--output: "),
+        (["--force", "--output", "cache"], "wrong-path", "--output: cache "),
     ],
 )
-def test_what_cannot_be_done(teach, arguments, told):
+def test_what_cannot_be_done(teach, wording, arguments, problem, about):
     """Exit code 2 and one message."""
     Path("cache").mkdir()
     code, out, err = teach(*arguments)
-    assert code == 2 and told in err and out == "" and "Traceback" not in err
+    wording(err)
+    assert code == 2 and reports(err, problem, about) and out == "" and "Traceback" not in err
 
 
 def test_it_works_on_one_device(teach, monkeypatch):
     """Under torchrun each process would write the same file."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = teach("--overrides", "trainer=FSDPTrainer")
-    assert code == 2 and "works on one device" in err
+    assert code == 2 and reports(err, "conflict")
 
 
 def test_force_writes_over_a_file(teach):

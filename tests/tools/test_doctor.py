@@ -9,6 +9,7 @@ import yaml
 from minitrain.cli.main import main
 from minitrain.tools.analysis.doctor import CHECKS, run_checks
 from minitrain.training.metrics_log import read_history
+from tests.messages import reports
 
 LINES = 30
 
@@ -306,14 +307,10 @@ def test_folders_that_are_no_runs(command, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    for name, told in {
-        "nowhere": "there is no such folder; name a run folder",
-        "other": "holds no metrics.jsonl, so it is no run folder",
-        "empty": "holds no figures yet",
-    }.items():
+    for name, code in {"nowhere": "not-found", "other": "not-found", "empty": "no-data"}.items():
         assert main([command, str(tmp_path / name)]) == 2
         out, err = capsys.readouterr()
-        assert told in err and name in err and out == "" and err.count("\n") == 1
+        assert reports(err, code, name) and out == "" and err.count("\n") == 1
 
 
 def test_a_run_of_the_trainer(make_trainer, rows_file, capsys):

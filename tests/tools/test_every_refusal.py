@@ -1,6 +1,7 @@
 """Each place of the code that can refuse a training is reached by a case here, or is listed with the reason."""
 
 import ast
+import collections
 import contextlib
 import functools
 import json
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from minitrain.cli.main import main
 from minitrain.config.issues import ConfigIssues, _Unfit
-from minitrain.errors import CODES, MinitrainError
+from minitrain.errors import MinitrainError
 from tests.cli import test_bad_data, test_bad_input, test_bad_model
 from tests.conftest import CONFIG, ROOT, write
 from tests.tools import test_validate_refusals
@@ -35,133 +36,137 @@ OTHER_COMMANDS = (  # no training goes through these
 
 
 ELSEWHERE = (  # reached or not by what is installed, by the user and by the devices of a machine
-    "model/checks:_check_adapter: model.quantization the package bitsandbytes is not",
-    "distributed/checks:check_device: device . device:",
-    "distributed/checks:check_device: trainer FSDPTrainer needs CUDA devices or the CPU;",
-    "distributed/checks:check_device: trainer torchrun started processes on this machine",
-    "training/checks:_check_run: .enabled the package is not installed: pip install",
-    "training/checks:_check_run: report_to_tensorboard the package tensorboard is n",
-    "model/dequantize:method_of: its weights are quantized by bitsandbytes, which i",
-    "distributed/parallel:pick_device: device: there is no CUDA device here; use device=a",
-    "distributed/parallel:pick_device: device: there is no MPS device here; use device=au",
-    "data/checks:check_source: .path no permission to read .",
-    "data/checks:check_source: .path the package datasets, which reads it,",
-    "data/checks:check_source: .path the package pyarrow, which reads it,",
-    "data/tables:load_table: : the package datasets is not installed:",
-    "data/tables:read_parquet: : the package pyarrow is not installed:",
-    "io/hub:unreachable: : it is not here, the hub does not answer ( ), and",
-    "model/checks:_check_model: model.attn_implementation the package is not insta",
+    "model/checks:_check_adapter: model.quantization not-installed",
+    "distributed/checks:check_device: device error.code",
+    "distributed/checks:check_device: trainer conflict",
+    "distributed/checks:check_device: trainer conflict (2)",
+    "training/checks:_check_run: .enabled not-installed",
+    "training/checks:_check_run: report_to_tensorboard not-installed",
+    "model/dequantize:method_of: not-installed",
+    "distributed/parallel:pick_device: no-device",
+    "distributed/parallel:pick_device: no-device (2)",
+    "data/checks:check_source: .path unreadable",
+    "data/checks:check_source: .path not-installed",
+    "data/checks:check_source: .path not-installed (2)",
+    "data/tables:load_table: not-installed",
+    "data/tables:read_parquet: not-installed",
+    "io/hub:unreachable:",
+    "model/checks:_check_model: model.attn_implementation not-installed",
 )
 UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     "Python alone can give it": (
-        "losses/base:create_loss: loss has no option ; it has , ,",
-        "losses/base:create_loss: there is no loss ; there are ,",
-        "losses/base:register_loss.register: a loss named is registered already",
-        "config/load:_merge_loss: loss: . Set only one of them.",
-        "config/load:check_writable: config: : cannot be written to config.yml:",
-        "trainer:__init__: there is no hook ; there are , ,",
+        "losses/base:create_loss: unknown-option",
+        "losses/base:create_loss: not-a-choice",
+        "losses/base:register_loss.register: already-exists",
+        "config/load:_merge_loss: conflict",
+        "config/load:check_writable: invalid-value",
+        "trainer:__init__: not-a-choice",
+        "trainer:optim_step: usage",
     ),
     "it depends on the values of weights, and validate reads none": (
-        "model/adapter_files:_start: lora.use_dora: row of is all zeros, so it has no d",
-        "training/aux_models:_check_reference_matches_policy: loss.reference: the reference's log-probabilities",
-        "model/policy:_compare_logps: model.name_or_path: the model gives NaN or inf, so",
-        "model/policy:_compare_logps: model.name_or_path: the output layer of does somet",
-        "model/policy:find_blocks: has no list of blocks that minitrain can find",
-        "model/sequence_head:_check_scores: model.name_or_path: the head of does something tha",
-        "model/dequantize:_scaled: of shape has , which do not fit each other.",
-        "model/dequantize:dequantized: is quantized ( ) in a way that minitrain cannot de",
-        "model/dequantize:dequantized: its weights are quantized and not in safetensors f",
+        "model/adapter_files:_init_lora: conflict",
+        "training/aux_models:_check_reference_matches_policy: mismatch",
+        "model/policy:_compare_logps: not-finite",
+        "model/policy:_compare_logps: unsupported-model",
+        "model/policy:find_blocks: unsupported-model",
+        "model/sequence_head:_check_scores: unsupported-model",
+        "model/dequantize:_scale_blocks: mismatch",
+        "model/dequantize:dequantized: unsupported-model (2)",
+        "model/dequantize:dequantized: unsupported-model",
     ),
     "after the first step, or while a model is saved": (
-        "training/atomic_dir:atomic_folder: : cannot be written:",
-        "training/checkpoint:_check_room: : the disk has MB free, a checkpoint needs MB; mak",
-        "training/checkpoint:_commit: : cannot be written:",
-        "training/checkpoint:_make_temporary: : cannot be written:",
-        "training/precision:update: float16 gradients overflow at every loss scale; us",
-        "trainer:_update: steps in a row (up to step ) had a non-finite loss",
+        "training/atomic_dir:atomic_folder: write_error_code(error)",
+        "training/checkpoint:_check_room: no-space",
+        "training/checkpoint:_commit: write_error_code(error)",
+        "training/checkpoint:_make_temporary: write_error_code(error)",
+        "training/precision:update: not-finite",
+        "trainer:_count_bad_step: not-finite",
     ),
     "other processes: tests/distributed and tests/faults": (
-        "distributed/checks:check_processes: trainer BasicTrainer trains on one device, but tor",
-        "data/cache:load_cache: : a process that tokenised it was killed. Set a lo",
-        "tools/preflight/memory:_check_devices: total_batch_size:",
-        "tools/preflight/memory:_check_devices: trainer: BasicTrainer trains on one device, and no",
-        "training/run_dir:_take_lock: : another process trains in this folder ( ); wait",
-        "distributed/sharded:check_same: : rank has another value than rank 0. Start all ra",
-        "distributed/sharded:naming_failures:",
-        "distributed/sharded:local_rank0_first:",
+        "distributed/checks:check_processes: trainer conflict",
+        "data/cache:load_cache: process-failed",
+        "tools/preflight/memory:_check_devices: conflict (2)",
+        "tools/preflight/memory:_check_devices: conflict",
+        "training/run_dir:_take_lock: locked",
+        "distributed/sharded:check_same: mismatch",
+        "distributed/sharded:naming_failures: process-failed",
+        "distributed/sharded:local_rank0_first: process-failed",
     ),
     "another command says it": (
-        "training/metrics_log:read_history: : metrics.jsonl",
-        "training/metrics_log:read_lines: : cannot be read:",
-        "training/metrics_log:read_lines: : holds no",
-        "training/metrics_log:read_lines: : there is no such folder; name a run folder, like",
-        "inference/resolve:find_model: : holds neither a model (config.json), an adapter,",
-        "inference/resolve:find_model: : there is no such folder (seen from ).",
-        "inference/resolve:find_model: : this run is not finished; the same training comm",
-        "data/template:encode_prompt: the chat template refuses the conversation:",
-        "model/adapter_config:outputs_of: : it holds no head, so nobody knows what its model",
+        "training/metrics_log:read_history: damaged-file or no-data",
+        "training/metrics_log:read_lines: unreadable",
+        "training/metrics_log:read_lines: not-found (2)",
+        "training/metrics_log:read_lines: not-found",
+        "inference/resolve:find_model: wrong-path",
+        "inference/resolve:find_model: not-found",
+        "inference/resolve:find_model: unfinished-run",
+        "data/template:encode_prompt: invalid-template",
+        "model/adapter_config:read_adapter_outputs: mismatch",
     ),
-    "validate alone says it of rows: tests/tools/test_validate.py": ("tools/preflight/validate:validate:",),
+    "validate alone says it of rows: tests/tools/test_validate.py": (
+        "tools/preflight/validate:validate: wrong-tokens",
+    ),
     "the check of the config comes first": (
-        "training/aux_models:load_teacher: loss.teacher: is missing; name the folder or the h",
-        "data/files:refuse_no_file: : there is no such file (seen from )",
-        "data/files:refuse_no_file: : this is a folder; name a file in it",
-        "model/load:freeze_layers: freeze_layers: nothing is left to train.",
-        "data/template:_read: the chat template is neither auto, chatml, none, n",
-        "losses/value:__call__: loss.name: value needs a model that reads from lef",
+        "training/aux_models:load_teacher: missing-option",
+        "data/files:refuse_no_file: not-found",
+        "data/files:refuse_no_file: wrong-path",
+        "model/load:freeze_layers: invalid-value",
+        "data/template:_read: not-found",
+        "losses/value:__call__: conflict",
     ),
     "the file changes or the disk fills while it is read": (
-        "data/cache:load_cache: : cannot be read:",
-        "data/mismatched:_write: : the tokens cannot be kept there: . Set cache_dir",
-        "data/tables:rows_of: : cannot be read:",
+        "data/cache:load_cache: unreadable",
+        "data/mismatched:_write: write_error_code(error)",
+        "data/tables:rows_of: unreadable",
     ),
     "takes seconds: tests/config/test_config.py and tests/model/test_lora.py": (
-        "config/load:_in_bounds: :",
-        "model/adapter:_full_match: lora. : is no regular expression: .",
-        "model/adapter:_full_match: lora. : matching with takes more than seconds. Use",
+        "config/load:_in_bounds: too-large",
+        "model/adapter:_full_match: invalid-value",
+        "model/adapter:_full_match: invalid-value (2)",
     ),
     "tests/config/test_config.py and tests/cli/test_bad_input.py": (
-        "config/load:_guarded: : : a key",
-        "config/load:_read_text: : this is a file of data; name the YAML file whose",
+        "config/load:_guarded: invalid-yaml (2)",
+        "config/load:_read_text: wrong-path",
     ),
     "tests/model/test_new_tokens.py and tests/model/test_savable.py": (
-        "model/adapter:train_new_rows: trainable_token_indices: and are tied, so they nee",
-        "model/adapter_files:_fill_rows: : has the shape , here it is .",
-        "model/adapter_files:_for_model: holds no weights of , which its base model lacks,",
-        "model/adapter_files:_loaded_prompt: does not fit the model: missing .",
-        "model/save:check_saving: model.name_or_path: this model could not be saved",
-        "model/vocabulary:count_ids: model.tokenizer_name_or_path: the tokens and have",
+        "model/adapter:train_new_rows: mismatch",
+        "model/adapter_files:_load_rows: mismatch",
+        "model/adapter_files:_resolve_modules: mismatch (2)",
+        "model/adapter_files:_load_prompt: mismatch (2)",
+        "model/save:check_saving: unsupported-model",
+        "model/vocabulary:count_ids: unsupported-model",
     ),
     "tests/losses/test_kd.py": (
-        "losses/kd:add_outputs: loss. :",
-        "losses/kd:add_outputs: loss.teacher_outputs: holds nothing of as it is to",
-        "losses/kd:add_outputs: loss.teacher_outputs: is damaged, its checksum is",
+        "losses/kd:read_outputs: mismatch (2)",
+        "losses/kd:read_outputs: mismatch",
+        "losses/kd:read_outputs: damaged-file",
     ),
     "tests/data": (
-        "data/encode:_preference: chosen and rejected are the same in the chat templ",
-        "data/files:_lines: : : the line is longer than MiB",
-        "model/load:load_tokenizer: the tokenizer of has no tokenizer.json, which mini",
-        "data/tables:_row: is , which stands for none of ,",
-        "data/tables:load_table:",
-        "data/template:__init__: chat_template: the tokenizer has several templates",
-        "data/template:_encode: the tokenizer cannot read :",
-        "data/template:_join: the tokenizer makes no token of the text",
-        "data/template:_marked: the chat template marks no text of the assistant i",
-        "data/template:_refuse_lost: the tokenizer has no token for , and would leave i",
-        "data/template:_split_at_mark:",
+        "data/encode:_preference: same-answers",
+        "data/files:_lines: too-large",
+        "model/load:load_tokenizer: unsupported-model",
+        "data/tables:_row: invalid-row",
+        "data/tables:load_table: unreadable",
+        "data/template:__init__: invalid-template",
+        "data/template:_encode: invalid-text",
+        "data/template:_join: invalid-text",
+        "data/template:_marked: invalid-template",
+        "data/template:_refuse_lost: invalid-text",
+        "data/template:_split_at_mark: invalid-template",
     ),
-    "packed rows that crash: tests/tools/test_validate_refusals.py": (
-        "model/policy:check_packing: packing: cannot read packed rows ( ). Set packing=",
-    ),
+    "packed rows that crash: tests/tools/test_validate_refusals.py": ("model/policy:check_packing: conflict",),
     "tests/losses/test_rollouts.py": (
-        "data/formats_preference:_earned: there is no prompt",
-        "losses/advantages:rewards: : rows have no reward. Give them one, or with loss",
+        "data/formats_preference:_earned: invalid-row",
+        "losses/advantages:rewards: invalid-row",
     ),
 }
 
 
 def sites() -> dict[tuple[str, int], str]:
-    """(file, line) -> a name, for each line of a call that makes an error or adds to the problems of a config."""
+    """(file, line) -> a name, for each line of a call that makes an error or adds to the issues of a config.
+
+    The name has the function, the key and the code, and the number of the call among those that are alike.
+    """
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         place = str(file.relative_to(PACKAGE).with_suffix(""))
@@ -169,36 +174,33 @@ def sites() -> dict[tuple[str, int], str]:
             continue
         tree = ast.parse(file.read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            if not _refuses(call):
-                continue
-            inside = [f.name for f in functions if f.lineno <= call.lineno <= f.end_lineno]
-            words = [n.value for a in call.args for n in ast.walk(a) if _is_text(n)]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _refuses(node)]
+        names = collections.Counter()
+        for call in sorted(calls, key=lambda call: call.lineno):
+            inside = ".".join(f.name for f in functions if f.lineno <= call.lineno <= f.end_lineno)
+            name = " ".join([f"{place}:{inside}:", *_key_and_code(call)])
+            names[name] += 1
             for line in range(call.lineno, call.end_lineno + 1):
-                found[str(file), line] = (
-                    f"{place}:{'.'.join(inside)}: {' '.join(' '.join(words).split())[:50].strip()}".strip()
-                )
+                found[str(file), line] = f"{name} ({names[name]})" if names[name] > 1 else name
     return found
 
 
 def _refuses(call: ast.Call) -> bool:
     function = call.func
     if isinstance(function, ast.Attribute):
-        return (
-            function.attr == "add"
-            and isinstance(function.value, ast.Name)
-            and function.value.id in ("problems", "issues")
-        )
+        return function.attr == "add" and isinstance(function.value, ast.Name) and function.value.id == "issues"
     return isinstance(function, ast.Name) and function.id in KINDS
 
 
-def _is_text(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and node.value not in CODES
-        and node.value.strip() != ""
-    )
+def _key_and_code(call: ast.Call) -> list[str]:
+    key = "".join(_texts(call.args[0])) if isinstance(call.func, ast.Attribute) else ""
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "code"] or call.args[1:2]
+    code = "" if not given else " or ".join(_texts(given[0])) or ast.unparse(given[0])
+    return [word for word in (key, code) if word]
+
+
+def _texts(node: ast.AST) -> list[str]:
+    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
 
 
 @contextlib.contextmanager
@@ -415,31 +417,31 @@ def table(test) -> list:
 
 def prepared_cases():
     """Yield arguments of `validate`, each with its files in the current folder, which is empty before."""
-    for overrides, _ in table(test_bad_input.test_wrong_options):
+    for overrides, *_ in table(test_bad_input.test_wrong_options):
         yield overrides
-    for more, _ in table(test_bad_input.test_a_config_that_is_no_yaml):
+    for more, *_ in table(test_bad_input.test_a_config_that_is_no_yaml):
         Path("c.yml").write_bytes(CONFIG.encode() + (more if isinstance(more, bytes) else more.encode()) + b"\n")
         yield []
-    for rows, _ in table(test_bad_data.test_bad_data):
+    for rows, *_ in table(test_bad_data.test_bad_data):
         yield [write("bad.jsonl", *rows)]
-    for name, content, _ in table(test_bad_data.test_a_file_that_is_not_what_its_name_says):
+    for name, content, *_ in table(test_bad_data.test_a_file_that_is_not_what_its_name_says):
         Path(name).write_bytes(content)
         yield [f"datasets=[{name}]"]
-    for loss, rows, _ in table(test_bad_data.test_data_that_a_loss_cannot_learn_from):
+    for loss, rows, *_ in table(test_bad_data.test_data_that_a_loss_cannot_learn_from):
         yield [write("bad.jsonl", *rows), f"loss={loss}"]
-    for overrides, _ in table(test_bad_data.test_options_that_do_not_fit_the_data):
+    for overrides, *_ in table(test_bad_data.test_options_that_do_not_fit_the_data):
         yield overrides
-    for template, _ in table(test_bad_data.test_a_chat_template_that_is_none):
+    for template, *_ in table(test_bad_data.test_a_chat_template_that_is_none):
         Path("t.jinja").write_text(template)
         yield ["chat_template=t.jinja"]
-    for spoil, _ in table(test_bad_model.test_a_folder_that_is_no_model):
+    for spoil, *_ in table(test_bad_model.test_a_folder_that_is_no_model):
         spoil()
         yield []
-    for spoil, _ in table(test_bad_model.test_an_adapter_that_is_none):
+    for spoil, *_ in table(test_bad_model.test_an_adapter_that_is_none):
         adapter_of()
         spoil()
         yield ["model.adapter=lora"]
-    for spoil, _ in table(test_bad_model.test_a_teacher_that_cannot_teach):
+    for spoil, *_ in table(test_bad_model.test_a_teacher_that_cannot_teach):
         shutil.copytree("model", "teacher")
         spoil()
         yield ["loss={name: kd, teacher: teacher}"]
@@ -467,7 +469,7 @@ def test_each_refusal_is_reached(tmp_path, monkeypatch, llama_folder, rows_file,
         for case, make in test_validate_refusals.CASES.items():
             folder = tmp_path / case.replace(" ", "-")
             folder.mkdir()
-            path, _ = make(
+            path, *_ = make(
                 functools.partial(test_validate_refusals.config_file, folder, llama_folder), folder, llama_folder
             )
             main(["validate", path])
@@ -479,6 +481,6 @@ def test_each_refusal_is_reached(tmp_path, monkeypatch, llama_folder, rows_file,
 
 
 @pytest.mark.parametrize("number", range(len(MORE)))
-def test_both_refuse(fails, number):
-    """Training and `validate` refuse in the same words (see `fails`)."""
-    fails(*MORE[number]())
+def test_both_refuse(both_fail, number):
+    """Training and `validate` refuse in the same words (see `both_fail`)."""
+    both_fail(*MORE[number]())

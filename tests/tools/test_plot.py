@@ -8,6 +8,7 @@ import pytest
 
 from minitrain.cli.main import main
 from minitrain.training.metrics_log import read_history
+from tests.messages import reports
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_only_the_figures_that_are_asked_for(picture, run, capsys):
     drawn = make_figure([read_history(run)], ["lr", "loss"])
     assert [axis.get_title(loc="left") for axis in drawn.axes] == ["lr", "loss"]
     assert main(["plot", str(run), "--figures", "loss", "los"]) == 2
-    assert "no run has logged los; there are loss, rewards/margins, lr, grad_norm" in capsys.readouterr().err
+    assert reports(capsys.readouterr().err, "not-a-choice", "--figures: ", "loss, rewards/margins, lr, grad_norm")
     assert not (run / "metrics.png").exists()
 
 
@@ -129,7 +130,7 @@ def test_only_a_plot_of_the_same_runs_is_written_over(run, make_run, capsys, tmp
     assert plot(run) == 0 == plot(run)  # renewed
     first = output.read_bytes()
     assert plot(other) == 2 == plot(run, other)
-    assert "exists and is no plot of these runs; choose another name or add --force" in capsys.readouterr().err
+    assert reports(capsys.readouterr().err, "already-exists", "--output: ")
     assert output.read_bytes() == first
     assert plot(other, "--force") == 0
     Image.new("RGB", (2, 2)).save(output)
@@ -141,9 +142,9 @@ def test_only_a_plot_of_the_same_runs_is_written_over(run, make_run, capsys, tmp
 
 def test_places_where_no_picture_can_be(run, capsys, tmp_path):
     """Exit code 2, in one line."""
-    for name, told in {"plot.pdf": "give it a name that ends in .png", "no/a.png": "there is no folder"}.items():
+    for name, code in {"plot.pdf": "wrong-format", "no/a.png": "not-found"}.items():
         assert main(["plot", str(run), "--output", str(tmp_path / name)]) == 2
-        assert told in capsys.readouterr().err
+        assert reports(capsys.readouterr().err, code, "--output: ")
 
 
 def test_without_matplotlib_it_says_what_to_install(run, capsys, monkeypatch):
@@ -151,7 +152,7 @@ def test_without_matplotlib_it_says_what_to_install(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plot", str(run)]) == 2
-    assert "the package matplotlib is not installed: pip install minitrain[plot]" in capsys.readouterr().err
+    assert reports(capsys.readouterr().err, "not-installed", "pip install minitrain[plot]")
     assert not (run / "metrics.png").exists()
 
 

@@ -11,6 +11,7 @@ from minitrain.batch import IGNORE_INDEX
 from minitrain.cli.main import main
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import SHARED
+from tests.messages import reports
 
 N = 8  # rows, all of one step
 PREFERENCES = [{"prompt": f"say {i}", "chosen": "ab" * (i + 1), "rejected": "no", "margin": i / 4} for i in range(N)]
@@ -181,7 +182,7 @@ def test_evaluation(write, capsys):
     assert sorted(head.partition(": ")[0] for _, _, head, _ in found) == sorted(held)
     assert all(text in texts and title.startswith("evaluation, batch 1: 4 rows") for title, _, _, text in found)
     assert main(["inspect", path, "--split", "eval"]) == 2
-    assert "--split: there is nothing to evaluate on" in capsys.readouterr().err
+    assert reports(capsys.readouterr().err, "no-data", "--split: ")
 
 
 def test_colours_on_a_terminal_only(write, capsys, monkeypatch):
@@ -217,20 +218,20 @@ def test_a_tokenizer_that_writes_spaces_otherwise(write, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, code, about",
     [
-        (["--rows", "0"], "expected a number of 1 or more"),
-        (["--split", "test"], "invalid choice: 'test'"),
-        (["--overrides", "lrr=1"], "lrr"),
-        (["--overrides", "datasets=[none.jsonl]"], "there is no file none.jsonl"),
-        (["--plugin", "none.py"], "none.py is no Python file"),
+        (["--rows", "0"], "usage", "--rows: "),
+        (["--split", "test"], "usage", "--split: "),
+        (["--overrides", "lrr=1"], "unknown-option", "lrr: "),
+        (["--overrides", "datasets=[none.jsonl]"], "not-found", "none.jsonl"),
+        (["--plugin", "none.py"], "not-found", "none.py"),
     ],
 )
-def test_what_cannot_be_shown(write, capsys, arguments, message):
+def test_what_cannot_be_shown(write, capsys, arguments, code, about):
     """Exit code 2, and one message."""
     assert main(["inspect", write("sft"), *arguments]) == 2
     out, err = capsys.readouterr()
-    assert message in err and out == "" and "Traceback" not in err
+    assert reports(err, code, about) and out == "" and "Traceback" not in err
 
 
 def test_the_embedded_tokenizer_is_of_bytes():

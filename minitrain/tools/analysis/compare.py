@@ -45,7 +45,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
     ledgers = [read_ledger(first), read_ledger(second)]
     steps = sorted(set(ledgers[0]) & set(ledgers[1]))
     if not steps:
-        raise ConfigError(f"{first} and {second} have no step in common")
+        raise ConfigError(f"{first} and {second} have no step in common", "mismatch")
     a, b = ([ledger[step] for step in steps] for ledger in ledgers)
     lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in zip("ab", (first, second), ledgers)]
     lines += ["", *_options(first, second), ""]
@@ -72,7 +72,7 @@ def read_ledger(folder: Path) -> dict[int, Step]:
     if damaged:
         warn_damaged([damaged_lines_message(folder / FILE, damaged) + " skipped"])
     if not steps:
-        raise ConfigError(f"{folder / FILE}: holds no steps")
+        raise ConfigError(f"{folder / FILE}: holds no steps", "no-data")
     return steps
 
 

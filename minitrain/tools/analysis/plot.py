@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from minitrain.errors import ConfigError
+from minitrain.errors import ConfigError, write_error_code
 from minitrain.io.temp_files import new_file
 from minitrain.training.metrics_log import History, Point
 
@@ -34,7 +34,10 @@ def plot(histories: list[History], output: Path, force: bool = False, metrics: l
     figure = make_figure(histories, metrics)
     description = "minitrain plot of " + ", ".join(run_names(histories))
     if output.exists() and not force and _read_description(output) != description:
-        raise ConfigError(f"--output: {output} exists and is no plot of these runs; choose another name or add --force")
+        raise ConfigError(
+            f"--output: {output} exists and is no plot of these runs; choose another name or add --force",
+            "already-exists",
+        )
     _save(figure, output, description)
 
 
@@ -43,11 +46,13 @@ def make_figure(histories: list[History], metrics: list[str] | None = None):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plot: the package matplotlib is not installed: pip install minitrain[plot]") from None
+        raise ConfigError(
+            "plot: the package matplotlib is not installed: pip install minitrain[plot]", "not-installed"
+        ) from None
     panels, colors = panel_names(histories), _colors(histories)
     if missing := set(metrics or []) - set(panels):
         message = f"no run has logged {', '.join(sorted(missing))}; there are {', '.join(panels)}"
-        raise ConfigError(f"--figures: {message}")
+        raise ConfigError(f"--figures: {message}", "not-a-choice")
     panels = metrics or panels
     columns = min(len(panels), 3 if len(panels) <= 9 else 4)
     rows = math.ceil(len(panels) / columns)
@@ -152,4 +157,4 @@ def _save(figure, output: Path, description: str) -> None:
         with new_file(output) as file:
             figure.savefig(file, format="png", dpi=120, metadata={DESCRIPTION_KEY: description})
     except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}", write_error_code(error)) from None

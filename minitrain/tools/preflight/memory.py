@@ -324,9 +324,11 @@ def _largest(loader: MicrobatchLoader, held_out: bool) -> Batch:
 
 def _check_devices(config: Config, devices: int) -> None:
     if devices > 1 and config.trainer == "BasicTrainer":
-        raise ConfigError(f"trainer: BasicTrainer trains on one device, and not on {devices}; set trainer=FSDPTrainer.")
+        raise ConfigError(
+            f"trainer: BasicTrainer trains on one device, and not on {devices}; set trainer=FSDPTrainer.", "conflict"
+        )
     if uneven := uneven_batch(config, devices, "devices"):
-        raise ConfigError(f"total_batch_size: {uneven}")
+        raise ConfigError(f"total_batch_size: {uneven}", "conflict")
 
 
 class _LocalRank(SingleDevice):

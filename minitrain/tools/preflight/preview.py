@@ -69,7 +69,9 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
     run = dry_run(config)
     examples = run.data.train if split == "train" else run.data.eval
     if examples is None:
-        raise ConfigError("--split: there is nothing to evaluate on; give eval_datasets or validation_split.")
+        raise ConfigError(
+            "--split: there is nothing to evaluate on; give eval_datasets or validation_split.", "no-data"
+        )
     loader = run.loader(examples)
     for preview in _training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples):
         if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):

@@ -51,7 +51,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
     told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
     if told:
-        raise DataError("\n".join(told))
+        raise DataError("\n".join(told), "wrong-tokens")
     figures = _figures(run) | (_memory(run, parallel.device, devices) if with_memory else {})
     if "warning" in figures:
         warnings.append(figures.pop("warning"))
