@@ -13,7 +13,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["minitrain", "minitrain.*"]),
-    package_data={"": ["*.txt"]},
+    package_data={"": ["*.txt"], "minitrain": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10",

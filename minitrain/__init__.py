@@ -1,4 +1,32 @@
-"""minitrain: a pure-PyTorch minimal trainer for post-training language models."""
+"""minitrain: a pure-PyTorch minimal trainer for post-training language models.
+
+>>> from minitrain import Trainer, load_config
+>>> Trainer(load_config("config.yml", lr=1e-4)).train()
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .batch import Batch as Batch
+    from .batch import PolicyOutput as PolicyOutput
+    from .config.schema import Config as Config
+    from .distributed.process import exit_process as exit_process
+    from .errors import ConfigError as ConfigError
+    from .errors import DataError as DataError
+    from .errors import MinitrainError as MinitrainError
+    from .errors import RunError as RunError
+    from .errors import RunFolderError as RunFolderError
+    from .inference.generate import Generator as Generator
+    from .inference.generate import Sampling as Sampling
+    from .inference.merge import merge_adapters as merge_adapters
+    from .losses import Loss as Loss
+    from .losses import LossOutput as LossOutput
+    from .losses import Models as Models
+    from .losses import create_loss as create_loss
+    from .losses import register_loss as register_loss
+    from .tools.preflight.load import load_config as load_config
+    from .trainer import Trainer as Trainer
+    from .training.step import StepOutput as StepOutput
 
 __version__ = "0.1.0"
 
@@ -13,6 +41,10 @@ _HOMES = {
     "Models": "losses",
     "Batch": "batch",
     "PolicyOutput": "batch",
+    "StepOutput": "training.step",
+    "Generator": "inference.generate",
+    "Sampling": "inference.generate",
+    "merge_adapters": "inference.merge",
     "exit_process": "distributed.process",
     "MinitrainError": "errors",
     "ConfigError": "errors",
@@ -30,3 +62,7 @@ def __getattr__(name: str):
     from importlib import import_module
 
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

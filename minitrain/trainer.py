@@ -2,78 +2,122 @@
 
 import functools
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from minitrain.config.schedules import lr_factor
 from minitrain.config.schema import Config
 from minitrain.distributed.parallel import make_parallel
-from minitrain.inference.evaluation import evaluate_all
+from minitrain.inference.evaluation import evaluate_all, load_rows
 from minitrain.inference.generate import Generator, Messages, Sampling
-from minitrain.model.load import DTYPES, load_policy
-from minitrain.model.save import check_saving, set_end_tokens
-from minitrain.model.vocabulary import describe_new_tokens
-from minitrain.tools.preflight.load import check_python_config
-from minitrain.training.agreement import check_same_inputs, check_same_options
-from minitrain.training.aux_models import build_aux_models
+from minitrain.tools.preflight.python import MAKE, config_with, loss_object
+from minitrain.training.after_step import after_step, count_bad_step, finish
+from minitrain.training.callbacks import Hook, collect_hooks
 from minitrain.training.checkpoint import restore_rng
 from minitrain.training.evaluation import run_evaluation, should_evaluate
 from minitrain.training.failpoints import failpoint
+from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
-from minitrain.training.optim import build_optimizer, warmup_steps
-from minitrain.training.precision import Precision
-from minitrain.training.reporting import log_train, report_start, start_window, warn
-from minitrain.training.run_dir import RunFolder
+from minitrain.training.reporting import report_start, start_window
 from minitrain.training.save_schedule import SaveSchedule
-from minitrain.training.saving import restore_checkpoint, save_checkpoint, save_if_due, save_model
-from minitrain.training.setup import make_loader, prepare_policy, read_data
+from minitrain.training.saving import check_target, restore_checkpoint, save_checkpoint, save_model
 from minitrain.training.signals import capture_signals
 from minitrain.training.step import StepOutput, forward_backward, optim_step
 
 from .batch import Batch
 from .errors import ConfigError, RunError
-from .losses import Loss, create_loss, describe_loss
+from .losses import Loss, create_loss
 
-HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ARGUMENTS = (*MAKE, "loss", "callbacks")  # besides the config and hooks
 
 
 class Trainer:
-    """Trains a model as a `Config` says.
+    """Trains a model on data as a config says.
 
-    Hooks are plain functions that get the trainer: ``Trainer(config, on_step_end=lambda t: print(t.step))``.
-    They may read everything and set `trainer.should_stop`. With several ranks each calls them.
+    >>> Trainer("config.yml").train()
+    >>> Trainer({"model": {"name_or_path": "tiny"}, "n_steps": 10}, train_dataset=rows).train()
 
-    Attributes that hooks read: step, updates, consumed, indices (of the examples of the last step), config, policy,
-    optimizer, parallel, train_metrics (of the last log step), eval_metrics (of the last evaluation).
+    Hooks are functions that receive the trainer: `on_train_begin`, `on_step_end`, `on_eval_end`, `on_save` and
+    `on_train_end`. They may read everything, and set `should_stop`. With several ranks each rank calls them.
+
+    Args:
+        config: A `Config`, the path of a YAML file, or a dict of its keys.
+        model: A loaded transformers model, which is trained itself. It replaces `model.name_or_path`.
+        tokenizer: Its tokenizer.
+        train_dataset: Rows as dicts, in any format of a data file: a list, a datasets.Dataset. It replaces
+            `datasets`.
+        eval_dataset: Rows to evaluate on. It replaces `eval_datasets`.
+        loss: A loss object or its name, if the config has none.
+        optimizer: A function of the list of trained parameters that returns the optimizer. The lr of each of its
+            groups is the group's peak.
+        callbacks: Objects with methods named like hooks.
+        hooks: A function, or a list of them, by the name of the hook: ``on_step_end=lambda t: print(t.step)``.
+
+    Attributes:
+        step: Optimizer steps so far.
+        updates: Those that changed the weights: not those with a non-finite gradient.
+        consumed: Examples seen, over all ranks.
+        indices: The examples of the last step.
+        total_steps: Optimizer steps of the whole run.
+        train_metrics: Metrics of the last log line.
+        eval_metrics: Metrics of the last evaluation.
+        should_stop: Set it to end the training after this step.
+        config, loss, policy, optimizer, parallel, train_loader: The parts of the run.
     """
 
     logger: MetricLogger | None = None  # while it trains
 
-    def __init__(self, config: Config, loss: Loss | None = None, **hooks: Callable[["Trainer"], None]):
-        """Reads the data, then the model. Raises ConfigError, DataError or RunError."""
-        unknown = set(hooks) - set(HOOKS)
-        if unknown:
-            raise ConfigError(
-                f"there is no hook {', '.join(sorted(unknown))}; there are {', '.join(HOOKS)}", "not-a-choice"
-            )
-        config = check_python_config(config, None if loss is None else describe_loss(loss))
-        self.config, self.hooks = config, hooks
-        self.loss = loss or create_loss(**config.loss)
-        self.parallel = make_parallel(config)
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any] | str | Path,
+        *,
+        model: "PreTrainedModel | None" = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+        loss: Loss | str | None = None,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        callbacks: Iterable[Any] = (),
+        **hooks: Hook | Sequence[Hook],
+    ):
+        """Read the data, then the model.
+
+        Raises:
+            ConfigError: A wrong option or argument; the error lists all options that are wrong.
+            DataError: A row that cannot be used.
+            RunError: A run directory that cannot be used.
+        """
+        self.hooks = collect_hooks(callbacks, hooks, ARGUMENTS)
+        loss = loss_object(loss)
+        given = {
+            "model": model,
+            "tokenizer": tokenizer,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "optimizer": optimizer,
+        }
+        self.config, self._objects = config_with(config, loss, given)
+        self.loss = loss or create_loss(**self.config.loss)
+        self.parallel = make_parallel(self.config)
         self.device = self.parallel.device
         with self.parallel.naming_failures():
-            self._load()
+            load_parts(self)
+            unsharded = functools.partial(self.parallel.unsharded, self.policy)
+            self.generator = Generator(self.policy.model, self.template, unsharded, self.policy.position_limit)
 
-        self.step = 0  # optimizer steps tried
-        self.updates = 0  # optimizer steps taken; those with a non-finite gradient are not
-        self.consumed = 0  # examples seen, over all ranks
-        self.indices: list[int] = []  # the examples of the last step
+        self.step = self.updates = self.consumed = 0
+        self.indices: list[int] = []
         self.checkpoint: Path | None = None
         self.saved_progress: dict = {}  # of the newest checkpoint in the run folder
         n_bytes = 3 * sum(p.numel() * p.element_size() for p in self.parameters)  # with two moments
-        self.save_schedule = SaveSchedule(config.save_every_steps, n_bytes, self.parallel)
+        self.save_schedule = SaveSchedule(self.config.save_every_steps, n_bytes, self.parallel)
         self.step_output: StepOutput | None = None  # of the gradients that no optimizer step has used yet
         self.bad_steps = 0  # non-finite ones in a row
         self.evaluated_step: int | None = None
@@ -85,45 +129,6 @@ class Trainer:
         self.signal: int | None = None  # what all ranks agreed to stop for
         self._received: int | None = None  # what reached this rank, which the others do not know yet
         start_window(self)
-
-    def _load(self) -> None:
-        """Read the data and the model, and try what training needs. An error of one rank ends them all."""
-        config = self.config
-        check_same_options(config, self.parallel)
-        self.run = RunFolder(config, self.parallel)
-        self.precision = Precision(DTYPES[config.model.policy_dtype], self.device)
-
-        torch.manual_seed(config.seed)
-        torch.autograd.set_detect_anomaly(config.debug)
-        with self.parallel.local_rank0_first():  # the first process of a machine tokenises and downloads
-            self.template, data = read_data(config, self.loss)
-            self.tokenizer = self.template.tokenizer
-            ends = {"outputs": self.loss.head_labels, "value_head": "values" in self.loss.requires}
-            policy, weights = load_policy(config, self.tokenizer, self.device, self.parallel.loads_shards, **ends)
-            failpoint("load.policy")
-        check_same_inputs(config, data, self.parallel)
-        new = describe_new_tokens(policy.model, self.tokenizer)
-        self.notes = [*data.notes, *([f"new tokens: {new}"] if new else [])]
-        self.warnings = data.warnings
-        share = {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
-        self.train_loader = make_loader(data.train, config, self.tokenizer, policy, **share)
-        self.eval_loader = make_loader(data.eval, config, self.tokenizer, policy, **share) if data.eval else None
-        self.total_steps = self.train_loader.total_steps
-        self.warmup = warmup_steps(config, self.total_steps)
-        loaders = list(filter(None, (self.train_loader, self.eval_loader)))
-        self.policy = prepare_policy(policy, weights, config, self.parallel, self.precision, self.loss.dropout)
-        failpoint("load.weights")
-        self.models = build_aux_models(
-            self.loss, config, self.policy, self.tokenizer, self.parallel, self.precision, loaders
-        )
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.policy, config)
-        set_end_tokens(policy.model, self.template.end_ids())
-        check_saving(policy.model, self.tokenizer)
-        self.generator = Generator(
-            policy.model, self.template, lambda: self.parallel.unsharded(self.policy), policy.position_limit
-        )
-        torch.manual_seed(config.seed + self.parallel.rank)  # dropout differs by rank
 
     # ---------------------------------------------------------------------------------------------- the loop
 
@@ -156,7 +161,7 @@ class Trainer:
         self._begin()
         self._loop()
         if self.signal is None:
-            self._finish()
+            finish(self)
         if self.signal is not None:
             save_checkpoint(self)
             name = signal.Signals(self.signal).name
@@ -184,7 +189,7 @@ class Trainer:
             tokens = functools.partial(self.train_loader.examples.digest, indices)
             self.logger.log_step(self.step, tokens, float(output.loss), self.grad_norm)
             self.logger.advance()
-            self._after_step()
+            after_step(self)
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepOutput:
         """Add the gradients of one optimizer step: summed over micro-batches and ranks, then divided once.
@@ -220,37 +225,14 @@ class Trainer:
             self.updates += 1
             self.bad_steps = 0
         elif not update.overflowed:
-            self._count_bad_step()
+            count_bad_step(self)
         return update.grad_norm
-
-    def _count_bad_step(self) -> None:
-        self.bad_steps += 1
-        warn(self, f"step {self.step}: loss or gradient is not finite; the step is skipped")
-        if self.bad_steps >= self.config.max_bad_steps:
-            raise RunError(
-                f"{self.bad_steps} steps in a row (up to step {self.step}) had a non-finite loss or gradient; "
-                "the weights are those before them. Lower lr, look at the data, or find the place with debug=true.",
-                "not-finite",
-            )
 
     @property
     def lr(self) -> float:
         """The learning rate of the next update. It follows the updates taken, not the steps tried."""
         name, decay = self.config.lr_scheduler, self.config.lr_decay_ratio
         return self.config.lr * lr_factor(self.updates, self.total_steps, self.warmup, name, decay)
-
-    def _after_step(self) -> None:
-        config, last = self.config, self.step == self.total_steps
-        if self.step % config.log_every_steps == 0 or last:
-            log_train(self)
-        self.call_hook("on_step_end")
-        self.run.finish_saving(wait=False)
-        if should_evaluate(self):
-            run_evaluation(self)
-        if config.save_models_every_steps and self.step % config.save_models_every_steps == 0 and not last:
-            save_model(self, self.run.model(self.step))
-        save_if_due(self)
-        failpoint("step.end")
 
     def _stopping(self) -> bool:
         """Whether to stop, agreed on by all ranks; a signal that one of them received becomes everyone's.
@@ -276,36 +258,43 @@ class Trainer:
         if self.checkpoint is not None:
             restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
 
-    def _finish(self) -> None:
-        if self.evaluated_step != self.step:
-            run_evaluation(self)
-        if self.signal is not None:
-            return
-        save_model(self, self.run.final)
-        self.run.finish(self.step, self.total_steps)
-        if self.save_schedule.count:
-            self.logger.info(self.save_schedule.summary())
-        self.logger.info(f"done: {self.run.final}" + (f", best: {self.run.best}" if self.run.best.exists() else ""))
-
     def call_hook(self, hook: str) -> None:
-        """Call the function given as `hook`, if any."""
-        if hook in self.hooks:
-            self.hooks[hook](self)
+        """Call the functions of a hook."""
+        for function in self.hooks[hook]:
+            function(self)
 
     # --------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on the evaluation data; {} without any, or when a signal came."""
-        return {} if self.eval_loader is None else evaluate_all(self, self.eval_loader)
+    def evaluate(self, dataset: Iterable[Mapping[str, Any]] | None = None) -> dict[str, float]:
+        """Return the metrics on the evaluation data; {} without any, or when a signal came.
+
+        Args:
+            dataset: Other rows to evaluate on.
+        """
+        loader = self.eval_loader if dataset is None else load_rows(self, dataset)
+        return {} if loader is None else evaluate_all(self, loader)
 
     # --------------------------------------------------------------------------------------- using the model
 
-    def predict(self, prompts: list[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0) -> list[str]:
-        """Answers to prompts, each a text or a list of messages, from the model as it is now."""
+    def save_model(self, path: str | Path) -> None:
+        """Write the model as it is now, with tokenizer and model card, as `from_pretrained` reads it."""
+        check_target(Path(path))
+        save_model(self, Path(path))
+
+    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling | None = None) -> list[str]:
+        """Return the model's answers to prompts, each a string or a list of messages."""
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         with self.precision.autocast():
-            return self.generator.answer_messages(conversations, Sampling(max_new_tokens, temperature))
+            return self.generator.answer_messages(conversations, sampling or Sampling())
 
-    def chat(self, messages: Messages, **kwargs) -> str:
-        """The answer to one conversation."""
-        return self.predict([messages], **kwargs)[0]
+    def predict(
+        self, prompts: Sequence[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0
+    ) -> list[str]:
+        """Return answers as `generate` does."""
+        return self.generate(prompts, Sampling(max_new_tokens, temperature))
+
+    def chat(self, messages: Messages, max_new_tokens: int = 256, temperature: float = 0.0) -> str:
+        """Return the answer to one conversation."""
+        return self.generate([messages], Sampling(max_new_tokens, temperature))[0]

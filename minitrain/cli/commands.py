@@ -176,8 +176,8 @@ def merge(arguments: argparse.Namespace) -> int:
     if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
         raise ConfigError(f"{missing[0]}: there is no such folder.", "not-found")
     with _importing():
-        from minitrain.inference.merge import merge
-    dtype = merge(arguments.runs, shares, output, arguments.dtype)
+        from minitrain.inference.merge import merge_adapters
+    dtype = merge_adapters(arguments.runs, shares, output, arguments.dtype)
     _inform(arguments, f"merged in float32, saved in {dtype}: {output}")
     return 0
 

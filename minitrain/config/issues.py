@@ -32,18 +32,21 @@ class Source:
 
     name: str
     lines: dict[str, int] = field(default_factory=dict)
-    overridden: set[str] = field(default_factory=set)
+    overridden: set[str] = field(default_factory=set)  # on the command line
+    keywords: set[str] = field(default_factory=set)  # set by keyword arguments
 
     def where(self, key: str) -> tuple[float, str]:
         """(a number to sort by, the place in words)."""
         if any(keys_overlap(key, other) for other in self.overridden):
             return math.inf, "--overrides"
+        if any(keys_overlap(key, other) for other in self.keywords):
+            return math.inf, "load_config(...)"
         while key and key not in self.lines:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return (self.lines[key], f"{self.name}:{self.lines[key]}") if key else (0, self.name)
 
     def wrote(self, key: str) -> bool:
-        return key in self.lines or key in self.overridden
+        return key in self.lines or key in self.overridden or key in self.keywords
 
 
 class ConfigIssues:

@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from minitrain.io.redact import hide, hide_variables
 
 from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED, all_aliases, with_own_names
 from .issues import ConfigIssues, Source, check_types, format_value
-from .saved import config_yaml
-from .schema import DEFAULT_LOSS, Config, Written
+from .saved import config_yaml, plain
+from .schema import DEFAULT_LOSS, Config, Written, aliases
 from .yaml_nodes import MAX_DEPTH, check_yaml
 
 MAX_CALLS = 5_000_000  # of functions while `${...}` are filled in, some seconds: they can refer to one another
@@ -37,8 +37,14 @@ SHOWN = ("exp_name", "output_dir", "cache_dir")  # folders that are written to; 
 LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
-def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tuple[Config, ConfigIssues]:
-    """Read a YAML file, or a dict of the same keys, and dotlist overrides.
+def parse_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> tuple[Config, ConfigIssues]:
+    """Read a YAML file, or a dict of the same keys, and options that replace some of it.
+
+    Args:
+        overrides: Options as on the command line: ["lr=1e-4"].
+        options: Values by name, set after `overrides`.
 
     Returns:
         The config, and what is wrong with its keys and types. What does not fit is left at its default.
@@ -48,7 +54,10 @@ def parse_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> tu
     """
     raw, where = _read(source)
     issues = ConfigIssues(where)
+    if isinstance(overrides, (str, Mapping)):
+        raise ConfigError(f"overrides: expected a list such as ['lr=1e-4'], got {overrides!r}.", "wrong-type")
     _override(raw, list(overrides), issues)
+    _set_options(raw, options or {}, issues)
     config = _build_config(_in_bounds(lambda: _resolve(raw, "", issues), where.name), issues)
     config.written = Written(with_own_names(OmegaConf.to_container(raw)), {})
     return config, issues
@@ -113,11 +122,14 @@ def _attributes(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _read(source: str | Path | dict) -> tuple[DictConfig, Source]:
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[DictConfig, Source]:
     """What was written, with short forms made out, and where each key stands."""
     lines = {}
-    if isinstance(source, dict):
-        name, raw = "config", _guarded("config", lines, lambda: OmegaConf.create(source))
+    if not isinstance(source, (str, Path, Mapping)):
+        kind = type(source).__name__
+        raise ConfigError(f"config: expected the path of a YAML file, or a dict, got {kind}.", "wrong-type")
+    if isinstance(source, Mapping):
+        name, raw = "config", _guarded("config", lines, lambda: OmegaConf.create(dict(source)))
     else:
         name, text = str(source), _read_text(Path(source))
         raw = _guarded(name, lines, lambda: _parse(text, name, lines))
@@ -225,6 +237,26 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
                 "unknown-option",
                 "names an option of a list. Name an entry of it, for example datasets[0].path=a.jsonl.",
             )
+    _drop_rivals(raw, overridden)
+
+
+def _set_options(raw: DictConfig, options: Mapping[str, Any], issues: ConfigIssues) -> None:
+    """Set options that are keyword arguments in Python."""
+    twins = aliases() | {key: alias for alias, key in aliases().items()}
+    for name, value in options.items():
+        key = twins[name] if name not in raw and twins.get(name) in raw else name
+        value = [value] if key in LISTS and isinstance(value, dict) else plain(value)
+        leaves = _leaves(key, value)
+        issues.source.keywords.update(leaves + _leaves(twins.get(key, key), value))
+        try:
+            OmegaConf.update(raw, key, str(value) if isinstance(value, Path) else value)
+        except (OmegaConfBaseException, ValueError) as error:
+            issues.add(key, "wrong-type", f"cannot be set to {format_value(value)}: {_reason(error)}")
+    _drop_rivals(raw, issues.source.keywords)
+
+
+def _drop_rivals(raw: DictConfig, overridden: set[str]) -> None:
+    """Remove an option that excludes one that is overridden."""
     given = OmegaConf.to_container(raw)
     for one, other in (*MUTUALLY_EXCLUSIVE, *(pair[::-1] for pair in MUTUALLY_EXCLUSIVE)):
         if one in overridden and given.get(one) and other not in overridden:

@@ -46,7 +46,7 @@ from .collate import Document
 from .encode import ALIKE, EXCLUDED, N_DOCUMENTS, NOTHING_LEFT, TOO_LONG, TruncationConfig, encode
 from .examples import format_sources, to_record
 from .files import Row
-from .source import Source, open_source
+from .source import Source, open_source, row_name
 from .template import Template, Tokens
 
 FORMAT = 10  # raise it when the same inputs give other tokens; row formats are in the key by themselves
@@ -327,7 +327,7 @@ def _enforce_bad_row_limit(chunk: Chunk, before: int, wanted: int, path: str, co
     for examples_before, line, error in chunk.bad:
         if before + examples_before >= wanted:
             return
-        where = f"{path}:{line}: {error.message}"
+        where = f"{row_name(path, line)}: {error.message}"
         if config.on_bad_row == "error":
             raise DataError(f"{where}. Mend the row, or leave such rows out with on_bad_row=skip.", error.code)
         counts[BAD_ROWS] += 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minitrain.config.aliases import MUTUALLY_EXCLUSIVE
 from minitrain.config.issues import ConfigIssues
+from minitrain.config.python_objects import find_object, is_lost
 from minitrain.config.schema import Config, DatasetConfig
 from minitrain.config.suggest import hint_for_value
 from minitrain.io.paths import near_file
@@ -63,6 +64,12 @@ def check_source(key: str, entry: DatasetConfig, issues: ConfigIssues) -> None:
     from minitrain.data.files import FORMATS, format_of
     from minitrain.data.source import is_file
 
+    if find_object(entry.path):
+        return
+    if is_lost(entry.path):
+        message = f"{entry.path} stands for rows that were given in Python. Name a file, or train from Python again."
+        issues.add(f"{key}.path", "not-found", message)
+        return
     path, extra = Path(entry.path), "is not installed: pip install minitrain[data]"
     if "://" in entry.path:
         issues.add(f"{key}.path", "wrong-path", f"{entry.path} is an address; download it, and name the file.")

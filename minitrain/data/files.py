@@ -75,7 +75,7 @@ def _parse(raw: bytes) -> dict | DataError:
         return DataError(f"not valid JSON: {error.msg} (column {error.colno})", "invalid-json")
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         return DataError(f"not usable JSON: {error}", "invalid-json")
-    return _as_row(row)
+    return as_row(row)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -87,7 +87,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return made
 
 
-def _as_row(row) -> dict | DataError:
+def as_row(row) -> dict | DataError:
+    """Return a decoded row if it is an object, else what is wrong with it."""
     if isinstance(row, dict):
         return row
     hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
@@ -164,7 +165,7 @@ def _list_entries(text: str, position: int, path: Path) -> Generator[Row, None, 
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _bad_json(path, line, error) from None
-        yield line, _as_row(row)
+        yield line, as_row(row)
         first = False
 
 

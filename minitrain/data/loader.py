@@ -16,6 +16,7 @@ from .cache import BAD_ROWS, COUNTED, TokenCache, load_cache
 from .collate import Document, collate
 from .mismatched import add_mismatched_answers
 from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_step
+from .source import row_name
 from .template import Template
 
 
@@ -41,7 +42,7 @@ class TokenizedDataset:
     def where(self, index: int) -> str:
         """``file:line`` of one example."""
         cache, number = self._place(index)
-        return f"{cache.source}:{cache.lines[number]}"
+        return row_name(cache.source, cache.lines[number])
 
     def digest(self, indices: list[int]) -> str:
         """A hash of the tokens of examples, and of which are learned, however they are laid out in rows."""

@@ -15,6 +15,7 @@ from minitrain.errors import DataError, write_error_code
 
 from .cache import FORMAT, TokenCache, usable_cache
 from .cache_writer import new_cache
+from .source import row_name
 from .template import Tokens
 
 
@@ -25,8 +26,9 @@ def add_mismatched_answers(caches: list[TokenCache], config: Config) -> list[Tok
     """
     partners = choose_partners(np.concatenate([cache.doc_features["prompt"] for cache in caches]))  # [E]
     if partners is None:
+        where = row_name(caches[0].source, caches[0].lines[0])
         raise DataError(
-            f"{caches[0].source}:{caches[0].lines[0]}: all rows have the same prompt as this one, but kto needs "
+            f"{where}: all rows have the same prompt as this one, but kto needs "
             "answers to different prompts. Add rows with other prompts.",
             "unsuitable-data",
         )

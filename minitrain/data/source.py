@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitrain.config.python_objects import find_object
 from minitrain.config.schema import DatasetConfig
 
 from .files import FORMATS, Row, format_of, read_rows
+from .rows import content_of, read_python_rows
 from .tables import load_table, rows_of
+
+PYTHON_NAMES = ("train_dataset", "eval_dataset", "dataset")  # of rows that are given in Python
 
 
 @dataclass
@@ -23,6 +27,10 @@ class Source:
 
 def open_source(dataset: DatasetConfig) -> Source:
     """Raises ConfigError or DataError for what cannot be reached or read, OSError for a file that is not there."""
+    if given := find_object(dataset.path):
+        rows = given.value
+        size = sum(map(len, content_of(rows)))
+        return Source(given.argument, size, lambda: read_python_rows(rows), lambda: content_of(rows))
     path = Path(dataset.path)
     if is_file(dataset):
         return Source(dataset.path, path.stat().st_size, lambda: read_rows(path), lambda: _bytes_of([path]))
@@ -33,6 +41,11 @@ def open_source(dataset: DatasetConfig) -> Source:
         return Source(name, size, lambda: rows_of(table, name), lambda: _bytes_of(files, path))
     commit_and_split = table._fingerprint.encode()
     return Source(name, table.data.nbytes, lambda: rows_of(table, name), lambda: iter([commit_and_split]))
+
+
+def row_name(source: str, line: int) -> str:
+    """Return what messages call a row: ``file:line``, or ``train_dataset[index]``."""
+    return f"{source}[{line}]" if source in PYTHON_NAMES else f"{source}:{line}"
 
 
 def is_file(dataset: DatasetConfig) -> bool:

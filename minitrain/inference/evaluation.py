@@ -1,9 +1,16 @@
 """All metrics of an evaluation: those of the loss, and how many generated answers are right."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
-from minitrain.data.loader import MicrobatchLoader
+from minitrain.config.schema import DatasetConfig
+from minitrain.data.loader import MicrobatchLoader, load_data
+from minitrain.data.rows import rows_object
+from minitrain.errors import ConfigError
+from minitrain.losses import add_features
+from minitrain.training.aux_models import reference_kind
 from minitrain.training.metrics import evaluate
+from minitrain.training.setup import make_loader
 
 from .exact_match import exact_match
 
@@ -23,3 +30,17 @@ def evaluate_all(trainer: "Trainer", loader: MicrobatchLoader) -> dict[str, floa
                 trainer.generator, loader.examples, config.eval_generate, config.eval_batch_size, say, not config.quiet
             )
     return metrics
+
+
+def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
+    """Return the loader of rows to evaluate on. Raises ConfigError or DataError. All ranks call it."""
+    config, loss, parallel = trainer.config, trainer.loss, trainer.parallel
+    if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
+        raise ConfigError("dataset: has no log-probabilities of the reference. Set loss.reference=model.", "conflict")
+    given = rows_object(rows, "dataset")
+    chosen = dataclasses.replace(config, datasets=[DatasetConfig(given.text)], eval_datasets=[], validation_split=0)
+    with parallel.local_rank0_first():
+        data = load_data(chosen, trainer.template, loss.record)
+        add_features(loss, trainer.train_loader.examples.caches, data.train.caches)
+    parallel.check_same(dataset=[cache.key for cache in data.train.caches])
+    return make_loader(data.train, config, trainer.tokenizer, trainer.policy, parallel.rank, parallel.world_size)

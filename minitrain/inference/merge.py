@@ -17,7 +17,7 @@ from .generate import model_config, saved_dtype
 from .resolve import find_model
 
 
-def merge(sources: list[str], shares: list[float], output: Path, dtype: str | None = None) -> str:
+def merge_adapters(sources: list[str], shares: list[float], output: Path, dtype: str | None = None) -> str:
     """Writes the base model with `shares[i]` times the change that adapter i makes to it; returns its dtype.
 
     Sums are made in float32 and cast once, to `dtype` or that of the base model. Adapters have to be of the same base,

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from minitrain.config.issues import ConfigIssues
+from minitrain.config.python_objects import is_lost
 from minitrain.config.schema import Config
 from minitrain.io.paths import looks_local, near_file
 
@@ -27,6 +28,11 @@ def _check_model(config: Config, issues: ConfigIssues) -> None:
 
     model = config.model
     key = "model.name_or_path"
+    for name in ("name_or_path", "tokenizer_name_or_path"):
+        if is_lost(getattr(model, name)):
+            message = f"{getattr(model, name)} was given in Python. Name a folder or a Hub model, or train from Python."
+            issues.add(f"model.{name}", "not-found", message)
+            return
     check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", issues)
     if model.revision is not None and (model.name_or_path == "tiny" or looks_local(model.name_or_path)):
         issues.add("model.revision", "no-effect", "would be ignored: the model does not come from the hub.", key)

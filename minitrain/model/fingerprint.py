@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from minitrain.config.python_objects import find_object
 from minitrain.config.schema import ModelConfig
 
 from .adapter_config import CONFIG_FILE
@@ -26,15 +27,16 @@ def model_fingerprint(config: ModelConfig) -> list[str]:
     files = [file for folder in folders if folder for file in sorted(folder.glob("*"))]
     files = [file for file in files if file.suffix in WEIGHTS or file.name in ("config.json", CONFIG_FILE)]
     files += archive_files(Path(config.archive)) if config.archive else []
+    given = [config.name_or_path] if find_object(config.name_or_path) else []
     is_sampled = sum(file.stat().st_size for file in files) > MAX_FULL_BYTES
-    return [f"{file.name} {file.stat().st_size} {_digest(file, is_sampled)}" for file in files]
+    return given + [f"{file.name} {file.stat().st_size} {_digest(file, is_sampled)}" for file in files]
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    """Return the folder of a model's files, possibly in the Hub's cache; None for `tiny`."""
+    """Return the folder of a model's files, possibly in the Hub's cache; None for one without files."""
     from transformers.utils.hub import cached_file
 
-    if config.name_or_path == "tiny":
+    if config.name_or_path == "tiny" or find_object(config.name_or_path):
         return None
     if Path(config.name_or_path).is_dir():
         return Path(config.name_or_path)

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from minitrain.config.python_objects import find_object
 from minitrain.config.schema import Config, ModelConfig
 from minitrain.errors import ConfigError, is_failure
 from minitrain.io.hub import ask_for
@@ -15,6 +16,7 @@ from .adapter import train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
 from .diagnostics import model_load_error, tokenizer_load_error
+from .given import check_head
 from .lora import merge_lora_weights
 from .policy import Policy, find_blocks
 from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
@@ -42,22 +44,15 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
     Raises:
         ConfigError: The tokenizer cannot be loaded, or lacks an EOS that is needed.
     """
-    from transformers import AutoTokenizer
-
     from .tiny import tiny_tokenizer
 
     name = config.tokenizer_name_or_path or config.name_or_path
     if name == "tiny":
         return tiny_tokenizer()
-    ask_for(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        raise tokenizer_load_error(name, error) from None
+    if given := find_object(name):
+        tokenizer = given.value
+    else:
+        tokenizer = _read_tokenizer(name, config)
     mark_known(tokenizer)
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -72,6 +67,18 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_tokenizer(name: str, config: ModelConfig):
+    from transformers import AutoTokenizer
+
+    ask_for(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise tokenizer_load_error(name, error) from None
 
 
 def load_model(
@@ -96,6 +103,11 @@ def load_model(
         model = tiny_model(seed, count_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
         missing = ["score.weight"]
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
+        if attention_of(config) is not None:
+            model.set_attn_implementation(config.attn_implementation)
+    elif given := find_object(config.name_or_path):
+        model, missing = given.value, []
+        check_head(model, outputs)
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
@@ -139,7 +151,7 @@ def load_policy(
     compute_dtype = DTYPES[config.model.policy_dtype]
     dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
     model, weights = None, None
-    if empty and outputs is None and config.model.name_or_path != "tiny":
+    if empty and outputs is None and not _is_built_here(config.model):
         model, weights = _empty_model(config.model, tokenizer, dtype)
     if model is None:
         model = load_model(config.model, tokenizer, config.seed, dtype, outputs)
@@ -157,6 +169,11 @@ def load_policy(
     if config.packing:
         attention.attend_by_document(policy.model)
     return policy, weights
+
+
+def _is_built_here(config: ModelConfig) -> bool:
+    """Return whether a model has no files."""
+    return config.name_or_path == "tiny" or find_object(config.name_or_path) is not None
 
 
 def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitrain.config.issues import ConfigIssues, format_value, keys_overlap
+from minitrain.config.python_objects import find_object, is_lost
 from minitrain.config.schedules import SCHEDULES
 from minitrain.config.schema import Config, all_keys
 from minitrain.config.suggest import hint_for_value, suggest
@@ -39,6 +40,17 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
 def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: ConfigIssues) -> None:
     """Add to `issues` the options of data, teacher and evaluation that do not fit the loss."""
     name = config.loss["name"]
+    from .aux_models import reference_kind
+
+    if (
+        "reference" in loss.requires
+        and reference_kind(loss, config) == "model"
+        and find_object(config.model.name_or_path)
+    ):
+        message = (
+            "needs a second copy of a model that was given in Python. Set loss.reference=precomputed, or lora.rank."
+        )
+        issues.add("loss.reference", "conflict", message)
     _check_teacher(config.loss, "teacher" in loss.requires, issues)
     for key in ("chat_template", "train_on", "max_prompt_length"):
         if loss.example_type == "classification" and key in given:
@@ -123,6 +135,15 @@ def _check_steps(config: Config, issues: ConfigIssues) -> None:
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:
     from .optim import accepted_options, check_optimizer, optimizer_class
 
+    if is_lost(config.optimizer):
+        message = f"{config.optimizer} stands for a function that was given in Python. Name a class of torch.optim."
+        issues.add("optimizer", "not-found", message)
+        return
+    if find_object(config.optimizer):
+        for key in ("optimizer_args", *(given & {"betas", "eps", "weight_decay"})):
+            if key in given:
+                issues.add(key, "no-effect", "has no effect with an optimizer from Python; set it there.", "optimizer")
+        return
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         told = f"expected two numbers from 0 to below 1, got {format_value(config.betas)}."
         issues.add("betas", "invalid-value", told)

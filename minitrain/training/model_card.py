@@ -1,5 +1,6 @@
 """The model card that goes with a saved model."""
 
+import json
 from typing import Any
 
 from minitrain import __version__
@@ -16,7 +17,7 @@ def model_card(config: Config, results: dict[str, float], n_examples: int, steps
     figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items()) or "| none | |"
     return f"""---
 library_name: transformers
-base_model: {base}
+base_model: {json.dumps(base) if ": " in base else base}
 tags: [minitrain, {config.loss["name"]}]
 ---
 

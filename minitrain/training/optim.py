@@ -1,10 +1,14 @@
 """Optimizers by name, and parameter groups."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from minitrain.config.issues import format_value
+from minitrain.config.python_objects import PythonObject, find_object, python_object
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
@@ -34,6 +38,8 @@ def accepted_options(chosen: type[torch.optim.Optimizer]) -> list[str]:
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer over all trained parameters; only those with two or more dimensions are decayed."""
+    if given := find_object(config.optimizer):
+        return _call_factory(given.value, model, config)
     chosen = optimizer_class(config.optimizer)
     accepted = accepted_options(chosen)
     fused = "betas" in accepted  # of sharded parameters, PyTorch has Adam's fused step only
@@ -53,6 +59,38 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         group["lr_ratio"] = ratio
         if "weight_decay" in accepted:
             group["weight_decay"] = decay
+    return optimizer
+
+
+def optimizer_object(factory: Any) -> PythonObject:
+    """Return a function that makes an optimizer as an object that a config can name. Raises ConfigError."""
+    if isinstance(factory, (torch.optim.Optimizer, str)) or not callable(factory):
+        raise ConfigError(
+            f"optimizer: expected a function of the list of trained parameters, got {format_value(factory)}. "
+            "Give e.g. optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1); a class of torch.optim can "
+            "be named in the config.",
+            "wrong-type",
+        )
+    function = getattr(factory, "func", factory)  # of a functools.partial
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    options = ", ".join(f"{key}={value!r}" for key, value in getattr(factory, "keywords", {}).items())
+    module = getattr(function, "__module__", type(function).__module__)
+    return python_object(factory, "optimizer", f"optimizer {module}.{name}({options})")
+
+
+def _call_factory(factory: Callable, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer that a user's function makes. The lr of each of its groups is that group's peak."""
+    try:
+        optimizer = factory([parameter for parameter in model.parameters() if parameter.requires_grad])
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise ConfigError(
+            f"optimizer: the function failed: {type(error).__name__}: {error}", "invalid-value"
+        ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise ConfigError(f"optimizer: the function returned {kind}. Return a torch.optim.Optimizer.", "wrong-type")
+    for group in optimizer.param_groups:
+        group["lr_ratio"] = group["lr"] / config.lr if config.lr else 0.0
     return optimizer
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from minitrain.config.schema import Config
 from minitrain.data.loader import TokenizedDataset
-from minitrain.errors import RunError
+from minitrain.errors import ConfigError, RunError
 from minitrain.model import save
 from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.weights import full_tensors
@@ -57,6 +57,13 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     failpoint("model.save")
     parallel.run_on_rank0(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
     trainer.call_hook("on_save")
+
+
+def check_target(path: Path) -> None:
+    """Raise ConfigError for a path that holds something else than a saved model."""
+    is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
+        raise ConfigError(f"{path}: exists and is not a saved model. Choose another folder.", "already-exists")
 
 
 def save_if_due(trainer: "Trainer") -> None:

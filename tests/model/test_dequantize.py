@@ -12,7 +12,7 @@ from minitrain.cli.main import main
 from minitrain.config.schema import ModelConfig
 from minitrain.errors import ConfigError
 from minitrain.inference.generate import Sampling, load_generator
-from minitrain.inference.merge import merge
+from minitrain.inference.merge import merge_adapters
 from minitrain.model.load import load_model, load_tokenizer
 from minitrain.model.pretrained import quantization_of, read_model_config
 from minitrain.model.save import save_model
@@ -134,7 +134,7 @@ def test_an_adapter_over_it_can_be_merged(make, base, make_trainer, tmp_path):
     truth = make(base)
     trainer = make_trainer(f"model.name_or_path={base}", "lora.rank=2", "lora.target_modules=[q_proj]", "lr=0.1")
     trainer.train()
-    merge([str(trainer.run.final)], [1.0], tmp_path / "merged", "float32")
+    merge_adapters([str(trainer.run.final)], [1.0], tmp_path / "merged", "float32")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, weight in truth.items():
         assert torch.allclose(saved[name], weight.float(), atol=1e-6) != ("q_proj" in name), name

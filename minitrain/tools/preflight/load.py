@@ -1,7 +1,8 @@
 """Configs that are parsed and checked: every problem is reported at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minitrain.config.load import check_writable, parse_config, parse_python_config
 from minitrain.config.saved import plain
@@ -11,14 +12,21 @@ from minitrain.config.written import written_options
 from .checks import check_config
 
 
-def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or a dict of the same keys, and dotlist overrides into a checked `Config`.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), **options: Any) -> Config:
+    """Read a YAML file, or a dict of the same keys, into a checked `Config`.
+
+    Args:
+        source: The path of the file, or the dict.
+        overrides: Options as on the command line: ``load_config("c.yml", ["lr=1e-4", "lora.rank=8"])``.
+        options: The same as keyword arguments: ``load_config("c.yml", lr=1e-4, lora={"rank": 8})``. A dict is merged
+            into its section.
 
     Raises:
         ConfigError: It lists every problem with its file, line and key.
     """
-    config, issues = parse_config(source, overrides)
-    check_config(config, issues, written_options(config.written.raw, issues.source.overridden))
+    config, issues = parse_config(source, overrides, options)
+    overridden = issues.source.overridden | issues.source.keywords
+    check_config(config, issues, written_options(config.written.raw, overridden))
     issues.raise_if_any()
     config.written = config.written._replace(resolved=plain(config))
     return config

@@ -1,0 +1,84 @@
+"""A model or a tokenizer that is given in Python instead of a name."""
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from minitrain.config.python_objects import PythonObject, python_object
+from minitrain.errors import ConfigError
+
+
+def model_object(model: Any) -> PythonObject:
+    """Return a model as an object that a config can name. Raises ConfigError for what cannot be trained."""
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if isinstance(model, str):
+        raise ConfigError(
+            f"model: expected a model, got {model!r}. Set model.name_or_path in the config.", "wrong-type"
+        )
+    if hasattr(model, "peft_config"):
+        advice = "Give its base model and the option lora, or save the adapter and set model.adapter."
+        raise ConfigError(f"model: {kind} has an adapter of PEFT. {advice}", "unsupported-model")
+    if not isinstance(model, PreTrainedModel):
+        advice = "Give one of transformers, such as AutoModelForCausalLM.from_pretrained(...) returns."
+        raise ConfigError(f"model: expected a model of transformers, got {kind}. {advice}", "wrong-type")
+    if getattr(model, "hf_quantizer", None) is not None:
+        advice = "Load it without a quantization_config, and set model.quantization."
+        raise ConfigError(f"model: {kind} is quantized. {advice}", "unsupported-model")
+    if hasattr(model, "adapter") or any(hasattr(module, "lora") for module in model.modules()):
+        advice = "Load it again, or train on from a checkpoint."
+        raise ConfigError(f"model: {kind} was trained with an adapter before. {advice}", "unsupported-model")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ConfigError(f"model: {kind} has tensors on the meta device. Load its weights first.", "unsupported-model")
+    return python_object(model, "model", f"model {kind}, sha256 {_state_hash(model)}")
+
+
+def tokenizer_object(tokenizer: Any) -> PythonObject:
+    """Return a copy of a tokenizer, to which training may add tokens. Raises ConfigError for anything else."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        advice = "Give one of transformers, such as AutoTokenizer.from_pretrained(...) returns."
+        got = repr(tokenizer) if isinstance(tokenizer, str) else type(tokenizer).__name__
+        raise ConfigError(f"tokenizer: expected a tokenizer, got {got}. {advice}", "wrong-type")
+    if not tokenizer.is_fast:
+        raise ConfigError("tokenizer: has no fast version, which minitrain needs.", "unsupported-model")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = [backend | {"padding": None, "truncation": None}, tokenizer.chat_template]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return python_object(
+        copy.deepcopy(tokenizer), "tokenizer", f"tokenizer {type(tokenizer).__name__}, sha256 {digest}"
+    )
+
+
+def check_head(model: Any, outputs: list[str] | None) -> None:
+    """Raise ConfigError for a given model that does not end in what a loss needs.
+
+    Args:
+        outputs: Labels of a scalar head; None for a causal LM.
+    """
+    kind = type(model).__name__
+    if outputs is None and not model.can_generate():
+        advice = "Give a causal language model, such as AutoModelForCausalLM.from_pretrained(...) returns."
+        raise ConfigError(f"model: {kind} does not end in a vocabulary. {advice}", "unsupported-model")
+    if outputs is not None and not kind.endswith("ForSequenceClassification"):
+        advice = f"Give a model of AutoModelForSequenceClassification with num_labels={len(outputs)}."
+        raise ConfigError(f"model: {kind} does not end in scores. {advice}", "unsupported-model")
+    if outputs is not None and model.num_labels != len(outputs):
+        labels = f"{model.num_labels} scores, and the loss needs {len(outputs)}: {', '.join(outputs)}"
+        raise ConfigError(f"model: {kind} ends in {labels}. Set its num_labels.", "mismatch")
+
+
+def _state_hash(model: Any) -> str:
+    """Return a hash of a model's config and of all its tensors."""
+    shape = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+    digest = hashlib.sha256(repr(sorted(shape.items(), key=lambda item: item[0])).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

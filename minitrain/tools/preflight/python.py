@@ -1,0 +1,110 @@
+"""The config of a trainer that is given rows, a model or an optimizer in Python."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitrain.config.load import parse_config
+from minitrain.config.python_objects import PythonObject
+from minitrain.config.saved import plain
+from minitrain.config.schema import Config
+from minitrain.data.rows import rows_object
+from minitrain.errors import ConfigError
+from minitrain.losses import Loss, create_loss, describe_loss
+from minitrain.model.given import model_object, tokenizer_object
+from minitrain.training.optim import optimizer_object
+
+from .load import check_python_config, load_config
+
+MAKE = {
+    "model": model_object,
+    "tokenizer": tokenizer_object,
+    "train_dataset": lambda rows: rows_object(rows, "train_dataset"),
+    "eval_dataset": lambda rows: rows_object(rows, "eval_dataset"),
+    "optimizer": optimizer_object,
+}
+
+
+def config_with(
+    source: Config | Mapping[str, Any] | str | Path, loss: Loss | None, given: Mapping[str, Any]
+) -> tuple[Config, list[PythonObject]]:
+    """Return a checked config that names what was given in Python, and these objects.
+
+    Args:
+        source: A config, the path of a YAML file, or a dict of its keys.
+        given: By the name of the argument of `Trainer`; None was not given.
+
+    Raises:
+        ConfigError: Also when the config names another model or other data than those that are given.
+    """
+    objects = {name: MAKE[name](value) for name, value in given.items() if value is not None}
+    described = None if loss is None else describe_loss(loss)
+    if not objects and not isinstance(source, Config) and loss is None:
+        return load_config(source), []
+    if not isinstance(source, Config):
+        parsed, issues = parse_config(source)
+        if not objects:
+            issues.raise_if_any()
+        parsed.written = parsed.written._replace(resolved=plain(parsed))
+        _check_rivals(parsed, objects)
+        if objects:
+            written, issues = parse_config(source, options=_options(parsed, objects))
+            issues.raise_if_any()
+            written.written = parsed.written
+            parsed = written
+        return check_python_config(parsed, described), list(objects.values())
+    _check_rivals(source, objects)
+    named = copy.copy(source)  # with attributes that are not options, too, which are refused
+    for key, value in _options(source, objects).items():
+        setattr(named, key, value)
+    return check_python_config(named, described), list(objects.values())
+
+
+def loss_object(loss: Loss | str | None) -> Loss | None:
+    """Return the loss that is given by itself or by name. Raises ConfigError for anything else."""
+    if loss is None or isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str):
+        return create_loss(loss)
+    example = "Give create_loss('sft'), an object of a subclass of Loss, or a name."
+    raise ConfigError(f"loss: expected a Loss, got {loss!r}. {example}", "wrong-type")
+
+
+def _options(config: Config, objects: Mapping[str, PythonObject]) -> dict[str, Any]:
+    """Return the options that name the objects."""
+    options: dict[str, Any] = {}
+    for argument, key in (("train_dataset", "datasets"), ("eval_dataset", "eval_datasets")):
+        if argument in objects:
+            options[key] = [{"path": objects[argument].text}]
+    if "optimizer" in objects:
+        options["optimizer"] = objects["optimizer"].text
+    model = {}
+    if "model" in objects:
+        model["name_or_path"] = objects["model"].text
+    if "tokenizer" in objects:
+        model["tokenizer_name_or_path"] = objects["tokenizer"].text
+    if model:
+        options["model"] = {k: v for k, v in plain(config.model).items() if v is not None} | model
+    return options
+
+
+def _check_rivals(config: Config, objects: Mapping[str, PythonObject]) -> None:
+    """Raise ConfigError when a config names something else than what is given in Python."""
+    model = plain(config.model)
+    named = {
+        "train_dataset": ("datasets", config.datasets),
+        "eval_dataset": ("eval_datasets", config.eval_datasets),
+        "tokenizer": ("model.tokenizer_name_or_path", model.get("tokenizer_name_or_path")),
+        "model": ("model.name_or_path", model.get("name_or_path")),
+        "optimizer": ("optimizer", None if config.optimizer == Config.optimizer else config.optimizer),
+    }
+    for argument, given in objects.items():
+        key, value = named[argument]
+        loaded_from = getattr(given.value, "name_or_path", None)
+        if value and not (argument in ("model", "tokenizer") and value == loaded_from):
+            raise ConfigError(f"{key}: conflicts with Trainer({argument}=...). Set only one of them.", "conflict")
+    if "model" in objects and not ("tokenizer" in objects or model.get("tokenizer_name_or_path")):
+        raise ConfigError(
+            "tokenizer: is needed with a model from Python. Give Trainer(tokenizer=...).", "missing-option"
+        )

@@ -1,0 +1,59 @@
+"""Functions that the trainer calls at points of a run: keyword arguments of `Trainer`, and objects with methods."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from minitrain.config.suggest import suggest
+from minitrain.errors import ConfigError
+
+HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
+Hook = Callable[[Any], None]
+
+
+def collect_hooks(
+    callbacks: Iterable[Any], keywords: dict[str, Any], arguments: Iterable[str]
+) -> dict[str, list[Hook]]:
+    """Return the functions of each hook, in the order in which they are called.
+
+    Args:
+        callbacks: Objects with methods of the hooks' names.
+        keywords: A function, or several, by the name of a hook.
+        arguments: The other arguments of `Trainer`, for suggestions.
+
+    Raises:
+        ConfigError: For a name that is not a hook, and for what cannot be called.
+    """
+    hooks: dict[str, list[Hook]] = {name: [] for name in HOOKS}
+    if isinstance(callbacks, (str, bytes)) or not isinstance(callbacks, Iterable):
+        raise ConfigError(f"callbacks: expected a list of objects, got {callbacks!r}.", "wrong-type")
+    for callback in callbacks:
+        for name in _methods(callback):
+            hooks[name].append(getattr(callback, name))
+    for name, given in keywords.items():
+        if name not in HOOKS:
+            known = (*HOOKS, *arguments)
+            hint = suggest(name, known) or f" Hooks are {', '.join(HOOKS)}; other arguments {', '.join(arguments)}."
+            raise ConfigError(f"Trainer: unexpected argument {name!r}.{hint}", "not-a-choice")
+        for function in given if isinstance(given, (list, tuple)) else [given]:
+            if not callable(function):
+                raise ConfigError(f"{name}: expected a function of the trainer, got {function!r}.", "wrong-type")
+            hooks[name].append(function)
+    return hooks
+
+
+def _methods(callback: Any) -> list[str]:
+    """Return the hooks that an object has methods for. Raises ConfigError for a method that would never be called."""
+    names = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]
+    kind = type(callback).__name__ if not isinstance(callback, type) else f"the class {callback.__name__}"
+    if isinstance(callback, type):
+        raise ConfigError(
+            f"callbacks: expected an object, got {kind}. Call it first: {callback.__name__}().", "wrong-type"
+        )
+    for name in names:
+        if name not in HOOKS:
+            hint = suggest(name, HOOKS) or f" Hooks are {', '.join(HOOKS)}."
+            raise ConfigError(f"callbacks: {kind}.{name} would never be called.{hint}", "usage")
+    if not names:
+        example = " Give a function as on_step_end=..." if callable(callback) else ""
+        raise ConfigError(f"callbacks: {kind} has none of the methods {', '.join(HOOKS)}.{example}", "wrong-type")
+    return names
