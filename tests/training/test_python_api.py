@@ -166,7 +166,7 @@ class Misspelt:
         ({"optimizer": "SGD"}, "optimizer: expected a function"),
         ({"optimizer": lambda parameters: 3}, "optimizer: the function returned int"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_wrong_arguments_are_reported(options, rows, arguments, message):
     """By name, with what to give instead."""
