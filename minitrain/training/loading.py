@@ -32,7 +32,7 @@ def load_parts(trainer: "Trainer") -> None:
     with trainer.parallel.local_rank0_first():  # the first process of a machine tokenises and downloads
         trainer.template, data = read_data(config, trainer.loss)
         trainer.tokenizer = trainer.template.tokenizer
-        ends = {"outputs": trainer.loss.outputs, "value_head": "values" in trainer.loss.requires}
+        ends = {"outputs": trainer.loss.head_labels, "value_head": "values" in trainer.loss.requires}
         policy, weights = load_policy(config, trainer.tokenizer, trainer.device, trainer.parallel.loads_shards, **ends)
         failpoint("load.policy")
     check_same_inputs(config, data, trainer.parallel)

@@ -45,7 +45,7 @@ def test_gradients_are_those_of_the_mean_over_all_targets(make_trainer):
     assert float(output.loss) == pytest.approx(loss.item(), rel=1e-5)
     assert output.metrics()["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert output.metrics()["avg_p_correct"] == pytest.approx(torch.cat(logps).exp().mean().item(), rel=1e-5)
-    assert not any(output.loss.requires_grad or one.sum.requires_grad for one in output.outputs)
+    assert not any(output.loss.requires_grad or one.loss_sum.requires_grad for one in output.outputs)
 
 
 def test_a_bad_step_outside_of_train_is_reported(make_trainer, capsys):
