@@ -47,8 +47,8 @@ MORE = {
         "minitrain merge runs/lora-sft --output runs/merged",
         "[adapters.md](adapters.md#merging) explains how it adds weights.",
     ),
-    "teach": (
-        "minitrain teach example/kd.yml --overrides loss.top_k=16 --output runs/teacher.safetensors",
+    "cache-teacher": (
+        "minitrain cache-teacher example/kd.yml --overrides loss.top_k=16 --output runs/teacher.safetensors",
         "[losses.md](losses.md#kd-unit-supervised-token) explains when to use it.",
     ),
     "plot": (
@@ -75,9 +75,9 @@ MORE = {
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command by its name."""
+    """Return the parser of each command by its name, without aliases."""
     (sub,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return sub.choices
+    return {name: parser for name, parser in sub.choices.items() if parser.prog.split()[-1] == name}
 
 
 def document() -> str:

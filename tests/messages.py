@@ -74,7 +74,7 @@ class Snapshot:
     def _plain(self, text: str) -> str:
         """Return a text without what differs from machine to machine."""
         text = re.sub(re.escape(str(self.base)) + r"(/popen-gw\d+)?(/[\w.-]+)?", "TMP", text)
-        text = text.replace(sys.executable, "PYTHON").replace(str(ROOT.parent), "ROOT")
+        text = text.replace(sys.executable, "PYTHON").replace(str(ROOT), "ROOT")
         text = "\n".join(line.rstrip() for line in text.strip().splitlines())
         return "".join(letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}" for letter in text)
 

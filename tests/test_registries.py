@@ -42,7 +42,7 @@ def test_a_row_format_has_a_line(name):
 def test_the_commands_that_take_a_config():
     """`--config FILE` works for each of them."""
     takes = {name for name, parser in COMMANDS.items() if "--overrides" in parser._option_string_actions}
-    assert takes == set(CONFIG_COMMANDS) - {"cache-teacher"}
+    assert takes == set(CONFIG_COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

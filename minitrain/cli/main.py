@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from minitrain.config.schema import all_keys
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """exit codes:
   0    done
-  1    training failed (a non-finite loss that does not go away, a full disk or memory); of compare: the runs differ
-  2    something to mend in the command, the config or the data
-  3    validate: nothing wrong was found, but a model or data set on the hub could not be reached
-  130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first, and the same command goes on
+  1    training failed (a non-finite loss that does not go away, a full disk or memory); compare: the runs differ
+  2    invalid command, config or data
+  3    validate: no problem was found, but a model or data set on the Hub could not be reached
+  130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first; rerun the same command to resume
 docs/errors.md explains the code in brackets at the end of an error.
 """
 INSTALL = (
@@ -153,29 +153,39 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(prog="minitrain", **about)
     parser.add_argument("--version", action="version", version=f"minitrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    train = _command(commands, "train", "train a model as a YAML file says", "CONFIG.yml [--overrides KEY=VALUE ...]")
+    train = _command(commands, "train", "train a model from a YAML file", "CONFIG.yml [--overrides KEY=VALUE ...]")
     train.prog = prog if prog == "train.py" else train.prog
     _train_arguments(train)
     sources = "(--prompt TEXT ... | --input FILE)"
     _generate_arguments(
-        _command(commands, "generate", "answer prompts with a trained model", f"MODEL {sources} [options]")
+        _command(commands, "generate", "generate answers with a trained model", f"MODEL {sources} [options]")
     )
     sources = "(--text TEXT ... | --prompt TEXT ... | --input FILE)"
     _score_arguments(
-        _command(commands, "score", "label texts or rate answers with a trained model", f"MODEL {sources} [options]")
+        _command(
+            commands, "score", "classify texts or score answers with a trained model", f"MODEL {sources} [options]"
+        )
     )
-    _chat_arguments(_command(commands, "chat", "talk to a trained model", "MODEL [options]"))
+    _chat_arguments(_command(commands, "chat", "chat with a trained model", "MODEL [options]"))
     usage = "RUN [RUN ...] --output DIR [options]"
-    _merge_arguments(_command(commands, "merge", "make adapters part of the model's weights", usage))
+    _merge_arguments(_command(commands, "merge", "merge adapters into the model's weights", usage))
     usage = "CONFIG.yml [--overrides KEY=VALUE ...] [--output FILE]"
-    _teach_arguments(_command(commands, "teach", "note what a teacher says of a config's data", usage))
+    _teach_arguments(
+        _command(
+            commands,
+            "cache-teacher",
+            "cache a teacher's log-probabilities",
+            usage,
+            aliases=["teach"],
+        )
+    )
     usage = "RUN [RUN ...] [--figures NAME ...] [--output FILE.png]"
-    _plot_arguments(_command(commands, "plot", "draw what runs have logged", usage))
-    _doctor_arguments(_command(commands, "doctor", "say what looks wrong in a run, and what to try", "RUN"))
+    _plot_arguments(_command(commands, "plot", "plot the metrics of runs", usage))
+    _doctor_arguments(_command(commands, "doctor", "diagnose common problems in a run", "RUN"))
     usage = "RUN RUN"
-    _compare_arguments(_command(commands, "compare", "say at which step two runs part, and in what", usage))
+    _compare_arguments(_command(commands, "compare", "find where two runs first differ", usage))
     usage = "CONFIG.yml [--rows N] [--split train|eval] [--overrides KEY=VALUE ...]"
-    _inspect_arguments(_command(commands, "inspect", "show what a config would train on, token by token", usage))
+    _inspect_arguments(_command(commands, "inspect", "show what a config trains on, token by token", usage))
     usage = "(CONFIG.yml ... | --all FOLDER) [--full] [--devices N] [--overrides KEY=VALUE ...]"
     _validate_arguments(_command(commands, "validate", "check configs and every row of their data", usage))
     return parser
@@ -190,9 +200,9 @@ def _about(text: str) -> dict:
     }
 
 
-def _command(commands, name: str, text: str, usage: str) -> argparse.ArgumentParser:
+def _command(commands, name: str, text: str, usage: str, aliases: Sequence[str] = ()) -> argparse.ArgumentParser:
     about = _about(text[0].upper() + text[1:] + ".")
-    parser = commands.add_parser(name, help=text, usage=f"%(prog)s {usage}", **about)
+    parser = commands.add_parser(name, aliases=aliases, help=text, usage=f"%(prog)s {usage}", **about)
     parser.set_defaults(parser=parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""What a teacher says of all data of a config, noted in a file: `minitrain teach`.
+"""What a teacher says of all data of a config, noted in a file: `minitrain cache-teacher`.
 
 The file is safetensors. For each data file, by the hash of its tokens, it holds of each of T tokens
 
@@ -93,7 +93,7 @@ def _check(needs: frozenset[str], options) -> None:
             "loss.top_k: is missing; it says how many tokens are noted, for example loss.top_k=64.", "missing-option"
         )
     if world_size() > 1:
-        raise ConfigError("minitrain teach works on one device; start it without torchrun.", "conflict")
+        raise ConfigError("minitrain cache-teacher works on one device; start it without torchrun.", "conflict")
 
 
 def _ask(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions, writer: "_Writer") -> None:

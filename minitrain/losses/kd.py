@@ -69,7 +69,8 @@ class KDOptions:
         choices=("float32", "bfloat16", "float16"),
     )
     teacher_outputs: str | None = option(
-        None, "What the teacher says of all data: a file that `minitrain teach` made. Then no teacher is loaded."
+        None,
+        "What the teacher says of all data: a file that `minitrain cache-teacher` made. Then no teacher is loaded.",
     )
     temperature: float = option(4.0, "T: the logits of both are divided by it.", ge=0.01, le=1000)
     alpha: float = option(0.7, "Weight of T^2 times the divergence.", ge=0)
@@ -141,7 +142,7 @@ def read_outputs(files: Sequence[DataFile], options: KDOptions) -> tuple[int, li
         if is_sealed(path) and not is_intact(path):
             raise ConfigError(
                 f"loss.teacher_outputs: {path} is damaged, its checksum is wrong. Make it again with "
-                "`minitrain teach`.",
+                "`minitrain cache-teacher`.",
                 "damaged-file",
             )
         with safe_open(path, "pt") as opened:
@@ -150,14 +151,14 @@ def read_outputs(files: Sequence[DataFile], options: KDOptions) -> tuple[int, li
                 if f"{file.key}/{IDS}" not in names:
                     raise ConfigError(
                         f"loss.teacher_outputs: {path} holds nothing of {file.source} as it is tokenised now; "
-                        "make it anew with `minitrain teach`.",
+                        "make it anew with `minitrain cache-teacher`.",
                         "mismatch",
                     )
                 columns = {name: opened.get_tensor(f"{file.key}/{name}") for name in (IDS, LOGPS)}
                 added.append(AddedFeatures(file, token_features=columns))
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"loss.teacher_outputs: {path} is no file of `minitrain teach`: {error}.", "wrong-path"
+            f"loss.teacher_outputs: {path} is no file of `minitrain cache-teacher`: {error}.", "wrong-path"
         ) from None
     for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
         given = getattr(options, key)

@@ -113,10 +113,12 @@ def _check_teacher(options: dict, needed: bool, issues: ConfigIssues) -> None:
         issues.add("loss.teacher", "missing-option", told)
     if outputs is not None and Path(outputs).is_dir():
         issues.add(
-            "loss.teacher_outputs", "wrong-path", f"{outputs} is a folder; name the file that `minitrain teach` made."
+            "loss.teacher_outputs",
+            "wrong-path",
+            f"{outputs} is a folder; name the file that `minitrain cache-teacher` made.",
         )
     elif outputs is not None and not Path(outputs).is_file():
-        told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain teach` makes one."
+        told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain cache-teacher` makes one."
         issues.add("loss.teacher_outputs", "not-found", told + near_file(Path(outputs)))
 
 

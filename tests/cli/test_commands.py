@@ -37,7 +37,7 @@ def test_help_reads_like_a_page(capsys):
         "chat": "--system TEXT",
         "merge": "--weights W",
         "score": "--text-pair TEXT",
-        "teach": "--output FILE.safetensors",
+        "cache-teacher": "--output FILE.safetensors",
         "plot": "--output FILE.png",
         "doctor": "RUN",
         "inspect": "--split {train,eval}",
