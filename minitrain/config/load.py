@@ -19,7 +19,7 @@ from minitrain.io.redact import hide, hide_variables
 from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED, all_aliases, with_own_names
 from .issues import ConfigIssues, Source, check_types, format_value
 from .saved import config_yaml, plain
-from .schema import DEFAULT_LOSS, Config, Written, aliases
+from .schema import DEFAULT_LOSS, Config, Written
 from .yaml_nodes import MAX_DEPTH, check_yaml
 
 MAX_CALLS = 5_000_000  # of functions while `${...}` are filled in, some seconds: they can refer to one another
@@ -213,17 +213,11 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
             overridden.add(text)
             issues.add(text, "usage", "write it as key=value, for example lr=2e-5.")
             continue
-        twins = _names_of(key, names)
-        key = _name_in(raw, twins)
+        key = _name_in(raw, _names_of(key, names))
         try:
             check_yaml(value, key)
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
-            parsed = [parsed] if key in LISTS and isinstance(parsed, dict) else parsed
-            if key == "loss" and isinstance(parsed, dict):
-                inner = {name: _name_in(raw, _names_of(f"loss.{name}", names)) for name in parsed}
-                parsed = {inner[name].removeprefix("loss."): value for name, value in parsed.items()}
-            overridden.update(leaf for name in twins for leaf in _leaves(name, parsed))
-            OmegaConf.update(raw, key, parsed)
+            _set(raw, key, parsed, names, overridden)
         except ConfigError as error:
             overridden.add(key)
             issues.add(key, error.code, error.message.partition(": ")[2])
@@ -242,17 +236,29 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
 
 def _set_options(raw: DictConfig, options: Mapping[str, Any], issues: ConfigIssues) -> None:
     """Set options that are keyword arguments in Python."""
-    twins = aliases() | {key: alias for alias, key in aliases().items()}
-    for name, value in options.items():
-        key = twins[name] if name not in raw and twins.get(name) in raw else name
-        value = [value] if key in LISTS and isinstance(value, dict) else plain(value)
-        leaves = _leaves(key, value)
-        issues.source.keywords.update(leaves + _leaves(twins.get(key, key), value))
+    given, loss, keywords = OmegaConf.to_container(raw), options.get("loss"), issues.source.keywords
+    if isinstance(loss, dict) and isinstance(given.get("loss"), dict):
+        loss = given["loss"] | loss
+    names = all_aliases(given | ({"loss": loss} if loss else {}))
+    for key, value in options.items():
+        value = str(value) if isinstance(value, Path) else plain(value)
         try:
-            OmegaConf.update(raw, key, str(value) if isinstance(value, Path) else value)
+            _set(raw, key, value, names, keywords)
         except (OmegaConfBaseException, ValueError) as error:
             issues.add(key, "wrong-type", f"cannot be set to {format_value(value)}: {_reason(error)}")
-    _drop_rivals(raw, issues.source.keywords)
+    _drop_rivals(raw, keywords)
+
+
+def _set(raw: DictConfig, key: str, value: Any, names: dict[str, str], changed: set[str]) -> None:
+    """Set an option under the name that `raw` has of it, and add all its names to `changed`. `names` are aliases."""
+    all_names = _names_of(key, names)
+    key = _name_in(raw, all_names)
+    value = [value] if key in LISTS and isinstance(value, dict) else value
+    if key == "loss" and isinstance(value, dict):
+        inner = {name: _name_in(raw, _names_of(f"loss.{name}", names)) for name in value}
+        value = {inner[name].removeprefix("loss."): entry for name, entry in value.items()}
+    changed.update(leaf for name in all_names for leaf in _leaves(name, value))
+    OmegaConf.update(raw, key, value)
 
 
 def _drop_rivals(raw: DictConfig, overridden: set[str]) -> None:

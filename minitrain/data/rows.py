@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from minitrain.config.python_objects import PythonObject, python_object
@@ -13,6 +14,28 @@ from .files import Row, as_row
 HOW = "Give a list of dicts, a datasets.Dataset, or another collection of rows that has a length"
 
 
+@dataclass
+class PythonRows:
+    """A collection of rows, and what `rows_object` found out about it.
+
+    Attributes:
+        size: Bytes of the rows as JSON.
+        digest: A hash of the rows, in hexadecimal.
+    """
+
+    rows: Any
+    size: int
+    digest: str
+
+    def read(self) -> Iterator[Row]:
+        """Yield (index, row); a row that JSON cannot hold comes as a DataError."""
+        for index, row in enumerate(_each(self.rows)):
+            try:
+                yield index, as_row(json.loads(_as_json(row)))
+            except (TypeError, ValueError, RecursionError) as error:
+                yield index, DataError(f"not usable as JSON: {error}", "invalid-json")
+
+
 def rows_object(rows: Any, argument: str) -> PythonObject:
     """Return rows as an object that a config can name. Raises ConfigError for what is not a collection of rows.
 
@@ -20,24 +43,18 @@ def rows_object(rows: Any, argument: str) -> PythonObject:
         argument: What messages call them, such as `train_dataset`.
     """
     _check_rows(rows, argument)
-    digest = hashlib.sha256()
-    for block in content_of(rows):
-        digest.update(block)
+    size, hasher = 0, hashlib.sha256()
+    for line in _lines(rows):
+        size += len(line)
+        hasher.update(line)
+    digest = hasher.hexdigest()
     kind = "list" if isinstance(rows, list) else type(rows).__name__
-    return python_object(rows, argument, f"{argument}, {kind} of {len(rows):,} rows, sha256 {digest.hexdigest()[:16]}")
+    text = f"{argument}, {kind} of {len(rows):,} rows, sha256 {digest[:16]}"
+    return python_object(PythonRows(rows, size, digest), argument, text)
 
 
-def read_python_rows(rows: Any) -> Iterator[Row]:
-    """Yield (index, row); a row that JSON cannot hold comes as a DataError."""
-    for index, row in enumerate(_each(rows)):
-        try:
-            yield index, as_row(json.loads(_as_json(row)))
-        except (TypeError, ValueError, RecursionError) as error:
-            yield index, DataError(f"not usable as JSON: {error}", "invalid-json")
-
-
-def content_of(rows: Any) -> Iterator[bytes]:
-    """Yield what determines the rows."""
+def _lines(rows: Any) -> Iterator[bytes]:
+    """Yield what determines each row."""
     for row in _each(rows):
         try:
             yield _as_json(row).encode() + b"\n"

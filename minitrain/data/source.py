@@ -9,7 +9,6 @@ from minitrain.config.python_objects import find_object
 from minitrain.config.schema import DatasetConfig
 
 from .files import FORMATS, Row, format_of, read_rows
-from .rows import content_of, read_python_rows
 from .tables import load_table, rows_of
 
 PYTHON_NAMES = ("train_dataset", "eval_dataset", "dataset")  # of rows that are given in Python
@@ -29,8 +28,7 @@ def open_source(dataset: DatasetConfig) -> Source:
     """Raises ConfigError or DataError for what cannot be reached or read, OSError for a file that is not there."""
     if given := find_object(dataset.path):
         rows = given.value
-        size = sum(map(len, content_of(rows)))
-        return Source(given.argument, size, lambda: read_python_rows(rows), lambda: content_of(rows))
+        return Source(given.argument, rows.size, rows.read, lambda: iter([rows.digest.encode()]))
     path = Path(dataset.path)
     if is_file(dataset):
         return Source(dataset.path, path.stat().st_size, lambda: read_rows(path), lambda: _bytes_of([path]))

@@ -164,3 +164,12 @@ def test_options_without_metadata_have_no_aliases():
         power: float = 1.0
 
     assert aliases(Plain) == {} and aliases(Config) and Loss
+
+
+@pytest.mark.parametrize(
+    "written, given", [("clip_eps_low", "epsilon"), ("eps_low", "epsilon"), ("epsilon", "clip_eps_low")]
+)
+def test_keywords_replace_an_option_under_any_of_its_names(rows_file, written, given):
+    """`load_config(source, loss={...})` finds the option in the file as an override does."""
+    source = {"datasets": str(rows_file), "model": {"name_or_path": "tiny"}, "loss": {"name": "policy", written: 0.1}}
+    assert load_config(source, loss={given: 0.15}).loss["clip_eps_low"] == 0.15

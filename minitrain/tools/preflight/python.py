@@ -40,25 +40,22 @@ def config_with(
     """
     objects = {name: MAKE[name](value) for name, value in given.items() if value is not None}
     described = None if loss is None else describe_loss(loss)
-    if not objects and not isinstance(source, Config) and loss is None:
-        return load_config(source), []
-    if not isinstance(source, Config):
-        parsed, issues = parse_config(source)
-        if not objects:
-            issues.raise_if_any()
-        parsed.written = parsed.written._replace(resolved=plain(parsed))
-        _check_rivals(parsed, objects)
-        if objects:
-            written, issues = parse_config(source, options=_options(parsed, objects))
-            issues.raise_if_any()
-            written.written = parsed.written
-            parsed = written
-        return check_python_config(parsed, described), list(objects.values())
-    _check_rivals(source, objects)
-    named = copy.copy(source)  # with attributes that are not options, too, which are refused
-    for key, value in _options(source, objects).items():
-        setattr(named, key, value)
-    return check_python_config(named, described), list(objects.values())
+    options: dict[str, Any] = {}
+    if objects:
+        config = source if isinstance(source, Config) else parse_config(source)[0]
+        _check_rivals(config, objects)
+        options = _options(config, objects)
+    if isinstance(source, Config):
+        named = copy.copy(source)  # with attributes that are not options, too, which are refused
+        for key, value in options.items():
+            setattr(named, key, value)
+        return check_python_config(named, described), list(objects.values())
+    if loss is None:
+        return load_config(source, **options), list(objects.values())
+    parsed, issues = parse_config(source, options=options)
+    issues.raise_if_any()
+    parsed.written = parsed.written._replace(resolved=plain(parsed))
+    return check_python_config(parsed, described), list(objects.values())
 
 
 def loss_object(loss: Loss | str | None) -> Loss | None:
