@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minitrain.config.schema import Config, DatasetConfig
-from minitrain.errors import DataError, write_error_code
+from minitrain.errors import DataError
 from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact
 
@@ -142,7 +142,7 @@ def _as_arrays(document: Tokens) -> Tokens:
 class TokenCache:
     """The examples of one data file, read lazily from the memory-mapped file.
 
-    `values` and `columns` may be added to.
+    `doc_features` and `token_features` may be added to.
     """
 
     def __init__(self, path: Path, source: str):
@@ -158,7 +158,7 @@ class TokenCache:
         excluded = self.doc_features.pop(EXCLUDED, np.zeros(len(self.offsets) - 1))  # [D]
         self.token_features: dict[str, Tensor] = {name: t for kind, name, t in named if kind == "columns"}
         self.counts: dict[str, int] = json.loads(metadata["counts"])  # by the keys of COUNTED
-        self.labels: list[str] = json.loads(metadata["labels"])  # what the numbers in values["label"] stand for
+        self.labels: list[str] = json.loads(metadata["labels"])  # what the numbers in doc_features["label"] stand for
         self.n_documents = int(metadata["n_documents"])  # of each example
         self.trained = np.flatnonzero(excluded[:: self.n_documents] == 0)  # examples that are trained on
 
@@ -211,12 +211,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
     cache = usable_cache(path, source.name, config)
     if cache is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             _build(path, encoder, source, config)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.", write_error_code(error)
-            ) from None
         except BrokenProcessPool:
             raise DataError(
                 f"{source.name}: a process that tokenised it was killed. Set a lower num_proc.", "process-failed"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minitrain.errors import DataError
+from minitrain.errors import DataError, write_error_code
 from minitrain.io.checksum import PLACEHOLDER, seal
-from minitrain.io.temp_files import building_folder
+from minitrain.io.temp_files import new_file
 
 from .template import Tokens
 
@@ -25,10 +24,20 @@ def new_cache(path: Path, source: str) -> Iterator["CacheWriter"]:
 
     Args:
         source: What messages call the data file.
+
+    Raises:
+        DataError: The folder of the cache cannot be written.
     """
-    with building_folder(path.parent) as folder, CacheWriter(folder, source) as writer:
-        yield writer
-        os.replace(writer.finish(), path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file, CacheWriter(file, source) as writer:
+            yield writer
+            writer.finish()
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.",
+            write_error_code(error),
+        ) from None
 
 
 class CacheWriter:
@@ -37,8 +46,8 @@ class CacheWriter:
     `counts` and `n_documents` of each example are set by who writes, and stand in the metadata.
     """
 
-    def __init__(self, folder: Path, source: str):
-        self.folder, self.source = folder, source
+    def __init__(self, file: Path, source: str):
+        self.file, self.folder, self.source = file, file.parent, source
         self.labels: dict[str, int] = {}
         self.counts: dict[str, int] = {}
         self.n_documents = 1
@@ -76,8 +85,8 @@ class CacheWriter:
         for name, column in document.token_features.items():
             self._append(f"columns/{name}", "F32", column)
 
-    def finish(self) -> Path:
-        """Return the whole as a safetensors file."""
+    def finish(self) -> None:
+        """Write the safetensors file."""
         for name, dtype in (("ids", "I32"), ("mask", "U8")):
             self._append(name, dtype, [])  # there, also of no document at all
         for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
@@ -90,9 +99,8 @@ class CacheWriter:
         order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
         metadata = PLACEHOLDER | {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
         metadata["n_documents"] = str(self.n_documents)
-        _join_safetensors(self.folder, order, {name: self.files[name][0] for name in order}, metadata)
-        seal(self.folder / "joined")
-        return self.folder / "joined"
+        _join_safetensors(self.file, order, {name: self.files[name][0] for name in order}, metadata)
+        seal(self.file)
 
     def _close(self) -> None:
         for _, file in self.files.values():
@@ -104,10 +112,10 @@ class CacheWriter:
         self.files[name][1].write(np.asarray(numbers, _DTYPES[dtype]).tobytes())
 
 
-def _join_safetensors(folder: Path, order: list[str], dtypes: dict[str, str], metadata: dict) -> None:
-    """Writes a safetensors file from raw files, without holding a tensor in memory."""
+def _join_safetensors(target: Path, order: list[str], dtypes: dict[str, str], metadata: dict) -> None:
+    """Write a safetensors file from raw files next to it, without holding a tensor in memory."""
     header, position = {"__metadata__": metadata}, 0
-    files = {name: folder / name.replace("/", "-") for name in order}
+    files = {name: target.parent / name.replace("/", "-") for name in order}
     for name in order:
         size = files[name].stat().st_size
         shape = [size // np.dtype(_DTYPES[dtypes[name]]).itemsize]
@@ -115,7 +123,7 @@ def _join_safetensors(folder: Path, order: list[str], dtypes: dict[str, str], me
         position += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(folder / "joined", "wb") as joined:
+    with open(target, "wb") as joined:
         joined.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             with open(files[name], "rb") as file:

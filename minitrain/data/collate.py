@@ -22,7 +22,7 @@ class Document:
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     """Lays documents side by side in rows; without rows, one row of padding that has no labels.
 
-    All documents have to have the same values and columns.
+    All documents must have the same doc_features and token_features.
     """
     n_columns = max((sum(len(d.ids) - d.shared for d in row) for row in rows), default=2)
     shape = (max(1, len(rows)), n_columns)

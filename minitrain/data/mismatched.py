@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minitrain.config.schema import Config
-from minitrain.errors import DataError, write_error_code
+from minitrain.errors import DataError
 
 from .cache import FORMAT, TokenCache, usable_cache
 from .cache_writer import new_cache
@@ -38,9 +38,11 @@ def add_mismatched_answers(caches: list[TokenCache], config: Config) -> list[Tok
     made = []
     for number, cache in enumerate(caches):
         path = cache.path.parent / f"{digest}-{number}.safetensors"
-        if usable_cache(path, cache.source, config) is None:
+        found = usable_cache(path, cache.source, config)
+        if found is None:
             _write(path, cache, caches, starts, partners[starts[number] : starts[number + 1]], config.max_length)
-        made.append(TokenCache(path, cache.source))
+            found = TokenCache(path, cache.source)
+        made.append(found)
     return made
 
 
@@ -70,17 +72,12 @@ def choose_partners(prompts: np.ndarray) -> np.ndarray | None:
 def _write(
     path: Path, cache: TokenCache, caches: list[TokenCache], starts: np.ndarray, partners: np.ndarray, max_length: int
 ) -> None:
-    try:
-        with new_cache(path, cache.source) as writer:
-            writer.counts, writer.n_documents = cache.counts, 2
-            for number, partner in enumerate(partners.tolist()):
-                which = int(np.searchsorted(starts, partner, side="right")) - 1
-                other = _tokens(caches[which], partner - int(starts[which]))
-                writer.add(int(cache.lines[number]), _documents(_tokens(cache, number), other, max_length))
-    except OSError as error:
-        raise DataError(
-            f"{path.parent}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.", write_error_code(error)
-        ) from None
+    with new_cache(path, cache.source) as writer:
+        writer.counts, writer.n_documents = cache.counts, 2
+        for number, partner in enumerate(partners.tolist()):
+            which = int(np.searchsorted(starts, partner, side="right")) - 1
+            other = _tokens(caches[which], partner - int(starts[which]))
+            writer.add(int(cache.lines[number]), _documents(_tokens(cache, number), other, max_length))
 
 
 def _tokens(cache: TokenCache, number: int) -> Tokens:

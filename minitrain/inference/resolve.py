@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minitrain.config.suggest import suggest
 from minitrain.errors import ConfigError
-from minitrain.io.paths import looks_local
+from minitrain.io.paths import holds_model, looks_local
 
 
 def find_model(source: str) -> str:
@@ -18,10 +18,10 @@ def find_model(source: str) -> str:
         raise ConfigError(
             f"{source}: there is no such folder (seen from {Path.cwd()}).{suggest(source, there)}", "not-found"
         )
-    if not folder.is_dir() or _holds_model(folder):
+    if not folder.is_dir() or holds_model(folder):
         return source
     for name in ("final", "best"):
-        if _holds_model(folder / name):
+        if holds_model(folder / name):
             return str(folder / name)
     if (folder / "checkpoints").is_dir():
         raise ConfigError(
@@ -35,7 +35,3 @@ def find_model(source: str) -> str:
 def _beside_runs(folder: Path) -> bool:
     """Whether ``runs/name`` can only be meant for a run, although hub names look like that too."""
     return len(folder.parts) == 2 and (folder.parts[0] == "runs" or any(folder.parent.glob("*/metrics.jsonl")))
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()

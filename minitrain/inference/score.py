@@ -72,7 +72,7 @@ class SequenceScorer:
         except DataError as error:
             raise error.at(asked.where) from None
         if isinstance(documents, str):
-            raise DataError(f"{asked.where}: {documents}", "too-large")
+            raise DataError(f"{asked.where}: nothing to learn after truncation", "too-large")
         (tokens,) = documents
         self.n_truncated += tokens.notes.get("truncated", 0)
         columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}

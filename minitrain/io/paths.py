@@ -1,9 +1,12 @@
 """Names of files and folders."""
 
 import difflib
+import json
 from pathlib import Path
 
 from .redact import redact
+
+INDEX = "model.safetensors.index.json"  # of a model in several files
 
 
 def near_file(path: Path) -> str:
@@ -19,3 +22,13 @@ def near_file(path: Path) -> str:
 def looks_local(name: str) -> bool:
     """Whether a model's name can only be that of a folder; on the hub it is `name` or `owner/name`."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files that the index of a model lists."""
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder has a model or an adapter."""
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()

@@ -1,7 +1,7 @@
 """Values of environment variables and passwords in URLs, kept out of messages and files.
 
 A config takes a secret, or a path of one machine, from the environment as `${oc.env:NAME}`. Files get it as it was
-written (saved_config.py). A message gets it as a value, for example in a path, so the value is searched for there.
+written (config/saved.py). A message gets it as a value, for example in a path, so the value is searched for there.
 """
 
 import hashlib

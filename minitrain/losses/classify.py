@@ -185,9 +185,9 @@ def _parsed(name: str) -> float:
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, n_targets: int) -> np.ndarray:
+def confusion(labels: np.ndarray, predictions: np.ndarray, n_labels: int) -> np.ndarray:
     """How often each label [row] was taken for each [column]: [n], [n] -> [L, L]."""
-    counts = np.zeros((n_targets, n_targets))
+    counts = np.zeros((n_labels, n_labels))
     np.add.at(counts, (labels, predictions), 1)
     return counts
 

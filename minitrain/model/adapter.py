@@ -49,8 +49,8 @@ class Adapter:
         biases = {f"{name}.bias" for name in self.layers} if bias == "lora_only" else set()
         trained = {}
         for name, parameter in parameters.items():
-            module, _, last = name.rpartition(".")
-            in_saved_module = any(module == path or module.startswith(f"{path}.") for path in self.modules_to_save)
+            last = name.rpartition(".")[2]
+            in_saved_module = any(name.startswith(f"{path}.") for path in self.modules_to_save)
             if (
                 last in (*lora.MATRICES, token_rows.NAME)
                 or in_saved_module

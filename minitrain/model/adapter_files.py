@@ -160,8 +160,8 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
         tensors: Name and unsharded value of each tensor of the adapter.
         folder: Where the files go.
     """
+    by_name = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
     if isinstance(adapter, PromptAdapter):
-        by_name = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
         heads = tuple(f"{name}." for name in adapter.modules_to_save)
         prefixes = (*heads, *adapter.extra_tensors)
         peft_tensors = {
@@ -169,7 +169,6 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
         }
         _write(folder, peft_tensors | {TENSOR: vectors_of(by_name)}, adapter.config)
         return
-    by_name = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
     by_name |= {name: by_name[owner].clone() for name, owner in _tied_names(model, adapter).items()}
     peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in by_name.items()}
     config = adapter.config | {"target_modules": _short_targets(adapter, model)}

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
+
+from .weights import open_files
 
 Read = Callable[[str], Tensor]  # key -> tensor
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # e2m1
@@ -49,7 +50,7 @@ def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -
     Raises:
         ConfigError: A tensor cannot be dequantized.
     """
-    files = {key: safe_open(path, framework="pt") for path in paths for key in _keys(path)}
+    files = open_files(paths)
     if not files:
         raise ConfigError(
             "its weights are quantized and not in safetensors files, so minitrain cannot read them.",
@@ -72,11 +73,6 @@ def describe_dequantized(model: nn.Module, quantization: dict, dtype: torch.dtyp
     mib = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**20
     name = str(dtype).removeprefix("torch.")
     return f"its {method_of(quantization)} weights are dequantized on loading to {name}, which takes {mib:,.1f} MiB"
-
-
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
 
 
 def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:

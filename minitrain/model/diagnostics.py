@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from minitrain.config.schema import ModelConfig
 from minitrain.errors import ConfigError, MinitrainError
 from minitrain.io.hub import unreachable
+from minitrain.io.paths import shard_names
 from minitrain.io.redact import redact
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -143,8 +144,7 @@ def missing_weights(folder: Path) -> str | None:
             return None
         if index.is_file():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                missing = [folder / shard for shard in shards if not (folder / shard).is_file()]
+                missing = [folder / name for name in shard_names(index) if not (folder / name).is_file()]
                 return (
                     f"{missing[0]} is missing, which {index.name} names; copy or download it again."
                     if missing

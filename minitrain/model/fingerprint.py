@@ -14,6 +14,7 @@ from minitrain.config.python_objects import find_object
 from minitrain.config.schema import ModelConfig
 
 from .adapter_config import CONFIG_FILE
+from .given import is_built_here
 from .state_dict import archive_files
 
 MAX_FULL_BYTES = 1 << 30  # bytes of all files together
@@ -36,7 +37,7 @@ def _folder(config: ModelConfig) -> Path | None:
     """Return the folder of a model's files, possibly in the Hub's cache; None for one without files."""
     from transformers.utils.hub import cached_file
 
-    if config.name_or_path == "tiny" or find_object(config.name_or_path):
+    if is_built_here(config):
         return None
     if Path(config.name_or_path).is_dir():
         return Path(config.name_or_path)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from minitrain.config.python_objects import PythonObject, python_object
+from minitrain.config.python_objects import PythonObject, find_object, python_object
+from minitrain.config.schema import ModelConfig
 from minitrain.errors import ConfigError
 
 
@@ -53,6 +54,11 @@ def tokenizer_object(tokenizer: Any) -> PythonObject:
     return python_object(
         copy.deepcopy(tokenizer), "tokenizer", f"tokenizer {type(tokenizer).__name__}, sha256 {digest}"
     )
+
+
+def is_built_here(config: ModelConfig) -> bool:
+    """Return whether a model has no files."""
+    return config.name_or_path == "tiny" or find_object(config.name_or_path) is not None
 
 
 def check_head(model: Any, outputs: list[str] | None) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from minitrain.batch import Distillation, TopKLogprobs
 
 from .logprobs import (
-    CHUNK_BYTES,
     Gradients,
     LMHead,
     backward_through_softcap,
     compute_dtype,
+    default_chunk,
     logits_dtype,
     logits_of,
     match_up_to_scale,
@@ -52,7 +52,7 @@ def divergences(
     Returns:
         Two float32 tensors of shape [N].
     """
-    chunk = chunk or _default_chunk(hidden, layer)
+    chunk = chunk or default_chunk(hidden, layer, BUFFERS)
     dtype = matmul_dtype_of(hidden)
     with_gradient = torch.is_grad_enabled() and not needs_loss_scale(dtype)
     settings = _Settings(layer, distillation, chunk, dtype, with_gradient)
@@ -63,7 +63,7 @@ def divergences(
 @torch.no_grad()
 def top_k_logprobs(hidden: Tensor, layer: LMHead, temperature: float, k: int, chunk: int | None = None) -> TopKLogprobs:
     """Return the k likeliest tokens after each hidden state [N, H], and all other tokens as one outcome."""
-    chunk, n = chunk or _default_chunk(hidden, layer), len(hidden)
+    chunk, n = chunk or default_chunk(hidden, layer, BUFFERS), len(hidden)
     head = _TeacherHead(hidden, layer, chunk)
     ids = hidden.new_empty((n, k), dtype=torch.int64)
     logps = hidden.new_empty((n, k + 1), dtype=compute_dtype(hidden))
@@ -233,8 +233,3 @@ def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     total = rest_probs.sub_(peak).exp_().sum(1, keepdim=True)  # [n, 1]
     rest = peak + total.log()
     return torch.cat([top, rest], 1).log_softmax(1), rest_probs.div_(total.clamp_min(1))
-
-
-def _default_chunk(hidden: Tensor, layer: LMHead) -> int:
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(64, budget // (4 * BUFFERS * layer.weight.shape[0]))

@@ -16,7 +16,7 @@ from .adapter import train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
 from .diagnostics import model_load_error, tokenizer_load_error
-from .given import check_head
+from .given import check_head, is_built_here
 from .lora import merge_lora_weights
 from .policy import Policy, find_blocks
 from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
@@ -103,15 +103,13 @@ def load_model(
         model = tiny_model(seed, count_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
         missing = ["score.weight"]
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
-        if attention_of(config) is not None:
-            model.set_attn_implementation(config.attn_implementation)
     elif given := find_object(config.name_or_path):
         model, missing = given.value, []
         check_head(model, outputs)
-        if attention_of(config) is not None:
-            model.set_attn_implementation(config.attn_implementation)
     else:
         model, missing = from_pretrained(config, dtype, outputs, seed)
+    if is_built_here(config) and attention_of(config) is not None:
+        model.set_attn_implementation(config.attn_implementation)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: bfloat16 is too coarse for rotary frequencies
@@ -151,7 +149,7 @@ def load_policy(
     compute_dtype = DTYPES[config.model.policy_dtype]
     dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
     model, weights = None, None
-    if empty and outputs is None and not _is_built_here(config.model):
+    if empty and outputs is None and not is_built_here(config.model):
         model, weights = _empty_model(config.model, tokenizer, dtype)
     if model is None:
         model = load_model(config.model, tokenizer, config.seed, dtype, outputs)
@@ -169,11 +167,6 @@ def load_policy(
     if config.packing:
         attention.attend_by_document(policy.model)
     return policy, weights
-
-
-def _is_built_here(config: ModelConfig) -> bool:
-    """Return whether a model has no files."""
-    return config.name_or_path == "tiny" or find_object(config.name_or_path) is not None
 
 
 def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:

@@ -89,8 +89,7 @@ def chunked_logprobs(
         Float32 tensors of shape [N], None for those not asked for.
     """
     if chunk is None:
-        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        chunk = max(64, budget // (4 * layer.weight.shape[0]))
+        chunk = default_chunk(hidden, layer)
     dtype = matmul_dtype_of(hidden)
     if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
         detached_weight_fn = None
@@ -233,6 +232,12 @@ class Gradients:
         if factor is not None:
             grads = tuple(g if g is None else g.mul_(factor) for g in grads)
         return tuple(g if g is None else g.to(d) for g, d in zip(grads, self.dtypes, strict=True))
+
+
+def default_chunk(hidden: Tensor, layer: LMHead, buffers: int = 1) -> int:
+    """Return how many tokens fit into `CHUNK_BYTES`, with this many buffers of logits."""
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    return max(64, budget // (4 * buffers * layer.weight.shape[0]))
 
 
 def matrix_of(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None, dtype: torch.dtype) -> Tensor:

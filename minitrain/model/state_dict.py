@@ -1,6 +1,5 @@
 """Weights that replace those of a model: a state dict in a file, or the files of a model's folder."""
 
-import json
 import pickle
 import re
 from pathlib import Path
@@ -10,10 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
+from minitrain.io.paths import INDEX, shard_names
 
 from .diagnostics import first_line
-
-INDEX = "model.safetensors.index.json"
 
 
 def load_archive(model: nn.Module, path: Path) -> None:
@@ -56,7 +54,7 @@ def archive_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix in (".pt", ".bin", ".safetensors") else []
     if (path / INDEX).is_file():
-        return [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
+        return [path / name for name in shard_names(path / INDEX)]
     single = path / "model.safetensors"
     return [single] if single.is_file() else []
 

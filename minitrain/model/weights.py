@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from minitrain.io.paths import INDEX, shard_names
 from minitrain.io.tensor_files import save_file
 
 from . import token_rows
@@ -62,7 +63,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
 
     if get_model_conversion_mapping(model, add_legacy=False):
         return None
-    files = {key: safe_open(path, framework="pt") for path in weight_files(name, revision) for key in _keys(path)}
+    files = open_files(weight_files(name, revision))
     sources, sizes, used = {}, {}, {}
     for parameter, value in model.named_parameters():
         key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
@@ -145,7 +146,7 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
         files |= dict.fromkeys(file_tensors, file)
     if len(counts) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _count_per_file(sizes: list[int]) -> list[int]:
@@ -187,17 +188,17 @@ def weight_files(name: str, revision: str | None) -> list[Path]:
         path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         return Path(path) if path else None
 
-    index = find("model.safetensors.index.json")
+    index = find(INDEX)
     if index is not None:
-        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [find(file) for file in listed]
+        return [find(file) for file in shard_names(index)]
     single = find("model.safetensors")
     return [single] if single else []
 
 
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+def open_files(paths: Iterable[Path]) -> dict[str, Any]:
+    """Return the open safetensors file of each key."""
+    opened = [safe_open(path, framework="pt") for path in paths]
+    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str]:

@@ -30,7 +30,7 @@ from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.errors import ConfigError
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
-from minitrain.io.temp_files import building_folder
+from minitrain.io.temp_files import new_file
 from minitrain.io.tensor_files import save_file
 from minitrain.losses import Loss, Models
 from minitrain.model.adapter_config import has_adapter
@@ -282,10 +282,9 @@ def _load_or_compute_ref_logps(
     parallel.reshard(policy)
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        with building_folder(file.parent) as folder:
-            save_file({REF_LOGPS: logps}, folder / file.name, PLACEHOLDER)
-            seal(folder / file.name)
-            os.replace(folder / file.name, file)
+        with new_file(file) as made:
+            save_file({REF_LOGPS: logps}, made, PLACEHOLDER)
+            seal(made)
     return logps
 
 

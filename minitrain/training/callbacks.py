@@ -43,12 +43,13 @@ def collect_hooks(
 
 def _methods(callback: Any) -> list[str]:
     """Return the hooks that an object has methods for. Raises ConfigError for a method that would never be called."""
-    names = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]
-    kind = type(callback).__name__ if not isinstance(callback, type) else f"the class {callback.__name__}"
     if isinstance(callback, type):
+        name = callback.__name__
         raise ConfigError(
-            f"callbacks: expected an object, got {kind}. Call it first: {callback.__name__}().", "wrong-type"
+            f"callbacks: expected an object, got the class {name}. Call it first: {name}().", "wrong-type"
         )
+    names = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]
+    kind = type(callback).__name__
     for name in names:
         if name not in HOOKS:
             hint = suggest(name, HOOKS) or f" Hooks are {', '.join(HOOKS)}."

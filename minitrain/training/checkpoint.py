@@ -162,10 +162,10 @@ def load_checkpoint(
     The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
     the first step. The folder was verified before. Raises RunFolderError when it is of another model.
     """
-    state = check_checkpoint(folder, model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with _contradictions_refused(folder), torch.no_grad():
         reader = _Reader(folder)
+        state = _checked_state(reader, model)
         for name, parameter in parameters.items():
             reader.read_into(parameter, "model", name)
         _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
@@ -178,18 +178,21 @@ def check_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
 
     Raises RunFolderError when it holds other tensors than the model trains, or its files contradict one another.
     """
-    shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     with _contradictions_refused(folder):
-        reader = _Reader(folder)
-        if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
-            raise RunFolderError(
-                f"{folder}: holds other parameters than this model trains; were the model or freeze_layers changed?",
-                "mismatch",
-            )
-        for part, entries in reader.index.items():
-            for name in entries:
-                reader.pieces(part, name)
-        return json.loads((folder / "state.json").read_text())
+        return _checked_state(_Reader(folder), model)
+
+
+def _checked_state(reader: "_Reader", model: nn.Module) -> dict[str, Any]:
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
+        raise RunFolderError(
+            f"{reader.folder}: holds other parameters than this model trains; were the model or freeze_layers changed?",
+            "mismatch",
+        )
+    for part, entries in reader.index.items():
+        for name in entries:
+            reader.pieces(part, name)
+    return json.loads((reader.folder / "state.json").read_text())
 
 
 @contextlib.contextmanager

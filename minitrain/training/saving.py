@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from minitrain.config.schema import Config
 from minitrain.data.loader import TokenizedDataset
 from minitrain.errors import ConfigError, RunError
+from minitrain.io.paths import holds_model
 from minitrain.model import save
 from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.weights import full_tensors
@@ -61,8 +62,7 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
 
 def check_target(path: Path) -> None:
     """Raise ConfigError for a path that holds something else than a saved model."""
-    is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_model(path)):
         raise ConfigError(f"{path}: exists and is not a saved model. Choose another folder.", "already-exists")
 
 

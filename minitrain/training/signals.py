@@ -1,10 +1,11 @@
 """Signals that ask a command to stop: noted while a model trains and looked at between steps, raised before."""
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+
+from minitrain.distributed.process import world_size
 
 
 @contextlib.contextmanager
@@ -36,9 +37,8 @@ def sigterm_raised() -> Iterator[None]:
     Under a launcher of several ranks it ends the process at once: one that waits in a collective runs no Python, and
     the launcher reports the signal. Nothing changes where the process ignores or handles it, or in another thread.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not (alone and in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+    if not (world_size() == 1 and in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
         yield
         return
 

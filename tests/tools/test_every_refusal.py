@@ -138,7 +138,6 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     ),
     "the file changes or the disk fills while it is read": (
         "data/cache:load_cache: unreadable",
-        "data/mismatched:_write: write_error_code(error)",
         "data/tables:rows_of: unreadable",
     ),
     "takes seconds: tests/config/test_config.py and tests/model/test_lora.py": (

@@ -11,11 +11,12 @@ import torch
 from minitrain import Trainer, load_config
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
-from minitrain.model import attention
+from minitrain.model import attention, kd_divergence
+from minitrain.model.logprobs import CHUNK_BYTES, LMHead
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.dry_run import dry_run
-from minitrain.tools.preflight.memory import MemoryTracker, Step, _largest, estimate, take
+from minitrain.tools.preflight.memory import MemoryTracker, Step, _head_of, _largest, estimate, take
 from tests.conftest import random_llama
 from tests.messages import raises
 from tests.rows import ROWS
@@ -276,3 +277,12 @@ def test_devices_that_do_not_fit(config):
     run = dry_run(config("trainer=FSDPTrainer"))
     with raises(ConfigError, "conflict", "total_batch_size: 8 "):
         estimate(run, CPU, 3)
+
+
+def test_the_chunks_of_a_gpu_hold_for_distillation_too():
+    """The estimate for a GPU is on CPU tensors, with the GPU's buffers for every product of the LM head."""
+    hidden, layer = torch.zeros(1, 8), LMHead(torch.zeros(1000, 8))
+    with _head_of("cuda"):
+        assert kd_divergence.default_chunk(hidden, layer, kd_divergence.BUFFERS) == CHUNK_BYTES["cuda"] // (
+            4 * 2 * 1000
+        )
