@@ -220,10 +220,15 @@ GOOD_ROW = {"prompt": "a", "response": "b"}
 def folder(tmp_path, monkeypatch, llama_folder, rows_file):
     """A folder with c.yml, rows.jsonl and model/, which is the current one."""
     monkeypatch.chdir(tmp_path)
+    fill_folder(llama_folder, rows_file)
+    return tmp_path
+
+
+def fill_folder(llama_folder: Path, rows_file: Path) -> None:
+    """Put c.yml, rows.jsonl and model/ into the current folder."""
     shutil.copy(rows_file, "rows.jsonl")
     shutil.copytree(llama_folder, "model")
     Path("c.yml").write_text(CONFIG)
-    return tmp_path
 
 
 def furnish(folder: Path, llama_folder: Path, rows_file: Path) -> dict:

@@ -314,7 +314,12 @@ def test_the_files_of_the_walk_exist():
 
 
 def test_the_names_of_the_walk_are_in_the_code():
-    """Functions, classes and attributes that it points to are there."""
+    """Functions, classes and attributes that it points to are there, those of a table in the file of their row."""
+    for file, told in re.findall(r"^\| `(minitrain/\S+)` \| (.*) \|$", AFTERNOON, re.M):
+        text = (ROOT / file).read_text()
+        for name in re.findall(r"`([A-Za-z_][\w.]*)`", told):
+            there = all(re.search(rf"\b{part}\b", text) for part in name.split("."))
+            assert there or name.endswith(".py"), (file, name)
     code = "".join(path.read_text() for path in (ROOT / "minitrain").rglob("*.py"))
     prose = AFTERNOON[: AFTERNOON.index("## Exercises")]
     for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", prose):

@@ -1,11 +1,11 @@
 """The code of the pages on Python runs as it is written."""
 
-import re
 import shutil
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.test_docs import blocks
 
 PAGES = ("python.md", "own-loop.md")
 
@@ -15,8 +15,8 @@ def test_the_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
     """Each block by itself, in a folder with the examples."""
     shutil.copytree(ROOT / "example", tmp_path / "example")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
-    assert len(blocks) == 2
-    for block in blocks:
+    found = blocks(ROOT / "docs" / page, "python")
+    assert len(found) == 2
+    for block in found:
         exec(compile(block, page, "exec"), {"__name__": "page"})
     assert capsys.readouterr().out

@@ -1,7 +1,6 @@
 """The commands and the code of the README run, and its examples learn what they promise."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -12,23 +11,20 @@ import pytest
 from minitrain import load_config
 from minitrain.cli.main import main
 from tests.conftest import ROOT
+from tests.test_docs import blocks
 
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+README = ROOT / "README.md"
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [line for block in blocks(README, "bash") for line in block.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory):
     """A directory with the examples, train.py, and the loss that the README defines."""
     folder = tmp_path_factory.mktemp("user")
-    (folder / "my_loss.py").write_text(blocks("python")[1])
+    (folder / "my_loss.py").write_text(blocks(README, "python")[1])
     shutil.copytree(ROOT / "example", folder / "example")
     shutil.copy(ROOT / "train.py", folder)
     return folder
@@ -71,7 +67,7 @@ def test_the_commands_of_the_readme_run(user_folder, own_registry, monkeypatch, 
 def test_the_python_of_the_readme_runs(user_folder, monkeypatch, capsys):
     """The library example runs for two steps."""
     monkeypatch.chdir(user_folder)
-    code, _ = blocks("python")
+    code, _ = blocks(README, "python")
     code = code.replace('"n_steps=400"', '"n_steps=2", "eval_generate.n_examples=2"')
     exec(compile(code, "README.md", "exec"), {})
     assert "right" in capsys.readouterr().out
@@ -79,8 +75,8 @@ def test_the_python_of_the_readme_runs(user_folder, monkeypatch, capsys):
 
 def test_the_loss_of_the_documents_trains(make_trainer, own_registry):
     """The example of docs/losses.md is the one of the README; it registers and trains."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(), re.S)
-    assert code == blocks("python")[1]
+    (code,) = blocks(ROOT / "docs" / "losses.md", "python")
+    assert code == blocks(README, "python")[1]
     exec(compile(code, "losses.md", "exec"), {"__name__": "example"})
     trainer = make_trainer("loss.name=top_heavy", "loss.power=1.5")
     trainer.train()

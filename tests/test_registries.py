@@ -46,7 +46,7 @@ def test_the_commands_that_take_a_config():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_explains_itself(name, capsys):
+def test_a_command_explains_itself(name):
     """Each of its arguments has a help, and its description is a sentence."""
     parser = COMMANDS[name]
     assert parser.description.endswith(".") and parser.usage and callable(parser.get_default("command"))

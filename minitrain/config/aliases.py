@@ -23,18 +23,14 @@ UNTYPED = ("custom_dataset", "huggingface_dataset")
 
 def all_aliases(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, str]:
     """Return the other names of the options of a config, and of the loss that it names -> their names."""
-    options = LOSS_OPTIONS.get(_loss_name(given, overrides))
-    of_loss = aliases(options) if options else {}
-    return aliases() | {f"loss.{alias}": f"loss.{name}" for alias, name in of_loss.items()}
+    return aliases() | {f"loss.{alias}": f"loss.{name}" for alias, name in _loss_aliases(given, overrides).items()}
 
 
 def with_own_names(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with aliases replaced by the names of their options, except where an option is set twice."""
-    names = all_aliases(given)
-    renamed = replace_aliases(given, names)
+    renamed = replace_aliases(given, aliases())
     if isinstance(loss := renamed.get("loss"), dict):
-        of_loss = {alias.removeprefix("loss."): name.removeprefix("loss.") for alias, name in names.items()}
-        renamed["loss"] = replace_aliases(loss, of_loss)
+        renamed["loss"] = replace_aliases(loss, _loss_aliases(given))
     return renamed
 
 
@@ -45,6 +41,11 @@ def replace_aliases(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[
         own = names.get(key, key)
         renamed[key if own in renamed or (own != key and own in given) else own] = value
     return renamed
+
+
+def _loss_aliases(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, str]:
+    options = LOSS_OPTIONS.get(_loss_name(given, overrides))
+    return aliases(options) if options else {}
 
 
 def _loss_name(given: Mapping[str, Any], overrides: Sequence[str]) -> str:

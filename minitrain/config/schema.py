@@ -372,7 +372,8 @@ def aliases(schema: type = Config) -> dict[str, str]:
 
 def all_keys(schema: type = Config, path: str = "") -> Iterator[str]:
     """Every key, ``a`` and ``a.b``."""
+    hints = get_type_hints(schema)
     for f in option_fields(schema):
         yield f"{path}{f.name}"
-        if is_dataclass(hint := get_type_hints(schema)[f.name]):
+        if is_dataclass(hint := hints[f.name]):
             yield from all_keys(hint, f"{path}{f.name}.")

@@ -59,9 +59,15 @@ def _last_names() -> list[str]:
     return sorted({key.partition("=")[0].rpartition(".")[2] for key in _rows() if not key.endswith("*")})
 
 
+@functools.cache
+def _own_last_names() -> frozenset[str]:
+    """Return the names of minitrain's options, without sections."""
+    return frozenset(_split(key)[1] for key in all_keys())
+
+
 def is_known_elsewhere(name: str) -> bool:
     """Return whether other tools have a key of this name, or minitrain has it in some section."""
-    return name in _last_names() or any(key.rpartition(".")[2] == name for key in all_keys())
+    return name in _last_names() or name in _own_last_names()
 
 
 def hint_for_key(key: str, value: Any, known: list[str]) -> Hint:

@@ -1,11 +1,9 @@
 """Examples whose data and models are on the hub: the same keys on copies that are here, for two steps."""
 
-from pathlib import Path
-
 import pytest
 
 from minitrain import Trainer, load_config
-from tests.conftest import ROOT, SHARED, metrics
+from tests.conftest import ROOT, metrics
 from tests.scorers import random_base
 
 pytest.importorskip("datasets")
@@ -14,16 +12,10 @@ SHORT = ["n_steps=2", "eval_every_steps=2", "save_every_steps=0", "log_every_ste
 
 
 @pytest.fixture
-def shared(monkeypatch, tmp_path):
-    """Finds real data beside the repository, with runs in a temporary folder; skips the test where there is none."""
+def shared(shared, monkeypatch, tmp_path):
+    """The same, with runs in a temporary folder."""
     monkeypatch.chdir(tmp_path)
-
-    def find(name: str) -> Path:
-        if not (SHARED / name).exists():
-            pytest.skip(f"{name} is not here")
-        return SHARED / name
-
-    return find
+    return shared
 
 
 def test_mrpc_with_roberta(shared, tmp_path):

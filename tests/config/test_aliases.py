@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitrain import ConfigError, Loss, create_loss, load_config
+from minitrain import ConfigError, Loss, create_loss, load_config, register_loss
 from minitrain.config.schema import Config, aliases, option
 from minitrain.errors import RunFolderError
 from minitrain.losses import registered
+from minitrain.losses.sft import SFT
 from tests.conftest import metrics
 
 OF_LOSSES = [(name, *pair) for name, loss in registered().items() for pair in aliases(loss.options_class).items()]
@@ -173,3 +174,16 @@ def test_keywords_replace_an_option_under_any_of_its_names(rows_file, written, g
     """`load_config(source, loss={...})` finds the option in the file as an override does."""
     source = {"datasets": str(rows_file), "model": {"name_or_path": "tiny"}, "loss": {"name": "policy", written: 0.1}}
     assert load_config(source, loss={given: 0.15}).loss["clip_eps_low"] == 0.15
+
+
+def test_an_option_of_a_loss_keeps_a_name_that_is_an_alias_elsewhere(rows_file, own_registry):
+    """`batch_size` stands for `total_batch_size` at the top level only."""
+
+    @dataclass
+    class Options:
+        batch_size: int = option(1, "Of the loss.")
+
+    register_loss("own", Options)(type("Own", (SFT,), {}))
+    source = {"datasets": str(rows_file), "model": {"name_or_path": "tiny"}, "loss": {"name": "own", "batch_size": 3}}
+    config = load_config(source | {"batch_size": 8})
+    assert (config.loss["batch_size"], config.total_batch_size) == (3, 8)

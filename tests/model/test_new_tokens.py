@@ -37,12 +37,6 @@ WAYS = {
     "prompt": lambda embed, linear: dict(soft_prompt=SoftPromptConfig(3)),
     "prefix": lambda embed, linear: dict(soft_prompt=SoftPromptConfig(3, "prefix")),
 }
-STOPPING = [
-    ("lora.rank=8",),
-    ("lora.rank=8", "lora.modules_to_save=[embed_tokens]"),
-    ("freeze_layers=[embeddings]",),
-    (),
-]
 
 
 @pytest.fixture(scope="module")

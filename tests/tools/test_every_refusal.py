@@ -18,7 +18,7 @@ from minitrain.cli.main import main
 from minitrain.config.issues import ConfigIssues, _Unfit
 from minitrain.errors import MinitrainError
 from tests.cli import test_bad_data, test_bad_input, test_bad_model
-from tests.conftest import CONFIG, ROOT, write
+from tests.conftest import CONFIG, ROOT, fill_folder, write
 from tests.tools import test_validate_refusals
 
 PACKAGE = ROOT / "minitrain"
@@ -472,23 +472,21 @@ def prepared_cases():
         yield prepare()
 
 
-@pytest.mark.slow(1)
-def test_each_refusal_is_reached(tmp_path, monkeypatch, llama_folder, rows_file, capsys):
+@pytest.mark.slow(minutes=1)
+def test_each_refusal_is_reached(tmp_path, monkeypatch, llama_folder, rows_file):
     """`validate` reaches each place that can refuse a training, or the place is listed above."""
 
-    def furnish(place: Path) -> None:
+    def start_over(place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         monkeypatch.chdir(place)
-        shutil.copy(rows_file, "rows.jsonl")
-        shutil.copytree(llama_folder, "model")
-        Path("c.yml").write_text(CONFIG)
+        fill_folder(llama_folder, rows_file)
 
-    furnish(tmp_path / "a")
+    start_over(tmp_path / "a")
     with reached(monkeypatch) as noted:
         for overrides in prepared_cases():
             main(["validate", "c.yml", *(["--overrides", *overrides] if overrides else [])])
-            furnish(tmp_path / "a")
+            start_over(tmp_path / "a")
         for case, make in test_validate_refusals.CASES.items():
             folder = tmp_path / case.replace(" ", "-")
             folder.mkdir()

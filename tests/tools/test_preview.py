@@ -37,9 +37,9 @@ CASES = {
 
 @pytest.fixture
 def write(tmp_path, llama_folder):
-    """``write("sft", ...)``: the path of a config over rows of that loss, with overrides."""
+    """``write("sft", ...)``: the path of a config over rows of that loss."""
 
-    def write(loss: str, overrides=(), rows=None) -> str:
+    def write(loss: str, rows=None) -> str:
         data, file = tmp_path / "rows.jsonl", tmp_path / "c.yml"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS[loss]))
         config = {"datasets": [str(data)], "model": {"name_or_path": str(llama_folder)}, "loss": {"name": loss}}

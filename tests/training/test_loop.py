@@ -14,8 +14,6 @@ from minitrain.losses.sft import SFT, SFTOptions
 from tests.conftest import metrics, random_llama, weights
 from tests.messages import raises
 
-QUIET = ("do_first_eval=false",)
-
 
 def plain_training(trainer, n_steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Ten lines of PyTorch: full logits, cross entropy over all labels of the step, clip, AdamW, linear schedule."""

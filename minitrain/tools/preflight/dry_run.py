@@ -40,13 +40,9 @@ class DryRun:
         config = dataclasses.replace(self.config, packing=packing)
         return dataclasses.replace(self, config=config, policy=_build_policy(config, self.template, self.loss))
 
-    def build_policy(self) -> Policy:
-        """Return another policy on the meta device."""
-        return _build_policy(self.config, self.template, self.loss)
-
-    def build_quantized_policy(self) -> Policy:
-        """Return another policy on the meta device whose quantized layers have their final size."""
-        return _build_policy(self.config, self.template, self.loss, quantized=True)
+    def build_policy(self, quantized: bool = False) -> Policy:
+        """Return another policy on the meta device; with `quantized`, its quantized layers have their final size."""
+        return _build_policy(self.config, self.template, self.loss, quantized)
 
 
 def dry_run(config: Config) -> DryRun:

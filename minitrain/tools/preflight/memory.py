@@ -273,7 +273,7 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Mem
     """The largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
-    policy = _faked(run.build_quantized_policy(), fake)
+    policy = _faked(run.build_policy(quantized=True), fake)
     loaders = [
         make_loader(examples, config, tokenizer, policy, parallel.rank, parallel.world_size)
         for examples in (run.data.train, run.data.eval)

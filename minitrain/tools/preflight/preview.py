@@ -60,7 +60,7 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
         config: The full config.
         n_examples: Number of examples.
         split: `train`, in the order of the first epoch, or `eval`, in the order of the files.
-        ink: Marks around targets and other text.
+        marks: Marks around targets and other text.
 
     Raises:
         ConfigError: An option does not fit the model or the data.
