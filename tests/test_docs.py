@@ -21,7 +21,7 @@ from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.load import _long_forms, _override
 from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
 from minitrain.data import sandbox
-from minitrain.losses import registered
+from minitrain.losses import loss_options, registered
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -64,8 +64,8 @@ def problems_of(item: str) -> list[str]:
         {"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "model": {"name_or_path": "c"}}
     )
     found = ConfigIssues(Source("page"))
-    _override(raw, [word for word in overrides if "=" in word], found)
-    given = with_own_names(_long_forms(OmegaConf.to_container(raw)))
+    _override(raw, [word for word in overrides if "=" in word], found, loss_options)
+    given = with_own_names(_long_forms(OmegaConf.to_container(raw)), loss_options)
     check_types(Config, given, "", found)
     loss = dict(given.get("loss", {}))
     name = loss.pop("name", None)

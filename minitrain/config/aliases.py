@@ -1,12 +1,12 @@
 """Other names of options, options that exclude one another, and values that are accepted but have no effect."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .schema import DEFAULT_LOSS, aliases
 
-LOSS_OPTIONS: dict[str, type] = {}  # by name of the loss; filled by `register_loss`
+LossOptions = Callable[[str], type | None]  # from the name of a loss to the dataclass of its options
 
 # Beside the first of a pair the second would be ignored, so both together are refused. One that is given in
 # the overrides takes the place of the other one in the file.
@@ -21,16 +21,17 @@ MUTUALLY_EXCLUSIVE = (
 UNTYPED = ("custom_dataset", "huggingface_dataset")
 
 
-def all_aliases(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, str]:
+def all_aliases(given: Mapping[str, Any], loss_options: LossOptions, overrides: Sequence[str] = ()) -> dict[str, str]:
     """Return the other names of the options of a config, and of the loss that it names -> their names."""
-    return aliases() | {f"loss.{alias}": f"loss.{name}" for alias, name in _loss_aliases(given, overrides).items()}
+    of_loss = _loss_aliases(given, loss_options, overrides)
+    return aliases() | {f"loss.{alias}": f"loss.{name}" for alias, name in of_loss.items()}
 
 
-def with_own_names(given: Mapping[str, Any]) -> dict[str, Any]:
+def with_own_names(given: Mapping[str, Any], loss_options: LossOptions) -> dict[str, Any]:
     """Return a config with aliases replaced by the names of their options, except where an option is set twice."""
     renamed = replace_aliases(given, aliases())
     if isinstance(loss := renamed.get("loss"), dict):
-        renamed["loss"] = replace_aliases(loss, _loss_aliases(given))
+        renamed["loss"] = replace_aliases(loss, _loss_aliases(given, loss_options))
     return renamed
 
 
@@ -43,8 +44,12 @@ def replace_aliases(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[
     return renamed
 
 
-def _loss_aliases(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, str]:
-    options = LOSS_OPTIONS.get(_loss_name(given, overrides))
+def _loss_aliases(given: Mapping[str, Any], loss_options: LossOptions, overrides: Sequence[str] = ()) -> dict[str, str]:
+    loss = given.get("loss")
+    has_options = isinstance(loss, dict) and bool(loss.keys() - {"name"})
+    if not has_options and not any(re.match(r"loss(\.(?!name=)|=\{)", text) for text in overrides):
+        return {}  # `loss_options` imports torch, which takes seconds
+    options = loss_options(_loss_name(given, overrides))
     return aliases(options) if options else {}
 
 

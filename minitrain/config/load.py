@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from minitrain.errors import ConfigError
 from minitrain.io.redact import hide, hide_variables
 
-from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED, all_aliases, with_own_names
+from .aliases import MUTUALLY_EXCLUSIVE, UNTYPED, LossOptions, all_aliases, with_own_names
 from .issues import ConfigIssues, Source, check_types, format_value
 from .saved import config_yaml, plain
 from .schema import DEFAULT_LOSS, Config, Written
@@ -38,11 +38,15 @@ LISTS = ("datasets", "eval_datasets")  # one entry may stand for a list of one
 
 
 def parse_config(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any],
+    loss_options: LossOptions,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Config, ConfigIssues]:
     """Read a YAML file, or a dict of the same keys, and options that replace some of it.
 
     Args:
+        loss_options: Returns the dataclass of the options of a loss, or None for a name that is not registered.
         overrides: Options as on the command line: ["lr=1e-4"].
         options: Values by name, set after `overrides`.
 
@@ -52,21 +56,24 @@ def parse_config(
     Raises:
         ConfigError: When the file cannot be read or is not YAML.
     """
-    raw, where = _read(source)
+    raw, where = _read(source, loss_options)
     issues = ConfigIssues(where)
     if isinstance(overrides, (str, Mapping)):
         raise ConfigError(f"overrides: expected a list such as ['lr=1e-4'], got {overrides!r}.", "wrong-type")
-    _override(raw, list(overrides), issues)
-    _set_options(raw, options or {}, issues)
-    config = _build_config(_in_bounds(lambda: _resolve(raw, "", issues), where.name), issues)
-    config.written = Written(with_own_names(OmegaConf.to_container(raw)), {})
+    _override(raw, list(overrides), issues, loss_options)
+    _set_options(raw, options or {}, issues, loss_options)
+    config = _build_config(_in_bounds(lambda: _resolve(raw, "", issues), where.name), issues, loss_options)
+    config.written = Written(with_own_names(OmegaConf.to_container(raw), loss_options), {})
     return config, issues
 
 
-def parse_python_config(config: Config, loss: dict | None = None) -> tuple[Config, ConfigIssues]:
+def parse_python_config(
+    config: Config, loss_options: LossOptions, loss: dict | None = None
+) -> tuple[Config, ConfigIssues]:
     """Return a copy of a config that was built, or changed after loading, in Python, and what is wrong with its types.
 
     Args:
+        loss_options: As for `parse_config`.
         loss: The `describe_loss` of a loss object, which the copy then names.
 
     Raises:
@@ -75,7 +82,7 @@ def parse_python_config(config: Config, loss: dict | None = None) -> tuple[Confi
     issues, given = ConfigIssues(Source("config")), _attributes(config)
     if loss is not None:
         given["loss"] = _merge_loss(given["loss"], loss)
-    parsed = _build_config(given, issues)
+    parsed = _build_config(given, issues, loss_options)
     parsed.written = config.written
     return parsed, issues
 
@@ -95,8 +102,8 @@ def default_config() -> Config:
     return _build(Config, {"model": {}})
 
 
-def _build_config(given: dict, issues: ConfigIssues) -> Config:
-    config = _build(Config, check_types(Config, with_own_names(_long_forms(given)), "", issues))
+def _build_config(given: dict, issues: ConfigIssues, loss_options: LossOptions) -> Config:
+    config = _build(Config, check_types(Config, with_own_names(_long_forms(given), loss_options), "", issues))
     config.loss = DEFAULT_LOSS | config.loss
     if config.exp_name is None:
         config.exp_name = Path(issues.source.name).stem
@@ -122,7 +129,7 @@ def _attributes(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[DictConfig, Source]:
+def _read(source: str | Path | Mapping[str, Any], loss_options: LossOptions) -> tuple[DictConfig, Source]:
     """What was written, with short forms made out, and where each key stands."""
     lines = {}
     if not isinstance(source, (str, Path, Mapping)):
@@ -134,7 +141,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[DictConfig, Source]:
         name, text = str(source), _read_text(Path(source))
         raw = _guarded(name, lines, lambda: _parse(text, name, lines))
     given = _long_forms(OmegaConf.to_container(raw))
-    lines |= {key: lines[alias] for alias, key in all_aliases(given).items() if alias in lines and key not in lines}
+    names = all_aliases(given, loss_options)
+    lines |= {key: lines[alias] for alias, key in names.items() if alias in lines and key not in lines}
     return OmegaConf.create(given), Source(name, lines)
 
 
@@ -203,10 +211,10 @@ def _reason(error: Exception) -> str:
     return reason.strip('"') + "."
 
 
-def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> None:
+def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues, loss_options: LossOptions) -> None:
     """Merges the dotlist into `raw`. Of two rivals the one that is overridden wins."""
     overridden = issues.source.overridden
-    names = all_aliases(OmegaConf.to_container(raw), overrides)
+    names = all_aliases(OmegaConf.to_container(raw), loss_options, overrides)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or key.count(".") > MAX_DEPTH or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*", key):
@@ -234,12 +242,12 @@ def _override(raw: DictConfig, overrides: list[str], issues: ConfigIssues) -> No
     _drop_rivals(raw, overridden)
 
 
-def _set_options(raw: DictConfig, options: Mapping[str, Any], issues: ConfigIssues) -> None:
+def _set_options(raw: DictConfig, options: Mapping[str, Any], issues: ConfigIssues, loss_options: LossOptions) -> None:
     """Set options that are keyword arguments in Python."""
     given, loss, keywords = OmegaConf.to_container(raw), options.get("loss"), issues.source.keywords
     if isinstance(loss, dict) and isinstance(given.get("loss"), dict):
         loss = given["loss"] | loss
-    names = all_aliases(given | ({"loss": loss} if loss else {}))
+    names = all_aliases(given | ({"loss": loss} if loss else {}), loss_options)
     for key, value in options.items():
         value = str(value) if isinstance(value, Path) else plain(value)
         try:

@@ -9,6 +9,7 @@ from .base import (
     add_features,
     create_loss,
     describe_loss,
+    loss_options,
     register_loss,
     registered,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "dpo",
     "kd",
     "kto",
+    "loss_options",
     "pairwise",
     "policy",
     "register_loss",

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from minitrain.batch import Batch, PolicyOutput
-from minitrain.config.aliases import LOSS_OPTIONS, replace_aliases
+from minitrain.config.aliases import replace_aliases
 from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.schema import aliases
 from minitrain.errors import ConfigError
@@ -214,7 +214,6 @@ def register_loss(name: str, options_class: type):
             raise ConfigError(f"a loss named {name!r} is registered already", "already-exists")
         cls.name, cls.options_class = name, options_class
         _REGISTRY[name] = cls
-        LOSS_OPTIONS[name] = options_class
         return cls
 
     return register
@@ -223,6 +222,11 @@ def register_loss(name: str, options_class: type):
 def registered() -> dict[str, type[Loss]]:
     """The losses by name."""
     return dict(_REGISTRY)
+
+
+def loss_options(name: str) -> type | None:
+    """Return the dataclass of the options of a loss, or None for a name that is not registered."""
+    return _REGISTRY[name].options_class if name in _REGISTRY else None
 
 
 def create_loss(name: str, **options) -> Loss:

@@ -23,6 +23,7 @@ from minitrain.config.saved import config_yaml, without_passwords
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import RunFolderError, write_error_code
+from minitrain.losses import loss_options
 
 from .atomic_dir import (
     checkpoints,
@@ -312,7 +313,7 @@ class RunFolder:
         trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
         if self.config.resume != "auto" or not trained:
             return
-        changes = dict(_changes(with_own_names(self._saved_settings()), self.settings(), self.config))
+        changes = dict(_changes(with_own_names(self._saved_settings(), loss_options), self.settings(), self.config))
         allowed = self.config.allow_changes
         refused = {key: told for key, told in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
         if refused:

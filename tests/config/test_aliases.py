@@ -1,6 +1,8 @@
 """Other names of options: accepted wherever a config comes from, and never together with the name they stand for."""
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from minitrain.config.schema import Config, aliases, option
 from minitrain.errors import RunFolderError
 from minitrain.losses import registered
 from minitrain.losses.sft import SFT
-from tests.conftest import metrics
+from tests.conftest import ROOT, metrics
 
 OF_LOSSES = [(name, *pair) for name, loss in registered().items() for pair in aliases(loss.options_class).items()]
 VALUES = {
@@ -187,3 +189,15 @@ def test_an_option_of_a_loss_keeps_a_name_that_is_an_alias_elsewhere(rows_file, 
     source = {"datasets": str(rows_file), "model": {"name_or_path": "tiny"}, "loss": {"name": "own", "batch_size": 3}}
     config = load_config(source | {"batch_size": 8})
     assert (config.loss["batch_size"], config.total_batch_size) == (3, 8)
+
+
+def test_a_new_process_knows_the_names(tmp_path, rows_file):
+    """The losses are imported when a config has options of one, so the command line accepts what this process does."""
+    source = {"datasets": str(rows_file), "model": {"name_or_path": "tiny"}, "loss": {"name": "policy", "eps_low": 0.1}}
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(source))
+    code = (
+        "import sys; from minitrain import load_config; loss = load_config(sys.argv[1], ['loss.epsilon_high=0.3']).loss"
+    )
+    code += "; print(loss['clip_eps_low'], loss['clip_eps_high'])"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c.yml"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "0.1 0.3\n", done.stderr

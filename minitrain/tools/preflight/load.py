@@ -24,7 +24,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ConfigError: It lists every problem with its file, line and key.
     """
-    config, issues = parse_config(source, overrides, options)
+    config, issues = parse_config(source, _loss_options, overrides, options)
     overridden = issues.source.overridden | issues.source.keywords
     check_config(config, issues, written_options(config.written.raw, overridden))
     issues.raise_if_any()
@@ -41,8 +41,14 @@ def check_python_config(config: Config, loss: dict | None = None) -> Config:
     Raises:
         ConfigError: As `load_config` does; also when the config names another loss than `loss`.
     """
-    checked, issues = parse_python_config(config, loss)
+    checked, issues = parse_python_config(config, _loss_options, loss)
     check_config(checked, issues, loss_is_object=loss is not None)
     issues.raise_if_any()
     check_writable(checked)
     return checked
+
+
+def _loss_options(name: str) -> type | None:
+    from minitrain.losses import loss_options  # imports torch
+
+    return loss_options(name)

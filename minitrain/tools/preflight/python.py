@@ -11,7 +11,7 @@ from minitrain.config.saved import plain
 from minitrain.config.schema import Config
 from minitrain.data.rows import rows_object
 from minitrain.errors import ConfigError
-from minitrain.losses import Loss, create_loss, describe_loss
+from minitrain.losses import Loss, create_loss, describe_loss, loss_options
 from minitrain.model.given import model_object, tokenizer_object
 from minitrain.training.optim import optimizer_object
 
@@ -42,7 +42,7 @@ def config_with(
     described = None if loss is None else describe_loss(loss)
     options: dict[str, Any] = {}
     if objects:
-        config = source if isinstance(source, Config) else parse_config(source)[0]
+        config = source if isinstance(source, Config) else parse_config(source, loss_options)[0]
         _check_rivals(config, objects)
         options = _options(config, objects)
     if isinstance(source, Config):
@@ -52,7 +52,7 @@ def config_with(
         return check_python_config(named, described), list(objects.values())
     if loss is None:
         return load_config(source, **options), list(objects.values())
-    parsed, issues = parse_config(source, options=options)
+    parsed, issues = parse_config(source, loss_options, options=options)
     issues.raise_if_any()
     parsed.written = parsed.written._replace(resolved=plain(parsed))
     return check_python_config(parsed, described), list(objects.values())
