@@ -15,16 +15,21 @@ from minitrain.distributed.parallel import make_parallel
 from minitrain.inference.evaluation import evaluate_all, load_rows
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
-from minitrain.training.after_step import after_step, count_bad_step, finish
+from minitrain.training.after_step import (
+    after_step,
+    count_bad_step,
+    finish,
+    report_start,
+    run_evaluation,
+    should_evaluate,
+    start_window,
+)
 from minitrain.training.callbacks import Hook, collect_hooks
 from minitrain.training.checkpoint import restore_rng
-from minitrain.training.evaluation import run_evaluation, should_evaluate
 from minitrain.training.failpoints import failpoint
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
-from minitrain.training.reporting import report_start, start_window
-from minitrain.training.save_schedule import SaveSchedule
-from minitrain.training.saving import check_target, restore_checkpoint, save_checkpoint, save_model
+from minitrain.training.saving import SaveSchedule, check_target, restore_checkpoint, save_checkpoint, save_model
 from minitrain.training.signals import capture_signals
 from minitrain.training.step import StepOutput, forward_backward, optim_step
 

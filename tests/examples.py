@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from minitrain.batch import Batch
-from minitrain.data.collate import Document, collate
+from minitrain.batch import Batch, Document, collate
 from minitrain.losses import Loss, Models, add_features
 from minitrain.model import attention
 from minitrain.model.policy import Policy
 from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_scorer
-from minitrain.training.metrics import share_step_statistics
+from minitrain.training.step import share_step_statistics
 from tests.conftest import random_llama
 
 LENGTHS = (9, 3, 14, 5, 30, 2, 7, 11)  # of which 1 to 27 tokens are learned

@@ -36,13 +36,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from minitrain.batch import Document
 from minitrain.config.schema import Config, DatasetConfig
 from minitrain.errors import DataError
 from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
-from .collate import Document
 from .encode import ALIKE, EXCLUDED, N_DOCUMENTS, NOTHING_LEFT, TOO_LONG, TruncationConfig, encode
 from .examples import format_sources, to_record
 from .files import Row

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, Document, collate
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
 from .cache import BAD_ROWS, COUNTED, TokenCache, load_cache
-from .collate import Document, collate
 from .mismatched import add_mismatched_answers
 from .sampler import Rows, epoch_order, epoch_size, group_by_length, pack, plan_step
 from .source import row_name

@@ -9,8 +9,8 @@ from minitrain.data.rows import rows_object
 from minitrain.errors import ConfigError
 from minitrain.losses import add_features
 from minitrain.training.aux_models import reference_kind
-from minitrain.training.metrics import evaluate
 from minitrain.training.setup import make_loader
+from minitrain.training.step import evaluate
 
 from .exact_match import exact_match
 

@@ -24,7 +24,7 @@ from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer
 from minitrain.model.logprobs import cpu_has_bfloat16
 from minitrain.model.positions import batches_by_length, n_positions, restoring_rotary, rotary_limit
 from minitrain.model.pretrained import read_model_config
-from minitrain.training.metrics import inference
+from minitrain.training.step import inference
 
 from .resolve import find_model
 

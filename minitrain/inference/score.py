@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from minitrain.batch import Document, collate
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.collate import Document, collate
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import ClassificationExample, Conversation, Record, assistant, schemas_of, to_record, user
 from minitrain.data.files import FORMATS, format_of, read_rows, refuse_no_file

@@ -1,19 +1,26 @@
-"""What follows an optimizer step, and what follows the last one.
+"""What the trainer does before, between and after optimizer steps: report, evaluate, save, stop.
 
-Functions that get the trainer, as hooks do.
+Functions that get the trainer, as hooks do, and keep their state in it.
 """
 
+import math
+import sys
+import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from minitrain.errors import RunError
+from minitrain.errors import ConfigError, RunError
+from minitrain.io.redact import redact
 
-from .evaluation import run_evaluation, should_evaluate
 from .failpoints import failpoint
-from .reporting import log_train, warn
+from .metric_logger import ThroughputMeter, duration, eval_line, train_line
 from .saving import save_if_due, save_model
+from .step import MetricAccumulator
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
+
+ALWAYS_THERE = ("loss", "exact_match")  # metrics; the config check knows whether there is exact_match
 
 
 def count_bad_step(trainer: "Trainer") -> None:
@@ -34,7 +41,8 @@ def after_step(trainer: "Trainer") -> None:
     if trainer.step % config.log_every_steps == 0 or last:
         log_train(trainer)
     trainer.call_hook("on_step_end")
-    trainer.run.finish_saving(wait=False)
+    if trainer.run.pending is not None:
+        trainer.run.finish_saving(wait=False)
     if should_evaluate(trainer):
         run_evaluation(trainer)
     if config.save_models_every_steps and trainer.step % config.save_models_every_steps == 0 and not last:
@@ -55,4 +63,126 @@ def finish(trainer: "Trainer") -> None:
         trainer.logger.info(trainer.save_schedule.summary())
     trainer.logger.info(
         f"done: {trainer.run.final}" + (f", best: {trainer.run.best}" if trainer.run.best.exists() else "")
+    )
+
+
+def should_evaluate(trainer: "Trainer") -> bool:
+    """Return whether this step has an evaluation that was not made yet, as when a signal came instead of it."""
+    config, every = trainer.config, trainer.config.eval_every_steps
+    if trainer.step == 0:  # a metric that does not exist should not be reported after hours
+        wanted = config.do_first_eval or config.early_stopping.metric not in ALWAYS_THERE
+    else:
+        wanted = every > 0 and trainer.step % every == 0 and trainer.step < trainer.total_steps
+    return wanted and trainer.evaluated_step != trainer.step
+
+
+def run_evaluation(trainer: "Trainer") -> None:
+    """Evaluate, log, keep the best model, count towards early stopping."""
+    if trainer.eval_loader is None:
+        return
+    began = time.perf_counter()
+    trainer.parallel.set_status(f"the evaluation at step {trainer.step}")
+    metrics = trainer.evaluate()
+    if not metrics:
+        return
+    metrics = trainer.parallel.run_on_rank0(lambda: metrics)  # so that all ranks judge the same, to the last bit
+    trainer.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
+    trainer.evaluated_step = trainer.step
+    trainer.logger.log(trainer.step, "eval", trainer.eval_metrics)
+    trainer.logger.info(eval_line(trainer.step, metrics))
+    _update_best(trainer, metrics)
+    trainer.call_hook("on_eval_end")
+    trainer.window.start += time.perf_counter() - began  # not counted in tokens per second
+
+
+def check_metric(metric: str, known: Collection[str]) -> None:
+    """Raise ConfigError for a metric that the evaluation does not have."""
+    if metric not in known:
+        raise ConfigError(
+            f"early_stopping.metric: there is no {metric!r}; there are {', '.join(known)}", "not-a-choice"
+        )
+
+
+def _warn_without_best(trainer: "Trainer") -> None:
+    """Say that best/ does not exist although `save_best` is set, as when it was not set or the folder was removed."""
+    metric, best = trainer.config.early_stopping.metric, trainer.best
+    if trainer.config.save_best and not trainer.run.best.exists():
+        value = f"nan at step {trainer.step}" if best is None else f"not better than {best:.6g}, the best before"
+        trainer.logger.warning(f"warning: {trainer.run.best} does not exist: {metric} is {value}")
+
+
+def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
+    """Save the model if it is the best so far; stop training after `early_stopping.patience` that were not."""
+    config, stopping = trainer.config, trainer.config.early_stopping
+    check_metric(stopping.metric, metrics)
+    value = metrics[stopping.metric]
+    sign = -1 if stopping.metric.endswith(("loss", "perplexity", "kl")) else 1
+    improved = trainer.best is None or sign * (value - trainer.best) > stopping.threshold
+    if improved and not math.isnan(value):
+        trainer.best, trainer.evals_without_improvement = value, 0
+        if config.save_best:
+            save_model(trainer, trainer.run.best)
+        return
+    _warn_without_best(trainer)
+    trainer.evals_without_improvement += 1
+    if (
+        stopping.patience
+        and trainer.evals_without_improvement >= stopping.patience
+        and trainer.step < trainer.total_steps
+    ):
+        trainer.logger.info(
+            f"stopping early: {stopping.metric} has not improved in {trainer.evals_without_improvement} evaluations"
+        )
+        trainer.should_stop = True
+
+
+def report_start(trainer: "Trainer") -> None:
+    """Say what is trained on what, and where it resumes."""
+    trainer.logger.warning(*(f"warning: {line}" for line in trainer.warnings))
+    for line in (*trainer.notes, _description(trainer)):
+        trainer.logger.info(line)
+    if trainer.checkpoint is not None:
+        trainer.logger.info(f"going on from {trainer.checkpoint}")
+    if trainer.save_schedule.every is None:
+        interval = duration(trainer.save_schedule.interval)
+        trainer.logger.info(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
+
+
+def warn(trainer: "Trainer", line: str) -> None:
+    """Show a line on the console, outside of `train()`, too."""
+    if trainer.logger is not None:
+        trainer.logger.warning(line)
+    elif trainer.parallel.rank == 0:
+        print(redact(line), file=sys.stderr)
+
+
+def start_window(trainer: "Trainer") -> None:
+    """Start the means of the next log line, which are exact over the steps since the line before."""
+    trainer.totals = MetricAccumulator(trainer.device)
+    trainer.window = ThroughputMeter(trainer.step)
+
+
+def log_train(trainer: "Trainer") -> None:
+    """Log the means of the window, and start the next one."""
+    trainer.train_metrics = trainer.loss.finalize_metrics(trainer.totals.means(trainer.parallel)) | {
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "grad_norm": trainer.grad_norm,
+        "epoch": trainer.consumed / trainer.train_loader.epoch_size,
+        **trainer.window.figures(trainer.step, trainer.total_steps, trainer.parallel),
+    }
+    trainer.logger.log(trainer.step, "train", trainer.train_metrics)
+    trainer.logger.info(train_line(trainer.step, trainer.total_steps, trainer.train_metrics))
+    start_window(trainer)
+
+
+def _description(trainer: "Trainer") -> str:
+    config = trainer.config
+    total = sum(p.numel() for p in trainer.policy.parameters())
+    trained = sum(p.numel() for p in trainer.parameters)
+    held = f", {len(trainer.eval_loader.examples):,} to evaluate on" if trainer.eval_loader else ""
+    ranks = f"{trainer.parallel.world_size} x " if trainer.parallel.world_size > 1 else ""
+    return (
+        f"{config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{trainer.device} in "
+        f"{config.model.policy_dtype}; {len(trainer.train_loader.examples):,} examples{held}; "
+        f"{trainer.total_steps} steps of {config.total_batch_size}; loss {config.loss['name']}"
     )

@@ -40,9 +40,8 @@ from minitrain.model.logprobs import LMHead
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.vocabulary import count_ids
 
-from .metrics import inference
-from .precision import Precision
 from .setup import check_lengths
+from .step import Precision, inference
 
 Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
 REF_LOGPS = "ref_logps"  # the column of precomputed log-probabilities

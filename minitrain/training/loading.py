@@ -12,9 +12,9 @@ from .agreement import check_same_inputs, check_same_options
 from .aux_models import build_aux_models
 from .failpoints import failpoint
 from .optim import build_optimizer, warmup_steps
-from .precision import Precision
 from .run_dir import RunFolder
 from .setup import make_loader, prepare_policy, read_data
+from .step import Precision
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer

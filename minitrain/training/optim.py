@@ -108,8 +108,3 @@ def warmup_steps(config: Config, total: int) -> int:
             "out-of-range",
         )
     return config.warmup_steps or round(config.warmup_ratio * total)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_ratio"]

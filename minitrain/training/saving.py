@@ -1,15 +1,19 @@
-"""What the trainer saves: models to use, and checkpoints to resume from.
+"""What the trainer saves, models to use and checkpoints to resume from, and when.
 
 Functions that get the trainer, as hooks do.
 """
 
 import collections
+import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from minitrain import __version__
+from minitrain.config.saved import config_yaml, written
 from minitrain.config.schema import Config
 from minitrain.data.loader import TokenizedDataset
+from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError, RunError
 from minitrain.io.paths import holds_model
 from minitrain.model import save
@@ -19,11 +23,13 @@ from minitrain.model.weights import full_tensors
 from .atomic_dir import atomic_folder
 from .checkpoint import load_checkpoint
 from .failpoints import failpoint
-from .model_card import model_card
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
+MIN_INTERVAL = 60.0  # seconds between two checkpoints, at least
+MAX_SHARE = 0.02  # of the time may go into writing them
+WRITE_SPEED = 500e6  # bytes per second, assumed until one has been written
 # What a checkpoint holds besides tensors: attributes of the trainer.
 CHECKPOINT_STATE = (
     "step",
@@ -114,3 +120,97 @@ def inputs(config: Config, examples: TokenizedDataset) -> dict[str, list[str]]:
     """Return what a checkpoint depends on and its tensors do not tell."""
     data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
     return {"datasets": data, "model": model_fingerprint(config.model)}
+
+
+class SaveSchedule:
+    """Every `save_every_steps` steps and at the end; if the option is not set, by time.
+
+    By time, a checkpoint is due a minute after the last one, or later if writing one takes longer than 2 % of that: a
+    run that is killed repeats at most a minute, or 50 times as long as a checkpoint takes.
+
+    Attributes:
+        count: Checkpoints written.
+        seconds: The time that they took.
+    """
+
+    def __init__(self, every: int | None, n_bytes: int, parallel: SingleDevice):
+        """
+        Args:
+            every: `save_every_steps`; 0: never, None: by time.
+            n_bytes: The expected size of a checkpoint.
+        """
+        self.every, self.parallel = every, parallel
+        self.cost = n_bytes / WRITE_SPEED  # seconds
+        self.count, self.seconds = 0, 0.0
+        self.start()
+
+    def start(self) -> None:
+        """The first step follows."""
+        self.began = self.last = time.perf_counter()
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two checkpoints."""
+        return max(MIN_INTERVAL, self.cost / MAX_SHARE)
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether a checkpoint is due after a step. All ranks call it, and get the same answer."""
+        if self.every is not None:
+            return self.every > 0 and (step % self.every == 0 or step == total_steps)
+        waited = time.perf_counter() - self.last >= self.interval
+        return self.parallel.max(int(waited)) > 0  # the clocks of ranks differ
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took so long."""
+        self.count, self.seconds, self.cost = self.count + 1, self.seconds + seconds, seconds
+        self.last = time.perf_counter()
+
+    def failed(self) -> None:
+        """A checkpoint could not be written; the next attempt is an interval later."""
+        self.last = time.perf_counter()
+
+    def summary(self) -> str:
+        """What checkpoints have cost."""
+        share = self.seconds / max(time.perf_counter() - self.began, 1e-9)
+        return f"{self.count} checkpoint{'s' * (self.count != 1)} took {self.seconds:.1f} s ({share:.1%} of the time)"
+
+
+def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int) -> str:
+    """README.md of a saved model: what it was trained on, how, and how well it did."""
+    options = written(config)
+    base = _named(options["model"], "name_or_path")
+    entries = options["datasets"] if isinstance(options["datasets"], list) else [options["datasets"]]
+    files = "\n".join(f"- `{_named(entry, 'path')}`" for entry in entries)
+    figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items()) or "| none | |"
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(base) if ": " in base else base}
+tags: [minitrain, {config.loss["name"]}]
+---
+
+# {config.exp_name}
+
+`{base}` trained with the loss `{config.loss["name"]}` by minitrain {__version__},
+{steps} optimizer steps over {n_examples} examples.
+
+## Data
+
+{files}
+
+## Results
+
+| metric | value |
+|---|---|
+{figures}
+
+## Options
+
+```yaml
+{config_yaml(config).strip()}
+```
+"""
+
+
+def _named(section: Any, key: str) -> str:
+    """Return the option that names a model or a file; a section that is one `${...}` stays as it is written."""
+    return section[key] if isinstance(section, dict) else section

@@ -18,7 +18,7 @@ from minitrain.model.load import freeze_layers, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, checkpoint_activations, find_blocks
 from minitrain.model.weights import Weights
 
-from .precision import Precision
+from .step import Precision
 
 
 def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:

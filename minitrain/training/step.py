@@ -1,11 +1,13 @@
-"""An optimizer step in two halves: the gradients of all its micro-batches, then the update.
+"""An optimizer step in two halves, the gradients of all its micro-batches and the update, and an evaluation.
 
-The trainer, the memory estimate and training loops of your own call the same two functions.
+The trainer, the memory estimate and training loops of your own call the same functions. Means are exact whatever the
+batches: sums over tokens, divided once at the end.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +16,102 @@ from torch import Tensor, nn
 
 from minitrain.batch import Batch
 from minitrain.distributed.parallel import SingleDevice
+from minitrain.errors import RunError
 from minitrain.losses import Loss, LossOutput, Models
 
 from .failpoints import failpoint
-from .metrics import MetricAccumulator, share_step_statistics
-from .optim import set_lr
-from .precision import Precision
+
+FIRST_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000  # clean steps before the scale is doubled
+SMALLEST_SCALE = 2.0**-10
+
+
+@dataclass
+class Precision:
+    """The dtype of compute. Parameters keep their own dtype, float32 by default.
+
+    float16 has no exponents for small gradients: the loss is multiplied by `scale` before the backward pass and
+    the gradients divided by it after. An overflow halves the scale, and the step is skipped.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    scale: float = 1.0
+    clean_steps: int = 0
+
+    def __post_init__(self):
+        if self.dtype == torch.float16:
+            self.scale = FIRST_SCALE
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self.scale).backward()
+
+    def unscale(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Gives the gradients their true size; before clipping, and once a step."""
+        if self.scale != 1.0:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(grads, 1.0 / self.scale)
+
+    def update(self, overflow: bool) -> None:
+        """Adapts the scale after a step. Raises RunError when no scale helps."""
+        if self.dtype != torch.float16:
+            return
+        if overflow:
+            self.scale, self.clean_steps = self.scale / 2, 0
+            if self.scale < SMALLEST_SCALE:
+                raise RunError(
+                    "float16 gradients overflow at every loss scale; use model.policy_dtype=bfloat16", "not-finite"
+                )
+        else:
+            self.clean_steps += 1
+            if self.clean_steps == GROWTH_INTERVAL:
+                self.scale, self.clean_steps = self.scale * 2, 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "clean_steps": self.clean_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.scale, self.clean_steps = state["scale"], state["clean_steps"]
+
+
+class MetricAccumulator:
+    """Running sums of a loss and its metrics, in float64, over micro-batches, steps and ranks."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums: dict[str, torch.Tensor] = {}  # name -> [2] (sum, weight)
+        self.samples: dict[str, list[float]] = {}
+
+    def add(self, output: LossOutput) -> None:
+        for name, (total, weight) in {"loss": (output.loss_sum, output.num_items), **output.metrics}.items():
+            pair = torch.stack([total.detach().to(self.dtype), weight.to(self.dtype)])  # [2]
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def add_samples(self, output: LossOutput) -> None:
+        for name, tensor in output.samples.items():
+            self.samples.setdefault(name, []).extend(tensor.tolist())
+
+    def means(self, parallel: SingleDevice) -> dict[str, float]:
+        """Sum / weight of each, over all ranks; a metric that no rank has seen is left out."""
+        # A loss may give a metric on some ranks only, and sums are made in one order on all of them.
+        names = dict.fromkeys(name for known in parallel.gather(list(self.sums)) for name in known)
+        if not names:
+            return {}
+        nothing = torch.zeros(2, dtype=self.dtype, device=self.device)
+        totals = parallel.sum(torch.stack([self.sums.get(name, nothing) for name in names])).tolist()  # [M, 2]
+        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+
+    def all_samples(self, parallel: SingleDevice) -> dict[str, list[float]]:
+        """The samples of all ranks."""
+        found: dict[str, list[float]] = {}
+        for samples in parallel.gather(self.samples):
+            for name, numbers in samples.items():
+                found.setdefault(name, []).extend(numbers)
+        return found
 
 
 @dataclass
@@ -116,7 +208,8 @@ def optim_step(
     taken = loss_is_finite and math.isfinite(norm)
     overflowed = loss_is_finite and not taken and precision.scale > 1  # what loss scaling is there to find out
     if taken:
-        set_lr(optimizer, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
         optimizer.step()
     precision.update(overflow=not taken)
     optimizer.zero_grad(set_to_none=True)
@@ -127,3 +220,52 @@ def _detached(output: LossOutput) -> LossOutput:
     """Return the same numbers without their graph, and without samples, which only an evaluation needs."""
     metrics = {name: (total.detach(), weight.detach()) for name, (total, weight) in output.metrics.items()}
     return dataclasses.replace(output, loss_sum=output.loss_sum.detach(), metrics=metrics, samples={})
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's mode and the random numbers are restored after it."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def share_step_statistics(loss: Loss, batches: Iterable[Batch], models: Models, parallel: SingleDevice) -> None:
+    """Sum a loss's step statistics over all batches and ranks, and give it the sums."""
+    if not loss.has_step_statistics:
+        return
+    with torch.no_grad():
+        sums = [loss.step_statistics(batch.to(parallel.device), models) for batch in batches]
+    loss.set_step_statistics(parallel.sum(torch.stack(sums).sum(0)))
+
+
+def evaluate(
+    loss: Loss,
+    batches: Callable[[], Iterable[Batch]],
+    models: Models,
+    parallel: SingleDevice,
+    precision: Precision,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Mean loss and metrics over batches; the same for every batch size and number of ranks.
+
+    Ends early, with {}, when `stop()`, on which all ranks have to agree.
+    """
+    totals = MetricAccumulator(parallel.device)
+    with inference(models.policy), precision.autocast():
+        share_step_statistics(loss, batches(), models, parallel)
+        for batch in batches():
+            failpoint("eval.batch")
+            if stop():
+                return {}
+            output = loss(batch.to(parallel.device), models)
+            totals.add(output)
+            totals.add_samples(output)
+    parallel.reshard(models.policy)
+    return loss.finalize_metrics(totals.means(parallel)) | loss.compute_eval_metrics(totals.all_samples(parallel))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from minitrain.batch import IGNORE_INDEX
-from minitrain.data.collate import Document, collate
+from minitrain.batch import IGNORE_INDEX, Document, collate
 from minitrain.model.tiny import tiny_model
 from tests.tensors import Written
 

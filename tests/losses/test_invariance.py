@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitrain.batch import IGNORE_INDEX, Batch
-from minitrain.data.collate import collate
+from minitrain.batch import IGNORE_INDEX, Batch, collate
 from minitrain.data.sampler import plan_step
 from minitrain.losses import create_loss, registered
 from minitrain.model import attention

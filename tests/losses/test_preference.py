@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitrain import ConfigError, create_loss
-from minitrain.batch import PolicyOutput
-from minitrain.data.collate import collate
+from minitrain.batch import PolicyOutput, collate
 from minitrain.losses import Models
 from minitrain.losses.dpo import VARIANTS
 from tests.conftest import metrics, weights

@@ -8,14 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from minitrain import ConfigError, DataError, create_loss
-from minitrain.batch import PolicyOutput
-from minitrain.data.collate import Document, collate
+from minitrain.batch import Document, PolicyOutput, collate
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.losses import LossOutput, Models
 from minitrain.losses.value import value_metrics, with_explained_variance
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.training.aux_models import PrecomputedRefLogps
-from minitrain.training.metrics import MetricAccumulator
+from minitrain.training.step import MetricAccumulator
 from tests.conftest import metrics, weights
 from tests.examples import LENGTHS, N, collated, prepared
 from tests.messages import raises

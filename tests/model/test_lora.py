@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from minitrain import ConfigError
+from minitrain.batch import Document, collate
 from minitrain.config.schema import Config, LoRAConfig, ModelConfig
-from minitrain.data.collate import Document, collate
 from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
 from minitrain.model.logprobs import chunked_logprobs

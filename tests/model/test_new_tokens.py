@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from minitrain import ConfigError
-from minitrain.batch import Distillation
+from minitrain.batch import Distillation, Document, collate
 from minitrain.config.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
-from minitrain.data.collate import Document, collate
 from minitrain.data.template import Template
 from minitrain.inference.generate import find_model, model_config
 from minitrain.losses.kd import forward_kl

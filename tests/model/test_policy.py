@@ -12,8 +12,8 @@ import transformers as tf
 from safetensors import safe_open
 
 from minitrain import ConfigError
+from minitrain.batch import Document, collate
 from minitrain.config.schema import Config, ModelConfig
-from minitrain.data.collate import Document, collate
 from minitrain.model import attention
 from minitrain.model.load import freeze_layers, load_model, load_policy, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, find_blocks

@@ -8,9 +8,8 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from minitrain import ConfigError
-from minitrain.batch import Batch
+from minitrain.batch import Batch, Document, collate
 from minitrain.config.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
-from minitrain.data.collate import Document, collate
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template

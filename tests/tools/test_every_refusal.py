@@ -101,7 +101,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "training/checkpoint:_check_room: no-space",
         "training/checkpoint:_commit: write_error_code(error)",
         "training/checkpoint:_make_temporary: write_error_code(error)",
-        "training/precision:update: not-finite",
+        "training/step:update: not-finite",
         "training/after_step:count_bad_step: not-finite",
     ),
     "other processes: tests/distributed and tests/faults": (

@@ -12,7 +12,7 @@ from minitrain.distributed.parallel import SingleDevice
 from minitrain.training import atomic_dir, checkpoint, save_schedule
 from minitrain.training.atomic_dir import atomic_folder, checkpoints, fingerprint, recover, replace_file
 from minitrain.training.metrics_log import last_step
-from minitrain.training.save_schedule import SaveSchedule
+from minitrain.training.saving import SaveSchedule
 from tests.conftest import metrics, weights
 from tests.messages import problems, raises
 

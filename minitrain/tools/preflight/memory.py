@@ -35,11 +35,9 @@ from minitrain.model import kd_divergence, logprobs
 from minitrain.model.load import CPU, DTYPES
 from minitrain.model.meta_policy import build_meta_frozen
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
-from minitrain.training.metrics import inference
 from minitrain.training.optim import build_optimizer
-from minitrain.training.precision import Precision
 from minitrain.training.setup import make_loader, prepare_policy
-from minitrain.training.step import forward_backward, optim_step
+from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
 from .dry_run import DryRun
 

@@ -21,9 +21,9 @@ from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
 from minitrain.model.trial import check_meta_policy
 from minitrain.model.vocabulary import describe_new_tokens
+from minitrain.training.after_step import ALWAYS_THERE, check_metric
 from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
-from minitrain.training.evaluation import ALWAYS_THERE, check_metric
 from minitrain.training.optim import warmup_steps
 from minitrain.training.run_dir import RunFolder
 from minitrain.training.saving import inputs
