@@ -15,17 +15,8 @@ from minitrain.distributed.parallel import make_parallel
 from minitrain.inference.evaluation import evaluate_all, load_rows
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
-from minitrain.training.after_step import (
-    after_step,
-    count_bad_step,
-    finish,
-    report_start,
-    run_evaluation,
-    should_evaluate,
-    start_window,
-)
+from minitrain.training.after_step import after_step, begin, count_bad_step, finish, should_evaluate, start_window
 from minitrain.training.callbacks import Hook, collect_hooks
-from minitrain.training.checkpoint import restore_rng
 from minitrain.training.failpoints import failpoint
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
@@ -163,7 +154,7 @@ class Trainer:
         return self.eval_metrics
 
     def _run(self) -> None:
-        self._begin()
+        begin(self)
         self._loop()
         if self.signal is None:
             finish(self)
@@ -251,17 +242,6 @@ class Trainer:
     def is_interrupted(self) -> bool:
         """Return whether a signal has stopped the training. All ranks call it."""
         return self._stopping() and self.signal is not None
-
-    # ------------------------------------------------------------------------------------------ begin and end
-
-    def _begin(self) -> None:
-        report_start(self)
-        self.call_hook("on_train_begin")
-        failpoint("train.begin")
-        if should_evaluate(self):
-            run_evaluation(self)
-        if self.checkpoint is not None:
-            restore_rng(self.checkpoint, self.parallel)  # last, so that nothing draws from it before the first step
 
     def call_hook(self, hook: str) -> None:
         """Call the functions of a hook."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from minitrain.errors import ConfigError, RunError
 from minitrain.io.redact import redact
 
+from .checkpoint import restore_rng
 from .failpoints import failpoint
 from .metric_logger import ThroughputMeter, duration, eval_line, train_line
 from .saving import save_if_due, save_model
@@ -33,6 +34,17 @@ def count_bad_step(trainer: "Trainer") -> None:
             "the weights are those before them. Lower lr, look at the data, or find the place with debug=true.",
             "not-finite",
         )
+
+
+def begin(trainer: "Trainer") -> None:
+    """Report, call hooks and evaluate before the first step."""
+    report_start(trainer)
+    trainer.call_hook("on_train_begin")
+    failpoint("train.begin")
+    if should_evaluate(trainer):
+        run_evaluation(trainer)
+    if trainer.checkpoint is not None:  # last, so that nothing draws from it before the first step
+        restore_rng(trainer.checkpoint, trainer.parallel)
 
 
 def after_step(trainer: "Trainer") -> None:
