@@ -369,8 +369,8 @@ BUGS = {
             title="Masked positions were counted in means and standard deviations.",
             reported_in="inclusionAI/AReaL#1346",
             file="minitrain/losses/advantages.py",
-            line="torch.cat([file.token_features[name][places] for",
-            replacement="torch.cat([file.token_features[name][: int(places.sum())] for",
+            line="torch.cat([file.token_features[name][mask] for",
+            replacement="torch.cat([file.token_features[name][: int(mask.sum())] for",
             test="tests/losses/test_advantages.py::test_what_stands_outside_of_the_response_does_not_matter",
         ),
         Bug(

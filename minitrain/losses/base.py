@@ -1,7 +1,7 @@
-"""The contract of a loss, and the registry that finds it by name.
+"""The interface of a loss, and the registry of losses by name.
 
-A loss returns a sum and the number of items (tokens, pairs ...) that it is over; the trainer divides by the number of
-items of the full optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is
+A loss returns a sum over items (tokens, pairs, ...) and their number; the trainer divides by the number of items of the
+full optimizer step, over all micro-batches and ranks. So the gradient does not depend on how a batch is
 split.
 """
 
@@ -20,7 +20,7 @@ from minitrain.config.schema import aliases
 from minitrain.errors import ConfigError
 
 EXAMPLE_TYPES = ("conversation", "preference", "unpaired_preference", "classification", "rollout")
-OLD_NAMES = {  # of the contract of 0.1.0
+OLD_NAMES = {  # names of 0.1.0
     "weight": "num_items",
     "record": "example_type",
     "outputs": "head_labels",
@@ -35,64 +35,69 @@ OLD_NAMES = {  # of the contract of 0.1.0
 
 
 class Models(NamedTuple):
-    """The models that a loss is called with; each is called as `models.policy(batch)` and returns `PolicyOutput`."""
+    """The models that a loss calls, as in `models.policy(batch)`, which returns `PolicyOutput`.
+
+    Attributes:
+        reference: Set if the loss requires "reference".
+        teacher: Set if it requires "teacher". `models.teacher.target_hidden_states(batch)` returns its hidden states.
+    """
 
     policy: Callable[..., PolicyOutput]
-    reference: Callable[..., PolicyOutput] | None = None  # if the loss requires "reference"
-    teacher: Any = (
-        None  # if it requires "teacher"; `models.teacher.target_hidden_states(batch)` are its final hidden states
-    )
+    reference: Callable[..., PolicyOutput] | None = None
+    teacher: Any = None
 
     def frozen(self) -> dict[str, Any]:
-        """Return the models besides the policy, by name."""
+        """Return the models other than the policy, by name."""
         return {name: model for name, model in self._asdict().items() if name != "policy" and model is not None}
 
 
 @dataclass
 class LossOutput:
-    """What a loss gives for one micro-batch.
+    """The loss of one micro-batch.
 
-    `metrics` maps a name to (sum, weight); they are reduced over micro-batches and ranks like the loss.
+    `metrics` maps a name to (sum, weight). Both are summed over micro-batches and ranks, like the loss.
     """
 
-    loss_sum: Tensor  # [] attached to the graph, also when everything is masked
+    loss_sum: Tensor  # [] part of the autograd graph even if every token is masked
     num_items: Tensor  # []
     metrics: dict[str, tuple[Tensor, Tensor]]
     samples: dict[str, Tensor] = field(default_factory=dict)  # name -> [n], kept for `compute_eval_metrics`
 
 
 class DataFile(Protocol):
-    """What a loss may know of a data file's D documents of T tokens altogether."""
+    """What a loss sees of a data file with D documents and T tokens in total."""
 
     source: str  # its path
-    key: str  # a hash of all that determines its tokens
+    key: str  # a hash of everything that determines its tokens
     doc_features: dict[str, np.ndarray]  # name -> [D]
     token_features: dict[str, Tensor]  # name -> [T, ...]
     offsets: np.ndarray  # [D + 1] where each document begins
-    mask: Tensor  # [T] uint8, which tokens are learned
-    labels: list[str]  # what values["label"] counts
+    mask: Tensor  # [T] uint8, 1 for targets
+    labels: list[str]  # what doc_features["label"] indexes
 
 
 class AddedFeatures(NamedTuple):
-    """What a loss adds to the D documents and T tokens of a data file; what has the same name is replaced."""
+    """Features that a loss adds to a data file with D documents and T tokens, or replaces."""
 
     file: DataFile
     doc_features: Mapping[str, np.ndarray] = {}  # name -> [D]
     token_features: Mapping[str, Tensor] = {}  # name -> [T, ...]
-    labels: list[str] | None = None  # what doc_features["label"] counts, if that is added
+    labels: list[str] | None = None  # what doc_features["label"] indexes, if that is added
 
 
 class Loss:
-    """A pluggable objective. Subclass it, give it a dataclass of options, and `register_loss` it.
+    """Base class of losses. Write a subclass and a dataclass of its options, and decorate it with `register_loss`.
 
-    Write `num_items` and `__call__`; the rest is for losses that need it.
+    `num_items` and `__call__` are required; the rest is optional.
     """
 
-    has_step_statistics: ClassVar[bool] = False  # whether it needs sums over the whole step before it is called
+    has_step_statistics: ClassVar[bool] = (
+        False  # whether it needs sums over the full optimizer step before it is called
+    )
 
-    example_type: ClassVar[str] = "conversation"  # what it is trained on, one of EXAMPLE_TYPES
-    dropout: ClassVar[bool] = True  # whether the policy's dropout is on while it trains
-    temperature: float = 1.0  # at which it asks for log-probabilities
+    example_type: ClassVar[str] = "conversation"  # one of EXAMPLE_TYPES
+    dropout: ClassVar[bool] = True  # whether the policy's dropout is active in training
+    temperature: float = 1.0  # of the log-probabilities
     options_class: ClassVar[type]
     name: ClassVar[str]
 
@@ -100,40 +105,40 @@ class Loss:
         self.options = options
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise ConfigError for a class that has the contract of an older version."""
+        """Raise ConfigError for a class with the interface of an older version."""
         super().__init_subclass__(**kwargs)
         _check_contract(cls)
 
     def unused_options(self) -> dict[str, str]:
-        """Return the options that have no effect with the others, each with what it needs."""
+        """Return the options that have no effect, each with the reason."""
         return {}
 
     def conflicts(self) -> dict[str, str]:
-        """Return the options whose values cannot work together, each with the reason and what to do instead."""
+        """Return the options with invalid or conflicting values, each with the reason and what to do."""
         return {}
 
     @property
     def requires(self) -> frozenset[str]:
-        """Any of: reference, teacher (models that it is called with), values (a value head on the policy)."""
+        """Any of: "reference" and "teacher" (models that it calls), "values" (a value head on the policy)."""
         return frozenset()
 
     @property
     def head_labels(self) -> list[str] | None:
-        """Names of the outputs of the model's scalar head; None for a language model."""
+        """Names of the outputs of the sequence head; None for a language model."""
         return None
 
     def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> Iterable[AddedFeatures]:
-        """Return features to add to the data files. Called once, before a model is built.
+        """Return features to add to the data files. Called once, before the model is built.
 
         A file that is split into training and evaluation data is in both lists.
 
         Raises:
-            ConfigError, DataError: For data that the options do not fit.
+            ConfigError, DataError: If the data and the options do not match.
         """
         return ()
 
     def num_items(self, batch: Batch) -> Tensor:
-        """Return the number of items in this micro-batch, shape []. Calls no model."""
+        """Return the number of items in this micro-batch, shape [], without calling a model."""
         raise NotImplementedError
 
     def step_statistics(self, batch: Batch, models: Models) -> Tensor:
@@ -141,37 +146,41 @@ class Loss:
         raise NotImplementedError
 
     def set_step_statistics(self, statistics: Tensor) -> None:
-        """Take those sums over all micro-batches and ranks, shape [S], before the loss is called for any of them."""
+        """Receive those sums over all micro-batches and ranks, shape [S], before the first call of the step."""
         raise NotImplementedError
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
-        """Return the loss of a micro-batch, summed.
+        """Return the summed loss of a micro-batch.
 
         `models.policy(batch)` returns `PolicyOutput`: per-token log-probabilities, never logits. Call each model
-        equally often on every rank, so never under a condition on what is in the batch.
+        the same number of times on every rank, so never depending on the content of the batch.
         """
         raise NotImplementedError
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Return what is logged, from the means of the metrics; for metrics that are not means, like perplexity."""
+        """Return the metrics to log, given the means of all metrics. Override it for metrics like perplexity."""
         return means
 
     def compute_eval_metrics(self, samples: dict[str, list[float]]) -> dict[str, float]:
-        """Return metrics of an evaluation from all samples, in any order; for those that are no sums, like a rank."""
+        """Return metrics computed from all samples of an evaluation, in any order, such as a rank correlation."""
         return {}
 
 
 def _check_contract(cls: type[Loss]) -> None:
-    own = vars(cls)
-    changes = [f"rename {old} to {new}" for old, new in OLD_NAMES.items() if old in own and new.split()[0] not in own]
-    if "__call__" in own and not _takes_models(inspect.signature(cls.__call__)):
-        changes.append("write __call__(self, batch, models), with models.policy, models.reference and models.teacher")
+    defined = vars(cls)
+    changes = [
+        f"rename {old} to {new}" for old, new in OLD_NAMES.items() if old in defined and new.split()[0] not in defined
+    ]
+    if "__call__" in defined and not _takes_models(inspect.signature(cls.__call__)):
+        changes.append("define __call__(self, batch, models), with models.policy, models.reference and models.teacher")
     if cls.example_type not in EXAMPLE_TYPES:
-        changes.append(f"set example_type, which is {cls.example_type!r}, to one of {', '.join(EXAMPLE_TYPES)}")
-    if "step_statistics" in own and not cls.has_step_statistics:
+        changes.append(f"set example_type to one of {', '.join(EXAMPLE_TYPES)}, not {cls.example_type!r}")
+    if "step_statistics" in defined and not cls.has_step_statistics:
         changes.append("set has_step_statistics = True")
     if changes:
-        raise ConfigError(f"{cls.__name__}: does not have the methods of a loss: {'; '.join(changes)}.", "usage")
+        raise ConfigError(
+            f"{cls.__name__}: does not have the interface of a loss. Change it: {'; '.join(changes)}.", "usage"
+        )
 
 
 def _takes_models(signature: inspect.Signature) -> bool:
@@ -183,7 +192,7 @@ def _takes_models(signature: inspect.Signature) -> bool:
 
 
 def add_features(loss: Loss, train: Sequence[DataFile], eval: Sequence[DataFile] = ()) -> None:
-    """Show a loss the data files, and add to them what it returns. Raises ConfigError or DataError."""
+    """Add to the data files the features that the loss computes from them. Raise ConfigError or DataError."""
     for added in loss.on_data_loaded(train, eval) or ():
         added.file.doc_features |= added.doc_features
         added.file.token_features |= added.token_features
@@ -207,11 +216,11 @@ _REGISTRY: dict[str, type[Loss]] = {}
 
 
 def register_loss(name: str, options_class: type):
-    """Class decorator: makes a `Loss` available as `loss.name` with `options_class` as its typed options."""
+    """Register the decorated `Loss` as `loss.name`, with the dataclass `options_class` as its options."""
 
     def register(cls: type[Loss]) -> type[Loss]:
         if name in _REGISTRY:
-            raise ConfigError(f"a loss named {name!r} is registered already", "already-exists")
+            raise ConfigError(f"a loss named {name!r} is already registered. Use another name.", "already-exists")
         cls.name, cls.options_class = name, options_class
         _REGISTRY[name] = cls
         return cls
@@ -220,7 +229,7 @@ def register_loss(name: str, options_class: type):
 
 
 def registered() -> dict[str, type[Loss]]:
-    """The losses by name."""
+    """Return the losses by name."""
     return dict(_REGISTRY)
 
 
@@ -232,17 +241,17 @@ def loss_options(name: str) -> type | None:
 def create_loss(name: str, **options) -> Loss:
     """Create a loss by name: ``create_loss("sft", label_smoothing=0.1)``.
 
-    Raises ConfigError for an unknown name and for every option that the check of a config refuses: unknown ones, values
-    that are not allowed or do not go together, and options that would have no effect.
+    Raises:
+        ConfigError: For an unknown name, and for options that are unknown, invalid, in conflict, or without effect.
     """
     if name not in _REGISTRY:
-        raise ConfigError(f"there is no loss {name!r}; there are {', '.join(_REGISTRY)}", "not-a-choice")
+        raise ConfigError(f"unknown loss {name!r}. Use one of {', '.join(_REGISTRY)}.", "not-a-choice")
     schema = _REGISTRY[name].options_class
     known = [f.name for f in fields(schema)]
     unknown = [key for key in options if key not in (*known, *aliases(schema))]
     if unknown:
         raise ConfigError(
-            f"loss {name} has no option {', '.join(unknown)}; it has {', '.join(known)}", "unknown-option"
+            f"loss {name}: unknown option {', '.join(unknown)}. Its options are {', '.join(known)}.", "unknown-option"
         )
     issues = ConfigIssues(Source(f"loss {name}"))
     options = replace_aliases(options, aliases(schema))
@@ -252,13 +261,14 @@ def create_loss(name: str, **options) -> Loss:
 
 
 def build_loss(name: str, options: dict[str, Any], given: Collection[str], issues: ConfigIssues) -> Loss | None:
-    """Build a loss from checked options, and add to `issues` what these have against one another.
+    """Build a loss from options of the right types, and add their conflicts to `issues`.
 
     Args:
-        options: Those of the right type, by name.
-        given: Names of all options that were given.
+        options: The options that have the right type, by name.
+        given: The names of all options that were set.
 
-    Returns None where a required option is missing.
+    Returns:
+        The loss, or None if a required option is missing.
     """
     cls = _REGISTRY[name]
     required = [f.name for f in fields(cls.options_class) if f.default is MISSING and f.default_factory is MISSING]
@@ -267,35 +277,35 @@ def build_loss(name: str, options: dict[str, Any], given: Collection[str], issue
     loss = cls(cls.options_class(**options))
     for key, reason in loss.unused_options().items():
         if key in given:
-            issues.add(f"loss.{key}", "no-effect", f"would be ignored: {reason}")
+            issues.add(f"loss.{key}", "no-effect", f"has no effect: {reason}")
     for key, reason in loss.conflicts().items():
         issues.add(f"loss.{key}", "conflict", reason)
     return loss
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
-    """Return what a config has to say under `loss` for the same loss: its name, and options that are not the default.
+    """Return the `loss` section of a config for this loss: its name, and the options that are not at their default.
 
-    A class that is not registered is described by its full name, which no config can load, so that its run is never
+    A class that is not registered is described by its full name, which a config cannot load, so its run is never
     resumed with another loss.
     """
     options = loss.options
     described = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
     for f in fields(options) if is_dataclass(options) else ():
         rest = {key: value for key, value in described.items() if key != f.name}
-        if _builds(type(options), rest, options):  # the default, or what __post_init__ makes of the others
+        if _builds(type(options), rest, options):  # the default, or what __post_init__ derives from the others
             described = rest
-    kind = type(loss)
-    if _REGISTRY.get(getattr(loss, "name", None)) is kind:
-        return {"name": kind.name} | described
-    named = {"name": f"{kind.__module__}.{kind.__qualname__}"}
-    return named | {key: _as_yaml(value) for key, value in described.items()}
+    cls = type(loss)
+    if _REGISTRY.get(getattr(loss, "name", None)) is cls:
+        return {"name": cls.name} | described
+    yaml_values = {key: _as_yaml(value) for key, value in described.items()}
+    return {"name": f"{cls.__module__}.{cls.__qualname__}"} | yaml_values
 
 
 def _builds(options_class: type, given: dict[str, Any], options: Any) -> bool:
     try:
         return options_class(**given) == options
-    except TypeError:  # one that has no default
+    except TypeError:  # an option without a default is missing
         return False
 
 

@@ -1,4 +1,4 @@
-"""Labels of texts, or numbers: classification and regression."""
+"""Sequence classification and regression."""
 
 import itertools
 import math
@@ -20,11 +20,13 @@ from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_lo
 
 @dataclass
 class ClassifyOptions:
-    labels: list[Any] = option([], "The labels in the order of the model's outputs; those of the training files.")
-    positive_label: str | None = option(None, "Of two labels, the one that f1 is about; the last one when left out.")
+    labels: list[Any] = option(
+        [], "Labels in the order of the model's outputs (default: sorted labels of the training files)."
+    )
+    positive_label: str | None = option(None, "Label that f1 is computed for, of two labels (default: the last one).")
     label_smoothing: float = option(0.0, "Weight of the mean negative log-probability over all labels.", ge=0, le=1)
-    class_weights: dict[str, float] = option({}, "What examples of a label count, as {label: 2.5}; 1 when left out.")
-    regression: bool = option(False, "The labels are numbers, and the loss is the squared error.")
+    class_weights: dict[str, float] = option({}, "Weight of each label's examples, as {label: 2.5} (default: 1).")
+    regression: bool = option(False, "Treat labels as numbers, with the squared error as loss.")
 
 
 @register_loss("classify", ClassifyOptions)
@@ -48,52 +50,54 @@ class Classify(Loss):
     def conflicts(self) -> dict[str, str]:
         if self.options.regression:
             return {}
-        found = self._unfit() if self.names else {}
+        conflicts = self._label_conflicts() if self.names else {}
         if not all(0 < weight <= MAX_NUMBER for weight in self.options.class_weights.values()):
-            found["class_weights"] = f"a weight has to be above 0, and {MAX_NUMBER} or less."
-        return found
+            conflicts["class_weights"] = f"must be above 0 and at most {MAX_NUMBER} for every label."
+        return conflicts
 
     @property
     def head_labels(self) -> list[str]:
-        """The labels; known after `on_data_loaded`, if they are not an option."""
+        """The labels. Without the option `labels` they are known after `on_data_loaded`."""
         return ["score"] if self.options.regression else self.names
 
     def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> list[AddedFeatures]:
-        """Return labels that are numbered in the same way in all files; for regression, the numbers themselves.
+        """Return the labels as indices that are the same in all files or, for regression, as numbers.
 
         Raises:
-            ConfigError: For options that do not fit the labels.
+            ConfigError: For options that do not match the labels.
             DataError: For a label that is not in the training data or, for regression, not a number.
         """
         if not self.options.regression:
             self.names = self.names or _sorted_names(train)
-            for key, reason in self._unfit().items():
+            for key, reason in self._label_conflicts().items():
                 raise ConfigError(f"loss.{key}: {reason}", "conflict")
-        places = {name: place for place, name in enumerate(self.names)}
+        indices = {name: index for index, name in enumerate(self.names)}
         added = []
         for file in {id(file): file for file in (*train, *eval)}.values():  # one may be split into both
-            meant = [
-                _number(name, file) if self.options.regression else _place(name, places, file) for name in file.labels
+            numbers = [
+                _to_number(name, file) if self.options.regression else _to_index(name, indices, file)
+                for name in file.labels
             ]
-            label = np.array(meant, np.float64)[file.doc_features["label"].astype(int)]  # [D]
+            label = np.array(numbers, np.float64)[file.doc_features["label"].astype(int)]  # [D]
             added.append(AddedFeatures(file, {"label": label}, labels=self.names))
         return added
 
-    def _unfit(self) -> dict[str, str]:
-        """Options that do not fit the labels, each with the reason."""
-        found = {}
+    def _label_conflicts(self) -> dict[str, str]:
+        """Return the options that do not match the labels, each with the reason."""
+        conflicts = {}
         if len(set(self.names)) != len(self.names):
-            found["labels"] = f"a label stands twice in {', '.join(self.names)}. List each label once."
-        for key, named in (
+            conflicts["labels"] = f"duplicate label in {', '.join(self.names)}. List each label once."
+        for key, names in (
             ("class_weights", self.options.class_weights),
             ("positive_label", [self.options.positive_label]),
         ):
-            unknown = [name for name in named if name is not None and name not in self.names]
+            unknown = [name for name in names if name is not None and name not in self.names]
             if unknown:
-                found[key] = f"there is no label {unknown[0]!r}; there are {', '.join(self.names)}."
+                conflicts[key] = f"unknown label {unknown[0]!r}. Use one of {', '.join(self.names)}."
         if self.options.positive_label and len(self.names) != 2:
-            found["positive_label"] = f"would be ignored: of {len(self.names)} labels f1 is a mean over all."
-        return found
+            reason = f"has no effect with {len(self.names)} labels: f1 is then a mean over all labels. Remove it."
+            conflicts["positive_label"] = reason
+        return conflicts
 
     def num_items(self, batch: Batch) -> Tensor:
         labels = batch.doc_feature("label")  # [D]
@@ -102,9 +106,8 @@ class Classify(Loss):
         return self._class_weights(labels.device)[labels.long()].sum()
 
     def _class_weights(self, device: torch.device) -> Tensor:
-        """[L]"""
-        given = self.options.class_weights
-        return torch.tensor([given.get(name, 1.0) for name in self.names], device=device)
+        weights = self.options.class_weights
+        return torch.tensor([weights.get(name, 1.0) for name in self.names], device=device)  # [L]
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         scores, labels = models.policy(batch).scores, batch.doc_feature("label")  # [D, L], [D]
@@ -133,93 +136,98 @@ class Classify(Loss):
 
 
 def _sorted_names(files: Sequence[DataFile]) -> list[str]:
-    """All labels of the files, as numbers when all are, else by the alphabet. Raises DataError."""
+    """Return all labels of the files, sorted as numbers if all are numbers. Raise DataError."""
     names = {name for file in files for name in file.labels}
     sources = ", ".join(sorted({file.source for file in files}))
     if len(names) < 2:
         raise DataError(
-            f"{sources}: all examples have the label {min(names)!r}, so there is nothing to tell apart",
+            f"{sources}: all examples have the label {min(names)!r}. Add examples of another label.",
             "unsuitable-data",
         )
-    numbers = {name: _parsed(name) for name in names}
+    numbers = {name: _parse_number(name) for name in names}
     if not all(map(math.isfinite, numbers.values())):
         return sorted(names)
     ordered = sorted(names, key=lambda name: (numbers[name], name))
     for one, other in itertools.pairwise(ordered):
         if numbers[one] == numbers[other]:
             raise DataError(
-                f"{sources}: the labels {one!r} and {other!r} are one number; write it in one way", "unsuitable-data"
+                f"{sources}: the labels {one!r} and {other!r} are the same number. Write it the same way in all rows.",
+                "unsuitable-data",
             )
     return ordered
 
 
-def _place(name: str, places: dict[str, int], file: DataFile) -> int:
-    if name not in places:
-        told = f"{file.source}: the label {name!r} is not among {_few(list(places))}"
+def _to_index(name: str, indices: dict[str, int], file: DataFile) -> int:
+    if name not in indices:
+        known = ", ".join(list(indices)[:10]) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")
         raise DataError(
-            f"{told}, which are those of training. If labels are numbers to learn, set loss.regression=true", "mismatch"
+            f"{file.source}: the label {name!r} is not one of the labels in training, {known}. Fix the label, or set "
+            "loss.regression=true if labels are numbers.",
+            "mismatch",
         )
-    return places[name]
+    return indices[name]
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _number(name: str, file: DataFile) -> float:
-    if not math.isfinite(_parsed(name)):
+def _to_number(name: str, file: DataFile) -> float:
+    if not math.isfinite(_parse_number(name)):
         raise DataError(
-            f"{file.source}: the label {name!r} is no number, which loss.regression=true needs", "invalid-row"
+            f"{file.source}: the label {name!r} is not a number. Fix it, or set loss.regression=false.", "invalid-row"
         )
-    return _parsed(name)
+    return _parse_number(name)
 
 
-def _parsed(name: str) -> float:
-    """The number that a label is; NaN for a text."""
+def _parse_number(name: str) -> float:
+    """Return the label as a number, or NaN."""
     try:
         return float(name)
     except ValueError:
         return math.nan
 
 
-# --------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------------- metrics
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, n_labels: int) -> np.ndarray:
-    """How often each label [row] was taken for each [column]: [n], [n] -> [L, L]."""
+    """Return the confusion matrix, label by prediction: [n], [n] -> [L, L]."""
     counts = np.zeros((n_labels, n_labels))
     np.add.at(counts, (labels, predictions), 1)
     return counts
 
 
 def precision_recall_f1(counts: np.ndarray, positive: int | None) -> dict[str, float]:
-    """Of one label, or the plain mean over the labels that occur; [L, L] confusion. 0 where nothing is to divide by."""
-    hits, taken, there = counts.diagonal(), counts.sum(0), counts.sum(1)  # [L] each
-    chosen = there + taken > 0 if positive is None else np.arange(len(counts)) == positive
-    figures = {"f1": (2 * hits, taken + there), "precision": (hits, taken), "recall": (hits, there)}
-    return {name: float((above / np.maximum(below, 1))[chosen].mean()) for name, (above, below) in figures.items()}
+    """Return the metrics of one label, or their mean over the labels that occur, from an [L, L] confusion matrix.
+
+    A ratio whose denominator is 0 counts as 0.
+    """
+    hits, predicted, actual = counts.diagonal(), counts.sum(0), counts.sum(1)  # [L] each
+    chosen = actual + predicted > 0 if positive is None else np.arange(len(counts)) == positive
+    ratios = {"f1": (2 * hits, predicted + actual), "precision": (hits, predicted), "recall": (hits, actual)}
+    return {name: float((above / np.maximum(below, 1))[chosen].mean()) for name, (above, below) in ratios.items()}
 
 
 def matthews(counts: np.ndarray) -> float:
-    """Correlation of labels and predictions, R_K for more than two (Gorodkin 2004); 0 if one of them is constant."""
-    taken, there, n = counts.sum(0), counts.sum(1), counts.sum()  # [L], [L]
-    spread = (n**2 - (taken**2).sum()) * (n**2 - (there**2).sum())
-    return float((n * counts.trace() - taken @ there) / math.sqrt(spread)) if spread else 0.0
+    """Return the correlation of labels and predictions, R_K for more than two labels (Gorodkin 2004).
+
+    It is 0 if labels or predictions are constant.
+    """
+    predicted, actual, n = counts.sum(0), counts.sum(1), counts.sum()  # [L], [L]
+    spread = (n**2 - (predicted**2).sum()) * (n**2 - (actual**2).sum())
+    return float((n * counts.trace() - predicted @ actual) / math.sqrt(spread)) if spread else 0.0
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of [n] and [n]; NaN if one of them is constant."""
+    """Return the correlation of [n] and [n], or NaN if one of them is constant."""
     a, b = a - a.mean(), b - b.mean()
     spread = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread else math.nan
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the ranks, equal numbers having their mean rank."""
+    """Return the correlation of the ranks. Equal numbers share their mean rank."""
     return pearson(_ranks(a), _ranks(b))
 
 
 def _ranks(numbers: np.ndarray) -> np.ndarray:
-    """[n] -> [n]; of k equal numbers behind m smaller ones each has m + (k + 1) / 2."""
-    _, which, counts = np.unique(numbers, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    """Return ranks, [n] -> [n]. k equal numbers that follow m smaller ones have the rank m + (k + 1) / 2."""
+    _, group, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]

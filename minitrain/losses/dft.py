@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning: the cross entropy of each token weighted by the probability it has already."""
+"""Dynamic fine-tuning (DFT): cross entropy weighted by the probability of each token."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from .sft import TokenLoss
 
 @dataclass
 class DFTOptions:
-    dft_alpha: float = option(1.0, "1 is the paper's loss, 0 is sft, between is a blend.", ge=0, le=1)
+    dft_alpha: float = option(1.0, "1: the loss of the paper, 0: sft, between: an interpolation.", ge=0, le=1)
 
 
 @register_loss("dft", DFTOptions)
 class DFT(TokenLoss):
-    """``-sg(w) log p`` with ``w = alpha p + 1 - alpha``, sg stopping the gradient (arXiv 2508.05629).
+    """``-sg(w) log p`` with ``w = alpha p + 1 - alpha``, where sg stops the gradient (arXiv 2508.05629).
 
-    Without the stop, the gradient of the target's logit changes its sign below p = 1/e. The sum is divided by
+    Without sg, the gradient of the target's logit changes sign below p = 1/e. The sum is divided by
     the number of tokens, not by the sum of the weights.
     """
 
     def token_weights(self, logps: Tensor) -> Tensor:
-        """w for each token, [N] -> [N], without gradient."""
+        """Return w for each token, [N] -> [N], without gradient."""
         alpha = self.options.dft_alpha
         return logps.detach().exp() * alpha + (1 - alpha)
 

@@ -1,4 +1,4 @@
-"""Preference losses over pairs: direct preference optimisation and its kin."""
+"""Preference losses over pairs: direct preference optimization and its variants."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
 
 REFERENCE = option(
     "auto",
-    "What the policy is compared with: a second `model`; `adapter`: the trained values as they were at the start; "
-    "`precomputed`: log-probabilities noted once, beside the token cache. auto: adapter with an adapter, else model.",
+    "The reference. model: a second copy of the model. adapter: a snapshot of the trained parameters at step 0. "
+    "precomputed: log-probabilities, computed once and cached. auto: adapter with an adapter, else model.",
     choices=("auto", "model", "adapter", "precomputed"),
 )
 
 
 class Pairs(NamedTuple):
-    """What is known of P pairs, each [P] float32: chosen (w) and rejected (l)."""
+    """Log-probabilities and lengths of P pairs, each [P] float32: chosen (w) and rejected (l)."""
 
-    logps_w: Tensor  # log-probability of the answer, summed over its tokens
+    logps_w: Tensor  # log-probability of the response, summed over its tokens
     logps_l: Tensor
-    ref_w: Tensor  # the same of the reference; 0 without one
+    ref_w: Tensor  # the same under the reference; 0 without one
     ref_l: Tensor
-    n_w: Tensor  # tokens of the answer
+    n_w: Tensor  # tokens of the response
     n_l: Tensor
 
     @property
@@ -44,7 +44,7 @@ class Pairs(NamedTuple):
         return self.r_w - self.r_l
 
     def mean(self) -> "Pairs":
-        """Return the same pairs with means over tokens instead of sums. The mean of means is the mean again."""
+        """Return these pairs with means over tokens instead of sums. Calling it twice changes nothing."""
         one = torch.ones_like(self.n_w)  # [P]
         return Pairs(
             self.logps_w / self.n_w, self.logps_l / self.n_l, self.ref_w / self.n_w, self.ref_l / self.n_l, one, one
@@ -74,7 +74,7 @@ def robust(p: Pairs, o: "DPOOptions") -> Tensor:
 
 
 def exo_pair(p: Pairs, o: "DPOOptions") -> Tensor:
-    """KL of the policy's preference to the smoothed one (arXiv 2402.00856, eq. 16); e = 0 stands for 1e-3."""
+    """KL of the policy's preference to the smoothed one (arXiv 2402.00856, eq. 16); e = 0 becomes 1e-3."""
     e, d = o.label_smoothing or 1e-3, o.beta * p.delta
     log = torch.log(torch.tensor([1 - e, e], dtype=torch.float64)).tolist()
     return d.sigmoid() * (F.logsigmoid(d) - log[0]) + (-d).sigmoid() * (F.logsigmoid(-d) - log[1])
@@ -98,17 +98,17 @@ def sppo_hard(p: Pairs, o: "DPOOptions") -> Tensor:
 
 
 def apo_zero(p: Pairs, o: "DPOOptions") -> Tensor:
-    """1 - sig(beta r_w) + sig(beta r_l): for chosen answers better than the policy's (arXiv 2408.06266)."""
+    """1 - sig(beta r_w) + sig(beta r_l): for chosen responses better than the policy's (arXiv 2408.06266)."""
     return 1 - (o.beta * p.r_w).sigmoid() + (o.beta * p.r_l).sigmoid()
 
 
 def apo_down(p: Pairs, o: "DPOOptions") -> Tensor:
-    """sig(beta r_w) + 1 - sig(beta D): for chosen answers worse than the policy's (arXiv 2408.06266)."""
+    """sig(beta r_w) + 1 - sig(beta D): for chosen responses worse than the policy's (arXiv 2408.06266)."""
     return (o.beta * p.r_w).sigmoid() + 1 - (o.beta * p.delta).sigmoid()
 
 
 def sigmoid_norm(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-logsig(beta D) over token means: length-normalised DPO (arXiv 2411.15124)."""
+    """-logsig(beta D) over token means: length-normalized DPO (arXiv 2411.15124)."""
     return -F.logsigmoid(o.beta * p.delta)
 
 
@@ -129,7 +129,7 @@ def cpo(p: Pairs, o: "DPOOptions") -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0 without loss of digits at either end."""
+    """Return log(1 - exp(x)) for x < 0, accurate at both ends."""
     x = x.clamp(max=-1e-7)
     return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
@@ -140,24 +140,26 @@ VARIANTS: dict[str, Callable[[Pairs, "DPOOptions"], Tensor]] = {
               simpo, orpo, cpo)
 }  # fmt: skip
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
-OVER_MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # these get pairs of token means, all others of sums
+OVER_MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # these compare token means, all others sums
 
 
 @dataclass
 class DPOOptions:
-    variant: str = option("sigmoid", "Which loss of the family (see docs/losses.md).", choices=tuple(VARIANTS))
-    beta: float | None = option(None, "Strength; 0.1 when left out, 2 for simpo.", gt=0, le=1000)
+    variant: str = option("sigmoid", "Variant of the loss (see docs/losses.md).", choices=tuple(VARIANTS))
+    beta: float | None = option(None, "Strength of the KL constraint (default: 2 for simpo, else 0.1).", gt=0, le=1000)
     label_smoothing: float = option(
-        0.0, "Share of labels taken to be flipped: sigmoid, robust, exo_pair.", ge=0, le=0.499
+        0.0, "sigmoid, robust, exo_pair: assumed fraction of flipped labels.", ge=0, le=0.499
     )
-    gamma: float = option(1.0, "simpo: the margin.", ge=0, le=1000)
-    alpha: float = option(1.0, "cpo: weight of the chosen answer's negative log-likelihood.", ge=0)
-    ipo_sums: bool = option(False, "ipo: over sums, as in the DPO authors' code, instead of token means.")
-    reference_free: bool = option(False, "Take a reference that finds all answers equally likely.")
+    gamma: float = option(1.0, "simpo: margin.", ge=0, le=1000)
+    alpha: float = option(1.0, "cpo: weight of the chosen response's negative log-likelihood.", ge=0)
+    ipo_sums: bool = option(False, "ipo: compare sums, as in the DPO authors' code, instead of token means.")
+    reference_free: bool = option(False, "Use no reference model: its log-probabilities count as 0.")
     average_log_prob: bool = option(
-        False, "Take means over an answer's tokens instead of sums; ipo, sigmoid_norm, simpo and orpo always do."
+        False, "Compare token means instead of sums, as ipo, sigmoid_norm, simpo and orpo always do."
     )
-    sft_weight: float = option(0.0, "Weight of the chosen answer's mean negative log-likelihood beside it.", ge=0)
+    sft_weight: float = option(
+        0.0, "Weight of the chosen response's mean negative log-likelihood, added to the loss.", ge=0
+    )
     reference: str = REFERENCE
 
     def __post_init__(self):
@@ -166,17 +168,17 @@ class DPOOptions:
 
     @property
     def over_means(self) -> bool:
-        """Whether the loss is over token means, not sums."""
+        """Whether the loss compares token means instead of sums."""
         sums = self.variant not in OVER_MEANS or (self.variant == "ipo" and self.ipo_sums)
         return self.average_log_prob or not sums
 
 
 @register_loss("dpo", DPOOptions)
 class DPO(PairLoss):
-    """A pair's loss from the log-probabilities of its two answers; the unit is the pair.
+    """A function of the log-probabilities of a pair's two responses; the unit is the pair.
 
-    `variant` names a function of this file, each with its equation. Dropout is off in policy and reference, so the
-    first loss of the default is ln 2.
+    `variant` names a function of this file, whose docstring has the equation. Dropout is off in policy and reference,
+    so the first loss of the default variant is ln 2.
     """
 
     example_type = "preference"
@@ -186,12 +188,12 @@ class DPO(PairLoss):
         variant = self.options.variant
         only = {"gamma": ("simpo",), "alpha": ("cpo",), "ipo_sums": ("ipo",)}
         only["label_smoothing"] = ("sigmoid", "robust", "exo_pair")
-        told = {key: f"it needs loss.variant={' or '.join(fit)}." for key, fit in only.items() if variant not in fit}
-        if self.options.average_log_prob and "ipo_sums" not in told:
-            told["ipo_sums"] = "loss.average_log_prob takes means."
+        unused = {key: f"it needs loss.variant={' or '.join(fit)}." for key, fit in only.items() if variant not in fit}
+        if self.options.average_log_prob and "ipo_sums" not in unused:
+            unused["ipo_sums"] = "loss.average_log_prob uses means."
         if "reference" not in self.requires:
-            told["reference"] = "neither reference_free nor simpo, orpo and cpo have one."
-        return told
+            unused["reference"] = "simpo, orpo, cpo and reference_free use none."
+        return unused
 
     @property
     def requires(self) -> frozenset[str]:
@@ -212,15 +214,15 @@ class DPO(PairLoss):
         losses = VARIANTS[self.options.variant](compared, self.options)  # [P]
         if self.options.sft_weight:
             losses = losses - self.options.sft_weight * pairs.logps_w / pairs.n_w
-        # The sum over no pairs has to stay attached to the graph.
+        # A sum over no pairs must stay part of the autograd graph.
         return LossOutput(losses.sum() + 0 * sums.sum(), self.num_items(batch), self._metrics(pairs, compared))
 
     def _metrics(self, pairs: Pairs, compared: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rewards are those that the loss compares: of means where it takes means, so that they do not favor length."""
+        """Return the metrics. Rewards are what the loss compares (token means or sums), so they do not favor length."""
         with torch.no_grad():
             weight = pairs.n_w.new_tensor(float(len(pairs.n_w)))
             chosen, rejected = self.options.beta * compared.r_w, self.options.beta * compared.r_l
-            figures = {
+            per_pair = {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
                 "rewards/accuracies": (chosen > rejected).float(),
@@ -228,4 +230,4 @@ class DPO(PairLoss):
                 "logps/chosen": pairs.logps_w,
                 "logps/rejected": pairs.logps_l,
             }
-            return {name: (values.sum(), weight) for name, values in figures.items()}
+            return {name: (values.sum(), weight) for name, values in per_pair.items()}

@@ -1,4 +1,4 @@
-"""Knowledge distillation: towards a teacher's distribution at each supervised token."""
+"""Knowledge distillation: match a teacher's distribution at each target."""
 
 import functools
 import math
@@ -19,34 +19,38 @@ from minitrain.io.redact import is_stored_name
 from .base import AddedFeatures, DataFile, LossOutput, Models, register_loss
 from .sft import TokenLoss
 
-IDS, LOGPS = "teacher_ids", "teacher_logps"  # columns, and what they are called in a file behind the key of the data
+IDS, LOGPS = (
+    "teacher_ids",
+    "teacher_logps",
+)  # token columns; their names in a file of teacher outputs, after the data key
 
-# Each formula maps log-probabilities of student and teacher [n, V] to the divergence [n] and its derivative by those of
-# the student [n, V], up to a multiple of p_S in each row, which does not move a softmax.
-Compared = tuple[Tensor, Tensor]
+# Each formula maps log-probabilities of student and teacher [n, V] to the divergence [n] and its derivative with
+# respect to the student's [n, V], up to a multiple of p_S in each row, to which the softmax is invariant.
+Divergence = tuple[Tensor, Tensor]
 
 
-def forward_kl(student: Tensor, teacher: Tensor) -> Compared:
+def forward_kl(student: Tensor, teacher: Tensor) -> Divergence:
     """KL(T||S) = sum p_T (log p_T - log p_S), Hinton et al. 2015 (arXiv 1503.02531)."""
     probs = teacher.exp()
     return (teacher - student).mul_(probs).sum(1), probs.neg_()
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Compared:
+def reverse_kl(student: Tensor, teacher: Tensor) -> Divergence:
     """KL(S||T) = sum p_S (log p_S - log p_T), as in MiniLLM (arXiv 2306.08543)."""
     slope = (student - teacher).mul_(student.exp())
     return slope.sum(1), slope
 
 
-def symmetric(student: Tensor, teacher: Tensor) -> Compared:
-    """The mean of both."""
+def symmetric(student: Tensor, teacher: Tensor) -> Divergence:
+    """The mean of forward and reverse KL."""
     return tuple((a + b) / 2 for a, b in zip(forward_kl(student, teacher), reverse_kl(student, teacher), strict=True))
 
 
-def jsd(student: Tensor, teacher: Tensor, weight: float) -> Compared:
+def jsd(student: Tensor, teacher: Tensor, weight: float) -> Divergence:
     """b KL(T||M) + (1 - b) KL(S||M) with M = (1 - b) p_S + b p_T (arXiv 2306.13649, eq. 1).
 
-    Its limit is 0 for b = 0 and b = 1; there it is, as in TRL, KL(T||S) and KL(S||T), the limit of it over b, 1 - b.
+    It is 0 at b = 0 and b = 1. There, as in TRL, it is replaced by KL(T||S) and KL(S||T), the limits of jsd / b and
+    jsd / (1 - b).
     """
     if weight in (0, 1):
         return reverse_kl(student, teacher) if weight else forward_kl(student, teacher)
@@ -61,20 +65,20 @@ DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, symmetric, jsd)}
 @dataclass
 class KDOptions:
     teacher: str | None = option(
-        None, "A folder or hub name of a causal language model with the same tokenizer, or `tiny`."
+        None, "Folder or Hub name of a causal language model with the same tokenizer, or `tiny`."
     )
     teacher_dtype: str | None = option(
         None,
-        "The dtype of its weights and compute; policy_dtype when left out.",
+        "Dtype of the teacher's weights and compute (default: policy_dtype).",
         choices=("float32", "bfloat16", "float16"),
     )
     teacher_outputs: str | None = option(
         None,
-        "What the teacher says of all data: a file that `minitrain cache-teacher` made. Then no teacher is loaded.",
+        "File of `minitrain cache-teacher` with the teacher's outputs for all data. The teacher is then not loaded.",
     )
-    temperature: float = option(4.0, "T: the logits of both are divided by it.", ge=0.01, le=1000)
-    alpha: float = option(0.7, "Weight of T^2 times the divergence.", ge=0)
-    beta: float = option(0.3, "Weight of the cross entropy of the data's own tokens.", ge=0)
+    temperature: float = option(4.0, "T, by which the logits of both models are divided.", ge=0.01, le=1000)
+    alpha: float = option(0.7, "Weight of T^2 times the divergence (of the divergence, with jsd).", ge=0)
+    beta: float = option(0.3, "Weight of the cross entropy of the targets.", ge=0)
     divergence: str = option(
         "forward_kl",
         "forward_kl: KL(T||S). reverse_kl: KL(S||T). symmetric: the mean of both. jsd: see jsd_weight.",
@@ -84,24 +88,25 @@ class KDOptions:
         0.5, "jsd: b in b KL(T||M) + (1 - b) KL(S||M), M = (1 - b) S + b T; 0 is forward_kl.", ge=0, le=1
     )
     top_k: int | None = option(
-        None, "Compare on the teacher's so many likeliest tokens, all others as one; on all when left out.", ge=1
+        None, "Compare the N most likely tokens of the teacher, and the rest as one token (default: all tokens).", ge=1
     )
 
 
 @register_loss("kd", KDOptions)
 class KD(TokenLoss):
-    """``alpha T^2 D(student, teacher at temperature T) - beta log p``; the unit is the supervised token.
+    """``alpha T^2 D(student, teacher at temperature T) - beta log p``; the unit is the target.
 
-    D is a true divergence, the teacher's entropy included. T^2 keeps its gradient as large as at T = 1 (arXiv
-    1503.02531, section 2); a jsd goes without, as in its paper.
+    D includes the teacher's entropy. T^2 keeps the gradient as large as at T = 1 (arXiv 1503.02531, section 2); jsd has
+    no such factor, as in its paper.
     """
 
     def unused_options(self) -> dict[str, str]:
         return {} if self.options.divergence == "jsd" else {"jsd_weight": "it needs loss.divergence=jsd."}
 
     def conflicts(self) -> dict[str, str]:
-        nothing = self.options.alpha == self.options.beta == 0
-        return {"alpha": "is 0, and so is loss.beta; nothing is left to learn. Set one of them."} if nothing else {}
+        is_constant = self.options.alpha == self.options.beta == 0
+        reason = "is 0, and so is loss.beta, so the loss is always 0. Set one of them above 0."
+        return {"alpha": reason} if is_constant else {}
 
     @property
     def requires(self) -> frozenset[str]:
@@ -120,8 +125,8 @@ class KD(TokenLoss):
         if o.divergence == "jsd":
             formula = functools.partial(jsd, weight=o.jsd_weight)
         weights = o.alpha if o.divergence == "jsd" else o.alpha * o.temperature**2, o.beta
-        theirs = self._stored_outputs(batch) if models.teacher is None else models.teacher.target_hidden_states(batch)
-        scores = models.policy(batch, distillation=Distillation(theirs, formula, o.temperature, o.top_k, weights))
+        teacher = self._stored_outputs(batch) if models.teacher is None else models.teacher.target_hidden_states(batch)
+        scores = models.policy(batch, distillation=Distillation(teacher, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
         output = self.output(losses.sum(), batch, scores.logps)
         output.metrics["kl"] = (scores.divergence.detach().sum(), output.num_items)
@@ -132,37 +137,40 @@ class KD(TokenLoss):
 
 
 def read_outputs(files: Sequence[DataFile], options: KDOptions) -> tuple[int, list[AddedFeatures]]:
-    """Return V, the number of the teacher's tokens, and the columns of `options.teacher_outputs`, which stay on disk.
+    """Return the vocabulary size of the teacher, and the columns of `options.teacher_outputs`, memory-mapped.
 
     Raises:
-        ConfigError: For a file that was made for other data, of another teacher or with other options.
+        ConfigError: If the file was made for other data, from another teacher or with other options.
     """
     path, added = Path(options.teacher_outputs), []
     try:
         if is_sealed(path) and not is_intact(path):
             raise ConfigError(
-                f"loss.teacher_outputs: {path} is damaged, its checksum is wrong. Make it again with "
-                "`minitrain cache-teacher`.",
+                f"loss.teacher_outputs: {path} is damaged: its checksum does not match. Run "
+                "`minitrain cache-teacher` again.",
                 "damaged-file",
             )
         with safe_open(path, "pt") as opened:
-            made, names = opened.metadata() or {}, set(opened.keys())
+            metadata, names = opened.metadata() or {}, set(opened.keys())
             for file in files:
                 if f"{file.key}/{IDS}" not in names:
                     raise ConfigError(
-                        f"loss.teacher_outputs: {path} holds nothing of {file.source} as it is tokenised now; "
-                        "make it anew with `minitrain cache-teacher`.",
+                        f"loss.teacher_outputs: {path} has no entries for {file.source} with the current tokenization. "
+                        "Run `minitrain cache-teacher` again.",
                         "mismatch",
                     )
                 columns = {name: opened.get_tensor(f"{file.key}/{name}") for name in (IDS, LOGPS)}
                 added.append(AddedFeatures(file, token_features=columns))
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"loss.teacher_outputs: {path} is no file of `minitrain cache-teacher`: {error}.", "wrong-path"
+            f"loss.teacher_outputs: {path} is not a file of `minitrain cache-teacher` ({error}). Choose another file.",
+            "wrong-path",
         ) from None
     for key in ("temperature", "top_k", "teacher", "teacher_dtype"):
         given = getattr(options, key)
-        if not is_stored_name(made.get(key), str(given)) and not (given is None and key.startswith("teacher")):
-            told = f"{path} was made with {made.get(key)}, and here it is {given}; make it anew, or set it to the same."
-            raise ConfigError(f"loss.{key}: {told}", "mismatch")
-    return int(made["n_tokens"]), added
+        if not is_stored_name(metadata.get(key), str(given)) and not (given is None and key.startswith("teacher")):
+            message = (
+                f"is {given}, and {path} was made with {metadata.get(key)}. Set the same value, or make a new file."
+            )
+            raise ConfigError(f"loss.{key}: {message}", "mismatch")
+    return int(metadata["n_tokens"]), added

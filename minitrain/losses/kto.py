@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: desirable and undesirable answers, without pairs."""
+"""Kahneman-Tversky optimization: desirable and undesirable responses, without pairs."""
 
 from dataclasses import dataclass
 
@@ -14,19 +14,19 @@ from .dpo import REFERENCE
 
 @dataclass
 class KTOOptions:
-    beta: float = option(0.1, "Strength.", gt=0, le=1000)
-    desirable_weight: float = option(1.0, "lambda_D, the weight of desirable answers.", ge=0)
-    undesirable_weight: float = option(1.0, "lambda_U, the weight of undesirable answers.", ge=0)
+    beta: float = option(0.1, "Strength of the KL constraint.", gt=0, le=1000)
+    desirable_weight: float = option(1.0, "lambda_D, the weight of desirable responses.", ge=0)
+    undesirable_weight: float = option(1.0, "lambda_U, the weight of undesirable responses.", ge=0)
     reference: str = REFERENCE
 
 
 @register_loss("kto", KTOOptions)
 class KTO(PairLoss):
-    """lambda_D (1 - sig(beta (r - z))) of desirable answers, lambda_U (1 - sig(beta (z - r))) of others.
+    """lambda_D (1 - sig(beta (r - z))) of desirable responses, lambda_U (1 - sig(beta (z - r))) of undesirable ones.
 
-    z is the mean log-ratio of policy to reference over answers to other prompts, at least 0, without gradient, over
-    the whole optimizer step (arXiv 2402.01306, eq. 8). The unit is the judged answer. Each example is two documents:
-    the answer that was judged, and behind the same prompt an answer to another one, which only z is estimated from.
+    z is the mean log-ratio of policy to reference over responses to other prompts of the full optimizer step, at least
+    0, without gradient (arXiv 2402.01306, eq. 8). The unit is the labeled response. Each example is two documents: the
+    labeled response, and the same prompt with a response to another prompt, which only z is estimated from.
     """
 
     example_type = "unpaired_preference"
@@ -38,9 +38,9 @@ class KTO(PairLoss):
         self.z = 0.0
 
     def conflicts(self) -> dict[str, str]:
-        nothing = self.options.desirable_weight == self.options.undesirable_weight == 0
-        reason = "is 0, and so is loss.undesirable_weight; nothing is left to learn. Set one of them."
-        return {"desirable_weight": reason} if nothing else {}
+        is_constant = self.options.desirable_weight == self.options.undesirable_weight == 0
+        reason = "is 0, and so is loss.undesirable_weight, so the loss is always 0. Set one of them above 0."
+        return {"desirable_weight": reason} if is_constant else {}
 
     @property
     def requires(self) -> frozenset[str]:
@@ -78,13 +78,13 @@ class KTO(PairLoss):
             }
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds the margin, where a step has both kinds of answers."""
+        """Add the margin if a step has desirable and undesirable responses."""
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
         return means
 
 
 def _log_ratios(batch: Batch, models: Models) -> Tensor:
-    """Return log(policy / reference) of each document's answer -> [D]."""
+    """Return log(policy / reference) of each document's response -> [D]."""
     output = models.policy(batch)
     return output.per_document(output.logps - models.reference(batch).logps)

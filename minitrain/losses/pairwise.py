@@ -1,4 +1,4 @@
-"""Reward models from preferences."""
+"""Reward models trained on preference pairs."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,18 @@ from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
 class PairwiseOptions:
     loss_type: str = option(
         "sigmoid",
-        "sigmoid or logistic: -logsig(s_w - s_l - margin). hinge: relu(margin - (s_w - s_l)).",
+        "sigmoid and logistic: -logsig(s_w - s_l - margin). hinge: relu(margin - (s_w - s_l)).",
         choices=("sigmoid", "logistic", "hinge"),
     )
-    margin: float | None = option(None, "The same for all pairs; when left out, the rows' own column, or 0.", ge=0)
+    margin: float | None = option(None, "Margin of all pairs (default: the column `margin` of the rows, or 0).", ge=0)
     center_rewards_coefficient: float = option(
-        0.0, "Weight of (s_w + s_l)^2, which keeps scores around 0; 0.01 is advised (arXiv 2312.09244).", ge=0
+        0.0, "Weight of (s_w + s_l)^2, which keeps scores near 0, such as 0.01 (arXiv 2312.09244).", ge=0
     )
 
 
 @register_loss("pairwise", PairwiseOptions)
 class Pairwise(PairLoss):
-    """``-logsig(s_w - s_l - margin) + c (s_w + s_l)^2`` of a scalar head's scores; the unit is the pair.
+    """``-logsig(s_w - s_l - margin) + c (s_w + s_l)^2`` of the scores of a scalar head; the unit is the pair.
 
     Bradley-Terry, as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); margins as in Llama 2 (arXiv 2307.09288).
     """
@@ -44,8 +44,8 @@ class Pairwise(PairLoss):
         margins = self.options.margin
         if margins is None:
             margins = batch.doc_feature("margin").view(-1, 2)[valid, 0]  # [P]
-        apart = chosen - rejected - margins
-        losses = F.relu(-apart) if self.options.loss_type == "hinge" else -F.logsigmoid(apart)
+        difference = chosen - rejected - margins
+        losses = F.relu(-difference) if self.options.loss_type == "hinge" else -F.logsigmoid(difference)
         losses = losses + self.options.center_rewards_coefficient * (chosen + rejected) ** 2
         weight = self.num_items(batch)
         with torch.no_grad():

@@ -19,31 +19,29 @@ class TokenLoss(Loss):
         return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
     def output(self, loss: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
-        """Wraps a summed loss with the metrics that every token loss logs."""
+        """Return the output for a summed loss, with the metrics that every token loss logs."""
         weight, logps = self.num_items(batch), logps.detach()
         metrics = {"nll": (-logps.sum(), weight), "avg_p_correct": (logps.exp().sum(), weight)}
         return LossOutput(loss, weight, metrics)
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds perplexity, the exponential of the mean negative log-likelihood."""
+        """Replace the mean negative log-likelihood by perplexity, its exponential."""
         nll = means.pop("nll")
         return means | {"perplexity": math.exp(nll) if nll < 700 else math.inf}
 
 
 @dataclass
 class SFTOptions:
-    label_smoothing: float = option(
-        0.0, "Weight of the mean negative log-probability over the whole vocabulary.", ge=0, le=1
-    )
-    focal_gamma: float = option(0.0, "Focal loss: each token is weighted by (1 - p)^gamma.", ge=0, le=100)
+    label_smoothing: float = option(0.0, "Weight of the mean negative log-probability over the vocabulary.", ge=0, le=1)
+    focal_gamma: float = option(0.0, "Focal loss: gamma in the weight (1 - p)^gamma of each token.", ge=0, le=100)
 
 
 @register_loss("sft", SFTOptions)
 class SFT(TokenLoss):
     """``-log p``; with smoothing e, ``(1 - e)(-log p) + e * mean over the vocabulary of -log p``.
 
-    Label smoothing: Szegedy et al. 2015 (arXiv 1512.00567). Focal loss, ``(1 - p)^gamma (-log p)`` with the
-    weight part of the gradient: Lin et al. 2017 (arXiv 1708.02002).
+    Label smoothing: Szegedy et al. 2015 (arXiv 1512.00567). Focal loss, ``(1 - p)^gamma (-log p)``,
+    where the weight has a gradient, too: Lin et al. 2017 (arXiv 1708.02002).
     """
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:

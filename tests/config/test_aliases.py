@@ -107,7 +107,7 @@ def test_a_problem_with_an_alias_names_its_line(load, tmp_path):
 def test_an_alias_belongs_to_its_loss(load):
     """`loss_type` is an option of pairwise and an alias of policy; the error names the losses that have an alias."""
     assert load({"name": "pairwise", "loss_type": "hinge"}) == {"name": "pairwise", "loss_type": "hinge"}
-    with pytest.raises(ConfigError, match=r"loss.eps_low: loss.name=sft has no such option; policy has it"):
+    with pytest.raises(ConfigError, match=r"loss.eps_low: .*loss.name=policy"):
         load({"name": "sft", "eps_low": 0.1})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from minitrain import DataError, create_loss
 from minitrain.losses import add_features
-from minitrain.losses.advantages import Rollouts, apart, estimate, gae, kl_estimate, penalised_rewards, whiten
+from minitrain.losses.advantages import Rollouts, estimate, gae, kl_estimate, penalized_rewards, split_held_out, whiten
 from tests.messages import raises
 
 COLUMNS = ("values", "old_logps", "ref_logps")
@@ -185,7 +185,7 @@ def test_groups_of_one_and_of_equal_rewards_teach_nothing(kind):
 def test_files_to_evaluate_on_are_whitened_by_themselves():
     """But one that is held out of a file to train on is that file, and is prepared once."""
     train, held = file(rollouts(seed=0)), file(rollouts(seed=1))
-    assert [len(files) for files in apart([train], [train])] == [1]
+    assert [len(files) for files in split_held_out([train], [train])] == [1]
     loss = create_loss("policy", advantage_estimator="reinforce++")
     add_features(loss, [train], [held, train])
     for given, seed in ((train, 0), (held, 1)):
@@ -242,7 +242,7 @@ def test_returns_of_the_value_loss():
 def test_lambda_1_is_monte_carlo():
     """A + V with lambda 1 is what was earned, whatever the values say; lambda 0 looks one token ahead."""
     made = Rollouts([file(rollouts())])
-    rewards, values = penalised_rewards(made, 0.0, "k1"), made.column("values", "this")
+    rewards, values = penalized_rewards(made, 0.0, "k1"), made.column("values", "this")
     want = estimate(made, rewards, "reinforce++", 0.9, 1.0, True)[1]
     torch.testing.assert_close(gae(rewards, values, made.lengths, made.stops, 0.9, 1.0) + values, want)
     one_step = gae(rewards, values, made.lengths, made.stops, 0.9, 0.0)

@@ -122,7 +122,7 @@ def test_a_method_of_the_old_name_is_refused(old, new):
 def test_an_example_type_that_does_not_exist_is_refused():
     """Of a loss and of a row format; the names of 0.1.0, too."""
     for old in ("feedback", "labelled", "rows"):
-        with pytest.raises(ConfigError, match=f"Mine: .*set example_type, which is '{old}', to one of conversation, "):
+        with pytest.raises(ConfigError, match=f"Mine: .*set example_type .*, not '{old}'"):
             type("Mine", (Loss,), {"example_type": old})
         with pytest.raises(ConfigError, match=f"schema mine: no examples of the type '{old}'. Use one of "):
             schema("mine", old, "text")
