@@ -1,6 +1,6 @@
-"""What the rooms hand to one another: `Batch` goes into the model, `PolicyOutput` comes out.
+"""Data types that packages share: `Batch` is the input of the model, `PolicyOutput` its output.
 
-Shapes: R rows of T tokens hold D documents; N of the tokens are supervised.
+Shapes: R batch rows of T tokens have D documents; N of the tokens are targets.
 """
 
 import copy
@@ -16,80 +16,87 @@ IGNORE_INDEX = -100
 
 @dataclass
 class Batch:
-    """Rows of documents. A row holds one document (padded) or several (packed).
+    """Batch rows of documents: one padded document per row, or several packed ones.
 
-    `labels` are not shifted: `labels[r, t]` is `input_ids[r, t]` where that token is to be learned and
-    -100 elsewhere; the first token of a document is never learned. `doc_ids` is -1 on padding, and
-    `position_ids` restart at each document, which is what keeps documents of one row apart.
-
-    A document may begin with tokens of an earlier one in its row, a prompt that several answers share: these are
-    laid out once, as the earlier one's, and `prefixes[d]` says where (start, stop) in the row they are.
+    Attributes:
+        input_ids: Token ids, int64, shape [R, T].
+        position_ids: Positions in the document, int64, shape [R, T]. They restart at each document, which separates the
+            documents of a row.
+        labels: `input_ids` at targets and -100 elsewhere, int64, shape [R, T]. They are not shifted. The first token of
+            a document is never a target.
+        doc_ids: Number of the document, -1 at padding, int64, shape [R, T].
+        n_docs: D.
+        prefixes: (start, stop) in the row of each document's shared prompt, int64 on the CPU, shape [D, 2]. A document
+            can begin with the prompt of an earlier one in its row, which only has it once. (0, 0) without one.
+        doc_features: Name -> a value of each document, float32, shape [D].
+        token_features: Name -> values of each token, shape [R, T, ...].
     """
 
-    input_ids: Tensor  # [R, T] int64
-    position_ids: Tensor  # [R, T] int64
-    labels: Tensor  # [R, T] int64
-    doc_ids: Tensor  # [R, T] int64
+    input_ids: Tensor  # [R, T]
+    position_ids: Tensor  # [R, T]
+    labels: Tensor  # [R, T]
+    doc_ids: Tensor  # [R, T]
     n_docs: int
-    prefixes: Tensor | None = None  # [D, 2] int64 on the CPU, (0, 0) for a document that shares nothing
-    doc_features: dict[str, Tensor] = field(default_factory=dict)  # name -> [D] float32, of each document
-    token_features: dict[str, Tensor] = field(default_factory=dict)  # name -> [R, T, ...], of each token
+    prefixes: Tensor | None = None  # [D, 2]
+    doc_features: dict[str, Tensor] = field(default_factory=dict)
+    token_features: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         rows, columns = (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [N], [N]
         self.targets = self.labels[rows, columns]  # [N]
         self.target_docs = self.doc_ids[rows, columns]  # [N]
-        self.target_positions = rows * self.labels.shape[1] + columns  # [N] flat place of each target
-        self.predict_positions = self.target_positions - 1  # [N] flat place whose next token is learned
-        self.spans = _spans(self.doc_ids)  # [D, 3] (row, start, stop) in order; stays on the CPU
+        self.target_positions = rows * self.labels.shape[1] + columns  # [N] flat position of each target
+        self.predict_positions = self.target_positions - 1  # [N] flat position that predicts the target
+        self.spans = _spans(self.doc_ids)  # [D, 3] (row, start, stop), on the CPU
         if self.prefixes is not None:
             row, start, _ = self.spans.T
-            first = (self.prefixes[:, 1] > 0)[self.target_docs] & (columns == start[self.target_docs])  # [N]
+            is_first = (self.prefixes[:, 1] > 0)[self.target_docs] & (columns == start[self.target_docs])  # [N]
             before = (row * self.labels.shape[1] + self.prefixes[:, 1] - 1)[self.target_docs]  # [N]
-            self.predict_positions = torch.where(first, before, self.predict_positions)
+            self.predict_positions = torch.where(is_first, before, self.predict_positions)
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds several documents."""
+        """Return whether a row has several documents."""
         return self.n_docs > self.input_ids.shape[0]
 
     @property
     def n_targets(self) -> int:
-        """N, the number of supervised tokens."""
+        """Return N, the number of targets."""
         return self.targets.numel()
 
     @property
     def docs_with_targets(self) -> Tensor:
-        """Which documents have supervised tokens -> [D] bool."""
-        learned = torch.zeros(self.n_docs, dtype=torch.bool, device=self.targets.device)
-        return learned.index_fill_(0, self.target_docs, True)
+        """Return whether each document has targets, bool, shape [D]."""
+        has_targets = torch.zeros(self.n_docs, dtype=torch.bool, device=self.targets.device)
+        return has_targets.index_fill_(0, self.target_docs, True)
 
     @property
     def last_token_positions(self) -> Tensor:
-        """Flat place of each document's last token -> [D] int64, on the CPU."""
+        """Return the flat position of each document's last token, int64 on the CPU, shape [D]."""
         return self.spans[:, 0] * self.labels.shape[1] + self.spans[:, 2] - 1
 
     def doc_feature(self, name: str) -> Tensor:
-        """A value of each document -> [D] float32."""
+        """Return a feature of the documents, float32, shape [D]."""
         return self.doc_features[name] if self.n_docs else torch.zeros(0, device=self.targets.device)
 
     def target_feature(self, name: str) -> Tensor:
-        """A column at the supervised tokens -> [N, ...]."""
+        """Return a token feature at the targets, shape [N, ...]."""
         if not self.n_docs:
             return torch.zeros(0, device=self.targets.device)
         return self.token_features[name].flatten(0, 1)[self.target_positions]
 
     @property
     def layout(self) -> Tensor:
-        """(row, start, stop) of each document, and (start, stop) of what it shares, if any do -> [D, 3 or 5]."""
+        """Return `spans`, with the columns of `prefixes` if there are any, shape [D, 3 or 5]."""
         return self.spans if self.prefixes is None else torch.cat([self.spans, self.prefixes], 1)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are not padding. Call it before `to`, where it would wait for the device."""
+        """Return the number of tokens that are not padding. Call it before `to`: later it would wait for the device."""
         return int((self.doc_ids >= 0).sum())
 
     def to(self, device: torch.device) -> "Batch":
+        """Return a copy on a device; `spans` and `prefixes` stay on the CPU."""
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in ("spans", "prefixes"):
@@ -101,7 +108,7 @@ class Batch:
 
 
 def _spans(doc_ids: Tensor) -> Tensor:
-    """Where each document lies, from [R, T] doc_ids -> [D, 3]."""
+    """Return (row, start, stop) of each document, shape [D, 3], from `doc_ids` [R, T]."""
     edge = torch.full_like(doc_ids[:, :1], -1)  # [R, 1]
     real = doc_ids >= 0
     rows, starts = (real & (doc_ids != torch.cat([edge, doc_ids[:, :-1]], 1))).nonzero(as_tuple=True)  # [D], [D]
@@ -111,53 +118,81 @@ def _spans(doc_ids: Tensor) -> Tensor:
 
 @dataclass
 class PolicyOutput:
-    """What a loss may know of the policy's output: of each supervised token, or `scores` of each document."""
+    """The output of a policy: values of each target, or `scores` of each document.
 
-    logps: Tensor | None  # [N] float32, log p(target); None of a model that has no vocabulary at its end
-    doc_ids: Tensor  # [N] int64, the document each target belongs to
+    Attributes:
+        logps: Log-probabilities of the targets, float32, shape [N]; None from a scalar head.
+        doc_ids: Document of each target, int64, shape [N].
+        n_docs: D.
+        entropy: Entropy of the distribution at each target if requested, float32, shape [N].
+        mean_logps: Mean log-probability over the vocabulary at each target if requested, float32, shape [N].
+        values: Output of a value head before each target, float32, shape [N].
+        scores: Output of a scalar head with L labels at the last token of each document, float32, shape [D, L].
+        divergence: Divergence from the distribution of a teacher if requested, float32, shape [N].
+    """
+
+    logps: Tensor | None  # [N]
+    doc_ids: Tensor  # [N]
     n_docs: int
-    entropy: Tensor | None = None  # [N] float32, of the whole distribution, when asked for
-    mean_logps: Tensor | None = None  # [N] float32, mean over the vocabulary, when asked for
-    values: Tensor | None = None  # [N] float32, of the text before each target, from a value head
-    scores: Tensor | None = None  # [D, L] float32, outputs of a scalar head at each document's last token
-    divergence: Tensor | None = None  # [N] float32, from a teacher's distribution, when asked for
+    entropy: Tensor | None = None  # [N]
+    mean_logps: Tensor | None = None  # [N]
+    values: Tensor | None = None  # [N]
+    scores: Tensor | None = None  # [D, L]
+    divergence: Tensor | None = None  # [N]
 
     def per_document(self, values: Tensor) -> Tensor:
-        """Sums [N] values over each document -> [D]."""
+        """Return the sums of `values` [N] over each document, shape [D]."""
         return values.new_zeros(self.n_docs).index_add(0, self.doc_ids, values)
 
 
 class TopKLogprobs(NamedTuple):
-    """A teacher's k likeliest tokens at each supervised token, of its V tokens, and all others as one more outcome."""
+    """The k likeliest tokens of a teacher at each target, and all other tokens as one more outcome."""
 
     ids: Tensor  # [N, k] integers
-    logps: Tensor  # [N, k + 1] float32, at the temperature; the last one is that of all others
-    n_tokens: int  # V
+    logps: Tensor  # [N, k + 1] float32, at the temperature; the last column is that of all other tokens
+    n_tokens: int  # V, the size of the vocabulary
 
 
 class Distillation(NamedTuple):
-    """What a policy is compared with at the supervised tokens, and how."""
+    """A teacher at the targets, and how the policy is compared with it.
 
-    teacher: Any  # (hidden states [N, H], LM head) of `Policy.target_hidden_states`, or `TopKLogprobs`
-    formula: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `losses/kd.py`
-    temperature: float  # of both
-    top_k: int | None = None  # compare on the teacher's k likeliest tokens and the rest; all for None
-    weights: tuple[float, float] = (1.0, 0.0)  # of the divergence and of -log p(target) in the loss, to save a pass
+    Attributes:
+        teacher: (hidden states [N, H], LM head) of `Policy.target_hidden_states`, or `TopKLogprobs`.
+        formula: Maps logps of policy and teacher to the divergence and its derivative; see `losses/kd.py`.
+        temperature: Divides the logits of both.
+        top_k: Compare the k likeliest tokens of the teacher, and the rest as one outcome; None compares all tokens.
+        weights: Expected weights of the divergence and of -log p(target) in the loss. If they are right, the loss needs
+            one pass less.
+    """
+
+    teacher: Any
+    formula: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    temperature: float
+    top_k: int | None = None
+    weights: tuple[float, float] = (1.0, 0.0)
 
 
 @dataclass
 class Document:
-    """Tokens, which of them are learned, and numbers that belong to all of it or to each token."""
+    """One token sequence.
 
-    ids: Tensor  # [T] int32
-    mask: Tensor  # [T] uint8
-    shared: int = 0  # leading tokens that are those of the last document before it in its row that has 0 here
+    Attributes:
+        ids: Token ids, int32, shape [T].
+        mask: 1 at targets, uint8, shape [T].
+        shared: Number of leading tokens that the last document with 0 here, before it in its row, already has.
+        doc_features: Name -> a value of the document.
+        token_features: Name -> values of each token, shape [T, ...].
+    """
+
+    ids: Tensor  # [T]
+    mask: Tensor  # [T]
+    shared: int = 0
     doc_features: dict[str, float] = field(default_factory=dict)
-    token_features: dict[str, Tensor] = field(default_factory=dict)  # name -> [T, ...]
+    token_features: dict[str, Tensor] = field(default_factory=dict)
 
 
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
-    """Lays documents side by side in rows; without rows, one row of padding that has no labels.
+    """Return a batch of these rows of documents; without rows, one row of padding without targets.
 
     All documents must have the same doc_features and token_features.
     """
@@ -166,7 +201,7 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     input_ids = torch.full(shape, pad_token_id)  # [R, T]
     labels = torch.full(shape, IGNORE_INDEX)  # [R, T]
     doc_ids = torch.full(shape, -1)  # [R, T]
-    # Padding continues the positions: a restart would look like one more document and cost an attention mask.
+    # Padding continues the positions: a restart would look like another document and need an attention mask.
     position_ids = torch.arange(n_columns).repeat(shape[0], 1)  # [R, T]
     documents = [document for row in rows for document in row]
     columns = {

@@ -1,4 +1,4 @@
-"""The errors that a user can fix, each with a stable code. The command line prints them without a traceback."""
+"""Errors that a user can fix, each with a stable code. The command line prints them without a traceback."""
 
 import errno
 from collections.abc import Iterable
@@ -6,67 +6,67 @@ from typing import NamedTuple
 
 from minitrain.io.redact import redact
 
-# Code of an error -> what it says. Messages may be reworded; codes stay.
+# Code -> its meaning. Messages can be reworded; codes stay.
 CODES = {
     # the command line and the config
-    "usage": "The command line, or a call from Python, has an argument that is unknown, missing or wrong.",
-    "invalid-config": "The config has the problems listed below; each has a code of its own.",
-    "unknown-option": "The config has no option of this name.",
-    "missing-option": "An option that is needed is not set.",
-    "wrong-type": "A value is of another type than the option.",
-    "out-of-range": "A number is outside of the limits of the option.",
-    "not-a-choice": "A value is not one of the values or names that there are.",
-    "invalid-value": "A value is of the right type, but cannot be used.",
+    "usage": "An argument of the command line, or of a call from Python, is unknown, missing or wrong.",
+    "invalid-config": "The config has the listed problems; each has its own code.",
+    "unknown-option": "An option or section does not exist.",
+    "missing-option": "A required option is not set.",
+    "wrong-type": "A value does not have the type of its option.",
+    "out-of-range": "A number is outside the limits of its option.",
+    "not-a-choice": "A value is not one of the valid values or names.",
+    "invalid-value": "A value has the right type, but cannot be used.",
     "conflict": "Two options, or an option and the model, contradict each other.",
-    "no-effect": "An option would be ignored.",
-    "invalid-reference": "A ${...} in the config cannot be filled in.",
-    "invalid-yaml": "The config is not valid YAML, or is not a list of keys and values.",
+    "no-effect": "An option has no effect.",
+    "invalid-reference": "A ${...} in the config cannot be resolved.",
+    "invalid-yaml": "The config is not valid YAML, or not a mapping of keys to values.",
     # files and packages
-    "not-found": "A file, a folder or a name in it does not exist.",
-    "wrong-path": "A path leads to something else than what is asked for, such as a folder instead of a file.",
-    "wrong-format": "A file is of a format that cannot be read or written here.",
-    "unreadable": "A file exists, and cannot be read.",
+    "not-found": "A file, a folder or a name in a file does not exist.",
+    "wrong-path": "A path is of the wrong type, such as a folder instead of a file.",
+    "wrong-format": "A file has an unsupported format.",
+    "unreadable": "A file exists, but cannot be read.",
     "not-writable": "A file or folder cannot be written.",
-    "os-error": "The operating system refuses to read or write a file.",
-    "already-exists": "An output exists and is not overwritten.",
-    "not-installed": "An optional package is missing.",
-    "unreachable": "A model or data set is on the hub, and the hub does not answer.",
-    "plugin-failed": "The file of --plugin is not valid Python, or fails.",
+    "os-error": "The operating system cannot read or write a file.",
+    "already-exists": "An output or name already exists.",
+    "not-installed": "An optional package is not installed.",
+    "unreachable": "A model or dataset is on the Hub, and the Hub is unreachable.",
+    "plugin-failed": "The file of --plugin is not valid Python, or raises an error.",
     # data
-    "no-data": "There are no rows, or none that can be trained on.",
-    "invalid-json": "A row or a file is not valid JSON.",
+    "no-data": "No data rows exist, or none has targets.",
+    "invalid-json": "A data row or a file is not valid JSON.",
     "invalid-table": "A CSV, TSV or Parquet file cannot be read as a table.",
-    "invalid-row": "A row lacks a key, or has a value that cannot be used.",
-    "invalid-text": "A text is not UTF-8, or has characters that the tokenizer or minitrain cannot take.",
-    "no-answer": "A row has no answer to train on, or an empty one.",
-    "same-answers": "The chosen and the rejected answer are the same.",
-    "unsuitable-data": "Each row is valid, but the loss cannot be trained on all of them together.",
-    "wrong-column": "An option names a column that the row does not have.",
-    "too-large": "A row, a text, a number or a file is larger than the limit.",
-    "wrong-tokens": "Examples have other tokens than they should: no end, a second beginning, nothing to train on.",
-    "invalid-template": "A chat template or prompt template is wrong, or refuses the conversation.",
+    "invalid-row": "A data row lacks a key, or has an invalid value.",
+    "invalid-text": "Text is not UTF-8, or has characters that the tokenizer or minitrain does not support.",
+    "no-answer": "A data row has no response to train on, or an empty one.",
+    "same-answers": "The chosen and the rejected response are the same.",
+    "unsuitable-data": "The data rows are valid, but the loss cannot use them together.",
+    "wrong-column": "An option names a column that a data row does not have.",
+    "too-large": "A data row, a string, a number or a file exceeds a limit.",
+    "wrong-tokens": "Examples have wrong tokens: no EOS, two BOS, or no targets.",
+    "invalid-template": "A chat template or prompt template is invalid, or rejects a conversation.",
     # models
-    "damaged-file": "A file is incomplete or its content is damaged.",
-    "mismatch": "Two things do not fit each other: weights and model, adapter and model, teacher and data.",
-    "unsupported-model": "The model or tokenizer is of a kind that cannot be used for this.",
-    "no-device": "There is no device of this kind.",
+    "damaged-file": "A file is incomplete or corrupt.",
+    "mismatch": "Two inputs do not match, such as an adapter and its model, or a teacher and the data.",
+    "unsupported-model": "The model or tokenizer does not support this use.",
+    "no-device": "The device does not exist.",
     # runs
-    "other-run": "A folder or checkpoint is of a run with other options or data.",
+    "other-run": "A folder or checkpoint is from a run with different options or data.",
     "unfinished-run": "A run has no model yet.",
-    "locked": "Another process uses the run folder.",
+    "locked": "Another process uses the run directory.",
     "no-space": "The disk is full.",
-    "out-of-memory": "The memory of the device or machine is full.",
-    "not-finite": "A loss, gradient or weight is NaN or infinite.",
-    "process-failed": "Another process of this run was killed or failed.",
+    "out-of-memory": "The device or machine ran out of memory.",
+    "not-finite": "A loss, gradient or weight is NaN or infinity.",
+    "process-failed": "Another process of the run failed or was killed.",
 }
 
 
 class MinitrainError(ValueError):
-    """Something the user can fix; the message says what and how.
+    """A problem that the user can fix, as its message explains.
 
     Attributes:
         message: The message without its code.
-        code: The name of this kind of problem, one of `CODES`.
+        code: The type of problem, one of `CODES`.
     """
 
     exit_code = 2
@@ -80,12 +80,12 @@ class MinitrainError(ValueError):
         return f"{self.message} [{self.code}]"
 
     def at(self, where: object) -> "MinitrainError":
-        """Return the same error with the place before its message."""
+        """Return the same error with its location in front of the message."""
         return type(self)(f"{where}: {self.message}", self.code)
 
 
 class Issue(NamedTuple):
-    """One problem of a config."""
+    """A problem in a config."""
 
     where: str  # file:line
     key: str
@@ -97,13 +97,13 @@ class Issue(NamedTuple):
 
 
 class ConfigError(MinitrainError):
-    """An option is unknown, missing, of the wrong type, ignored, or contradicts another one."""
+    """An option is unknown, missing, invalid, without effect, or conflicts with another one."""
 
-    issues: tuple[Issue, ...] = ()  # the problems of a config, when it is read
+    issues: tuple[Issue, ...] = ()  # problems of a config that is read
 
 
 class InvalidConfigError(ConfigError):
-    """All problems of a config, one line each."""
+    """All problems in a config, one per line."""
 
     def __init__(self, issues: Iterable[Issue], is_complete: bool = True):
         self.issues = tuple(issue._replace(message=redact(issue.message)) for issue in issues)
@@ -122,41 +122,41 @@ class InvalidConfigError(ConfigError):
 
 
 class UnreachableError(ConfigError):
-    """A model or a data set is on the hub, and the hub cannot be reached."""
+    """A model or a dataset is on the Hub, and the Hub is unreachable."""
 
     def __init__(self, message: object, code: str = "unreachable"):
         super().__init__(message, code)
 
 
 class DataError(MinitrainError):
-    """A data file or a row of it cannot be used; the message starts with ``file:line``."""
+    """A data file or a data row cannot be used; the message starts with ``file:line``."""
 
 
 class RunError(MinitrainError):
-    """The training itself failed: no finite gradient any more, a full disk."""
+    """The training failed, for example with non-finite gradients or a full disk."""
 
     exit_code = 1
 
 
 class RunFolderError(RunError):
-    """A run folder or a checkpoint is refused: it is damaged, or of another run. Nothing was written over."""
+    """A run directory or a checkpoint is damaged, or from another run. Nothing was overwritten."""
 
     exit_code = 2
 
 
 def write_error_code(error: Exception) -> str:
-    """Return the code for an error in writing a file."""
+    """Return the code of an error in writing a file."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return "no-space" if full else "not-writable"
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether it is an error of what was called: also a panic of Rust code, as of tokenizers, which is no Exception."""
+    """Return whether a call failed: an Exception, or a panic of Rust code (tokenizers), which is a BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def short(value: object) -> str:
-    """Return the beginning of a value as text, for an error message."""
+    """Return the beginning of a value as a string, for an error message."""
     try:
         return str(value)[:60]
     except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits

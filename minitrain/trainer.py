@@ -1,4 +1,4 @@
-"""The loop. It knows no loss, no data set, no model class and no number of devices."""
+"""The training loop. It does not depend on the loss, the dataset, the model class or the number of devices."""
 
 import functools
 import signal
@@ -35,40 +35,40 @@ ARGUMENTS = (*MAKE, "loss", "callbacks")  # besides the config and hooks
 
 
 class Trainer:
-    """Trains a model on data as a config says.
+    """Train a model as a config describes.
 
     >>> Trainer("config.yml").train()
     >>> Trainer({"model": {"name_or_path": "tiny"}, "n_steps": 10}, train_dataset=rows).train()
 
     Hooks are functions that receive the trainer: `on_train_begin`, `on_step_end`, `on_eval_end`, `on_save` and
-    `on_train_end`. They may read everything, and set `should_stop`. With several ranks each rank calls them.
+    `on_train_end`. They can read all attributes, and set `should_stop`. Every rank calls them.
 
     Args:
         config: A `Config`, the path of a YAML file, or a dict of its keys.
-        model: A loaded transformers model, which is trained itself. It replaces `model.name_or_path`.
+        model: A loaded transformers model, which is trained in place. It replaces `model.name_or_path`.
         tokenizer: Its tokenizer.
-        train_dataset: Rows as dicts, in any format of a data file: a list, a datasets.Dataset. It replaces
-            `datasets`.
-        eval_dataset: Rows to evaluate on. It replaces `eval_datasets`.
-        loss: A loss object or its name, if the config has none.
-        optimizer: A function of the list of trained parameters that returns the optimizer. The lr of each of its
-            groups is the group's peak.
+        train_dataset: Data rows to train on, as dicts in any format of a data file: a list or a datasets.Dataset. It
+            replaces `datasets`.
+        eval_dataset: Data rows to evaluate on. It replaces `eval_datasets`.
+        loss: A loss object or the name of a loss, if the config has none.
+        optimizer: A function that receives the list of trained parameters and returns the optimizer. The lr of each
+            parameter group is its peak.
         callbacks: Objects with methods named like hooks.
-        hooks: A function, or a list of them, by the name of the hook: ``on_step_end=lambda t: print(t.step)``.
+        hooks: A function, or a list of functions, for each hook: ``on_step_end=lambda t: print(t.step)``.
 
     Attributes:
         step: Optimizer steps so far.
-        updates: Those that changed the weights: not those with a non-finite gradient.
-        consumed: Examples seen, over all ranks.
-        indices: The examples of the last step.
-        total_steps: Optimizer steps of the whole run.
+        updates: Updates so far: optimizer steps without those skipped for a non-finite gradient.
+        consumed: Examples seen by all ranks.
+        indices: Indices of the examples of the last step.
+        total_steps: Optimizer steps of the full run.
         train_metrics: Metrics of the last log line.
         eval_metrics: Metrics of the last evaluation.
-        should_stop: Set it to end the training after this step.
+        should_stop: Set to True to end the training after this step.
         config, loss, policy, optimizer, parallel, train_loader: The parts of the run.
     """
 
-    logger: MetricLogger | None = None  # while it trains
+    logger: MetricLogger | None = None  # during `train`
 
     def __init__(
         self,
@@ -83,12 +83,12 @@ class Trainer:
         callbacks: Iterable[Any] = (),
         **hooks: Hook | Sequence[Hook],
     ):
-        """Read the data, then the model.
+        """Load the data, then the model.
 
         Raises:
-            ConfigError: A wrong option or argument; the error lists all options that are wrong.
-            DataError: A row that cannot be used.
-            RunError: A run directory that cannot be used.
+            ConfigError: An option or argument is invalid; the error lists all invalid options.
+            DataError: A data row cannot be used.
+            RunError: The run directory cannot be used.
         """
         self.hooks = collect_hooks(callbacks, hooks, ARGUMENTS)
         loss = loss_object(loss)
@@ -111,27 +111,27 @@ class Trainer:
         self.step = self.updates = self.consumed = 0
         self.indices: list[int] = []
         self.checkpoint: Path | None = None
-        self.saved_progress: dict = {}  # of the newest checkpoint in the run folder
-        n_bytes = 3 * sum(p.numel() * p.element_size() for p in self.parameters)  # with two moments
+        self.saved_progress: dict = {}  # state of the newest checkpoint in the run directory
+        n_bytes = 3 * sum(p.numel() * p.element_size() for p in self.parameters)  # weights and two moments
         self.save_schedule = SaveSchedule(self.config.save_every_steps, n_bytes, self.parallel)
-        self.step_output: StepOutput | None = None  # of the gradients that no optimizer step has used yet
-        self.bad_steps = 0  # non-finite ones in a row
+        self.step_output: StepOutput | None = None  # None after the optimizer step has used the gradients
+        self.bad_steps = 0  # consecutive steps with a non-finite loss or gradient
         self.evaluated_step: int | None = None
         self.best: float | None = None
         self.evals_without_improvement = 0
         self.train_metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
-        self.signal: int | None = None  # what all ranks agreed to stop for
-        self._received: int | None = None  # what reached this rank, which the others do not know yet
+        self.signal: int | None = None  # the signal that all ranks agreed to stop for
+        self._received: int | None = None  # a signal that only this rank may have received
         start_window(self)
 
     # ---------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, to early stopping, or to a signal; returns the metrics of the last evaluation.
+        """Train to the end, to early stopping or to a signal, and return the metrics of the last evaluation.
 
-        After SIGINT, SIGTERM or SIGUSR1 it writes a checkpoint, and `self.signal` holds the signal.
+        After SIGINT, SIGTERM or SIGUSR1, write a checkpoint and set `self.signal`.
         """
         with self.parallel.monitor_ranks(), self.run.locked():
             if finished := self.run.finished(self.total_steps):
@@ -161,10 +161,10 @@ class Trainer:
         if self.signal is not None:
             save_checkpoint(self)
             name = signal.Signals(self.signal).name
-            self.logger.warning(f"stopped by {name} at step {self.step}; the same command goes on from there")
+            self.logger.warning(f"stopped by {name} at step {self.step}. Rerun the same command to resume.")
         self.run.finish_saving()
         failpoint("train.end")
-        self._stopping()  # a signal that came while the final model was saved decides the exit code
+        self._stopping()  # a signal during the save of the final model sets the exit code
         self.call_hook("on_train_end")
 
     def _loop(self) -> None:
@@ -191,7 +191,7 @@ class Trainer:
         """Add the gradients of one optimizer step: summed over micro-batches and ranks, then divided once.
 
         Args:
-            batches: The micro-batches of this rank, such as `train_loader.steps()` yields. All ranks call it.
+            batches: The micro-batches of this rank, as from `train_loader.steps()`. Every rank calls this method.
         """
         self.step_output = forward_backward(self.loss, batches, self.models, self.parallel, self.precision)
         return self.step_output
@@ -199,13 +199,13 @@ class Trainer:
     def optim_step(self) -> float:
         """Clip the gradients, update the weights at the scheduled learning rate, and return the gradient norm.
 
-        A step with a non-finite loss or gradient leaves weights, moments and schedule alone.
+        A step with a non-finite loss or gradient does not change weights, moments or schedule.
 
         Raises:
-            RunError: After `max_bad_steps` such steps in a row.
+            RunError: `max_bad_steps` consecutive steps were non-finite, or there are no gradients.
         """
         if self.step_output is None:
-            raise RunError("optim_step: there are no gradients. Call forward_backward first.", "usage")
+            raise RunError("optim_step: gradients are missing. Call forward_backward first.", "usage")
         update = optim_step(
             self.optimizer,
             self.parameters,
@@ -226,21 +226,21 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update. It follows the updates taken, not the steps tried."""
+        """Return the learning rate of the next update. The schedule counts updates, not skipped steps."""
         name, decay = self.config.lr_scheduler, self.config.lr_decay_ratio
         return self.config.lr * lr_factor(self.updates, self.total_steps, self.warmup, name, decay)
 
     def _stopping(self) -> bool:
-        """Whether to stop, agreed on by all ranks; a signal that one of them received becomes everyone's.
+        """Return whether to stop, the same on all ranks, and share a signal that one rank received.
 
-        Nothing else sets `signal`, so that every rank takes the same branch before a collective.
+        Only this method sets `signal`, so that every rank takes the same branch before a collective.
         """
         code = int(self.parallel.max(self._received or int(self.should_stop)))
         self.signal = code if code > 1 else self.signal
         return code > 0
 
     def is_interrupted(self) -> bool:
-        """Return whether a signal has stopped the training. All ranks call it."""
+        """Return whether a signal has stopped the training. Every rank must call it."""
         return self._stopping() and self.signal is not None
 
     def call_hook(self, hook: str) -> None:
@@ -251,10 +251,10 @@ class Trainer:
     # --------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, dataset: Iterable[Mapping[str, Any]] | None = None) -> dict[str, float]:
-        """Return the metrics on the evaluation data; {} without any, or when a signal came.
+        """Return the metrics on the evaluation data; {} without any, or after a signal.
 
         Args:
-            dataset: Other rows to evaluate on.
+            dataset: Data rows to evaluate on instead.
         """
         loader = self.eval_loader if dataset is None else load_rows(self, dataset)
         return {} if loader is None else evaluate_all(self, loader)
@@ -262,12 +262,17 @@ class Trainer:
     # --------------------------------------------------------------------------------------- using the model
 
     def save_model(self, path: str | Path) -> None:
-        """Write the model as it is now, with tokenizer and model card, as `from_pretrained` reads it."""
+        """Save the current model with tokenizer and model card, in the format of `from_pretrained`."""
         check_target(Path(path))
         save_model(self, Path(path))
 
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling | None = None) -> list[str]:
-        """Return the model's answers to prompts, each a string or a list of messages."""
+        """Return the model's responses to prompts.
+
+        Args:
+            prompts: Strings, or conversations as lists of messages.
+            sampling: Sampling options; greedy by default.
+        """
         if isinstance(prompts, str):
             raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -277,9 +282,9 @@ class Trainer:
     def predict(
         self, prompts: Sequence[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0
     ) -> list[str]:
-        """Return answers as `generate` does."""
+        """Return responses to prompts; see `generate`."""
         return self.generate(prompts, Sampling(max_new_tokens, temperature))
 
     def chat(self, messages: Messages, max_new_tokens: int = 256, temperature: float = 0.0) -> str:
-        """Return the answer to one conversation."""
+        """Return the response to one conversation."""
         return self.generate([messages], Sampling(max_new_tokens, temperature))[0]

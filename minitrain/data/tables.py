@@ -7,7 +7,7 @@ from typing import Any
 
 from minitrain.config.schema import DatasetConfig
 from minitrain.errors import DataError
-from minitrain.io.hub import hub_answers, unreachable
+from minitrain.io.hub import is_hub_reachable, unreachable_error
 from minitrain.io.redact import redact
 
 PACKAGE = "pip install minitrain[data]"  # what both need
@@ -45,14 +45,14 @@ def load_table(dataset: DatasetConfig) -> Any:
     except ImportError:
         raise DataError(f"{dataset.path}: the package datasets is not installed: {PACKAGE}", "not-installed") from None
     folder = Path(dataset.path).is_dir()
-    if not folder and not hub_answers():
+    if not folder and not is_hub_reachable():
         datasets.config.HF_HUB_OFFLINE = True
     wanted = {"name": dataset.name, "split": dataset.split or "train", "revision": dataset.revision}
     try:
         return datasets.load_dataset(dataset.path, streaming=folder, **wanted)
     except Exception as error:
         told = f"{dataset.path}: {_told(error)}"
-        raise unreachable(dataset.path, error, "dataset") or DataError(told, "unreadable") from None
+        raise unreachable_error(dataset.path, error, "dataset") or DataError(told, "unreadable") from None
 
 
 def rows_of(table: Any, name: str) -> Iterator[tuple[int, dict | DataError]]:

@@ -1,1 +1,1 @@
-"""What every package shares: hashes, temporary files, the Hugging Face Hub, and secrets kept out of messages."""
+"""Checksums, temporary files, the Hugging Face Hub and redaction of secrets, for all packages."""

@@ -1,7 +1,7 @@
-"""A CRC-32 inside a safetensors file, so that damage to files that are read again later does not pass for data.
+"""A CRC-32 inside a safetensors file, so that damage to a file is detected when it is read again.
 
-The writer puts `PLACEHOLDER` into the metadata, and `seal` replaces it when the file is complete. The CRC is over all
-other bytes, header included. It runs at about 2 GB/s.
+The writer puts `PLACEHOLDER` into the metadata, and `seal` replaces it when the file is complete. The CRC covers all
+other bytes, including the header. It runs at about 2 GB/s.
 """
 
 import re
@@ -10,46 +10,46 @@ from pathlib import Path
 
 PLACEHOLDER = {"checksum": "0" * 8}  # for the metadata
 _BLOCK = 1 << 20
-_LARGEST_HEADER = 100_000_000  # as in the format
+_LARGEST_HEADER = 100_000_000  # the limit of the format
 
 
 def seal(path: Path) -> None:
     """Write the checksum of a complete file into it."""
-    place = _find_place(path)
-    assert place is not None, "the writer left no place for the checksum"
+    offset = _find_offset(path)
+    assert offset is not None, "the metadata has no PLACEHOLDER"
     with open(path, "r+b") as file:
-        file.seek(place)
-        file.write(_crc(path, place))
+        file.seek(offset)
+        file.write(_crc(path, offset))
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file has a checksum; those of minitrain 0.1.0 have none. Raises OSError."""
-    return _find_place(path) is not None
+    """Return whether a file has a checksum; files of minitrain 0.1.0 do not. Raises OSError."""
+    return _find_offset(path) is not None
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file has a checksum that is right. Raises OSError."""
-    place = _find_place(path)
-    if place is None:
+    """Return whether a file has a checksum that matches its content. Raises OSError."""
+    offset = _find_offset(path)
+    if offset is None:
         return False
     with open(path, "rb") as file:
-        file.seek(place)
-        return file.read(8) == _crc(path, place)
+        file.seek(offset)
+        return file.read(8) == _crc(path, offset)
 
 
-def _find_place(path: Path) -> int | None:
-    """The position of the checksum's first digit, in the file."""
+def _find_offset(path: Path) -> int | None:
+    """Return the offset of the checksum's first digit in the file; None without a checksum."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(min(size, _LARGEST_HEADER))
-    found = re.search(rb'"checksum":\s*"([0-9a-f]{8})"', header)
-    return None if found is None else 8 + found.start(1)
+    match = re.search(rb'"checksum":\s*"([0-9a-f]{8})"', header)
+    return None if match is None else 8 + match.start(1)
 
 
-def _crc(path: Path, place: int) -> bytes:
-    """The CRC-32 as hexadecimal digits, those of the file itself left out."""
+def _crc(path: Path, offset: int) -> bytes:
+    """Return the CRC-32 in hexadecimal of all bytes except the checksum at `offset`."""
     with open(path, "rb") as file:
-        crc = zlib.crc32(file.read(place))
+        crc = zlib.crc32(file.read(offset))
         file.seek(8, 1)
         while block := file.read(_BLOCK):
             crc = zlib.crc32(block, crc)

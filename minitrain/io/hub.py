@@ -1,4 +1,4 @@
-"""Whether the hub of Hugging Face answers: asked once, since its libraries would try for most of a minute."""
+"""Check once whether the Hugging Face Hub is reachable, since its libraries retry for most of a minute."""
 
 import functools
 import os
@@ -8,11 +8,10 @@ from minitrain.errors import UnreachableError
 
 
 @functools.cache
-def hub_answers() -> bool:
-    """Asks the hub, for HF_HUB_ETAG_TIMEOUT seconds (10) at most.
+def is_hub_reachable() -> bool:
+    """Return whether the Hub responds within HF_HUB_ETAG_TIMEOUT seconds (default: 10).
 
-    When it is silent, its libraries are told to be offline: they find what they have kept, and fail at once for the
-    rest.
+    If it does not, switch its libraries to offline mode: they use their cache, and fail at once for anything else.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -20,26 +19,32 @@ def hub_answers() -> bool:
     if not constants.HF_HUB_OFFLINE:
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except Exception:  # whatever the reason and the HTTP library of the day: it cannot be reached
+        except Exception:  # the errors differ between HTTP libraries; all mean that it is unreachable
             constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
 
 
 def ask_for(name: str) -> None:
-    """To be called before a name is looked up on the hub: asks whether that answers, unless it is a folder here."""
+    """Switch to offline mode if a name has to be looked up on the Hub, and the Hub is unreachable."""
     if not Path(name).exists():
-        hub_answers()
+        is_hub_reachable()
 
 
-def unreachable(name: str, error: Exception, kind: str = "model") -> UnreachableError | None:
-    """What to raise for an error in loading a model (or `kind`), if it is that the hub does not answer."""
-    if Path(name).exists() or hub_answers() or not isinstance(error, OSError):
+def unreachable_error(name: str, error: Exception, repo_type: str = "model") -> UnreachableError | None:
+    """Return the error to raise if loading failed because the Hub is unreachable, or None.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        error: The error in loading it.
+        repo_type: `model` or `dataset`.
+    """
+    if Path(name).exists() or is_hub_reachable() or not isinstance(error, OSError):
         return None
     from huggingface_hub import constants
 
     where = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else constants.ENDPOINT
-    of_kind = "" if kind == "model" else f" --repo-type {kind}"
+    option = "" if repo_type == "model" else f" --repo-type {repo_type}"
     return UnreachableError(
-        f"{name}: it is not here, the hub does not answer ({where}), and its cache does not hold it. "
-        f"Where there is a network: hf download {name}{of_kind} --local-dir DIR; then name DIR in its place."
+        f"{name}: not found locally or in the cache, and the Hub is unreachable ({where}). "
+        f"Run `hf download {name}{option} --local-dir DIR` on a machine with network access, and set DIR instead."
     )

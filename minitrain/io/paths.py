@@ -1,4 +1,4 @@
-"""Names of files and folders."""
+"""Paths of files and of model folders."""
 
 import difflib
 import json
@@ -6,21 +6,21 @@ from pathlib import Path
 
 from .redact import redact
 
-INDEX = "model.safetensors.index.json"  # of a model in several files
+INDEX = "model.safetensors.index.json"  # of a sharded model
 
 
 def near_file(path: Path) -> str:
-    """A file of nearly that name in the same folder, or of that name with an ending."""
+    """Return a hint about a file of the same folder with this name and a suffix, or with a similar name; else ""."""
     names = sorted(p.name for p in path.parent.glob("*") if p.name != path.name)
-    whole = [name for name in names if path.name and name.startswith(f"{path.name}.")]
-    match = whole or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    with_suffix = [name for name in names if path.name and name.startswith(f"{path.name}.")]
+    match = with_suffix or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
     if not match:
         return ""
     return f" Did you mean {path.parent / match[0] if redact(str(path)) == str(path) else match[0]}?"
 
 
 def looks_local(name: str) -> bool:
-    """Whether a model's name can only be that of a folder; on the hub it is `name` or `owner/name`."""
+    """Return whether a model's name can only be a local path; on the Hub it is `name` or `owner/name`."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
 
 

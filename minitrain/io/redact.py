@@ -1,7 +1,7 @@
-"""Values of environment variables and passwords in URLs, kept out of messages and files.
+"""Keep values of environment variables and passwords in URLs out of messages and files.
 
-A config takes a secret, or a path of one machine, from the environment as `${oc.env:NAME}`. Files get it as it was
-written (config/saved.py). A message gets it as a value, for example in a path, so the value is searched for there.
+A config can take a secret, or a path on this machine, from the environment: `${oc.env:NAME}`. Saved configs keep the
+reference (config/saved.py). Messages can include the value, for example in a path, so `redact` searches for it.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-MIN_LENGTH = 6  # of a value that is searched for in messages; shorter ones occur in ordinary words and numbers
+MIN_LENGTH = 6  # of a value to hide; shorter ones occur in ordinary words and numbers
 MASK = "***"
 
 _VARIABLE = re.compile(r"""oc\.env\s*:\s*['"]?([^'",{}\s]+)""")
 _REFERENCE = r"\$\{[^{}]*\}"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
-# A password may hold a slash by mistake; where a port would be, it is no port.
+# A password can have an unescaped slash, but `:` and digits before a slash are a port.
 _USER = re.compile(r"(?<=://)([^/?#]+|[^/?#:$]*:(?!\d*[/?#])\S+)@")
 _TOKEN = re.compile(
     r"([?&;#][\w.-]*(?:token|key|keyid|secret|passw|password|passwd|pass|pwd|sig|signature|auth|credentials?)=)"
@@ -35,7 +35,7 @@ def hide_variables(raw: str) -> bool:
     for name in names:
         if name in os.environ:
             hide(os.environ[name], f"${{oc.env:{name}}}")
-    return any(name in os.environ or "$" in name for name in names)  # $: the name is itself put together
+    return any(name in os.environ or "$" in name for name in names)  # $: the name itself has a reference
 
 
 def hide(value: Any, replacement: str) -> None:
@@ -52,33 +52,35 @@ def hide(value: Any, replacement: str) -> None:
 
 
 def redact(text: str) -> str:
-    """Return a text for a message: without values from the environment, and without passwords in URLs."""
+    """Return `text` without values from the environment and without passwords in URLs."""
     global _pattern
     if _hidden and _pattern is None:
         values = sorted(map(re.escape, _hidden), key=len, reverse=True)
-        _pattern = re.compile("|".join([*values, _REFERENCE]))  # in a reference, nothing is searched for
+        _pattern = re.compile(
+            "|".join([*values, _REFERENCE])
+        )  # references are matched first, so nothing inside them is replaced
     if _pattern is not None:
         text = _pattern.sub(lambda match: _hidden.get(match[0], match[0]), text)
     return redact_urls(text)
 
 
 def redact_urls(text: str) -> str:
-    """Return a text whose URLs have no user info, and no tokens among their parameters, unless as `${...}`."""
+    """Return `text` with user info and tokens of its URLs masked, except `${...}`."""
     return _URL.sub(lambda match: _TOKEN.sub(_masked_token, _USER.sub(_masked_user, match[0], count=1)), text)
 
 
 def stored_name(name: str) -> str:
-    """Return a name as a file keeps it for a comparison: a hash when it comes from the environment."""
+    """Return a name in the form for files that are compared later: a hash if it comes from the environment."""
     return name if redact(name) == name else _digest(name)
 
 
 def is_stored_name(stored: str | None, name: str) -> bool:
-    """Whether `stored` is the `stored_name` of this name, here or in another process."""
+    """Return whether `stored` is the `stored_name` of this name, in this or another process."""
     return stored in (name, _digest(name))
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A value as messages may have it: a line of it, escaped, or as a normalized path."""
+    """Yield the forms of a value that messages can have: its lines, escaped, or as a normalized path."""
     for line in {value, *value.splitlines()}:
         yield from (line, repr(line)[1:-1], json.dumps(line)[1:-1])
     yield from (os.path.normpath(value), os.path.abspath(value), os.path.realpath(value))

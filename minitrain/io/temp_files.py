@@ -1,6 +1,6 @@
-"""Folders in which files are made before they take their place, and what killed processes left of them.
+"""Write files in temporary folders and rename them when they are complete; remove folders of killed processes.
 
-Each process holds a lock on a file in its folder, which the system releases however the process ends.
+Each process locks a file in its folder. The operating system releases the lock when the process ends for any reason.
 """
 
 import contextlib
@@ -14,40 +14,43 @@ from pathlib import Path
 
 PREFIX = ".building-"
 LOCK = "lock"
-MAX_SECONDS = 86_400  # that a folder without a lock may be at work, where files cannot be locked
+MAX_SECONDS = 86_400  # age of an abandoned folder without a lock, on file systems that cannot lock
 
 
 @contextlib.contextmanager
-def new_file(path: Path, say: Callable[[str], None] | None = None) -> Iterator[Path]:
-    """Yield where to write a file, which takes its place when the block ends well, and not at all after an error.
+def new_file(path: Path, log: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to; rename it to `path` at the end of the context, unless there is an error.
 
     Args:
-        say: Gets a line for each folder that a killed process left beside it, which is removed.
+        path: The file.
+        log: Receives a line for each removed folder of a killed process in the same directory.
     """
-    with building_folder(path.parent, say) as folder:
+    with building_folder(path.parent, log) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
 
 
 @contextlib.contextmanager
-def building_folder(parent: Path, say: Callable[[str], None] | None = None) -> Iterator[Path]:
-    """Yield a new folder in `parent` that is removed afterwards, and remove those that killed processes left there."""
+def building_folder(parent: Path, log: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """Yield a new folder in `parent` that is removed afterwards; first remove those of killed processes."""
     for folder in _remove_abandoned(parent):
-        if say is not None:
-            say(f"{folder}: removed; a killed process had left it")
+        if log is not None:
+            log(f"{folder}: removed, a killed process left it")
     with tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX) as name:
         folder = Path(name)
         with open(folder / "locking", "w") as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-                os.rename(folder / "locking", folder / LOCK)  # so that no other process sees it before it is locked
+                os.rename(
+                    folder / "locking", folder / LOCK
+                )  # renamed once it is locked, so that other processes only see it locked
             yield folder
 
 
 def _remove_abandoned(parent: Path) -> list[Path]:
     removed = []
     for folder in parent.glob(PREFIX + "*"):
-        with contextlib.suppress(OSError):  # another process removes it, too
+        with contextlib.suppress(OSError):  # another process may remove it at the same time
             if _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder)

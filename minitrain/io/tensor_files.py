@@ -1,4 +1,4 @@
-"""safetensors files that others may read as the umask says."""
+"""Write safetensors files with ordinary permissions."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a file with the permissions of any new file.
+    """Write tensors to a file with the permissions of the umask.
 
-    safetensors writes a temporary file that only its owner may read, and renames it.
+    safetensors writes a temporary file that only its owner can read, and renames it.
     """
     path.touch()
     mode = path.stat().st_mode

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from minitrain.config.schema import ModelConfig
 from minitrain.errors import ConfigError, MinitrainError
-from minitrain.io.hub import unreachable
+from minitrain.io.hub import unreachable_error
 from minitrain.io.paths import shard_names
 from minitrain.io.redact import redact
 
@@ -24,7 +24,7 @@ def model_load_error(config: ModelConfig, model_type: str, error: Exception) -> 
     folder = Path(config.name_or_path)
     damaged = find_corrupt_file(folder) or missing_weights(folder)
     reason = f"no {model_type} in {config.name_or_path!r}: {damaged or first_line(error)}"
-    return unreachable(config.name_or_path, error) or ConfigError(reason, _code(damaged, error))
+    return unreachable_error(config.name_or_path, error) or ConfigError(reason, _code(damaged, error))
 
 
 def describe_head(outputs: list[str] | None) -> str:
@@ -36,7 +36,7 @@ def tokenizer_load_error(name: str, error: Exception) -> ConfigError:
     """Return the error for a tokenizer that cannot be loaded."""
     damaged = find_corrupt_file(Path(name))
     reason = f"no tokenizer could be loaded from {name!r}: {damaged or first_line(error)}"
-    return unreachable(name, error) or ConfigError(reason, _code(damaged, error))
+    return unreachable_error(name, error) or ConfigError(reason, _code(damaged, error))
 
 
 def _code(damaged: str | None, error: Exception) -> str:

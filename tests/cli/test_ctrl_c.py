@@ -230,10 +230,10 @@ def test_kill_9_while_several_processes_tokenise(large_file, capsys):
 
 
 def test_in_the_first_evaluation(folder, capsys):
-    """It is noted, a checkpoint of step 0 is written, and the same command goes on from there."""
+    """The signal is kept, a checkpoint of step 0 is written, and the same command resumes from it."""
     command = Command("train", "c.yml", stop="training.step:failpoint", seconds=1)
     assert command.interrupt() == 130
-    assert "stopped by SIGINT at step 0; the same command goes on" in command.read("out") and not command.read("err")
+    assert "stopped by SIGINT at step 0." in command.read("out") and not command.read("err")
     assert main(["train", "c.yml"]) == 0
     assert "going on from runs/c/checkpoints/step-0" in capsys.readouterr().out
 

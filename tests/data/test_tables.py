@@ -223,9 +223,9 @@ def silent_hub(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(type(get_session()), "send", refuse)
-    hub.hub_answers.cache_clear()
+    hub.is_hub_reachable.cache_clear()
     yield asked
-    hub.hub_answers.cache_clear()
+    hub.is_hub_reachable.cache_clear()
 
 
 def test_a_silent_hub_is_asked_once(silent_hub, monkeypatch):

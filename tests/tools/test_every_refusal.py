@@ -51,7 +51,7 @@ ELSEWHERE = (  # reached or not by what is installed, by the user and by the dev
     "data/checks:check_source: .path not-installed (2)",
     "data/tables:load_table: not-installed",
     "data/tables:read_parquet: not-installed",
-    "io/hub:unreachable:",
+    "io/hub:unreachable_error:",
     "model/checks:_check_model: model.attn_implementation not-installed",
 )
 PYTHON_ONLY = (
