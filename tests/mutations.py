@@ -569,7 +569,7 @@ BUGS = {
             title="A quantized base model was saved without the scales of its weights.",
             reported_in="unslothai/unsloth#4919",
             file="minitrain/model/pretrained.py",
-            line="model, loading_info = _from_quantized(config, hf_config, quantization, dtype, model_class, options)",
+            line="model, loading_info = _dequantized(config, model, quantization, dtype)",
             replacement="model, loading_info = model_class.from_pretrained(config.name_or_path, dtype=dtype, output_loading_info=True)",
             test="tests/model/test_dequantize.py::test_what_is_trained_is_what_is_saved",
         ),

@@ -48,17 +48,6 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
     return adapter
 
 
-def adapt_meta_model(config: Config, model: nn.Module) -> Adapter:
-    """Add the adapter of `adapt_model` to a model on the meta device, without values. Raises ConfigError."""
-    if config.model.adapter:
-        return load_adapter(model, Path(config.model.adapter))  # checks names and shapes
-    if config.soft_prompt.num_virtual_tokens:
-        _check_is_decoder(model)
-        model.soft_prompt = SoftPrompt(model, config.soft_prompt, 0)
-        return _make_prompt_adapter(model, {}, None)
-    return inject(model, new_config(config, model))
-
-
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
     """Add the adapter in a folder to a model. Raises ConfigError if it does not fit."""
     config = _resolve_modules(read_config(folder), model, folder)
@@ -277,7 +266,9 @@ def _make_prompt_adapter(model: nn.Module, config: dict[str, Any], weights: Weig
 
 
 def _init_lora(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
-    """Initialize the LoRA matrices of one layer."""
+    """Initialize the LoRA matrices of one layer, unless the model has no values."""
+    if module.weight.is_meta and weights is None:
+        return
     key = f"{name}.weight"
 
     def weight() -> Tensor:

@@ -61,6 +61,11 @@ def is_built_here(config: ModelConfig) -> bool:
     return config.name_or_path == "tiny" or find_object(config.name_or_path) is not None
 
 
+def meta_copy(model: Any) -> Any:
+    """Return a model of the same config on the meta device. It must be called inside `parameters_on_meta`."""
+    return type(model)(copy.deepcopy(model.config))
+
+
 def check_head(model: Any, outputs: list[str] | None) -> None:
     """Raise ConfigError for a given model that does not end in what a loss needs.
 

@@ -15,20 +15,20 @@ from . import attention
 from .adapter import train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
-from .diagnostics import model_load_error, tokenizer_load_error
-from .given import check_head, is_built_here
+from .diagnostics import describe_head, model_load_error, tokenizer_load_error
+from .given import check_head, is_built_here, meta_copy
 from .lora import merge_lora_weights
 from .policy import Policy, find_blocks
-from .pretrained import attention_of, empty_model, from_pretrained, read_model_config
+from .pretrained import attention_of, from_pretrained, read_model_config
 from .quantize import dequantize_model, quantize_model
 from .save import VALUE_HEAD_FILE
-from .sequence_head import make_policy, name_outputs
+from .sequence_head import check_can_pack, make_policy, name_outputs
 from .state_dict import load_archive, read_archive
 from .token_rows import has_rows
 from .vocabulary import count_ids, embedding_layers, mark_known, resize_embeddings
-from .weights import Weights
+from .weights import Weights, open_weights, parameters_on
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 VALUE_HEAD = "value_head"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,7 +82,12 @@ def _read_tokenizer(name: str, config: ModelConfig):
 
 
 def load_model(
-    config: ModelConfig, tokenizer, seed: int, dtype: torch.dtype | None = None, outputs: list[str] | None = None
+    config: ModelConfig,
+    tokenizer,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    outputs: list[str] | None = None,
+    device: torch.device = CPU,
 ) -> nn.Module:
     """Load a transformers model whose embeddings have a row for every token id.
 
@@ -92,90 +97,125 @@ def load_model(
         seed: Seed of weights that no file has.
         dtype: Dtype of the parameters; `model.master_dtype` by default.
         outputs: Labels of a scalar head; None loads a causal LM.
+        device: The CPU; or the meta device, for a model whose weights are not read.
 
     Raises:
         ConfigError: The model cannot be loaded.
     """
     dtype = dtype or DTYPES[config.master_dtype]
+    with parameters_on(device):
+        model = _pretrained(config, tokenizer, seed, dtype, outputs, device)
+        resize_embeddings(model, tokenizer)
+    if config.archive and device.type != "meta":
+        load_archive(model, Path(config.archive))
+    return model
+
+
+def _pretrained(
+    config: ModelConfig, tokenizer, seed: int, dtype: torch.dtype, outputs: list[str] | None, device: torch.device
+) -> nn.Module:
+    """Return a model before its embeddings are resized."""
     if config.name_or_path == "tiny":
         from .tiny import tiny_model, tiny_scorer
 
         model = tiny_model(seed, count_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-        missing = ["score.weight"]
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
+        missing = ["score.weight"]
     elif given := find_object(config.name_or_path):
-        model, missing = given.value, []
+        model, missing = given.value if device.type != "meta" else meta_copy(given.value), []
         check_head(model, outputs)
     else:
-        model, missing = from_pretrained(config, dtype, outputs, seed)
-    if is_built_here(config) and attention_of(config) is not None:
-        model.set_attn_implementation(config.attn_implementation)
+        model, missing = from_pretrained(config, dtype, outputs, seed, device)
+    if is_built_here(config):
+        model.load_notes = []
+        if attention_of(config) is not None:
+            model.set_attn_implementation(config.attn_implementation)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
     for parameter in model.parameters():  # and no buffers: bfloat16 is too coarse for rotary frequencies
         parameter.data = parameter.data.to(dtype)
-    resize_embeddings(model, tokenizer)
-    if config.archive:
-        load_archive(model, Path(config.archive))
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def load_policy(
+def _open_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, Weights | None]:
+    """Return what `load_model` returns on the meta device, and its weights; None if the files do not fit the model."""
+    with parameters_on(META):
+        model = _pretrained(config, tokenizer, 0, dtype, None, META)
+        try:
+            weights = open_weights(config.name_or_path, config.revision, model)
+        except Exception as error:
+            raise model_load_error(config, describe_head(None), error) from None
+        if weights is not None:
+            resize_embeddings(model, tokenizer, weights)
+    if weights is not None and config.archive:
+        state = read_archive(model, Path(config.archive))
+        weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})
+    return model, weights
+
+
+def build_policy(
     config: Config,
     tokenizer,
     device: torch.device = CPU,
-    empty: bool = False,
+    sharded: bool = False,
     outputs: list[str] | None = None,
     value_head: bool = False,
 ) -> tuple[Policy, Weights | None]:
-    """Load the model as a policy with its adapter, on the CPU. Quantized layers are on `device`.
+    """Build the model as a policy with its adapter and its frozen layers.
 
     Args:
         config: The full config.
         tokenizer: The tokenizer that the model is trained with.
-        device: Where quantized layers go.
-        empty: Build the model on the meta device if its files allow that, so that each rank reads only its shards.
-        outputs: Labels of a scalar head; None loads a causal LM.
+        device: Where quantized layers go; all else is on the CPU. On the meta device, no weights are read.
+        sharded: Leave parameters on the meta device if the files allow that, so that each rank reads only its shards.
+        outputs: Labels of a scalar head; None builds a causal LM.
         value_head: Add a value head next to the LM head.
 
     Returns:
-        The policy, and the weights to fill it with if it is on the meta device, else None.
+        The policy, and with `sharded` the weights to fill it with if it is on the meta device, else None.
 
     Raises:
-        ConfigError: The model or its adapter cannot be loaded.
+        ConfigError: The model or its adapter cannot be loaded, or the options do not fit it.
     """
     compute_dtype = DTYPES[config.model.policy_dtype]
     dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
-    model, weights = None, None
-    if empty and outputs is None and not is_built_here(config.model):
-        model, weights = _empty_model(config.model, tokenizer, dtype)
-    if model is None:
-        model = load_model(config.model, tokenizer, config.seed, dtype, outputs)
-    if config.model.quantization != "none":
-        quantize_model(model, config.model.quantization, compute_dtype, device)
-    if has_adapter(config):
-        model.adapter = adapt_model(config, model, tokenizer, weights)
-        model.adapter.freeze(model, compute_dtype)
-    policy = make_policy(model)
-    if value_head:
-        add_value_head(policy, config.model)
-        if weights is not None:
-            head = policy.value_head.state_dict(prefix=f"{VALUE_HEAD}.")
-            weights.replace(head)
+    weights = None
+    if sharded and outputs is None and not is_built_here(config.model):
+        model, weights = _open_model(config.model, tokenizer, dtype)
+    if weights is None:
+        model = load_model(config.model, tokenizer, config.seed, dtype, outputs, device)
+    with parameters_on(device):
+        if config.model.quantization != "none":
+            quantize_model(model, config.model.quantization, compute_dtype, device)
+        if has_adapter(config):
+            model.adapter = adapt_model(config, model, tokenizer, weights)
+            model.adapter.freeze(model, compute_dtype)
+        policy = make_policy(model)
+        check_can_pack(model, config.packing)
+        if value_head:
+            policy.add_value_head()
+    if value_head and device.type != "meta":
+        load_value_head(policy.value_head, config.model)
+    if value_head and weights is not None:
+        weights.replace(policy.value_head.state_dict(prefix=f"{VALUE_HEAD}."))
+    freeze_layers(model, config.freeze_layers, compute_dtype, weights)
     if config.packing:
-        attention.attend_by_document(policy.model)
+        attention.attend_by_document(model)
     return policy, weights
 
 
-def load_frozen(config: ModelConfig, tokenizer, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
-    """Load a frozen model in `dtype`, whose residual stream has the dtype `residual`."""
-    return frozen_policy(load_model(config, tokenizer, 0, dtype), dtype, packing, residual)
-
-
-def frozen_policy(model: nn.Module, dtype: torch.dtype, packing: bool, residual: torch.dtype) -> Policy:
-    """Return a policy of a model in `dtype` that is not trained; its residual stream has the dtype `residual`."""
+def build_frozen(
+    config: ModelConfig,
+    tokenizer,
+    dtype: torch.dtype,
+    packing: bool,
+    residual: torch.dtype,
+    device: torch.device = CPU,
+) -> Policy:
+    """Build a frozen model in `dtype`, whose residual stream has the dtype `residual`."""
+    model = load_model(config, tokenizer, 0, dtype, device=device)
     policy = make_policy(model.eval().requires_grad_(False))
     if dtype != residual:  # as with autocast, which lowers the precision of matrix products only
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))
@@ -184,12 +224,11 @@ def frozen_policy(model: nn.Module, dtype: torch.dtype, packing: bool, residual:
     return policy
 
 
-def add_value_head(policy: Policy, config: ModelConfig) -> None:
-    """Add a value head, with the weights from the folder of the adapter or the model if one has them."""
-    policy.add_value_head()
+def load_value_head(head: nn.Linear, config: ModelConfig) -> None:
+    """Load the weights in the folder of the adapter or the model if one has them."""
     files = [Path(folder) / VALUE_HEAD_FILE for folder in (config.adapter, config.name_or_path) if folder]
     if file := next((file for file in files if file.is_file()), None):
-        policy.value_head.load_state_dict(load_file(file))
+        head.load_state_dict(load_file(file))
 
 
 def load_base(config: ModelConfig, tokenizer) -> nn.Module:
@@ -267,16 +306,3 @@ def trained_outputs(config: ModelConfig) -> list[str] | None:
         raise model_load_error(config, "model", error) from None
     has_scalar_head = any(name.endswith("ForSequenceClassification") for name in saved.architectures or ())
     return [saved.id2label[number] for number in range(saved.num_labels)] if has_scalar_head else None
-
-
-def _empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
-    """Return what `load_model` loads on the meta device, and its weights; (None, None) if the files do not fit."""
-    model, weights = empty_model(config, dtype)
-    if model is None or weights is None:
-        return None, None
-    resize_embeddings(model, tokenizer, weights)
-    if config.archive:
-        state = read_archive(model, Path(config.archive))
-        weights.replace({name: state[name] for name, _ in model.named_parameters() if name in state})
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, weights

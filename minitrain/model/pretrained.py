@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from .diagnostics import (
     log_model_warnings,
     model_load_error,
 )
-from .weights import Weights, open_weights, parameters_on_meta, weight_files
+from .weights import find_gaps, parameters_on_meta, weight_files
 
 
 def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
@@ -71,15 +72,18 @@ def _nested_configs(hf_config) -> Iterator:
 
 
 def from_pretrained(
-    config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int
-) -> tuple[nn.Module, set[str]]:
-    """Load a model with its weights.
+    config: ModelConfig, dtype: torch.dtype, outputs: list[str] | None, seed: int, device: torch.device
+) -> tuple[nn.Module, list[str]]:
+    """Load a model with its weights, or build it on the meta device, where no weights are read.
+
+    `load_notes` of the model are the lines about its files, which are logged if its weights are read.
 
     Args:
         config: The model options.
         dtype: Dtype of the parameters.
         outputs: Labels of a scalar head; None loads a causal LM.
         seed: Seed of parameters that the files lack.
+        device: The CPU or the meta device.
 
     Returns:
         The model, and the names of the parameters that its files lack.
@@ -93,38 +97,61 @@ def from_pretrained(
         hf_config = read_model_config(config, **class_kwargs)
         if outputs is None:
             check_is_decoder(hf_config)
-        with torch.random.fork_rng(devices=[]), no_progress_bar():
-            torch.manual_seed(seed)
-            if quantization := quantization_of(hf_config):
-                model, loading_info = _from_quantized(config, hf_config, quantization, dtype, model_class, options)
-            else:
-                model, loading_info = model_class.from_pretrained(
-                    config.name_or_path,
-                    config=hf_config,
-                    revision=config.revision,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # check_missing_keys refuses them
-                    **options,
-                )
+        quantization = _pop_quantization(hf_config)
+        if quantization or device.type == "meta":
+            with parameters_on_meta():
+                model = model_class.from_config(hf_config, dtype=dtype, **options)
+        notes = [describe_dequantized(model, quantization, dtype)] if quantization else []
+        if device.type == "meta":
+            loading_info = find_gaps(None if quantization else Path(config.name_or_path), model)
+            _read_generation_config(model, config)
+        else:
+            log_model_warnings(config.name_or_path, notes)
+            with torch.random.fork_rng(devices=[]), no_progress_bar():
+                torch.manual_seed(seed)
+                if quantization:
+                    model, loading_info = _dequantized(config, model, quantization, dtype)
+                else:
+                    model, loading_info = _read_model(config, hf_config, dtype, model_class, options)
         vars(model).pop("generate", None)  # custom code in the repository would ignore our options
     except Exception as error:
         raise model_load_error(config, describe_head(outputs), error) from None
     check_missing_keys(config, loading_info, outputs)
-    log_model_warnings(config.name_or_path, describe_unused(drop_head_keys(loading_info["unexpected_keys"], outputs)))
+    unused = describe_unused(drop_head_keys(loading_info["unexpected_keys"], outputs))
+    if device.type != "meta":
+        log_model_warnings(config.name_or_path, unused)
+    model.load_notes = notes + unused
     return model, loading_info["missing_keys"]
 
 
-def _from_quantized(
-    config: ModelConfig, hf_config, quantization: dict, dtype: torch.dtype, model_class: type, options: dict
-) -> tuple[nn.Module, dict]:
-    """Load like `kind.from_pretrained`, with dequantized weights, and no quantization in the model's config."""
+def _pop_quantization(hf_config) -> dict | None:
+    """Remove the quantization_config from a config and its parts, and return it if there is one."""
+    quantization = quantization_of(hf_config)
     for nested in _nested_configs(hf_config):
         for key in ("quantization_config", "compression_config"):
             vars(nested).pop(key, None)
-    with parameters_on_meta():
-        empty = model_class.from_config(hf_config, **options)
-    log_model_warnings(config.name_or_path, [describe_dequantized(empty, quantization, dtype)])
+    return quantization
+
+
+def _read_model(
+    config: ModelConfig, hf_config, dtype: torch.dtype, model_class: type, options: dict
+) -> tuple[nn.Module, dict]:
+    """Return a model with the weights in its files, and its loading info."""
+    return model_class.from_pretrained(
+        config.name_or_path,
+        config=hf_config,
+        revision=config.revision,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # check_missing_keys refuses them
+        **options,
+    )
+
+
+def _dequantized(
+    config: ModelConfig, empty: nn.Module, quantization: dict, dtype: torch.dtype
+) -> tuple[nn.Module, dict]:
+    """Return a model like `empty` with dequantized weights, and its loading info."""
     state = dequantized(weight_files(config.name_or_path, config.revision), quantization, dtype)
     model, loading_info = type(empty).from_pretrained(
         None,
@@ -136,36 +163,15 @@ def _from_quantized(
         attn_implementation=attention_of(config),
     )
     model.config.name_or_path = config.name_or_path
-    if model.can_generate():
-        _read_generation_config(model, config)
-    return model, loading_info
-
-
-def empty_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module | None, Weights | None]:
-    """Return a model on the meta device and the weights in its files; (None, None) if these do not fit the model."""
-    model_class, _ = auto_class(None)
-    try:
-        hf_config = read_model_config(config)
-        check_is_decoder(hf_config)
-        if quantization_of(hf_config):
-            return None, None
-        with parameters_on_meta():
-            attends, trust = attention_of(config), config.trust_remote_code
-            model = model_class.from_config(
-                hf_config, dtype=dtype, attn_implementation=attends, trust_remote_code=trust
-            )
-        weights = open_weights(config.name_or_path, config.revision, model)
-    except Exception as error:
-        raise model_load_error(config, describe_head(None), error) from None
-    if weights is None:
-        return None, None
     _read_generation_config(model, config)
-    return model, weights
+    return model, loading_info
 
 
 def _read_generation_config(model: nn.Module, config: ModelConfig) -> None:
     from transformers import GenerationConfig
 
+    if not model.can_generate():
+        return
     with contextlib.suppress(OSError):  # some models have none
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
 

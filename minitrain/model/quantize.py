@@ -20,7 +20,12 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
             weight, as in LLM.int8() (arXiv 2208.07339).
         dtype: Dtype of the computation.
         device: Where the layers go; moving them packs the weights.
+            On the meta device they get tensors of the right sizes.
     """
+    if device.type == "meta":
+        for module in _quantizable(model).values():
+            _quantize_on_meta(module, bits, dtype)
+        return
     import bitsandbytes as bnb
 
     for name, module in _quantizable(model).items():
@@ -109,21 +114,19 @@ def dequantized(module: nn.Module) -> Tensor:
     return weight
 
 
-def quantize_meta_model(model: nn.Module, bits: str, dtype: torch.dtype) -> None:
-    """Give a model's layers tensors of the sizes that `quantize_model` makes, on the same device, without values."""
-    for module in _quantizable(model).values():
-        sizes, device = module.weight.shape, module.weight.device
-        del module.weight
-        module.__class__ = _MetaQuantizedLinear
-        n, module.dtype = sizes.numel(), dtype
-        module.unpacked = dtype if bits == "4bit" else torch.float32
-        tensors = {"weight": (n, torch.int8), "scales": (sizes[0], torch.float32)}
-        if bits == "4bit":  # 8-bit scales of 64 weights each, a scale for 256 of these, and both code books
-            n_scales = math.ceil(n / 64)
-            tensors = {"weight": (math.ceil(n / 2), torch.uint8), "scales": (n_scales, torch.uint8)}
-            tensors["more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
-        for name, (size, tensor_dtype) in tensors.items():
-            module.register_buffer(name, torch.empty(size, dtype=tensor_dtype, device=device))
+def _quantize_on_meta(module: nn.Linear, bits: str, dtype: torch.dtype) -> None:
+    """Give a layer tensors of the sizes that bitsandbytes makes of its weight."""
+    n, n_rows = module.weight.numel(), module.out_features
+    del module.weight
+    module.__class__, module.dtype = _MetaQuantizedLinear, dtype
+    module.unpacked = dtype if bits == "4bit" else torch.float32
+    tensors = {"weight": (n, torch.int8), "scales": (n_rows, torch.float32)}
+    if bits == "4bit":  # 8-bit scales of 64 weights each, a scale for 256 of these, and both code books
+        n_scales = math.ceil(n / 64)
+        tensors = {"weight": (math.ceil(n / 2), torch.uint8), "scales": (n_scales, torch.uint8)}
+        tensors["more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
+    for name, (size, tensor_dtype) in tensors.items():
+        module.register_buffer(name, torch.empty(size, dtype=tensor_dtype, device="meta"))
 
 
 class _MetaQuantizedLinear(QuantizedLinear):

@@ -18,6 +18,7 @@ from minitrain.io.tensor_files import save_file
 from . import token_rows
 from .diagnostics import describe_unused, log_model_warnings
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors files
 SHARD_BYTES = 4 << 30  # size of one file of a saved model, and of the memory that saving takes
 
 
@@ -58,7 +59,7 @@ class LowRankDifference:
 
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
-    """Open the safetensors files of a model; return None if their keys or shapes are not those of `model`."""
+    """Open the safetensors files of a model; return None if their keys, shapes or dtypes are not those of `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     if get_model_conversion_mapping(model, add_legacy=False):
@@ -72,7 +73,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
         used[parameter] = key
         sources[parameter] = files[key].get_slice(key)
         sizes[parameter] = sources[parameter].get_shape()
-        if sizes[parameter][1:] != list(value.shape[1:]):
+        if sizes[parameter][1:] != list(value.shape[1:]) or sources[parameter].get_dtype() not in FLOATS:
             return None
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # name -> the name that it is tied to
     for parameter in tied.keys() & files.keys():
@@ -84,6 +85,11 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
             value.copy_(files[buffer].get_tensor(buffer))
     log_model_warnings(name, describe_unused(_unused(files.keys(), set(used.values()), model)))
     return Weights(sources, sizes)
+
+
+def parameters_on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, modules are made without memory for their parameters if this is the meta device."""
+    return parameters_on_meta() if device.type == "meta" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -209,17 +215,17 @@ def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str
     return [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)]
 
 
-def find_gaps(folder: Path, model: nn.Module) -> dict[str, list]:
+def find_gaps(folder: Path | None, model: nn.Module) -> dict[str, list]:
     """Return the missing, mismatched and unexpected keys of a local model's safetensors files.
 
-    The format is the loading info of transformers. Only the headers are read. All lists are empty if transformers
-    converts the model's files.
+    The format is the loading info of transformers. Only the headers are read. All lists are empty without a folder,
+    or if transformers converts the model's files.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
     gaps = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
-    files = weight_files(str(folder), None) if folder.is_dir() else []
+    files = weight_files(str(folder), None) if folder and folder.is_dir() else []
     if not files or get_model_conversion_mapping(model, add_legacy=False):
         return gaps
     shapes, mapping = {}, get_model_conversion_mapping(model)

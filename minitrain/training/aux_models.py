@@ -35,7 +35,7 @@ from minitrain.io.tensor_files import save_file
 from minitrain.losses import Loss, Models
 from minitrain.model.adapter_config import has_adapter
 from minitrain.model.fingerprint import model_fingerprint
-from minitrain.model.load import DTYPES, load_frozen, load_tokenizer
+from minitrain.model.load import DTYPES, build_frozen, load_tokenizer
 from minitrain.model.logprobs import LMHead
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.vocabulary import count_ids
@@ -43,7 +43,7 @@ from minitrain.model.vocabulary import count_ids
 from .setup import check_lengths
 from .step import Precision, inference
 
-Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `load_frozen` is
+Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `build_frozen` is
 REF_LOGPS = "ref_logps"  # the column of precomputed log-probabilities
 
 
@@ -143,9 +143,9 @@ def build_aux_models(
 ) -> Models:
     """Return the policy with the models that a loss requires besides it. Raises ConfigError.
 
-    `load` makes those with weights of their own; `load_frozen` when left out.
+    `load` makes those with weights of their own; `build_frozen` when left out.
     """
-    teacher, reference, load = None, None, load or load_frozen
+    teacher, reference, load = None, None, load or build_frozen
     if "teacher" in loss.requires:
         teacher = load_teacher(loss, config, tokenizer, parallel, load)
         for loader in loaders:
@@ -188,7 +188,7 @@ def reference_kind(loss: Loss, config: Config) -> str:
     return kind if kind != "auto" else "adapter" if has_adapter(config) else "model"
 
 
-def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = load_frozen) -> Teacher:
+def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = build_frozen) -> Teacher:
     """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
     if loss.options.teacher is None:
         raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.", "missing-option")

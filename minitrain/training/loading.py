@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minitrain.model.load import DTYPES, load_policy
+from minitrain.model.load import DTYPES, build_policy
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.vocabulary import describe_new_tokens
 
@@ -33,7 +33,7 @@ def load_parts(trainer: "Trainer") -> None:
         trainer.template, data = read_data(config, trainer.loss)
         trainer.tokenizer = trainer.template.tokenizer
         ends = {"outputs": trainer.loss.head_labels, "value_head": "values" in trainer.loss.requires}
-        policy, weights = load_policy(config, trainer.tokenizer, trainer.device, trainer.parallel.loads_shards, **ends)
+        policy, weights = build_policy(config, trainer.tokenizer, trainer.device, trainer.parallel.loads_shards, **ends)
         failpoint("load.policy")
     check_same_inputs(config, data, trainer.parallel)
     new = describe_new_tokens(policy.model, trainer.tokenizer)

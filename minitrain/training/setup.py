@@ -14,7 +14,7 @@ from minitrain.data.template import Template, make_template
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, add_features
-from minitrain.model.load import freeze_layers, load_tokenizer
+from minitrain.model.load import load_tokenizer
 from minitrain.model.policy import Policy, check_policy, checkpoint_activations, find_blocks
 from minitrain.model.weights import Weights
 
@@ -46,7 +46,6 @@ def prepare_policy(
     `dropout`: whether it is on in training.
     """
     blocks = find_blocks(policy.model.base_model)
-    freeze_layers(policy.model, config.freeze_layers, precision.dtype, weights)
     if config.activation_checkpointing:
         checkpoint_activations(policy.model)
     if config.compile:

@@ -374,7 +374,7 @@ def test_a_reference_that_differs_is_refused(dpo, monkeypatch):
     """A second model that is not the policy is noticed before the first step."""
     from minitrain.training import aux_models
 
-    load = aux_models.load_frozen
+    load = aux_models.build_frozen
 
     def other(*args):
         policy = load(*args)
@@ -382,7 +382,7 @@ def test_a_reference_that_differs_is_refused(dpo, monkeypatch):
             parameter.data += 0.1
         return policy
 
-    monkeypatch.setattr(aux_models, "load_frozen", other)
+    monkeypatch.setattr(aux_models, "build_frozen", other)
     with raises(ConfigError, "mismatch", "loss.reference: "):
         dpo("loss.reference=model")
 

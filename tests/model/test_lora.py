@@ -11,7 +11,7 @@ from minitrain import ConfigError
 from minitrain.batch import Document, collate
 from minitrain.config.schema import Config, LoRAConfig, ModelConfig
 from minitrain.model.adapter_files import adapt_model, load_adapter
-from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
+from minitrain.model.load import build_policy, load_merged, load_model, load_tokenizer
 from minitrain.model.logprobs import chunked_logprobs
 from minitrain.model.lora import _LoRALinear, merge_lora_weights
 from minitrain.model.policy import Policy
@@ -363,7 +363,7 @@ def test_grown_embeddings_are_in_the_adapter(folders, tmp_path):
     tiny_tokenizer().save_pretrained(folders["qwen2-tied"])
     config = Config(model=ModelConfig(str(folders["qwen2-tied"])), lora=LoRAConfig(rank=4))
     tokenizer = load_tokenizer(config.model)
-    model = shaken(load_policy(config, tokenizer)[0].model).eval()
+    model = shaken(build_policy(config, tokenizer)[0].model).eval()
     save_model(model, tokenizer, tmp_path, torch.float32)
     resized = base(folders["qwen2-tied"])
     resized.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -571,7 +571,7 @@ def test_a_quantised_base_computes_with_its_rounded_weights(folders, tmp_path, b
     pytest.importorskip("bitsandbytes")
     model_config = ModelConfig(str(folders["llama"]), quantization=bits)
     config = Config(model=model_config, lora=LoRAConfig(rank=4))
-    model = shaken(load_policy(config, _Tokens())[0].model).eval()
+    model = shaken(build_policy(config, _Tokens())[0].model).eval()
     assert all(p.dtype in (torch.uint8, torch.int8) for n, p in model.named_parameters() if n.endswith("proj.weight"))
     save_model(model, _Tokens(), tmp_path, torch.float32)
     dense = load_merged(ModelConfig(str(folders["llama"]), quantization=bits, adapter=str(tmp_path)), _Tokens()).eval()

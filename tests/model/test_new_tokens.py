@@ -11,7 +11,7 @@ from minitrain.config.schema import Config, LoRAConfig, ModelConfig, SoftPromptC
 from minitrain.data.template import Template
 from minitrain.inference.generate import find_model, model_config
 from minitrain.losses.kd import forward_kl
-from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer
+from minitrain.model.load import build_policy, load_merged, load_model, load_tokenizer
 from minitrain.model.logprobs import LMHead
 from minitrain.model.policy import check_policy
 from minitrain.model.save import save_model
@@ -83,7 +83,7 @@ def test_new_rows_are_distinct_trained_and_saved(bases, byte_folder, tmp_path, n
     peft = pytest.importorskip("peft")
     tokenizer = chatml(byte_folder)
     config = Config(model=ModelConfig(bases[name]), **WAYS[way](*LAYERS.get(name, ("embed_tokens", "q_proj"))))
-    policy, _ = load_policy(config, tokenizer)
+    policy, _ = build_policy(config, tokenizer)
     model = policy.model.eval()
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert (layer.weight[N] - layer.weight[N + 1]).abs().max() > 1e-3
@@ -96,7 +96,7 @@ def test_new_rows_are_distinct_trained_and_saved(bases, byte_folder, tmp_path, n
     resized.resize_token_embeddings(N + 2, mean_resizing=False)
     theirs = peft.PeftModel.from_pretrained(resized, tmp_path).eval()
     again = ModelConfig(bases[name], adapter=str(tmp_path))
-    reloaded, _ = load_policy(Config(model=again), tokenizer)
+    reloaded, _ = build_policy(Config(model=again), tokenizer)
     reloaded.eval()
     batch = both_rows()
     close(reloaded(batch).logps, policy(batch).logps, 1e-4)
@@ -112,7 +112,7 @@ def test_new_rows_are_distinct_trained_and_saved(bases, byte_folder, tmp_path, n
 @pytest.mark.parametrize("told", ["plain", "entropy", "distillation"])
 def test_the_gradient_of_the_rows_is_that_of_the_whole_weight(bases, byte_folder, name, told):
     """Through the chunked head and the embeddings, against the model's own logits with the rows in its weights."""
-    policy, _ = load_policy(Config(model=ModelConfig(bases[name]), lora=LoRAConfig(4)), chatml(byte_folder))
+    policy, _ = build_policy(Config(model=ModelConfig(bases[name]), lora=LoRAConfig(4)), chatml(byte_folder))
     model = policy.eval().model
     batch = both_rows()
     if told == "distillation":
@@ -178,7 +178,7 @@ def test_spare_rows_of_new_tokens_are_new(bases, byte_folder, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer = chatml(byte_folder)
     for empty in (False, True):
-        policy, weights = load_policy(Config(model=ModelConfig(str(tmp_path))), tokenizer, empty=empty)
+        policy, weights = build_policy(Config(model=ModelConfig(str(tmp_path))), tokenizer, sharded=empty)
         assert policy.model.new_ids == [N, N + 1]
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             rows = weights.rows(name, 0, N + 40) if empty else policy.model.get_parameter(name).detach()
@@ -193,11 +193,11 @@ def test_ids_with_holes(bases, tmp_path):
     assert len(tokenizer) == N and max(tokenizer.get_vocab().values()) == N + 2
     Template(tokenizer, "none")
     config = Config(model=ModelConfig(bases["llama"]), lora=LoRAConfig(4))
-    model = load_policy(config, tokenizer)[0].model
+    model = build_policy(config, tokenizer)[0].model
     assert model.lm_head.weight.shape[0] == N + 3 and model.new_ids == [N, N + 1, N + 2]
     Template(tokenizer, "chatml")  # transformers gives the new tokens the ids of two bytes
     with raises(ConfigError, "unsupported-model", "model.tokenizer_name_or_path: ", "got 25"):
-        load_policy(config, tokenizer)
+        build_policy(config, tokenizer)
 
 
 def test_new_rows_do_not_depend_on_the_seed(bases, byte_folder):
@@ -217,10 +217,10 @@ def test_an_adapter_of_peft_with_trained_rows_goes_on(bases, byte_folder, tmp_pa
         loaded = ModelConfig(bases[name], adapter=str(tmp_path / name))
         plain = load_tokenizer(ModelConfig("", byte_folder))
         Template(plain, "none")
-        ours = load_policy(Config(model=loaded), plain)[0].model.eval()
+        ours = build_policy(Config(model=loaded), plain)[0].model.eval()
         close(ours(input_ids=IDS % N).logits, theirs(input_ids=IDS % N).logits, 1e-5)
         tokenizer = chatml(byte_folder)
-        model = shaken(load_policy(Config(model=loaded), tokenizer)[0].model).eval()
+        model = shaken(build_policy(Config(model=loaded), tokenizer)[0].model).eval()
         ids = wanted["lm_head"] if name == "llama" else wanted
         assert model.lm_head.token_ids.tolist() == sorted([*ids, N, N + 1])
         save_model(model, tokenizer, tmp_path / f"{name}-again", torch.float32)

@@ -15,7 +15,7 @@ from minitrain import ConfigError
 from minitrain.batch import Document, collate
 from minitrain.config.schema import Config, ModelConfig
 from minitrain.model import attention
-from minitrain.model.load import freeze_layers, load_model, load_policy, load_tokenizer
+from minitrain.model.load import build_policy, freeze_layers, load_model, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, find_blocks
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
@@ -274,7 +274,7 @@ def test_no_file_can_run_code(tmp_path, llama_folder, place, empty):
         model.adapter = str(tmp_path)
     with warnings.catch_warnings(), pytest.raises(ConfigError):
         warnings.simplefilter("ignore")
-        load_policy(Config(model=model), tiny_tokenizer(), empty=empty)
+        build_policy(Config(model=model), tiny_tokenizer(), sharded=empty)
     assert not canary.exists()
 
 
@@ -286,7 +286,7 @@ def test_a_real_model_scores_and_speaks_as_its_reference():
     folder = SHARED / "models" / "stories260K"
     config = Config(model=ModelConfig(str(folder)), packing=True)
     tokenizer = load_tokenizer(config.model)
-    policy = load_policy(config, tokenizer)[0].eval()
+    policy = build_policy(config, tokenizer)[0].eval()
     for entry in json.loads((folder / "reference.json").read_text()):
         ids = torch.tensor(entry["greedy_ids"], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.uint8)
@@ -309,8 +309,8 @@ def test_a_model_is_built_empty_and_read_by_rows(tmp_path, name):
     tiny_tokenizer().save_pretrained(tmp_path)  # of 259 tokens, more than the model's 128
     config = Config(model=ModelConfig(name_or_path=str(tmp_path)))
     tokenizer = load_tokenizer(config.model)
-    whole, _ = load_policy(config, tokenizer)
-    empty, weights = load_policy(config, tokenizer, empty=True)
+    whole, _ = build_policy(config, tokenizer)
+    empty, weights = build_policy(config, tokenizer, sharded=True)
     assert all(p.is_meta for p in empty.model.parameters())
     wanted = dict(whole.model.named_parameters())
     assert {key: p.shape for key, p in empty.model.named_parameters()} == {key: p.shape for key, p in wanted.items()}

@@ -10,7 +10,7 @@ from transformers import Gemma3Config
 
 from minitrain.config.schema import Config, ModelConfig
 from minitrain.inference.generate import load_generator
-from minitrain.model.load import load_policy, load_tokenizer
+from minitrain.model.load import build_policy, load_tokenizer
 from minitrain.model.pretrained import read_model_config
 
 
@@ -44,7 +44,7 @@ def test_a_config_names_no_kernel(key, base, make_trainer, rows_file):
     for model in (trainer.policy.model, trainer.models.teacher.policy.model):
         assert model.config._attn_implementation == "sdpa"
     config = Config(model=ModelConfig(name_or_path=str(base)))
-    policy, weights = load_policy(config, load_tokenizer(config.model), empty=True)
+    policy, weights = build_policy(config, load_tokenizer(config.model), sharded=True)
     assert policy.model.config._attn_implementation == "sdpa" and weights is not None
 
 
@@ -79,7 +79,7 @@ def test_a_head_of_its_own_is_read_on_every_path(base, factor):
     head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] * factor
     edit_weights(base, **{"lm_head.weight": head})
     for empty in (False, True):
-        policy, weights = load_policy(config, load_tokenizer(config.model), empty=empty)
+        policy, weights = build_policy(config, load_tokenizer(config.model), sharded=empty)
         assert (weights is not None) == (empty and factor == 1)  # equal ones are tied, and read by rows
         if weights is None:
             assert torch.equal(policy.model.get_output_embeddings().weight, head)
@@ -89,11 +89,11 @@ def test_a_head_of_its_own_is_read_on_every_path(base, factor):
 def test_tensors_without_a_place_are_told(base, empty, caplog):
     """Weights in the files that the model does not use, such as a bias that config.json does not ask for."""
     config = Config(model=ModelConfig(name_or_path=str(base)))
-    load_policy(config, load_tokenizer(config.model), empty=empty)
+    build_policy(config, load_tokenizer(config.model), sharded=empty)
     assert not caplog.messages
     name = "model.layers.0.self_attn.q_proj.bias"
     edit_weights(base, **{name: torch.ones(32), "visual.weight": torch.ones(2)})
-    load_policy(config, load_tokenizer(config.model), empty=empty)
+    build_policy(config, load_tokenizer(config.model), sharded=empty)
     assert caplog.messages == [
         f"{base}: its files hold {name} and 1 more, which the model of its config.json does not use."
     ]

@@ -15,7 +15,7 @@ from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
 from minitrain.model.adapter_config import read_adapter_outputs
 from minitrain.model.adapter_files import adapt_model, load_adapter
-from minitrain.model.load import load_merged, load_model, load_policy, load_tokenizer, trained_outputs
+from minitrain.model.load import build_policy, load_merged, load_model, load_tokenizer, trained_outputs
 from minitrain.model.save import save_model
 from minitrain.model.sequence_head import make_policy
 from tests.conftest import SHARED
@@ -37,7 +37,7 @@ def loaded(folder, packing=False, **options):
     """(policy, tokenizer) of a config over a folder."""
     config = Config(model=ModelConfig(str(folder), **options.pop("model", {})), packing=packing, **options)
     tokenizer = load_tokenizer(config.model, scores=True)
-    policy, _ = load_policy(config, tokenizer, outputs=NAMES)
+    policy, _ = build_policy(config, tokenizer, outputs=NAMES)
     return policy.eval(), tokenizer
 
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_told(folders, tmp_path):
     policy, tokenizer = loaded(folders["bert"])
     assert policy.position_limit == policy.n_positions == 96
     with raises(ConfigError, "conflict", "packing: "):
-        policy.check(torch.arange(3), True, None)
+        loaded(folders["bert"], packing=True)
     save_model(policy.model, tokenizer, tmp_path / "saved", torch.float32)
     with raises(ConfigError, "mismatch", "loss.labels=[no,yes,maybe]"):
         load_model(ModelConfig(str(tmp_path / "saved")), tokenizer, 0, outputs=["maybe", "no", "yes"])

@@ -9,7 +9,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import Config, ModelConfig, SoftPromptConfig
 from minitrain.inference.generate import Sampling, load_generator
 from minitrain.model.adapter_files import load_adapter
-from minitrain.model.load import load_policy
+from minitrain.model.load import build_policy
 from minitrain.model.policy import Policy
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
@@ -30,7 +30,7 @@ KNOWN = [name for name in MODELS if name != "gemma2-softcap"]  # PEFT does not k
 def has_soft_prompt(folder, **options) -> Policy:
     """A policy with 5 vectors, larger than they start, so that they matter."""
     config = Config(model=ModelConfig(str(folder)), soft_prompt=SoftPromptConfig(num_virtual_tokens=5, **options))
-    policy = load_policy(config, _Tokens())[0].eval()
+    policy = build_policy(config, _Tokens())[0].eval()
     with torch.no_grad():
         for p in policy.model.soft_prompt.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))

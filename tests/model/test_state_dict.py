@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from minitrain import ConfigError
 from minitrain.config.schema import Config, ModelConfig
 from minitrain.model import weights
-from minitrain.model.load import load_model, load_policy
+from minitrain.model.load import build_policy, load_model
 from minitrain.model.save import save_model
 from minitrain.model.state_dict import read_archive
 from minitrain.model.tiny import tiny_tokenizer
@@ -66,7 +66,7 @@ def test_a_folder_as_final_is(tmp_path, monkeypatch, llama_folder, sharded, empt
     assert len(list((tmp_path / "final").glob("*.safetensors"))) == 1 or sharded
     assert (tmp_path / "final" / "model.safetensors.index.json").exists() == sharded
     config = Config(model=ModelConfig(str(llama_folder), archive=str(tmp_path / "final")))
-    policy, rows = load_policy(config, tiny_tokenizer(), empty=empty)
+    policy, rows = build_policy(config, tiny_tokenizer(), sharded=empty)
     assert (rows is not None) == empty
     if not empty:
         assert same_logits(policy.model, other)

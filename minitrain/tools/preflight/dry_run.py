@@ -7,7 +7,7 @@ from minitrain.config.schema import Config
 from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset
 from minitrain.data.template import Template
 from minitrain.losses import Loss, create_loss
-from minitrain.model.meta_policy import build_meta_policy
+from minitrain.model.load import META, build_policy
 from minitrain.model.policy import Policy
 from minitrain.model.save import check_saving
 from minitrain.training.setup import make_loader, read_data
@@ -60,4 +60,8 @@ def dry_run(config: Config) -> DryRun:
 
 
 def _build_policy(config: Config, template: Template, loss: Loss, quantized: bool = False) -> Policy:
-    return build_meta_policy(config, template.tokenizer, loss.head_labels, "values" in loss.requires, quantized)
+    """Build a policy on the meta device. With `quantized`, layers are packed as quantization packs them."""
+    if not quantized:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
+    ends = {"outputs": loss.head_labels, "value_head": "values" in loss.requires}
+    return build_policy(config, template.tokenizer, META, **ends)[0]

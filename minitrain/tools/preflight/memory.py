@@ -32,8 +32,7 @@ from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, Models
 from minitrain.model import kd_divergence, logprobs
-from minitrain.model.load import CPU, DTYPES
-from minitrain.model.meta_policy import build_meta_frozen
+from minitrain.model.load import CPU, DTYPES, META, build_frozen
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.optim import build_optimizer
 from minitrain.training.setup import make_loader, prepare_policy
@@ -280,7 +279,7 @@ def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: Mem
     batches = [_largest(loader, held_out) for loader, held_out in zip(loaders, (False, True))]
 
     def load(*asked) -> nn.Module:
-        return _faked(build_meta_frozen(*asked), fake)
+        return _faked(build_frozen(*asked, META), fake)
 
     with ledger:
         policy = prepare_policy(policy, None, config, parallel, precision, loss.dropout)

@@ -15,8 +15,7 @@ from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
-from minitrain.model.load import DTYPES
-from minitrain.model.meta_policy import build_meta_frozen
+from minitrain.model.load import DTYPES, META, build_frozen
 from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
 from minitrain.model.trial import check_meta_policy
@@ -73,8 +72,8 @@ def _try_out(run: DryRun) -> list[str]:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
         check_weights_exist(teacher, None)
-        teacher_policy = build_meta_frozen(
-            teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32
+        teacher_policy = build_frozen(
+            teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32, META
         )
         log_model_warnings(teacher.name_or_path, teacher_policy.model.load_notes)
         for examples in filter(None, (run.data.train, run.data.eval)):
