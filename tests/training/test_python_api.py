@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minitrain
 from minitrain import ConfigError, DataError, RunFolderError, Sampling, Trainer, load_config
 from minitrain.cli.main import main
+from minitrain.config.schema import LoRAConfig
+from minitrain.tools.preflight.validate import validate
 from tests.conftest import weights
 
 
@@ -103,6 +105,19 @@ def test_a_model_is_trained_itself(options, rows, llama_folder):
     with pytest.raises(ConfigError, match=r"loss\.reference"):
         pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8
         Trainer(bare | {"loss": "dpo", "exp_name": "dpo"}, model=same, tokenizer=tokenizer, train_dataset=pairs)
+
+
+def test_validate_leaves_a_model_from_python_alone(options, rows, llama_folder):
+    """It builds one of the same config without weights."""
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    del options["model"]
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    trainer = Trainer(options, model=model, tokenizer=tokenizer, train_dataset=rows)
+    before = dict(model.named_parameters())
+    validate(dataclasses.replace(trainer.config, lora=LoRAConfig(rank=2)))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
+    assert all(parameter.requires_grad for parameter in after.values())
 
 
 def test_an_optimizer_from_python(options, rows):
