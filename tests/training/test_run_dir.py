@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from minitrain import RunError
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.training import atomic_dir, checkpoint, save_schedule
+from minitrain.training import atomic_dir, checkpoint, saving
 from minitrain.training.atomic_dir import atomic_folder, checkpoints, fingerprint, recover, replace_file
 from minitrain.training.metrics_log import last_step
 from minitrain.training.saving import SaveSchedule
@@ -369,7 +369,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(save_schedule.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(saving.time, "perf_counter", lambda: self.now)
 
     def steps_with_a_save(self, schedule, seconds_per_step: float, n_steps: int, cost: float) -> list[int]:
         saved = []
@@ -391,7 +391,7 @@ def test_checkpoints_by_time_cost_little(monkeypatch):
     clock = Clock(monkeypatch)
     schedule = SaveSchedule(None, 10, PARALLEL)
     assert clock.steps_with_a_save(schedule, 20, 12, 0.5) == [3, 6, 9, 12]
-    for speed in (save_schedule.WRITE_SPEED, 1e9):
+    for speed in (saving.WRITE_SPEED, 1e9):
         began, n_bytes = clock.now, 84e9
         schedule = SaveSchedule(None, n_bytes, PARALLEL)
         saved = clock.steps_with_a_save(schedule, 60, 2000, n_bytes / speed)
@@ -419,8 +419,8 @@ def test_a_run_with_defaults_that_is_killed_goes_on(make_trainer, monkeypatch, c
     whole = make_trainer("exp_name=whole", "n_steps=5")
     whole.train()
     assert not whole.run.checkpoints.exists()  # it took less than a minute
-    monkeypatch.setattr(save_schedule, "MIN_INTERVAL", 0)
-    monkeypatch.setattr(save_schedule, "MAX_SHARE", float("inf"))
+    monkeypatch.setattr(saving, "MIN_INTERVAL", 0)
+    monkeypatch.setattr(saving, "MAX_SHARE", float("inf"))
     with pytest.raises(KeyboardInterrupt):
         make_trainer("n_steps=5", **kill_at(4)).train()
     second = make_trainer("n_steps=5")
@@ -434,8 +434,8 @@ def test_a_run_with_defaults_that_is_killed_goes_on(make_trainer, monkeypatch, c
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_checkpoint_that_nobody_asked_for_ends_no_run(make_trainer, monkeypatch, capsys, asked):
     """A full disk is reported at each attempt, and training goes on; with save_every_steps it ends the run."""
-    monkeypatch.setattr(save_schedule, "MIN_INTERVAL", 0)
-    monkeypatch.setattr(save_schedule, "MAX_SHARE", float("inf"))
+    monkeypatch.setattr(saving, "MIN_INTERVAL", 0)
+    monkeypatch.setattr(saving, "MAX_SHARE", float("inf"))
     monkeypatch.setattr(checkpoint, "SPARE", 1e12)
     trainer = make_trainer(*(["save_every_steps=1"] if asked else []))
     if asked:
