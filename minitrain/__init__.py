@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .errors import ConfigError as ConfigError
     from .errors import DataError as DataError
     from .errors import MinitrainError as MinitrainError
+    from .errors import RunDirError as RunDirError
     from .errors import RunError as RunError
-    from .errors import RunFolderError as RunFolderError
     from .inference.generate import Generator as Generator
     from .inference.generate import Sampling as Sampling
     from .inference.merge import merge_adapters as merge_adapters
@@ -50,7 +50,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "RunError": "errors",
-    "RunFolderError": "errors",
+    "RunDirError": "errors",
 }
 __all__ = list(_HOMES)
 

@@ -138,10 +138,13 @@ class RunError(MinitrainError):
     exit_code = 1
 
 
-class RunFolderError(RunError):
+class RunDirError(RunError):
     """A run directory or a checkpoint is damaged, or from another run. Nothing was overwritten."""
 
     exit_code = 2
+
+
+RunFolderError = RunDirError  # the name in 0.1.0
 
 
 def write_error_code(error: Exception) -> str:

@@ -175,7 +175,7 @@ def rows_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_trainer(tmp_path, llama_folder, rows_file):
-    """``make_trainer("lr=0.1", ..., on_step_end=f)``: a trainer over the random Llama in a run folder of its own."""
+    """``make_trainer("lr=0.1", ..., on_step_end=f)``: a trainer over the random Llama in a run directory of its own."""
 
     def make(*overrides: str, loss=None, **hooks) -> Trainer:
         base = {

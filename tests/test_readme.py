@@ -54,7 +54,7 @@ def test_the_commands_of_the_readme_run(user_folder, own_registry, monkeypatch, 
             more = [option for option in more if answers or "eval_generate" not in option]
             words += more if "--overrides" in words else ["--overrides", *more]
         if words[1] == "validate":
-            words += ["--overrides", "exp_name=unused"]  # the run folders hold the short trainings above
+            words += ["--overrides", "exp_name=unused"]  # the run directories hold the short trainings above
         if words[1] == "chat":
             monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
         try:

@@ -268,7 +268,7 @@ def _more_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run folder, a model's folder, or a hub name")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, a model's folder, or a hub name")
     group = parser.add_argument_group("the model")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default %(default)s")
     group.add_argument("--chat-template", default="auto", metavar="T", help="auto, chatml, none or a .jinja file")
@@ -336,7 +336,7 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or an adapter in PEFT's format")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or an adapter in PEFT's format")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the model is written")
     share = _number(float, -1000, 1000)
     parser.add_argument("--weights", nargs="+", type=share, metavar="W", help="of each adapter; 1 when left out")
@@ -347,7 +347,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn over one another")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; several are drawn over one another")
     parser.add_argument("--output", metavar="FILE.png", help="default RUN/metrics.png, of several runs metrics.png")
     parser.add_argument("--figures", nargs="+", metavar="NAME", help="only these, in this order, for example loss lr")
     parser.add_argument("--force", action="store_true", help="write over a file that is no plot of these runs")
@@ -356,12 +356,12 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder, of a run that still goes on too")
+    parser.add_argument("run", metavar="RUN", help="a run directory, of a run that still goes on too")
     parser.set_defaults(command=commands.doctor)
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument("other", metavar="RUN", help="another one")
     parser.set_defaults(command=commands.compare)
 

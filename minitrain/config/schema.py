@@ -198,9 +198,9 @@ class SwanlabConfig:
 class Config:
     # run
     exp_name: str | None = option(
-        None, "Name of the run folder; the name of the YAML file when left out.", affects_results=False
+        None, "Name of the run directory; the name of the YAML file when left out.", affects_results=False
     )
-    output_dir: str = option("runs", "Where run folders are made.", affects_results=False)
+    output_dir: str = option("runs", "Where run directories are made.", affects_results=False)
     seed: int = option(0, "Seed of the order of data, of dropout and of new weights.", ge=0, le=MAX_SEED)
     device: str = option(
         "auto", "auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda", "mps"), affects_results=False
@@ -333,7 +333,7 @@ class Config:
     )
     resume: str = option(
         "auto",
-        "auto: go on from the newest checkpoint of the run folder. never: refuse a folder that holds a run. "
+        "auto: go on from the newest checkpoint of the run directory. never: refuse a folder that holds a run. "
         "Or the path of a checkpoint.",
         affects_results=False,
     )
@@ -353,7 +353,9 @@ class Config:
         affects_results=False,
     )
     wandb: WandbConfig = option(WandbConfig, "Weights & Biases.")
-    report_to_tensorboard: bool = option(False, "Write TensorBoard files into the run folder.", affects_results=False)
+    report_to_tensorboard: bool = option(
+        False, "Write TensorBoard files into the run directory.", affects_results=False
+    )
     swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")
 
     # Not an option. `dataclasses.replace` keeps it, so that a copy saves `${...}` unresolved, too.

@@ -168,7 +168,7 @@ def _without_defaults(model: nn.Module) -> Iterator[None]:
 def load_generator(
     source: str, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
 ) -> Generator:
-    """A generator from a run folder (its final/ model, or best/), a model's folder, or a hub name.
+    """A generator from a run directory (its final/ model, or best/), a model's folder, or a hub name.
 
     The model keeps the dtype it was saved in where the processor computes in it, else it becomes float32.
     """

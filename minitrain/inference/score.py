@@ -86,7 +86,7 @@ def load_judge(
     chat_template: str = "auto",
     trust_remote_code: bool = False,
 ) -> SequenceScorer:
-    """A judge from a run folder (its final/ model, or best/), the folder of a model or adapter, or a hub name.
+    """A judge from a run directory (its final/ model, or best/), the folder of a model or adapter, or a hub name.
 
     `asked` is what it is for: conversations go through the chat template, and texts are read as they are.
     Raises ConfigError.

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from minitrain.errors import RunError, RunFolderError, write_error_code
+from minitrain.errors import RunDirError, RunError, write_error_code
 
 from .failpoints import failpoint
 
@@ -51,13 +51,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def verify(folder: Path, parallel: "SingleDevice") -> None:
-    """Checks every file against the manifest, each rank some of them. Raises RunFolderError that names the files."""
+    """Checks every file against the manifest, each rank some of them. Raises RunDirError that names the files."""
     wanted = parallel.run_on_rank0(lambda: read_manifest(folder))
     mine = list(wanted)[parallel.rank :: parallel.world_size]
     wrong = [_complaint(folder / name, wanted[name]) for name in mine]
     told = [text for found in parallel.gather(list(filter(None, wrong))) for text in found]
     if told:
-        raise RunFolderError("; ".join(told), "damaged-file")
+        raise RunDirError("; ".join(told), "damaged-file")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def step_of(checkpoint: Path) -> int:
 def latest_valid(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones.
 
-    Raises RunFolderError when there are checkpoints and none is sound: starting anew is the user's decision.
+    Raises RunDirError when there are checkpoints and none is sound: starting anew is the user's decision.
     """
     complaints = []
     found = parallel.run_on_rank0(lambda: [str(path) for path in checkpoints(folder)])
@@ -86,10 +86,10 @@ def latest_valid(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, l
         try:
             verify(path, parallel)
             return path, complaints
-        except RunFolderError as error:
+        except RunDirError as error:
             complaints.append(error.message)
     if found:
-        raise RunFolderError(
+        raise RunDirError(
             "no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.", "damaged-file"
         )
     return None, []
@@ -143,23 +143,23 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """Return size and hash of each file of a checkpoint. Raises RunFolderError for a folder that is none."""
+    """Return size and hash of each file of a checkpoint. Raises RunDirError for a folder that is none."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files, step = manifest["files"], manifest["step"]
         assert all(isinstance(entry, dict) for entry in files.values()) and type(step) is int
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
         told = "manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
-        raise RunFolderError(f"{folder}: {told}", "damaged-file") from None
+        raise RunDirError(f"{folder}: {told}", "damaged-file") from None
     if re.fullmatch(r"step-\d+", folder.name) and step_of(folder) != step:
-        raise RunFolderError(f"{folder}: holds the checkpoint of step {step}. Rename it to step-{step}", "mismatch")
+        raise RunDirError(f"{folder}: holds the checkpoint of step {step}. Rename it to step-{step}", "mismatch")
     for name in files:
         if Path(name).name != name:
-            raise RunFolderError(
+            raise RunDirError(
                 f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint", "damaged-file"
             )
     if missing := {"index.json", "state.json"} - files.keys():
-        raise RunFolderError(f"{folder}: manifest.json does not name {', '.join(sorted(missing))}", "damaged-file")
+        raise RunDirError(f"{folder}: manifest.json does not name {', '.join(sorted(missing))}", "damaged-file")
     return files
 
 

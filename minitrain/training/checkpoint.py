@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitrain.distributed.parallel import SingleDevice, local_shard, writes
-from minitrain.errors import RunError, RunFolderError, write_error_code
+from minitrain.errors import RunDirError, RunError, write_error_code
 from minitrain.io.tensor_files import save_file
 
 from .atomic_dir import fingerprint, fsync, reason, replace_folder, sibling
@@ -160,7 +160,7 @@ def load_checkpoint(
     """Restores what `Save` wrote into model and optimizer, each rank its own rows; returns the state.
 
     The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
-    the first step. The folder was verified before. Raises RunFolderError when it is of another model.
+    the first step. The folder was verified before. Raises RunDirError when it is of another model.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with _contradictions_refused(folder), torch.no_grad():
@@ -176,7 +176,7 @@ def load_checkpoint(
 def check_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     """Return the state of a checkpoint. The model may be on the meta device.
 
-    Raises RunFolderError when it holds other tensors than the model trains, or its files contradict one another.
+    Raises RunDirError when it holds other tensors than the model trains, or its files contradict one another.
     """
     with _contradictions_refused(folder):
         return _checked_state(_Reader(folder), model)
@@ -185,7 +185,7 @@ def check_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
 def _checked_state(reader: "_Reader", model: nn.Module) -> dict[str, Any]:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
-        raise RunFolderError(
+        raise RunDirError(
             f"{reader.folder}: holds other parameters than this model trains; were the model or freeze_layers changed?",
             "mismatch",
         )
@@ -200,9 +200,9 @@ def _contradictions_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, RunFolderError):
+        if isinstance(error, RunDirError):
             raise
-        raise RunFolderError(
+        raise RunDirError(
             f"{folder}: its files contradict one another ({reason(error)}). Remove it", "damaged-file"
         ) from None
 
@@ -249,7 +249,7 @@ class _Reader:
     def pieces(self, part: str, name: str) -> list[tuple[str, int, int]]:
         """(file, first row, row after the last) of each piece, in order.
 
-        Raises RunFolderError unless they are all rows of the tensor, each once, and as large in the files as said:
+        Raises RunDirError unless they are all rows of the tensor, each once, and as large in the files as said:
         `copy_` would broadcast a piece that is too small, and rows that no piece has would keep their values.
         """
         entry, pieces, end = self.index[part][name], [], 0
@@ -257,7 +257,7 @@ class _Reader:
             shape = [last - first, *entry["shape"][1:]] if entry["shape"] else []
             found = list(self._open(file).get_slice(name).get_shape())
             if found != shape or first != end:
-                raise RunFolderError(
+                raise RunDirError(
                     f"{self.folder / file}: {name} is {found} from row {end} on, and index.json says {shape} from row "
                     f"{first} on. The checkpoint cannot be used; remove it",
                     "damaged-file",
@@ -265,14 +265,14 @@ class _Reader:
             pieces.append((file, first, last))
             end = last
         if end != (entry["shape"][0] if entry["shape"] else 1):
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.folder / 'index.json'}: {name} lacks rows from {end} on. Remove the checkpoint", "damaged-file"
             )
         return pieces
 
     def _open(self, name: str):
         if Path(name).name != name:
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.folder / 'index.json'}: names {name!r}, which is outside of the checkpoint", "damaged-file"
             )
         if name not in self.files:

@@ -12,7 +12,7 @@ from .agreement import check_same_inputs, check_same_options
 from .aux_models import build_aux_models
 from .failpoints import failpoint
 from .optim import build_optimizer, warmup_steps
-from .run_dir import RunFolder
+from .run_dir import RunDir
 from .setup import make_loader, prepare_policy, read_data
 from .step import Precision
 
@@ -24,7 +24,7 @@ def load_parts(trainer: "Trainer") -> None:
     """Read the data and the model, and try what training needs. An error of one rank ends them all."""
     config = trainer.config
     check_same_options(config, trainer.parallel)
-    trainer.run = RunFolder(config, trainer.parallel)
+    trainer.run = RunDir(config, trainer.parallel)
     trainer.precision = Precision(DTYPES[config.model.policy_dtype], trainer.device)
 
     torch.manual_seed(config.seed)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minitrain.errors import ConfigError, RunFolderError
+from minitrain.errors import ConfigError, RunDirError
 
 from .atomic_dir import replace_file
 
@@ -71,9 +71,9 @@ def read_history(folder: Path) -> History:
     """Read metrics.jsonl and, where they exist, config.yml and run.json. What is damaged is skipped and reported.
 
     Raises:
-        ConfigError: The folder is not a run folder, or nothing was logged.
+        ConfigError: The folder is not a run directory, or nothing was logged.
     """
-    lines = read_lines(folder, "metrics.jsonl", ", so it is no run folder")
+    lines = read_lines(folder, "metrics.jsonl", ", so it is no run directory")
     history, damaged_lines = History(folder), []
     for number, line in enumerate(lines, 1):
         try:
@@ -89,16 +89,16 @@ def read_history(folder: Path) -> History:
     for name, read in (("settings", read_settings), ("end", read_end)):
         try:
             setattr(history, name, read(folder))
-        except RunFolderError as error:
+        except RunDirError as error:
             history.damaged.append(str(error))
     return history
 
 
 def read_lines(folder: Path, name: str, otherwise: str) -> list[str]:
-    """The lines of a file in a run folder. Raises ConfigError; `otherwise` is what it means that there is none."""
+    """The lines of a file in a run directory. Raises ConfigError; `otherwise` is what it means that there is none."""
     file = folder / name
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder; name a run folder, like runs/EXP_NAME", "not-found")
+        raise ConfigError(f"{folder}: there is no such folder; name a run directory, like runs/EXP_NAME", "not-found")
     if not file.is_file():
         raise ConfigError(f"{folder}: holds no {name}{otherwise}", "not-found")
     try:
@@ -187,7 +187,7 @@ def _points(line: str) -> dict[str, Point]:
 
 
 def read_settings(folder: Path) -> dict | None:
-    """config.yml; None when there is none. Raises RunFolderError when it is damaged."""
+    """config.yml; None when there is none. Raises RunDirError when it is damaged."""
     file = folder / "config.yml"
     if not file.exists():
         return None
@@ -196,16 +196,14 @@ def read_settings(folder: Path) -> dict | None:
     except UNREADABLE:
         settings = None
     if not isinstance(settings, dict):
-        raise RunFolderError(
-            f"{file}: cannot be read as a config, so the options of this run are unknown", "damaged-file"
-        )
+        raise RunDirError(f"{file}: cannot be read as a config, so the options of this run are unknown", "damaged-file")
     return settings
 
 
 def read_end(folder: Path) -> tuple[int, int] | None:
     """run.json: (the step at which the run ended by itself, its planned steps); None when there is none.
 
-    Raises RunFolderError when it is damaged.
+    Raises RunDirError when it is damaged.
     """
     file = folder / "run.json"
     if not file.exists():
@@ -216,7 +214,5 @@ def read_end(folder: Path) -> tuple[int, int] | None:
     except (*UNREADABLE, KeyError, TypeError):
         ended = ()
     if not ended or any(type(step) is not int or not 0 <= step < LARGEST_STEP for step in ended):
-        raise RunFolderError(
-            f"{file}: is damaged, so whether the run has finished is unknown. Remove it", "damaged-file"
-        )
+        raise RunDirError(f"{file}: is damaged, so whether the run has finished is unknown. Remove it", "damaged-file")
     return ended

@@ -1,4 +1,4 @@
-"""The run folder: what is in it already, whether this config may go on with it, and what is written at the start."""
+"""The run directory: what is in it already, whether this config may go on with it, and what is written at the start."""
 
 import contextlib
 import fcntl
@@ -22,7 +22,7 @@ from minitrain.config.issues import keys_overlap
 from minitrain.config.saved import config_yaml, without_passwords
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.errors import RunFolderError, write_error_code
+from minitrain.errors import RunDirError, write_error_code
 from minitrain.losses import loss_options
 
 from .atomic_dir import (
@@ -60,11 +60,11 @@ INPUTS = {
 }
 
 
-class RunFolder:
+class RunDir:
     """``output_dir/exp_name``. What writes or decides is done by rank 0 and reaches the others."""
 
     def __init__(self, config: Config, parallel: SingleDevice):
-        """Raises RunFolderError for a folder that cannot be written, or with a run that must not be continued."""
+        """Raises RunDirError for a folder that cannot be written, or with a run that must not be continued."""
         self.config, self.parallel = config, parallel
         self.path = Path(config.output_dir) / config.exp_name
         self.checkpoints = self.path / "checkpoints"
@@ -90,7 +90,7 @@ class RunFolder:
     def finished(self, total_steps: int) -> str | None:
         """Return what to say if a run of so many steps or more has ended here by itself, else None.
 
-        Raises RunFolderError when a shorter one has, and left no checkpoint to go on from, and when `resume` names a
+        Raises RunDirError when a shorter one has, and left no checkpoint to go on from, and when `resume` names a
         folder that is not a checkpoint.
         """
         ended = self.parallel.run_on_rank0(lambda: read_end(self.path))
@@ -103,7 +103,7 @@ class RunFolder:
             early = f" (stopped early, of {planned})" if finished < planned else ""
             return f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name."
         if self.config.resume == "auto" and not self.parallel.run_on_rank0(lambda: holds_checkpoint(self.checkpoints)):
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.path} was finished at step {finished} and holds no checkpoint (see save_every_steps), so it "
                 "cannot be continued. Choose another exp_name.",
                 "other-run",
@@ -113,7 +113,7 @@ class RunFolder:
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, as `resume` says; damaged ones are reported in `messages`.
 
-        Raises RunFolderError when the one that was named is damaged, or none is sound.
+        Raises RunDirError when the one that was named is damaged, or none is sound.
         """
         resume = self.config.resume
         if resume == "never":
@@ -129,7 +129,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Inside, no other process can train in this folder, and what a kill interrupted has been completed.
 
-        Raises RunFolderError when another process trains in it.
+        Raises RunDirError when another process trains in it.
         """
         self.parallel.run_on_rank0(self._take_lock)
         self.parallel.run_on_rank0(lambda: self._writing(self._recover))
@@ -140,10 +140,10 @@ class RunFolder:
                 self.lock.close()
 
     def compare_inputs(self, checkpoint: Path, saved: dict[str, list], now: dict[str, list]) -> None:
-        """Raises RunFolderError when a checkpoint is of other data or another base model."""
+        """Raises RunDirError when a checkpoint is of other data or another base model."""
         for name, was in saved.items():
             if was != now[name] and name not in self.config.allow_changes:
-                raise RunFolderError(
+                raise RunDirError(
                     f"{checkpoint} is of a run with {INPUTS[name]}. Put them back, choose another exp_name, or go on "
                     f"with what is there now: allow_changes=[{name}].",
                     "other-run",
@@ -259,15 +259,15 @@ class RunFolder:
         )
 
     def _try_writing(self) -> None:
-        """Raise RunFolderError or OSError when what is written into the folder cannot be. Leaves nothing behind."""
+        """Raise RunDirError or OSError when what is written into the folder cannot be. Leaves nothing behind."""
         for name in ("config.yml", ".lock", *FILES):
             if (self.path / name).is_dir():
-                raise RunFolderError(
+                raise RunDirError(
                     f"{self.path / name}: is a folder, and training writes a file. Remove it.", "wrong-path"
                 )
         for name in ("checkpoints", "models", "tensorboard"):
             if (self.path / name).is_file():
-                raise RunFolderError(
+                raise RunDirError(
                     f"{self.path / name}: is a file, and training makes a folder. Remove it.", "wrong-path"
                 )
         place = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
@@ -281,7 +281,7 @@ class RunFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.seek(0)
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.path}: another process trains in this folder ({self.lock.read().strip()}); "
                 "wait for it, or choose another exp_name.",
                 "locked",
@@ -297,17 +297,17 @@ class RunFolder:
         try:
             return action()
         except OSError as error:
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.path}: cannot be written: {error.strerror}. Set output_dir.", write_error_code(error)
             ) from None
 
     def _refuse_changes(self) -> None:
-        """Raises RunFolderError for a folder with a run that `resume` forbids, or that had other options."""
+        """Raises RunDirError for a folder with a run that `resume` forbids, or that had other options."""
         holds_checkpoints = holds_checkpoint(self.checkpoints)
         if not holds_checkpoints and not (self.path / "config.yml").exists():
             return
         if self.config.resume == "never":
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.path} holds a run already: choose another exp_name, or resume=auto.", "already-exists"
             )
         trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
@@ -318,7 +318,7 @@ class RunFolder:
         refused = {key: told for key, told in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
         if refused:
             told = "; ".join(f"{key}: {change}" for key, change in refused.items())
-            raise RunFolderError(
+            raise RunDirError(
                 f"{self.path} holds a run with other options ({told}). Choose another exp_name, take the options back, "
                 f"or go on with them: allow_changes=[{','.join(refused)}].",
                 "other-run",
@@ -330,7 +330,7 @@ class RunFolder:
         try:
             settings = read_settings(self.path)
             problem = f"{file}: is missing"
-        except RunFolderError as error:
+        except RunDirError as error:
             settings, problem = None, error.message
         if settings is not None:
             return settings
@@ -340,7 +340,7 @@ class RunFolder:
                 if isinstance(settings, dict):
                     self.messages.append(f"{problem}. The options were compared with those in {checkpoint}")
                     return settings
-        raise RunFolderError(
+        raise RunDirError(
             f"{problem}, and so are those that were changed. Write it again (the model card of best/ or final/ has its "
             "text), or choose another exp_name.",
             "damaged-file",

@@ -106,7 +106,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
 
 
 def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
-    """Set the trainer to what a checkpoint holds. Raises RunFolderError when its data or base model are others."""
+    """Set the trainer to what a checkpoint holds. Raises RunDirError when its data or base model are others."""
     state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
     trainer.run.compare_inputs(folder, state["inputs"], inputs(trainer.config, trainer.train_loader.examples))
     trainer.precision.load_state_dict(state["precision"])

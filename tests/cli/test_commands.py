@@ -349,7 +349,7 @@ def test_ctrl_c_before_training(config_file):
 
 
 def test_what_is_refused_and_what_fails(config_file, capsys):
-    """A run folder that does not fit is something to mend (2); training that breaks down is a failure (1)."""
+    """A run directory that does not fit is something to mend (2); training that breaks down is a failure (1)."""
 
     def train(*overrides: str) -> tuple[int, str]:
         return main(["train", str(config_file), "--overrides", "n_steps=2", *overrides]), capsys.readouterr().err

@@ -181,7 +181,7 @@ SIGTERM_STAGES = [
     ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
     ("training.loading:build_policy", ["train", "c.yml"]),
     ("training.loading:build_aux_models", ["train", "c.yml"]),
-    ("training.run_dir:RunFolder.find_checkpoint", ["train", "c.yml"]),
+    ("training.run_dir:RunDir.find_checkpoint", ["train", "c.yml"]),
     ("inference.generate:Generator._generate", GENERATE),
     ("inference.teacher_cache:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
 ]

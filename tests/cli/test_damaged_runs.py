@@ -1,4 +1,4 @@
-"""plot, doctor and compare read run folders of which any file may be damaged: one message each, never a traceback."""
+"""plot, doctor and compare read run directories with any damaged file: one message each, never a traceback."""
 
 import json
 import random

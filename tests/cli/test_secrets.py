@@ -102,7 +102,7 @@ def test_no_secret_in_what_a_run_writes_and_prints(command):
 
 
 def test_a_config_saved_with_its_password_resumes(command):
-    """A run folder of an older version still has the password; that is no change of an option."""
+    """A run directory of an older version still has the password; that is no change of an option."""
     template = f"prompt_template: 'See {URL} {{prompt}}'"
     Path("c.yml").write_text(CONFIG.replace("datasets: ['${oc.env:SECRET_DATA}']", DATASETS.format(template), 1))
     assert command("train")[0] == 0

@@ -11,7 +11,7 @@ import yaml
 
 from minitrain import ConfigError, Loss, create_loss, load_config, register_loss
 from minitrain.config.schema import Config, aliases, option
-from minitrain.errors import RunFolderError
+from minitrain.errors import RunDirError
 from minitrain.losses import registered
 from minitrain.losses.sft import SFT
 from tests.conftest import ROOT, metrics
@@ -128,7 +128,7 @@ def test_a_run_that_was_saved_with_the_old_name_resumes(make_trainer, tmp_path):
     trainer.train()
     saved = Path(trainer.run.path) / "config.yml"
     saved.write_text(re.sub("clip_eps_low", "eps_low", saved.read_text()))
-    with pytest.raises(RunFolderError, match=r"loss: .*allow_changes=\[loss\]"):
+    with pytest.raises(RunDirError, match=r"loss: .*allow_changes=\[loss\]"):
         make_trainer(*settings, "loss.clip_eps_low=0.3", "n_steps=2").train()
     make_trainer(*settings, "n_steps=2").train()
     assert [row["step"] for row in metrics(trainer)] == [1, 2]

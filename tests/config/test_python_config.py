@@ -12,7 +12,7 @@ from minitrain import Config, Loss, LossOutput, Trainer, create_loss, load_confi
 from minitrain.config.saved import config_yaml
 from minitrain.config.schedules import SCHEDULES
 from minitrain.config.schema import DatasetConfig, EarlyStoppingConfig, ModelConfig, option
-from minitrain.errors import ConfigError, RunFolderError
+from minitrain.errors import ConfigError, RunDirError
 from minitrain.losses import base, describe_loss, registered
 from minitrain.losses.dft import DFT
 from minitrain.losses.sft import SFT, SFTOptions
@@ -166,7 +166,7 @@ def test_a_loss_object_is_recorded_and_resumed(make_trainer, tmp_path):
     again.train()
     assert again.step == 4
     for other in (None, create_loss("dft"), create_loss("sft"), Unregistered()):
-        with raises(RunFolderError, "other-run", "loss: "):
+        with raises(RunDirError, "other-run", "loss: "):
             make_trainer("n_steps=4", loss=other)
 
 
@@ -211,7 +211,7 @@ def test_an_unregistered_class_is_never_taken_for_another_loss(make_trainer, tmp
     again = make_trainer("n_steps=4", "save_every_steps=1", loss=Unregistered())
     again.train()
     assert again.step == 4
-    with raises(RunFolderError, "other-run", "loss: "):
+    with raises(RunDirError, "other-run", "loss: "):
         make_trainer("n_steps=6", "save_every_steps=1", loss=Unregistered(SFTOptions(label_smoothing=0.5)))
 
 

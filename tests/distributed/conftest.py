@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def job(tmp_path, llama_folder, rows_file):
-    """``job("name", "lr=0.1", fsdp="full", dropout=0.2)``: a job with a run folder and files named after it."""
+    """``job("name", "lr=0.1", fsdp="full", dropout=0.2)``: a job with a run directory and files named after it."""
 
     def make(name: str, *overrides: str, fsdp: str | None = None, **more) -> dict:
         base = {

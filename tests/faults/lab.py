@@ -21,7 +21,7 @@ class Lab:
         self.folder, self.model, self.rows, self.count, self.oracles = folder, model, rows, 0, {}
 
     def job(self, ranks: int, *overrides: str, dropout: float = 0.1) -> dict:
-        """A job for `launch` with a run folder of its own; 0 ranks is BasicTrainer."""
+        """A job for `launch` with a run directory of its own; 0 ranks is BasicTrainer."""
         self.count += 1
         name = f"run-{self.count}"
         config = {

@@ -229,7 +229,7 @@ def test_oracles_are_what_they_seem(lab):
 
 @EVERYTHING
 def test_a_folder_that_goes_away(lab):
-    """F6: the run folder is removed while training: it is made anew or the error is one line; nothing hangs."""
+    """F6: the run directory is removed while training: it is made anew or the error is one line; nothing hangs."""
     job = lab.job(0)
     started = lab.start(0, job, "step.batch@5:term")
     while not Path(job["trace"]).exists():

@@ -48,7 +48,7 @@ SETTINGS = {"max_grad_norm": 1.0, "packing": False, "eval_datasets": ["a.jsonl"]
 
 @pytest.fixture
 def make_run(tmp_path):
-    """``make_run("sft", {"lr": lambda i: 0})``: a run folder with 30 train and 6 eval lines, some figures changed."""
+    """``make_run("sft", {"lr": lambda i: 0})``: a run with 30 train and 6 eval lines, some figures changed."""
 
     def make(kind="sft", train=None, evals=None, settings=None, finished=True):
         folder = tmp_path / "run"

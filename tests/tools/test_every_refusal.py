@@ -22,7 +22,7 @@ from tests.conftest import CONFIG, ROOT, fill_folder, write
 from tests.tools import test_validate_refusals
 
 PACKAGE = ROOT / "minitrain"
-KINDS = {"ConfigError", "DataError", "RunError", "RunFolderError", "UnreachableError", "_Unfit"}
+KINDS = {"ConfigError", "DataError", "RunError", "RunDirError", "UnreachableError", "_Unfit"}
 OTHER_COMMANDS = (  # no training goes through these
     "cli/",
     "tools/analysis/",

@@ -26,7 +26,7 @@ def picture():
 
 @pytest.fixture
 def make_run(tmp_path):
-    """``make_run("name", train=[{...}], evals=[{...}])``: a run folder with a line every 10 steps."""
+    """``make_run("name", train=[{...}], evals=[{...}])``: a run directory with a line every 10 steps."""
 
     def make(name, train, evals=()):
         folder = tmp_path / name

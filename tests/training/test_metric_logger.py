@@ -85,7 +85,7 @@ def test_wandb_offline_gets_figures_and_config(make_trainer, monkeypatch):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_wandb_writes_where_its_own_variable_says(make_trainer, monkeypatch, named):
-    """WANDB_DIR decides, as for every user of wandb; the run folder is the place when it is not set."""
+    """WANDB_DIR decides, as for every user of wandb; the run directory is the place when it is not set."""
     import wandb
 
     started = {}
@@ -99,7 +99,7 @@ def test_wandb_writes_where_its_own_variable_says(make_trainer, monkeypatch, nam
 
 @pytest.mark.slow
 def test_wandb_itself_runs_offline(make_trainer, monkeypatch):
-    """A real offline run leaves its folder inside the run folder."""
+    """A real offline run leaves its folder inside the run directory."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     trainer = make_trainer("wandb.enabled=true")
     trainer.train()

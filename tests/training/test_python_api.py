@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minitrain
-from minitrain import ConfigError, DataError, RunFolderError, Sampling, Trainer, load_config
+from minitrain import ConfigError, DataError, RunDirError, Sampling, Trainer, load_config
 from minitrain.cli.main import main
 from minitrain.config.schema import LoRAConfig
 from minitrain.tools.preflight.validate import validate
@@ -73,7 +73,7 @@ def test_rows_are_part_of_the_run(options, rows, capsys):
     assert saved.startswith("<python: train_dataset, list of 40 rows, sha256 ")
     assert saved in (trainer.run.final / "README.md").read_text()
     longer = options | {"save_every_steps": 1, "n_steps": 3}
-    with pytest.raises(RunFolderError, match="datasets"):
+    with pytest.raises(RunDirError, match="datasets"):
         Trainer(longer, train_dataset=rows[:20])
     again = Trainer(longer, train_dataset=[dict(row) for row in rows])
     again.train()
@@ -96,7 +96,7 @@ def test_a_model_is_trained_itself(options, rows, llama_folder):
     assert trainer.policy.model is model and equal(trainer, file)
     saved = yaml.safe_load((trainer.run.path / "config.yml").read_text())["model"]
     assert saved["name_or_path"].startswith("<python: model LlamaForCausalLM, sha256 ")
-    with pytest.raises(RunFolderError, match=r"model\.name_or_path"):
+    with pytest.raises(RunDirError, match=r"model\.name_or_path"):
         Trainer(bare | {"n_steps": 3}, model=model, tokenizer=tokenizer, train_dataset=rows)
     same = AutoModelForCausalLM.from_pretrained(llama_folder)
     again = Trainer(bare | {"n_steps": 3}, model=same, tokenizer=tokenizer, train_dataset=rows)

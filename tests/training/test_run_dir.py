@@ -1,4 +1,4 @@
-"""A run folder loses nothing: not by a kill between two renames, by damage, or by a run that starts again."""
+"""A run directory loses nothing: not by a kill between two renames, by damage, or by a run that starts again."""
 
 import json
 import shutil

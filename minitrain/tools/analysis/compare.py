@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from minitrain.errors import ConfigError, RunFolderError
+from minitrain.errors import ConfigError, RunDirError
 from minitrain.training.metrics_log import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
 
 FILE = "ledger.jsonl"
@@ -86,7 +86,7 @@ def _options(first: Path, second: Path) -> list[str]:
     for folder in (first, second):
         try:
             settings = read_settings(folder)
-        except RunFolderError:
+        except RunDirError:
             settings = None
         if settings is None:
             return [f"options: {folder / 'config.yml'} cannot be read"]

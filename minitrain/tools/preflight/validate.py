@@ -24,7 +24,7 @@ from minitrain.training.after_step import ALWAYS_THERE, check_metric
 from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.optim import warmup_steps
-from minitrain.training.run_dir import RunFolder
+from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import inputs
 from minitrain.training.setup import check_lengths
 
@@ -43,7 +43,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
-    folder = RunFolder(config, parallel)
+    folder = RunDir(config, parallel)
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
     _check_metric(run)
@@ -82,8 +82,8 @@ def _try_out(run: DryRun) -> list[str]:
     return warnings
 
 
-def _try_resuming(run: DryRun, folder: RunFolder) -> list[str]:
-    """Try what training tries with its run directory and its checkpoint, and return warnings. Raises RunFolderError."""
+def _try_resuming(run: DryRun, folder: RunDir) -> list[str]:
+    """Try what training tries with its run directory and its checkpoint, and return warnings. Raises RunDirError."""
     if finished := folder.finished(run.loader(run.data.train).total_steps):
         return [*folder.messages, finished]
     checkpoint = folder.find_checkpoint()
