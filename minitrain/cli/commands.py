@@ -2,14 +2,17 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from minitrain.errors import ConfigError, DataError, MinitrainError, UnreachableError
 from minitrain.io.redact import redact
 
 from .output import new_output, new_rows_output, recover_folder, refuse_folder, write_rows
@@ -51,7 +54,6 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    from minitrain.errors import DataError
     from minitrain.inference.resolve import find_model
 
     output = new_rows_output(arguments.output, arguments.force)
@@ -79,8 +81,6 @@ def generate(arguments: argparse.Namespace) -> int:
 def _prompts(arguments: argparse.Namespace) -> list:
     """What `generate` is asked."""
     from itertools import islice
-
-    from minitrain.errors import ConfigError, DataError
 
     with _importing():
         from minitrain.inference.generate import Prompt, messages_of, read_documents, read_prompts
@@ -136,7 +136,6 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    from minitrain.errors import DataError
     from minitrain.inference.resolve import find_model
 
     find_model(arguments.model)
@@ -163,8 +162,6 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    from minitrain.errors import ConfigError
-
     output = Path(arguments.output)
     recover_folder(output)
     refuse_folder(output, arguments.force)
@@ -194,7 +191,6 @@ def teach(arguments: argparse.Namespace) -> int:
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    from minitrain.errors import ConfigError
     from minitrain.tools.analysis.plot import plot
     from minitrain.training.metrics_log import read_history, warn_damaged
 
@@ -239,8 +235,6 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def validate(arguments: argparse.Namespace) -> int:
-    from minitrain.errors import ConfigError, MinitrainError, UnreachableError
-
     paths = arguments.configs + _configs_in(arguments.all)
     if not paths:
         raise ConfigError("name a config, or with --all a folder of them", "usage")
@@ -248,7 +242,6 @@ def validate(arguments: argparse.Namespace) -> int:
         from minitrain.distributed.process import world_size
         from minitrain.tools.preflight.load import load_config
 
-        from .plugin import load_plugin
     for plugin in arguments.plugin:
         load_plugin(plugin)
     code, whole = 0, arguments.full or len(paths) == 1
@@ -278,8 +271,6 @@ def validate(arguments: argparse.Namespace) -> int:
 
 
 def _configs_in(folder: str | None) -> list[str]:
-    from minitrain.errors import ConfigError
-
     if folder is None:
         return []
     found = sorted(str(path) for kind in ("*.yml", "*.yaml") for path in Path(folder).glob(kind))
@@ -292,8 +283,6 @@ def _config(arguments: argparse.Namespace):
     """The config of a command line, read when its plugins have run."""
     from minitrain.tools.preflight.load import load_config
 
-    from .plugin import load_plugin
-
     for plugin in arguments.plugin:
         load_plugin(plugin)
     return load_config(arguments.config, _overrides(arguments))
@@ -304,8 +293,6 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _load_generator(arguments: argparse.Namespace):
-    from minitrain.errors import ConfigError
-
     if arguments.top_p < 1 and arguments.temperature == 0:
         raise ConfigError("--top-p would be ignored: it needs a --temperature above 0", "no-effect")
     with _importing():
@@ -328,3 +315,28 @@ def _importing() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def load_plugin(path: str) -> None:
+    """Runs a Python file, whose `register_loss` and `schema` decorators add to what configs can name.
+
+    Raises ConfigError, with the line where it is known, for a file that is not there or fails.
+    """
+    file = Path(path)
+    if not file.is_file() or file.suffix != ".py":
+        raise ConfigError(f"--plugin: {path} is no Python file that exists.", "not-found")
+    name = f"minitrain_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up their types
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError as error:
+        raise error.at(f"--plugin: {path}") from None
+    except SyntaxError as error:
+        raise ConfigError(f"--plugin: {path}:{error.lineno or 1}: {error.msg}", "plugin-failed") from None
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
+        place = f"{path}:{lines[-1]}" if lines else path
+        raise ConfigError(f"--plugin: {place}: {type(error).__name__}: {error}", "plugin-failed") from None

@@ -138,7 +138,7 @@ GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl"
     "stop, arguments",
     [
         ("config.load:_read_text", ["train", "c.yml"]),
-        ("cli.plugin:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
+        ("cli.commands:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
         ("training.setup:load_tokenizer", ["train", "c.yml"]),
         ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
         ("training.loading:build_policy", ["train", "c.yml"]),

@@ -7,9 +7,8 @@ import yaml
 
 from minitrain.config.saved import config_yaml
 from minitrain.config.schema import Config, aliases, option_fields
-from minitrain.config.written import SHARE_OF_A_RUN, written_options
 from minitrain.errors import InvalidConfigError
-from minitrain.tools.preflight.load import check_python_config, load_config
+from minitrain.tools.preflight.load import SHARE_OF_A_RUN, check_python_config, load_config, written_options
 
 DEFAULTS = {f.name: f.default for f in option_fields(Config)}
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from minitrain import ConfigError, load_config
-from minitrain.inference.exact_match import final_answer
+from minitrain.inference.evaluation import final_answer
 from tests.conftest import SHARED
 from tests.messages import raises
 

@@ -1,15 +1,71 @@
-"""Configs that are parsed and checked: every problem is reported at once."""
+"""Configs that are parsed and checked beyond their types: every problem is reported at once."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from minitrain.config.load import check_writable, parse_config, parse_python_config
+from minitrain.config.issues import ConfigIssues
+from minitrain.config.load import check_writable, default_config, parse_config, parse_python_config
 from minitrain.config.saved import plain
-from minitrain.config.schema import Config
-from minitrain.config.written import written_options
+from minitrain.config.schema import Config, option_fields
+from minitrain.data import checks as data
+from minitrain.distributed import checks as distributed
+from minitrain.model import checks as model
+from minitrain.training import checks as training
 
-from .checks import check_config
+CHECKED_WITH_TORCH = {"loss", "optimizer", "optimizer_args", "betas", "eps", "weight_decay", "device", "fsdp"}
+
+
+def check_config(
+    config: Config, issues: ConfigIssues, written: Set[str] = frozenset(), loss_is_object: bool = False
+) -> None:
+    """Add to `issues` what is wrong with a config.
+
+    Args:
+        written: Names of options that count as given, also at their default.
+        loss_is_object: The loss was given in Python, so its class need not be registered.
+    """
+    defaults = default_config()
+    changed = {f.name for f in option_fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
+    given = changed | written
+    for check in (distributed.check_processes, data.check, model.check, training.check):
+        check(config, given, issues)
+    if issues and not changed & CHECKED_WITH_TORCH:
+        return  # torch takes seconds to import, and options at their default are rarely wrong
+    from minitrain.losses import checks as losses
+
+    distributed.check_device(config, issues)
+    loss = losses.check(config, issues, loss_is_object)
+    if loss is not None:
+        training.check_loss_fits(config, given, loss, issues)
+    training.check_optimizer_options(config, given, issues)
+
+
+SHARE_OF_A_RUN = 0.7  # nobody writes so many, and the runs of older versions lack the newest ones
+
+
+def written_options(raw: dict, overridden: Set[str]) -> set[str]:
+    """Return the names of the options that ask for something.
+
+    One that is written as off (false, 0, null, empty) does not, nor does a section in which an option is off, nor
+    `${...}`, which may stand for either. The config.yml of a run lists all options with their defaults, so of a file
+    with more than `SHARE_OF_A_RUN` of them only the overrides count.
+
+    Args:
+        raw: The options as they are written, overrides included.
+        overridden: Keys of the overrides.
+    """
+    if len(raw) > SHARE_OF_A_RUN * len(option_fields(Config)):
+        sections = {re.split(r"[.\[]", key)[0] for key in overridden}
+        raw = {name: value for name, value in raw.items() if name in sections}
+    return {name for name, value in raw.items() if _asks(value)}
+
+
+def _asks(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(map(_asks, value.values()))
+    return bool(value) and not (isinstance(value, str) and "${" in value)
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), **options: Any) -> Config:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.config.schema import Config
-from minitrain.data.loader import MicrobatchLoader
-from minitrain.data.sampler import Rows
+from minitrain.data.loader import MicrobatchLoader, Rows
 from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
 
