@@ -33,6 +33,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.11",
+            "mypy>=1.10",
             "tensorboard>=2.16",
             "bitsandbytes>=0.48",
             "peft>=0.17",

@@ -4,7 +4,7 @@
 >>> Trainer(load_config("config.yml", lr=1e-4)).train()
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import Batch as Batch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import RunError as RunError
     from .inference.generate import Generator as Generator
     from .inference.generate import Sampling as Sampling
+    from .inference.generate import load_generator as load_generator
     from .inference.merge import merge_adapters as merge_adapters
     from .losses import Loss as Loss
     from .losses import LossOutput as LossOutput
@@ -44,6 +45,7 @@ _HOMES = {
     "StepOutput": "training.step",
     "Generator": "inference.generate",
     "Sampling": "inference.generate",
+    "load_generator": "inference.generate",
     "merge_adapters": "inference.merge",
     "exit_process": "distributed.process",
     "MinitrainError": "errors",
@@ -55,8 +57,8 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
-    """Imports a public name when it is first used, so that `--help` need not wait for torch."""
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `--help` need not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'minitrain' has no attribute {name!r}")
     from importlib import import_module
@@ -65,4 +67,5 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Return the public names, without those that this file needs itself."""
+    return sorted([*__all__, "__version__"])

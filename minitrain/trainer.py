@@ -16,7 +16,7 @@ from minitrain.inference.evaluation import evaluate_all, load_rows
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
 from minitrain.training.after_step import after_step, begin, count_bad_step, finish, should_evaluate, start_window
-from minitrain.training.callbacks import Hook, collect_hooks
+from minitrain.training.callbacks import Hooks, collect_hooks
 from minitrain.training.failpoints import failpoint
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
@@ -25,11 +25,16 @@ from minitrain.training.signals import capture_signals
 from minitrain.training.step import StepOutput, forward_backward, optim_step
 
 from .batch import Batch
-from .errors import ConfigError, RunError
-from .losses import Loss, create_loss
+from .errors import RunError
+from .losses import Loss, Models, create_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from minitrain.data.loader import MicrobatchLoader
+    from minitrain.model.policy import Policy
+    from minitrain.training.run_dir import RunFolder
 
 ARGUMENTS = (*MAKE, "loss", "callbacks")  # besides the config and hooks
 
@@ -68,6 +73,16 @@ class Trainer:
         config, loss, policy, optimizer, parallel, train_loader: The parts of the run.
     """
 
+    run: "RunFolder"
+    tokenizer: "PreTrainedTokenizerBase"
+    policy: "Policy"
+    models: Models
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    train_loader: "MicrobatchLoader"
+    eval_loader: "MicrobatchLoader | None"
+    total_steps: int
+    grad_norm: float
     logger: MetricLogger | None = None  # during `train`
 
     def __init__(
@@ -81,7 +96,7 @@ class Trainer:
         loss: Loss | str | None = None,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         callbacks: Iterable[Any] = (),
-        **hooks: Hook | Sequence[Hook],
+        **hooks: "Unpack[Hooks]",
     ):
         """Load the data, then the model.
 
@@ -273,11 +288,8 @@ class Trainer:
             prompts: Strings, or conversations as lists of messages.
             sampling: Sampling options; greedy by default.
         """
-        if isinstance(prompts, str):
-            raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
-        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         with self.precision.autocast():
-            return self.generator.answer_messages(conversations, sampling or Sampling())
+            return self.generator.generate(prompts, sampling)
 
     def predict(
         self, prompts: Sequence[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0

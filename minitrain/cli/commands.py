@@ -174,7 +174,7 @@ def merge(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{missing[0]}: there is no such folder.", "not-found")
     with _importing():
         from minitrain.inference.merge import merge_adapters
-    dtype = merge_adapters(arguments.runs, shares, output, arguments.dtype)
+    dtype = merge_adapters(arguments.runs, output, shares, arguments.dtype)
     _inform(arguments, f"merged in float32, saved in {dtype}: {output}")
     return 0
 

@@ -2,16 +2,18 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from minitrain.config.schema import DatasetConfig, ModelConfig
+from minitrain.config.issues import ConfigIssues, Source, check_types
+from minitrain.config.option import option
+from minitrain.config.schema import MAX_SEED, DatasetConfig, ModelConfig
 from minitrain.data.examples import Messages, fill, turns_of, user
 from minitrain.data.files import FORMATS, Row, format_of, read_rows, refuse_no_file
 from minitrain.data.formats_raft import documents_of, raft_prompt
@@ -31,21 +33,37 @@ from .resolve import find_model
 
 @dataclass
 class Sampling:
-    """How tokens are chosen. Temperature 0 takes the likeliest token each time."""
+    """How the tokens of an answer are chosen.
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    Attributes:
+        max_new_tokens: Length of an answer in tokens, at most.
+        temperature: Divides the logits; 0 takes the likeliest token each time.
+        top_p: Sample from the likeliest tokens whose probabilities add up to this.
+        seed: Seed of sampling.
+    """
 
-    def arguments(self) -> dict:
+    max_new_tokens: int = option(256, "", ge=1)
+    temperature: float = option(0.0, "", ge=0)
+    top_p: float = option(1.0, "", gt=0, le=1)
+    seed: int = option(0, "", ge=0, le=MAX_SEED)
+
+    def __post_init__(self):
+        issues = ConfigIssues(Source("Sampling"))
+        check_types(Sampling, vars(self), "", issues)
+        issues.raise_if_any()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as arguments of a `GenerationConfig`."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 class Generator:
-    """A model with its template."""
+    """A model with its tokenizer and chat template, as `load_generator` and `Trainer.generator` give it.
+
+    >>> load_generator("runs/quickstart-sft").generate(["57 + 36 ="], Sampling(max_new_tokens=8))
+    """
 
     def __init__(
         self,
@@ -90,9 +108,14 @@ class Generator:
                 bar.update(len(chosen))
         return answers
 
-    def answer_messages(self, conversations: list[Messages], sampling: Sampling, **kwargs) -> list[str]:
-        """Answers to conversations that end with a turn of the user."""
-        return self.answer([self.encode(messages) for messages in conversations], sampling, **kwargs)
+    def generate(
+        self, prompts: Sequence[str | Messages], sampling: Sampling | None = None, batch_size: int = 16
+    ) -> list[str]:
+        """Return the answers to prompts, each a string or a list of messages that ends with a turn of the user."""
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
+        ids = [self.encode(_conversation(prompt, index)) for index, prompt in enumerate(prompts)]
+        return self.answer(ids, sampling or Sampling(), batch_size)
 
     def stream(self, messages: Messages, sampling: Sampling) -> str:
         """Prints the answer as it comes, and returns it."""
@@ -150,6 +173,19 @@ class Generator:
         return inputs, inputs["input_ids"].shape[1]
 
 
+def _conversation(prompt: str | Messages, index: int) -> Messages:
+    """Return a prompt as messages. Raises ConfigError or DataError for what is neither."""
+    if isinstance(prompt, str):
+        return [user(prompt)]
+    if not isinstance(prompt, (list, tuple)):
+        kind = type(prompt).__name__
+        advice = "Write [[{...}]] for one conversation." if isinstance(prompt, dict) else "Give a list of them."
+        raise ConfigError(
+            f"prompts[{index}]: expected a string or a list of messages, got {kind}. {advice}", "wrong-type"
+        )
+    return turns_of(prompt, f"prompts[{index}]")
+
+
 @contextlib.contextmanager
 def _without_defaults(model: nn.Module) -> Iterator[None]:
     """Inside, `model.generate` follows only the options of the call.
@@ -166,12 +202,22 @@ def _without_defaults(model: nn.Module) -> Iterator[None]:
 
 
 def load_generator(
-    source: str, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
+    source: str | Path, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
 ) -> Generator:
-    """A generator from a run directory (its final/ model, or best/), a model's folder, or a hub name.
+    """Load the model of a run, a folder or the Hub to generate answers with.
 
-    The model keeps the dtype it was saved in where the processor computes in it, else it becomes float32.
+    The model keeps the dtype it was saved in if the processor computes in it; otherwise it becomes float32.
+
+    Args:
+        source: A run directory (its final/, or best/), a folder with a model or an adapter, or a name on the Hub.
+        device: "auto", "cpu", "cuda" or another device of PyTorch.
+        chat_template: "auto", the name of a template, or the path of a file, as the option of that name.
+        trust_remote_code: Run the code of the model's repository.
+
+    Raises:
+        ConfigError: The folder does not exist or holds no language model.
     """
+    source = str(source)
     config = model_config(find_model(source), trust_remote_code)
     if trained_outputs(config) is not None:
         raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.", "unsupported-model")

@@ -1,8 +1,10 @@
 """Adapters made part of the weights: `minitrain merge`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minitrain.config.schema import ModelConfig
 from minitrain.data.template import Template
@@ -12,19 +14,67 @@ from minitrain.model.load import DTYPES, load_base, load_tokenizer, merge_adapte
 from minitrain.model.save import check_saving, save_model, set_end_tokens
 from minitrain.model.sequence_head import heads_of
 from minitrain.training.atomic_dir import atomic_folder
+from minitrain.training.saving import check_target
 
 from .generate import model_config, saved_dtype
 from .resolve import find_model
 
 
-def merge_adapters(sources: list[str], shares: list[float], output: Path, dtype: str | None = None) -> str:
-    """Writes the base model with `shares[i]` times the change that adapter i makes to it; returns its dtype.
+def merge_adapters(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+) -> str:
+    """Merge LoRA adapters into their base model and write it: base + sum of weights[i] * (change of adapter i).
 
-    Sums are made in float32 and cast once, to `dtype` or that of the base model. Adapters have to be of the same base,
-    which may be quantised: then the weights are those that quantisation has rounded, as they were while training.
-    Raises ConfigError.
+    Sums are computed in float32 and cast once. If the base model was quantized in training, its weights are those
+    that quantization has rounded.
+
+    Args:
+        sources: Run directories or folders of adapters, all of the same base model.
+        output: The folder to write; a model in it is replaced.
+        weights: The weight of each adapter; 1 by default.
+        dtype: "float32", "bfloat16" or "float16"; that of the base model by default.
+
+    Returns:
+        The dtype that was written.
+
+    Raises:
+        ConfigError: The adapters do not fit together, or an argument is wrong.
     """
+    output, weights = Path(output), [1.0] * len(sources) if weights is None else weights
+    _check_arguments(sources, output, weights, dtype)
+    sources = list(map(str, sources))
     configs = [model_config(find_model(source)) for source in sources]
+    outputs = _check_adapters(sources, configs)
+    if Path(configs[0].name_or_path).resolve() == output.resolve():
+        raise ConfigError(f"output: {output} is the base model, and the adapters would no longer fit it.", "conflict")
+    tokenizer = load_tokenizer(configs[0], scores=outputs is not None)
+    model = load_base(configs[0], tokenizer)
+    if tokenizer.chat_template:
+        set_end_tokens(model, Template(tokenizer).end_ids())
+    check_saving(model, tokenizer)
+    _add_changes(model, configs, weights)
+    dtype = dtype or saved_dtype(configs[0]) or "float32"
+    with atomic_folder(output) as temporary:
+        save_model(model, tokenizer, temporary, DTYPES[dtype])
+    return dtype
+
+
+def _check_arguments(sources: Sequence[str | Path], output: Path, weights: Sequence[float], dtype: str | None) -> None:
+    if isinstance(sources, (str, Path)):
+        raise ConfigError(f"sources: expected a list, got {str(sources)!r}. Write [{str(sources)!r}].", "wrong-type")
+    if len(weights) != len(sources) or not sources:
+        message = f"weights: {len(weights)} for {len(sources)} adapters. Give one weight for each adapter."
+        raise ConfigError(message, "mismatch")
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.", "not-a-choice")
+    check_target(output)
+
+
+def _check_adapters(sources: Sequence[str], configs: Sequence[ModelConfig]) -> list[str] | None:
+    """Return the labels of the models' scalar head, if they have one. Raises ConfigError for adapters that differ."""
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":
             raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.", "unsupported-model")
@@ -32,39 +82,33 @@ def merge_adapters(sources: list[str], shares: list[float], output: Path, dtype:
             raise ConfigError(
                 f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.", "mismatch"
             )
-    ends = [trained_outputs(config) for config in configs]
-    for source, end in zip(sources, ends, strict=True):
-        if end != ends[0]:
+    first, *others = [trained_outputs(config) for config in configs]
+    for source, outputs in zip(sources[1:], others, strict=True):
+        if outputs != first:
             raise ConfigError(
                 f"{source} and {sources[0]} are adapters of models that end in other outputs.", "mismatch"
             )
-    if Path(configs[0].name_or_path).resolve() == output.resolve():
-        raise ConfigError(f"--output: {output} is the base model, and the adapters would no longer fit it.", "conflict")
-    tokenizer = load_tokenizer(configs[0], scores=ends[0] is not None)
-    model = load_base(configs[0], tokenizer)
-    if tokenizer.chat_template:
-        set_end_tokens(model, Template(tokenizer).end_ids())
-    check_saving(model, tokenizer)
+    return first
+
+
+def _add_changes(model: nn.Module, configs: Sequence[ModelConfig], weights: Sequence[float]) -> None:
+    """Add weights[i] * (change of adapter i) to the weights of the base model."""
     for name in heads_of(model).new:  # what the base has not is all of the adapters
         for parameter in model.get_submodule(name).parameters():
             parameter.data.zero_()
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     total = {}
-    for config, share in zip(configs, shares, strict=True):
+    for config, weight in zip(configs, weights, strict=True):
         merge_adapter(model, Path(config.adapter))
         with torch.no_grad():
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 change = parameter - before[name]
                 if change.any():
-                    total[name] = total.get(name, 0) + share * change
+                    total[name] = total.get(name, 0) + weight * change
                 parameter.copy_(before[name])
     with torch.no_grad():
         for name, change in total.items():
             model.get_parameter(name).add_(change)
-    dtype = dtype or saved_dtype(configs[0]) or "float32"
-    with atomic_folder(output) as temporary:
-        save_model(model, tokenizer, temporary, DTYPES[dtype])
-    return dtype
 
 
 def _base(config: ModelConfig) -> str:

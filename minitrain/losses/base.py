@@ -8,7 +8,7 @@ split.
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +19,7 @@ from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.schema import aliases
 from minitrain.errors import ConfigError
 
+L = TypeVar("L", bound="Loss")
 EXAMPLE_TYPES = ("conversation", "preference", "unpaired_preference", "classification", "rollout")
 OLD_NAMES = {  # names of 0.1.0
     "weight": "num_items",
@@ -215,10 +216,10 @@ def valid_pairs(batch: Batch) -> Tensor:
 _REGISTRY: dict[str, type[Loss]] = {}
 
 
-def register_loss(name: str, options_class: type):
+def register_loss(name: str, options_class: type) -> Callable[[type[L]], type[L]]:
     """Register the decorated `Loss` as `loss.name`, with the dataclass `options_class` as its options."""
 
-    def register(cls: type[Loss]) -> type[Loss]:
+    def register(cls: type[L]) -> type[L]:
         if name in _REGISTRY:
             raise ConfigError(f"a loss named {name!r} is already registered. Use another name.", "already-exists")
         cls.name, cls.options_class = name, options_class
@@ -238,7 +239,7 @@ def loss_options(name: str) -> type | None:
     return _REGISTRY[name].options_class if name in _REGISTRY else None
 
 
-def create_loss(name: str, **options) -> Loss:
+def create_loss(name: str, **options: Any) -> Loss:
     """Create a loss by name: ``create_loss("sft", label_smoothing=0.1)``.
 
     Raises:

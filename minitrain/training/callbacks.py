@@ -1,17 +1,32 @@
 """Functions that the trainer calls at points of a run: keyword arguments of `Trainer`, and objects with methods."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from minitrain.config.suggest import suggest
 from minitrain.errors import ConfigError
 
-HOOKS = ("on_train_begin", "on_step_end", "on_eval_end", "on_save", "on_train_end")
-Hook = Callable[[Any], None]
+if TYPE_CHECKING:
+    from minitrain.trainer import Trainer
+
+Hook = Callable[["Trainer"], object]
+
+
+class Hooks(TypedDict, total=False):
+    """The functions of each hook: one, or several that are called in order."""
+
+    on_train_begin: Hook | Sequence[Hook]
+    on_step_end: Hook | Sequence[Hook]
+    on_eval_end: Hook | Sequence[Hook]
+    on_save: Hook | Sequence[Hook]
+    on_train_end: Hook | Sequence[Hook]
+
+
+HOOKS = tuple(Hooks.__annotations__)
 
 
 def collect_hooks(
-    callbacks: Iterable[Any], keywords: dict[str, Any], arguments: Iterable[str]
+    callbacks: Iterable[Any], keywords: Mapping[str, Any], arguments: Iterable[str]
 ) -> dict[str, list[Hook]]:
     """Return the functions of each hook, in the order in which they are called.
 

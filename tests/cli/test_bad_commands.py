@@ -158,7 +158,7 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         (["merge", "runs/prompt", "--output", "m"], "unsupported-model", "runs/prompt:"),
         (["merge", "runs/nowhere", "--output", "m"], "not-found", "runs/nowhere:"),
         ([*MERGE, "model"], "already-exists", "--output: model"),
-        ([*MERGE, "model", "--force"], "conflict", "--output: model"),
+        ([*MERGE, "model", "--force"], "conflict", "output: model"),
         ([*MERGE, "rows.jsonl", "--force"], "already-exists", "--output: rows.jsonl"),
         ([*MERGE, ".", "--force"], "already-exists", "--output: ."),
         ([*MERGE, "runs/lora/final", "--force"], "already-exists", "--output:"),

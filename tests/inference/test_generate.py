@@ -31,10 +31,10 @@ def asked(*texts: str) -> list[list[dict]]:
 
 def test_batches_equal_one_by_one(generator):
     """Left padding and the order of batches change no greedy answer."""
-    alone = [generator.answer_messages([messages], GREEDY)[0] for messages in asked(*PROMPTS)]
+    alone = [generator.generate([messages], GREEDY)[0] for messages in asked(*PROMPTS)]
     assert len(set(alone)) > 2
     for batch_size in (2, 3, 16):
-        assert generator.answer_messages(asked(*PROMPTS), GREEDY, batch_size=batch_size) == alone
+        assert generator.generate(asked(*PROMPTS), GREEDY, batch_size=batch_size) == alone
 
 
 def test_equal_to_transformers(generator, llama_folder):
@@ -48,7 +48,7 @@ def test_equal_to_transformers(generator, llama_folder):
         )
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         expected = tokenizer.decode(ids, skip_special_tokens=True)
-        assert generator.answer_messages([messages], GREEDY) == [expected]
+        assert generator.generate([messages], GREEDY) == [expected]
 
 
 def test_answers_end_at_the_end_of_the_turn():
@@ -63,7 +63,7 @@ def test_answers_end_at_the_end_of_the_turn():
     model = chain_model(tokenizer, x, y, end, z).eval()
     generator = Generator(model, Template(tokenizer, "chatml"))
     assert generator.end_ids == sorted({tokenizer.pad_token_id, end})
-    assert generator.answer_messages(asked("hi", "a longer question"), GREEDY) == ["xy", "xy"]
+    assert generator.generate(asked("hi", "a longer question"), GREEDY) == ["xy", "xy"]
     plain = Generator(model, Template(tokenizer, "none"))  # where only EOS ends an answer
     ids = plain._generate([tokenizer("hi")["input_ids"]], Sampling(max_new_tokens=6))
     assert ids.tolist() == [[x, y, end, z, z, z]]
@@ -113,11 +113,11 @@ def test_sampling(generator):
     """The same seed repeats itself, each call draws anew, and temperature 0 draws nothing."""
     hot = Sampling(8, temperature=0.7, seed=3)
     state = torch.get_rng_state()
-    first, second = (generator.answer_messages(asked("a", "b"), hot) for _ in range(2))
+    first, second = (generator.generate(asked("a", "b"), hot) for _ in range(2))
     assert first != second and torch.equal(state, torch.get_rng_state())
     generator.calls = 0
-    assert generator.answer_messages(asked("a", "b"), hot) == first
-    greedy = [generator.answer_messages(asked("a"), Sampling(8, seed=seed)) for seed in (0, 1)]
+    assert generator.generate(asked("a", "b"), hot) == first
+    greedy = [generator.generate(asked("a"), Sampling(8, seed=seed)) for seed in (0, 1)]
     assert greedy[0] == greedy[1]
 
 
@@ -137,6 +137,6 @@ def test_from_training_to_answers(make_trainer):
     trainer = make_trainer("lr=0.1", "model.policy_dtype=float32")
     trainer.train()
     before = trainer.predict(PROMPTS[:2], max_new_tokens=8)
-    after = load_generator(str(trainer.run.path)).answer_messages(asked(*PROMPTS[:2]), Sampling(8))
+    after = load_generator(str(trainer.run.path)).generate(asked(*PROMPTS[:2]), Sampling(8))
     assert before == after
     assert json.loads((trainer.run.final / "config.json").read_text())["dtype"] == "float32"

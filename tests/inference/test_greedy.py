@@ -97,7 +97,7 @@ def test_greedy_answers_are_those_of_an_argmax_loop(knob, base, greedy):
     """Each default of the base, set by itself, changes no answer, in batches and streamed."""
     write_defaults(base, {knob: KNOBS[knob]} | ({"num_beams": 3} if knob in NEED_BEAMS else {}))
     generator = load_generator(str(base), device="cpu")
-    assert generator.answer_messages(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
+    assert generator.generate(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
     with redirect_stdout(io.StringIO()) as printed:
         assert generator.stream(conversations(PROMPTS[1])[0], Sampling(N_NEW)) == greedy[1]
     assert printed.getvalue().strip("\n") == greedy[1].strip("\n")
@@ -108,7 +108,7 @@ def test_a_repository_does_not_bring_its_own_generate(base, greedy):
     (base / "custom_generate").mkdir()
     (base / "custom_generate" / "generate.py").write_text("def generate(model, input_ids, **kwargs): return input_ids")
     generator = load_generator(str(base), device="cpu", trust_remote_code=True)
-    assert generator.answer_messages(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
+    assert generator.generate(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
 
 
 def test_sampled_answers_are_those_without_defaults(base):
@@ -118,7 +118,7 @@ def test_sampled_answers_are_those_without_defaults(base):
     refused = {"forced_bos_token_id": None, "forced_eos_token_id": None}  # with suppress_tokens that hold them
     for defaults in ({}, KNOBS | refused):
         write_defaults(base, defaults)
-        answers.append(load_generator(str(base), device="cpu").answer_messages(conversations(*PROMPTS), sampling))
+        answers.append(load_generator(str(base), device="cpu").generate(conversations(*PROMPTS), sampling))
     assert answers[0] == answers[1]
 
 

@@ -38,7 +38,7 @@ def test_a_merged_model_answers_as_the_adapter_does(runs, tmp_path, capsys):
     wanted = [runs["one"].chat(each, max_new_tokens=8) for each in messages]
     for source in (run, str(output)):
         generator = load_generator(source, device="cpu")
-        assert [generator.answer_messages([each], Sampling(max_new_tokens=8))[0] for each in messages] == wanted
+        assert [generator.generate([each], Sampling(max_new_tokens=8))[0] for each in messages] == wanted
     assert main(["merge", run, "--output", str(output)]) == 2
     assert reports(capsys.readouterr().err, "already-exists", "--output: ")
     assert main(["merge", run, "--output", str(output), "--force", "--dtype", "bfloat16"]) == 0

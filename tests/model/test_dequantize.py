@@ -134,14 +134,13 @@ def test_an_adapter_over_it_can_be_merged(make, base, make_trainer, tmp_path):
     truth = make(base)
     trainer = make_trainer(f"model.name_or_path={base}", "lora.rank=2", "lora.target_modules=[q_proj]", "lr=0.1")
     trainer.train()
-    merge_adapters([str(trainer.run.final)], [1.0], tmp_path / "merged", "float32")
+    merge_adapters([str(trainer.run.final)], tmp_path / "merged", dtype="float32")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, weight in truth.items():
         assert torch.allclose(saved[name], weight.float(), atol=1e-6) != ("q_proj" in name), name
     prompts = [[{"role": "user", "content": text}] for text in ("a", "what is 1 + 1?")]
     answers = [
-        load_generator(str(f)).answer_messages(prompts, trainer_sampling())
-        for f in (trainer.run.final, tmp_path / "merged")
+        load_generator(str(f)).generate(prompts, trainer_sampling()) for f in (trainer.run.final, tmp_path / "merged")
     ]
     assert answers[0] == answers[1]
 

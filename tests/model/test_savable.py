@@ -37,7 +37,7 @@ def test_a_contradictory_generation_config_is_saved_as_it_was(base, make_trainer
     whole.train()
     part = make_trainer(f"model.name_or_path={base}", "exp_name=part", "lora.rank=2")
     part.train()
-    merge_adapters([str(part.run.final)], [1.0], tmp_path / "merged")
+    merge_adapters([str(part.run.final)], tmp_path / "merged")
     for folder in (whole.run.final, tmp_path / "merged"):
         assert generation_settings(folder) == generation_settings(base) == CONTRADICTORY
         assert AutoModelForCausalLM.from_pretrained(folder).generation_config.temperature == 0.6
@@ -76,7 +76,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(what, command, ma
     monkeypatch.setattr(what, refuse)
     with raises(ConfigError, "unsupported-model", "model.name_or_path: ", "rope_theta is no number"):
         if command == "merge":
-            merge_adapters([str(part.run.final)], [1.0], tmp_path / "merged")
+            merge_adapters([str(part.run.final)], tmp_path / "merged")
         elif command == "validate":
             dry_run(whole)
         else:
@@ -103,7 +103,7 @@ def test_transformers_ends_answers_where_training_did(gpt2, make_trainer, tmp_pa
     folder = trainer.run.final
     if merged:
         folder = tmp_path / "merged"
-        merge_adapters([str(trainer.run.final)], [1.0], folder)
+        merge_adapters([str(trainer.run.final)], folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end, (x, y, z) = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer("xyz")["input_ids"]
 

@@ -87,9 +87,9 @@ def test_only_the_prompt_is_trained(make_trainer, kind):
     generator = load_generator(str(plain.run.path), device="cpu")
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     sampling = Sampling(max_new_tokens=12)
-    answers = generator.answer_messages(messages, sampling)
+    answers = generator.generate(messages, sampling)
     assert answers == plain.predict(prompts, max_new_tokens=12) and any(answers)
-    alone = [generator.answer_messages([message], sampling)[0] for message in messages]
+    alone = [generator.generate([message], sampling)[0] for message in messages]
     assert alone == answers  # padding on the left changes nothing
 
 
