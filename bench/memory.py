@@ -111,8 +111,8 @@ def row(model: Setting, overrides: list[str], folder: Path) -> str:
 def work(folder: Path, scratch: Path, overrides: list[str]) -> None:
     """Trains with the meter on, then estimates."""
     from minitrain import Trainer
-    from minitrain.tools.preflight.dry_run import dry_run
     from minitrain.tools.preflight.memory import estimate
+    from minitrain.training.setup import dry_run
 
     if "model.quantization=4bit" in overrides:
         import bitsandbytes  # noqa: F401

@@ -96,8 +96,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
     progress = {name: getattr(trainer, name) for name in CHECKPOINT_STATE}
     if trainer.parallel.run_on_rank0(lambda: progress == trainer.saved_progress):
         return
-    depends_on = inputs(trainer.config, trainer.train_loader.examples)
-    state = {"precision": trainer.precision.state_dict(), "inputs": depends_on, "config": trainer.run.settings()}
+    state = {"precision": trainer.precision.state_dict(), "inputs": trainer.inputs, "config": trainer.run.settings()}
     trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
     trainer.saved_progress = progress
     trainer.save_schedule.saved(time.perf_counter() - began)
@@ -108,7 +107,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
 def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
     """Set the trainer to what a checkpoint holds. Raises RunDirError when its data or base model are others."""
     state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
-    trainer.run.compare_inputs(folder, state["inputs"], inputs(trainer.config, trainer.train_loader.examples))
+    trainer.run.compare_inputs(folder, state["inputs"], trainer.inputs)
     trainer.precision.load_state_dict(state["precision"])
     for name in CHECKPOINT_STATE:
         setattr(trainer, name, state[name])

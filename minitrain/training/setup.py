@@ -1,9 +1,11 @@
-"""What comes before the first step: the data read, a loaded policy made ready and tried out, the loader that fits it.
+"""What comes before the first step: the data, the policy and the loaders that fit it.
 
-Training, `validate` and `inspect` all go through here, so that they refuse the same things.
+Training, `validate` and `inspect` all go through `prepare`, so that they refuse the same things.
 """
 
 import contextlib
+import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +15,96 @@ from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset, load
 from minitrain.data.template import Template, make_template
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
-from minitrain.losses import Loss, add_features
-from minitrain.model.load import load_tokenizer
+from minitrain.losses import Loss, add_features, create_loss
+from minitrain.model.load import CPU, META, build_policy, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, checkpoint_activations, find_blocks
+from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
 
+from .failpoints import failpoint
+from .optim import warmup_steps
 from .step import Precision
+
+
+@dataclass
+class Preparation:
+    """The data and the policy of a training.
+
+    Attributes:
+        config: The full config.
+        loss: The loss.
+        template: The chat template with its tokenizer.
+        data: The tokenized training and evaluation data.
+        policy: The policy, not on its devices yet.
+        weights: What fills parameters that are on the meta device.
+        train_loader: The batches of this rank.
+        eval_loader: Those of the evaluation, if there is one.
+        warmup: Steps in which the learning rate rises.
+    """
+
+    config: Config
+    loss: Loss
+    template: Template
+    data: Data
+    policy: Policy
+    weights: Weights | None
+    train_loader: MicrobatchLoader
+    eval_loader: MicrobatchLoader | None
+    warmup: int
+
+    @property
+    def loaders(self) -> list[MicrobatchLoader]:
+        return [self.train_loader] if self.eval_loader is None else [self.train_loader, self.eval_loader]
+
+    def meta_policy(self, packing: bool | None = None, quantized: bool = False) -> Policy:
+        """Return another policy on the meta device.
+
+        Args:
+            packing: As the option; the config's by default.
+            quantized: Quantized layers have the size that they have in training.
+        """
+        config = self.config if packing is None else dataclasses.replace(self.config, packing=packing)
+        return _build_policy(config, self.loss, self.template.tokenizer, META, quantized=quantized)[0]
+
+
+def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = False) -> Preparation:
+    """Read the data, build the policy, and check all that can be checked without its weights.
+
+    Args:
+        config: The full config.
+        loss: The loss.
+        parallel: The ranks. The first one of each machine tokenizes and downloads.
+        meta: Read no weights; the policy is on the meta device, and none of its layers are quantized.
+
+    Raises:
+        ConfigError: An option does not fit the model or the data.
+        DataError: A data row cannot be used.
+    """
+    device = META if meta else parallel.device
+    with parallel.local_rank0_first():
+        template, data = read_data(config, loss)
+        policy, weights = _build_policy(config, loss, template.tokenizer, device, parallel.loads_shards, not meta)
+        failpoint("load.policy")
+    rest = config, template.tokenizer, policy, parallel.rank, parallel.world_size
+    train_loader = make_loader(data.train, *rest)
+    eval_loader = make_loader(data.eval, *rest) if data.eval else None
+    warmup = warmup_steps(config, train_loader.total_steps)
+    set_end_tokens(policy.model, template.end_ids())
+    check_saving(policy.model, template.tokenizer)
+    return Preparation(config, loss, template, data, policy, weights, train_loader, eval_loader, warmup)
+
+
+def dry_run(config: Config) -> Preparation:
+    """Prepare a training on one device without its weights: only the model's config is read."""
+    return prepare(config, create_loss(**config.loss), SingleDevice(CPU), meta=True)
+
+
+def _build_policy(
+    config: Config, loss: Loss, tokenizer, device: torch.device, sharded: bool = False, quantized: bool = True
+) -> tuple[Policy, Weights | None]:
+    if not quantized:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
+    return build_policy(config, tokenizer, device, sharded, loss.head_labels, "values" in loss.requires)
 
 
 def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:

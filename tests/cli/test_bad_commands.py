@@ -269,7 +269,7 @@ def test_a_checkpoint_that_is_none(folder, capsys, wording, command):
 
 def test_out_of_memory(folder, monkeypatch, capsys, wording):
     """A failure of the machine (1), with what takes less."""
-    monkeypatch.setattr("minitrain.training.loading.build_policy", lambda *_, **__: torch.empty(10**16))
+    monkeypatch.setattr("minitrain.training.setup.build_policy", lambda *_, **__: torch.empty(10**16))
     assert main(["train", "c.yml"]) == 1
     err = capsys.readouterr().err
     wording(err)

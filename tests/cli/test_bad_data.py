@@ -61,7 +61,7 @@ from tests.messages import reports
 )
 def test_bad_data(fails, monkeypatch, rows, code, about):
     """File, line and reason, and the model was not read for it."""
-    monkeypatch.setattr("minitrain.training.loading.build_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("minitrain.training.setup.build_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     assert reports(fails(write("bad.jsonl", *rows)), code, about)
 
 

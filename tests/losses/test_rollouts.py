@@ -601,7 +601,7 @@ def test_options_that_would_be_ignored(train, options, code, part):
 
 def test_bad_data_end_before_a_model_is_read(train, monkeypatch):
     """A missing column is told with the file's name, and no model is loaded for it."""
-    monkeypatch.setattr("minitrain.training.loading.build_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("minitrain.training.setup.build_policy", lambda *args, **kwargs: pytest.fail("loaded"))
     with raises(DataError, "invalid-row", "rollouts.jsonl: ", "values"):
         train(rows(), "loss.advantage_estimator=gae")
     with raises(DataError, "unsuitable-data", "rollouts.jsonl: "):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from minitrain.errors import ConfigError
 from minitrain.inference.merge import merge_adapters
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.tools.preflight.dry_run import dry_run
+from minitrain.training.setup import dry_run
 from tests.conftest import chain_model
 from tests.messages import raises
 

@@ -15,8 +15,8 @@ from minitrain.model import attention, kd_divergence
 from minitrain.model.logprobs import CHUNK_BYTES, LMHead
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.tools.preflight.dry_run import dry_run
 from minitrain.tools.preflight.memory import MemoryTracker, Step, _head_of, _largest, estimate, take
+from minitrain.training.setup import dry_run
 from tests.conftest import random_llama
 from tests.messages import raises
 from tests.rows import ROWS

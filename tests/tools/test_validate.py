@@ -15,9 +15,9 @@ from minitrain.cli.main import main
 from minitrain.errors import ConfigError
 from minitrain.model.policy import Policy
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.tools.preflight.dry_run import dry_run
 from minitrain.tools.preflight.memory import estimate
 from minitrain.tools.preflight.validate import faults
+from minitrain.training.setup import dry_run
 from tests.conftest import ROOT
 from tests.messages import reports
 from tests.scorers import random_base

@@ -19,11 +19,11 @@ from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.model.trial import check_meta_policy
 from minitrain.model.weights import parameters_on_meta
-from minitrain.tools.preflight.dry_run import dry_run
 from minitrain.tools.preflight.memory import eval_metrics
 from minitrain.tools.preflight.validate import validate
 from minitrain.training import atomic_dir
 from minitrain.training.atomic_dir import fingerprint
+from minitrain.training.setup import dry_run
 from tests.messages import reports
 from tests.rows import ROWS
 from tests.scorers import TOKENIZERS, random_base

@@ -35,10 +35,8 @@ from minitrain.model import kd_divergence, logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.optim import build_optimizer
-from minitrain.training.setup import make_loader, prepare_policy
+from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
-
-from .dry_run import DryRun
 
 PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", "activations", "head", "gathered")
 HEAD = {logprobs.__name__, kd_divergence.__name__}  # whose backward passes are the output layer's
@@ -236,7 +234,7 @@ class Estimate:
     elsewhere: frozenset[str]
 
 
-def estimate(run: DryRun, device: torch.device, devices: int = 1) -> Estimate:
+def estimate(run: Preparation, device: torch.device, devices: int = 1) -> Estimate:
     """The memory of the training on each of so many devices, with the largest micro-batch of the first epoch.
 
     Raises ConfigError for devices that the config does not fit, and whatever a model raises that cannot run so.
@@ -250,7 +248,7 @@ def estimate(run: DryRun, device: torch.device, devices: int = 1) -> Estimate:
     return Estimate({part: ledger.most[part] for part in PARTS if ledger.most[part]}, ledger.peak, ledger.elsewhere)
 
 
-def eval_metrics(run: DryRun) -> list[str]:
+def eval_metrics(run: Preparation) -> list[str]:
     """Return the names of the metrics of an evaluation. Raises whatever a model raises that cannot run so."""
     fake = FakeTensorMode()
     ledger = MemoryTracker(fake)
@@ -266,11 +264,11 @@ def eval_metrics(run: DryRun) -> list[str]:
     return [*means, *run.loss.compute_eval_metrics(samples), *answers]
 
 
-def _step(run: DryRun, parallel: SingleDevice, fake: FakeTensorMode, ledger: MemoryTracker) -> Step:
+def _step(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, ledger: MemoryTracker) -> Step:
     """The largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
-    policy = _faked(run.build_policy(quantized=True), fake)
+    policy = _faked(run.meta_policy(quantized=True), fake)
     loaders = [
         make_loader(examples, config, tokenizer, policy, parallel.rank, parallel.world_size)
         for examples in (run.data.train, run.data.eval)

@@ -13,8 +13,7 @@ from minitrain.config.schema import Config
 from minitrain.data.loader import MicrobatchLoader, Rows
 from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
-
-from .dry_run import DryRun, dry_run
+from minitrain.training.setup import Preparation, dry_run
 
 DOCUMENT_NAMES = {
     "preference": ("chosen", "rejected"),
@@ -66,12 +65,11 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
         DataError: A data row cannot be used.
     """
     run = dry_run(config)
-    examples = run.data.train if split == "train" else run.data.eval
-    if examples is None:
+    loader = run.train_loader if split == "train" else run.eval_loader
+    if loader is None:
         raise ConfigError(
             "--split: there is nothing to evaluate on; give eval_datasets or validation_split.", "no-data"
         )
-    loader = run.loader(examples)
     for preview in _training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples):
         if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):
             yield from _batch(loader.batch(preview.rows), preview, loader, run, marks)
@@ -92,7 +90,9 @@ def _evaluation(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPrev
         yield BatchPreview(f"evaluation, batch {number}", rows, set(range(n_examples)))
 
 
-def _batch(batch: Batch, preview: BatchPreview, loader: MicrobatchLoader, run: DryRun, marks: Marks) -> Iterator[str]:
+def _batch(
+    batch: Batch, preview: BatchPreview, loader: MicrobatchLoader, run: Preparation, marks: Marks
+) -> Iterator[str]:
     """Yield lines about the batch rows with chosen examples."""
     n_rows, n_columns = batch.input_ids.shape
     padding = batch.input_ids.numel() - batch.n_tokens

@@ -1,5 +1,6 @@
 """What can be known of a training before it starts, and what is wrong with its data: `minitrain validate`."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,10 @@ from minitrain.model.vocabulary import describe_new_tokens
 from minitrain.training.after_step import ALWAYS_THERE, check_metric
 from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
-from minitrain.training.optim import warmup_steps
 from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import inputs
-from minitrain.training.setup import check_lengths
+from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
 
-from .dry_run import DryRun, dry_run
 from .load import check_python_config
 from .memory import estimate, eval_metrics
 
@@ -57,17 +56,14 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     return figures | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
-def _try_out(run: DryRun) -> list[str]:
+def _try_out(run: Preparation) -> list[str]:
     """Try what training tries between the data and the first step, and return warnings. Raises ConfigError."""
     config, tokenizer = run.config, run.template.tokenizer
     check_weights_exist(config.model, run.loss.head_labels)
-    for examples in filter(None, (run.data.train, run.data.eval)):
-        run.loader(examples)
-    warmup_steps(config, run.loader(run.data.train).total_steps)
     log_model_warnings(config.model.name_or_path, run.policy.model.load_notes)
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
-    warnings = check_meta_policy(run.build_policy(), config.packing)
+    warnings = check_meta_policy(run.meta_policy(), config.packing)
     if "teacher" in run.loss.requires:
         teacher = teacher_config(run.loss, config)
         check_teacher_tokenizer(teacher, tokenizer)
@@ -76,15 +72,15 @@ def _try_out(run: DryRun) -> list[str]:
             teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32, META
         )
         log_model_warnings(teacher.name_or_path, teacher_policy.model.load_notes)
-        for examples in filter(None, (run.data.train, run.data.eval)):
-            check_lengths(examples, teacher_policy)
+        for loader in run.loaders:
+            check_lengths(loader.examples, teacher_policy)
         warnings += [f"teacher: {warning}" for warning in check_meta_policy(teacher_policy, config.packing)]
     return warnings
 
 
-def _try_resuming(run: DryRun, folder: RunDir) -> list[str]:
+def _try_resuming(run: Preparation, folder: RunDir) -> list[str]:
     """Try what training tries with its run directory and its checkpoint, and return warnings. Raises RunDirError."""
-    if finished := folder.finished(run.loader(run.data.train).total_steps):
+    if finished := folder.finished(run.train_loader.total_steps):
         return [*folder.messages, finished]
     checkpoint = folder.find_checkpoint()
     if checkpoint is not None:
@@ -93,7 +89,7 @@ def _try_resuming(run: DryRun, folder: RunDir) -> list[str]:
     return folder.messages
 
 
-def _check_metric(run: DryRun) -> None:
+def _check_metric(run: Preparation) -> None:
     """Raise ConfigError when the evaluation does not have the metric that decides, as far as can be known."""
     metric = run.config.early_stopping.metric
     if run.data.eval is None or metric in ALWAYS_THERE:
@@ -110,7 +106,7 @@ def _check_metric(run: DryRun) -> None:
 # ----------------------------------------------------------------------------------------------------------- faults
 
 
-def faults(cache: TokenCache, run: DryRun) -> Iterator[str]:
+def faults(cache: TokenCache, run: Preparation) -> Iterator[str]:
     """What is wrong with rows of a file, each line naming one."""
     kind, template = run.loss.example_type, run.template
     checks: list[tuple[np.ndarray, str]] = []  # documents, and what is wrong with them
@@ -190,9 +186,9 @@ def _document_of(cache: TokenCache, places: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def _figures(run: DryRun) -> dict[str, str]:
+def _figures(run: Preparation) -> dict[str, str]:
     train, held = run.data.train, run.data.eval
-    loader = run.loader(train)
+    loader = run.train_loader
     n_steps, epoch = loader.total_steps, loader.epoch_size
     tokens, cells = _laid_out(loader)
     lengths = train.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
@@ -223,14 +219,15 @@ def _left_out(caches: list[TokenCache]) -> str:
     return "; ".join(describe_losses(counts, sum(cache.n_rows for cache in caches))) or "nothing"
 
 
-def _padding(run: DryRun, share: float) -> str:
+def _padding(run: Preparation, share: float) -> str:
     """The share of places that hold nothing, as the config lays rows out and otherwise."""
     packing, told = run.config.packing, {}
     told[packing] = f"{100 * share:.1f} %"
     if packing or not (
         run.policy.has_soft_prompt or is_encoder(run.policy.model)
     ):  # these need a row for each document
-        tokens, cells = _laid_out(run.with_packing(not packing).loader(run.data.train))
+        config, policy = dataclasses.replace(run.config, packing=not packing), run.meta_policy(packing=not packing)
+        tokens, cells = _laid_out(make_loader(run.data.train, config, run.template.tokenizer, policy))
         told[not packing] = _share(cells - tokens, cells)
     return f"{told[False]} without packing" + (f", {told[True]} with it" if True in told else "")
 
@@ -248,7 +245,7 @@ def _share(part: float, whole: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def _memory(run: DryRun, device: torch.device, devices: int = 1) -> dict[str, str]:
+def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[str, str]:
     """The estimate in words, or why there is none, and a warning where the device has less."""
     try:
         found = estimate(run, device, devices)
