@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minitrain.cli.main import EXIT_CODES, _parser
+from minitrain.cli.registry import COMMANDS
 
 HEAD = """\
 # Commands
@@ -28,66 +29,21 @@ Errors that you can fix are one line each, without a traceback. Train on several
 `torchrun --nproc_per_node=N train.py CONFIG.yml` ([distributed.md](distributed.md)); the other commands use one device.
 """
 
-# An example of each command, and the page that explains it.
-MORE = {
-    "train": (
-        "minitrain train example/quickstart-sft.yml --overrides exp_name=warmer lr=1e-2",
-        "[options.md](options.md) lists every option, and [resume.md](resume.md) explains the run directory.",
-    ),
-    "generate": (
-        'minitrain generate runs/quickstart-sft --prompt "57 + 36 =" "reverse tiger"',
-        "Rows of a file keep their other keys. [data.md](data.md) lists the file formats.",
-    ),
-    "score": (
-        'minitrain score runs/classify --text "kim sold the small owl"',
-        "[losses.md](losses.md#classify-unit-example) explains how to train a model for it.",
-    ),
-    "chat": ("minitrain chat runs/quickstart-sft", "`/exit` ends the chat, `/reset` starts a new one."),
-    "merge": (
-        "minitrain merge runs/lora-sft --output runs/merged",
-        "[adapters.md](adapters.md#merging) explains how it adds weights.",
-    ),
-    "cache-teacher": (
-        "minitrain cache-teacher example/kd.yml --overrides loss.top_k=16 --output runs/teacher.safetensors",
-        "[losses.md](losses.md#kd-unit-supervised-token) explains when to use it.",
-    ),
-    "plot": (
-        "minitrain plot runs/quickstart-sft runs/warmer --output runs/metrics.png",
-        "[metrics.md](metrics.md#looking-at-a-run) explains the plot.",
-    ),
-    "doctor": (
-        "minitrain doctor runs/quickstart-sft",
-        "[metrics.md](metrics.md#looking-at-a-run) lists its findings.",
-    ),
-    "compare": (
-        "minitrain compare runs/quickstart-sft runs/warmer",
-        "[metrics.md](metrics.md#where-two-runs-diverge) explains the output. The exit code is 1 if the runs differ.",
-    ),
-    "inspect": (
-        "minitrain inspect example/dpo.yml --rows 2",
-        "[data.md](data.md#check-the-data) shows its output.",
-    ),
-    "validate": (
-        "minitrain validate example/quickstart-sft.yml example/dpo.yml --full",
-        "[data.md](data.md#check-the-data) explains what it reports and refuses.",
-    ),
-}
 
-
-def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def commands() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each command by its name, without aliases."""
-    (sub,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {name: parser for name, parser in sub.choices.items() if parser.prog.split()[-1] == name}
+    (sub,) = (action for action in _parser("minitrain")._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: sub.choices[name] for name in COMMANDS}
 
 
 def document() -> str:
     """Return the page, with the same width on every terminal."""
     os.environ["COLUMNS"] = "110"
     parts = [HEAD.format(exit_codes=EXIT_CODES.removeprefix("exit codes:\n"))]
-    for name, parser in commands(_parser("minitrain")).items():
-        told = parser.format_help().replace(EXIT_CODES.rstrip(), "").rstrip()
-        example, more = MORE[name]
-        parts.append(f"## {name}\n\n```\n{told}\n```\n\n{more} For example:\n\n```bash\n{example}\n```\n")
+    for name, parser in commands().items():
+        page, command = parser.format_help().replace(EXIT_CODES.rstrip(), "").rstrip(), COMMANDS[name]
+        see = f"See [{command.docs.partition('#')[0]}]({command.docs}). " if command.docs else ""
+        parts.append(f"## {name}\n\n```\n{page}\n```\n\n{see}For example:\n\n```bash\n{command.example}\n```\n")
     return "\n".join(parts)
 
 

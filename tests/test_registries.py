@@ -1,17 +1,20 @@
 """What is registered is documented: each loss, row format, schedule and command has its place in docs/."""
 
 import re
+import shlex
 
 import pytest
 
-from minitrain.cli.main import CONFIG_COMMANDS, _parser
+from minitrain.cli.main import _parser
+from minitrain.cli.registry import COMMANDS
 from minitrain.data.encode import N_DOCUMENTS
 from minitrain.data.examples import MAPPED, SCHEMAS
 from minitrain.losses import registered
 from minitrain.losses.base import Loss
-from tests.cli.test_imports import COMMANDS
+from tests.commands import CASES, PARSERS
 from tests.conftest import ROOT
 from tests.rows import ROWS
+from tests.test_docs import problems_of_command
 
 LOSSES = {name: loss for name, loss in registered().items() if loss.__module__.startswith("minitrain.")}
 
@@ -39,16 +42,26 @@ def test_a_row_format_has_a_line(name):
     assert any(set(one.required) <= set(re.findall(r"\w+", line)) for line in lines)
 
 
-def test_the_commands_that_take_a_config():
-    """`--config FILE` works for each of them."""
-    takes = {name for name, parser in COMMANDS.items() if "--overrides" in parser._option_string_actions}
-    assert takes == set(CONFIG_COMMANDS)
+def test_each_command_has_a_case():
+    """By it, tests interrupt the command and run it with --quiet."""
+    assert CASES.keys() == COMMANDS.keys()
+    assert all(name == case.arguments[0] for name, case in CASES.items())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_explains_itself(name):
-    """Each of its arguments has a help, and its description is a sentence."""
-    parser = COMMANDS[name]
-    assert parser.description.endswith(".") and parser.usage and callable(parser.get_default("command"))
-    assert [action.dest for action in parser._actions if not action.help and action.dest != "configs"] == []
+    """Its summary can follow its name, and each of its arguments has a help."""
+    parser, command = PARSERS[name], COMMANDS[name]
+    assert command.takes_config == ("--overrides" in parser._option_string_actions)
+    assert command.summary[0].islower() and not command.summary.endswith(".")
+    assert [action.dest for action in parser._actions if not action.help] == []
     assert name in _parser("minitrain").format_help()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_a_command_is_understood(name):
+    """The parser takes it, and its options and overrides exist."""
+    program, *arguments = shlex.split(COMMANDS[name].example)
+    assert program == "minitrain" and arguments[0] == name
+    assert PARSERS[name].parse_args(arguments[1:])
+    assert problems_of_command(COMMANDS[name].example) == []

@@ -163,7 +163,7 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         ([*MERGE, ".", "--force"], "already-exists", "--output: ."),
         ([*MERGE, "runs/lora/final", "--force"], "already-exists", "--output:"),
         ([*MERGE, "rows.jsonl/m"], "wrong-path", "rows.jsonl"),
-        ([*MERGE, "m", "--weights", "1", "2"], "usage", "--weights: 2"),
+        ([*MERGE, "m", "--weights", "1", "2"], "usage", "--weights:"),
         ([*MERGE, "m", "--weights", "nan"], "usage", "--weights:"),
         ([*MERGE, "m", "--dtype", "fp16"], "usage", "'fp16'"),
         # teach
@@ -179,7 +179,7 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         (["plot"], "usage", ""),
         (["plot", "runs/nowhere"], "not-found", "runs/nowhere:"),
         (["plot", "model"], "not-found", "model:"),
-        (["plot", "runs/whole", "--output", "x.jpg"], "wrong-format", "--output: x.jpg"),
+        (["plot", "runs/whole", "--output", "x.jpg"], "wrong-format", "x.jpg"),
         (["plot", "runs/whole", "--output", "mine.png"], "already-exists", "--output: mine.png"),
         (["plot", "runs/whole", "--output", "no/where.png"], "not-found", "--output:"),
         (["plot", "runs/whole", "--output", "/proc/x.png"], "not-writable", "--output:"),

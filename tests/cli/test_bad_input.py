@@ -252,7 +252,7 @@ def test_a_python_without_the_packages(folder):
     """As when the virtual environment was not entered: what is missing, where, and how to have it."""
     done = subprocess.run([sys.executable, "-ES", str(ROOT / "train.py"), "c.yml"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert f"is not installed for {sys.executable}. `pip install -e .` in the folder of minitrain" in done.stderr
+    assert reports(done.stderr, "not-installed", sys.executable)
 
 
 def test_the_report_of_torchrun(fails, monkeypatch):

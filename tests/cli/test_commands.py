@@ -1,5 +1,6 @@
 """The commands themselves: help, exit codes, pipes, chat, and files of answers."""
 
+import argparse
 import csv
 import io
 import json
@@ -13,7 +14,8 @@ import pytest
 
 from minitrain import __version__
 from minitrain.cli.main import _parse, main
-from tests.cli.test_imports import WITH_CONFIG
+from minitrain.cli.registry import COMMANDS
+from tests.commands import PARSERS, WITH_CONFIG
 from tests.conftest import DEADLINE, ROOT
 from tests.messages import reports
 
@@ -29,23 +31,14 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_reads_like_a_page(capsys):
-    """Each command names its arguments and the exit codes."""
-    for command, told in {
-        "train": "--overrides KEY=VALUE",
-        "generate": "--input FILE",
-        "chat": "--system TEXT",
-        "merge": "--weights W",
-        "score": "--text-pair TEXT",
-        "cache-teacher": "--output FILE.safetensors",
-        "plot": "--output FILE.png",
-        "doctor": "RUN",
-        "inspect": "--split {train,eval}",
-        "validate": "--all FOLDER",
-    }.items():
-        assert main([command, "--help"]) == 0
-        page = capsys.readouterr().out
-        assert page.startswith(f"usage: minitrain {command} ") and told in page and "exit codes:" in page
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_reads_like_a_page(capsys, name):
+    """It has the usage, all arguments and the exit codes."""
+    assert main([name, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"usage: minitrain {name} ") and "exit codes:" in page
+    shown = [action for action in PARSERS[name]._actions if action.help != argparse.SUPPRESS]
+    assert all((action.option_strings or [action.metavar])[-1] in page for action in shown)
 
 
 def test_train_py_is_the_train_command(capsys):
@@ -103,7 +96,7 @@ def test_version(capsys):
     "arguments, told",
     [
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "c.yml", "lr=1"], "unknown arguments: lr=1; options of the config follow --overrides"),
+        (["train", "c.yml", "lr=1"], "unknown arguments: lr=1. Set options of the config with --overrides lr=..."),
         (["train", "c.yml", "--override", "lr=1"], "unknown arguments: --override lr=1"),
         (["generate", "m"], "one of the arguments --prompt --input is required"),
         (["generate", "m", "--prompt", "a", "--input", "b"], "not allowed with argument"),
@@ -111,7 +104,7 @@ def test_version(capsys):
         (["generate", "m", "--prompt", "a", "--top-p", "2"], "expected a number from 0 to 1, got '2'"),
         (["generate", "m", "--prompt", "a", "--temperature", "nan"], "got 'nan'"),
         (["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], "expected a number of 1 or more, got '0'"),
-        (["generate", "m", "--prompt", "a", "--top-p", "0.5"], "--top-p would be ignored"),
+        (["generate", "m", "--prompt", "a", "--top-p", "0.5"], "--top-p: has no effect"),
         (["generate", "./nowhere", "--prompt", "a"], "./nowhere: there is no such folder"),
         (["generate", "a/b/c", "--prompt", "a"], "a/b/c: there is no such folder"),
         (
@@ -123,8 +116,8 @@ def test_version(capsys):
         (["generate", "tiny", "--prompt", "a", "--device", "mps"], "there is no MPS device here"),
         (["generate", "m", "--input", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["generate", "m", "--input", "train.py"], "train.py: expected a .txt, .json, .jsonl, .csv, .tsv, "),
-        (["generate", "m", "--prompt", "a", "--output", "docs"], "docs is a folder; name a file in it"),
-        (["generate", "m", "--prompt", "a", "--output", "README.txt/x"], "there is no folder"),
+        (["generate", "m", "--prompt", "a", "--output", "docs"], "docs is a folder. Name a file in it."),
+        (["generate", "m", "--prompt", "a", "--output", "README.txt/x"], "does not exist. Create it first."),
         (["chat", "./nowhere"], "./nowhere: there is no such folder"),
     ],
 )
@@ -173,7 +166,7 @@ def test_every_kind_of_input_gives_the_same_answers(generate):
     answers = {}
     for kind in ("txt", "jsonl", "json", "csv"):
         code, out, _ = generate("--input", f"p.{kind}", "--output", f"{kind}.jsonl", "--batch-size", "2")
-        assert code == 0 and out == f"3 answers written to {kind}.jsonl\n"
+        assert code == 0 and out == f"3 responses saved to {kind}.jsonl\n"
         answers[kind] = [row["response"] for row in rows_of(f"{kind}.jsonl")]
     assert answers["txt"] == answers["jsonl"] == answers["json"] == answers["csv"]
     assert [row["id"] for row in rows_of("jsonl.jsonl")] == [0, 1, 2]
@@ -195,8 +188,8 @@ def test_a_response_that_a_row_has(generate):
     """It stays, and the answers go into another column, the same for all rows."""
     Path("p.jsonl").write_text('{"prompt": "a", "response": "mine"}\n{"prompt": "b", "model_response": "other"}\n')
     code, out, _ = generate("--input", "p.jsonl", "--output", "out.jsonl")
-    renamed = "`response` is in `model_model_response`"
-    assert code == 0 and out == f"2 answers written to out.jsonl; the rows have their own, so {renamed}\n"
+    renamed = "`response` is saved as `model_model_response`"
+    assert code == 0 and out == f"2 responses saved to out.jsonl; the rows have a column of that name, so {renamed}\n"
     first, second = rows_of("out.jsonl")
     assert first["response"] == "mine" and second["model_response"] == "other" and "response" not in second
     assert (
@@ -241,7 +234,7 @@ def test_nothing_is_left_half_written(generate, monkeypatch, error, code):
         (b'{"messages": [{"role": "user", "content": 3}]}\n', "p.jsonl:1: messages[0] has no text as its content"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "p.jsonl:1: messages holds no turn of the user"),
         (b'{"messages": [{"content": "a"}]}\n', "p.jsonl:1: messages[0] has the role 'None'; known are"),
-        (b"", "p.jsonl: holds no prompts"),
+        (b"", "p.jsonl: contains no prompts"),
         (
             b'{"prompt": "a"}\n{"prompt": "' + b"x" * 1100 + b'"}\n',
             "p.jsonl:2: 1119 tokens leave no place for an answer",
@@ -271,7 +264,7 @@ def test_the_same_seed_samples_the_same(generate):
 # ---------------------------------------------------------------------------------------------------------- chat
 
 
-HEAD = "Type a message; /reset forgets the conversation, /exit or Ctrl-D ends it.\n"
+HEAD = "Type a message. /reset starts a new conversation; /exit or Ctrl-D ends the chat.\n"
 
 
 def test_chat(llama_folder):
@@ -281,8 +274,8 @@ def test_chat(llama_folder):
     assert done.returncode == 0 and done.stderr == b""
     head, first, second, refused, no_text, reset, again, end = done.stdout.decode().split("> ")
     assert head == HEAD and first == again != second
-    assert refused.startswith("11") and refused.endswith("; say something else, or /reset\n")
-    assert no_text.endswith("; say something else, or /reset\n")
+    assert refused.startswith("11") and refused.endswith(". Type another message, or /reset.\n")
+    assert no_text.endswith(". Type another message, or /reset.\n")
     assert reset == "" and end == ""
 
 

@@ -9,7 +9,6 @@ import importlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,34 +18,9 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli.main import main
-from tests.conftest import DEADLINE, ROOT, furnish
+from tests.commands import CASES
+from tests.conftest import DEADLINE, ROOT
 from tests.distributed.launch import FORKS
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, llama_folder, rows_file):
-    """A folder with configs, data, a model, and runs of a model, an adapter and a classifier."""
-    folder = tmp_path_factory.mktemp("ctrl-c")
-    config = furnish(folder, llama_folder, rows_file)
-    (folder / "c.yml").write_text(json.dumps(config | {"cache_dir": "cache", "validation_split": 0.5}))
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        assert main(["train", "c.yml", "--overrides", "exp_name=lora", "lora.rank=2"]) == 0
-        classify = ["exp_name=labels", "loss.name=classify", "datasets=[labels.jsonl]"]
-        assert main(["train", "c.yml", "--overrides", *classify]) == 0
-    finally:
-        os.chdir(before)
-    shutil.rmtree(folder / "cache")
-    return folder
-
-
-@pytest.fixture
-def folder(trained, tmp_path, monkeypatch):
-    """A copy of it, which is the current one."""
-    shutil.copytree(trained, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def _command(arguments: list[str], stop: str, seconds: float, folder: str) -> None:
@@ -130,15 +104,15 @@ def everything() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
-KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
-GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl", "--force"]
+GENERATE = CASES["generate"].arguments
+CACHE_TEACHER = CASES["cache-teacher"].arguments
 
 
 @pytest.mark.parametrize(
     "stop, arguments",
     [
-        ("config.load:_read_text", ["train", "c.yml"]),
-        ("cli.commands:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
+        *((case.stage, case.arguments) for case in CASES.values()),
+        ("cli.config_commands:importlib.util.spec_from_file_location", ["train", "c.yml", "--plugin", "p.py"]),
         ("training.setup:load_tokenizer", ["train", "c.yml"]),
         ("data.cache_writer:CacheWriter.finish", ["train", "c.yml"]),
         ("training.setup:build_policy", ["train", "c.yml"]),
@@ -146,27 +120,14 @@ GENERATE = ["generate", "runs/lora", "--prompt", "a", "--output", "labels.jsonl"
         ("training.loading:prepare_policy", ["train", "c.yml"]),
         ("training.loading:build_aux_models", ["train", "c.yml"]),
         ("inference.generate:load_merged", GENERATE),
-        ("inference.generate:Generator._generate", GENERATE),
-        ("cli.commands:input", ["chat", "runs/lora"]),
         ("inference.generate:Generator.stream", ["chat", "runs/lora"]),
-        (
-            "inference.score:SequenceScorer.scores",
-            ["score", "runs/labels", "--text", "a", "--output", "labels.jsonl", "--force"],
-        ),
-        ("inference.merge:merge_adapter", ["merge", "runs/lora", "--output", "merged"]),
-        ("model.save:save_weights", ["merge", "runs/lora", "--output", "merged"]),
-        ("inference.teacher_cache:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
-        ("inference.teacher_cache:top_k_logprobs", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+        ("model.save:save_weights", CASES["merge"].arguments),
+        ("inference.teacher_cache:top_k_logprobs", CACHE_TEACHER),
         ("training.setup:read_data", ["inspect", "c.yml"]),
-        ("tools.preflight.preview:_batch", ["inspect", "c.yml"]),
         ("training.setup:build_policy", ["validate", "c.yml"]),
-        ("tools.preflight.validate:_figures", ["validate", "c.yml"]),
-        ("tools.analysis.plot:plot", ["plot", "runs/lora"]),
-        ("tools.analysis.doctor:run_checks", ["doctor", "runs/lora"]),
-        ("tools.analysis.compare:compare", ["compare", "runs/lora", "runs/labels"]),
     ],
 )
-def test_one_line_and_nothing_changed(folder, stop, arguments):
+def test_one_line_and_nothing_changed(trained_folder, stop, arguments):
     """While it waits in a function of each stage, Ctrl-C ends it; no file is new, gone or other than before."""
     Path("p.py").touch()
     before = everything()
@@ -183,12 +144,12 @@ SIGTERM_STAGES = [
     ("training.loading:build_aux_models", ["train", "c.yml"]),
     ("training.run_dir:RunDir.find_checkpoint", ["train", "c.yml"]),
     ("inference.generate:Generator._generate", GENERATE),
-    ("inference.teacher_cache:_ask", ["teach", "c.yml", "--output", "teacher.safetensors", *KD]),
+    ("inference.teacher_cache:_ask", CACHE_TEACHER),
 ]
 
 
 @pytest.mark.parametrize("stop, arguments", SIGTERM_STAGES)
-def test_sigterm_before_training(folder, stop, arguments):
+def test_sigterm_before_training(trained_folder, stop, arguments):
     """It ends a command as Ctrl-C does, with the exit code and the name of the signal."""
     before = everything()
     command = Command(*arguments, stop=stop)
@@ -200,7 +161,7 @@ def test_sigterm_before_training(folder, stop, arguments):
 
 
 @pytest.fixture
-def large_file(folder):
+def large_file(trained_folder):
     """Rows that several processes tokenise."""
     row = json.dumps({"prompt": "a", "response": "b" * 40_000})
     Path("rows.jsonl").write_text(f"{row}\n" * 120)  # a small file is tokenised by one process
@@ -229,7 +190,7 @@ def test_kill_9_while_several_processes_tokenise(large_file, capsys):
     assert not list(Path("cache").glob(".building-*")) and list(Path("cache").glob("*.safetensors"))
 
 
-def test_in_the_first_evaluation(folder, capsys):
+def test_in_the_first_evaluation(trained_folder, capsys):
     """The signal is kept, a checkpoint of step 0 is written, and the same command resumes from it."""
     command = Command("train", "c.yml", stop="training.step:failpoint", seconds=1)
     assert command.interrupt() == 130
@@ -246,7 +207,7 @@ def test_in_the_first_evaluation(folder, capsys):
         (["inspect", "c.yml"], signal.SIGTERM, "stopped by SIGTERM"),
     ],
 )
-def test_while_importing(folder, arguments, number, told):
+def test_while_importing(trained_folder, arguments, number, told):
     """Also in the middle of numpy, which would swallow the exception."""
     command = [sys.executable, "-X", "importtime", "-m", "minitrain", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

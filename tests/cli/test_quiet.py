@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from minitrain.cli.main import main
+from tests.commands import CASES, KD, PARSERS
 from tests.messages import reports
-
-KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
 
 
 @pytest.fixture
@@ -33,23 +32,20 @@ def test_bars_are_there_without_it(say):
     assert "done: out/c/final" in out and "tokenising rows.jsonl" in err and "step/s" in err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train", "c.yml"],
-        ["merge", "out/lora", "--output", "merged"],
-        ["plot", "out/lora"],
-        ["validate", "c.yml"],
-        ["validate", "c.yml", "c.yml", "--full"],
-        ["generate", "out/lora", "--prompt", "a", "--max-new-tokens", "1", "--output", "answers.jsonl"],
-    ],
-)
-def test_nothing_is_printed(say, arguments):
-    """Not on stdout and not on stderr, and the work is done."""
-    Path("rows.jsonl").write_text('{"prompt": "other", "response": "rows"}\n')  # which are not tokenised yet
-    assert say(*arguments, "--quiet") == ("", "")
-    made = {"train": "out/c/final", "merge": "merged", "plot": "out/lora/metrics.png", "generate": "answers.jsonl"}
-    assert Path(made.get(arguments[0], "c.yml")).exists()
+@pytest.mark.parametrize("name", [name for name in CASES if "--quiet" in PARSERS[name]._option_string_actions])
+def test_only_results_are_printed(trained_folder, capsys, monkeypatch, name):
+    """No bar and no message, and the work is done."""
+    case = CASES[name]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*case.arguments, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and (out == case.quiet_output or case.quiet_output is None)
+    assert Path(case.writes).exists()
+
+
+def test_a_report_is_not_printed(say):
+    """Even --full."""
+    assert say("validate", "c.yml", "c.yml", "--full", "--quiet") == ("", "")
 
 
 def test_results_are_printed(say):

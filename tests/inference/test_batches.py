@@ -125,4 +125,4 @@ def test_scores_of_long_texts(kind, tmp_path, capsys):
         torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)
     capsys.readouterr()
     assert main(["score", str(tmp_path / "m"), "--text", "short", "x" * 70, "--quiet"]) == 0
-    assert capsys.readouterr().err == "warning: 1 of 2 texts were truncated to 64 tokens, which the model can read\n"
+    assert capsys.readouterr().err == "warning: 1 of 2 texts were truncated to 64 tokens, the model's limit\n"

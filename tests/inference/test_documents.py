@@ -76,7 +76,7 @@ def test_verdicts_and_table(ask):
     ask.answer = "So ##begin_quote##Oslo is old.##end_quote## <ANSWER>: the Oslo"
     code, out, err, _ = ask("--input", "rows.jsonl", "--output", "out.jsonl")
     lines = out.splitlines()
-    assert code == 0 and err == "" and lines[0] == "5 answers written to out.jsonl"
+    assert code == 0 and err == "" and lines[0] == "5 responses saved to out.jsonl"
     assert lines[1].split() == ["of", "4", "answers", "model", "teacher"] and len(lines) == 2 + len(LINES)
     assert lines[-4].split()[-2:] == ["100.0%", "0.0%"] and lines[-4].startswith("a quote from nowhere")
     *rows, plain = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
@@ -95,8 +95,8 @@ def test_answers_of_several_lines(ask):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--input", "rows.jsonl", "--documents", "a.txt"], "--documents goes with --prompt; rows of a file have"),
-        (["--prompt", "a", "--rows", "2"], "--rows goes with --input"),
+        (["--input", "rows.jsonl", "--documents", "a.txt"], "--documents: conflicts with --input"),
+        (["--prompt", "a", "--rows", "2"], "--rows: has no effect without --input"),
         (["--prompt", "a", "--documents", "c.txt"], "c.txt: cannot be read: No such file or directory"),
         (["--prompt", "a", "--documents", "."], ".: cannot be read: Is a directory"),
         (["--prompt", "a", "--documents", "empty.txt"], "empty.txt: is empty"),

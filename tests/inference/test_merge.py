@@ -33,7 +33,7 @@ def test_a_merged_model_answers_as_the_adapter_does(runs, tmp_path, capsys):
     """Equal to the trainer's own answers, by transformers' files; a folder that exists is not written over."""
     run, output = str(runs["one"].run.path), tmp_path / "merged"
     assert main(["merge", run, "--output", str(output)]) == 0
-    assert f"saved in float32: {output}" in capsys.readouterr().out
+    assert f"saved in float32 to {output}" in capsys.readouterr().out
     messages = [[{"role": "user", "content": text}] for text in ("say 1", "say 2")]
     wanted = [runs["one"].chat(each, max_new_tokens=8) for each in messages]
     for source in (run, str(output)):
@@ -107,7 +107,9 @@ def test_a_killed_replacement_is_completed_by_the_next_run(runs, tmp_path, monke
     capsys.readouterr()
     assert main(["merge", run, "--output", str(output)]) == 2
     err = capsys.readouterr().err
-    assert ("merged: recovered; a kill had interrupted" in err) == (point != "replace.done") and "exists" in err
+    assert ("merged: recovered after an interrupted replacement" in err) == (
+        point != "replace.done"
+    ) and "exists" in err
     assert sorted(output.parent.iterdir()) == sorted([output, *neighbors])
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights_of(output).values())
 

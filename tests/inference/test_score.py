@@ -67,7 +67,7 @@ def test_a_file_with_columns(place, capsys, tmp_path):
     table, output = tmp_path / "rows.tsv", tmp_path / "out.jsonl"
     table.write_text("#1 String\tlabel\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
     (line,) = told(capsys, place / "runs/labels", "--input", table, "--columns", "text=#1 String", "--output", output)
-    assert line == f"3 predictions written to {output}"
+    assert line == f"3 predictions saved to {output}"
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["#1 String"], row["label"]) for row in found] == rows
     alone = told(capsys, place / "runs" / "labels", "--text", *(a for a, _ in rows))
@@ -79,7 +79,7 @@ def test_a_prediction_that_a_row_has(place, capsys, tmp_path):
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.json"
     rows.write_text('{"text": "one", "prediction": 3}\n{"text": "two"}\n')
     (line,) = told(capsys, place / "runs/labels", "--input", rows, "--output", output)
-    assert line.endswith("; the rows have their own, so `prediction` is in `model_prediction`")
+    assert line.endswith("; the rows have a column of that name, so `prediction` is saved as `model_prediction`")
     first, second = json.loads(output.read_text())
     assert first["prediction"] == 3 and {"model_prediction", "probability"} <= first.keys() & second.keys()
 

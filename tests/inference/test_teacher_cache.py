@@ -39,9 +39,7 @@ def test_what_is_written(teach, rows_file):
     """Ids and log-probabilities that fall, and sum to 1 with the rest, where tokens are learned; zeros elsewhere."""
     code, out, _ = teach("--output", "t.safetensors")
     assert code == 0
-    assert (
-        out == "the teacher's outputs are in t.safetensors; train from them with loss.teacher_outputs=t.safetensors\n"
-    )
+    assert out == "teacher outputs saved to t.safetensors; train with loss.teacher_outputs=t.safetensors\n"
     (tokens,) = Path("cache").glob("*.safetensors")
     with safe_open(tokens, "pt") as cache, safe_open("t.safetensors", "pt") as file:
         learned = cache.get_tensor("mask").bool()

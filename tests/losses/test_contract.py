@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitrain import ConfigError, Loss, Models, create_loss
-from minitrain.cli.commands import load_plugin
+from minitrain.cli.config_commands import load_plugin
 from minitrain.data.examples import schema
 from minitrain.losses import add_features, registered
 from tests.examples import examples, files

@@ -50,13 +50,13 @@ def data_of(axis) -> list[tuple[list, list]]:
 
 
 def test_only_the_figures_that_are_asked_for(picture, run, capsys):
-    """`--figures` gives panels in its order; one that no run has is refused with the names of those there are."""
+    """`--metrics` gives panels in its order; one that no run has is refused with the names of those there are."""
     from minitrain.tools.analysis.plot import make_figure
 
     drawn = make_figure([read_history(run)], ["lr", "loss"])
     assert [axis.get_title(loc="left") for axis in drawn.axes] == ["lr", "loss"]
-    assert main(["plot", str(run), "--figures", "loss", "los"]) == 2
-    assert reports(capsys.readouterr().err, "not-a-choice", "--figures: ", "loss, rewards/margins, lr, grad_norm")
+    assert main(["plot", str(run), "--metrics", "loss", "los"]) == 2
+    assert reports(capsys.readouterr().err, "not-a-choice", "--metrics: ", "loss, rewards/margins, lr, grad_norm")
     assert not (run / "metrics.png").exists()
 
 
@@ -110,7 +110,7 @@ def test_the_picture_is_a_png_in_the_run(run, capsys, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     assert main(["plot", "run"]) == 0
-    assert capsys.readouterr().out == "the plot is in run/metrics.png\n"
+    assert capsys.readouterr().out == "plot saved to run/metrics.png\n"
     assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert main(["plot", "run", "run"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.png", "run"]

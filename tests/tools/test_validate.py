@@ -294,7 +294,7 @@ def test_the_examples(monkeypatch, capsys):
     for path, line in zip(paths, out.splitlines(), strict=True):
         name = load_config(path).model.name_or_path
         if name == "tiny":
-            assert ": fine; " in line and " to train on" in line and " epochs of " in line
+            assert ": valid; " in line and " to train on" in line and " epochs of " in line
         else:
             assert f": not checked: {name}: " in line and "(HF_HUB_OFFLINE is set)" in line
 
@@ -315,7 +315,7 @@ def test_one_bad_config_among_others(write, capsys, tmp_path):
     write(ROWS, "c")
     assert main(["validate", "--all", str(tmp_path), "--full"]) == 2
     out, err = capsys.readouterr()
-    assert [line.rpartition(": ")[2] for line in out.splitlines() if "yml" in line] == ["fine", "refused", "fine"]
+    assert [line.rpartition(": ")[2] for line in out.splitlines() if "yml" in line] == ["valid", "invalid", "valid"]
     assert out.count("  parameters") == 2
     assert err.count("\n") == 1 and reports(err, "invalid-json", f"{tmp_path / 'b.jsonl'}:21: ")
 

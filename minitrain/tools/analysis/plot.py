@@ -52,7 +52,7 @@ def make_figure(histories: list[History], metrics: list[str] | None = None):
     panels, colors = panel_names(histories), _colors(histories)
     if missing := set(metrics or []) - set(panels):
         message = f"no run has logged {', '.join(sorted(missing))}; there are {', '.join(panels)}"
-        raise ConfigError(f"--figures: {message}", "not-a-choice")
+        raise ConfigError(f"--metrics: {message}", "not-a-choice")
     panels = metrics or panels
     columns = min(len(panels), 3 if len(panels) <= 9 else 4)
     rows = math.ceil(len(panels) / columns)

@@ -1,0 +1,70 @@
+"""How a command ends that fails or is interrupted: one line on stderr, and an exit code."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minitrain.io.redact import redact
+
+if TYPE_CHECKING:
+    from minitrain.errors import MinitrainError
+
+RANK_0_FIRST = 2.0  # seconds that the other ranks wait
+STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+REDUCE_MEMORY = (
+    "Use smaller batches (raise gradient_accumulation_steps, lower --batch-size or eval_batch_size) or shorter rows "
+    "(max_length), or set activation_checkpointing=true."
+)
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error, rank 0 before the others, and return the exit code."""
+    rank, message = os.environ.get("RANK", "0"), redact(message)
+    if rank != "0":
+        # Usually rank 0 has the same error, and the launcher ends this process before it repeats it.
+        time.sleep(RANK_0_FIRST)
+        message = f"rank {rank}: {message}"
+    print(f"minitrain: {message}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a table of these
+        with contextlib.suppress(OSError):
+            more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
+    return code
+
+
+def system_error(error: Exception) -> "MinitrainError | None":
+    """Return the error for a file that the system refuses, or for exhausted memory; None for other exceptions."""
+    from minitrain.errors import MinitrainError, RunError
+
+    if isinstance(error, OSError):
+        if not error.strerror:
+            return None
+        message = f"{redact(str(error.filename))[:80]}: {error.strerror}" if error.filename else error.strerror
+        return RunError(message, "no-space") if error.errno == errno.ENOSPC else MinitrainError(message, "os-error")
+    words = ("out of memory", "can't allocate memory")
+    if isinstance(error, MemoryError) or any(one in str(error) for one in words):
+        return RunError(f"out of memory. {REDUCE_MEMORY}", "out-of-memory")
+    return None
+
+
+@contextlib.contextmanager
+def exiting_on_signal() -> Iterator[None]:
+    """End the process at once on a signal. While torch is imported, an exception would be lost or garbled."""
+
+    def leave(number, frame):
+        os._exit(fail(STOPPED[number], 128 + number))
+
+    raising = [number for number in STOPPED if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, leave) for number in raising}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
