@@ -321,7 +321,7 @@ def test_ctrl_c_while_training(config_file, capsys):
     training.send_signal(signal.SIGINT)
     out = training.communicate(timeout=DEADLINE)[0]
     assert training.returncode == 130 and "stopped by SIGINT at step " in out
-    step = int(out.partition("SIGINT at step ")[2].partition(";")[0])
+    step = int(out.partition("SIGINT at step ")[2].partition(".")[0])
     for told in (f"going on from {runs}/x/checkpoints/step-{step}", f"is finished: {step + 2} steps"):
         assert main(["train", str(config_file), "--overrides", f"n_steps={step + 2}"]) == 0
         assert told in capsys.readouterr().out
