@@ -1,4 +1,4 @@
-"""Add LoRA to the layers that an adapter names, and select the parameters to train with it."""
+"""Add LoRA to the target layers of an adapter, and select the parameters to train."""
 
 import contextlib
 import difflib
@@ -26,12 +26,12 @@ MATCH_SECONDS = 2
 
 @dataclass
 class Adapter:
-    """A LoRA in a model.
+    """The LoRA of a model.
 
     Attributes:
         config: Its adapter_config.json.
         layers: Layers with LoRA by name.
-        subtracted_init: Initial A and B by layer that were subtracted from the base (pissa, olora).
+        subtracted_init: Initial A and B by layer, whose product was subtracted from the base weight (pissa, olora).
         modules_to_save: Names of modules that are trained and saved in full.
         extra_tensors: Names of frozen tensors that are saved with the adapter.
     """
@@ -43,7 +43,7 @@ class Adapter:
     extra_tensors: list[str] = field(default_factory=list)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained."""
+        """Return the trained parameters by name."""
         parameters = dict(model.named_parameters())
         bias = self.config["bias"]
         biases = {f"{name}.bias" for name in self.layers} if bias == "lora_only" else set()
@@ -61,7 +61,7 @@ class Adapter:
         return trained
 
     def freeze(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Freeze all but the adapter. The adapter is in float32, the rest in `dtype` unless quantized."""
+        """Freeze all but the adapter, which is kept in float32, the rest in `dtype` unless it is quantized."""
         trained = {id(parameter) for parameter in self.parameters(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -69,7 +69,7 @@ class Adapter:
                 parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else dtype)
 
     def names(self, model: nn.Module) -> list[str]:
-        """Return the names of the tensors to save, without trained rows of a weight that is saved."""
+        """Return the names of the tensors to save, without trained rows of weights that are saved in full."""
         covered = {name.removesuffix("weight") + token_rows.NAME for name in self.extra_tensors}
         return [*(name for name in self.parameters(model) if name not in covered), *self.extra_tensors]
 
@@ -78,16 +78,16 @@ class Adapter:
 
 
 def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = None, strict: bool = True) -> Adapter:
-    """Add LoRA, still zero, to the layers that an adapter_config.json names.
+    """Add LoRA matrices of zeros to the target layers of an adapter_config.json.
 
     Args:
         model: The transformers model.
         config: The adapter_config.json.
         weights: Weights of a model on the meta device.
-        strict: Require every name in target_modules and exclude_modules to match; PEFT requires one.
+        strict: Require every name in target_modules and exclude_modules to match a layer; PEFT only requires one match.
 
     Raises:
-        ConfigError: A name matches nothing, or options contradict each other.
+        ConfigError: A name matches no module, or options conflict.
     """
     modules = dict(model.named_modules())
     modules_to_save = []
@@ -97,18 +97,18 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
             raise ConfigError(f"lora.modules_to_save: {_unknown_module(path, modules)}", "not-a-choice")
         modules_to_save += matches
     adapter = Adapter(config, {}, modules_to_save=list(dict.fromkeys(modules_to_save)))
-    keep = bool(config.get("ensure_weight_tying"))
-    if keep:
+    keep_tied = bool(config.get("ensure_weight_tying"))
+    if keep_tied:
         adapter.modules_to_save = _add_tied(model, adapter.modules_to_save)
-    untied = _untie(model, adapter.modules_to_save, weights, keep)
+    untied = _untie(model, adapter.modules_to_save, weights, keep_tied)
     rows = train_new_rows(model, config.get("trainable_token_indices"), adapter.modules_to_save, weights)
     adapter.layers |= {
         name: modules[name] for name in _targets(model, modules, config, adapter.modules_to_save, strict)
     }
-    if keep and (tied := _add_tied(model, adapter.layers)[len(adapter.layers) :]):
+    if keep_tied and (tied := _add_tied(model, adapter.layers)[len(adapter.layers) :]):
         raise ConfigError(
-            f"ensure_weight_tying: LoRA on a layer that is tied to {tied[0]} is not supported. Train it whole "
-            "(modules_to_save) or make the adapter without ensure_weight_tying.",
+            f"ensure_weight_tying: LoRA on a layer that is tied to {tied[0]} is not supported. Train it in full "
+            "(modules_to_save), or create the adapter without ensure_weight_tying.",
             "unsupported-model",
         )
     adapter.extra_tensors += [name for name in rows if untied or not _is_storable(model, name, adapter)]
@@ -123,10 +123,10 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
 
 
 def _is_storable(model: nn.Module, weight: str, adapter: Adapter) -> bool:
-    """Return whether PEFT can store trained rows of a weight: not with LoRA on it, nor in a layer with a bias."""
-    owned = [module for module in model.modules() if getattr(module, "weight", None) is model.get_parameter(weight)]
-    with_lora = [module for module in adapter.layers.values() if any(module is one for one in owned)]
-    return not with_lora and all(getattr(module, "bias", None) is None for module in owned)
+    """Return whether PEFT can store trained rows of a weight: only without LoRA on it, and in layers without bias."""
+    layers = [module for module in model.modules() if getattr(module, "weight", None) is model.get_parameter(weight)]
+    with_lora = [module for module in adapter.layers.values() if any(module is layer for layer in layers)]
+    return not with_lora and all(getattr(module, "bias", None) is None for module in layers)
 
 
 def new_biases(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -139,7 +139,7 @@ def new_biases(model: nn.Module, adapter: Adapter) -> list[str]:
 def train_new_rows(model: nn.Module, token_indices: Any, full_modules: list[str], weights: Weights | None) -> list[str]:
     """Add trained rows to frozen embeddings, for new tokens and those in `token_indices`.
 
-    The rows start as those of the weight. Tied layers share them.
+    The initial rows are those of the weight. Tied layers share them.
 
     Args:
         model: The transformers model.
@@ -155,26 +155,26 @@ def train_new_rows(model: nn.Module, token_indices: Any, full_modules: list[str]
     """
     layers = embedding_layers(model)
     chosen = parse_token_indices(model, token_indices)
-    first: dict[int, str] = {}  # weight -> the first layer that has it
+    first_layers: dict[int, str] = {}  # id of a weight -> its first layer
     for name, layer in layers.items():
         if any(f"{name}.".startswith(f"{path}.") for path in full_modules):
             if name in chosen:
                 raise ConfigError(
-                    f"trainable_token_indices: {name} is in modules_to_save, too. Leave it out of one of them.",
+                    f"trainable_token_indices: {name} is also in modules_to_save. Remove it from one of them.",
                     "conflict",
                 )
             continue
-        owner = first.setdefault(id(layer.weight), name)
+        owner = first_layers.setdefault(id(layer.weight), name)
         if chosen.get(name, chosen.get(owner)) != chosen.get(owner):
             raise ConfigError(
-                f"trainable_token_indices: {name} and {owner} are tied, so they need the same token ids.", "mismatch"
+                f"trainable_token_indices: {name} and {owner} are tied. Give them the same token ids.", "mismatch"
             )
         ids = sorted({*chosen.get(owner, ()), *model.new_ids})
         if ids:
             rows = token_rows.add(layer, ids, None if owner == name else layers[owner].token_rows)
             if owner == name:
                 init_rows(model, name, rows, weights)
-    return [f"{name}.weight" for name in first.values() if token_rows.has_rows(layers[name])]
+    return [f"{name}.weight" for name in first_layers.values() if token_rows.has_rows(layers[name])]
 
 
 def init_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights | None) -> None:
@@ -189,32 +189,33 @@ def init_rows(model: nn.Module, name: str, rows: nn.Parameter, weights: Weights 
 
 
 def parse_token_indices(model: nn.Module, token_indices: Any) -> dict[str, list[int]]:
-    """Return PEFT's trainable_token_indices by full layer name. Raises ConfigError."""
+    """Return PEFT's trainable_token_indices by full layer name. Raises ConfigError if they are invalid."""
     if token_indices is None:
         return {}
-    key, chosen, layers = "trainable_token_indices", {}, embedding_layers(model)
+    key, parsed, layers = "trainable_token_indices", {}, embedding_layers(model)
     if isinstance(token_indices, list):
         token_indices = {
             next(name for name, layer in layers.items() if layer is model.get_input_embeddings()): token_indices
         }
     if not isinstance(token_indices, dict):
         raise ConfigError(
-            f"{key}: expected token ids in a list, or lists by names of layers, got {token_indices!r}.", "wrong-type"
+            f"{key}: expected a list of token ids, or lists by layer name, got {token_indices!r}.", "wrong-type"
         )
-    for one, ids in token_indices.items():
-        names = [name for name in layers if name.endswith(one)]
+    for suffix, ids in token_indices.items():
+        names = [name for name in layers if name.endswith(suffix)]
         if not names:
             raise ConfigError(
-                f"{key}: no embedding or output layer is called {one!r}. There are {', '.join(layers)}.", "not-a-choice"
+                f"{key}: no embedding or LM head is named {suffix!r}. Choose from {', '.join(layers)}.", "not-a-choice"
             )
         n_rows = layers[names[0]].weight.shape[0]
-        plain = isinstance(ids, list) and all(type(number) is int for number in ids)
-        if not plain or len(set(ids)) < len(ids) or not all(0 <= number < n_rows for number in ids):
+        is_id_list = isinstance(ids, list) and all(type(number) is int for number in ids)
+        if not is_id_list or len(set(ids)) < len(ids) or not all(0 <= number < n_rows for number in ids):
             raise ConfigError(
-                f"{key}: {one} needs different token ids from 0 to {n_rows - 1}, got {str(ids)[:100]}.", "out-of-range"
+                f"{key}: {suffix} needs distinct token ids from 0 to {n_rows - 1}, got {str(ids)[:100]}.",
+                "out-of-range",
             )
-        chosen |= dict.fromkeys(names, ids)
-    return chosen
+        parsed |= dict.fromkeys(names, ids)
+    return parsed
 
 
 def _targets(
@@ -225,21 +226,25 @@ def _targets(
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     head = model.get_output_embeddings()
-    trained_modules = {part for name in modules_to_save for part in modules[name].modules()}
+    trained_modules = {module for name in modules_to_save for module in modules[name].modules()}
     adaptable = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
     if targets == "all-linear":
         matching = [n for n, module in adaptable.items() if not isinstance(module, nn.Embedding) and module is not head]
     else:
         matching = [name for name in adaptable if _matches(targets, name)]
     missing = (
-        [one for one in targets if not any(_matches([one], name) for name in matching)] if _is_list(targets) else []
+        [target for target in targets if not any(_matches([target], name) for name in matching)]
+        if _is_list(targets)
+        else []
     )
     if not matching or (missing and strict):
         raise ConfigError(
             f"lora.target_modules: {_unknown_module(missing[0] if missing else targets, adaptable)}", "not-a-choice"
         )
     unmatched = (
-        [one for one in excluded if not any(_matches([one], name) for name in matching)] if _is_list(excluded) else []
+        [entry for entry in excluded if not any(_matches([entry], name) for name in matching)]
+        if _is_list(excluded)
+        else []
     )
     if unmatched and strict:
         known = {name: adaptable[name] for name in matching}
@@ -251,26 +256,27 @@ def _targets(
     ]
     if not names:
         raise ConfigError(
-            "lora.target_modules: exclude_modules or modules_to_save has all layers that it names, "
-            f"like {matching[0]}. Name a layer that is in neither.",
+            f"lora.target_modules: all matching layers, such as {matching[0]}, are in exclude_modules or "
+            "modules_to_save. Name another layer.",
             "conflict",
         )
     return _filter_by_block(model, modules, names, layers) if layers else names
 
 
 def _filter_by_block(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:
-    """Return the names that are in the blocks with these numbers."""
+    """Return the names in the blocks with these numbers."""
     blocks = find_blocks(model.base_model)
     path = next(name for name, module in modules.items() if module is blocks)
     outside = [number for number in layers if not 0 <= number < len(blocks)]
     if outside:
         raise ConfigError(
-            f"lora.layers_to_transform: {outside[0]} is outside of the blocks 0-{len(blocks) - 1}.", "out-of-range"
+            f"lora.layers_to_transform: block {outside[0]} does not exist. Use 0 to {len(blocks) - 1}.", "out-of-range"
         )
     in_blocks = [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
     if not in_blocks:
         raise ConfigError(
-            f"lora.layers_to_transform: no layer to adapt is in these blocks, like {names[0]}.", "invalid-value"
+            f"lora.layers_to_transform: these blocks have no target layer (such as {names[0]}). Choose other blocks.",
+            "invalid-value",
         )
     return in_blocks
 
@@ -280,9 +286,9 @@ def _is_list(value: Any) -> bool:
 
 
 def _matches(patterns: Any, name: str, key: str = "target_modules") -> bool:
-    """Return whether a layer's name matches: the end of it a name in a list, or all of it a regex, as in PEFT."""
+    """Return whether a layer's name ends with a name in a list, or matches a regular expression in full, as in PEFT."""
     if _is_list(patterns):
-        return any(name == one or name.endswith(f".{one}") for one in patterns)
+        return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
     return _full_match(patterns, name, key) or name == patterns or name.endswith(f".{patterns}")
 
 
@@ -292,7 +298,9 @@ def _full_match(expression: str, name: str, key: str) -> bool:
         with _time_limit(MATCH_SECONDS):
             return re.fullmatch(expression, name) is not None
     except re.error as error:
-        raise ConfigError(f"lora.{key}: {expression!r} is no regular expression: {error}.", "invalid-value") from None
+        raise ConfigError(
+            f"lora.{key}: {expression!r} is not a valid regular expression: {error}.", "invalid-value"
+        ) from None
     except TimeoutError:
         raise ConfigError(
             f"lora.{key}: matching {expression!r} with {name} takes more than {MATCH_SECONDS} seconds. "
@@ -303,7 +311,7 @@ def _full_match(expression: str, name: str, key: str) -> bool:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Within the context, raise TimeoutError after some seconds; only in the main thread, which gets signals."""
+    """Within the context, raise TimeoutError after this time. It only works in the main thread, which gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -324,7 +332,7 @@ def _unknown_module(pattern: str, modules: dict[str, nn.Module]) -> str:
     available = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
     near = difflib.get_close_matches(pattern.rpartition(".")[2], available, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"nothing in the model is called {pattern!r}.{hint} There are {', '.join(available)}."
+    return f"no module is named {pattern!r}.{hint} The model has {', '.join(available)}."
 
 
 def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> Any:
@@ -336,19 +344,19 @@ def _pattern(config: dict[str, Any], patterns: str, name: str, default: Any) -> 
 
 def _add_tied(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names, followed by those of other modules with the same weight."""
-    own = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
-    tied = [name for name, module in model.named_modules() if id(module._parameters.get("weight")) in own]
+    parameter_ids = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    tied = [name for name, module in model.named_modules() if id(module._parameters.get("weight")) in parameter_ids]
     return list(dict.fromkeys([*names, *tied]))
 
 
-def _untie(model: nn.Module, modules_to_save: list[str], weights: Weights | None, keep: bool) -> bool:
+def _untie(model: nn.Module, modules_to_save: list[str], weights: Weights | None, keep_tied: bool) -> bool:
     """Untie modules that are trained in full, as PEFT does, so that they do not change other modules.
 
     Args:
         model: The transformers model.
         modules_to_save: Names of modules that are trained in full.
         weights: Weights of a model on the meta device.
-        keep: Keep modules tied if both are trained in full.
+        keep_tied: Keep modules tied if both are trained in full.
 
     Returns:
         Whether a weight was untied.
@@ -358,7 +366,7 @@ def _untie(model: nn.Module, modules_to_save: list[str], weights: Weights | None
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner = owners.setdefault(id(parameter), name)
         is_inside = [any(one.startswith(f"{path}.") for path in modules_to_save) for one in (name, owner)]
-        if owner == name or not any(is_inside) or (all(is_inside) and keep):
+        if owner == name or not any(is_inside) or (all(is_inside) and keep_tied):
             continue
         module, _, last = name.rpartition(".")
         setattr(model.get_submodule(module), last, nn.Parameter(parameter.detach().clone()))

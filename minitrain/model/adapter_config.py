@@ -1,4 +1,4 @@
-"""Read and check adapter_config.json, and make one from the options of a new adapter."""
+"""Read and check adapter_config.json, and create one from the options of a new adapter."""
 
 import json
 from collections.abc import Callable
@@ -16,14 +16,11 @@ from .soft_prompt import KINDS
 
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # keys of the last layer of a scalar head
-REQUIRED = {
-    "LORA": ("r", "lora_alpha", "target_modules"),
-    "PROMPT": ("num_virtual_tokens",),
-}  # have no default
-MAX_RANK = 1 << 15  # a larger rank or number of vectors is a mistake that would take all memory
+REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "PROMPT": ("num_virtual_tokens",)}  # keys without default
+MAX_RANK = 1 << 15  # a larger rank or number of vectors is a typo that would fill the memory
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
-# Features of PEFT that are not supported; an adapter that uses one is refused.
-FOREIGN = (
+# Unsupported features of PEFT.
+UNSUPPORTED = (
     *("layer_replication", "lora_bias", "target_parameters", "use_qalora"),
     *("alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"),
 )
@@ -38,32 +35,35 @@ def _is_rank(value: Any) -> bool:
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
 def _are_by_pattern(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
-# Option of adapter_config.json -> whether a value is valid, and what is expected.
+# Option of adapter_config.json -> predicate of valid values, and their description.
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, f"a whole number from 1 to {MAX_RANK}"),
+    "r": (_is_rank, f"an integer from 1 to {MAX_RANK}"),
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "target_modules": (
         lambda value: bool(value) and (isinstance(value, str) or _are_names(value)),
-        "names of layers in a list, or a regular expression",
+        "a list of layer names, or a regular expression",
     ),
-    "exclude_modules": (lambda value: isinstance(value, str) or _are_names(value), "names, or a regular expression"),
-    "modules_to_save": (_are_names, "names of modules in a list"),
+    "exclude_modules": (
+        lambda value: isinstance(value, str) or _are_names(value),
+        "a list of names, or a regular expression",
+    ),
+    "modules_to_save": (_are_names, "a list of module names"),
     "layers_to_transform": (
-        lambda value: all(type(one) is int for one in (value if isinstance(value, list) else [value])),
-        "a number of a block, or several in a list",
+        lambda value: all(type(number) is int for number in (value if isinstance(value, list) else [value])),
+        "a block number, or a list of them",
     ),
-    "rank_pattern": (_are_by_pattern(_is_rank), f"whole numbers from 1 to {MAX_RANK} by regular expressions"),
-    "alpha_pattern": (_are_by_pattern(_is_number), "finite numbers by regular expressions"),
+    "rank_pattern": (_are_by_pattern(_is_rank), f"integers from 1 to {MAX_RANK} by regular expression"),
+    "alpha_pattern": (_are_by_pattern(_is_number), "finite numbers by regular expression"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "num_virtual_tokens": (_is_rank, f"a whole number from 1 to {MAX_RANK}"),
+    "num_virtual_tokens": (_is_rank, f"an integer from 1 to {MAX_RANK}"),
 }
 
 
@@ -75,31 +75,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the adapter_config.json of a folder.
 
     Raises:
-        ConfigError: It cannot be read, lacks a key, or uses what minitrain does not support.
+        ConfigError: It cannot be read, lacks a key, or uses an unsupported feature.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        kind = config["peft_type"]
+        peft_type = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}", "unreadable") from None
-    if kind not in ("LORA", *KINDS.values()):
-        raise ConfigError(f"{folder}: an adapter of the kind {kind}, which is not known here.", "unsupported-model")
-    needed = REQUIRED["LORA" if kind == "LORA" else "PROMPT"]
-    if lacking := [key for key in needed if config.get(key) is None]:
-        raise ConfigError(f"{folder / CONFIG_FILE} does not say {', '.join(lacking)}.", "invalid-value")
+        raise ConfigError(f"{folder / CONFIG_FILE}: cannot be read: {error}", "unreadable") from None
+    if peft_type not in ("LORA", *KINDS.values()):
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: peft_type must be LORA, {' or '.join(KINDS.values())}, got {peft_type!r}.",
+            "unsupported-model",
+        )
+    required = REQUIRED["LORA" if peft_type == "LORA" else "PROMPT"]
+    if missing := [key for key in required if config.get(key) is None]:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: missing {', '.join(missing)}. Save the adapter again.", "invalid-value"
+        )
     for key, (is_valid, expected) in VALUES.items():
         if config.get(key) is not None and not is_valid(config[key]):
             value = repr(config[key])[:100]
-            raise ConfigError(
-                f"{folder / CONFIG_FILE}: {key} is wrong, got {value}. It has to be {expected}.", "invalid-value"
-            )
-    for key in FOREIGN:
+            raise ConfigError(f"{folder / CONFIG_FILE}: {key} must be {expected}, got {value}.", "invalid-value")
+    for key in UNSUPPORTED:
         if config.get(key):
-            raise ConfigError(f"{folder}: it uses {key}, which is not known here.", "unsupported-model")
-    if isinstance(start := config.get("init_lora_weights"), str) and start.startswith(CHANGES_BASE):
+            raise ConfigError(
+                f"{folder / CONFIG_FILE}: {key} is not supported. Retrain the adapter without it.", "unsupported-model"
+            )
+    if isinstance(init := config.get("init_lora_weights"), str) and init.startswith(CHANGES_BASE):
         raise ConfigError(
-            f"{folder}: an adapter that was started by {start} and goes on a changed base model. "
-            "Save it with path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it.",
+            f"{folder}: the adapter was initialized with {init}, which changes the base model. "
+            "Save it with path_initial_model_for_weight_conversion, which converts it to an ordinary LoRA.",
             "unsupported-model",
         )
     return {"bias": "none"} | config  # torchtune writes only the required keys
@@ -109,7 +114,7 @@ def read_adapter_outputs(folder: Path) -> list[str] | None:
     """Return the labels of the scalar head of an adapter's model; None for a causal LM.
 
     Raises:
-        ConfigError: The adapter's files do not say.
+        ConfigError: The adapter has no labels and no head.
     """
     config = read_config(folder)
     if config.get("task_type") != "SEQ_CLS":
@@ -119,7 +124,9 @@ def read_adapter_outputs(folder: Path) -> list[str] | None:
     with safe_open(folder / FILE, "pt") as file:  # PEFT saves no labels
         heads = [key for key in file.keys() if key.endswith(HEADS)]  # noqa: SIM118
         if not heads:
-            raise ConfigError(f"{folder}: it holds no head, so nobody knows what its model ends in.", "mismatch")
+            raise ConfigError(
+                f"{folder}: the adapter has no head, so its labels are unknown. Save it with its head.", "mismatch"
+            )
         return [f"LABEL_{number}" for number in range(file.get_slice(heads[0]).get_shape()[0])]
 
 
@@ -136,7 +143,7 @@ def base_config(config: Config, model: nn.Module) -> dict[str, Any]:
 
 
 def new_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """Return adapter_config.json for a new LoRA. A scalar head is new, so it is trained in full."""
+    """Return adapter_config.json of a new LoRA. A scalar head is new, so it is trained in full."""
     options = config.lora
     modules_to_save = [*options.modules_to_save, *heads_of(model).trained]
     return base_config(config, model) | {

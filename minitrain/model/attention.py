@@ -1,11 +1,11 @@
-"""Attention for packed rows: each document separately, without a [T, T] mask or matrix.
+"""Attention of packed rows, per document and without a [T, T] mask or matrix.
 
 transformers separates packed documents with a [T, T] mask and computes all T * T scores. Here documents of similar
 length are gathered from their batch rows into groups, and each group is plain causal attention. The cost is about the
 sum of the squared document lengths, so a row can have any length.
 
 transformers passes a four-dimensional attention mask unchanged to the attention function, in every architecture. So the
-spans of the documents are passed as the mask, which works with activation checkpointing, too.
+spans of the documents are passed as the mask. This also works with activation checkpointing.
 """
 
 import functools
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 NAME = "sdpa_documents"
-LIKE_LENGTH = 0.7  # the shortest document of a group has at least this fraction of the longest's tokens
+MIN_LENGTH_RATIO = 0.7  # of the shortest to the longest document in a group
 
 
 class Group(NamedTuple):
     """Documents of similar length."""
 
-    positions: Tensor  # [G, t] flat positions in the batch; shorter documents repeat their last one at the end
-    valid: Tensor  # [tokens] flat positions in [G, t] without these tails and shared prefixes
+    positions: Tensor  # [G, t] flat positions in the batch; shorter documents are padded with their last position
+    valid: Tensor  # [tokens] flat positions in [G, t] without padding and shared prefixes
 
 
 def attend_by_document(model: torch.nn.Module) -> None:
-    """Have a model with sdpa use this attention for packed rows."""
+    """Use this attention for packed rows of a model with sdpa."""
     if model.config._attn_implementation == "sdpa":
         register()
         model.set_attn_implementation(NAME)
@@ -34,7 +34,7 @@ def attend_by_document(model: torch.nn.Module) -> None:
 
 @functools.cache
 def register() -> None:
-    """Register this attention with transformers; not at import, since what it imports takes seconds."""
+    """Register this attention with transformers; not at import, since these imports take seconds."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -79,7 +79,7 @@ def documents_attention(
     outputs = []
     for positions, valid in groups:
         q, k, v = (t.index_select(0, positions.view(-1)).unflatten(0, positions.shape).transpose(1, 2) for t in flat)
-        # Tails need no mask: in causal attention, earlier tokens do not attend to them.
+        # Padding at the end needs no mask: in causal attention, earlier tokens do not attend to it.
         mask = _window(kwargs.get("sliding_window"), q)
         attended, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # [G, t, heads, d]
         outputs.append(attended.flatten(0, 1).index_select(0, valid))
@@ -87,16 +87,16 @@ def documents_attention(
     return torch.cat(outputs).index_select(0, inverse).unflatten(0, (rows, columns)), None
 
 
-@functools.lru_cache(maxsize=4)  # all layers of a model call it with the same arguments
+@functools.lru_cache(maxsize=4)  # all layers of a model pass the same arguments
 def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
-    """Return the groups, and for each position of the batch the index of its output in theirs, concatenated."""
+    """Return the groups, and for each position of the batch the index of its output in their concatenated outputs."""
     groups, order = [], []
     remaining = torch.tensor([(*span, 0, 0)[:5] for span in spans])  # [D, 5]
     length = _lengths(remaining)  # [D]
     remaining = remaining[length.argsort(descending=True, stable=True)]
     while len(remaining):
         lengths = _lengths(remaining)
-        size = int((lengths >= LIKE_LENGTH * lengths[0]).sum())
+        size = int((lengths >= MIN_LENGTH_RATIO * lengths[0]).sum())
         row, start, _, prefix, prefix_stop = remaining[:size, :, None].unbind(1)  # [G, 1] each
         lengths, remaining = lengths[:size, None], remaining[size:]
         shared = prefix_stop - prefix

@@ -1,6 +1,7 @@
 """Check the options of the model, its adapter and its quantization."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from minitrain.config.issues import ConfigIssues
@@ -12,20 +13,18 @@ ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "f
 
 
 def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
-    """Add to `issues` what is wrong with the options of the model.
+    """Check the options of the model and its adapter.
 
     Args:
         config: The full config.
-        given: Names of the options that were written or are not at their default.
-        issues: Where problems are added.
+        given: Names of the options that are set explicitly or differ from their default.
+        issues: Receives the problems.
     """
     _check_model(config, issues)
     _check_adapter(config, given, issues)
 
 
 def _check_model(config: Config, issues: ConfigIssues) -> None:
-    from importlib.util import find_spec
-
     model = config.model
     key = "model.name_or_path"
     for name in ("name_or_path", "tokenizer_name_or_path"):
@@ -33,31 +32,37 @@ def _check_model(config: Config, issues: ConfigIssues) -> None:
             message = f"{getattr(model, name)} was given in Python. Name a folder or a Hub model, or train from Python."
             issues.add(f"model.{name}", "not-found", message)
             return
-    check_folder(key, model.name_or_path, "name its base model here, and model.adapter={}", issues)
+    check_folder(key, model.name_or_path, "Name its base model here, and set model.adapter={}", issues)
     if model.revision is not None and (model.name_or_path == "tiny" or looks_local(model.name_or_path)):
-        issues.add("model.revision", "no-effect", "would be ignored: the model does not come from the hub.", key)
+        issues.add("model.revision", "no-effect", "has no effect on a local model. Remove it.", key)
     tokenizer = model.tokenizer_name_or_path
     if tokenizer and looks_local(tokenizer) and not Path(tokenizer).is_dir():
         issues.add(
-            "model.tokenizer_name_or_path", "not-found", f"there is no folder {tokenizer} (seen from {Path.cwd()})."
+            "model.tokenizer_name_or_path",
+            "not-found",
+            f"folder {tokenizer} does not exist (relative to {Path.cwd()}).",
         )
     if model.archive:
         check_archive(Path(model.archive), issues)
     for name, package in ATTENTION_PACKAGES.items():
         if model.attn_implementation == name and find_spec(package) is None:
             issues.add(
-                "model.attn_implementation", "not-installed", f"the package {package} is not installed; use auto."
+                "model.attn_implementation",
+                "not-installed",
+                f"package {package} is not installed. Install it, or use auto.",
             )
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
             issues.add(
-                "freeze_layers", "invalid-value", f"{entry!r} is neither a number, a range like 0-5, nor `embeddings`."
+                "freeze_layers",
+                "invalid-value",
+                f"expected block numbers, ranges such as 0-5, or embeddings, got {entry!r}.",
             )
         elif entry != "embeddings" and _is_reversed(str(entry)):
             issues.add(
                 "freeze_layers",
                 "invalid-value",
-                f"the range {entry} ends before it begins. Write the smaller number first.",
+                f"range {entry} ends before it begins. Put the smaller number first.",
             )
 
 
@@ -67,125 +72,135 @@ def _is_reversed(span: str) -> bool:
 
 
 def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> None:
-    from importlib.util import find_spec
-
     model, folder = config.model, Path(config.model.adapter or "")
     if model.adapter and not (folder / "adapter_config.json").is_file():
-        inner = f" Its adapter is {folder / 'final'}." if (folder / "final" / "adapter_config.json").is_file() else ""
-        issues.add("model.adapter", "wrong-path", f"{folder} holds no adapter_config.json, so it is no adapter.{inner}")
+        inner = f" Use {folder / 'final'}." if (folder / "final" / "adapter_config.json").is_file() else ""
+        issues.add(
+            "model.adapter", "wrong-path", f"{folder} is not an adapter folder: it has no adapter_config.json.{inner}"
+        )
     if model.adapter and "lora" in given:
         issues.add(
-            "lora", "conflict", "would be ignored beside model.adapter, which says itself what it is.", "model.adapter"
+            "lora",
+            "conflict",
+            "has no effect with model.adapter, which has its own settings. Remove it.",
+            "model.adapter",
         )
     if model.adapter and "soft_prompt" in given:
-        issues.add("soft_prompt", "conflict", "would be ignored beside model.adapter, which says itself what it is.")
+        issues.add(
+            "soft_prompt", "conflict", "has no effect with model.adapter, which has its own settings. Remove it."
+        )
     elif "soft_prompt" in given:
         _check_prompt(config, issues)
     if "lora" in given and not model.adapter and not config.lora.rank:
-        issues.add("lora", "no-effect", "would be ignored: it needs lora.rank, for example lora.rank=16.", "lora.rank")
+        issues.add(
+            "lora", "no-effect", "has no effect without lora.rank. Set it, for example lora.rank=16.", "lora.rank"
+        )
     targets = config.lora.target_modules
     if not isinstance(targets, str) and not (
         isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
     ):
         issues.add(
-            "lora.target_modules", "wrong-type", "expected names in a list, a regular expression, or all-linear."
+            "lora.target_modules", "wrong-type", "expected a list of names, a regular expression, or all-linear."
         )
     elif config.lora.rank and not targets:
         issues.add(
             "lora.target_modules",
             "invalid-value",
-            "is empty, so that nothing would be trained. Name layers, or leave it out.",
+            "is empty, so nothing would be trained. Name layers, or remove it.",
         )
     elif isinstance(targets, str) and (error := _regex_error(targets)):
-        issues.add("lora.target_modules", "invalid-value", f"{targets!r} is no regular expression: {error}.")
+        issues.add("lora.target_modules", "invalid-value", f"{targets!r} is not a valid regular expression: {error}.")
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
-        message = "would be ignored: with an adapter the whole model is frozen. See lora.layers_to_transform."
+        message = "has no effect with an adapter, which freezes the full model. See lora.layers_to_transform."
         issues.add("freeze_layers", "no-effect", message, "lora.rank")
     if has_adapter and model.archive:
         message = (
-            "would be lost: an adapter's files name model.name_or_path as its base. Name a folder with these weights "
+            "conflicts with an adapter, whose files name model.name_or_path as base. Name a folder with these weights "
         )
-        issues.add("model.archive", "conflict", message + "there, and leave model.archive out.", "lora.rank")
+        issues.add("model.archive", "conflict", message + "there, and remove model.archive.", "lora.rank")
     if has_adapter and model.master_dtype != "float32":
-        issues.add("model.master_dtype", "no-effect", "would be ignored: adapters are trained in float32.", "lora.rank")
+        issues.add(
+            "model.master_dtype",
+            "no-effect",
+            "has no effect with an adapter, which is trained in float32. Remove it.",
+            "lora.rank",
+        )
     if model.quantization == "none":
         return
     if not has_adapter:
-        message = "quantised weights cannot be trained; it needs lora.rank or soft_prompt."
+        message = "quantized weights cannot be trained. Set lora.rank or soft_prompt."
         issues.add("model.quantization", "conflict", message, "lora.rank")
     if find_spec("bitsandbytes") is None:
         issues.add(
             "model.quantization",
             "not-installed",
-            "the package bitsandbytes is not installed: pip install minitrain[quant]",
+            "package bitsandbytes is not installed. Run pip install minitrain[quant].",
         )
     if config.trainer == "FSDPTrainer":
-        message = "bitsandbytes packs weights so that FSDP2 cannot cut them by rows; use trainer=BasicTrainer, or none."
+        message = "FSDPTrainer cannot shard quantized weights. Use trainer=BasicTrainer, or none."
         issues.add("model.quantization", "conflict", message, "trainer")
     if config.lora.init in ("pissa", "olora"):
-        issues.add("lora.init", "conflict", f"{config.lora.init} changes the weights, which quantisation has packed.")
+        issues.add(
+            "lora.init", "conflict", f"{config.lora.init} changes the base weights, which are quantized. Use default."
+        )
 
 
 def _check_prompt(config: Config, issues: ConfigIssues) -> None:
     prompt = config.soft_prompt
     if not prompt.num_virtual_tokens:
-        message = "would be ignored: it needs soft_prompt.num_virtual_tokens, for example 20."
+        message = "has no effect without soft_prompt.num_virtual_tokens. Set it, for example to 20."
         issues.add("soft_prompt", "no-effect", message, "soft_prompt.num_virtual_tokens")
     if config.lora.rank:
-        issues.add("soft_prompt", "conflict", "cannot be trained together with lora; give one of them.", "lora.rank")
+        issues.add("soft_prompt", "conflict", "conflicts with lora. Set only one.", "lora.rank")
     if config.packing:
-        message = (
-            "examples of one row would need prompts of their own; set packing=false (group_by_length saves padding)."
-        )
+        message = "conflicts with soft_prompt, which needs one document per row. Use packing=false and group_by_length."
         issues.add("packing", "conflict", message, "soft_prompt")
     if prompt.method == "prefix" and prompt.init_text:
-        issues.add("soft_prompt.init_text", "no-effect", "would be ignored: it needs soft_prompt.method=prompt.")
+        issues.add("soft_prompt.init_text", "no-effect", "has no effect without soft_prompt.method=prompt.")
     if prompt.method == "prompt" and prompt.prefix_projection:
-        issues.add(
-            "soft_prompt.prefix_projection", "no-effect", "would be ignored: it needs soft_prompt.method=prefix."
-        )
+        issues.add("soft_prompt.prefix_projection", "no-effect", "has no effect without soft_prompt.method=prefix.")
     if prompt.encoder_hidden_size and not prompt.prefix_projection:
-        message = "would be ignored: it needs soft_prompt.prefix_projection=true."
+        message = "has no effect without soft_prompt.prefix_projection=true."
         issues.add("soft_prompt.encoder_hidden_size", "no-effect", message)
 
 
 def check_folder(key: str, name: str, for_adapter: str, issues: ConfigIssues) -> None:
-    """Add a problem if a local model's folder is missing or not a model.
+    """Check that the folder of a local model exists and has a model.
 
     Args:
         key: The option.
         name: Its value.
-        for_adapter: What to do if the folder {} has an adapter.
-        issues: Where problems are added.
+        for_adapter: Instruction if the folder {} has an adapter.
+        issues: Receives the problems.
     """
     folder = Path(name)
     if name == "tiny" or not looks_local(name):
         return
     if not folder.is_dir():
-        issues.add(key, "not-found", f"there is no folder {folder} (seen from {Path.cwd()}).{near_file(folder)}")
+        issues.add(key, "not-found", f"folder {folder} does not exist (relative to {Path.cwd()}).{near_file(folder)}")
     elif (folder / "final" / "config.json").is_file():
-        issues.add(key, "wrong-path", f"{folder} is the folder of a run; its model is {folder / 'final'}.")
+        issues.add(key, "wrong-path", f"{folder} is a run directory. Its model is {folder / 'final'}.")
     elif (folder / "adapter_config.json").is_file():
-        issues.add(key, "wrong-path", f"{folder} is an adapter; {for_adapter.format(folder)}.")
+        issues.add(key, "wrong-path", f"{folder} is an adapter. {for_adapter.format(folder)}.")
     elif not (folder / "config.json").is_file():
-        issues.add(key, "wrong-path", f"{folder} holds no config.json, so it is not a model's folder.")
+        issues.add(key, "wrong-path", f"{folder} is not a model folder: it has no config.json.")
 
 
 def check_archive(path: Path, issues: ConfigIssues) -> None:
     from minitrain.model.state_dict import archive_files
 
     if (path / "final").is_dir():
-        issues.add("model.archive", "wrong-path", f"{path} is the folder of a run; its model is {path / 'final'}.")
+        issues.add("model.archive", "wrong-path", f"{path} is a run directory. Its model is {path / 'final'}.")
     elif (path / "adapter_config.json").is_file():
-        issues.add("model.archive", "wrong-path", f"{path} is an adapter; name it as model.adapter.")
+        issues.add("model.archive", "wrong-path", f"{path} is an adapter. Set model.adapter to it.")
     elif not archive_files(path):
-        message = f"{path} is not a .safetensors, .pt or .bin file that exists, nor a folder with model.safetensors."
+        message = f"expected a .safetensors, .pt or .bin file, or a folder with model.safetensors, got {path}."
         issues.add("model.archive", "not-found", message + near_file(path))
 
 
 def _regex_error(expression: str) -> str | None:
-    """Return what is wrong with a regular expression, or None."""
+    """Return the error in a regular expression, or None."""
     try:
         re.compile(expression)
     except re.error as error:

@@ -1,7 +1,7 @@
-"""Dequantize checkpoints to ordinary tensors: block-wise FP8, MXFP4, and 4 and 8 bits of bitsandbytes.
+"""Dequantize checkpoints to ordinary tensors: block-wise FP8, MXFP4, and 4-bit and 8-bit bitsandbytes.
 
-transformers' quantizers are not used: they keep packed weights, which a cast or a save destroys. They also infer the
-size of FP8 blocks from the number of scales, which is wrong if a matrix ends within a block.
+It does not use the quantizers of transformers: these keep packed weights, which a cast or a save destroys. They also
+infer the size of FP8 blocks from the number of scales, which is wrong if a matrix ends within a block.
 """
 
 import math
@@ -23,7 +23,7 @@ PACKED = (*FP8, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0f
 
 
 def method_of(quantization: dict) -> str:
-    """Return the method of a quantization_config.
+    """Return the quantization method of a quantization_config.
 
     Raises:
         ConfigError: `dequantized` does not support the method.
@@ -32,13 +32,13 @@ def method_of(quantization: dict) -> str:
     method = quantization.get("quant_method", "bitsandbytes" if bits else None)
     if method not in METHODS:
         raise ConfigError(
-            f"its weights are quantized (quant_method {method!r}), and minitrain can dequantize only "
-            f"{', '.join(METHODS)}. Choose the model without quantization, or dequantize it first.",
+            f"its weights are quantized with an unsupported quant_method, got {method!r}. Use an unquantized model, "
+            f"or one with {', '.join(METHODS)}.",
             "unsupported-model",
         )
     if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "its weights are quantized by bitsandbytes, which is not installed: pip install bitsandbytes",
+            "its weights are quantized with bitsandbytes, which is not installed. Run pip install bitsandbytes.",
             "not-installed",
         )
     return method
@@ -53,7 +53,7 @@ def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -
     files = open_files(paths)
     if not files:
         raise ConfigError(
-            "its weights are quantized and not in safetensors files, so minitrain cannot read them.",
+            "its weights are quantized, but not in safetensors files. Convert them to safetensors.",
             "unsupported-model",
         )
     tensors = {}
@@ -61,9 +61,7 @@ def dequantized(paths: Iterable[Path], quantization: dict, dtype: torch.dtype) -
         files.keys(), lambda key: files[key].get_tensor(key), quantization
     ):
         if tensor.dtype in PACKED:
-            raise ConfigError(
-                f"{name} is quantized ({tensor.dtype}) in a way that minitrain cannot dequantize.", "unsupported-model"
-            )
+            raise ConfigError(f"{name} has an unsupported quantized dtype, got {tensor.dtype}.", "unsupported-model")
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors
 
@@ -78,7 +76,7 @@ def describe_dequantized(model: nn.Module, quantization: dict, dtype: torch.dtyp
 def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
     """Dequantize FP8: `NAME_scale_inv` has a factor for each block of NAME.
 
-    Scales of activations are needed for FP8 products only.
+    Scales of activations are dropped: only FP8 products need them.
     """
     for key in keys:
         if key.endswith(("_scale_inv", ".activation_scale", ".input_scale")):
@@ -90,14 +88,14 @@ def _fp8(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[
 
 
 def _scale_blocks(name: str, weight: Tensor, scales: Tensor, block: list[int] | None) -> Tensor:
-    """Multiply a weight [..., rows, columns] by a scale for each block; blocks at the edges can be partial."""
+    """Multiply each block of a weight [..., rows, columns] by its scale; blocks at the edges can be partial."""
     if scales.numel() == 1:
         return weight.float() * scales.float().view(())
     rows, columns = weight.shape[-2:]
     expected = block and (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     if expected != tuple(scales.shape[-2:]) or not scales.is_floating_point():
         got = f"{list(scales.shape)} scales ({scales.dtype}) and weight_block_size {block}"
-        raise ConfigError(f"{name} of shape {list(weight.shape)} has {got}, which do not fit each other.", "mismatch")
+        raise ConfigError(f"{name} of shape {list(weight.shape)} does not match its {got}.", "mismatch")
     scales = scales.float().repeat_interleave(block[0], -2)[..., :rows, :]
     return weight.float() * scales.repeat_interleave(block[1], -1)[..., :columns]
 

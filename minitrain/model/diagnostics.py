@@ -1,4 +1,4 @@
-"""Describe what is wrong with the files of a model."""
+"""Find problems in the files of a model, and describe them."""
 
 import contextlib
 import json
@@ -20,22 +20,22 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def model_load_error(config: ModelConfig, model_type: str, error: Exception) -> ConfigError:
-    """Return the error for a model that cannot be loaded; `model_type` names the type of model."""
+    """Return the error for a model that cannot be loaded; `model_type` is as from `describe_head`."""
     folder = Path(config.name_or_path)
     damaged = find_corrupt_file(folder) or missing_weights(folder)
-    reason = f"no {model_type} in {config.name_or_path!r}: {damaged or first_line(error)}"
+    reason = f"cannot load a {model_type} from {config.name_or_path!r}: {damaged or first_line(error)}"
     return unreachable_error(config.name_or_path, error) or ConfigError(reason, _code(damaged, error))
 
 
 def describe_head(outputs: list[str] | None) -> str:
-    """Return the name of the type of model: a causal LM, or one with a scalar head."""
+    """Return the type of a model in words: a causal LM, or a model with a scalar head."""
     return "causal language model" if outputs is None else f"model with {len(outputs)} outputs"
 
 
 def tokenizer_load_error(name: str, error: Exception) -> ConfigError:
     """Return the error for a tokenizer that cannot be loaded."""
     damaged = find_corrupt_file(Path(name))
-    reason = f"no tokenizer could be loaded from {name!r}: {damaged or first_line(error)}"
+    reason = f"cannot load a tokenizer from {name!r}: {damaged or first_line(error)}"
     return unreachable_error(name, error) or ConfigError(reason, _code(damaged, error))
 
 
@@ -46,7 +46,7 @@ def _code(damaged: str | None, error: Exception) -> str:
 
 
 def check_is_decoder(shape: Any) -> None:
-    """Refuse the config of an encoder such as BERT, whose tokens attend to later ones.
+    """Reject the config of an encoder such as BERT, whose tokens attend to later ones.
 
     transformers loads it as a causal model and only warns.
 
@@ -57,42 +57,42 @@ def check_is_decoder(shape: Any) -> None:
 
     if shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False):
         raise ConfigError(
-            f"{shape.model_type} is an encoder and continues no text; loss.name=classify can train it.",
+            f"{shape.model_type} is an encoder, which cannot generate text. Use loss.name=classify.",
             "unsupported-model",
         )
 
 
 def check_missing_keys(config: ModelConfig, loading_info: dict, outputs: list[str] | None) -> None:
-    """Refuse files that lack weights: transformers initializes these at random and continues.
+    """Reject files that lack weights: transformers would initialize these at random.
 
     Args:
         config: The model options.
         loading_info: Loading info of transformers: missing and mismatched keys.
-        outputs: Labels of a scalar head. It can be new, so `name_outputs` checks missing keys then.
+        outputs: Labels of a scalar head, which can be new. `name_outputs` checks the missing keys then.
 
     Raises:
         ConfigError: Weights are missing or have another shape.
     """
     for name, file_shape, config_shape in sorted(loading_info["mismatched_keys"]):
-        reason = f"in its files {name} has the shape {list(file_shape)}, and not {list(config_shape)} as in its config"
-        raise ConfigError(f"no {describe_head(outputs)} in {config.name_or_path!r}: {reason}.", "mismatch")
+        reason = f"{name} must have the shape {list(config_shape)} of config.json, got {list(file_shape)}"
+        raise ConfigError(f"cannot load a {describe_head(outputs)} from {config.name_or_path!r}: {reason}.", "mismatch")
     if (missing := sorted(loading_info["missing_keys"])) and outputs is None and not config.archive:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        reason = f"its files do not hold {missing[0]}{others}, which its config.json asks for"
-        raise ConfigError(f"{config.name_or_path}: {reason}; copy or download it again.", "damaged-file")
+        reason = f"weights are missing in its files: {missing[0]}{others}"
+        raise ConfigError(f"{config.name_or_path}: {reason}. Copy or download it again.", "damaged-file")
 
 
 def drop_head_keys(keys: Iterable[str], outputs: list[str] | None) -> list[str]:
-    """Return the unused keys to warn about: a model with a scalar head does not need an LM head."""
+    """Return the unused keys without those of an LM head if the model has a scalar head."""
     return [key for key in keys if outputs is None or "lm_head" not in key]
 
 
 def describe_unused(keys: Iterable[str]) -> list[str]:
-    """Return a line about the tensors of a model's files that the model does not have, if there are any."""
+    """Return a line about tensors in a model's files that the model does not have; empty without any."""
     if not (unused := sorted(keys)):
         return []
     others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-    return [f"its files hold {unused[0]}{others}, which the model of its config.json does not use"]
+    return [f"its files have {unused[0]}{others}, which the model of its config.json does not use"]
 
 
 def log_model_warnings(name: str, lines: Iterable[str]) -> None:
@@ -102,40 +102,42 @@ def log_model_warnings(name: str, lines: Iterable[str]) -> None:
 
 
 def find_corrupt_file(folder: Path) -> str | None:
-    """Return what is wrong with the first damaged file in a model's folder, or None."""
+    """Return the problem with the first damaged file in a model's folder, or None."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_bytes())
         except json.JSONDecodeError as error:
-            return f"{path}:{error.lineno} is no valid JSON ({error.msg}); copy or download it again."
+            return f"{path}:{error.lineno} is not valid JSON ({error.msg}). Copy or download it again."
         except RecursionError:
-            return f"{path} is nested too deeply; copy or download it again."
+            return f"{path} is nested too deeply. Copy or download it again."
         except (OSError, ValueError):
             continue
     for path in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(OSError):
             with open(path, "rb") as file:
                 if file.read(7) == b"version":
-                    return f"{path} is a pointer of Git LFS in the place of weights; fetch them with `git lfs pull`."
+                    return f"{path} is a Git LFS pointer instead of weights. Fetch them with `git lfs pull`."
             try:
                 safe_open(path, "pt")
             except SafetensorError as error:
-                return f"{path} is damaged ({error}); copy or download it again."
+                return f"{path} is damaged ({error}). Copy or download it again."
     return None
 
 
 def check_weights_exist(config: ModelConfig, outputs: list[str] | None) -> None:
-    """Refuse a local model without weights, with the message that loading it would give.
+    """Reject a local model without weights, with the same message as when it is loaded.
 
     Raises:
-        ConfigError: Files of weights are missing.
+        ConfigError: Weight files are missing.
     """
     if reason := missing_weights(Path(config.name_or_path)):
-        raise ConfigError(f"no {describe_head(outputs)} in {config.name_or_path!r}: {reason}", "damaged-file")
+        raise ConfigError(
+            f"cannot load a {describe_head(outputs)} from {config.name_or_path!r}: {reason}", "damaged-file"
+        )
 
 
 def missing_weights(folder: Path) -> str | None:
-    """Return which files of weights are missing in a local model's folder, or None."""
+    """Return a message about missing weight files in a local model's folder, or None."""
     if not folder.is_dir():
         return None
     for name in WEIGHT_FILES:
@@ -146,15 +148,15 @@ def missing_weights(folder: Path) -> str | None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 missing = [folder / name for name in shard_names(index) if not (folder / name).is_file()]
                 return (
-                    f"{missing[0]} is missing, which {index.name} names; copy or download it again."
+                    f"{missing[0]} is missing, but {index.name} names it. Copy or download it again."
                     if missing
                     else None
                 )
-    return f"{folder} holds no {' or '.join(WEIGHT_FILES)}; copy or download it again."
+    return f"{folder} has no {' or '.join(WEIGHT_FILES)}. Copy or download it again."
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, with the second one if the first ends with a colon."""
+    """Return the first line of an error's message, and the second if the first ends with a colon."""
     text = error.message if isinstance(error, MinitrainError) else str(error)
     lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
     message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

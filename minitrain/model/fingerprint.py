@@ -1,7 +1,7 @@
-"""Fingerprints of a model's files, for caches of what it computed and for checkpoints.
+"""Fingerprints of a model's files, for caches of its outputs and for checkpoints.
 
-Models of up to `MAX_FULL_BYTES` are hashed in full, which takes a second or two. Of larger ones the header and
-`N_SAMPLES` ranges of every tensor are hashed, about 260 kB per tensor: 80 MB for a model of 15 GB with 300 tensors. A
+Models of up to `MAX_FULL_BYTES` are hashed in full, which takes a second or two. For larger models, the hash covers the
+header and `N_SAMPLES` ranges of every tensor, about 260 kB per tensor: 80 MB for a model of 15 GB with 300 tensors. A
 single changed number in a sampled tensor can be missed; training changes nearly all of them.
 """
 
@@ -17,8 +17,8 @@ from .adapter_config import CONFIG_FILE
 from .given import is_built_here
 from .state_dict import archive_files
 
-MAX_FULL_BYTES = 1 << 30  # bytes of all files together
-N_SAMPLES, SAMPLE_BYTES = 64, 4096  # samples per tensor, bytes per sample
+MAX_FULL_BYTES = 1 << 30  # total size of all files
+N_SAMPLES, SAMPLE_BYTES = 64, 4096  # per tensor, per sample
 WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
@@ -34,7 +34,7 @@ def model_fingerprint(config: ModelConfig) -> list[str]:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    """Return the folder of a model's files, possibly in the Hub's cache; None for one without files."""
+    """Return the folder of a model's files, possibly in the Hub's cache; None for a model without files."""
     from transformers.utils.hub import cached_file
 
     if is_built_here(config):

@@ -1,4 +1,4 @@
-"""A model or a tokenizer that is given in Python instead of a name."""
+"""Accept a model or a tokenizer object from Python instead of a name."""
 
 import copy
 import hashlib
@@ -13,41 +13,43 @@ from minitrain.errors import ConfigError
 
 
 def model_object(model: Any) -> PythonObject:
-    """Return a model as an object that a config can name. Raises ConfigError for what cannot be trained."""
+    """Register a model as an object that a config can name. Raises ConfigError if it cannot be trained."""
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
+    type_name = type(model).__name__
     if isinstance(model, str):
         raise ConfigError(
             f"model: expected a model, got {model!r}. Set model.name_or_path in the config.", "wrong-type"
         )
     if hasattr(model, "peft_config"):
-        advice = "Give its base model and the option lora, or save the adapter and set model.adapter."
-        raise ConfigError(f"model: {kind} has an adapter of PEFT. {advice}", "unsupported-model")
+        advice = "Pass its base model and set lora, or save the adapter and set model.adapter."
+        raise ConfigError(f"model: {type_name} has a PEFT adapter. {advice}", "unsupported-model")
     if not isinstance(model, PreTrainedModel):
-        advice = "Give one of transformers, such as AutoModelForCausalLM.from_pretrained(...) returns."
-        raise ConfigError(f"model: expected a model of transformers, got {kind}. {advice}", "wrong-type")
+        advice = "Pass a model such as AutoModelForCausalLM.from_pretrained(...) returns."
+        raise ConfigError(f"model: expected a transformers model, got {type_name}. {advice}", "wrong-type")
     if getattr(model, "hf_quantizer", None) is not None:
         advice = "Load it without a quantization_config, and set model.quantization."
-        raise ConfigError(f"model: {kind} is quantized. {advice}", "unsupported-model")
+        raise ConfigError(f"model: {type_name} is quantized. {advice}", "unsupported-model")
     if hasattr(model, "adapter") or any(hasattr(module, "lora") for module in model.modules()):
-        advice = "Load it again, or train on from a checkpoint."
-        raise ConfigError(f"model: {kind} was trained with an adapter before. {advice}", "unsupported-model")
+        advice = "Load the model again, or resume from a checkpoint."
+        raise ConfigError(f"model: {type_name} already has an adapter of minitrain. {advice}", "unsupported-model")
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ConfigError(f"model: {kind} has tensors on the meta device. Load its weights first.", "unsupported-model")
-    return python_object(model, "model", f"model {kind}, sha256 {_state_hash(model)}")
+        raise ConfigError(
+            f"model: {type_name} has tensors on the meta device. Load its weights first.", "unsupported-model"
+        )
+    return python_object(model, "model", f"model {type_name}, sha256 {_state_hash(model)}")
 
 
 def tokenizer_object(tokenizer: Any) -> PythonObject:
-    """Return a copy of a tokenizer, to which training may add tokens. Raises ConfigError for anything else."""
+    """Register a copy of a tokenizer, since training can add tokens. Raises ConfigError if it cannot be used."""
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        advice = "Give one of transformers, such as AutoTokenizer.from_pretrained(...) returns."
+        advice = "Pass a tokenizer such as AutoTokenizer.from_pretrained(...) returns."
         got = repr(tokenizer) if isinstance(tokenizer, str) else type(tokenizer).__name__
         raise ConfigError(f"tokenizer: expected a tokenizer, got {got}. {advice}", "wrong-type")
     if not tokenizer.is_fast:
-        raise ConfigError("tokenizer: has no fast version, which minitrain needs.", "unsupported-model")
+        raise ConfigError("tokenizer: is not a fast tokenizer. Pass one with a tokenizer.json.", "unsupported-model")
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     content = [backend | {"padding": None, "truncation": None}, tokenizer.chat_template]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -67,21 +69,25 @@ def meta_copy(model: Any) -> Any:
 
 
 def check_head(model: Any, outputs: list[str] | None) -> None:
-    """Raise ConfigError for a given model that does not end in what a loss needs.
+    """Check that a model from Python has the head that the loss needs.
 
     Args:
+        model: The transformers model.
         outputs: Labels of a scalar head; None for a causal LM.
+
+    Raises:
+        ConfigError: It has another head, or another number of labels.
     """
-    kind = type(model).__name__
+    type_name = type(model).__name__
     if outputs is None and not model.can_generate():
-        advice = "Give a causal language model, such as AutoModelForCausalLM.from_pretrained(...) returns."
-        raise ConfigError(f"model: {kind} does not end in a vocabulary. {advice}", "unsupported-model")
-    if outputs is not None and not kind.endswith("ForSequenceClassification"):
-        advice = f"Give a model of AutoModelForSequenceClassification with num_labels={len(outputs)}."
-        raise ConfigError(f"model: {kind} does not end in scores. {advice}", "unsupported-model")
+        advice = "Pass a causal language model, such as AutoModelForCausalLM.from_pretrained(...) returns."
+        raise ConfigError(f"model: {type_name} has no LM head. {advice}", "unsupported-model")
+    if outputs is not None and not type_name.endswith("ForSequenceClassification"):
+        advice = f"Pass a model of AutoModelForSequenceClassification with num_labels={len(outputs)}."
+        raise ConfigError(f"model: {type_name} has no scalar head. {advice}", "unsupported-model")
     if outputs is not None and model.num_labels != len(outputs):
-        labels = f"{model.num_labels} scores, and the loss needs {len(outputs)}: {', '.join(outputs)}"
-        raise ConfigError(f"model: {kind} ends in {labels}. Set its num_labels.", "mismatch")
+        labels = f"{model.num_labels} labels, but the loss needs {len(outputs)}: {', '.join(outputs)}"
+        raise ConfigError(f"model: {type_name} has {labels}. Load it with num_labels={len(outputs)}.", "mismatch")
 
 
 def _state_hash(model: Any) -> str:

@@ -1,11 +1,11 @@
 """The divergence of a policy's distribution from a teacher's, without a [tokens, vocabulary] tensor of either.
 
 Both LM heads run on a chunk of tokens at a time. The gradient of ``a divergence - b log p`` is computed in the same
-pass from the same logits (4 matrix products, like the unchunked path). The backward pass checks that the loss was this
-one, and scales. For a different loss it makes a second pass.
+pass from the same logits (4 matrix products, like the unchunked path). The backward pass checks that the loss has this
+form, and scales. For any other loss it makes a second pass.
 
-Vocabularies of one tokenizer can be padded to different sizes. The distributions are compared over the tokens that both
-models have, and each is normalized over these.
+Two models with one tokenizer can pad their vocabularies to different sizes. The distributions are compared over the
+tokens that both models have, and each is normalized over these.
 """
 
 from typing import NamedTuple
@@ -39,8 +39,8 @@ def divergences(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each target at temperature 1, and the divergence from the teacher.
 
-    Both are differentiable with respect to hidden, weight, bias and rows, but not to the teacher. N can be 0: the
-    results are then empty and their sums are zeros attached to the graph.
+    Both are differentiable with respect to hidden, weight, bias and rows, but not the teacher. N can be 0: the results
+    are then empty, and their sums are zeros attached to the graph.
 
     Args:
         hidden: Hidden states that predict the targets, shape [N, H].
@@ -62,7 +62,7 @@ def divergences(
 
 @torch.no_grad()
 def top_k_logprobs(hidden: Tensor, layer: LMHead, temperature: float, k: int, chunk: int | None = None) -> TopKLogprobs:
-    """Return the k likeliest tokens after each hidden state [N, H], and all other tokens as one outcome."""
+    """Return the k likeliest next tokens for each hidden state [N, H], and all other tokens as one outcome."""
     chunk, n = chunk or default_chunk(hidden, layer, BUFFERS), len(hidden)
     head = _TeacherHead(hidden, layer, chunk)
     ids = hidden.new_empty((n, k), dtype=torch.int64)
@@ -204,10 +204,10 @@ def _compare(
 
 
 def _compare_top_k(logits: Tensor, ids: Tensor, teacher: Tensor, formula) -> tuple[Tensor, Tensor]:
-    """Return the same over k tokens [n, k] and the rest as one outcome; the teacher's logps are [n, k + 1]."""
+    """Do the same over k tokens [n, k] and the rest as one outcome; `teacher` has logps [n, k + 1]."""
     k = ids.shape[1]
     student, rest_probs = _outcomes(logits, ids)  # [n, k + 1], [n, V]
-    if k == logits.shape[1]:  # no token is left for the rest
+    if k == logits.shape[1]:  # the rest is empty
         student, teacher = student[:, :k], teacher[:, :k]
     divergence, slope = formula(student, teacher)
     gradient = slope - student.exp() * slope.sum(1, keepdim=True)  # [n, k + 1] of the outcomes' logits
@@ -229,7 +229,7 @@ def _outcomes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     top = logits.gather(1, ids)  # [n, k]
     rest_probs = logits.scatter_(1, ids, -torch.inf)
-    peak = rest_probs.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # -inf if no token is left
+    peak = rest_probs.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # -inf if the rest is empty
     total = rest_probs.sub_(peak).exp_().sum(1, keepdim=True)  # [n, 1]
     rest = peak + total.log()
     return torch.cat([top, rest], 1).log_softmax(1), rest_probs.div_(total.clamp_min(1))

@@ -72,21 +72,21 @@ def chunked_logprobs(
 ) -> TokenLogps:
     """Return the log-probability of each target, and optionally the entropy and the mean over the vocabulary.
 
-    The results are differentiable with respect to hidden, weight, bias and rows. N can be 0: the results are then empty
-    and their sums are zeros attached to the graph.
+    The results are differentiable with respect to hidden, weight, bias and rows. N can be 0: the results are then
+    empty, and their sums are zeros attached to the graph.
 
     Args:
         hidden: Hidden states that predict the targets, shape [N, H].
         targets: Token ids, int64, shape [N].
         layer: The LM head.
-        detached_weight_fn: Maps log-probabilities [n] to weights w [n], if the loss will be ``-c * sum w log p``. It
-            saves a matrix product. If the loss is a different one, the gradient is still right.
+        detached_weight_fn: Maps log-probabilities [n] to weights w [n] of a loss ``-c * sum w log p``. It saves a
+            matrix product. For any other loss, the gradient is still right.
         entropy: Compute the entropy of each distribution.
         mean_logps: Compute the mean log-probability over the vocabulary.
         chunk: Number of tokens per chunk; by default what fits into `CHUNK_BYTES`.
 
     Returns:
-        Float32 tensors of shape [N], None for those not asked for.
+        Float32 tensors of shape [N]; None for those not requested.
     """
     if chunk is None:
         chunk = default_chunk(hidden, layer)
@@ -262,7 +262,7 @@ def logits_of(
         bias: Shape [V].
         settings: Has the scale and the softcap.
         need_slope: Also compute the derivative of the softcap.
-        buffer: Where the logits are written, shape [n, V].
+        buffer: Receives the logits, shape [n, V].
 
     Returns:
         The logits, and the derivative of the softcap at them (None without a softcap), shape [n, V].
@@ -306,7 +306,7 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def backward_through_softcap(dlogits: Tensor, slope: Tensor | None, settings: "_Settings | LMHead") -> Tensor:
-    """Turn the gradient of the logits into that of the matrix product, in place."""
+    """Convert the gradient of the logits to that of the matrix product, in place."""
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(settings.scale) if settings.scale != 1.0 else dlogits

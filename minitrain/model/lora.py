@@ -2,8 +2,8 @@
 
     y = x W^T + b + s (x A^T) B^T          A [r, in], B [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r))
 
-A and B are parameters of the layer that they adapt. So no name in the model changes, and a sharding wrapper gathers
-them together with the weight.
+A and B are parameters of the layer that they adapt. So no parameter is renamed, and a sharding wrapper gathers them
+together with the weight.
 """
 
 import functools
@@ -35,7 +35,7 @@ class LoRASettings:
 
 
 def adapt(module: nn.Module, settings: LoRASettings) -> None:
-    """Add LoRA to a layer: its matrices, zero and in float32, and the forward pass that uses them."""
+    """Add LoRA to a layer: matrices of zeros in float32, and the forward pass that uses them."""
     device = module.weight.device
     rows, columns = shape_of(module)
     names = ("lora_embedding_A", "lora_embedding_B") if isinstance(module, nn.Embedding) else ("lora_A", "lora_B")
@@ -59,7 +59,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    return tuple(module.weight.shape[::-1])  # GPT-2's Conv1D keeps [in, out]
+    return tuple(module.weight.shape[::-1])  # GPT-2's Conv1D has [in, out]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -95,8 +95,8 @@ def initial_values(
     Args:
         method: `default`: A uniform (Kaiming), B zero. `gaussian`: A normal with deviation 1/r, B zero. `pissa`: from
             the r largest singular values of W (arXiv 2404.02948). `olora`: from the first r columns of its QR
-            decomposition (arXiv 2406.01775). For the last two the caller subtracts the update from W, so that the sum
-            is unchanged. Embeddings have A zero and B normal.
+            decomposition (arXiv 2406.01775). For the last two, the caller subtracts the update from W, so that the
+            sum is unchanged. Embeddings always have A zero and B normal.
         weight: Returns W [out, in] in float32.
         module: The layer.
         name: Its name, which with `seed` seeds the random values.
@@ -187,7 +187,7 @@ class _AdaptedEmbedding:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """LoRA without dropout or DoRA: adds the update in place, and saves the input once, in its own dtype."""
+    """LoRA without dropout or DoRA. It adds the update in place, and saves the input once, in its own dtype."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
@@ -219,7 +219,7 @@ class _LoRALinear(torch.autograd.Function):
 def merge_lora_weights(module: nn.Module) -> None:
     """Merge the LoRA of a layer into its weight, in float32 and cast once, and restore the ordinary layer.
 
-    If the weight is tied to that of another layer, it is untied: the other one does not change.
+    A tied weight is untied first, so that the other layer does not change.
     """
     if token_rows.has_rows(module):
         token_rows.merge_rows(module)
@@ -230,7 +230,7 @@ def merge_lora_weights(module: nn.Module) -> None:
             module._parameters.pop(name, None)
         del module.lora
     mixins = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
-    module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, mixins))
+    module.__class__ = next(base for base in type(module).__mro__ if not issubclass(base, mixins))
 
 
 def dense_weight(module: nn.Module) -> Tensor:

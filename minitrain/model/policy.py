@@ -1,4 +1,4 @@
-"""The policy: a transformers causal language model that returns logps of targets instead of logits."""
+"""The policy: a causal language model of transformers that returns logps of targets instead of logits."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ from .positions import position_limit, rotary_limit
 
 
 class Policy(nn.Module):
-    """A backbone, and a chunked LM head that runs on the targets only.
+    """A backbone with a chunked LM head, which runs only on the targets.
 
-    The head runs inside `forward`, so that a sharding wrapper has gathered its matrix by then.
+    The head runs inside `forward`, where a sharding wrapper has gathered its matrix.
     """
 
     def __init__(self, model: nn.Module):
@@ -38,8 +38,8 @@ class Policy(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states, shape [R, T, H].
 
-        Without a mask and a cache, transformers infers document boundaries from position_ids. `attention` gets them as
-        the mask. Batch rows of one document each have the same positions.
+        Without a mask and a cache, transformers infers document boundaries from position_ids. `attention` receives them
+        as the mask. Batch rows of one document each share their positions.
         """
         by_document = batch.packed and self.supports_document_masking
         # In packed rows, positions that continue into the padding could exceed the model's position table.
@@ -67,7 +67,7 @@ class Policy(nn.Module):
 
     @property
     def rotary_limit(self) -> int:
-        """Return the longest document, in tokens, whose result does not depend on the rest of its batch."""
+        """Return the longest document, in tokens, whose output does not depend on the rest of its batch."""
         return rotary_limit(self.model) - self._n_prompt_tokens
 
     @property
@@ -104,7 +104,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         distillation: Distillation | None = None,
     ) -> PolicyOutput:
-        """Return the logps of the N targets of a batch, and what the options ask for.
+        """Return the logps of the N targets of a batch, and the other requested values.
 
         Args:
             batch: R batch rows of T tokens.
@@ -112,8 +112,8 @@ class Policy(nn.Module):
             entropy: Also return the entropy at each target.
             mean_logps: Also return the mean log-probability over the vocabulary at each target.
             temperature: Divides the logits, as in sampling.
-            distillation: Return the divergence from this teacher and logps at temperature 1; the options before have
-                no effect.
+            distillation: Also return the divergence from this teacher. Logps are then at temperature 1, and the other
+                options have no effect.
 
         Returns:
             Float32 tensors of shape [N]. `values` is set if the policy has a value head.
@@ -163,12 +163,14 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     inner = {id(sub) for outer in lists for sub in outer.modules() if sub is not outer}
     outermost = [module for module in lists if id(module) not in inner]
     if not outermost:
-        raise ConfigError(f"{type(model).__name__} has no list of blocks that minitrain can find", "unsupported-model")
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: it has no ModuleList of transformer blocks.", "unsupported-model"
+        )
     return max(outermost, key=len)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Have each block keep only its input and recompute the rest in the backward pass (non-reentrant)."""
+    """Save only the input of each block and recompute the rest in the backward pass (non-reentrant)."""
     for block in find_blocks(model.base_model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -179,12 +181,12 @@ def check_policy(
     device: torch.device | str = "cpu",
     gathered: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
-    """Check on a few tokens what minitrain assumes of an architecture.
+    """Check the assumptions of minitrain about an architecture on a few tokens.
 
     Args:
         policy: The loaded policy.
         packing: Also check that documents of a packed row are independent.
-        device: Where the tokens are made.
+        device: Device of the tokens.
         gathered: Context in which modules of a sharded policy can be called.
 
     Raises:
@@ -201,9 +203,9 @@ LARGE_LOGIT = 30.0  # large enough that a softcap, a scale or a multiplier chang
 
 
 def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager]) -> None:
-    """Compare the logps as they are, and on hidden states scaled so that the largest logit is `LARGE_LOGIT`.
+    """Compare the logps, then those of hidden states that are scaled until the largest logit is `LARGE_LOGIT`.
 
-    The logits of a new model are so small that rounding would hide what its output layer does to them.
+    The logits of a new model are so small that rounding would hide a softcap or a scale.
     """
     largest = _compare_logps(policy, ids, gathered, 1.0)
     if largest > 0:
@@ -221,11 +223,11 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
         with gathered():
             logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
     if len(calls) != 2:
-        return 0.0  # the model calls its decoder in a way that the hook does not see
+        return 0.0  # the model calls its decoder without its hooks
     if not logits.isfinite().all():
         raise ConfigError(
-            "model.name_or_path: the model gives NaN or inf, so its weights are damaged, or too large for "
-            "policy_dtype.",
+            "model.name_or_path: the model outputs NaN or infinity: its weights are damaged, or too large "
+            "for policy_dtype. Download it again, or set policy_dtype=float32.",
             "not-finite",
         )
     expected = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
@@ -234,8 +236,8 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
     relative = tolerance if scale == 1.0 else min(tolerance, 1e-2)
     if not torch.allclose(expected, actual, rtol=relative, atol=tolerance):
         raise ConfigError(
-            f"model.name_or_path: the output layer of {type(policy.model).__name__} does something that minitrain "
-            "does not know, so its log-probabilities would be wrong. Please report this architecture.",
+            f"model.name_or_path: the output layer of {type(policy.model).__name__} is not supported: its "
+            "log-probabilities would be wrong. Please report this architecture.",
             "unsupported-model",
         )
     return largest
@@ -290,8 +292,8 @@ def check_packing(policy: Policy, ids: Tensor) -> None:
     gradient = torch.autograd.grad(score, embeddings[0])[0]  # [1, 12, H]
     if gradient[0, :5].any():
         raise ConfigError(
-            f"packing: {type(policy.model).__name__} lets documents of one row see each other; set packing=false "
-            "(group_by_length=true also saves padding).",
+            f"packing: {type(policy.model).__name__} lets documents of a packed row attend to each other. "
+            "Set packing=false (group_by_length=true also saves padding).",
             "conflict",
         )
 

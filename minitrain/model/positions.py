@@ -1,6 +1,6 @@
-"""The longest documents that a model can read.
+"""The maximum document length of a model.
 
-Models with a table of positions fail beyond its end. Some rotary frequencies depend on the other documents of a batch.
+Models with a position table fail beyond its end. Some rotary frequencies depend on the other documents of a batch.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 UNLIMITED = 1 << 62
-MAX_OFFSET = 8  # rows of a table before position 0; OPT and BART have 2
+MAX_OFFSET = 8  # rows of a position table before position 0; OPT and BART have 2
 
 
 def n_positions(model: nn.Module) -> int:
@@ -21,7 +21,7 @@ def n_positions(model: nn.Module) -> int:
 
 
 def position_limit(model: nn.Module) -> int:
-    """Return the longest document, in tokens, that the model can read; `UNLIMITED` without a table of positions.
+    """Return the longest document, in tokens, that the model can read; `UNLIMITED` without a position table.
 
     A table is an embedding, or a buffer of two or more dimensions, with a row for each of max_position_embeddings. The
     model can be on the meta device.
@@ -39,16 +39,16 @@ def position_limit(model: nn.Module) -> int:
 def rotary_limit(model: nn.Module) -> int:
     """Return the longest document, in tokens, whose rotary frequencies do not depend on other documents.
 
-    Beyond it, `dynamic` frequencies depend on the longest document so far, and `longrope` selects one of two sets by
-    the longest document of a batch (transformers#25104).
+    Beyond it, `dynamic` frequencies depend on the longest document so far. `longrope` selects one of two sets of
+    frequencies by the longest document of a batch (transformers#25104).
     """
     limits = [UNLIMITED]
-    for module, layer_type, kind in _rotary_kinds(model):
-        if kind == "longrope":
+    for module, layer_type, rope_type in _rope_types(model):
+        if rope_type == "longrope":
             options = module.config.rope_parameters
             options = options if layer_type is None else options[layer_type]
             limits.append(options["original_max_position_embeddings"])
-        elif "dynamic" in kind:
+        elif "dynamic" in rope_type:
             limits.append(module.original_max_seq_len)
     return min(limits)
 
@@ -63,8 +63,8 @@ def restoring_rotary(model: nn.Module) -> Iterator[None]:
 
 
 def _reset_rotary(model: nn.Module) -> None:
-    for module, layer_type, kind in _rotary_kinds(model):
-        if "dynamic" in kind:
+    for module, layer_type, rope_type in _rope_types(model):
+        if "dynamic" in rope_type:
             prefix = "" if layer_type is None else f"{layer_type}_"
             device = getattr(module, f"{prefix}inv_freq").device
             original = getattr(module, f"{prefix}original_inv_freq").to(device)
@@ -72,19 +72,19 @@ def _reset_rotary(model: nn.Module) -> None:
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
-def _rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
+def _rope_types(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
     """Yield (rotary module, layer type, rope type); the layer type is None if all layers have the same rope type."""
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
-            if isinstance(kind, str):
-                yield module, layer_type, kind
+        rope_types = getattr(module, "rope_type", None)
+        for layer_type, rope_type in (rope_types if isinstance(rope_types, dict) else {None: rope_types}).items():
+            if isinstance(rope_type, str):
+                yield module, layer_type, rope_type
 
 
 def batches_by_length(lengths: list[int], batch_size: int, limit: int) -> list[list[int]]:
-    """Return batches of indices, the longest documents first; those beyond `limit` only with others of their length.
+    """Return batches of indices, longest documents first. Documents beyond `limit` are batched by equal length.
 
-    Beyond the limit, the result for a document depends on the longest one in its batch.
+    Beyond the limit, the output for a document depends on the longest one in its batch.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = []

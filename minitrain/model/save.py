@@ -27,12 +27,12 @@ def save_model(
     tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
     value_head: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Save the weights, config, tokenizer and template of a model; of a model with an adapter, only the adapter.
+    """Save the weights, config, tokenizer and chat template of a model, or only the adapter of a model with one.
 
     Args:
         model: The transformers model.
         tokenizer: Its tokenizer.
-        folder: Where the files go.
+        folder: Folder for the files.
         dtype: Dtype of the saved weights; adapters are saved in float32.
         tensors: Name and unsharded value of each tensor if the model is sharded; see `weights.full_tensors`.
         value_head: State dict of a value head.
@@ -54,10 +54,10 @@ def save_model(
 
 
 def check_saving(model: nn.Module, tokenizer) -> None:
-    """Save all but the weights to a temporary folder, so that an error occurs before training.
+    """Save everything except the weights to a temporary folder, so that an error occurs before training.
 
     Raises:
-        ConfigError: Config or tokenizer cannot be saved.
+        ConfigError: The config or the tokenizer cannot be saved.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,14 +66,14 @@ def check_saving(model: nn.Module, tokenizer) -> None:
                 _save_configs(model, Path(folder), torch.float32)
     except Exception as error:
         raise ConfigError(
-            f"model.name_or_path: this model could not be saved after training: {first_line(error)} "
+            f"model.name_or_path: the model could not be saved after training: {first_line(error)} "
             "Fix config.json or the tokenizer in the model's folder.",
             "unsupported-model",
         ) from None
 
 
 def set_end_tokens(model: nn.Module, end_ids: list[int]) -> None:
-    """Set the tokens that end responses in the saved model to those of training, not of the base model."""
+    """Set the EOS tokens of the saved model to those of training instead of those of the base model."""
     if model.can_generate():
         ends = end_ids[0] if len(end_ids) == 1 else end_ids
         model.generation_config.eos_token_id = model.config.eos_token_id = ends

@@ -1,4 +1,4 @@
-"""Prompt and prefix tuning: trained vectors before every document of a frozen model.
+"""Prompt and prefix tuning: trained vectors in front of every document of a frozen model.
 
 prompt: n embedding vectors (Lester et al. 2021, arXiv 2104.08691). prefix: n keys and values in the attention of each
 layer (Li and Liang 2021, arXiv 2101.00190); with `prefix_projection` a small network computes them, which is dropped
@@ -61,7 +61,7 @@ class SoftPrompt(nn.Module):
             ids: Token ids, shape [R, T].
             embeddings: The input embeddings.
             dtype: Dtype of keys and values.
-            fixed: The cache of keys and values does not grow, since recomputation updates it twice.
+            fixed: Keep the size of the cache of keys and values, since activation checkpointing updates it twice.
         """
         vectors, rows = self.vectors(), len(ids)
         if self.method == "prompt":
@@ -85,7 +85,7 @@ class SoftPrompt(nn.Module):
 
 
 class _FixedLayer(DynamicLayer):
-    """Keys and values that are put before others but do not grow, since recomputation updates a layer twice."""
+    """Keys and values in front of others that do not grow, since activation checkpointing updates a layer twice."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
@@ -119,9 +119,9 @@ def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, A
 
 def vectors_of(tensors: dict[str, Tensor]) -> Tensor:
     """Return `SoftPrompt.vectors` from unsharded tensors by their names in the model."""
-    own = {name.removeprefix("soft_prompt."): tensor for name, tensor in tensors.items()}
-    vectors = own["weight"]
-    if "projection.0.weight" in own:
-        inner = torch.tanh(F.linear(vectors, own["projection.0.weight"], own["projection.0.bias"]))
-        vectors = F.linear(inner, own["projection.2.weight"], own["projection.2.bias"])
+    named = {name.removeprefix("soft_prompt."): tensor for name, tensor in tensors.items()}
+    vectors = named["weight"]
+    if "projection.0.weight" in named:
+        inner = torch.tanh(F.linear(vectors, named["projection.0.weight"], named["projection.0.bias"]))
+        vectors = F.linear(inner, named["projection.2.weight"], named["projection.2.bias"])
     return vectors.contiguous()

@@ -1,4 +1,4 @@
-"""Weights that replace those of a model: a state dict in a file, or the files of a model's folder."""
+"""Load weights that replace those of a model: a state dict in a file, or the files of a model's folder."""
 
 import pickle
 import re
@@ -15,21 +15,21 @@ from .diagnostics import first_line
 
 
 def load_archive(model: nn.Module, path: Path) -> None:
-    """Replace the weights of a model by those of an archive.
+    """Replace the weights of a model with those of an archive.
 
     Raises:
-        ConfigError: The archive cannot be read, or is of another model.
+        ConfigError: The archive cannot be read, or is from another model.
     """
     model.load_state_dict(read_archive(model, path), strict=False)
 
 
 def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an archive, by their names in `model`; tied ones can be missing.
+    """Return the tensors of an archive by their names in `model`; tied ones can be missing.
 
-    A `.pt` file can have its state dict under the key `state`. Objects are never unpickled.
+    A `.pt` file can have its state dict under the key `state`. Other objects are never unpickled.
 
     Raises:
-        ConfigError: The archive cannot be read, or is of another model.
+        ConfigError: The archive cannot be read, or is from another model.
     """
     state: dict[str, Tensor] = {}
     try:
@@ -40,7 +40,7 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 state |= content.get("state", content)
     except (AttributeError, pickle.UnpicklingError):
-        reason = "it holds something else than names with tensors; save a state dict"
+        reason = "it is not a state dict. Save a mapping of names to tensors"
         raise ConfigError(f"model.archive: {path} cannot be loaded: {reason}.", "unreadable") from None
     except Exception as error:
         raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}", "unreadable") from None
@@ -83,14 +83,14 @@ def _check_keys(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     unexpected = [name for name in state if name not in expected]
     if missing or unexpected:
         raise ConfigError(
-            f"model.archive: {path} does not fit {type(model).__name__}: "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}.",
+            f"model.archive: {path} does not match {type(model).__name__}: "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}. Use an archive of the same model.",
             "mismatch",
         )
     for name, tensor in state.items():
         if tuple(tensor.shape) != expected[name]:
             raise ConfigError(
-                f"model.archive: {name} in {path} has the shape {tuple(tensor.shape)}, "
-                f"the model's has {expected[name]}.",
+                f"model.archive: {name} in {path} must have the shape {list(expected[name])}, "
+                f"got {list(tensor.shape)}.",
                 "mismatch",
             )

@@ -8,7 +8,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per byte, which can write any text, and the special tokens of ChatML."""
+    """Return a tokenizer with a token for each byte, which can encode any string, and the special tokens of ChatML."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate((*SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

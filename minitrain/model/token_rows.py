@@ -1,6 +1,6 @@
 """Trained rows of frozen embeddings, for tokens that are new to a model.
 
-    embedding:  the vector of a token in `token_ids` is its row of `token_rows` [n, H], not that of the weight
+    embedding:  the vector of a token in `token_ids` is its row of `token_rows` [n, H], not of the weight
     LM head:    its logit is hidden @ row
 
 The rows are parameters of their layer, and tied layers share them, as with PEFT's `trainable_token_indices`.
@@ -41,7 +41,7 @@ def has_rows(module: nn.Module) -> bool:
 
 
 def put_rows(module: nn.Module, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return a weight of a layer with its trained rows, in the dtype of the weight.
+    """Return the weight of a layer with its trained rows, in the dtype of the weight.
 
     Args:
         module: The layer.
@@ -55,7 +55,7 @@ def put_rows(module: nn.Module, weight: Tensor, rows: Tensor | None = None) -> T
 
 
 def merge_rows(module: nn.Module) -> None:
-    """Write the rows into the weight, in place because it can be tied."""
+    """Write the trained rows into the weight, in place because it can be tied."""
     with torch.no_grad():
         module.weight[module.token_ids] = module.token_rows.to(module.weight)
     del module.token_rows, module.token_ids

@@ -1,4 +1,4 @@
-"""Run the checks of a loaded policy on one from the meta device, with random values that take almost no memory."""
+"""Run the checks of a loaded policy on one from the meta device, with random values that need almost no memory."""
 
 from collections.abc import Iterator
 
@@ -11,19 +11,19 @@ from .diagnostics import first_line
 from .policy import Policy, check_packing, check_policy, find_blocks
 from .sequence_head import is_encoder
 
-SPREAD = 0.05  # standard deviation of the values: gradients are not 0 and nothing overflows
+SPREAD = 0.05  # standard deviation of the values: gradients are not 0, and nothing overflows
 N_VALUES = 1 << 20  # distinct values, which are repeated
 MAX_VOCABULARY = 1024  # rows of the LM head; the checks use the first few tokens
 
 
 def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
-    """Run the checks that training runs on the loaded policy. The policy cannot be used afterwards.
+    """Run the checks that training runs on a loaded policy. The policy cannot be used afterwards.
 
     Returns:
-        Warnings: with random values a failed check is not certain.
+        Warnings: a failed check with random values can be a false alarm.
 
     Raises:
-        ConfigError: With `packing`, documents of a row attend to each other. This does not depend on the values.
+        ConfigError: With `packing`, documents of a row attend to each other. This is certain with any values.
     """
     _fill_values(policy)
     warnings = []
@@ -32,8 +32,8 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
             check_policy(policy, packing=False)
             warnings = []
             break
-        except Exception as error:  # a model can fail in any way with random values
-            warnings = [f"tried out with random values: {first_line(error)}"]
+        except Exception as error:  # with random values a model can raise any error
+            warnings = [f"a check with random values failed: {first_line(error)}"]
     if packing and not is_encoder(policy.model):
         policy.eval()
         last_error = None
@@ -48,13 +48,13 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
 
 
 def _fewer_blocks(model: nn.Module) -> Iterator[None]:
-    """Yield with one block of each structure in the model, which is faster, and then with all of them."""
+    """Yield first with one block of each structure in the model, which is faster, then with all blocks."""
     blocks = find_blocks(model)
     all_blocks = list(blocks)
     distinct = list({_signature(block): block for block in reversed(all_blocks)}.values())[::-1]
-    for chosen in (distinct, all_blocks):
+    for subset in (distinct, all_blocks):
         del blocks[:]
-        blocks.extend(chosen)
+        blocks.extend(subset)
         yield
 
 
@@ -81,8 +81,8 @@ def _fill_values(policy: Policy) -> None:
 
 
 def _view(values: Tensor, shape: list[int]) -> Tensor:
-    """Return a view of few values: rows overlap by all but one value, and the matrices of a stack are the same."""
-    pitch = shape[-1] if len(shape) > 2 else 1  # products of stacked matrices refuse rows that overlap
+    """Return a view of few values: adjacent rows are shifted by one value, and stacked matrices are identical."""
+    pitch = shape[-1] if len(shape) > 2 else 1  # products of stacked matrices do not accept overlapping rows
     strides = [0] * (len(shape) - 2) + [pitch, 1][2 - min(2, len(shape)) :]
     n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     values = values if n <= len(values) else values.repeat(-(-n // len(values)))

@@ -1,8 +1,8 @@
 """Tokens that are new to a model, and the initial values of their embedding rows.
 
 A new row is the mean of the known rows (Hewitt 2021) plus a little noise: with equal rows, two tokens would have the
-same probability. The noise depends only on the token's id, so that the policy, its reference, every rank and a later
-merge get the same row.
+same probability. The noise depends only on the token id, so that the policy, its reference, every rank and a later
+merge have the same row.
 """
 
 from functools import cached_property
@@ -19,12 +19,12 @@ NOISE = 0.1  # standard deviation, relative to that of the known rows
 
 
 def mark_known(tokenizer) -> None:
-    """Record the ids of a loaded tokenizer, so that ids of tokens added later count as new."""
+    """Record the ids of a loaded tokenizer, so that tokens added later count as new."""
     tokenizer.known = frozenset(tokenizer.get_vocab().values())
 
 
 def count_ids(tokenizer) -> int:
-    """Return one more than the largest token id, which is more than `len(tokenizer)` if ids have gaps.
+    """Return one more than the largest token id, which exceeds `len(tokenizer)` if the ids have gaps.
 
     Raises:
         ConfigError: Two tokens have the same id, which happens if a token is added to a tokenizer with gaps.
@@ -36,17 +36,17 @@ def count_ids(tokenizer) -> int:
         if first != token:
             raise ConfigError(
                 f"model.tokenizer_name_or_path: the tokens {first!r} and {token!r} have the same id, got {number}. "
-                "The ids of this tokenizer have holes; add the token to its tokenizer.json, with a free id.",
+                "The ids of this tokenizer have gaps. Add the token to its tokenizer.json with an unused id.",
                 "unsupported-model",
             )
     return max(tokens) + 1
 
 
 def resize_embeddings(model: nn.Module, tokenizer, weights: Weights | None = None) -> None:
-    """Add embedding rows so that every token id has one, and initialize those of new tokens. Remove no row.
+    """Add embedding rows until every token id has one, and initialize those of new tokens. Never remove rows.
 
     New ids are those beyond the model's rows, and those of tokens added since the tokenizer was loaded, even if the
-    model has an unused row for them. `model.new_ids` lists those that are trained: all but padding.
+    model has an unused row for them. `model.new_ids` lists the trained ones: all except padding.
 
     Args:
         model: The transformers model.
@@ -86,10 +86,10 @@ def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class NewRows:
-    """The rows of a tensor, with new ones for new tokens.
+    """The rows of a tensor, followed by or mixed with rows of new tokens.
 
     Args:
-        source: Has the known rows as `source[start:stop]`.
+        source: The known rows, as `source[start:stop]`.
         n_rows: Number of known rows.
         ids: Ids of new tokens.
     """
@@ -108,7 +108,7 @@ class NewRows:
         return rows_with_new
 
     def start(self, ids: list[int]) -> Tensor:
-        """Return the initial rows of these tokens in float32, shape [n, H]."""
+        """Return the initial rows of the tokens `ids` in float32, shape [n, H]."""
         mean, deviation = self._moments
         noise = [torch.randn(mean.shape, generator=torch.Generator().manual_seed(number)) for number in ids]
         return mean + NOISE * deviation * torch.stack(noise)
@@ -120,11 +120,11 @@ class NewRows:
 
 
 def describe_new_tokens(model: nn.Module, tokenizer) -> str | None:
-    """Return a line about which tokens are new and how they are trained; None if there are none."""
+    """Return a line about the new tokens and how they are trained; None without any."""
     if not model.new_ids:
         return None
     names = [str(tokenizer.convert_ids_to_tokens(number)) for number in model.new_ids[:4]]
     more = f" and {len(model.new_ids) - 4:,} more" if len(model.new_ids) > 4 else ""
     only_rows = any(name.endswith("token_rows") for name, _ in model.named_parameters())
-    how = "their rows are trained alone, the other rows are frozen" if only_rows else "their rows are trained"
-    return f"{', '.join(names)}{more}, which the model does not know: {how}"
+    how = "only their rows are trained, the others are frozen" if only_rows else "their rows are trained"
+    return f"{', '.join(names)}{more}, which are new to the model: {how}"

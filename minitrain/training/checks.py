@@ -107,7 +107,7 @@ def _check_teacher(options: dict, needed: bool, issues: ConfigIssues) -> None:
     """`options`: of the loss, those that are given."""
     name, outputs = options.get("teacher"), options.get("teacher_outputs")
     if name is not None:
-        check_folder("loss.teacher", name, "make it part of its base model first: minitrain merge {}", issues)
+        check_folder("loss.teacher", name, "Merge it into its base model first: minitrain merge {}", issues)
     elif needed:
         told = "is missing: name the folder or the hub name of a model, or what it says with loss.teacher_outputs."
         issues.add("loss.teacher", "missing-option", told)

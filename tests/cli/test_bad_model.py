@@ -65,7 +65,6 @@ def weights_in_a_folder():
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-NO_MODEL, NO_TOKENIZER = "no causal language model in 'model': ", "no tokenizer could be loaded from 'model': "
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,6 @@ def test_new_tokens_are_named(write, report, byte_folder, llama_folder, lora):
     """Which tokens the model lacks, and how their rows are trained."""
     model = {"name_or_path": str(llama_folder), "tokenizer_name_or_path": byte_folder}
     code, figures, _ = report(write(ROWS, model=model, lora=lora))
-    alone = "alone, the other rows are frozen" if lora else ""
-    told = f"<|im_start|>, <|im_end|>, which the model does not know: their rows are trained {alone}"
-    assert code == 0 and figures["new tokens"] == told.strip()
+    how = "only their rows are trained, the others are frozen" if lora else "their rows are trained"
+    assert code == 0 and figures["new tokens"] == f"<|im_start|>, <|im_end|>, which are new to the model: {how}"
     assert "new tokens" not in report(write(ROWS, lora=lora))[1]

@@ -393,7 +393,7 @@ def short_teacher(write, folder, llama):
 def packed_teacher(write, folder, llama):
     model = saved_model("mamba", folder / "mamba")
     path = write(ROWS["conversation"], loss={"name": "kd", "teacher": model}, packing=True)
-    return path, "MambaForCausalLM lets documents of one row see each other"
+    return path, "packing: MambaForCausalLM "
 
 
 def unfit_adapter(write, folder, llama):
