@@ -270,7 +270,8 @@ def _filter_by_block(model: nn.Module, modules: dict[str, nn.Module], names: lis
     outside = [number for number in layers if not 0 <= number < len(blocks)]
     if outside:
         raise ConfigError(
-            f"lora.layers_to_transform: block {outside[0]} does not exist. Use 0 to {len(blocks) - 1}.", "out-of-range"
+            f"lora.layers_to_transform: {outside[0]} is out of range. The model has blocks 0-{len(blocks) - 1}.",
+            "out-of-range",
         )
     in_blocks = [name for name in names if any(name.startswith(f"{path}.{number}.") for number in layers)]
     if not in_blocks:

@@ -37,33 +37,21 @@ def _check_model(config: Config, issues: ConfigIssues) -> None:
         issues.add("model.revision", "no-effect", "has no effect on a local model. Remove it.", key)
     tokenizer = model.tokenizer_name_or_path
     if tokenizer and looks_local(tokenizer) and not Path(tokenizer).is_dir():
-        issues.add(
-            "model.tokenizer_name_or_path",
-            "not-found",
-            f"folder {tokenizer} does not exist (relative to {Path.cwd()}).",
-        )
+        message = f"folder {tokenizer} does not exist (relative to {Path.cwd()})."
+        issues.add("model.tokenizer_name_or_path", "not-found", message)
     if model.archive:
         check_archive(Path(model.archive), issues)
     for name, package in ATTENTION_PACKAGES.items():
         if model.attn_implementation == name and find_spec(package) is None:
-            issues.add(
-                "model.attn_implementation",
-                "not-installed",
-                f"package {package} is not installed. Install it, or use auto.",
-            )
+            message = f"package {package} is not installed. Install it, or use auto."
+            issues.add("model.attn_implementation", "not-installed", message)
     for entry in config.freeze_layers:
         if not re.fullmatch(r"\d+(-\d+)?|embeddings", str(entry)):
-            issues.add(
-                "freeze_layers",
-                "invalid-value",
-                f"expected block numbers, ranges such as 0-5, or embeddings, got {entry!r}.",
-            )
+            message = f"expected block numbers, ranges such as 0-5, or embeddings, got {entry!r}."
+            issues.add("freeze_layers", "invalid-value", message)
         elif entry != "embeddings" and _is_reversed(str(entry)):
-            issues.add(
-                "freeze_layers",
-                "invalid-value",
-                f"range {entry} ends before it begins. Put the smaller number first.",
-            )
+            message = f"range {entry} ends before it begins. Put the smaller number first."
+            issues.add("freeze_layers", "invalid-value", message)
 
 
 def _is_reversed(span: str) -> bool:
@@ -75,75 +63,56 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
     model, folder = config.model, Path(config.model.adapter or "")
     if model.adapter and not (folder / "adapter_config.json").is_file():
         inner = f" Use {folder / 'final'}." if (folder / "final" / "adapter_config.json").is_file() else ""
-        issues.add(
-            "model.adapter", "wrong-path", f"{folder} is not an adapter folder: it has no adapter_config.json.{inner}"
-        )
+        message = f"{folder} is not an adapter folder: it has no adapter_config.json.{inner}"
+        issues.add("model.adapter", "wrong-path", message)
+    message = "has no effect with model.adapter, which has its own settings. Remove it."
     if model.adapter and "lora" in given:
-        issues.add(
-            "lora",
-            "conflict",
-            "has no effect with model.adapter, which has its own settings. Remove it.",
-            "model.adapter",
-        )
+        issues.add("lora", "conflict", message, "model.adapter")
     if model.adapter and "soft_prompt" in given:
-        issues.add(
-            "soft_prompt", "conflict", "has no effect with model.adapter, which has its own settings. Remove it."
-        )
+        issues.add("soft_prompt", "conflict", message)
     elif "soft_prompt" in given:
         _check_prompt(config, issues)
     if "lora" in given and not model.adapter and not config.lora.rank:
-        issues.add(
-            "lora", "no-effect", "has no effect without lora.rank. Set it, for example lora.rank=16.", "lora.rank"
-        )
-    targets = config.lora.target_modules
-    if not isinstance(targets, str) and not (
-        isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
-    ):
-        issues.add(
-            "lora.target_modules", "wrong-type", "expected a list of names, a regular expression, or all-linear."
-        )
-    elif config.lora.rank and not targets:
-        issues.add(
-            "lora.target_modules",
-            "invalid-value",
-            "is empty, so nothing would be trained. Name layers, or remove it.",
-        )
-    elif isinstance(targets, str) and (error := _regex_error(targets)):
-        issues.add("lora.target_modules", "invalid-value", f"{targets!r} is not a valid regular expression: {error}.")
+        message = "has no effect without lora.rank. Set it, for example lora.rank=16."
+        issues.add("lora", "no-effect", message, "lora.rank")
+    _check_target_modules(config, issues)
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
         message = "has no effect with an adapter, which freezes the full model. See lora.layers_to_transform."
         issues.add("freeze_layers", "no-effect", message, "lora.rank")
     if has_adapter and model.archive:
-        message = (
-            "conflicts with an adapter, whose files name model.name_or_path as base. Name a folder with these weights "
-        )
-        issues.add("model.archive", "conflict", message + "there, and remove model.archive.", "lora.rank")
+        message = "conflicts with an adapter, whose files name model.name_or_path as base. Set that to these weights."
+        issues.add("model.archive", "conflict", message, "lora.rank")
     if has_adapter and model.master_dtype != "float32":
-        issues.add(
-            "model.master_dtype",
-            "no-effect",
-            "has no effect with an adapter, which is trained in float32. Remove it.",
-            "lora.rank",
-        )
-    if model.quantization == "none":
-        return
+        message = "has no effect with an adapter, which is trained in float32. Remove it."
+        issues.add("model.master_dtype", "no-effect", message, "lora.rank")
+    if model.quantization != "none":
+        _check_quantization(config, has_adapter, issues)
+
+
+def _check_target_modules(config: Config, issues: ConfigIssues) -> None:
+    key, targets = "lora.target_modules", config.lora.target_modules
+    is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
+    if not isinstance(targets, str) and not is_list:
+        issues.add(key, "wrong-type", "expected a list of names, a regular expression, or all-linear.")
+    elif config.lora.rank and not targets:
+        issues.add(key, "invalid-value", "is empty, so nothing would be trained. Name layers, or remove it.")
+    elif isinstance(targets, str) and (error := _regex_error(targets)):
+        issues.add(key, "invalid-value", f"{targets!r} is not a valid regular expression: {error}.")
+
+
+def _check_quantization(config: Config, has_adapter: bool, issues: ConfigIssues) -> None:
+    key = "model.quantization"
     if not has_adapter:
-        message = "quantized weights cannot be trained. Set lora.rank or soft_prompt."
-        issues.add("model.quantization", "conflict", message, "lora.rank")
+        issues.add(key, "conflict", "quantized weights cannot be trained. Set lora.rank or soft_prompt.", "lora.rank")
     if find_spec("bitsandbytes") is None:
-        issues.add(
-            "model.quantization",
-            "not-installed",
-            "package bitsandbytes is not installed. Run pip install minitrain[quant].",
-        )
+        issues.add(key, "not-installed", "package bitsandbytes is not installed. Run pip install minitrain[quant].")
     if config.trainer == "FSDPTrainer":
         message = "FSDPTrainer cannot shard quantized weights. Use trainer=BasicTrainer, or none."
-        issues.add("model.quantization", "conflict", message, "trainer")
+        issues.add(key, "conflict", message, "trainer")
     if config.lora.init in ("pissa", "olora"):
-        issues.add(
-            "lora.init", "conflict", f"{config.lora.init} changes the base weights, which are quantized. Use default."
-        )
+        message = f"{config.lora.init} changes the base weights, which are quantized. Use default."
+        issues.add("lora.init", "conflict", message)
 
 
 def _check_prompt(config: Config, issues: ConfigIssues) -> None:

@@ -167,7 +167,7 @@ def adapter(tmp_path_factory, llama_folder, rows_file):
         (changed(CONFIG_FILE, r="x"), "invalid-value", "lora/adapter_config.json:"),
         (changed(CONFIG_FILE, target_modules=...), "invalid-value", "lora/adapter_config.json"),
         (changed(CONFIG_FILE, r=3), "mismatch", ""),
-        (changed(CONFIG_FILE, peft_type="IA3"), "unsupported-model", "lora:"),
+        (changed(CONFIG_FILE, peft_type="IA3"), "unsupported-model", "lora/"),
         (changed(CONFIG_FILE, target_modules=["c_attn"]), "not-a-choice", "'c_attn'"),
         (written(CONFIG_FILE, "{"), "unreadable", "lora/adapter_config.json"),
         (written(CONFIG_FILE, "[]"), "unreadable", "lora/adapter_config.json"),

@@ -255,7 +255,7 @@ def test_a_file_that_says_no_more_than_it_must_is_enough(folders, tmp_path):
     load_adapter(ours, tmp_path)
     close(exact(ours), exact(theirs.eval()), 1e-6)
     (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"r": None}))
-    with raises(ConfigError, "invalid-value", f"{tmp_path / 'adapter_config.json'} ", " r."):
+    with raises(ConfigError, "invalid-value", f"{tmp_path / 'adapter_config.json'}: ", " r."):
         load_adapter(base(folders["llama"]), tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_what_is_of_another_model_is_refused(tmp_path, llama_folder):
     wrong = {
         "missing": ({k: v for k, v in state.items() if k != norm}, ("missing", norm)),
         "foreign": (state | {"model.extra": torch.ones(1)}, ("unexpected", "model.extra")),
-        "shape": (state | {norm: torch.ones(3)}, (norm, "(3,)")),
+        "shape": (state | {norm: torch.ones(3)}, (norm, "[3]")),
     }
     for name, (tensors, parts) in wrong.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")

@@ -36,7 +36,7 @@ OTHER_COMMANDS = (  # no training goes through these
 
 
 ELSEWHERE = (  # reached or not by what is installed, by the user and by the devices of a machine
-    "model/checks:_check_adapter: model.quantization not-installed",
+    "model/checks:_check_quantization: not-installed",
     "config/load:_read_text: unreadable",
     "distributed/checks:check_device: device error.code",
     "distributed/checks:check_device: trainer conflict",

@@ -444,7 +444,7 @@ CASES = {
     "fused and foreach": of_options("optimizer: AdamW refuses", optimizer_args={"foreach": True}),
     "a text as a number": of_options("optimizer: SGD refuses", optimizer="SGD", optimizer_args={"momentum": "x"}),
     "a value out of bounds": of_options("optimizer: SGD refuses", optimizer="SGD", optimizer_args={"momentum": -1}),
-    "a block that is not there": of_options("freeze_layers: 7 is outside", freeze_layers=[7]),
+    "a block that is not there": of_options("freeze_layers: 7 ", freeze_layers=[7]),
     "nothing left to train on": of_options("validation_split: 24 of 24", validation_split=24),
     "no layer of a name": of_options("lora.target_modules", lora={"rank": 2, "target_modules": ["nothing"]}),
     "a bad row": of_options("c.jsonl:1: no known schema", rows=[{"prompt": "a"}]),

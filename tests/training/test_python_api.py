@@ -175,7 +175,7 @@ class Misspelt:
         ({"callbacks": [Misspelt()]}, "Misspelt.on_step_ended would never be called."),
         ({"callbacks": [3]}, "callbacks: int has none of the methods"),
         ({"model": "tiny"}, "model: expected a model, got 'tiny'"),
-        ({"model": torch.nn.Linear(1, 1)}, "model: expected a model of transformers, got Linear"),
+        ({"model": torch.nn.Linear(1, 1)}, "model: expected a transformers model, got Linear"),
         ({"tokenizer": "tiny"}, "tokenizer: expected a tokenizer, got 'tiny'"),
         ({"loss": 3}, "loss: expected a Loss, got 3"),
         ({"optimizer": "SGD"}, "optimizer: expected a function"),
