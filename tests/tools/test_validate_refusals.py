@@ -419,7 +419,7 @@ def weights_that_lack_one(write, folder, llama):
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / "m" / "model.safetensors", metadata={"format": "pt"})
     model = {"name_or_path": str(folder / "m")}
-    return write(ROWS["conversation"], model=model), "its files do not hold model.layers.1.mlp.up_proj.weight"
+    return write(ROWS["conversation"], model=model), ": model.layers.1.mlp.up_proj.weight."
 
 
 def weights_of_another_shape(write, folder, llama):
@@ -427,13 +427,17 @@ def weights_of_another_shape(write, folder, llama):
     tensors = load_file(folder / "m" / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(7)
     save_file(tensors, folder / "m" / "model.safetensors", metadata={"format": "pt"})
-    return write(ROWS["conversation"], model={"name_or_path": str(folder / "m")}), "has the shape [7], and not [32]"
+    return write(
+        ROWS["conversation"], model={"name_or_path": str(folder / "m")}
+    ), "model.norm.weight must have the shape [32] of config.json, got [7]"
 
 
 def damaged_weights(write, folder, llama):
     shutil.copytree(llama, folder / "m")
     (folder / "m" / "model.safetensors").write_bytes(b"version https://git-lfs")
-    return write(ROWS["conversation"], model={"name_or_path": str(folder / "m")}), "is a pointer of Git LFS"
+    return write(
+        ROWS["conversation"], model={"name_or_path": str(folder / "m")}
+    ), "model.safetensors is a Git LFS pointer"
 
 
 def of_options(message: str, rows=ROWS["conversation"], **options):
