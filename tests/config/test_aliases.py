@@ -11,10 +11,11 @@ import yaml
 
 from minitrain import ConfigError, Loss, create_loss, load_config, register_loss
 from minitrain.config.schema import Config, aliases, option
-from minitrain.errors import RunDirError
+from minitrain.errors import InvalidConfigError, RunDirError
 from minitrain.losses import registered
 from minitrain.losses.sft import SFT
 from tests.conftest import ROOT, metrics
+from tests.messages import raises, reports
 
 OF_LOSSES = [(name, *pair) for name, loss in registered().items() for pair in aliases(loss.options_class).items()]
 VALUES = {
@@ -87,27 +88,27 @@ def test_an_option_set_twice_is_refused(load):
     """With its line; by two aliases, too. Nothing is dropped in silence."""
     for one, other in (("epsilon", "eps_low"), ("clip_eps_low", "eps_low"), ("normaliser", "loss_type")):
         value = 0.1 if "eps" in one else "grpo"
-        with pytest.raises(ConfigError, match=r"c.yml:\d+: loss\.\w+: unknown option. \w+ is another name of loss"):
+        with raises(ConfigError, "unknown-option", "c.yml:", "loss."):
             load({"name": "policy", one: value, other: value})
-        with pytest.raises(ConfigError, match="is another name of"):
+        with raises(ConfigError, "unknown-option", "loss."):
             create_loss("policy", **{one: value, other: value})
 
 
 def test_a_problem_with_an_alias_names_its_line(load, tmp_path):
     """The line that the user wrote, and not that of the section."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(InvalidConfigError) as caught:
         load({"name": "policy", "eps_low": 7, "dual_clip": 3.0})
     lines = (tmp_path / "c.yml").read_text().splitlines()
     number = next(i for i, line in enumerate(lines, 1) if "eps_low" in line)
-    assert f"c.yml:{number}: loss.clip_eps_low: must be 1 or less" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"--overrides: loss.clip_eps_low: must be 1 or less"):
+    assert reports(caught.value, "out-of-range", f"c.yml:{number}: loss.clip_eps_low: ")
+    with raises(ConfigError, "out-of-range", "--overrides: loss.clip_eps_low: "):
         load({"name": "policy", "epsilon": 0.1}, "loss.eps_low=7")
 
 
 def test_an_alias_belongs_to_its_loss(load):
     """`loss_type` is an option of pairwise and an alias of policy; the error names the losses that have an alias."""
     assert load({"name": "pairwise", "loss_type": "hinge"}) == {"name": "pairwise", "loss_type": "hinge"}
-    with pytest.raises(ConfigError, match=r"loss.eps_low: .*loss.name=policy"):
+    with raises(ConfigError, "unknown-option", "loss.eps_low: ", "policy"):
         load({"name": "sft", "eps_low": 0.1})
 
 
@@ -128,7 +129,7 @@ def test_a_run_that_was_saved_with_the_old_name_resumes(make_trainer, tmp_path):
     trainer.train()
     saved = Path(trainer.run.path) / "config.yml"
     saved.write_text(re.sub("clip_eps_low", "eps_low", saved.read_text()))
-    with pytest.raises(RunDirError, match=r"loss: .*allow_changes=\[loss\]"):
+    with raises(RunDirError, "other-run", "allow_changes=[loss]"):
         make_trainer(*settings, "loss.clip_eps_low=0.3", "n_steps=2").train()
     make_trainer(*settings, "n_steps=2").train()
     assert [row["step"] for row in metrics(trainer)] == [1, 2]

@@ -217,38 +217,38 @@ def test_unknown_names_get_a_hint(load, key, meant):
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, code, part",
     [
-        ("lr: 1\nlr: 2\n", "c.yml:2: not valid YAML: found duplicate key lr"),
-        ("model: {a: 1, a: 2}\n", "c.yml:1: not valid YAML: found duplicate key a"),
-        ("model:\n\tlr: 2\n", "c.yml:2: not valid YAML: found character '\\t'"),
-        ("- a\n- b\n", "c.yml: expected lines of the form `key: value`"),
-        ("just words\n", "c.yml: expected lines of the form `key: value`"),
-        ("lr: [1\n", "c.yml:2: not valid YAML"),
-        ("a: 1\n---\nb: 2\n", "c.yml:2: not valid YAML: expected a single document"),
-        ("lr: \0\n", "c.yml: not valid YAML: unacceptable character"),
-        ("null: 1\n", "c.yml: a key: Incompatible key type"),
-        ("? [a]\n: 1\n", "c.yml:1: a key is a list or a mapping. Write `key: value`."),
-        ("lr: 1\nseed: '${oc.env:X'\n", "c.yml:2: seed: missing BRACE_CLOSE"),
-        ("lr: !!set {a}\n", "c.yml:1: lr: Value 'set'"),
-        ("x: &x [*x]\n", "more than 10000 values, or they are nested too deeply"),
-        ("x: " + "[" * 40 + "]" * 40, "nested too deeply"),
-        ("x: !!int y\n", "c.yml:1: 'y' is not of the type !!int. Leave the tag out."),
-        ("x: !!float y\n", "c.yml:1: 'y' is not of the type !!float."),
-        ("x: !!bool y\n", "c.yml:1: 'y' is not of the type !!bool."),
-        ("x: !!timestamp y\n", "c.yml:1: 'y' is not of the type !!timestamp."),
-        ("a: 1\nx: " + "1" * 5000, "c.yml:2: 1111111111111111111111111111111111111... is a number of 5000 digits."),
-        ("a: 1\nx: 0x" + "1" * 5000, "c.yml:2: 0x11111111111111111111111111111111111... is a number of 19997 bits."),
-        ("x: '" + "x" * (1 << 20) + "'", "c.yml: is too large for a configuration, got 1,048,581 characters."),
-        ("", "model.name_or_path: is missing"),
-        ("model:\n", "c.yml:1: model: expected keys and values (name_or_path"),
+        ("lr: 1\nlr: 2\n", "invalid-yaml", "c.yml:2: "),
+        ("model: {a: 1, a: 2}\n", "invalid-yaml", "c.yml:1: "),
+        ("model:\n\tlr: 2\n", "invalid-yaml", "c.yml:2: "),
+        ("- a\n- b\n", "invalid-yaml", "c.yml: "),
+        ("just words\n", "invalid-yaml", "c.yml: "),
+        ("lr: [1\n", "invalid-yaml", "c.yml:2: "),
+        ("a: 1\n---\nb: 2\n", "invalid-yaml", "c.yml:2: "),
+        ("lr: \0\n", "invalid-yaml", "c.yml: "),
+        ("null: 1\n", "invalid-yaml", "c.yml: "),
+        ("? [a]\n: 1\n", "invalid-yaml", "c.yml:1: "),
+        ("lr: 1\nseed: '${oc.env:X'\n", "invalid-yaml", "c.yml:2: seed: "),
+        ("lr: !!set {a}\n", "invalid-yaml", "c.yml:1: lr: "),
+        ("x: &x [*x]\n", "too-large", "10000"),
+        ("x: " + "[" * 40 + "]" * 40, "too-large", "c.yml: "),
+        ("x: !!int y\n", "wrong-type", "c.yml:1: 'y'"),
+        ("x: !!float y\n", "wrong-type", "c.yml:1: 'y'"),
+        ("x: !!bool y\n", "wrong-type", "c.yml:1: 'y'"),
+        ("x: !!timestamp y\n", "wrong-type", "c.yml:1: 'y'"),
+        ("a: 1\nx: " + "1" * 5000, "too-large", "c.yml:2: 1111111111111111111111111111111111111... "),
+        ("a: 1\nx: 0x" + "1" * 5000, "too-large", "c.yml:2: 0x11111111111111111111111111111111111... "),
+        ("x: '" + "x" * (1 << 20) + "'", "too-large", "c.yml: "),
+        ("", "missing-option", "model.name_or_path: "),
+        ("model:\n", "wrong-type", "c.yml:1: model: "),
     ],
 )
-def test_files_that_are_no_config(load, wording, text, told):
+def test_files_that_are_no_config(load, wording, text, code, part):
     """What YAML or OmegaConf refuse is told in one line, with the line number."""
     err = "\n".join(issues(load, text, base=False))
     wording(err)
-    assert told in err
+    assert reports(err, code, part)
 
 
 @pytest.mark.parametrize("step", ["[{}]", "{{<<: [{}]}}"])
