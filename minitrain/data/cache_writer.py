@@ -12,6 +12,7 @@ import numpy as np
 from minitrain.errors import DataError, write_error_code
 from minitrain.io.checksum import PLACEHOLDER, seal
 from minitrain.io.temp_files import new_file
+from minitrain.io.tensor_files import ITEM_SIZES, start_file
 
 from .template import Tokens
 
@@ -86,7 +87,7 @@ class CacheWriter:
             self._append(f"columns/{name}", "F32", column)
 
     def finish(self) -> None:
-        """Write the safetensors file."""
+        """Write the safetensors file from the raw files, without holding a tensor in memory."""
         for name, dtype in (("ids", "I32"), ("mask", "U8")):
             self._append(name, dtype, [])  # there, also of no document at all
         for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
@@ -96,10 +97,18 @@ class CacheWriter:
             self._append(f"values/{name}", "F64", numbers)
         self._close()
         # The widest first, so that each is aligned.
-        order = sorted(self.files, key=lambda name: -np.dtype(_DTYPES[self.files[name][0]]).itemsize)
+        order = sorted(self.files, key=lambda name: -ITEM_SIZES[self.files[name][0]])
         metadata = PLACEHOLDER | {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
         metadata["n_documents"] = str(self.n_documents)
-        _join_safetensors(self.file, order, {name: self.files[name][0] for name in order}, metadata)
+        tensors = {}
+        for name in order:
+            dtype, file = self.files[name]
+            tensors[name] = dtype, [Path(file.name).stat().st_size // ITEM_SIZES[dtype]]
+        with open(self.file, "wb") as joined:
+            start_file(joined, tensors, metadata)
+            for name in order:
+                with open(self.files[name][1].name, "rb") as file:
+                    shutil.copyfileobj(file, joined, 1 << 20)
         seal(self.file)
 
     def _close(self) -> None:
@@ -110,21 +119,3 @@ class CacheWriter:
         if name not in self.files:
             self.files[name] = dtype, open(self.folder / name.replace("/", "-"), "wb")
         self.files[name][1].write(np.asarray(numbers, _DTYPES[dtype]).tobytes())
-
-
-def _join_safetensors(target: Path, order: list[str], dtypes: dict[str, str], metadata: dict) -> None:
-    """Write a safetensors file from raw files next to it, without holding a tensor in memory."""
-    header, position = {"__metadata__": metadata}, 0
-    files = {name: target.parent / name.replace("/", "-") for name in order}
-    for name in order:
-        size = files[name].stat().st_size
-        shape = [size // np.dtype(_DTYPES[dtypes[name]]).itemsize]
-        header[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [position, position + size]}
-        position += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(target, "wb") as joined:
-        joined.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            with open(files[name], "rb") as file:
-                shutil.copyfileobj(file, joined, 1 << 20)

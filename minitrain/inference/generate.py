@@ -221,16 +221,25 @@ def load_generator(
     config = model_config(find_model(source), trust_remote_code)
     if trained_outputs(config) is not None:
         raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.", "unsupported-model")
-    place = pick_device(device)
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
+    return Generator(load_saved(config, tokenizer, device).eval(), template)
+
+
+def load_saved(config: ModelConfig, tokenizer, device: str, labels: list[str] | None = None) -> nn.Module:
+    """Load a model in the dtype that it was saved in, or in float32 where the processor does not compute in that.
+
+    Args:
+        labels: Outputs of a sequence head.
+    """
+    target = pick_device(device)
     saved = saved_dtype(config)
-    dtype = DTYPES[saved] if saved in native_dtypes(place) else torch.float32
+    dtype = DTYPES[saved] if saved in native_dtypes(target) else torch.float32
     if config.adapter:
         model = load_merged(config, tokenizer).to(dtype)
     else:
-        model = load_model(config, tokenizer, 0, dtype)
-    return Generator(model.to(place).eval(), template)
+        model = load_model(config, tokenizer, 0, dtype, labels)
+    return model.to(target)
 
 
 def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:

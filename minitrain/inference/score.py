@@ -13,14 +13,13 @@ from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import ClassificationExample, Conversation, Record, assistant, schemas_of, to_record, user
 from minitrain.data.files import FORMATS, format_of, read_rows, refuse_no_file
 from minitrain.data.template import Template
-from minitrain.distributed.parallel import pick_device
 from minitrain.errors import ConfigError, DataError
-from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
+from minitrain.model.load import load_tokenizer, trained_outputs
 from minitrain.model.policy import Policy
 from minitrain.model.positions import batches_by_length
 from minitrain.model.sequence_head import make_policy
 
-from .generate import model_config, native_dtypes, saved_dtype
+from .generate import load_saved, model_config
 from .resolve import find_model
 
 
@@ -98,17 +97,10 @@ def load_judge(
             f"{source}: this model ends in a vocabulary and gives no scores; use `minitrain generate`.",
             "unsupported-model",
         )
-    place = pick_device(device)
     tokenizer = load_tokenizer(config, scores=True)
     texts = all(isinstance(one.record, ClassificationExample) for one in asked)
     template = Template(tokenizer, "none" if texts else chat_template)
-    saved = saved_dtype(config)
-    dtype = DTYPES[saved] if saved in native_dtypes(place) else torch.float32
-    if config.adapter:
-        model = load_merged(config, tokenizer).to(dtype)
-    else:
-        model = load_model(config, tokenizer, 0, dtype, outputs)
-    policy = make_policy(model.to(place))
+    policy = make_policy(load_saved(config, tokenizer, device, outputs))
     return SequenceScorer(policy, template, policy.n_positions)
 
 

@@ -28,6 +28,7 @@ from minitrain.errors import ConfigError, write_error_code
 from minitrain.io.checksum import PLACEHOLDER, is_intact, seal
 from minitrain.io.redact import stored_name
 from minitrain.io.temp_files import new_file
+from minitrain.io.tensor_files import start_file
 from minitrain.losses import create_loss
 from minitrain.losses.kd import IDS, LOGPS, KDOptions
 from minitrain.model.fingerprint import model_fingerprint
@@ -114,20 +115,12 @@ class _Writer:
     """A safetensors file whose rows are written in any order."""
 
     def __init__(self, path: Path, caches: list[TokenCache], metadata: dict[str, str]):
-        k, at = int(metadata["top_k"]), 0
-        header, self.places = {"__metadata__": PLACEHOLDER | metadata}, {}  # tensor -> (its first byte, bytes of a row)
+        k, tensors = int(metadata["top_k"]), {}
         for cache in caches:
             for name, dtype, width in ((IDS, "I32", k), (LOGPS, "F32", k + 1)):
-                end = at + 4 * width * len(cache.ids)
-                shape = [len(cache.ids), width]
-                header[f"{cache.key}/{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
-                self.places[f"{cache.key}/{name}"] = at, 4 * width
-                at = end
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self.file, self.start = open(path, "wb"), 8 + len(encoded)
-        self.file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self.file.truncate(self.start + at)
+                tensors[f"{cache.key}/{name}"] = dtype, [len(cache.ids), width]
+        self.file = open(path, "wb")
+        self.starts = start_file(self.file, tensors, PLACEHOLDER | metadata)
 
     def __enter__(self) -> "_Writer":
         return self
@@ -137,9 +130,9 @@ class _Writer:
 
     def write(self, name: str, places: torch.Tensor, rows: torch.Tensor) -> None:
         """Row i [n, width] to row `places[i]` [n] of a tensor."""
-        first, size = self.places[name]
         where, numbers = places.numpy(), rows.cpu().numpy()
+        size = numbers.itemsize * numbers.shape[1]
         for run in np.split(np.arange(len(where)), np.flatnonzero(np.diff(where) != 1) + 1):
             if len(run):
-                self.file.seek(self.start + first + int(where[run[0]]) * size)
+                self.file.seek(self.starts[name] + int(where[run[0]]) * size)
                 self.file.write(numbers[run].tobytes())

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from minitrain.batch import IGNORE_INDEX, Batch, Distillation, PolicyOutput
 from minitrain.errors import ConfigError
 
-from . import attention, token_rows
+from . import attention
 from .diagnostics import first_line
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
@@ -90,9 +90,8 @@ class Policy(nn.Module):
         With LoRA on the head, both are widened (see `lora`), so the input is [N, H + r].
         """
         head = self.model.get_output_embeddings()
-        layer = LMHead(head.weight, getattr(head, "bias", None), self.scale, self.softcap)
-        if token_rows.has_rows(head):
-            layer = layer._replace(rows=head.token_rows, row_ids=head.token_ids)
+        rows, row_ids = getattr(head, "token_rows", None), getattr(head, "token_ids", None)
+        layer = LMHead(head.weight, getattr(head, "bias", None), self.scale, self.softcap, rows, row_ids)
         return head.as_output(hidden, layer) if hasattr(head, "lora") else (hidden, layer)
 
     def forward(

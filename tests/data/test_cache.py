@@ -277,7 +277,7 @@ def test_full_disk(jsonl, config, template, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_writer, "_join_safetensors", full)
+    monkeypatch.setattr(cache_writer, "start_file", full)
     with raises(DataError, "no-space", "cache_dir"):
         load_cache(jsonl(ROWS[:5]), template, config)
     assert files_in(config) == []
