@@ -38,7 +38,7 @@ class History:
     """A run's figures as `train/NAME` and `eval/NAME`, each in the order in which it was logged."""
 
     folder: Path
-    figures: dict[str, list[Point]] = field(default_factory=dict)
+    metrics: dict[str, list[Point]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)  # messages about what cannot be read
     settings: dict | None = None  # config.yml; None when it cannot be read
     end: tuple[int, int] | None = None  # of a run that ended by itself: its last step, and the planned one
@@ -49,7 +49,7 @@ class History:
 
     @property
     def last_step(self) -> int:
-        return max(points[-1].step for points in self.figures.values())
+        return max(points[-1].step for points in self.metrics.values())
 
     def setting(self, key: str, kind: type | UnionType) -> Any:
         """An option of config.yml (``a.b`` for one in a section); None when it is missing or not of this type."""
@@ -60,11 +60,11 @@ class History:
 
     def values(self, name: str) -> list[float]:
         """The finite values of a figure; [] when it was not logged."""
-        return [point.value for point in self.figures.get(name, []) if point.finite]
+        return [point.value for point in self.metrics.get(name, []) if point.finite]
 
     def points(self, name: str) -> list[Point]:
         """The same with their steps."""
-        return [point for point in self.figures.get(name, []) if point.finite]
+        return [point for point in self.metrics.get(name, []) if point.finite]
 
 
 def read_history(folder: Path) -> History:
@@ -78,10 +78,10 @@ def read_history(folder: Path) -> History:
     for number, line in enumerate(lines, 1):
         try:
             for name, point in _points(line).items():
-                history.figures.setdefault(name, []).append(point)
+                history.metrics.setdefault(name, []).append(point)
         except (*UNREADABLE, KeyError, TypeError):
             damaged_lines.append(number)
-    if not history.figures:
+    if not history.metrics:
         reason = "holds no line that can be read" if damaged_lines else "holds no figures yet"
         raise ConfigError(f"{folder / 'metrics.jsonl'}: {reason}", "damaged-file" if damaged_lines else "no-data")
     if damaged_lines:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minitrain.cli.main import main
-from minitrain.tools.analysis.compare import Step, read_ledger
+from minitrain.tools.analysis.compare import LedgerStep, read_ledger
 from tests.conftest import metrics
 from tests.messages import reports
 
@@ -58,7 +58,7 @@ def test_the_same_training_twice(train, compare):
     train("a"), train("b", "n_steps=2", "lr_scheduler=constant", "report_to_tensorboard=true")
     train("c", "lr_scheduler=constant")
     code, told = compare("b", "c")
-    assert code == 0 and verdict(told) == "The runs are the same in all 2 steps that both have."
+    assert code == 0 and verdict(told) == "The runs are identical in all 2 common steps."
     assert "n_steps                2 -> 3" in told and "exp_name" not in told
     assert "a: " in told and "steps 1 to 2" in told and "steps 1 to 3" in told
 
@@ -67,8 +67,8 @@ def test_another_layout_has_the_same_tokens(train, compare):
     """Packed and in micro-batches: the hash is that of the examples, however they lie in rows."""
     train("a"), train("b", "packing=true", "gradient_accumulation_steps=4")
     _, told = compare("a", "b")
-    assert "tokens         the same to the last bit in 3 steps" in told
-    assert "more than rounding" not in verdict(told).replace("no more than rounding", "")
+    assert "tokens         bit-identical in 3 steps" in told
+    assert "more than rounding error" not in verdict(told).replace("no more than rounding error", "")
     assert "packing" in told and "false -> true" in told
 
 
@@ -80,8 +80,8 @@ def test_a_difference_in_the_last_bits_is_rounding(train, compare):
     rows[0]["loss"] *= 1 + 2**-22
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, told = compare("a", "b")
-    assert code == 1 and "tokens         the same to the last bit in 3 steps" in told
-    assert "step 1" in verdict(told) and "no more than rounding" in verdict(told)
+    assert code == 1 and "tokens         bit-identical in 3 steps" in told
+    assert "step 1" in verdict(told) and "no more than rounding error" in verdict(told)
 
 
 def test_another_learning_rate_shows_a_step_later(train, compare):
@@ -89,14 +89,14 @@ def test_another_learning_rate_shows_a_step_later(train, compare):
     train("a"), train("b", "lr=0.02")
     code, told = compare("a", "b")
     assert code == 1 and "loss           first differs at step 2" in told
-    assert "the update of step 1" in verdict(told) and "more than rounding" in verdict(told)
+    assert "the update of step 1" in verdict(told) and "more than rounding error" in verdict(told)
     assert "lr  0.01 -> 0.02" in told
 
 
 def test_another_order_of_data(train, compare):
     train("a"), train("b", "seed=1")
     code, told = compare("a", "b")
-    assert code == 1 and "From step 1 on they have seen other data" in verdict(told)
+    assert code == 1 and "From step 1 on the runs trained on different data" in verdict(told)
     assert "tokens         first differ at step 1, and in 3 of 3 steps" in told
 
 
@@ -109,13 +109,15 @@ def test_data_that_part_later(train, compare, tmp_path, rows_file):
     train("a", "n_steps=5", on_step_end=lambda t: seen.append(7 in t.indices))
     train("b", "n_steps=5", f"datasets=[{tmp_path / 'other.jsonl'}]")
     _, told = compare("a", "b")
-    assert f"From step {seen.index(True) + 1} on they have seen other data" in verdict(told)
+    assert f"From step {seen.index(True) + 1} on the runs trained on different data" in verdict(told)
 
 
 def test_a_loss_that_is_another_from_the_start(train, compare):
     train("a"), train("b", "loss.name=dft")
     code, told = compare("a", "b")
-    assert code == 1 and "At step 1, the first, the same data gave another loss, more than" in verdict(told)
+    assert code == 1 and "At step 1, the first, the data is the same, but the loss differs by more than" in verdict(
+        told
+    )
 
 
 def test_another_gradient_of_the_same_loss(train, compare):
@@ -128,7 +130,7 @@ def test_another_gradient_of_the_same_loss(train, compare):
 
     train("a"), train("b", on_step_end=double)
     _, told = compare("a", "b")
-    assert "At step 2 the same data and loss gave another gradient, more than" in verdict(told)
+    assert "At step 2 the data and the loss are the same, but the gradient differs by more than" in verdict(told)
 
 
 def test_a_resumed_run_has_the_ledger_of_an_uninterrupted_one(train, compare):
@@ -155,7 +157,7 @@ def test_steps_without_a_number(tmp_path, compare):
         (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "tok')
     code, told = compare("a", "b")
     assert code == 1 and "loss           first differs at step 2: 1 and nan, a relative difference of inf" in told
-    assert "gradient norm  the same to the last bit in 3 steps" in told and "config.yml cannot be read" in told
+    assert "gradient norm  bit-identical in 3 steps" in told and "config.yml cannot be read" in told
 
 
 def test_a_skipped_step_is_noted_too(train, make_trainer):
@@ -196,4 +198,4 @@ def test_a_ledger_that_cannot_be_written_stops_nothing(make_trainer, tmp_path, c
 def test_steps_are_read_as_they_were_written(tmp_path):
     row = {"step": 1, "tokens": "ab", "loss": 0.1 + 0.2, "grad_norm": 1e-30}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(row))
-    assert read_ledger(tmp_path) == {1: Step("ab", 0.30000000000000004, 1e-30)}
+    assert read_ledger(tmp_path) == {1: LedgerStep("ab", 0.30000000000000004, 1e-30)}

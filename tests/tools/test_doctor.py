@@ -86,7 +86,7 @@ def test_nothing_is_found_in_a_healthy_run(make_run, kind, capsys):
     out, err = capsys.readouterr()
     said = " ".join(out.split())
     assert "30 train and 6 eval lines, up to step 300" in said and err == ""
-    assert f"Nothing looks wrong. Looked at: {', '.join(passed)}." in said
+    assert f"No problems found. Checked: {', '.join(passed)}." in said
 
 
 def test_healthy_runs_are_looked_at_from_all_sides(tmp_path, make_run):
@@ -125,12 +125,12 @@ CASES = {
     ),
     "not finite": (
         dict(train={"loss": lambda i: math.nan if i in (3, 4) else common(i)["loss"]}),
-        "Figures are infinite or undefined.",
+        "Metrics are infinite or NaN.",
         "train/loss at steps 40, 50.",
     ),
     "gradient not finite": (
         dict(train={"grad_norm": lambda i: math.inf if i == 3 else 1.0}),
-        "Figures are infinite or undefined.",
+        "Metrics are infinite or NaN.",
         "train/grad_norm at step 40.",
     ),
     "spikes": (
@@ -146,25 +146,25 @@ CASES = {
     "overfitting": (
         dict(evals={"loss": rise}),
         "The model overfits.",
-        "The eval loss was best at step 110 (0.7892) and is 1.27 at step 300, while the train loss went on falling",
+        "The eval loss was best at step 110 (0.7892) and is 1.27 at step 300, while the train loss kept falling",
     ),
     "chosen falls": (
         dict(
             kind="dpo",
             evals={"logps/chosen": lambda i: -80 - i, "rewards/margins": lambda i: 0.1 * i},
         ),
-        "The chosen answers become less likely while margins rise.",
+        "The chosen responses become less likely while margins rise.",
         "In eval lines logps/chosen went from -80 to -109 and rewards/margins from 0 to 2.9",
     ),
     "chosen falls in training": (
         dict(kind="dpo", train={"logps/chosen": lambda i: -80 - i}),
-        "The chosen answers become less likely while margins rise.",
+        "The chosen responses become less likely while margins rise.",
         "In train lines logps/chosen went from -84.5 to -104.5",
     ),
     "clip fraction": (
         dict(kind="policy", train={"clip_fraction/high": lambda i: 0.02 * i}),
         "Much of the data is clipped.",
-        "Over the last third of the lines 54% of the tokens",
+        "In the last third of the lines, 54% of the tokens",
     ),
     "bounded log-ratios": (
         dict(kind="policy", train={"bounded_fraction": lambda i: 0.02 * (i == 4)}),
@@ -179,12 +179,12 @@ CASES = {
     "ratio at once": (
         dict(kind="policy", train={"ratio": lambda i: 0.5}),
         "The policy is far from the one that sampled.",
-        "see that old_logps are of this model, template and loss.temperature",
+        "old_logps of this model, template and loss.temperature",
     ),
     "padding": (
         dict(train={"padding": lambda i: 0.4}),
         "Much of the computation is padding.",
-        "40% of the places held no token",
+        "40% of the positions are padding",
     ),
     "slower": (
         dict(train={"tokens_per_second": lambda i: 1000 - 20 * i}),
@@ -194,7 +194,7 @@ CASES = {
     "unfinished": (
         dict(finished=False),
         "The run has not finished.",
-        "there is no checkpoint (save_every_steps)",
+        "as there is no checkpoint",
     ),
 }
 
@@ -208,7 +208,7 @@ def test_a_finding_on_figures_made_for_it(make_run, capsys, monkeypatch, case):
     assert found(folder) == [what]
     assert main(["doctor", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert f"\n\n{what}\n  " in out and "\n  Try: " in out and "\n\nNothing wrong with: " in out
+    assert f"\n\n{what}\n  " in out and "\n  Try: " in out and "\n\nNo problem found in: " in out
     assert evidence in " ".join(out.split())
     assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 72
 
@@ -232,7 +232,7 @@ def test_where_an_unfinished_run_goes_on(make_run):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (folder / "run.json").write_text('{"finished_step": 200, "total_steps": 200}')
     (finding,) = run_checks(read_history(folder))[0]
-    assert "last line is of step 300" in finding.evidence and "the checkpoint of step 200" in finding.advice
+    assert "last line is for step 300" in finding.evidence and "resumes from step 200" in finding.advice
 
 
 UNSUSPICIOUS = {
@@ -285,7 +285,7 @@ def test_few_lines_say_little(make_run, capsys):
     assert found(folder) == []
     (folder / "config.yml").unlink()
     file.write_text('{"step": 10, "kind": "train", "loss": "nan", "logps/chosen": "nan", "rewards/margins": "-inf"}\n')
-    assert found(folder) == ["Figures are infinite or undefined.", "The model was never evaluated."]
+    assert found(folder) == ["Metrics are infinite or NaN.", "The model was never evaluated."]
     assert main(["doctor", str(folder)]) == 0
 
 
@@ -297,7 +297,7 @@ def test_broken_lines_are_skipped_and_said(make_run, capsys):
         file.write('[1]\n{"step": 310, "kind": "test", "loss": 1}\n{"step": 310, "kind": "train", "lo')
     assert main(["doctor", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert "Nothing looks wrong" in out
+    assert "No problems found" in out
     assert err == f"minitrain: {folder}/metrics.jsonl:37, 38, 39, 40: lines that cannot be read are skipped\n"
 
 

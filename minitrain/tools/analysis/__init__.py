@@ -1,1 +1,1 @@
-"""What is read from the logs of runs: plots, diagnoses, comparisons."""
+"""Tools that read the logs of runs: plots, diagnoses, comparisons."""

@@ -12,7 +12,9 @@ RUN_OPTIONS = ("exp_name", "output_dir")  # always differ
 ROUNDING = 1e-5  # largest relative difference of a float32 loss due to the order of sums
 
 
-class Step(NamedTuple):
+class LedgerStep(NamedTuple):
+    """One line of a ledger: a hash of the tokens, the loss and the gradient norm."""
+
     tokens: str
     loss: float
     grad_norm: float
@@ -45,12 +47,14 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
     ledgers = [read_ledger(first), read_ledger(second)]
     steps = sorted(set(ledgers[0]) & set(ledgers[1]))
     if not steps:
-        raise ConfigError(f"{first} and {second} have no step in common", "mismatch")
+        raise ConfigError(
+            f"{first} and {second} have no step in common. Compare runs whose ledgers overlap.", "mismatch"
+        )
     a, b = ([ledger[step] for step in steps] for ledger in ledgers)
     lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in zip("ab", (first, second), ledgers)]
     lines += ["", *_options(first, second), ""]
     differences = {}
-    for name in Step._fields:
+    for name in LedgerStep._fields:
         sides = [[getattr(step, name) for step in steps_of] for steps_of in (a, b)]
         line, difference = _compare_metric(steps, *sides)
         lines.append(f"{NAMES[name]:<14} {line}")
@@ -59,24 +63,24 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
     return [*lines, "", _explain(differences, steps)], not differences
 
 
-def read_ledger(folder: Path) -> dict[int, Step]:
+def read_ledger(folder: Path) -> dict[int, LedgerStep]:
     """Read the steps of a run; skip damaged lines with a warning on stderr. Raises ConfigError."""
     lines = read_lines(folder, FILE, "; a run writes it unless it has ledger=false")
     steps, damaged = {}, []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_line(line)
-            steps[row["step"]] = Step(str(row["tokens"]), float(row["loss"]), float(row["grad_norm"]))
+            steps[row["step"]] = LedgerStep(str(row["tokens"]), float(row["loss"]), float(row["grad_norm"]))
         except (ValueError, KeyError, TypeError, OverflowError):
             damaged.append(number)
     if damaged:
         warn_damaged([damaged_lines_message(folder / FILE, damaged) + " skipped"])
     if not steps:
-        raise ConfigError(f"{folder / FILE}: holds no steps", "no-data")
+        raise ConfigError(f"{folder / FILE}: contains no steps. Name a run that has logged one.", "no-data")
     return steps
 
 
-def _span(ledger: dict[int, Step]) -> str:
+def _span(ledger: dict[int, LedgerStep]) -> str:
     return f"steps {min(ledger)} to {max(ledger)}"
 
 
@@ -114,14 +118,14 @@ def _flatten(settings, path: str = ""):
 
 
 def _format_option(config: dict, key: str) -> str:
-    return json.dumps(config[key], default=str, skipkeys=True) if key in config else "(not there)"
+    return json.dumps(config[key], default=str, skipkeys=True) if key in config else "(not set)"
 
 
 def _compare_metric(steps: list[int], a: list, b: list) -> tuple[str, Difference | None]:
     """Return a line about a metric of two runs, and its first difference."""
     differing = [i for i in range(len(steps)) if a[i] != b[i] and not (a[i] != a[i] and b[i] != b[i])]  # NaN is NaN
     if not differing:
-        return f"the same to the last bit in {len(steps):,} steps", None
+        return f"bit-identical in {len(steps):,} steps", None
     first = differing[0]
     if isinstance(a[first], str):
         line = f"first differ at step {steps[first]}, and in {len(differing):,} of {len(steps):,} steps"
@@ -144,23 +148,23 @@ def _relative_difference(a: float, b: float) -> float:
 def _explain(differences: dict[str, Difference], steps: list[int]) -> str:
     """Return a sentence about what differed first, and its possible causes."""
     if not differences:
-        return f"The runs are the same in all {len(steps):,} steps that both have."
+        return f"The runs are identical in all {len(steps):,} common steps."
     step = min(difference.step for difference in differences.values())
     first = [name for name, difference in differences.items() if difference.step == step]
     if "tokens" in first:
         return (
-            f"From step {step} on they have seen other data: look at seed, datasets, total_batch_size, the tokenizer "
-            "and what cuts and splits examples."
+            f"From step {step} on the runs trained on different data: check seed, datasets, total_batch_size, the "
+            "tokenizer, and the options that truncate or split examples."
         )
     small = all(differences[name].relative_difference < ROUNDING for name in first)
-    size = "no more than rounding makes" if small else "more than rounding makes"
+    size = "no more than rounding error" if small else "more than rounding error"
     if "loss" not in first:
         cause = "the backward pass: activation checkpointing, attention, micro-batches, another machine"
-        return f"At step {step} the same data and loss gave another gradient, {size}: look at {cause}."
+        return f"At step {step} the data and the loss are the same, but the gradient differs by {size}: check {cause}."
     if step == steps[0]:
         cause = "packing, micro-batches, ranks, attention, another machine" if small else "model, loss, dtype, dropout"
-        return f"At step {step}, the first, the same data gave another loss, {size}: look at {cause}."
+        return f"At step {step}, the first, the data is the same, but the loss differs by {size}: check {cause}."
     return (
-        f"Up to step {step - 1} all was the same; then the same data gave another loss, {size}: the update of step "
-        f"{step - 1} or something random differed. Look at lr and its schedule, optimizer, max_grad_norm, dropout."
+        f"The runs are identical up to step {step - 1}. Then the loss differs by {size} on the same data: the update "
+        f"of step {step - 1} or a random number differed. Check lr and its schedule, optimizer, max_grad_norm, dropout."
     )

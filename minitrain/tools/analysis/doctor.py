@@ -52,7 +52,7 @@ class Check(NamedTuple):
     skipped_with: str = ""
 
     def applies(self, run: History) -> bool:
-        return all(map(run.values, self.requires)) and self.skipped_with not in run.figures
+        return all(map(run.values, self.requires)) and self.skipped_with not in run.metrics
 
 
 class Trend(NamedTuple):
@@ -86,13 +86,13 @@ def run_checks(run: History) -> tuple[list[Finding], list[str]]:
 def report(run: History) -> str:
     """Return the full report, wrapped for the terminal."""
     findings, passed = run_checks(run)
-    lines = [len(run.figures.get(f"{split}/loss", [])) for split in ("train", "eval")]
+    lines = [len(run.metrics.get(f"{split}/loss", [])) for split in ("train", "eval")]
     paragraphs = [_wrap(f"{run.folder}: {lines[0]} train and {lines[1]} eval lines, up to step {run.last_step}")]
     for problem, evidence, advice in findings:
         paragraphs.append("\n".join([problem, _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")]))
     names = ", ".join(passed)
     if names:
-        paragraphs.append(_wrap(f"{'Nothing wrong with' if findings else 'Nothing looks wrong. Looked at'}: {names}."))
+        paragraphs.append(_wrap(f"{'No problem found in' if findings else 'No problems found. Checked'}: {names}."))
     return "\n\n".join(paragraphs)
 
 
@@ -113,8 +113,8 @@ def flat_loss(run: History) -> Finding | None:
         "The loss does not move.",
         f"The train {name} is {trend.first:.4g} in the first third of the lines and {trend.last:.4g} in the last, "
         f"up to step {run.last_step}; the largest lr was {max(run.values('train/lr'), default=math.nan):.3g}.",
-        "an lr 3 to 10 times as high; then see that parameters are trained (freeze_layers, lora.rank) and that the "
-        "right tokens are supervised (train_on).",
+        "an lr 3 to 10 times as high; then check that parameters are trained (freeze_layers, lora.rank) and that "
+        "the right tokens are targets (train_on).",
     )
 
 
@@ -142,15 +142,15 @@ def not_finite(run: History) -> Finding | None:
     # With loss scaling, overflows are normal: they adjust the scale.
     scaled = run.setting("model.policy_dtype", str) == "float16"
     names = ["train/loss", "eval/loss"] + ([] if scaled else ["train/grad_norm"])
-    bad = {name: [p for p in run.figures.get(name, []) if not p.finite] for name in names}
+    bad = {name: [p for p in run.metrics.get(name, []) if not p.finite] for name in names}
     steps_by_metric = "; ".join(f"{name} at {_steps(points)}" for name, points in bad.items() if points)
     if not steps_by_metric:
         return None
     return Finding(
-        "Figures are infinite or undefined.",
-        f"{steps_by_metric}. A train line stands for all steps since the line before; such a step is skipped.",
-        "a lower lr or a longer warmup_ratio; bfloat16 or float32 in the place of float16; debug=true names the place. "
-        "When it comes back at the same examples, look at them.",
+        "Metrics are infinite or NaN.",
+        f"{steps_by_metric}. A train line covers all steps since the previous line; such a step is skipped.",
+        "a lower lr or a longer warmup_ratio; bfloat16 or float32 instead of float16; debug=true, which names the "
+        "operation. If it recurs at the same examples, inspect them.",
     )
 
 
@@ -167,7 +167,7 @@ def gradient_spikes(run: History) -> Finding | None:
         "The gradient norm has spikes.",
         f"It was {worst.value:.3g} at step {worst.step}, {times:.0f} times the median of the lines before. Above "
         f"{SPIKE} times: {_steps([point for _, point in spikes])}.",
-        "a lower lr, a longer warmup_ratio, or a max_grad_norm near the usual norm; look for odd examples there.",
+        "a lower lr, a longer warmup_ratio, or a max_grad_norm near the usual norm; check the examples of these steps.",
     )
 
 
@@ -197,7 +197,7 @@ def overfitting(run: History) -> Finding | None:
     return Finding(
         "The model overfits.",
         f"The eval {name} was best at step {best.step} ({best.value:.4g}) and is {last.value:.4g} at step {last.step}, "
-        f"while the train {name} went on falling, from {before:.4g} to {after:.4g}.",
+        f"while the train {name} kept falling, from {before:.4g} to {after:.4g}.",
         "fewer epochs (or early_stopping.patience), save_best=true to keep the best model, a lower lr, more data, or "
         "LoRA with lora.dropout.",
     )
@@ -212,21 +212,21 @@ def chosen_falls(run: History) -> Finding | None:
     if chosen.first - chosen.last <= chosen.threshold or margins.last - margins.first <= margins.threshold:
         return None
     return Finding(
-        "The chosen answers become less likely while margins rise.",
+        "The chosen responses become less likely while margins rise.",
         f"In {split} lines logps/chosen went from {chosen.first:.4g} to {chosen.last:.4g} and rewards/margins from "
-        f"{margins.first:.3g} to {margins.last:.3g}: both answers fall, the rejected one faster.",
+        f"{margins.first:.3g} to {margins.last:.3g}: both responses become less likely, the rejected one faster.",
         "a lower lr, a larger loss.beta, or loss.sft_weight=0.1 to 1.",
     )
 
 
 def high_clip_fraction(run: History) -> Finding | None:
     sides = [run.values(f"train/clip_fraction/{side}") for side in ("high", "low")]
-    shares = [_trend(values).last for values in sides if values]
-    if sum(shares) <= CLIP_FRACTION:
+    fractions = [_trend(values).last for values in sides if values]
+    if sum(fractions) <= CLIP_FRACTION:
         return None
     return Finding(
         "Much of the data is clipped.",
-        f"Over the last third of the lines {sum(shares):.0%} of the tokens gave no gradient (clip_fraction).",
+        f"In the last third of the lines, {sum(fractions):.0%} of the tokens had no gradient (clip_fraction).",
         "a lower lr, fewer epochs over the same rollouts, or fresh rollouts.",
     )
 
@@ -240,7 +240,7 @@ def bounded_ratios(run: History) -> Finding | None:
         "Some log-ratios are so large that they were bounded.",
         f"At step {worst.step} {worst.value:.1%} of the tokens had no gradient (bounded_fraction). "
         f"It is above 0 at {_steps(bounded)}.",
-        "checking that old_logps and ref_logps are of this model, template and loss.temperature, and a lower lr.",
+        "a lower lr; check that old_logps and ref_logps were computed with this model, template and loss.temperature.",
     )
 
 
@@ -254,20 +254,20 @@ def far_ratio(run: History) -> Finding | None:
     return Finding(
         "The policy is far from the one that sampled.",
         f"The mean ratio was {worst.value:.3g} at step {worst.step}; outside {low} to {high}: {_steps(far)}.",
-        "as the first line has it already, see that old_logps are of this model, template and loss.temperature."
+        "old_logps of this model, template and loss.temperature, since the ratio is far off from the first line on."
         if at_once
         else "a lower lr, fewer epochs over the same rollouts, or fresh rollouts.",
     )
 
 
 def much_padding(run: History) -> Finding | None:
-    shares = run.values("train/padding")
-    if run.setting("packing", bool) or not shares or fmean(shares) <= PADDING:
+    fractions = run.values("train/padding")
+    if run.setting("packing", bool) or not fractions or fmean(fractions) <= PADDING:
         return None
     return Finding(
         "Much of the computation is padding.",
-        f"{fmean(shares):.0%} of the places held no token, up to {max(shares):.0%} between two lines.",
-        "packing=true; or group_by_length=true where the model cannot keep documents of a row apart.",
+        f"{fmean(fractions):.0%} of the positions are padding, up to {max(fractions):.0%} between two lines.",
+        "packing=true, or group_by_length=true for a model that cannot separate the documents of a row.",
     )
 
 
@@ -283,7 +283,7 @@ def slower(run: History) -> Finding | None:
     return Finding(
         "Training became slower.",
         f"{before:,.0f} tokens per second in the first third of the lines, {after:,.0f} in the last{used}.",
-        "look for other work on the device, heat, memory that swaps, or hooks that keep tensors.",
+        "ending other work on the device; check for heat, swapping, and hooks that keep tensors.",
     )
 
 
@@ -297,19 +297,19 @@ def zero_lr(run: History) -> Finding | None:
         return None
     return Finding(
         "The learning rate is 0.",
-        f"lr is 0 from step {zeros[-1].step} to {zeros[0].step}, so nothing is learned there.",
-        "lr and lr_scheduler in config.yml; a run that went on past its schedule needs a longer n_steps or n_epochs.",
+        f"lr is 0 from step {zeros[-1].step} to {zeros[0].step}, so the weights do not change there.",
+        "another lr or lr_scheduler; a run that continues past its schedule needs a larger n_steps or n_epochs.",
     )
 
 
 def never_evaluated(run: History) -> Finding | None:
-    if any(name.startswith("eval/") for name in run.figures):
+    if any(name.startswith("eval/") for name in run.metrics):
         return None
     held_out = run.setting("eval_datasets", list) or run.setting("validation_split", int | float)
     return Finding(
         "The model was never evaluated.",
-        f"There is no eval line up to step {run.last_step}, so overfitting cannot be seen.",
-        "eval_every_steps=100, or another step that comes before the end."
+        f"There is no eval line up to step {run.last_step}, so overfitting cannot be detected.",
+        "eval_every_steps=100, or another interval shorter than the run."
         if held_out
         else "eval_datasets, or validation_split=0.05, with eval_every_steps.",
     )
@@ -323,11 +323,11 @@ def unfinished(run: History) -> Finding | None:
     saved = checkpoints(run.folder / "checkpoints")
     return Finding(
         "The run has not finished.",
-        f"Its last line is of step {run.last_step}, written at {time.strftime('%Y-%m-%d %H:%M', written)}"
-        + (f", with {left[-1] / 60:.0f} minutes of training still to come then." if left else "."),
-        f"unless it still runs, the same command again: it goes on from the checkpoint of step {step_of(saved[-1])}."
+        f"Its last line is for step {run.last_step}, written at {time.strftime('%Y-%m-%d %H:%M', written)}"
+        + (f", with {left[-1] / 60:.0f} minutes of training left." if left else "."),
+        f"the same command again, unless it is still running: it resumes from step {step_of(saved[-1])}."
         if saved
-        else "unless it still runs, the same command again, from the start: there is no checkpoint (save_every_steps).",
+        else "the same command again, unless it is still running: it starts over, as there is no checkpoint.",
     )
 
 
@@ -336,11 +336,11 @@ CHECKS = [
     # The value of a policy loss means nothing.
     Check("the loss moves", flat_loss, ("train/loss",), skipped_with="train/ratio"),
     Check("the loss does not rise", diverging_loss, ("train/loss",), skipped_with="train/ratio"),
-    Check("finite figures", not_finite),
-    Check("spikes of the gradient", gradient_spikes, ("train/grad_norm",)),
-    Check("clipping of the gradient", always_clipped, ("train/grad_norm",)),
+    Check("finite metrics", not_finite),
+    Check("gradient spikes", gradient_spikes, ("train/grad_norm",)),
+    Check("gradient clipping", always_clipped, ("train/grad_norm",)),
     Check("overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/ratio"),
-    Check("log-probabilities of chosen answers", chosen_falls, ("train/logps/chosen", "train/rewards/margins")),
+    Check("log-probabilities of chosen responses", chosen_falls, ("train/logps/chosen", "train/rewards/margins")),
     Check("clip fractions", high_clip_fraction, ("train/clip_fraction/high",)),
     Check("bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
     Check("distance from the sampling policy", far_ratio, ("train/ratio",)),
@@ -356,7 +356,7 @@ CHECKS = [
 
 def _loss_metric(run: History) -> str:
     """Return the metric that falls while a model learns; the loss of dft can rise."""
-    return "perplexity" if "train/dft_alpha" in run.figures else "loss"
+    return "perplexity" if "train/dft_alpha" in run.metrics else "loss"
 
 
 def _trend(values: list[float]) -> Trend:

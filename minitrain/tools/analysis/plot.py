@@ -35,7 +35,7 @@ def plot(histories: list[History], output: Path, force: bool = False, metrics: l
     description = "minitrain plot of " + ", ".join(run_names(histories))
     if output.exists() and not force and _read_description(output) != description:
         raise ConfigError(
-            f"--output: {output} exists and is no plot of these runs; choose another name or add --force",
+            f"--output: {output} exists and is not a plot of these runs. Choose another name or add --force.",
             "already-exists",
         )
     _save(figure, output, description)
@@ -47,11 +47,11 @@ def make_figure(histories: list[History], metrics: list[str] | None = None):
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            "plot: the package matplotlib is not installed: pip install minitrain[plot]", "not-installed"
+            "plot: matplotlib is not installed. Run `pip install minitrain[plot]`.", "not-installed"
         ) from None
     panels, colors = panel_names(histories), _colors(histories)
     if missing := set(metrics or []) - set(panels):
-        message = f"no run has logged {', '.join(sorted(missing))}; there are {', '.join(panels)}"
+        message = f"no run has logged {', '.join(sorted(missing))}. Choose from {', '.join(panels)}."
         raise ConfigError(f"--metrics: {message}", "not-a-choice")
     panels = metrics or panels
     columns = min(len(panels), 3 if len(panels) <= 9 else 4)
@@ -79,7 +79,7 @@ def run_names(histories: list[History]) -> list[str]:
 
 def panel_names(histories: Iterable[History]) -> list[str]:
     """Return the names of the metrics without train/ and eval/: the loss, its own metrics, those of every loss."""
-    names = dict.fromkeys(name.partition("/")[2] for history in histories for name in history.figures)
+    names = dict.fromkeys(name.partition("/")[2] for history in histories for name in history.metrics)
     specific = [name for name in names if name not in EXCLUDED and name not in (*COMMON, "loss")]
     return [name for name in ("loss", *specific, *COMMON) if name in names]
 
@@ -101,7 +101,7 @@ def _colors(histories: list[History]) -> list[dict[str, str]]:
 def _draw(axis, name: str, histories: list[History], colors: list[dict[str, str]]) -> None:
     for history, color in zip(histories, colors, strict=True):
         for split, style in STYLES.items():
-            points = history.figures.get(f"{split}/{name}", [])
+            points = history.metrics.get(f"{split}/{name}", [])
             _curve(axis, points, style | {"color": color[split]})
     values = [value for history in histories for split in STYLES for value in history.values(f"{split}/{name}")]
     if uses_log_scale(name, values):
@@ -131,12 +131,12 @@ def _legend(histories: list[History], names: list[str], colors: list[dict[str, s
     from matplotlib.lines import Line2D
 
     several = len(histories) > 1
-    splits = {split for history in histories for split in STYLES if any(n.startswith(split) for n in history.figures)}
+    splits = {split for history in histories for split in STYLES if any(n.startswith(split) for n in history.metrics)}
     handles = [Line2D([], [], color=color["train"], label=name) for name, color in zip(names, colors) if several]
     for split in sorted(splits, reverse=True):  # train before eval
         color = "0.3" if several else colors[0][split]
         handles.append(Line2D([], [], color=color, label=split, markersize=4, **STYLES[split]))
-    if any(not point.finite for history in histories for points in history.figures.values() for point in points):
+    if any(not point.finite for history in histories for points in history.metrics.values() for point in points):
         handles.append(Line2D([], [], color="0.3", linestyle="", marker="x", label="infinite or undefined"))
     return handles
 
