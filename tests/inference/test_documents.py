@@ -8,6 +8,7 @@ import pytest
 from minitrain.cli.main import main
 from minitrain.inference import generate as generation
 from minitrain.inference.raft_metrics import LINES, verdict
+from tests.messages import reports
 
 TEACHER = "So ##begin_quote##Oslo is big.##end_quote##\n<ANSWER>: Oslo"
 DOCUMENTS = [{"type": "oracle", "text": "Oslo is big."}, {"type": "distractor", "text": "Rome is old."}]
@@ -93,24 +94,25 @@ def test_answers_of_several_lines(ask):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, problem, part",
     [
-        (["--input", "rows.jsonl", "--documents", "a.txt"], "--documents: conflicts with --input"),
-        (["--prompt", "a", "--rows", "2"], "--rows: has no effect without --input"),
-        (["--prompt", "a", "--documents", "c.txt"], "c.txt: cannot be read: No such file or directory"),
-        (["--prompt", "a", "--documents", "."], ".: cannot be read: Is a directory"),
-        (["--prompt", "a", "--documents", "empty.txt"], "empty.txt: is empty"),
-        (["--prompt", "a", "--documents", "binary.txt"], "binary.txt: not UTF-8 text"),
-        (["--prompt", "a", "--prompt-template", "{x}"], "--prompt-template names the column 'x'; the row has prompt"),
+        (["--input", "rows.jsonl", "--documents", "a.txt"], "conflict", "--documents"),
+        (["--prompt", "a", "--rows", "2"], "no-effect", "--rows"),
+        (["--prompt", "a", "--documents", "c.txt"], "unreadable", "c.txt: "),
+        (["--prompt", "a", "--documents", "."], "unreadable", ".: "),
+        (["--prompt", "a", "--documents", "empty.txt"], "no-data", "empty.txt: "),
+        (["--prompt", "a", "--documents", "binary.txt"], "invalid-text", "binary.txt: "),
+        (["--prompt", "a", "--prompt-template", "{x}"], "wrong-column", "--prompt-template"),
         (
             ["--input", "messages.jsonl", "--prompt-template", "{x}"],
-            "messages.jsonl:1: --prompt-template does not apply",
+            "no-effect",
+            "messages.jsonl:1: ",
         ),
-        (["--input", "bad.jsonl"], "bad.jsonl:1: documents is not a list of documents"),
-        (["--input", "rows.jsonl", "--prompt-template", "{x}"], "rows.jsonl:1: prompt_template names the column 'x'"),
+        (["--input", "bad.jsonl"], "invalid-row", "bad.jsonl:1: documents"),
+        (["--input", "rows.jsonl", "--prompt-template", "{x}"], "wrong-column", "rows.jsonl:1: "),
     ],
 )
-def test_wrong_arguments(ask, wording, arguments, told):
+def test_wrong_arguments(ask, wording, arguments, problem, part):
     """One line and exit code 2, before the model is loaded."""
     Path("empty.txt").write_text(" \n")
     Path("binary.txt").write_bytes(b"\xff")
@@ -118,4 +120,4 @@ def test_wrong_arguments(ask, wording, arguments, told):
     Path("bad.jsonl").write_text('{"question": "a", "documents": {}}\n')
     code, out, err, asked = ask(*arguments)
     wording(err)
-    assert code == 2 and out == "" and told in err and len(err.splitlines()) == 1 and asked == []
+    assert code == 2 and out == "" and reports(err, problem, part) and len(err.splitlines()) == 1 and asked == []
