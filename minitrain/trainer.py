@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from minitrain.data.loader import MicrobatchLoader
     from minitrain.model.policy import Policy
-    from minitrain.training.run_dir import RunFolder
+    from minitrain.training.run_dir import RunDir
 
 ARGUMENTS = (*MAKE, "loss", "callbacks")  # besides the config and hooks
 
@@ -73,7 +73,7 @@ class Trainer:
         config, loss, policy, optimizer, parallel, train_loader: The parts of the run.
     """
 
-    run: "RunFolder"
+    run: "RunDir"
     tokenizer: "PreTrainedTokenizerBase"
     policy: "Policy"
     models: Models

@@ -93,9 +93,7 @@ def chunked_logprobs(
     dtype = matmul_dtype_of(hidden)
     if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
         detached_weight_fn = None
-    settings = _Settings(
-        layer.scale, layer.softcap, layer.row_ids, chunk, dtype, detached_weight_fn, entropy, mean_logps
-    )
+    settings = _Settings(layer, chunk, dtype, detached_weight_fn, entropy, mean_logps)
     # Autocast would cast the factors again in the forward pass.
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
         logps, entropies, means = _TokenLogps.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
@@ -103,9 +101,7 @@ def chunked_logprobs(
 
 
 class _Settings(NamedTuple):
-    scale: float
-    softcap: float | None
-    row_ids: Tensor | None
+    layer: LMHead
     chunk: int
     matmul_dtype: torch.dtype
     detached_weight_fn: Callable[[Tensor], Tensor] | None
@@ -118,7 +114,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
         n = targets.numel()
         logps, lse, entropy, means = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))  # [N] each
-        row_ids, grads, matrix = settings.row_ids, None, None
+        row_ids, grads, matrix = settings.layer.row_ids, None, None
         logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
         if settings.detached_weight_fn:
             grads = Gradients(hidden, weight, bias, trained_rows, row_ids, ctx.needs_input_grad)
@@ -128,7 +124,7 @@ class _TokenLogps(torch.autograd.Function):
             rows = slice(start, start + settings.chunk)
             states, target_ids = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
             logits, slope = logits_of(
-                states, logit_matrix, bias, settings, grads is not None, buffer[: len(states)]
+                states, logit_matrix, bias, settings.layer, grads is not None, buffer[: len(states)]
             )  # [n, V]
             target_logits = logits.gather(1, target_ids)[:, 0]  # [n]
             if grads:
@@ -142,7 +138,7 @@ class _TokenLogps(torch.autograd.Function):
                 weights = settings.detached_weight_fn(logps[rows])  # [n]
                 dlogits = logits.mul_((weights / total)[:, None])  # gradient of -sum w log p: w (p - 1 at the target)
                 dlogits.scatter_add_(1, target_ids, -weights[:, None])
-                grads.add(rows, backward_through_softcap(dlogits, slope, settings), states, matrix)
+                grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), states, matrix)
             if settings.mean_logps or settings.entropy:
                 logits.sub_(lse[rows, None])  # log-probabilities
                 means[rows] = logits.mean(1)
@@ -161,7 +157,7 @@ class _TokenLogps(torch.autograd.Function):
             if factor is not None:
                 ctx.grads = None
                 return *grads.scaled(factor), None, None
-        row_ids = settings.row_ids
+        row_ids = settings.layer.row_ids
         grads = Gradients(hidden, weight, bias, trained_rows, row_ids, ctx.needs_input_grad)
         logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
         matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
@@ -170,7 +166,9 @@ class _TokenLogps(torch.autograd.Function):
             for start in range(0, targets.numel(), settings.chunk):
                 rows = slice(start, start + settings.chunk)
                 states = hidden[rows]  # [n, H]
-                logits, slope = logits_of(states, logit_matrix, bias, settings, True, buffer[: len(states)])  # [n, V]
+                logits, slope = logits_of(
+                    states, logit_matrix, bias, settings.layer, True, buffer[: len(states)]
+                )  # [n, V]
                 logits.sub_(lse[rows, None])  # log-probabilities
                 probs = logits.exp()  # [n, V]
                 dlogits = probs * -(grad_logps[rows] + grad_means[rows])[:, None]
@@ -179,7 +177,7 @@ class _TokenLogps(torch.autograd.Function):
                 if settings.mean_logps:
                     dlogits += grad_means[rows, None] / logits.shape[1]
                 dlogits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-                grads.add(rows, backward_through_softcap(dlogits, slope, settings), states, matrix)
+                grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), states, matrix)
         return *grads.scaled(None), None, None
 
 
@@ -250,7 +248,7 @@ def logits_of(
     states: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
-    settings: "_Settings | LMHead",
+    layer: LMHead,
     need_slope: bool,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
@@ -260,7 +258,7 @@ def logits_of(
         states: Hidden states, shape [n, H].
         matrix: The weight in the dtype of `logits_dtype`, shape [V, H].
         bias: Shape [V].
-        settings: Has the scale and the softcap.
+        layer: Has the scale and the softcap.
         need_slope: Also compute the derivative of the softcap.
         buffer: Receives the logits, shape [n, V].
 
@@ -270,13 +268,13 @@ def logits_of(
     logits = _product(states.to(matrix.dtype), matrix.T, buffer)
     if bias is not None:
         logits += bias
-    if settings.scale != 1.0:
-        logits *= settings.scale
-    if settings.softcap is None:
+    if layer.scale != 1.0:
+        logits *= layer.scale
+    if layer.softcap is None:
         return logits, None
-    logits = logits.div_(settings.softcap).tanh_()
+    logits = logits.div_(layer.softcap).tanh_()
     slope = 1 - logits * logits if need_slope else None
-    return logits.mul_(settings.softcap), slope
+    return logits.mul_(layer.softcap), slope
 
 
 def _product(states: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
@@ -305,11 +303,11 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
         options.fp32_precision = before
 
 
-def backward_through_softcap(dlogits: Tensor, slope: Tensor | None, settings: "_Settings | LMHead") -> Tensor:
+def backward_through_softcap(dlogits: Tensor, slope: Tensor | None, layer: LMHead) -> Tensor:
     """Convert the gradient of the logits to that of the matrix product, in place."""
     if slope is not None:
         dlogits.mul_(slope)
-    return dlogits.mul_(settings.scale) if settings.scale != 1.0 else dlogits
+    return dlogits.mul_(layer.scale) if layer.scale != 1.0 else dlogits
 
 
 def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
@@ -322,11 +320,14 @@ def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
 
 
 def matmul_dtype_of(hidden: Tensor) -> torch.dtype:
-    """Return autocast's dtype, else that of the states; float32 if the processor would only emulate it."""
-    device_type = hidden.device.type
-    return native_dtype(
-        torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype, device_type
-    )
+    """Return the `autocast_dtype`; float32 if the processor would only emulate it."""
+    return native_dtype(autocast_dtype(hidden), hidden.device.type)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return autocast's dtype inside autocast, else that of the tensor."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def native_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import token_rows
-from .logprobs import LMHead
+from .logprobs import LMHead, autocast_dtype
 from .quantize import dequantized
 
 MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -141,10 +141,8 @@ class _AdaptedLinear:
         if dropped is x and not lora.dora and type(self) is _adapted(nn.Linear):
             return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, lora.scaling)
         y = super().forward(x)
-        update = (
-            F.linear(F.linear(dropped, self.lora_A.to(_compute_dtype(x))), self.lora_B.to(_compute_dtype(x)))
-            * lora.scaling
-        )
+        dtype = autocast_dtype(x)
+        update = F.linear(F.linear(dropped, self.lora_A.to(dtype)), self.lora_B.to(dtype)) * lora.scaling
         if not lora.dora:
             return y + update.to(y.dtype)
         weight = dense_weight(self)  # [out, in]
@@ -152,7 +150,7 @@ class _AdaptedLinear:
         if dropped is x:
             plain = y if self.bias is None else y - self.bias
         else:
-            plain = F.linear(dropped, weight.to(_compute_dtype(x)))
+            plain = F.linear(dropped, weight.to(dtype))
         return y + (scale - 1) * plain + scale * update
 
     def as_output(self, hidden: Tensor, layer: LMHead) -> tuple[Tensor, LMHead]:
@@ -191,7 +189,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
-        dtype = _compute_dtype(x)
+        dtype = autocast_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [N, in]
         low = flat @ a.to(dtype).T  # [N, r]
         y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))  # [N, out]
@@ -254,9 +252,3 @@ def _normalized_magnitude(module: nn.Module, total: Tensor) -> Tensor:
     """Return DoRA's scales for `total` = W + sBA [out, in]. A row of zeros has no direction, so any scale is right."""
     norm = total.norm(dim=1)
     return module.lora_magnitude_vector / torch.where(norm > 0, norm, 1.0)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return autocast's dtype inside autocast, else that of the input."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
