@@ -6,6 +6,7 @@ An ellipsis (…) in the snapshot stands for any text: the words of another libr
 there by hand, and an update keeps a message that still matches.
 """
 
+import ast
 import contextlib
 import re
 import sys
@@ -103,3 +104,20 @@ def _exists(test: str) -> bool:
     file, _, name = test.partition("[")[0].partition("::")
     path = ROOT / file
     return path.exists() and f"def {name.rpartition('::')[2]}(" in path.read_text()
+
+
+def makes_problem(call: ast.Call, errors: set[str]) -> bool:
+    """Return whether a call adds an issue, or makes one of these errors."""
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+    return name in errors or (name == "add" and ast.unparse(call.func.value).endswith("issues"))
+
+
+def code_argument(call: ast.Call) -> ast.expr | None:
+    """Return the code in a call that makes a problem."""
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "code"] or call.args[1:2]
+    return given[0] if given else None
+
+
+def strings(node: ast.AST) -> list[str]:
+    """Return the strings in an expression."""
+    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]

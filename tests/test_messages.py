@@ -10,7 +10,7 @@ import pytest
 from minitrain import errors, load_config
 from minitrain.errors import CODES, ConfigError, DataError, InvalidConfigError, MinitrainError, UnreachableError
 from tests import messages
-from tests.messages import Snapshot, problems, read, reports
+from tests.messages import Snapshot, code_argument, makes_problem, problems, read, reports, strings
 
 FAMILY = {
     name
@@ -76,20 +76,13 @@ def trees() -> Iterator[tuple[Path, ast.AST]]:
         yield path, ast.parse(path.read_text())
 
 
-def strings(node: ast.AST) -> list[str]:
-    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-
-
 def code_arguments() -> Iterator[tuple[str, list[str] | None]]:
     """Yield file:line of each error or issue that the library makes, and its code as it may be; None if it has none."""
     for path, tree in trees():
         for node in ast.walk(tree):
-            name = node.func if isinstance(node, ast.Call) else None
-            name = getattr(name, "attr", None) or getattr(name, "id", None)
-            is_add = name == "add" and ast.unparse(node.func.value).endswith("issues")
-            if name in FAMILY or is_add:
-                given = [one.value for one in node.keywords if one.arg == "code"] or node.args[1:2]
-                yield f"{path}:{node.lineno}", strings(given[0]) if given else None
+            if isinstance(node, ast.Call) and makes_problem(node, FAMILY):
+                code = code_argument(node)
+                yield f"{path}:{node.lineno}", None if code is None else strings(code)
 
 
 def test_every_problem_has_a_code():

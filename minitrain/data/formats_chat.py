@@ -29,7 +29,7 @@ def _conversations(row: dict, dataset: DatasetConfig) -> Conversation:
 
 @schema("prompt_response", "conversation", "prompt", "response")
 def _prompt_response(row: dict, dataset: DatasetConfig) -> Conversation:
-    return _pair(row, "prompt", "response", dataset)
+    return _pair(row, dataset)
 
 
 @schema("alpaca", "conversation", "instruction", "output")
@@ -47,7 +47,7 @@ def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
     prompt = text_of(row, "instruction")
     if row.get("input"):
         prompt += "\n" + text_of(row, "input")
-    pair = _pair(row | {"prompt": prompt, "response": text_of(row, "output")}, "prompt", "response", dataset)
+    pair = _pair(row | {"prompt": prompt, "response": text_of(row, "output")}, dataset)
     return Conversation(turns + pair.messages)
 
 
@@ -68,12 +68,12 @@ def _raft_distractors(row: dict, dataset: DatasetConfig) -> Conversation:
 
 @schema("question_answer", "conversation", "question", "answer")
 def _question_answer(row: dict, dataset: DatasetConfig) -> Conversation:
-    return _pair(row | {"prompt": row["question"], "response": row["answer"]}, "prompt", "response", dataset)
+    return _pair(row | {"prompt": row["question"], "response": row["answer"]}, dataset)
 
 
 @schema("query_response", "conversation", "query", "response")
 def _query_response(row: dict, dataset: DatasetConfig) -> Conversation:
-    return _pair(row | {"prompt": row["query"]}, "prompt", "response", dataset)
+    return _pair(row | {"prompt": row["query"]}, dataset)
 
 
 @schema("text", "conversation", "text")
@@ -87,14 +87,14 @@ def _plain_text(row: dict, dataset: DatasetConfig) -> PlainText:
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _pair(row: dict, prompt_key: str, response_key: str, dataset: DatasetConfig) -> Conversation:
-    prompt, response = text_of(row, prompt_key), text_of(row, response_key)
+def _pair(row: dict, dataset: DatasetConfig) -> Conversation:
+    prompt, response = text_of(row, "prompt"), text_of(row, "response")
     if dataset.prompt_template is not None:
         prompt = fill(dataset.prompt_template, row, "prompt_template")
     if dataset.response_template is not None:
         response = fill(dataset.response_template, row, "response_template")
     if not response:
-        raise DataError(f"{response_key} is empty, so there is nothing to learn", "no-answer")
+        raise DataError("response is empty, so there is nothing to learn", "no-answer")
     return Conversation([user(prompt), assistant(response)])
 
 

@@ -4,10 +4,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minitrain.config.saved import plain
+from minitrain.config.schema import Config
+from minitrain.data.loader import Data
+from minitrain.distributed.parallel import SingleDevice
 from minitrain.model.load import DTYPES
 from minitrain.model.vocabulary import describe_new_tokens
 
-from .agreement import check_same_inputs, check_same_options
 from .aux_models import build_aux_models
 from .failpoints import failpoint
 from .optim import build_optimizer
@@ -18,6 +21,9 @@ from .step import Precision
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
+
+# May differ between ranks: paths on a disk of each machine, where `check_same_inputs` compares the content, and output.
+PER_MACHINE = ("output_dir", "cache_dir", "model", "datasets", "eval_datasets", "quiet", "wandb", "swanlab")
 
 
 def load_parts(trainer: "Trainer") -> None:
@@ -48,3 +54,16 @@ def load_parts(trainer: "Trainer") -> None:
     trainer.parameters = [p for p in trainer.policy.parameters() if p.requires_grad]
     trainer.optimizer = build_optimizer(trainer.policy, config)
     torch.manual_seed(config.seed + trainer.parallel.rank)  # dropout differs by rank
+
+
+def check_same_options(config: Config, parallel: SingleDevice) -> None:
+    """Raise ConfigError on all ranks when an option differs between them, as `${oc.env:...}` can."""
+    parallel.check_same(**{name: value for name, value in plain(config).items() if name not in PER_MACHINE})
+
+
+def check_same_inputs(config: Config, data: Data, fingerprint: list[str], parallel: SingleDevice) -> None:
+    """Raise ConfigError on all ranks when their data, or the fingerprints of their base models, differ."""
+    keys = {"datasets": [cache.key for cache in data.train.caches]}
+    if config.eval_datasets and data.eval:
+        keys["eval_datasets"] = [cache.key for cache in data.eval.caches]
+    parallel.check_same(**keys, model=fingerprint)

@@ -19,6 +19,7 @@ from minitrain.config.issues import ConfigIssues, _Unfit
 from minitrain.errors import MinitrainError
 from tests.cli import test_bad_data, test_bad_input, test_bad_model
 from tests.conftest import CONFIG, ROOT, fill_folder, write
+from tests.messages import code_argument, makes_problem, strings
 from tests.tools import test_validate_refusals
 
 PACKAGE = ROOT / "minitrain"
@@ -195,7 +196,7 @@ def sites() -> dict[tuple[str, int], str]:
             continue
         tree = ast.parse(file.read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _refuses(node)]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and makes_problem(node, KINDS)]
         names = collections.Counter()
         for call in sorted(calls, key=lambda call: call.lineno):
             inside = ".".join(f.name for f in functions if f.lineno <= call.lineno <= f.end_lineno)
@@ -206,22 +207,10 @@ def sites() -> dict[tuple[str, int], str]:
     return found
 
 
-def _refuses(call: ast.Call) -> bool:
-    function = call.func
-    if isinstance(function, ast.Attribute):
-        return function.attr == "add" and isinstance(function.value, ast.Name) and function.value.id == "issues"
-    return isinstance(function, ast.Name) and function.id in KINDS
-
-
 def _key_and_code(call: ast.Call) -> list[str]:
-    key = "".join(_texts(call.args[0])) if isinstance(call.func, ast.Attribute) else ""
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "code"] or call.args[1:2]
-    code = "" if not given else " or ".join(_texts(given[0])) or ast.unparse(given[0])
-    return [word for word in (key, code) if word]
-
-
-def _texts(node: ast.AST) -> list[str]:
-    return [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+    key = "".join(strings(call.args[0])) if isinstance(call.func, ast.Attribute) else ""
+    code = code_argument(call)
+    return [word for word in (key, "" if code is None else " or ".join(strings(code)) or ast.unparse(code)) if word]
 
 
 @contextlib.contextmanager
