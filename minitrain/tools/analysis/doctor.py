@@ -40,12 +40,14 @@ class Check(NamedTuple):
     """A check of the metrics of a run.
 
     Attributes:
+        code: The name of its finding; it stays when the wording changes.
         name: What is checked.
         find: Returns the finding, if there is one.
         requires: Metrics without which the check is skipped.
         skipped_with: A metric with which the check is skipped.
     """
 
+    code: str
     name: str
     find: Callable[[History], Finding | None]
     requires: tuple[str, ...] = ()
@@ -69,9 +71,9 @@ class Trend(NamedTuple):
     threshold: float
 
 
-def run_checks(run: History) -> tuple[list[Finding], list[str]]:
-    """Run all checks that apply; return the findings, and the names of the checks without one."""
-    findings, passed = [], []
+def run_checks(run: History) -> tuple[dict[str, Finding], list[str]]:
+    """Run all checks that apply; return the findings by code, and the names of the checks without one."""
+    findings, passed = {}, []
     for check in CHECKS:
         if not check.applies(run):
             continue
@@ -79,7 +81,7 @@ def run_checks(run: History) -> tuple[list[Finding], list[str]]:
         if finding is None:
             passed.append(check.name)
         else:
-            findings.append(finding)
+            findings[check.code] = finding
     return findings, passed
 
 
@@ -88,8 +90,10 @@ def report(run: History) -> str:
     findings, passed = run_checks(run)
     lines = [len(run.metrics.get(f"{split}/loss", [])) for split in ("train", "eval")]
     paragraphs = [_wrap(f"{run.folder}: {lines[0]} train and {lines[1]} eval lines, up to step {run.last_step}")]
-    for problem, evidence, advice in findings:
-        paragraphs.append("\n".join([problem, _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")]))
+    for code, (problem, evidence, advice) in findings.items():
+        paragraphs.append(
+            "\n".join([_wrap(f"{problem} [{code}]"), _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")])
+        )
     names = ", ".join(passed)
     if names:
         paragraphs.append(_wrap(f"{'No problem found in' if findings else 'No problems found. Checked'}: {names}."))
@@ -332,22 +336,27 @@ def unfinished(run: History) -> Finding | None:
 
 
 CHECKS = [
-    Check("lr", zero_lr, ("train/lr",)),
+    Check("zero-lr", "lr", zero_lr, ("train/lr",)),
     # The value of a policy loss means nothing.
-    Check("the loss moves", flat_loss, ("train/loss",), skipped_with="train/ratio"),
-    Check("the loss does not rise", diverging_loss, ("train/loss",), skipped_with="train/ratio"),
-    Check("finite metrics", not_finite),
-    Check("gradient spikes", gradient_spikes, ("train/grad_norm",)),
-    Check("gradient clipping", always_clipped, ("train/grad_norm",)),
-    Check("overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/ratio"),
-    Check("log-probabilities of chosen responses", chosen_falls, ("train/logps/chosen", "train/rewards/margins")),
-    Check("clip fractions", high_clip_fraction, ("train/clip_fraction/high",)),
-    Check("bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
-    Check("distance from the sampling policy", far_ratio, ("train/ratio",)),
-    Check("padding", much_padding, ("train/padding",)),
-    Check("speed", slower, ("train/tokens_per_second",)),
-    Check("evaluations", never_evaluated),
-    Check("the end of the run", unfinished),
+    Check("flat-loss", "the loss moves", flat_loss, ("train/loss",), skipped_with="train/ratio"),
+    Check("rising-loss", "the loss does not rise", diverging_loss, ("train/loss",), skipped_with="train/ratio"),
+    Check("not-finite", "finite metrics", not_finite),
+    Check("gradient-spikes", "gradient spikes", gradient_spikes, ("train/grad_norm",)),
+    Check("clipped-gradients", "gradient clipping", always_clipped, ("train/grad_norm",)),
+    Check("overfitting", "overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/ratio"),
+    Check(
+        "chosen-falls",
+        "log-probabilities of chosen responses",
+        chosen_falls,
+        ("train/logps/chosen", "train/rewards/margins"),
+    ),
+    Check("clip-fraction", "clip fractions", high_clip_fraction, ("train/clip_fraction/high",)),
+    Check("bounded-ratios", "bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
+    Check("off-policy", "distance from the sampling policy", far_ratio, ("train/ratio",)),
+    Check("padding", "padding", much_padding, ("train/padding",)),
+    Check("slower", "speed", slower, ("train/tokens_per_second",)),
+    Check("no-evaluation", "evaluations", never_evaluated),
+    Check("unfinished", "the end of the run", unfinished),
 ]
 
 
