@@ -8,7 +8,7 @@ import pytest
 from minitrain.cli.main import _parser
 from minitrain.cli.registry import COMMANDS
 from minitrain.data.encode import N_DOCUMENTS
-from minitrain.data.examples import MAPPED, SCHEMAS
+from minitrain.data.examples import EXAMPLE_COLUMNS, ROW_FORMATS
 from minitrain.losses import registered
 from minitrain.losses.base import Loss
 from tests.commands import CASES, PARSERS
@@ -27,15 +27,21 @@ def test_a_loss_has_a_section(name):
 
 def test_each_kind_of_rows_has_what_it_needs():
     """Rows for the tests, an example of a mapping, a number of documents, and a loss that learns from it."""
-    kinds = {one.kind for one in SCHEMAS.values()}
-    assert kinds == set(ROWS) == set(MAPPED) == set(N_DOCUMENTS) == {loss.example_type for loss in LOSSES.values()}
+    kinds = {one.kind for one in ROW_FORMATS.values()}
+    assert (
+        kinds
+        == set(ROWS)
+        == set(EXAMPLE_COLUMNS)
+        == set(N_DOCUMENTS)
+        == {loss.example_type for loss in LOSSES.values()}
+    )
     assert all(issubclass(loss, Loss) for loss in LOSSES.values())
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", ROW_FORMATS)
 def test_a_row_format_has_a_line(name):
     """A row of a table in docs/data.md names all its keys; of conversations, its type as well."""
-    page, one = (ROOT / "docs" / "data.md").read_text(), SCHEMAS[name]
+    page, one = (ROOT / "docs" / "data.md").read_text(), ROW_FORMATS[name]
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     if one.kind == "conversation":
         lines = [line for line in lines if line.startswith(f"| `{name}` |")]

@@ -1,5 +1,5 @@
-"""Data files -> batches."""
+"""Read data files, tokenize their rows and build batches."""
 
-from . import formats_chat, formats_preference  # they register their formats
+from . import formats_chat, formats_preference  # imported to register their row formats
 
 __all__ = ["formats_chat", "formats_preference"]

@@ -1,4 +1,4 @@
-"""Writing token caches: documents go to raw files, one a tensor, which become one safetensors file."""
+"""Write a token cache: append each tensor to a raw file, then join the raw files into one safetensors file."""
 
 import contextlib
 import json
@@ -21,13 +21,13 @@ _DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int3
 
 @contextlib.contextmanager
 def new_cache(path: Path, source: str) -> Iterator["CacheWriter"]:
-    """Yield a writer for a cache, which takes its place when all is written, and not at all after an error.
+    """Yield a writer for a cache. The file appears only after everything is written, and never after an error.
 
     Args:
-        source: What messages call the data file.
+        source: The data file's name, as messages show it.
 
     Raises:
-        DataError: The folder of the cache cannot be written.
+        DataError: The cache directory cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,15 +36,15 @@ def new_cache(path: Path, source: str) -> Iterator["CacheWriter"]:
             writer.finish()
     except OSError as error:
         raise DataError(
-            f"{path.parent}: the tokens cannot be kept there: {error.strerror}. Set cache_dir.",
+            f"{path.parent}: the token cache cannot be written: {error.strerror}. Set cache_dir.",
             write_error_code(error),
         ) from None
 
 
 class CacheWriter:
-    """Appends documents to one raw file a tensor, and joins these at the end.
+    """Appends documents to one raw file per tensor, and joins the raw files at the end.
 
-    `counts` and `n_documents` of each example are set by who writes, and stand in the metadata.
+    The caller sets `counts` and `n_documents` (per example), which go into the metadata.
     """
 
     def __init__(self, file: Path, source: str):
@@ -52,7 +52,7 @@ class CacheWriter:
         self.labels: dict[str, int] = {}
         self.counts: dict[str, int] = {}
         self.n_documents = 1
-        # What is one number a document is gathered here and written at the end.
+        # One number per document: small enough to keep in memory until the end.
         self.offsets, self.lines, self.shared = array("q", [0]), array("q"), array("i")
         self.doc_features: dict[str, array] = {}
         self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
@@ -72,9 +72,10 @@ class CacheWriter:
     def _add(self, document: Tokens) -> None:
         if self.token_features is None:
             self.token_features = set(document.token_features)
-        if unlike := sorted(self.token_features ^ set(document.token_features)):
+        if differing := sorted(self.token_features ^ set(document.token_features)):
+            columns = ", ".join(differing)
             raise DataError(
-                f"{self.source}: some rows have {', '.join(unlike)} and others have not; all rows have to.", "mismatch"
+                f"{self.source}: only some rows have {columns}. Provide the same columns in all rows.", "mismatch"
             )
         self.offsets.append(self.offsets[-1] + len(document.ids))
         self.shared.append(document.shared)
@@ -83,20 +84,20 @@ class CacheWriter:
             self.doc_features.setdefault(name, array("d")).append(number)
         self._append("ids", "I32", document.ids)
         self._append("mask", "U8", document.mask)
-        for name, column in document.token_features.items():
-            self._append(f"columns/{name}", "F32", column)
+        for name, feature in document.token_features.items():
+            self._append(f"token_features/{name}", "F32", feature)
 
     def finish(self) -> None:
         """Write the safetensors file from the raw files, without holding a tensor in memory."""
         for name, dtype in (("ids", "I32"), ("mask", "U8")):
-            self._append(name, dtype, [])  # there, also of no document at all
+            self._append(name, dtype, [])  # creates the file if there are no documents
         for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
             self._append(name, "I64", numbers)
         self._append("shared", "I32", self.shared)
         for name, numbers in self.doc_features.items():
-            self._append(f"values/{name}", "F64", numbers)
+            self._append(f"doc_features/{name}", "F64", numbers)
         self._close()
-        # The widest first, so that each is aligned.
+        # Widest dtype first, which keeps every tensor aligned.
         order = sorted(self.files, key=lambda name: -ITEM_SIZES[self.files[name][0]])
         metadata = PLACEHOLDER | {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
         metadata["n_documents"] = str(self.n_documents)

@@ -1,7 +1,4 @@
-"""Rows -> records: the kinds of example there are, and the schemas that people keep their data in.
-
-To add a schema: a function decorated with `schema` in the file of its kind, and its test.
-"""
+"""The kinds of examples, the registry of row formats, and helpers that read fields of a data row."""
 
 import inspect
 import math
@@ -29,26 +26,26 @@ ROLES = {
     "function": "tool",
 }
 
-TRANSCRIPT = "\n\nHuman:"  # how a text begins that is a conversation
+TRANSCRIPT = "\n\nHuman:"  # start of a string that holds a conversation
 
 
 @dataclass
 class Conversation:
-    """Messages of which those of the assistant are learned."""
+    """Messages; the assistant's are trained on."""
 
     messages: Messages
 
 
 @dataclass
 class PlainText:
-    """A text that is learned whole."""
+    """A text of which every token is trained on."""
 
     text: str
 
 
 @dataclass
 class Preference:
-    """Two continuations of a prompt, one better than the other by at least `margin`."""
+    """Two responses to a prompt, one better than the other by at least `margin`."""
 
     prompt: Messages
     chosen: Messages
@@ -58,7 +55,7 @@ class Preference:
 
 @dataclass
 class UnpairedPreference:
-    """An answer that somebody wanted, or did not."""
+    """A response with a label: desirable or not."""
 
     prompt: Messages
     response: Messages
@@ -67,7 +64,7 @@ class UnpairedPreference:
 
 @dataclass
 class ClassificationExample:
-    """A text, or a pair of them, and what it was judged to be."""
+    """A text or a pair of texts, with its class."""
 
     text: str
     text_pair: str | None
@@ -76,10 +73,12 @@ class ClassificationExample:
 
 @dataclass
 class Rollout:
-    """An answer that a policy gave, as texts or as token ids, and what it earned.
+    """A sampled response, as a string or as token ids, with its reward.
 
-    `tokens` maps old_logps, ref_logps, values, advantages or returns to one number for each token of the response.
-    A row without a reward has NaN. `truncated` says whether the sampling was cut off; None leaves it to the last token.
+    Attributes:
+        reward: NaN if the row has none.
+        tokens: old_logps, ref_logps, values, advantages or returns -> one number per response token.
+        truncated: Whether sampling was cut off; None: if the last token is not an end token.
     """
 
     prompt: Messages | list[int]
@@ -89,93 +88,100 @@ class Rollout:
     truncated: bool | None = None
 
 
-Record = Conversation | PlainText | Preference | UnpairedPreference | ClassificationExample | Rollout
+Example = Conversation | PlainText | Preference | UnpairedPreference | ClassificationExample | Rollout
 
 
 @dataclass
-class Schema:
+class RowFormat:
     kind: str  # conversation | preference | unpaired_preference | classification | rollout
     required: tuple[str, ...]
-    convert: Callable[[dict, DatasetConfig], Record]
+    convert: Callable[[dict, DatasetConfig], Example]
 
 
-SCHEMAS: dict[str, Schema] = {}
+ROW_FORMATS: dict[str, RowFormat] = {}
 
 
-def schema(name: str, kind: str, *required: str):
-    """Register a converter for rows that have all the `required` keys; earlier ones are tried first.
+def row_format(name: str, kind: str, *required: str):
+    """Register a row format: a function that converts a data row with all `required` keys to an example.
+
+    The first format that matches a row applies, in the order of registration.
 
     Args:
-        kind: The type of example it makes, a key of `MAPPED`.
+        name: The value of a data set's `type`.
+        kind: The kind of examples that the function returns, a key of `EXAMPLE_COLUMNS`.
     """
-    if kind not in MAPPED:
-        raise ConfigError(f"schema {name}: no examples of the type {kind!r}. Use one of {', '.join(MAPPED)}.", "usage")
+    if kind not in EXAMPLE_COLUMNS:
+        raise ConfigError(
+            f"row format {name}: unknown kind {kind!r}. Use one of {', '.join(EXAMPLE_COLUMNS)}.", "usage"
+        )
 
     def register(convert: Callable) -> Callable:
-        SCHEMAS[name] = Schema(kind, required, convert)
+        ROW_FORMATS[name] = RowFormat(kind, required, convert)
         return convert
 
     return register
 
 
-def schemas_of(kind: str) -> dict[str, Schema]:
-    return {name: one for name, one in SCHEMAS.items() if one.kind == kind}
+def row_formats_of(kind: str) -> dict[str, RowFormat]:
+    return {name: each for name, each in ROW_FORMATS.items() if each.kind == kind}
 
 
 def format_sources(kind: str, name: str | None) -> list[list]:
-    """Return what determines how rows are read: name, keys and code of each schema of a kind, in order.
+    """Return name, required keys and source code of each row format of a kind.
 
-    Token caches have it in their key, so that rows which an old cache left out are read by a schema that is new.
+    This is part of a token cache's key, so that a new format also applies to rows that an older cache skipped.
 
     Args:
-        name: The only schema that is used; None for all.
+        name: The only format to return; None: all.
     """
-    return [
-        [each, one.required, _source(one.convert)] for each, one in schemas_of(kind).items() if name in (None, each)
-    ]
+    formats = [(each, one) for each, one in row_formats_of(kind).items() if name in (None, each)]
+    return [[each, one.required, _source_code(one.convert)] for each, one in formats]
 
 
-def _source(function: Callable) -> str:
+def _source_code(function: Callable) -> str:
     try:
         return inspect.getsource(function)
-    except OSError:  # it was typed into an interpreter
+    except OSError:  # defined in an interactive session
         return function.__code__.co_code.hex()
 
 
-def to_record(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> Record:
-    """The record in a row, by `dataset.type` or by the row's keys.
+def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") -> Example:
+    """Convert a data row to an example, by the format `dataset.type` or the first one that the row's keys match.
 
-    Raises DataError with the reason; the caller adds file and line.
+    Raises:
+        DataError: The row cannot be used; the caller adds file and line.
     """
-    known = schemas_of(kind)
+    known = row_formats_of(kind)
     if dataset.columns:
         row = row | {name: _column(row, column, dataset.path) for name, column in dataset.columns.items()}
     if dataset.type is not None:
         name = dataset.type
         missing = [key for key in known[name].required if key not in row]
         if missing:
-            raise DataError(f"type {name} needs the key {missing[0]!r}; the row has {keys_of(row)}", "invalid-row")
+            raise DataError(f"type {name} requires the key {missing[0]!r}, got {keys_of(row)}", "invalid-row")
     else:
-        name = _recognise(dataset.columns, known) or _recognise(row, known)
+        name = _matching_format(dataset.columns, known) or _matching_format(row, known)
     if name is None:
-        kinds = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
-        first, second = MAPPED[kind]
+        formats = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
+        first, second = EXAMPLE_COLUMNS[kind]
         example = f"{{{first}: my_column, {second}: my_other_column}}"
         raise DataError(
-            f"no known schema of {kind} rows has the keys {keys_of(row)}. Known are ({kinds}). "
-            f"Map your columns, for example columns: {example}{_of_header(dataset.path)}",
+            f"expected the keys of a {kind} format ({formats}), got {keys_of(row)}. "
+            f"Map your columns, for example columns: {example}{_header_hint(dataset.path)}",
             "invalid-row",
         )
     templated = dataset.prompt_template or dataset.response_template
     if templated and name not in TEMPLATED:
-        raise DataError(f"prompt_template and response_template do not apply to rows of type {name}", "no-effect")
+        raise DataError(
+            f"prompt_template and response_template have no effect on rows of type {name}. Remove them", "no-effect"
+        )
     if name not in WITH_DOCUMENTS and (dataset.p_oracle < 1 or dataset.n_distractors is not None):
-        raise DataError(f"p_oracle and n_distractors do not apply to rows of type {name}", "no-effect")
+        raise DataError(f"p_oracle and n_distractors have no effect on rows of type {name}. Remove them", "no-effect")
     return known[name].convert(row, dataset)
 
 
-# Columns that are shown as an example of a mapping.
-MAPPED = {
+# Kind of examples -> two keys of one of its formats, for the example of `columns` in a message.
+EXAMPLE_COLUMNS = {
     "conversation": ("prompt", "response"),
     "preference": ("chosen", "rejected"),
     "unpaired_preference": ("completion", "label"),
@@ -186,27 +192,27 @@ WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")
 TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", *WITH_DOCUMENTS)
 
 
-def _recognise(keys: dict, known: dict[str, Schema]) -> str | None:
+def _matching_format(keys: dict, known: dict[str, RowFormat]) -> str | None:
     return next((name for name, s in known.items() if all(key in keys for key in s.required)), None)
 
 
 def _column(row: dict, column: str, path: str) -> object:
     if column not in row:
-        raise DataError(f"columns names {column!r}; the row has {keys_of(row)}{_of_header(path)}", "wrong-column")
+        raise DataError(f"columns: unknown column {column!r}, got {keys_of(row)}{_header_hint(path)}", "wrong-column")
     return row[column]
 
 
-def _of_header(path: str) -> str:
-    """Where keys come from that may be no keys at all."""
+def _header_hint(path: str) -> str:
+    """Return a hint for tables, whose keys are wrong if the file has no header."""
     tabular = path.removesuffix(".gz").lower().endswith((".csv", ".tsv"))
-    return ". The keys are the first line of the file, which has to be a header" if tabular else ""
+    return ". The first line of the file must be a header" if tabular else ""
 
 
-# ------------------------------------------------------------------------------------------- reading what is in a row
+# ------------------------------------------------------------------------------------------- fields of a data row
 
 
 def keys_of(row: dict) -> str:
-    return ", ".join(map(str, list(row)[:8])) or "no keys at all"
+    return ", ".join(map(str, list(row)[:8])) or "no keys"
 
 
 def text_of(row: dict, key: str) -> str:
@@ -214,7 +220,7 @@ def text_of(row: dict, key: str) -> str:
     if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{key} is not a text, but {short(value)!r}", "invalid-row")
+        raise DataError(f"{key}: expected a string, got {short(value)!r}", "invalid-row")
     return value
 
 
@@ -222,56 +228,61 @@ def number_of(row: dict, key: str) -> float:
     value = row[key]
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer beyond 1e308
-        raise DataError(f"{key} is not a number, but {short(value)!r}", "invalid-row") from None
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer above 1e308
+        raise DataError(f"{key}: expected a number, got {short(value)!r}", "invalid-row") from None
     if not -float("inf") < number < float("inf"):
-        raise DataError(f"{key} is not a finite number, but {value}", "invalid-row")
+        raise DataError(f"{key}: expected a finite number, got {value}", "invalid-row")
     return number
 
 
 def turns_of(turns: object, key: str) -> Messages:
-    """A list of objects with role/content or from/value as messages."""
+    """Return turns, objects with role/content or from/value, as messages."""
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{key} is not a list of turns", "invalid-row")
+        raise DataError(f"{key}: expected a list of turns, got {short(turns)!r}", "invalid-row")
     return [turn_of(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
 
 
 def turn_of(turn: object, where: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise DataError(f"{where} is not an object with a role and a content", "invalid-row")
+        raise DataError(f"{where}: expected an object with role and content, got {short(turn)!r}", "invalid-row")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where} has the role {short(role)!r}; known are {', '.join(ROLES)}", "invalid-row")
+        raise DataError(f"{where}: expected one of the roles {', '.join(ROLES)}, got {short(role)!r}", "invalid-row")
     content = turn.get("content", turn.get("value"))
     return {"role": ROLES[role], "content": _content(content, where)}
 
 
 def transcript_of(text: str) -> Messages:
-    """Turns of a text as in Anthropic's HH data: each stands behind an empty line and Human: or Assistant:."""
+    """Return the turns of a transcript as in Anthropic's HH data: an empty line and Human: or Assistant: begin each."""
     _, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+    return [{"role": ROLES[role.lower()], "content": text.strip()} for role, text in zip(parts[::2], parts[1::2])]
 
 
-def compared(row: dict, chosen: Any, rejected: Any) -> Preference:
-    """A preference. The prompt stands in a column of its own, or is what both continuations begin with."""
-    good, bad = continuation_of(chosen, "chosen"), continuation_of(rejected, "rejected")
+def preference_of(row: dict, chosen: Any, rejected: Any) -> Preference:
+    """Return a preference. Its prompt has a column, or is the common beginning of both responses."""
+    chosen, rejected = response_of(chosen, "chosen"), response_of(rejected, "rejected")
     prompt = prompt_of(row)
     if not prompt:
-        n = next((i for i, (a, b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
-        n = min(n, len(good) - 1, len(bad) - 1)
-        prompt, good, bad = good[:n], good[n:], bad[n:]
-    elif good[: len(prompt)] == prompt and bad[: len(prompt)] == prompt:  # it is in all three
-        good, bad = good[len(prompt) :], bad[len(prompt) :]
-    for key, turns in (("chosen", good), ("rejected", bad)):
-        if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
-            raise DataError(f"{key} does not end with words of the assistant", "no-answer")
-    if good == bad:
+        shortest = min(len(chosen), len(rejected))
+        n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), shortest)
+        n = min(n, shortest - 1)  # each side keeps a response
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+    elif chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:  # the prompt is in all three columns
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        check_ends_with_assistant(turns, key)
+    if chosen == rejected:
         raise DataError("chosen and rejected are the same", "same-answers")
-    return Preference(prompt, good, bad, number_of(row, "margin") if "margin" in row else 0.0)
+    return Preference(prompt, chosen, rejected, number_of(row, "margin") if "margin" in row else 0.0)
+
+
+def check_ends_with_assistant(turns: Messages, key: str) -> None:
+    if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
+        raise DataError(f"{key}: expected a turn of the assistant at the end", "no-answer")
 
 
 def prompt_of(row: dict) -> Messages:
-    """The turns before an answer, from whichever column holds them; none, if none does."""
+    """Return the prompt's turns, from whichever column has them; none if no column does."""
     turns: Messages = []
     if row.get("system"):
         turns.append({"role": "system", "content": text_of(row, "system")})
@@ -287,8 +298,8 @@ def prompt_of(row: dict) -> Messages:
     return []
 
 
-def continuation_of(value: Any, key: str) -> Messages:
-    """An answer as a text, as one turn, or as turns: a list of them, or a transcript."""
+def response_of(value: Any, key: str) -> Messages:
+    """Return the turns of a response, given as a string, one turn, a list of turns, or a transcript."""
     if isinstance(value, dict):
         return [turn_of(value, key)]
     if isinstance(value, list):
@@ -307,24 +318,24 @@ def assistant(content: str) -> dict[str, str]:
 
 
 def fill(template: str, row: dict, name: str) -> str:
-    """Puts columns into a template. Text that comes from the data is never read as a template itself."""
+    """Fill columns into a template. Braces in the columns' own text stay as they are."""
 
     def value(match: re.Match) -> str:
         if match[1] not in row:
-            raise DataError(f"{name} names the column {match[1]!r}; the row has {keys_of(row)}", "wrong-column")
+            raise DataError(f"{name}: unknown column {match[1]!r}, got {keys_of(row)}", "wrong-column")
         return text_of(row, match[1])
 
     return re.sub(r"\{(\w+)\}", value, template)
 
 
 def _content(content: Any, where: str) -> str:
-    """A text, or a list of text parts as multimodal data sets write it."""
+    """Return a string, given as such or as a list of text parts, as in multimodal data sets."""
     if isinstance(content, list):
         texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
         kinds = [str(part.get("type", "text")) for part in content if isinstance(part, dict)]
         if set(kinds) <= {"text"} and all(isinstance(text, str) for text in texts):
             return "".join(texts)
-        raise DataError(f"{where} has parts that are not text, but {short(content)}", "invalid-row")
+        raise DataError(f"{where}: expected text parts only, got {short(content)}", "invalid-row")
     if not isinstance(content, str):
-        raise DataError(f"{where} has no text as its content, but {short(content)!r}", "invalid-row")
+        raise DataError(f"{where}: expected a string as content, got {short(content)!r}", "invalid-row")
     return content

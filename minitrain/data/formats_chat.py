@@ -1,48 +1,61 @@
-"""Schemas of rows to learn from word by word: conversations, prompts with answers, and texts."""
+"""Row formats of conversations, of prompts with responses, and of texts."""
 
 from minitrain.config.schema import DatasetConfig
 from minitrain.errors import DataError, short
 
-from .examples import Conversation, Messages, PlainText, assistant, compared, fill, schema, text_of, turns_of, user
-from .formats_raft import in_columns, in_context, raft_conversation, typed
+from .examples import (
+    Conversation,
+    Messages,
+    PlainText,
+    assistant,
+    fill,
+    preference_of,
+    row_format,
+    text_of,
+    turns_of,
+    user,
+)
+from .formats_raft import documents_by_type, documents_in_columns, documents_in_context, raft_conversation
 
 
-@schema("chosen", "conversation", "chosen", "rejected")
+@row_format("chosen", "conversation", "chosen", "rejected")
 def _chosen(row: dict, dataset: DatasetConfig) -> Conversation:
-    """The better answer of a preference is learned, as it is before a preference loss learns from the same rows."""
-    pair = compared(row, row["chosen"], row["rejected"])
+    """Train on the chosen responses, as before a preference loss on the same rows."""
+    pair = preference_of(row, row["chosen"], row["rejected"])
     return Conversation(pair.prompt + pair.chosen)
 
 
-@schema("messages", "conversation", "messages")
+@row_format("messages", "conversation", "messages")
 def _messages(row: dict, dataset: DatasetConfig) -> Conversation:
-    return Conversation(_answered(turns_of(row["messages"], "messages"), "messages"))
+    return Conversation(_with_response(row, "messages"))
 
 
-@schema("conversations", "conversation", "conversations")
+@row_format("conversations", "conversation", "conversations")
 def _conversations(row: dict, dataset: DatasetConfig) -> Conversation:
-    turns = _answered(turns_of(row["conversations"], "conversations"), "conversations")
+    turns = _with_response(row, "conversations")
     if row.get("system"):
         turns = [{"role": "system", "content": text_of(row, "system")}, *turns]
     return Conversation(turns)
 
 
-@schema("prompt_response", "conversation", "prompt", "response")
+@row_format("prompt_response", "conversation", "prompt", "response")
 def _prompt_response(row: dict, dataset: DatasetConfig) -> Conversation:
     return _pair(row, dataset)
 
 
-@schema("alpaca", "conversation", "instruction", "output")
+@row_format("alpaca", "conversation", "instruction", "output")
 def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
     turns = []
     if row.get("system"):
         turns.append({"role": "system", "content": text_of(row, "system")})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise DataError(f"history is not a list of pairs, but {short(history)!r}", "invalid-row")
+        raise DataError(f"history: expected a list of pairs, got {short(history)!r}", "invalid-row")
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(f"history[{i}] is not a pair of texts [instruction, output]", "invalid-row")
+            raise DataError(
+                f"history[{i}]: expected [instruction, output], two strings, got {short(pair)!r}", "invalid-row"
+            )
         turns += [user(pair[0]), assistant(pair[1])]
     prompt = text_of(row, "instruction")
     if row.get("input"):
@@ -51,36 +64,36 @@ def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
     return Conversation(turns + pair.messages)
 
 
-@schema("raft", "conversation", "question", "documents")
+@row_format("raft", "conversation", "question", "documents")
 def _raft(row: dict, dataset: DatasetConfig) -> Conversation:
-    return raft_conversation(row, typed(row), dataset)
+    return raft_conversation(row, documents_by_type(row), dataset)
 
 
-@schema("raft_context", "conversation", "question", "context", "oracle_context")
+@row_format("raft_context", "conversation", "question", "context", "oracle_context")
 def _raft_context(row: dict, dataset: DatasetConfig) -> Conversation:
-    return raft_conversation(row, in_context(row), dataset)
+    return raft_conversation(row, documents_in_context(row), dataset)
 
 
-@schema("raft_distractors", "conversation", "question", "oracle_context", "distractors")
+@row_format("raft_distractors", "conversation", "question", "oracle_context", "distractors")
 def _raft_distractors(row: dict, dataset: DatasetConfig) -> Conversation:
-    return raft_conversation(row, in_columns(row), dataset)
+    return raft_conversation(row, documents_in_columns(row), dataset)
 
 
-@schema("question_answer", "conversation", "question", "answer")
+@row_format("question_answer", "conversation", "question", "answer")
 def _question_answer(row: dict, dataset: DatasetConfig) -> Conversation:
     return _pair(row | {"prompt": row["question"], "response": row["answer"]}, dataset)
 
 
-@schema("query_response", "conversation", "query", "response")
+@row_format("query_response", "conversation", "query", "response")
 def _query_response(row: dict, dataset: DatasetConfig) -> Conversation:
     return _pair(row | {"prompt": row["query"]}, dataset)
 
 
-@schema("text", "conversation", "text")
+@row_format("text", "conversation", "text")
 def _plain_text(row: dict, dataset: DatasetConfig) -> PlainText:
     text = text_of(row, "text")
     if not text:
-        raise DataError("text is empty", "invalid-row")
+        raise DataError("text: expected a text, got an empty string", "invalid-row")
     return PlainText(text)
 
 
@@ -94,11 +107,13 @@ def _pair(row: dict, dataset: DatasetConfig) -> Conversation:
     if dataset.response_template is not None:
         response = fill(dataset.response_template, row, "response_template")
     if not response:
-        raise DataError("response is empty, so there is nothing to learn", "no-answer")
+        raise DataError("response: expected a response, got an empty string", "no-answer")
     return Conversation([user(prompt), assistant(response)])
 
 
-def _answered(messages: Messages, key: str) -> Messages:
+def _with_response(row: dict, key: str) -> Messages:
+    """Return the turns of a column. Raise DataError if the assistant has none."""
+    messages = turns_of(row[key], key)
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise DataError(f"{key} has no turn of the assistant, so there is nothing to learn", "no-answer")
+        raise DataError(f"{key}: expected a turn of the assistant, got none", "no-answer")
     return messages

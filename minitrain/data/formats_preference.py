@@ -1,4 +1,4 @@
-"""Schemas of rows that somebody has judged: preferences, feedback, labels, and rollouts with what they earned."""
+"""Row formats of preferences, unpaired preferences, classification and rollouts."""
 
 import math
 from typing import Any
@@ -12,147 +12,144 @@ from .examples import (
     Preference,
     Rollout,
     UnpairedPreference,
-    compared,
-    continuation_of,
+    check_ends_with_assistant,
     number_of,
+    preference_of,
     prompt_of,
-    schema,
+    response_of,
+    row_format,
     text_of,
     turns_of,
 )
 
 TOKEN_COLUMNS = ("old_logps", "ref_logps", "values", "advantages", "returns")  # of a rollout
-LOGPS = ("old_logps", "ref_logps")  # of these, the log-probabilities
-ROUNDING = 1e-4  # a log-probability may come out above 0 by the last digits of large logits
-_YES = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False}  # True and 1 are one key
+LOGPS = ("old_logps", "ref_logps")  # those of TOKEN_COLUMNS that are log-probabilities
+ROUNDING = 1e-4  # rounding of large logits can give a log-probability slightly above 0
+_BOOLEANS = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False}  # True and 1 are one key
 
 
-@schema("preference", "preference", "chosen", "rejected")
+@row_format("preference", "preference", "chosen", "rejected")
 def _preference(row: dict, dataset: DatasetConfig) -> Preference:
-    return compared(row, row["chosen"], row["rejected"])
+    return preference_of(row, row["chosen"], row["rejected"])
 
 
-@schema("chosen_messages", "preference", "chosen_messages", "rejected_messages")
+@row_format("chosen_messages", "preference", "chosen_messages", "rejected_messages")
 def _chosen_messages(row: dict, dataset: DatasetConfig) -> Preference:
-    return compared(row, row["chosen_messages"], row["rejected_messages"])
+    return preference_of(row, row["chosen_messages"], row["rejected_messages"])
 
 
-@schema("completion_label", "unpaired_preference", "prompt", "completion", "label")
+@row_format("completion_label", "unpaired_preference", "prompt", "completion", "label")
 def _completion_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
     return UnpairedPreference(
-        prompt_of(row), continuation_of(row["completion"], "completion"), _wanted(row["label"], "label")
+        prompt_of(row), response_of(row["completion"], "completion"), _boolean(row["label"], "label")
     )
 
 
-@schema("response_label", "unpaired_preference", "prompt", "response", "label")
+@row_format("response_label", "unpaired_preference", "prompt", "response", "label")
 def _response_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
-    return UnpairedPreference(
-        prompt_of(row), continuation_of(row["response"], "response"), _wanted(row["label"], "label")
-    )
+    return UnpairedPreference(prompt_of(row), response_of(row["response"], "response"), _boolean(row["label"], "label"))
 
 
-@schema("messages_label", "unpaired_preference", "messages", "label")
+@row_format("messages_label", "unpaired_preference", "messages", "label")
 def _messages_label(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
-    return _last_judged(turns_of(row["messages"], "messages"), "messages", _wanted(row["label"], "label"))
+    return _last_turn_labeled(row, "messages", _boolean(row["label"], "label"))
 
 
-@schema("kto_tag", "unpaired_preference", "conversations", "kto_tag")
+@row_format("kto_tag", "unpaired_preference", "conversations", "kto_tag")
 def _kto_tag(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
-    turns = turns_of(row["conversations"], "conversations")
-    return _last_judged(turns, "conversations", _wanted(row["kto_tag"], "kto_tag"))
+    return _last_turn_labeled(row, "conversations", _boolean(row["kto_tag"], "kto_tag"))
 
 
-@schema("labelled", "classification", "text", "label")
+@row_format("labelled", "classification", "text", "label")
 def _labelled(row: dict, dataset: DatasetConfig) -> ClassificationExample:
-    return _judged_text(row, "text", "text_pair" if "text_pair" in row else None)
+    return _classification(row, "text", "text_pair" if "text_pair" in row else None)
 
 
-@schema("sentence_pair", "classification", "sentence1", "sentence2", "label")
+@row_format("sentence_pair", "classification", "sentence1", "sentence2", "label")
 def _sentence_pair(row: dict, dataset: DatasetConfig) -> ClassificationExample:
-    return _judged_text(row, "sentence1", "sentence2")
+    return _classification(row, "sentence1", "sentence2")
 
 
-@schema("premise_hypothesis", "classification", "premise", "hypothesis", "label")
+@row_format("premise_hypothesis", "classification", "premise", "hypothesis", "label")
 def _premise_hypothesis(row: dict, dataset: DatasetConfig) -> ClassificationExample:
-    return _judged_text(row, "premise", "hypothesis")
+    return _classification(row, "premise", "hypothesis")
 
 
-@schema("question_pair", "classification", "question1", "question2", "label")
+@row_format("question_pair", "classification", "question1", "question2", "label")
 def _question_pair(row: dict, dataset: DatasetConfig) -> ClassificationExample:
-    return _judged_text(row, "question1", "question2")
+    return _classification(row, "question1", "question2")
 
 
-@schema("question_sentence", "classification", "question", "sentence", "label")
+@row_format("question_sentence", "classification", "question", "sentence", "label")
 def _question_sentence(row: dict, dataset: DatasetConfig) -> ClassificationExample:
-    return _judged_text(row, "question", "sentence")
+    return _classification(row, "question", "sentence")
 
 
-@schema("sentence", "classification", "sentence", "label")
+@row_format("sentence", "classification", "sentence", "label")
 def _sentence(row: dict, dataset: DatasetConfig) -> ClassificationExample:
-    return _judged_text(row, "sentence", None)
+    return _classification(row, "sentence", None)
 
 
-@schema("rollout_ids", "rollout", "prompt_ids", "response_ids")
+@row_format("rollout_ids", "rollout", "prompt_ids", "response_ids")
 def _rollout_ids(row: dict, dataset: DatasetConfig) -> Rollout:
     for key in ("prompt_ids", "response_ids"):
         ids = row[key]
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise DataError(f"{key} is not a list of token ids", "invalid-row")
-    return _earned(row, row["prompt_ids"], row["response_ids"])
+            raise DataError(f"{key}: expected a list of token ids, got {short(ids)!r}", "invalid-row")
+    return _make_rollout(row, row["prompt_ids"], row["response_ids"])
 
 
-@schema("rollout", "rollout", "prompt", "response")
+@row_format("rollout", "rollout", "prompt", "response")
 def _rollout(row: dict, dataset: DatasetConfig) -> Rollout:
-    return _earned(row, prompt_of(row), text_of(row, "response"))
+    return _make_rollout(row, prompt_of(row), text_of(row, "response"))
 
 
-@schema("rollout_messages", "rollout", "messages", "response")
+@row_format("rollout_messages", "rollout", "messages", "response")
 def _rollout_messages(row: dict, dataset: DatasetConfig) -> Rollout:
-    return _earned(row, turns_of(row["messages"], "messages"), text_of(row, "response"))
+    return _make_rollout(row, turns_of(row["messages"], "messages"), text_of(row, "response"))
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _last_judged(turns: Messages, key: str, desirable: bool) -> UnpairedPreference:
-    if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
-        raise DataError(f"{key} does not end with words of the assistant", "no-answer")
+def _last_turn_labeled(row: dict, key: str, desirable: bool) -> UnpairedPreference:
+    turns = turns_of(row[key], key)
+    check_ends_with_assistant(turns, key)
     return UnpairedPreference(turns[:-1], turns[-1:], desirable)
 
 
-def _wanted(value: Any, key: str) -> bool:
+def _boolean(value: Any, key: str) -> bool:
     value = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(value, (list, dict)) or value not in _YES:
-        raise DataError(f"{key} is neither true nor false, but {short(value)!r}", "invalid-row")
-    return _YES[value]
+    if isinstance(value, (list, dict)) or value not in _BOOLEANS:
+        raise DataError(f"{key}: expected true or false, got {short(value)!r}", "invalid-row")
+    return _BOOLEANS[value]
 
 
-def _judged_text(row: dict, key: str, pair: str | None) -> ClassificationExample:
+def _classification(row: dict, key: str, pair: str | None) -> ClassificationExample:
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label != label or label == "":
-        raise DataError(f"label is neither a text nor a number, but {short(label)!r}", "invalid-row")
+        raise DataError(f"label: expected a string or a number, got {short(label)!r}", "invalid-row")
     return ClassificationExample(text_of(row, key), text_of(row, pair) if pair else None, str(label))
 
 
-def _earned(row: dict, prompt: Messages | list[int], response: str | list[int]) -> Rollout:
+def _make_rollout(row: dict, prompt: Messages | list[int], response: str | list[int]) -> Rollout:
     if not prompt:
-        raise DataError("there is no prompt", "invalid-row")
+        raise DataError("prompt: expected a prompt, got none", "invalid-row")
     if not response:
-        raise DataError("the response is empty, so there is nothing to learn", "no-answer")
+        raise DataError("response: expected a response, got an empty string", "no-answer")
     tokens: dict[str, list[float]] = {}
     for name in TOKEN_COLUMNS:
-        given = row.get(name)
-        if given is None:
+        column = row.get(name)
+        if column is None:
             continue
-        numbers = given if isinstance(given, list) else [given]
-        tokens[name] = [number_of({name: value}, name) for value in numbers]
-        if name in LOGPS and (above := [number for number in tokens[name] if number > ROUNDING]):
+        numbers = column if isinstance(column, list) else [column]
+        tokens[name] = [number_of({name: number}, name) for number in numbers]
+        if name in LOGPS and (positive := [number for number in tokens[name] if number > ROUNDING]):
             raise DataError(
-                f"{name} holds {above[0]:g}, but a log-probability is never above 0. Give logarithms of probabilities, "
-                "with their sign",
+                f"{name}: expected log-probabilities, at most 0, got {positive[0]:g}. Keep the sign of the logarithms",
                 "invalid-row",
             )
     if "reward" not in row and "advantages" not in tokens and "returns" not in tokens:
-        raise DataError("there is neither a reward, nor advantages, nor returns", "invalid-row")
-    truncated = None if row.get("truncated") is None else _wanted(row["truncated"], "truncated")
+        raise DataError("expected a reward, advantages or returns, got none of them", "invalid-row")
+    truncated = None if row.get("truncated") is None else _boolean(row["truncated"], "truncated")
     return Rollout(prompt, response, number_of(row, "reward") if "reward" in row else math.nan, tokens, truncated)

@@ -1,29 +1,29 @@
-"""Questions with documents, the rows of RAFT (arXiv 2403.10131), and the prompts that are made of them."""
+"""Row formats of RAFT (arXiv 2403.10131): a question with documents, and its prompt."""
 
 import random
 from typing import NamedTuple
 
 from minitrain.config.schema import DatasetConfig
-from minitrain.errors import DataError
+from minitrain.errors import DataError, short
 
-from .examples import SCHEMAS, Conversation, assistant, fill, keys_of, text_of, user
+from .examples import ROW_FORMATS, Conversation, assistant, fill, keys_of, text_of, user
 
 TEMPLATE = "{documents}\n\n{question}"
-ANSWERS = ("teacher_answer", "cot_answer", "answer")  # keys of what a teacher has answered
+ANSWERS = ("teacher_answer", "cot_answer", "answer")  # keys of the teacher's answer, in order of priority
 
 
 class Documents(NamedTuple):
-    """The documents of a question: those that the answer stands in, others, and those of which nobody has said."""
+    """The documents of a question: with the answer (oracle), without it (distractors), and without a type (untyped)."""
 
     oracle: list[str]
     distractors: list[str]
-    unsorted: list[str]
+    untyped: list[str]
 
 
 def documents_of(row: dict) -> Documents | None:
-    """The documents of a row that is told by its keys; None for a row of another kind. Raises DataError."""
-    name = next((name for name in SHAPES if all(key in row for key in SCHEMAS[name].required)), None)
-    return None if name is None else SHAPES[name](row)
+    """Return the documents of a data row, or None if its keys match no RAFT format. Raise DataError for a bad row."""
+    name = next((name for name in FORMATS if all(key in row for key in ROW_FORMATS[name].required)), None)
+    return None if name is None else FORMATS[name](row)
 
 
 def teacher_answer(row: dict) -> str | None:
@@ -32,83 +32,87 @@ def teacher_answer(row: dict) -> str | None:
 
 
 def raft_prompt(row: dict, documents: Documents, dataset: DatasetConfig) -> str:
-    """The user's turn: the documents, numbered, and then the question, or what `prompt_template` makes of both.
+    """Return the user turn: the numbered documents and the question, formatted with `prompt_template` if it is set.
 
-    The oracle stays with probability p_oracle, as do `n_distractors` of the others, and all are shuffled. This is drawn
-    from `dataset.seed`, the question and its documents, whatever the order of the rows: a question that is asked again
-    about other documents has its oracle elsewhere. Documents of which nobody has said what they are stay as they are.
+    The prompt has the oracle with probability `p_oracle`, and `n_distractors` distractors, in random order. The random
+    numbers depend on `dataset.seed`, the question and its documents, but not on the order of the rows. So the same
+    question with other documents has its oracle at another position. Untyped documents are all kept, in order.
     """
     key = "\n".join([f"{dataset.seed} {text_of(row, 'question')}", *documents.oracle, *documents.distractors])
-    draw = random.Random(key.encode(errors="surrogatepass"))  # half a surrogate pair is told when the text is encoded
-    oracle = documents.oracle if draw.random() < dataset.p_oracle else []
+    # Half of a surrogate pair is reported later, by `check_texts`.
+    generator = random.Random(key.encode(errors="surrogatepass"))
+    oracle = documents.oracle if generator.random() < dataset.p_oracle else []
     distractors = documents.distractors
     if dataset.n_distractors is not None and dataset.n_distractors < len(distractors):
-        distractors = draw.sample(distractors, dataset.n_distractors)
+        distractors = generator.sample(distractors, dataset.n_distractors)
     texts = distractors + oracle
-    draw.shuffle(texts)
-    numbered = "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(texts + documents.unsorted, 1))
+    generator.shuffle(texts)
+    numbered = "\n\n".join(f"Document {i}: {text}" for i, text in enumerate(texts + documents.untyped, 1))
     return fill(dataset.prompt_template or TEMPLATE, row | {"documents": numbered}, "prompt_template")
 
 
 def raft_conversation(row: dict, documents: Documents, dataset: DatasetConfig) -> Conversation:
-    """The prompt and the teacher's answer. Raises DataError."""
+    """Return the prompt with the teacher's answer. Raise DataError if the row lacks the answer or a document's type."""
     answer = teacher_answer(row)
     if answer is None:
+        raise DataError(f"expected one of the keys {', '.join(ANSWERS)}, got {keys_of(row)}", "invalid-row")
+    if documents.untyped:
         raise DataError(
-            f"the row has documents, but none of {', '.join(ANSWERS)}; it has {keys_of(row)}", "invalid-row"
-        )
-    if documents.unsorted:
-        raise DataError(
-            "documents[0] is a text; to train on it, say what it is: {type: oracle or distractor, text: ...}",
+            "documents[0]: expected {type: oracle or distractor, text: ...}, got a string without a type",
             "invalid-row",
         )
     prompt = raft_prompt(row, documents, dataset)
     if dataset.response_template is not None:
         answer = fill(dataset.response_template, row | {"answer": answer, "response": answer}, "response_template")
     if not answer:
-        raise DataError("the teacher's answer is empty, so there is nothing to learn", "no-answer")
+        raise DataError("the teacher's answer is empty", "no-answer")
     return Conversation([user(prompt), assistant(answer)])
 
 
-# ------------------------------------------------------------------------------------------- the shapes of such rows
+# ------------------------------------------------------------------------------------------- documents of a data row
 
 
-def typed(row: dict) -> Documents:
-    """``documents``: objects with a type (oracle or distractor) and a text, or texts alone."""
+def documents_by_type(row: dict) -> Documents:
+    """Read `documents`: objects with a type (oracle or distractor) and a text, or strings only."""
     documents = row["documents"]
     if not isinstance(documents, list) or not documents:
-        raise DataError("documents is not a list of documents", "invalid-row")
+        raise DataError(f"documents: expected a list of documents, got {short(documents)!r}", "invalid-row")
     if all(isinstance(document, str) for document in documents):
         return Documents([], [], documents)
     texts: dict[str, list[str]] = {"oracle": [], "distractor": []}
     for i, document in enumerate(documents):
-        kind = document.get("type") if isinstance(document, dict) else None
+        document_type = document.get("type") if isinstance(document, dict) else None
         key = next((key for key in ("text", "content") if isinstance(document, dict) and key in document), None)
-        if kind not in texts or key is None:
+        if document_type not in ("oracle", "distractor") or key is None:
             raise DataError(
-                f"documents[{i}] is not an object with type: oracle or distractor, and a text", "invalid-row"
+                f"documents[{i}]: expected {{type: oracle or distractor, text: ...}}, got {short(document)!r}",
+                "invalid-row",
             )
-        texts[kind].append(text_of(document, key))
+        texts[document_type].append(text_of(document, key))
     return Documents(texts["oracle"], texts["distractor"], [])
 
 
-def in_context(row: dict) -> Documents:
-    """The files of RAFT's authors: ``context.sentences`` is a list with one list of documents."""
+def documents_in_context(row: dict) -> Documents:
+    """Read `context.sentences`, a list with one list of documents, as in the files of RAFT's authors."""
     context = row["context"]
     sentences = context.get("sentences") if isinstance(context, dict) else None
     if isinstance(sentences, list) and len(sentences) == 1 and isinstance(sentences[0], list):
         sentences = sentences[0]
     if not isinstance(sentences, list) or not sentences or not all(isinstance(text, str) for text in sentences):
-        raise DataError("context.sentences is not a list of documents", "invalid-row")
+        raise DataError(f"context.sentences: expected a list of documents, got {short(sentences)!r}", "invalid-row")
     oracle = text_of(row, "oracle_context")
     return Documents([oracle], [text for text in sentences if text != oracle], [])
 
 
-def in_columns(row: dict) -> Documents:
+def documents_in_columns(row: dict) -> Documents:
     distractors = row["distractors"]
     if not isinstance(distractors, list) or not all(isinstance(text, str) for text in distractors):
-        raise DataError("distractors is not a list of texts", "invalid-row")
+        raise DataError(f"distractors: expected a list of strings, got {short(distractors)!r}", "invalid-row")
     return Documents([text_of(row, "oracle_context")], distractors, [])
 
 
-SHAPES = {"raft": typed, "raft_context": in_context, "raft_distractors": in_columns}  # by the names of their schemas
+FORMATS = {
+    "raft": documents_by_type,
+    "raft_context": documents_in_context,
+    "raft_distractors": documents_in_columns,
+}

@@ -1,8 +1,8 @@
-"""Data files -> the micro-batches of each optimizer step, and the batches of an evaluation.
+"""Build the micro-batches of each optimizer step, and the batches of an evaluation, from data files.
 
-The order of examples, their packing into rows and the share of each rank are pure functions. The order is a function of
-(seed, epoch) alone and the position in it one integer, the number of examples consumed over all ranks. How the examples
-of one optimizer step are laid out (sorted, packed, split over ranks and micro-batches) does not change the gradient, so
+The functions for the order of examples, their packing into batch rows, and their split over ranks are pure. The order
+depends on (seed, epoch) only, and the position in it is one integer: the number of examples consumed over all ranks.
+The layout of an optimizer step (sorting, packing, split over ranks and micro-batches) does not change the gradient, so
 it may depend on anything.
 """
 
@@ -22,30 +22,30 @@ from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
 from .cache import BAD_ROWS, COUNTED, TokenCache, load_cache
-from .mismatched import add_mismatched_answers
+from .mismatched import add_mismatched_responses
 from .source import row_name
 from .template import Template
 
-WINDOW_STEPS = 64  # group_by_length sorts inside a window of so many steps
+WINDOW_STEPS = 64  # group_by_length sorts within windows of this many steps
 
-Rows = list[list[int]]  # the documents of each row of a micro-batch
+BatchRows = list[list[int]]  # for each row of a micro-batch, the indices of its examples
 
 
 def epoch_size(sizes: list[int], weights: list[float]) -> int:
-    """Examples in an epoch over data sets of these sizes, each seen `weight` times."""
-    return sum(_times(size, weight) for size, weight in zip(sizes, weights, strict=True))
+    """Return the number of examples in an epoch that uses each data set `weight` times."""
+    return sum(_n_examples(size, weight) for size, weight in zip(sizes, weights, strict=True))
 
 
 def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
-    """Indices into the concatenated data sets in the order of one epoch -> [epoch_size] int64.
+    """Return the order of one epoch, as indices into the concatenated data sets, shape [epoch_size], int64.
 
-    A weight of 2.5 takes every example twice and half of them, another half each epoch, a third time.
+    With a weight of 2.5, each example occurs twice, and a random half of them, drawn for each epoch, a third time.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     parts, start = [], 0
     for size, weight in zip(sizes, weights, strict=True):
-        whole, rest = divmod(_times(size, weight), size)
-        parts += [np.arange(start, start + size)] * whole + [start + generator.permutation(size)[:rest]]
+        n_repeats, n_extra = divmod(_n_examples(size, weight), size)
+        parts += [np.arange(start, start + size)] * n_repeats + [start + generator.permutation(size)[:n_extra]]
         start += size
     order = np.concatenate(parts)
     generator.shuffle(order)
@@ -53,26 +53,34 @@ def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -
 
 
 def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order changed so that the examples of one batch are of like length; batches stay in random order."""
+    """Return the order with examples of similar length in each batch, and the batches in random order."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
     grouped = []
     for window in np.split(order, range(batch_size * WINDOW_STEPS, len(order), batch_size * WINDOW_STEPS)):
         by_length = window[np.argsort(lengths[window], kind="stable")]
         full = len(by_length) // batch_size * batch_size
         batches = by_length[:full].reshape(-1, batch_size)
-        # A short rest may stand at the end of the epoch only, where a short step is expected.
+        # Only the last window can have an incomplete batch, which stays at the end: only the last step may be short.
         grouped += [batches[generator.permutation(len(batches))].reshape(-1), by_length[full:]]
     return np.concatenate(grouped)
 
 
 def plan_step(
     lengths: np.ndarray, world_size: int, n_micro: int, packing: bool, row_capacity: int | None = None
-) -> list[list[Rows]]:
-    """Lays the examples 0..n-1 of one optimizer step out -> [rank][micro-batch][row][document].
+) -> list[list[BatchRows]]:
+    """Split the examples 0..n-1 of one optimizer step over ranks, micro-batches and rows.
 
-    Every rank gets the same number of micro-batches, fewer than `n_micro` where there are not as many rows; at the
-    short end of an epoch a rank's may be empty. Without packing, examples of like length share a micro-batch, which
-    saves padding; ranks take turns in each, so that they have like amounts of work. See `pack` for the rest.
+    All ranks get the same number of micro-batches; if there are few rows, fewer than `n_micro`, or empty ones. Without
+    packing, examples of similar length share a micro-batch, which saves padding, and each micro-batch is dealt to the
+    ranks in turn, which balances their work.
+
+    Args:
+        lengths: Tokens of each example, shape [n].
+        n_micro: Micro-batches per rank, at most.
+        row_capacity: Tokens per packed row, see `pack`.
+
+    Returns:
+        Example indices by [rank][micro-batch][row].
     """
     if packing and row_capacity is None:
         n_micro = min(n_micro, math.ceil(len(lengths) / world_size))
@@ -85,19 +93,16 @@ def plan_step(
     return [[part[rank::world_size] for part in parts] for rank in range(world_size)]
 
 
-def pack(lengths: np.ndarray, row_capacity: int | None) -> Rows:
-    """Documents in one row without padding, or, where attention costs the square of a row, in rows of a capacity.
-
-    The capacity is raised to the longest document.
-    """
+def pack(lengths: np.ndarray, row_capacity: int | None) -> BatchRows:
+    """Pack examples into rows of at most `row_capacity` tokens, or of the longest example; None: into one row."""
     if row_capacity is None:
         return [list(range(len(lengths)))]
     return best_fit(lengths, max(row_capacity, int(lengths.max())))
 
 
-def balance_by_tokens(lengths: np.ndarray, n_bins: int) -> Rows:
-    """Deals documents, longest first, each to the bin with the fewest tokens, so that all have about as many."""
-    bins: Rows = [[] for _ in range(n_bins)]
+def balance_by_tokens(lengths: np.ndarray, n_bins: int) -> BatchRows:
+    """Assign examples, longest first, to the bin with the fewest tokens so far, which balances the bins."""
+    bins: BatchRows = [[] for _ in range(n_bins)]
     fill = [(0, b) for b in range(n_bins)]
     for index in np.argsort(-lengths, kind="stable").tolist():
         tokens, b = heapq.heappop(fill)
@@ -106,122 +111,147 @@ def balance_by_tokens(lengths: np.ndarray, n_bins: int) -> Rows:
     return bins
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
-    """Best-fit decreasing: each document goes into the fullest row that still has room for it."""
-    rows: Rows = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+def best_fit(lengths: np.ndarray, capacity: int) -> BatchRows:
+    """Pack by best-fit decreasing: each example goes into the fullest row that has space for it."""
+    rows: BatchRows = []
+    space: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
-        place = bisect_left(room, (length, -1))
-        if place == len(room):
+        fit = bisect_left(space, (length, -1))
+        if fit == len(space):
             rows.append([index])
-            insort(room, (capacity - length, len(rows) - 1))
+            insort(space, (capacity - length, len(rows) - 1))
         else:
-            free, row = room.pop(place)
+            free, row = space.pop(fit)
             rows[row].append(index)
-            insort(room, (free - length, row))
+            insort(space, (free - length, row))
     return rows
 
 
-def _times(size: int, weight: float) -> int:
+def _n_examples(size: int, weight: float) -> int:
     return max(1, round(size * weight))
 
 
 class TokenizedDataset:
-    """Examples of several token caches, or a choice of them, as one sequence; at first all that are trained on."""
+    """Examples of several token caches as one sequence.
 
-    def __init__(self, caches: list[TokenCache], weights: list[float], chosen: list[np.ndarray] | None = None):
+    Attributes:
+        weights: How often the examples of each file occur in an epoch.
+        selected: Indices of the examples to use from each cache; by default, all that are trained on.
+        sizes: Number of selected examples per file.
+        starts: Index of each file's first example, and the number of examples, shape [files + 1].
+        lengths: Tokens of each example, shape [E].
+    """
+
+    def __init__(self, caches: list[TokenCache], weights: list[float], selected: list[np.ndarray] | None = None):
         self.caches, self.weights = caches, weights
-        self.chosen = chosen or [cache.trained for cache in caches]
-        self.sizes = [len(indices) for indices in self.chosen]
+        self.selected = selected or [cache.trained for cache in caches]
+        self.sizes = [len(indices) for indices in self.selected]
         self.starts = np.cumsum([0, *self.sizes])
-        pairs = zip(caches, self.chosen, strict=True)
-        self.lengths = np.concatenate([cache.lengths[indices] for cache, indices in pairs])  # [E]
+        pairs = zip(caches, self.selected, strict=True)
+        self.lengths = np.concatenate([cache.lengths[indices] for cache, indices in pairs])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> list[Document]:
-        """The documents of one example."""
-        cache, number = self._place(index)
+        """Return the documents of one example."""
+        cache, number = self._locate(index)
         return cache[number]
 
     def where(self, index: int) -> str:
-        """``file:line`` of one example."""
-        cache, number = self._place(index)
+        """Return `file:line` of one example."""
+        cache, number = self._locate(index)
         return row_name(cache.source, cache.lines[number])
 
     def digest(self, indices: list[int]) -> str:
-        """A hash of the tokens of examples, and of which are learned, however they are laid out in rows."""
+        """Return a hash of the ids and masks of examples, which does not depend on packing."""
         digest = hashlib.blake2b(digest_size=8)
-        tokens = [(cache.ids.numpy(), cache.mask.numpy(), cache.bounds) for cache in self.caches]
-        which = np.searchsorted(self.starts, indices, side="right") - 1
-        for file, place in zip(which.tolist(), (indices - self.starts[which]).tolist(), strict=True):
-            ids, mask, bounds = tokens[file]
-            number = self.chosen[file][place]
+        arrays = [(cache.ids.numpy(), cache.mask.numpy(), cache.bounds) for cache in self.caches]
+        files = np.searchsorted(self.starts, indices, side="right") - 1
+        for file, i in zip(files.tolist(), (indices - self.starts[files]).tolist(), strict=True):
+            ids, mask, bounds = arrays[file]
+            number = self.selected[file][i]
             digest.update(ids[bounds[number] : bounds[number + 1]])
             digest.update(mask[bounds[number] : bounds[number + 1]])
         return digest.hexdigest()
 
-    def _place(self, index: int) -> tuple[TokenCache, int]:
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.caches[which], int(self.chosen[which][index - self.starts[which]])
+    def _locate(self, index: int) -> tuple[TokenCache, int]:
+        file = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.caches[file], int(self.selected[file][index - self.starts[file]])
 
     def split(self, held_out: float, seed: int) -> tuple["TokenizedDataset", "TokenizedDataset"]:
-        """(the rest, a random share or number of examples held out, the same for the same seed)."""
-        n = len(self)
-        count = int(held_out) if held_out >= 1 else max(1, round(n * held_out))
-        if count >= n:
-            raise ConfigError(f"validation_split: {count} of {n} examples held out leave none to train on", "no-data")
-        mark = np.zeros(n, bool)
-        mark[np.random.Generator(np.random.PCG64([seed, 2])).permutation(n)[:count]] = True
-        marks = np.split(mark, self.starts[1:-1])
-        kept = [indices[~m] for indices, m in zip(self.chosen, marks, strict=True)]
-        held = [indices[m] for indices, m in zip(self.chosen, marks, strict=True)]
-        return self._of(kept), self._of(held)
+        """Return (training examples, held-out examples). The same seed gives the same random split.
 
-    def _of(self, chosen: list[np.ndarray]) -> "TokenizedDataset":
-        """The same with other choices; caches of which nothing is chosen are left out."""
-        kept = [i for i, indices in enumerate(chosen) if len(indices)]
+        Args:
+            held_out: Fraction below 1, or number of examples.
+        """
+        n = len(self)
+        n_held_out = int(held_out) if held_out >= 1 else max(1, round(n * held_out))
+        if n_held_out >= n:
+            raise ConfigError(
+                f"validation_split: holds out {n_held_out} of {n} examples, which leaves none to train on. Lower it.",
+                "no-data",
+            )
+        is_held_out = np.zeros(n, bool)
+        is_held_out[np.random.Generator(np.random.PCG64([seed, 2])).permutation(n)[:n_held_out]] = True
+        masks = np.split(is_held_out, self.starts[1:-1])
+        train = [indices[~mask] for indices, mask in zip(self.selected, masks, strict=True)]
+        held = [indices[mask] for indices, mask in zip(self.selected, masks, strict=True)]
+        return self._select(train), self._select(held)
+
+    def _select(self, selected: list[np.ndarray]) -> "TokenizedDataset":
+        """Return the data set with other examples selected, without the caches that have none."""
+        used = [i for i, indices in enumerate(selected) if len(indices)]
         return TokenizedDataset(
-            [self.caches[i] for i in kept], [self.weights[i] for i in kept], [chosen[i] for i in kept]
+            [self.caches[i] for i in used], [self.weights[i] for i in used], [selected[i] for i in used]
         )
 
-    def of_documents(self, numbers: Callable[[TokenCache], np.ndarray]) -> np.ndarray:
-        """A number of each document, which a cache has as [D] -> [E, n]."""
-        pairs = zip(self.caches, self.chosen, strict=True)
-        return np.concatenate([numbers(cache).reshape(-1, cache.n_documents)[chosen] for cache, chosen in pairs])
+    def per_document(self, numbers: Callable[[TokenCache], np.ndarray]) -> np.ndarray:
+        """Gather one number per document, shape [E, documents per example], from a function of each cache -> [D]."""
+        pairs = zip(self.caches, self.selected, strict=True)
+        return np.concatenate([numbers(cache).reshape(-1, cache.n_documents)[indices] for cache, indices in pairs])
 
     def first(self, n: int | None) -> "TokenizedDataset":
-        """The first n examples over all files in turn; all of them for None."""
+        """Return the first n examples in the order of the files; None: all."""
         if n is None or n >= len(self):
             return self
         ends = np.clip(n - self.starts[:-1], 0, None)
-        return self._of([indices[:end] for indices, end in zip(self.chosen, ends, strict=True)])
+        return self._select([indices[:end] for indices, end in zip(self.selected, ends, strict=True)])
 
 
 @dataclass
 class Data:
-    """What a config's files hold: examples to train on, to evaluate on, and what was cut or left out of them.
+    """The data of a run.
 
-    `warnings` are about files that lost more than a third in some way.
+    Attributes:
+        summary: Lines about rows that were skipped, dropped or truncated.
+        warnings: Lines about files that lost more than a third of their rows in one of these ways.
     """
 
     train: TokenizedDataset
     eval: TokenizedDataset | None
-    notes: list[str]
+    summary: list[str]
     warnings: list[str]
 
 
 def load_data(config: Config, template: Template, kind: str = "conversation") -> Data:
-    """Reads all files of a config as records of a kind. Raises DataError or ConfigError."""
-    every: list[TokenCache] = []
+    """Load and tokenize all data files of a config.
+
+    Args:
+        kind: The kind of examples that the loss needs, a key of `N_DOCUMENTS`.
+
+    Raises:
+        DataError: A file or row cannot be used.
+        ConfigError: No example is left to train on.
+    """
+    all_caches: list[TokenCache] = []
 
     def read(entries) -> TokenizedDataset:
         caches = [load_cache(entry, template, config, kind) for entry in entries]
-        every.extend(caches)
+        all_caches.extend(caches)
         if kind == "unpaired_preference":
-            caches = add_mismatched_answers(caches, config)
+            caches = add_mismatched_responses(caches, config)
         return TokenizedDataset(caches, [entry.weight for entry in entries])
 
     train, evaluation = read(config.datasets), None
@@ -229,40 +259,39 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
         evaluation = read(config.eval_datasets)
     elif config.validation_split:
         train, evaluation = train.split(config.validation_split, config.seed)
-    notes = [f"{cache.source}: {lost}" for cache in every for lost in describe_losses(cache.counts, cache.n_rows)]
-    warnings = [line for cache in every for line in _warnings(cache, config)]
-    return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, notes, warnings)
-
-
-def describe_losses(counts: dict[str, int], n_rows: int) -> list[str]:
-    """Return how many of so many rows were cut or left out, each count with its share of them."""
-    return [
-        f"{count:,} {COUNTED[what]}{'' if _of_turns(what) else _share(count, n_rows)}" for what, count in counts.items()
+    summary = [
+        f"{cache.source}: {line}" for cache in all_caches for line in describe_counts(cache.counts, cache.n_rows)
     ]
+    warnings = [line for cache in all_caches for line in _warnings(cache, config)]
+    return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, summary, warnings)
+
+
+def describe_counts(counts: dict[str, int], n_rows: int) -> list[str]:
+    """Return a line for each count of skipped, dropped or truncated rows, with its fraction of `n_rows`."""
+    return [f"{count:,} {COUNTED[key]}{_of_rows(key, count, n_rows)}" for key, count in counts.items()]
 
 
 def _warnings(cache: TokenCache, config: Config) -> Iterator[str]:
-    for what, count in cache.counts.items():
-        if count * 3 > cache.n_rows and not _of_turns(what):
-            longer = f"raise max_length={config.max_length}" if what != BAD_ROWS else "look at why they are bad"
-            yield f"{cache.source}: {count:,} {COUNTED[what]}{_share(count, cache.n_rows)}, more than a third: {longer}"
+    for key, count in cache.counts.items():
+        if count * 3 > cache.n_rows and key != "untrained-turns":
+            advice = "Fix the rows." if key == BAD_ROWS else f"Raise max_length={config.max_length}."
+            fraction = _of_rows(key, count, cache.n_rows)
+            yield f"{cache.source}: {count:,} {COUNTED[key]}{fraction}, more than a third. {advice}"
 
 
-def _of_turns(what: str) -> bool:
-    """Whether turns are counted, of which a row has several."""
-    return what == "unlearned-turns"
-
-
-def _share(count: int, n_rows: int) -> str:
-    return f" of {n_rows:,} ({100 * count / n_rows:.1f} %)"
+def _of_rows(key: str, count: int, n_rows: int) -> str:
+    """Return a count's fraction of the rows; nothing for turns, of which a row can have several."""
+    return "" if key == "untrained-turns" else f" of {n_rows:,} ({100 * count / n_rows:.1f} %)"
 
 
 @dataclass
 class MicrobatchLoader:
-    """Yields the micro-batches of one rank, optimizer step by optimizer step.
+    """Yields the micro-batches of one rank for each optimizer step.
 
-    `row_capacity` bounds packed rows, for attention that costs the square of a row's length; see `pack`.
-    `shares_prompts`: what documents of an example have in common is laid out once, which takes our own attention.
+    Attributes:
+        row_capacity: Tokens per packed row, for attention whose cost is quadratic in the row's length; None: no limit.
+        shares_prompts: Whether a batch has the common prompt of an example's documents only once, which requires
+            minitrain's own attention.
     """
 
     examples: TokenizedDataset
@@ -275,7 +304,7 @@ class MicrobatchLoader:
 
     @property
     def epoch_size(self) -> int:
-        """Examples in one epoch, over all ranks."""
+        """Number of examples in one epoch, over all ranks."""
         return epoch_size(self.examples.sizes, self.examples.weights)
 
     @property
@@ -287,7 +316,11 @@ class MicrobatchLoader:
         return self.config.n_steps or max(1, math.ceil(self.config.n_epochs * self.steps_per_epoch))
 
     def steps(self, consumed: int = 0) -> Iterator[tuple[list[int], list[Batch]]]:
-        """(example indices of the whole step, this rank's micro-batches) from example `consumed` on, without end."""
+        """Yield (example indices of the step over all ranks, this rank's micro-batches), without end.
+
+        Args:
+            consumed: Number of examples to skip, over all ranks, when a run resumes.
+        """
         while True:
             epoch, position = divmod(consumed, self.epoch_size)
             order = self.order(epoch)
@@ -298,6 +331,7 @@ class MicrobatchLoader:
                 consumed += len(indices)
 
     def order(self, epoch: int) -> np.ndarray:
+        """Return the example indices of an epoch, shape [epoch_size]."""
         config, examples = self.config, self.examples
         order = epoch_order(examples.sizes, examples.weights, config.seed, epoch)
         if config.group_by_length:
@@ -305,42 +339,42 @@ class MicrobatchLoader:
         return order
 
     def micro_batches(self, indices: np.ndarray) -> list[Batch]:
-        """The examples of one step as this rank's micro-batches; every rank gets the same number of them."""
+        """Return this rank's micro-batches of one step. All ranks have the same number of them."""
         return [self.batch(rows) for rows in self.layout(indices)]
 
-    def layout(self, indices: np.ndarray) -> list[Rows]:
-        """The examples of one step in the rows of this rank's micro-batches."""
+    def layout(self, indices: np.ndarray) -> list[BatchRows]:
+        """Return the examples of one step by [micro-batch][row] of this rank."""
         return self.plan(indices)[self.rank]
 
-    def plan(self, indices: np.ndarray) -> list[list[Rows]]:
-        """The examples of one step in the rows of each rank's micro-batches."""
+    def plan(self, indices: np.ndarray) -> list[list[BatchRows]]:
+        """Return the examples of one step by [rank][micro-batch][row]."""
         n_micro = self.config.gradient_accumulation_steps
         lengths, packing = self.examples.lengths[indices], self.config.packing
         plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
-        return [[[[int(indices[i]) for i in row] for row in rows] for rows in mine] for mine in plan]
+        return [[[[int(indices[i]) for i in row] for row in rows] for rows in micro_batches] for micro_batches in plan]
 
-    def epoch_plan(self) -> Iterator[list[list[Rows]]]:
-        """The plan of each step of the first epoch."""
+    def epoch_plan(self) -> Iterator[list[list[BatchRows]]]:
+        """Yield the plan of each step of the first epoch."""
         order, size = self.order(0), self.config.total_batch_size
         return (self.plan(order[start : start + size]) for start in range(0, len(order), size))
 
-    def widths(self, batches: Iterable[Rows]) -> Iterator[list[int]]:
-        """Tokens in each row of each of these batches, without making them."""
-        own = self.examples.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
+    def widths(self, batches: Iterable[BatchRows]) -> Iterator[list[int]]:
+        """Yield the number of tokens in each row of each batch, without building the batches."""
+        lengths = self.examples.per_document(lambda cache: np.diff(cache.offsets))  # [E, documents per example]
         if self.shares_prompts:
-            own = own - self.examples.of_documents(lambda cache: cache.shared)
+            lengths = lengths - self.examples.per_document(lambda cache: cache.shared)
         for rows in batches:
             if self.config.packing:
-                yield [int(own[row].sum()) for row in rows]
+                yield [int(lengths[row].sum()) for row in rows]
             else:
-                yield own[[example for row in rows for example in row]].reshape(-1).tolist()
+                yield lengths[[example for row in rows for example in row]].reshape(-1).tolist()
 
     def eval_batches(self) -> Iterator[Batch]:
-        """This rank's share of the examples once, each rank as many batches, longest first."""
+        """Return this rank's batches of an evaluation, longest first. All ranks have the same number of them."""
         return map(self.batch, self.eval_layout())
 
-    def eval_layout(self) -> Iterator[Rows]:
-        """The examples of an evaluation in the rows of this rank's batches."""
+    def eval_layout(self) -> Iterator[BatchRows]:
+        """Yield the examples of each of this rank's evaluation batches by row."""
         lengths = self.examples.lengths
         n = math.ceil(len(lengths) / (self.config.eval_batch_size * self.world_size))
         by_length = np.argsort(-lengths, kind="stable")
@@ -352,7 +386,7 @@ class MicrobatchLoader:
             yield rows
 
     def batch(self, rows: list[list[int]]) -> Batch:
-        """Rows of examples as rows of their documents; when these are not packed, each in a row of its own."""
+        """Return the batch with these examples in its rows. Without packing, each document has its own row."""
         documents = [[document for i in row for document in self.examples[i]] for row in rows]
         if not self.config.packing:
             documents = [[document] for row in documents for document in row]

@@ -1,7 +1,7 @@
-"""Answers to other prompts: each judged answer gets a second document, from which KTO estimates its KL.
+"""Pair each labeled response with a response to another prompt, from which KTO estimates its KL.
 
-This takes all files together, since the other answer has to be one to another prompt, and a file may hold one prompt
-only or list its rows by prompt. So it comes after tokenizing, and is kept in caches of its own.
+The other response comes from any data file, because a file may hold a single prompt. So the pairs are made after all
+files are tokenized, and have their own caches.
 """
 
 import hashlib
@@ -19,53 +19,60 @@ from .source import row_name
 from .template import Tokens
 
 
-def add_mismatched_answers(caches: list[TokenCache], config: Config) -> list[TokenCache]:
-    """Return caches of the same examples, each with its prompt and an answer to another prompt as second document.
+def add_mismatched_responses(caches: list[TokenCache], config: Config) -> list[TokenCache]:
+    """Return caches of the same examples whose second document is the prompt with a response to another prompt.
 
-    Raises DataError when all rows have the same prompt, or when the folder of the caches cannot be written.
+    Raises:
+        DataError: All rows have the same prompt, or the cache directory cannot be written.
     """
     partners = choose_partners(np.concatenate([cache.doc_features["prompt"] for cache in caches]))  # [E]
     if partners is None:
         where = row_name(caches[0].source, caches[0].lines[0])
         raise DataError(
-            f"{where}: all rows have the same prompt as this one, but kto needs "
-            "answers to different prompts. Add rows with other prompts.",
+            f"{where}: all rows have the same prompt as this one, but kto needs responses to different prompts. "
+            "Add rows with other prompts.",
             "unsuitable-data",
         )
     starts = np.cumsum([0, *map(len, caches)])
     settings = [FORMAT, config.max_length, [cache.key for cache in caches]]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
-    made = []
+    mismatched = []
     for number, cache in enumerate(caches):
         path = cache.path.parent / f"{digest}-{number}.safetensors"
-        found = usable_cache(path, cache.source, config)
-        if found is None:
+        result = usable_cache(path, cache.source, config)
+        if result is None:
             _write(path, cache, caches, starts, partners[starts[number] : starts[number + 1]], config.max_length)
-            found = TokenCache(path, cache.source)
-        made.append(found)
-    return made
+            result = TokenCache(path, cache.source)
+        mismatched.append(result)
+    return mismatched
 
 
 def choose_partners(prompts: np.ndarray) -> np.ndarray | None:
-    """Return for each example the number of one with another prompt -> [E] int64; None when all have the same.
+    """Return for each example the index of one with another prompt, or None if all have the same prompt.
 
-    The k-th example of a prompt gets the k-th behind the last one of that prompt, with prompts in the order in which
-    they come first. So where all prompts differ that is the next example, and where they have equally many examples
-    each example is chosen once.
+    The examples are grouped by prompt, in order of first appearance. The k-th example of a group gets the k-th example
+    after the end of that group. If all prompts differ, this is the next example. If all groups have the same size, each
+    example is used once.
+
+    Args:
+        prompts: A number per example that identifies its prompt, shape [E].
+
+    Returns:
+        Indices, shape [E], int64.
     """
     _, first, group, counts = np.unique(prompts, return_index=True, return_inverse=True, return_counts=True)
     if len(counts) == 1:
         return None
     by_appearance = np.argsort(first)
     counts = counts[by_appearance]
-    group = np.argsort(by_appearance)[group]  # [E], numbered in the order in which they come first
+    group = np.argsort(by_appearance)[group]  # [E], numbered by first appearance
     order = np.argsort(group, kind="stable")  # [E]
     stops = counts.cumsum()
-    own = group[order]  # [E]
-    within = np.arange(len(order)) - (stops - counts)[own]
-    chosen = (stops[own] + within % (len(order) - counts[own])) % len(order)
+    group = group[order]  # [E], ascending
+    within = np.arange(len(order)) - (stops - counts)[group]  # [E]
+    partner = (stops[group] + within % (len(order) - counts[group])) % len(order)  # [E]
     partners = np.empty_like(order)
-    partners[order] = order[chosen]
+    partners[order] = order[partner]
     return partners
 
 
@@ -75,21 +82,21 @@ def _write(
     with new_cache(path, cache.source) as writer:
         writer.counts, writer.n_documents = cache.counts, 2
         for number, partner in enumerate(partners.tolist()):
-            which = int(np.searchsorted(starts, partner, side="right")) - 1
-            other = _tokens(caches[which], partner - int(starts[which]))
+            file = int(np.searchsorted(starts, partner, side="right")) - 1
+            other = _tokens(caches[file], partner - int(starts[file]))
             writer.add(int(cache.lines[number]), _documents(_tokens(cache, number), other, max_length))
 
 
 def _tokens(cache: TokenCache, number: int) -> Tokens:
-    """The one document of an example, its ids and mask as arrays [T]."""
+    """Return the only document of an example, with ids and mask as arrays [T]."""
     (document,) = cache[number]
-    values = {"desirable": document.doc_features["desirable"]}
-    return Tokens(document.ids.numpy(), document.mask.numpy(), doc_features=values)
+    doc_features = {"desirable": document.doc_features["desirable"]}
+    return Tokens(document.ids.numpy(), document.mask.numpy(), doc_features=doc_features)
 
 
-def _documents(judged: Tokens, other: Tokens, max_length: int) -> list[Tokens]:
-    """The judged answer, and behind the same prompt the other one, whose end goes where it is too long."""
-    prompt, answer = int(judged.mask.argmax()), int(other.mask.argmax())
-    ids = np.concatenate([judged.ids[:prompt], other.ids[answer:]])[:max_length]
-    mask = np.concatenate([judged.mask[:prompt], other.mask[answer:]])[:max_length]
-    return [judged, Tokens(ids, mask, shared=prompt, doc_features=judged.doc_features)]
+def _documents(labeled: Tokens, other: Tokens, max_length: int) -> list[Tokens]:
+    """Return the labeled document, and its prompt with the other response, truncated at the end."""
+    n_prompt, start = int(labeled.mask.argmax()), int(other.mask.argmax())
+    ids = np.concatenate([labeled.ids[:n_prompt], other.ids[start:]])[:max_length]
+    mask = np.concatenate([labeled.mask[:n_prompt], other.mask[start:]])[:max_length]
+    return [labeled, Tokens(ids, mask, shared=n_prompt, doc_features=labeled.doc_features)]

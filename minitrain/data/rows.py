@@ -1,4 +1,4 @@
-"""Rows that are given in Python, read as if they stood in a file of JSON lines."""
+"""Read rows that are given in Python as if they were a JSON Lines file."""
 
 import hashlib
 import json
@@ -9,38 +9,41 @@ from typing import Any
 from minitrain.config.python_objects import PythonObject, python_object
 from minitrain.errors import ConfigError, DataError
 
-from .files import Row, as_row
+from .files import DataRow, as_row
 
-HOW = "Give a list of dicts, a datasets.Dataset, or another collection of rows that has a length"
+ADVICE = "Provide a list of dicts, a datasets.Dataset, or another collection of rows with a length."
 
 
 @dataclass
 class PythonRows:
-    """A collection of rows, and what `rows_object` found out about it.
+    """A collection of rows.
 
     Attributes:
-        size: Bytes of the rows as JSON.
-        digest: A hash of the rows, in hexadecimal.
+        size: Size of the rows as JSON, in bytes.
+        digest: SHA-256 of the rows, in hexadecimal.
     """
 
     rows: Any
     size: int
     digest: str
 
-    def read(self) -> Iterator[Row]:
-        """Yield (index, row); a row that JSON cannot hold comes as a DataError."""
+    def read(self) -> Iterator[DataRow]:
+        """Yield (index, row). A row that cannot be converted to JSON is yielded as a DataError."""
         for index, row in enumerate(_each(self.rows)):
             try:
                 yield index, as_row(json.loads(_as_json(row)))
             except (TypeError, ValueError, RecursionError) as error:
-                yield index, DataError(f"not usable as JSON: {error}", "invalid-json")
+                yield index, DataError(f"cannot be converted to JSON: {error}", "invalid-json")
 
 
 def rows_object(rows: Any, argument: str) -> PythonObject:
-    """Return rows as an object that a config can name. Raises ConfigError for what is not a collection of rows.
+    """Return rows as an object that a config can refer to.
 
     Args:
-        argument: What messages call them, such as `train_dataset`.
+        argument: Name of the argument with the rows, such as `train_dataset`, for messages.
+
+    Raises:
+        ConfigError: The rows are not a collection with a length, or are empty.
     """
     _check_rows(rows, argument)
     size, hasher = 0, hashlib.sha256()
@@ -48,13 +51,13 @@ def rows_object(rows: Any, argument: str) -> PythonObject:
         size += len(line)
         hasher.update(line)
     digest = hasher.hexdigest()
-    kind = "list" if isinstance(rows, list) else type(rows).__name__
-    text = f"{argument}, {kind} of {len(rows):,} rows, sha256 {digest[:16]}"
-    return python_object(PythonRows(rows, size, digest), argument, text)
+    type_name = "list" if isinstance(rows, list) else type(rows).__name__
+    description = f"{argument}, {type_name} of {len(rows):,} rows, sha256 {digest[:16]}"
+    return python_object(PythonRows(rows, size, digest), argument, description)
 
 
 def _lines(rows: Any) -> Iterator[bytes]:
-    """Yield what determines each row."""
+    """Yield the rows as JSON lines; a row that cannot be converted, as the name of its type."""
     for row in _each(rows):
         try:
             yield _as_json(row).encode() + b"\n"
@@ -73,12 +76,12 @@ def _as_json(row: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return numbers and arrays of NumPy and PyTorch as Python has them."""
+    """Convert numbers and arrays of NumPy and PyTorch to Python objects."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
-    raise TypeError(f"a value is of type {type(value).__name__}")
+    raise TypeError(f"value of type {type(value).__name__}")
 
 
 def _check_rows(rows: Any, argument: str) -> None:
@@ -87,10 +90,12 @@ def _check_rows(rows: Any, argument: str) -> None:
         raise ConfigError(f"{argument}: expected rows, got {rows!r}. Name files in the config: {option}.", "wrong-type")
     if isinstance(rows, Mapping):
         splits = " Choose a split of it." if type(rows).__name__.startswith(("DatasetDict", "Iterable")) else ""
-        raise ConfigError(f"{argument}: expected rows, got {type(rows).__name__}.{splits} {HOW}.", "wrong-type")
+        raise ConfigError(f"{argument}: expected rows, got {type(rows).__name__}.{splits} {ADVICE}", "wrong-type")
     if hasattr(rows, "to_dict") and hasattr(rows, "iloc"):
-        raise ConfigError(f"{argument}: got a {type(rows).__name__}. Give its to_dict('records').", "wrong-type")
+        raise ConfigError(
+            f"{argument}: expected rows, got {type(rows).__name__}. Provide its to_dict('records').", "wrong-type"
+        )
     if not hasattr(rows, "__len__") or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
-        raise ConfigError(f"{argument}: expected rows, got {type(rows).__name__}. {HOW}.", "wrong-type")
+        raise ConfigError(f"{argument}: expected rows, got {type(rows).__name__}. {ADVICE}", "wrong-type")
     if len(rows) == 0:
-        raise ConfigError(f"{argument}: has no rows.", "no-data")
+        raise ConfigError(f"{argument}: has no rows. Provide at least one.", "no-data")

@@ -1,4 +1,4 @@
-"""Rows out of parquet files, and of data sets that the package `datasets` reads: on the hub, or in a folder."""
+"""Read the rows of Parquet files, and of data sets on the Hub or in a directory with the package `datasets`."""
 
 import json
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from minitrain.errors import DataError
 from minitrain.io.hub import is_hub_reachable, unreachable_error
 from minitrain.io.redact import redact
 
-PACKAGE = "pip install minitrain[data]"  # what both need
+INSTALL = "Run pip install minitrain[data]."
 
-LabelNames = dict[str, list[str]]  # column of numbers -> what they stand for
+LabelNames = dict[str, list[str]]  # column of class indices -> class names
 
 
 def read_parquet(file, path: Path) -> Iterator[tuple[int, dict | DataError]]:
-    """Yields (number of the row from 1, row) of an open file."""
+    """Yield (row number from 1, row) of an open file."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: the package pyarrow is not installed: {PACKAGE}", "not-installed") from None
+        raise DataError(f"{path}: needs the package pyarrow. {INSTALL}", "not-installed") from None
     try:
         number = 0
         table = pyarrow.parquet.ParquetFile(file)
@@ -32,60 +32,64 @@ def read_parquet(file, path: Path) -> Iterator[tuple[int, dict | DataError]]:
                 yield number, _row(row, names)
     except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         where = f"{path}:{number + 1}" if number else str(path)
-        raise DataError(f"{where}: no sound parquet file: {_told(error)}", "invalid-table") from None
+        raise DataError(f"{where}: invalid Parquet file: {_short_reason(error)} Replace it.", "invalid-table") from None
 
 
 def load_table(dataset: DatasetConfig) -> Any:
-    """A data set on the hub or in a folder, as `datasets` has it. Raises ConfigError or DataError.
+    """Load a data set on the Hub or in a directory with the package `datasets`.
 
-    One of the hub is kept in the cache of `datasets`; a folder is read row by row, and nothing is kept.
+    A data set on the Hub is kept in the cache of `datasets`. A directory is streamed, and not cached.
+
+    Raises:
+        ConfigError: The Hub is unreachable.
+        DataError: The data set cannot be loaded, or the package is missing.
     """
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{dataset.path}: the package datasets is not installed: {PACKAGE}", "not-installed") from None
-    folder = Path(dataset.path).is_dir()
-    if not folder and not is_hub_reachable():
+        raise DataError(f"{dataset.path}: needs the package datasets. {INSTALL}", "not-installed") from None
+    is_folder = Path(dataset.path).is_dir()
+    if not is_folder and not is_hub_reachable():
         datasets.config.HF_HUB_OFFLINE = True
-    wanted = {"name": dataset.name, "split": dataset.split or "train", "revision": dataset.revision}
+    options = {"name": dataset.name, "split": dataset.split or "train", "revision": dataset.revision}
     try:
-        return datasets.load_dataset(dataset.path, streaming=folder, **wanted)
+        return datasets.load_dataset(dataset.path, streaming=is_folder, **options)
     except Exception as error:
-        told = f"{dataset.path}: {_told(error)}"
-        raise unreachable_error(dataset.path, error, "dataset") or DataError(told, "unreadable") from None
+        message = f"{dataset.path}: cannot be read: {_short_reason(error)} Check path, name, split and revision."
+        raise unreachable_error(dataset.path, error, "dataset") or DataError(message, "unreadable") from None
 
 
 def rows_of(table: Any, name: str) -> Iterator[tuple[int, dict | DataError]]:
-    """Yields (number of the row from 1, row) of a data set of `datasets`."""
+    """Yield (row number from 1, row) of a data set from `load_table`."""
     import datasets
 
     features = table.features or {}
-    names = {key: kind.names for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    names = {key: feature.names for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
     try:
         for number, row in enumerate(table, 1):
             yield number, _row(row, names)
-    except Exception as error:  # rows are read as they come, by readers of many kinds
-        hint = "Files named one by one may hold rows of several kinds."
-        raise DataError(f"{name}: cannot be read: {_told(error)} {hint}", "unreadable") from None
+    except Exception as error:  # each file format raises its own types
+        advice = "List the files one by one if their columns differ."
+        raise DataError(f"{name}: cannot be read: {_short_reason(error)} {advice}", "unreadable") from None
 
 
 def _row(row: dict, names: LabelNames) -> dict | DataError:
-    """A row of a table as that of a file: labels by name, and without the columns that it leaves empty."""
+    """Return a row of a table without empty columns, and with class names instead of indices."""
     row = {key: value for key, value in row.items() if value is not None}
     for key in names.keys() & row.keys():
         if not isinstance(row[key], int) or not 0 <= row[key] < len(names[key]):
-            return DataError(f"{key} is {row[key]}, which stands for none of {', '.join(names[key])}", "invalid-row")
+            return DataError(f"{key}: expected an index into {', '.join(names[key])}, got {row[key]}", "invalid-row")
         row[key] = names[key][row[key]]
     return row
 
 
 def _names_in(metadata: dict[bytes, bytes]) -> LabelNames:
-    """Names of labels as `datasets` writes them into a parquet file."""
+    """Return the class names in a Parquet file's metadata, as written by `datasets`."""
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {key: kind["names"] for key, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    return {key: feature["names"] for key, feature in features.items() if feature.get("_type") == "ClassLabel"}
 
 
-def _told(error: Exception) -> str:
-    """What an error says, in one line and without its examples of use."""
+def _short_reason(error: Exception) -> str:
+    """Return an error's message in one line, without the usage examples that may follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return redact(" ".join(lines[:2]))[:300].rstrip(".") + "."

@@ -1,8 +1,8 @@
-"""Records -> token ids and loss mask, through the chat template.
+"""Render conversations with the chat template, and tokenize them with a loss mask.
 
-The text is built as inference builds it: up to each answer stands exactly what the template gives with
-`add_generation_prompt`. It is cut at the borders of the learned spans and the pieces are tokenised apart, so
-the prompt's ids are those of inference, no token straddles a border, and the mask is exact to the character.
+Prompts are rendered as at inference: each response follows exactly what the template renders with
+`add_generation_prompt`. The text is split where responses begin and end, and each piece is tokenized separately. So a
+prompt has the same ids as at inference, no token crosses a boundary, and the mask is exact to the character.
 """
 
 import re
@@ -14,8 +14,8 @@ import jinja2
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError, is_failure
 
-from .examples import Conversation, PlainText
-from .sandbox import UnboundedTemplate, render, render_marked
+from .examples import Conversation, Messages, PlainText
+from .sandbox import Span, UnboundedTemplate, render, render_marked
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -29,33 +29,46 @@ PLAIN = (
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
-_HIDDEN = "the chat template hides the answer; give chat_template=chatml or a template of your own"
-UNUSUAL = "a\u16a0\u5b57\u2603"  # characters that not every tokenizer has a token for
-# Private-use characters, which no text of a data set should hold.
+_HIDDEN = "the chat template omits the response. Set chat_template=chatml or your own template"
+UNUSUAL = "a\u16a0\u5b57\u2603"  # characters for which some tokenizers have no token
+# Private-use characters, which data is not expected to have.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
+
+Piece = tuple[str, bool]  # text, and whether its tokens are targets
 
 
 @dataclass
 class Tokens:
-    """One document: ids and whether each is learned; the first never is. `notes` counts what was done to it."""
+    """One tokenized document of T tokens.
+
+    Attributes:
+        mask: Whether each token is a target, shape [T]; the first one never is.
+        counts: What the user is told about the document, by key of `COUNTED` in cache.py.
+        shared: Number of leading tokens in common with the previous document of the example.
+        doc_features: Name -> number (or label) of the document.
+        token_features: Name -> one number per token, shape [T].
+    """
 
     ids: list[int]
     mask: list[bool]
-    notes: dict[str, int] = field(default_factory=dict)
-    shared: int = 0  # leading tokens that are those of the document before it, of the same example
-    doc_features: dict[str, float | str] = field(default_factory=dict)  # of the whole document
-    token_features: dict[str, list[float]] = field(default_factory=dict)  # of each token
+    counts: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+    doc_features: dict[str, float | str] = field(default_factory=dict)
+    token_features: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Template:
-    """A tokenizer with a chat template, made ready for training."""
+    """A tokenizer with its chat template, for training and inference."""
 
     def __init__(self, tokenizer, chat_template: str = "auto", train_on: str = "all_turns"):
-        """Sets the tokenizer's template, and adds ChatML's two tokens where ChatML is used and they are missing.
+        """Set the tokenizer's chat template. ChatML also adds its two tokens if they are missing.
 
         Args:
-            chat_template: auto, chatml, none, or the path of a jinja file.
+            chat_template: auto, chatml, none, or the path of a Jinja file.
             train_on: all_turns or last_turn.
+
+        Raises:
+            ConfigError: The template does not exist, is not valid Jinja, or does not terminate.
         """
         self.tokenizer = tokenizer
         self.train_on = train_on
@@ -69,21 +82,22 @@ class Template:
             tokenizer.chat_template = _read(chat_template)
         if not isinstance(tokenizer.chat_template, str):
             raise ConfigError(
-                "chat_template: the tokenizer has several templates; name a .jinja file.", "invalid-template"
+                "chat_template: the tokenizer has several templates. Name a .jinja file.", "invalid-template"
             )
         try:
             self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
-                f"chat_template: not valid Jinja, line {error.lineno}: {error.message}", "invalid-template"
+                f"chat_template: invalid Jinja in line {error.lineno}: {error.message}. Fix the template.",
+                "invalid-template",
             ) from None
         except UnboundedTemplate as error:
             raise ConfigError(f"chat_template: {error}. Name another template.", "invalid-template") from None
         except jinja2.TemplateError:
-            pass  # a template may refuse this very conversation
+            pass  # some templates refuse this conversation
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special |= {tokenizer.eos_token} - {None}  # models that classify may have none
+        special |= {tokenizer.eos_token} - {None}  # tokenizers of classifiers may have no EOS
         any_special = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special_start = re.compile(any_special)
         self._special_end = re.compile(f"(?:{any_special})(?=\\s*$)")
@@ -93,50 +107,54 @@ class Template:
         self._loses_characters = not all(self._encode(character).ids for character in UNUSUAL)
 
     def end_ids(self) -> list[int]:
-        """The tokens that end a turn, for generation: EOS and the one this template closes an answer with."""
+        """Return the ids that end a response: EOS, and the token with which the template ends a turn."""
         try:
             text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        except jinja2.TemplateError:  # it refuses this very conversation
+        except jinja2.TemplateError:  # it refuses this conversation
             return [self.tokenizer.eos_token_id]
         return sorted({self.tokenizer.eos_token_id, self.encode_text(self._closed(text))[-1]})
 
     # ------------------------------------------------------------------------------------------------ encoding
 
-    def encode(self, record: Conversation | PlainText, n_learned: int | None = None) -> Tokens:
-        """Token ids and mask of a whole record, not yet truncated. Raises DataError for what cannot be encoded.
+    def encode(self, example: Conversation | PlainText, n_trained: int | None = None) -> Tokens:
+        """Return the tokens of an example, not yet truncated.
 
-        `n_learned`: how many answers, counted from the last one, are learned; what `train_on` says when left out.
+        Args:
+            n_trained: How many assistant turns are trained on, counted from the last one; None: as `train_on` says.
+
+        Raises:
+            DataError: The example cannot be encoded; the caller adds file and line.
         """
-        if isinstance(record, PlainText):
-            refuse_unusable([record.text])
-            ids = self._with_bos(self.encode_text(record.text))
+        if isinstance(example, PlainText):
+            check_texts([example.text])
+            ids = self._with_bos(self.encode_text(example.text))
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             return Tokens(ids, [False] + [True] * (len(ids) - 1))
-        refuse_unusable([message["content"] for message in record.messages])
-        if n_learned is None and self.train_on == "last_turn":
-            n_learned = 1
+        check_texts([message["content"] for message in example.messages])
+        if n_trained is None and self.train_on == "last_turn":
+            n_trained = 1
         try:
-            pieces, notes = self._pieces(record.messages, n_learned)
+            pieces, counts = self._pieces(example.messages, n_trained)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}", "invalid-template") from None
-        return self._join(pieces, notes)
+        return self._join(pieces, counts)
 
-    def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids up to where the assistant begins to answer, made as in training."""
-        refuse_unusable([message["content"] for message in messages])
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        """Return the ids of a prompt, up to the start of the response, as in training."""
+        check_texts([message["content"] for message in messages])
         try:
             prompt = self._render(messages, prompt=True)
             spans = self._earlier_spans(messages, prompt)[0] if len(messages) > 1 else []
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}", "invalid-template") from None
-        return self._join(_cut(prompt, spans, []), {}).ids
+        return self._join(_split(prompt, spans, []), {}).ids
 
     def encode_text(self, text: str, before: str = "") -> list[int]:
-        """Ids of a piece of text that stands behind `before`, as they would be in the middle of the whole text.
+        """Return the ids of a piece of text after the text `before`, without a special token at its start.
 
-        Some tokenizers put a space before a text or behind a special token, others strip one there. So the piece
-        is tokenised behind an anchor, whose ids are taken off again.
+        At the start of a text, or after a special token, some tokenizers add a space and others strip one. So the piece
+        is tokenized after an anchor (the special token at the end of `before`, or a newline), whose ids are removed.
         """
         if not text:
             return []
@@ -150,7 +168,7 @@ class Template:
 
     @property
     def backend(self):
-        """The tokenizers.Tokenizer inside, ten times as quick, without what another call may have left in it."""
+        """The inner `tokenizers.Tokenizer`, ten times as fast, without truncation or padding set by earlier calls."""
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation or backend.padding:
             backend.no_truncation()
@@ -160,70 +178,68 @@ class Template:
     def _encode(self, text: str, add_special_tokens: bool = False):
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except BaseException as error:  # of a tokenizer that is damaged
+        except BaseException as error:  # a damaged tokenizer panics
             if not is_failure(error):
                 raise
-            raise DataError(f"the tokenizer cannot read {text[:40]!r}: {error}", "invalid-text") from None
+            raise DataError(f"the tokenizer fails for {text[:40]!r}: {error}", "invalid-text") from None
 
     def _ids(self, text: str) -> list[int]:
         ids = self._encode(text).ids
         if self._loses_characters:
-            self._refuse_lost(text)
+            self._check_no_lost_characters(text)
         return ids
 
-    def _refuse_lost(self, text: str) -> None:
-        """Raise DataError for a character that the tokenizer leaves out without a word."""
+    def _check_no_lost_characters(self, text: str) -> None:
+        """Raise DataError for a character that the tokenizer silently drops."""
         for character in sorted(set(text)):
             if not character.isspace() and not self._encode(character).ids:
-                raise DataError(f"the tokenizer has no token for {character!r}, and would leave it out", "invalid-text")
+                raise DataError(f"the tokenizer has no token for {character!r} and would drop it", "invalid-text")
 
-    def _join(self, pieces: list[tuple[str, bool]], notes: dict[str, int]) -> Tokens:
+    def _join(self, pieces: list[Piece], counts: dict[str, int]) -> Tokens:
         ids, mask, before = [], [], ""
-        for text, learned in pieces:
-            part = self.encode_text(text, before)
-            ids += part
-            mask += [learned] * len(part)
+        for text, is_target in pieces:
+            piece_ids = self.encode_text(text, before)
+            ids += piece_ids
+            mask += [is_target] * len(piece_ids)
             before = text or before
         if not ids:
-            raise DataError("the tokenizer makes no token of the text", "invalid-text")
+            raise DataError("the tokenizer returns no tokens for the text", "invalid-text")
         n = len(ids)
         ids = self._with_bos(ids)
         mask = [False] * (len(ids) - n) + mask
         mask[0] = False
-        return Tokens(ids, mask, notes)
+        return Tokens(ids, mask, counts)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        """One BOS where the tokenizer uses one, whether or not the template wrote it."""
+        """Return the ids with exactly one BOS if the tokenizer adds it, even if the template wrote it, too."""
         bos = self.tokenizer.bos_token_id
         if self._adds_bos and ids[:1] != [bos]:
             return [bos, *ids]
         return ids
 
-    # ------------------------------------------------------------------------------------------- finding answers
+    # ------------------------------------------------------------------------------------------- response spans
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+    def _render(self, messages: Messages, prompt: bool = False) -> str:
         variables = self.tokenizer.special_tokens_map
         return render(self.tokenizer.chat_template, messages, add_generation_prompt=prompt, **variables)
 
-    def _pieces(
-        self, messages: list[dict[str, str]], n_learned: int | None
-    ) -> tuple[list[tuple[str, bool]], dict[str, int]]:
-        """The conversation as pieces of text, each learned or not; ends with the last answer."""
+    def _pieces(self, messages: Messages, n_trained: int | None) -> tuple[list[Piece], dict[str, int]]:
+        """Return the text up to the last response in pieces, and counts of what is not trained on."""
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
         if self.has_markers:
-            (text, spans), lost = self._marked(messages), 0
+            (text, spans), n_lost = self._marked(messages), 0
         else:
-            prompt, tail = self._split_answer(messages)
-            spans, lost = self._earlier_spans(messages[:-1], prompt)
-            text = prompt + tail
+            prompt, response = self._split_response(messages)
+            spans, n_lost = self._earlier_spans(messages[:-1], prompt)
+            text = prompt + response
             spans.append((len(prompt), len(text)))
-        if n_learned is not None:  # cut where all_turns cuts, so that the ids are the same
-            return _cut(text, spans, spans[-n_learned:]), {}
-        return _cut(text, spans, spans), {"unlearned-turns": lost} if lost else {}
+        if n_trained is not None:  # split at all spans, so that the ids are the same as with all_turns
+            return _split(text, spans, spans[-n_trained:]), {}
+        return _split(text, spans, spans), {"untrained-turns": n_lost} if n_lost else {}
 
-    def _marked(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text and the spans inside {% generation %}, each with the token that ends its turn."""
+    def _marked(self, messages: Messages) -> tuple[str, list[Span]]:
+        """Return the text and its {% generation %} spans, each extended by the token that ends its turn."""
         variables = self.tokenizer.special_tokens_map
         text, spans = render_marked(self.tokenizer.chat_template, messages, add_generation_prompt=False, **variables)
         closed = []
@@ -231,59 +247,60 @@ class Template:
             token = self._special_end.search(text, start, end) or self._special_start.match(text, end)
             closed.append((start, token.end() if token else end))
         if not closed:
-            raise DataError("the chat template marks no text of the assistant in this conversation", "invalid-template")
+            raise DataError(
+                "the chat template marks no response in this conversation with {% generation %}", "invalid-template"
+            )
         text = text[: closed[-1][1]]
-        return (text, closed) if self._special_end.search(text) else self._ended(text, closed)
-
-    def _ended(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        if self._special_end.search(text):
+            return text, closed
         text += self.tokenizer.eos_token
-        return text, [*spans[:-1], (spans[-1][0], len(text))]
+        return text, [*closed[:-1], (closed[-1][0], len(text))]
 
-    def _split_answer(self, messages: list[dict[str, str]]) -> tuple[str, str]:
-        """(what stands before the last answer at inference, the answer with the token that ends it)."""
+    def _split_response(self, messages: Messages) -> tuple[str, str]:
+        """Return (the text before the last response, as at inference; the response with its end token)."""
         if len(messages) == 1:
             return self._split_at_mark(messages)
-        whole, prompt = self._render(messages), self._render(messages[:-1], prompt=True)
-        if whole.startswith(prompt):
-            if whole == prompt and messages[-1]["content"].strip():
+        text, prompt = self._render(messages), self._render(messages[:-1], prompt=True)
+        if text.startswith(prompt):
+            if text == prompt and messages[-1]["content"].strip():
                 raise DataError(_HIDDEN, "invalid-template")
-            return prompt, self._closed(whole[len(prompt) :])
+            return prompt, self._closed(text[len(prompt) :])
         history = self._render(messages[:-1])
-        common = _common_prefix(whole, prompt)
-        if common > len(history) and whole.startswith(history):
-            # The prompt opens the answer in another way than this one, e.g. an empty thought before a thought.
-            return whole[:common], self._closed(whole[common:])
-        # The template writes the history otherwise once it is answered: keep the prompt of inference.
+        common = _common_prefix(text, prompt)
+        if common > len(history) and text.startswith(history):
+            # The generation prompt begins a response differently, such as with an empty <think> block.
+            return text[:common], self._closed(text[common:])
+        # The template renders the history differently when a response follows: keep the prompt of inference.
         return prompt, self._split_at_mark(messages)[1]
 
-    def _split_at_mark(self, messages: list[dict[str, str]]) -> tuple[str, str]:
-        answer = {"role": "assistant", "content": OPEN + messages[-1]["content"]}
-        before, mark, tail = self._render([*messages[:-1], answer]).rpartition(OPEN)
+    def _split_at_mark(self, messages: Messages) -> tuple[str, str]:
+        marked = {"role": "assistant", "content": OPEN + messages[-1]["content"]}
+        before, mark, tail = self._render([*messages[:-1], marked]).rpartition(OPEN)
         if not mark:
             raise DataError(_HIDDEN, "invalid-template")
         return before, self._closed(tail)
 
     def _closed(self, tail: str) -> str:
-        """An answer with its end token as the last: what follows it is dropped, EOS is added where there is none."""
+        """Return a response up to its end token, or with EOS if it has none."""
         end = self._special_end.search(tail)
         return tail[: end.end()] if end else tail.rstrip("\n") + self.tokenizer.eos_token
 
-    def _earlier_spans(self, messages: list[dict[str, str]], prompt: str) -> tuple[list[tuple[int, int]], int]:
-        """Spans in `prompt` of the answers already given, and how many are not there word for word."""
-        spans, lost = [], 0
+    def _earlier_spans(self, messages: Messages, prompt: str) -> tuple[list[Span], int]:
+        """Return the spans of earlier responses in `prompt`, and how many of them `prompt` does not have verbatim."""
+        spans, n_lost = [], 0
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            # Before a first turn there is nothing to render, so that its header would count as answer.
+            # There is nothing to render before the first turn, so its header would count as part of the response.
             span = self._span_by_prefix(messages, i, prompt) if i else None
             span = span or self._span_by_mark(messages, i, prompt)
             if span:
                 spans.append(span)
             else:
-                lost += 1
-        return spans, lost
+                n_lost += 1
+        return spans, n_lost
 
-    def _span_by_prefix(self, messages: list, i: int, prompt: str) -> tuple[int, int] | None:
+    def _span_by_prefix(self, messages: Messages, i: int, prompt: str) -> Span | None:
         before = self._render(messages[:i], prompt=True)
         until = self._render(messages[: i + 1])
         if not (until.startswith(before) and prompt.startswith(until)):
@@ -294,19 +311,19 @@ class Template:
         content = messages[i]["content"]
         return (len(before), len(before) + len(content)) if prompt.startswith(content, len(before)) else None
 
-    def _span_by_mark(self, messages: list, i: int, prompt: str) -> tuple[int, int] | None:
+    def _span_by_mark(self, messages: Messages, i: int, prompt: str) -> Span | None:
         content = messages[i]["content"]
         marked = [*messages[:i], {"role": "assistant", "content": OPEN + content + CLOSE}, *messages[i + 1 :]]
         text = self._render(marked, prompt=True)
         start, end = text.find(OPEN), text.find(CLOSE) - 1
         if start < 0 or end < start or text.replace(OPEN, "").replace(CLOSE, "") != prompt:
             return None
-        following = self._special_start.match(prompt, end)
-        return start, following.end() if following else end
+        end_token = self._special_start.match(prompt, end)
+        return start, end_token.end() if end_token else end
 
 
 def make_template(tokenizer, config: Config, kind: str) -> Template:
-    """The template for records of a kind; texts that are to be labelled are read as they are."""
+    """Return the template for examples of a kind; texts to classify get no chat template."""
     return Template(tokenizer, "none" if kind == "classification" else config.chat_template, config.train_on)
 
 
@@ -315,7 +332,7 @@ def _read(file: str) -> str:
         return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
-            f"the chat template {file!r} is neither auto, chatml, none, nor a text file.", "not-found"
+            f"chat_template: expected auto, chatml, none or a text file, got {file!r}.", "not-found"
         ) from None
 
 
@@ -323,25 +340,23 @@ def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def refuse_unusable(texts: list[str]) -> None:
-    """Raises DataError for characters that no tokenizer can take, or that have a meaning here."""
-    whole = "".join(texts)
-    if OPEN in whole or CLOSE in whole:
-        raise DataError(
-            "the text holds U+E0F0 or U+E0F1, characters of private use that mark answers here", "invalid-text"
-        )
+def check_texts(texts: list[str]) -> None:
+    """Raise DataError for characters that cannot be tokenized, or that this module uses as marks."""
+    text = "".join(texts)
+    if OPEN in text or CLOSE in text:
+        raise DataError("the text has U+E0F0 or U+E0F1, which minitrain reserves to mark responses", "invalid-text")
     try:
-        whole.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"the text holds {whole[error.start]!r}, half a surrogate pair, which is no character", "invalid-text"
+            f"the text has {text[error.start]!r}, half of a surrogate pair, which is not a character", "invalid-text"
         ) from None
 
 
-def _cut(text: str, spans: list[tuple[int, int]], learned: list[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """The text in pieces: the spans, each with whether it is learned, and what stands between them."""
+def _split(text: str, spans: list[Span], targets: list[Span]) -> list[Piece]:
+    """Split a text at spans. A piece is a target if its span is in `targets`."""
     pieces, position = [], 0
     for start, end in spans:
-        pieces += [(text[position:start], False), (text[start:end], (start, end) in learned)]
+        pieces += [(text[position:start], False), (text[start:end], (start, end) in targets)]
         position = end
     return [*pieces, (text[position:], False)]

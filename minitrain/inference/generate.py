@@ -15,7 +15,7 @@ from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.option import option
 from minitrain.config.schema import MAX_SEED, DatasetConfig, ModelConfig
 from minitrain.data.examples import Messages, fill, turns_of, user
-from minitrain.data.files import FORMATS, Row, format_of, read_rows, refuse_no_file
+from minitrain.data.files import FORMATS, DataRow, check_is_file, format_of, read_rows
 from minitrain.data.formats_raft import documents_of, raft_prompt
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import pick_device
@@ -293,7 +293,7 @@ def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
     assistant is left out, so that a training file serves too. `template` is the prompt_template of training. Raises
     DataError.
     """
-    refuse_no_file(path)
+    check_is_file(path)
     if path.suffix == ".txt":
         rows = _text_rows(path)
     elif format_of(path) in FORMATS:
@@ -310,7 +310,7 @@ def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
             raise error.at(where) from None
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
+def _text_rows(path: Path) -> Iterator[DataRow]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             try:

@@ -10,8 +10,16 @@ from tqdm import tqdm
 from minitrain.batch import Document, collate
 from minitrain.config.schema import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
-from minitrain.data.examples import ClassificationExample, Conversation, Record, assistant, schemas_of, to_record, user
-from minitrain.data.files import FORMATS, format_of, read_rows, refuse_no_file
+from minitrain.data.examples import (
+    ClassificationExample,
+    Conversation,
+    Example,
+    assistant,
+    row_formats_of,
+    to_example,
+    user,
+)
+from minitrain.data.files import FORMATS, check_is_file, format_of, read_rows
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer, trained_outputs
@@ -28,7 +36,7 @@ class ScoringRequest(NamedTuple):
 
     where: str
     row: dict
-    record: Record
+    record: Example
 
 
 class SequenceScorer:
@@ -73,7 +81,7 @@ class SequenceScorer:
         if isinstance(documents, str):
             raise DataError(f"{asked.where}: nothing to learn after truncation", "too-large")
         (tokens,) = documents
-        self.n_truncated += tokens.notes.get("truncated", 0)
+        self.n_truncated += tokens.counts.get("truncated", 0)
         columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}
         return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), token_features=columns)
 
@@ -142,7 +150,7 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
 
     Raises DataError for a row that is neither, and for rows of both kinds.
     """
-    refuse_no_file(path)
+    check_is_file(path)
     if format_of(path) not in FORMATS:
         raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file", "wrong-format")
     dataset, asked = DatasetConfig(str(path), columns=columns), []
@@ -162,8 +170,8 @@ def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
     return asked
 
 
-def _record(row: dict, dataset: DatasetConfig) -> Record:
+def _record(row: dict, dataset: DatasetConfig) -> Example:
     named = {"label", *row, *dataset.columns}
-    if not any(named.issuperset(one.required) for one in schemas_of("classification").values()):
-        return to_record(row, dataset)
-    return to_record(row | {"label": "unknown"}, dataset, "classification")
+    if not any(named.issuperset(one.required) for one in row_formats_of("classification").values()):
+        return to_example(row, dataset)
+    return to_example(row | {"label": "unknown"}, dataset, "classification")

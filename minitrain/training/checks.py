@@ -10,7 +10,7 @@ from minitrain.config.python_objects import find_object, is_lost
 from minitrain.config.schedules import SCHEDULES
 from minitrain.config.schema import Config, all_keys
 from minitrain.config.suggest import hint_for_value, suggest
-from minitrain.data.examples import SCHEMAS
+from minitrain.data.examples import ROW_FORMATS
 from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
@@ -63,8 +63,8 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
         if loss.example_type == "rollout" and key in given:
             issues.add(key, "no-effect", "would be ignored: rollouts are never cut. See mask_truncated.", "loss.name")
     for i, entry in enumerate(config.datasets):
-        if entry.type in SCHEMAS and SCHEMAS[entry.type].kind != loss.example_type:
-            kind = SCHEMAS[entry.type].kind
+        if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != loss.example_type:
+            kind = ROW_FORMATS[entry.type].kind
             told = f"{entry.type} rows are {kind} rows, and {name} learns from {loss.example_type} rows."
             issues.add(f"datasets[{i}].type", "mismatch", told, "loss.name")
     if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples:

@@ -17,7 +17,7 @@ from minitrain import load_config
 from minitrain.cli.main import main
 from minitrain.config.schema import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
-from minitrain.data.examples import to_record
+from minitrain.data.examples import to_example
 from minitrain.data.template import make_template
 from minitrain.inference.raft_metrics import verdict
 from minitrain.model.tiny import tiny_tokenizer
@@ -70,7 +70,7 @@ def test_sft_then_dpo_by_an_archive(user_folder, capsys):
 def test_a_table_with_templates(user_folder):
     """The texts of csv-sft.yml are what its templates make of the columns."""
     (dataset,) = load_config("example/csv-sft.yml").datasets
-    asked, told = to_record({"task": "1 + 1 =", "solution": "2"}, dataset).messages
+    asked, told = to_example({"task": "1 + 1 =", "solution": "2"}, dataset).messages
     assert asked["content"] == "Task: 1 + 1 =" and told["content"] == "The answer is 2."
 
 
@@ -90,7 +90,7 @@ def test_dialogues_have_the_tokens_of_the_dpo_authors(user_folder):
     template = make_template(tokenizer, config, "conversation")
     start = "\n\nHuman: What is up?\n\nAssistant: Not much.\n\nHuman: And now?\n\nAssistant:"
     row = {"chosen": f"{start} The sky.", "rejected": f"{start} Go away."}
-    record = to_record(row, DatasetConfig("hh.jsonl"), "conversation")
+    record = to_example(row, DatasetConfig("hh.jsonl"), "conversation")
     (tokens,) = encode(record, template, TruncationConfig(512, "prompt", 256))
     answer = tokenizer(" The sky.")["input_ids"] + [tokenizer.eos_token_id]
     prompt = tokenizer(start)["input_ids"]

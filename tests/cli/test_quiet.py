@@ -26,10 +26,10 @@ def say(folder, capsys, monkeypatch):
 
 
 def test_bars_are_there_without_it(say):
-    """The fixture shows what the others look for: a bar of the steps, and one of the tokenising."""
+    """The fixture shows what the others look for: a bar of the steps, and one of the tokenization."""
     Path("rows.jsonl").write_text('{"prompt": "other", "response": "rows"}\n')
     out, err = say("train", "c.yml")
-    assert "done: out/c/final" in out and "tokenising rows.jsonl" in err and "step/s" in err
+    assert "done: out/c/final" in out and "tokenizing rows.jsonl" in err and "step/s" in err
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "--quiet" in PARSERS[name]._option_string_actions])
@@ -76,4 +76,4 @@ def test_errors_and_warnings_are_printed(folder, capsys):
     Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{\n' + '{"prompt": "c", "response": "d"}\n' * 2)
     assert main(["train", "c.yml", "--quiet", "--overrides", "on_bad_row=skip"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("left out rows.jsonl:2: not valid JSON") and len(out.splitlines()) == 1
+    assert out.startswith("skipped rows.jsonl:2: invalid JSON") and len(out.splitlines()) == 1

@@ -14,7 +14,7 @@ from minitrain.config.schema import Config, ModelConfig
 from minitrain.data import cache as cache_module
 from minitrain.data import cache_writer
 from minitrain.data.cache import TokenCache, load_cache
-from minitrain.data.examples import SCHEMAS, Conversation, assistant, format_sources, schema, to_record, user
+from minitrain.data.examples import ROW_FORMATS, Conversation, assistant, format_sources, row_format, to_example, user
 from minitrain.data.template import Template
 from minitrain.errors import DataError
 from minitrain.io.temp_files import building_folder
@@ -53,7 +53,7 @@ def two_processes(monkeypatch):
 def test_documents_are_what_the_template_gives(jsonl, config, template):
     """Each document is read back as its row was encoded, in the order of the file."""
     entry = jsonl(ROWS[:50])
-    expected = [template.encode(to_record(row, entry)) for row in ROWS[:50]]
+    expected = [template.encode(to_example(row, entry)) for row in ROWS[:50]]
     cache = load_cache(entry, template, config)
     assert contents(cache) == [(tokens.ids, [int(flag) for flag in tokens.mask]) for tokens in expected]
     assert cache.lengths.tolist() == [len(tokens.ids) for tokens in expected]
@@ -108,10 +108,10 @@ def test_everything_that_matters_is_in_the_key(jsonl, config, template, monkeypa
 @pytest.fixture
 def own_schemas():
     """What a test registers is gone after it."""
-    before = dict(SCHEMAS)
+    before = dict(ROW_FORMATS)
     yield
-    SCHEMAS.clear()
-    SCHEMAS.update(before)
+    ROW_FORMATS.clear()
+    ROW_FORMATS.update(before)
 
 
 RIDDLES = [{"riddle": f"{i} + 1", "solution": str(i + 1)} for i in range(3)]
@@ -129,7 +129,7 @@ def test_a_new_format_reads_the_rows_that_an_old_cache_left_out(jsonl, config, t
     """A cache that was written before the format was registered does not hide its rows, nor one of other code."""
     config.on_bad_row, entry = "skip", jsonl([*ROWS[:2], *RIDDLES])
     assert len(load_cache(entry, template, config)) == 2
-    register = schema("riddle", "conversation", "riddle", "solution")
+    register = row_format("riddle", "conversation", "riddle", "solution")
     register(riddle)
     first = load_cache(entry, template, config)
     assert len(first) == 5 and not first.counts
@@ -143,7 +143,7 @@ def test_a_new_format_reads_the_rows_that_an_old_cache_left_out(jsonl, config, t
 def test_a_format_that_is_not_used_is_not_in_the_key(kind, type, own_schemas):
     """Caches, and the files of teachers that name them, outlive formats of other kinds of rows."""
     before = format_sources(kind, type)
-    schema("riddle", "conversation", "riddle", "solution")(riddle)
+    row_format("riddle", "conversation", "riddle", "solution")(riddle)
     assert format_sources(kind, type) == before != []
     assert format_sources("conversation", None)[-1][0] == "riddle"
 
@@ -154,7 +154,7 @@ def test_a_format_typed_into_an_interpreter_is_in_the_key(own_schemas):
     for text in ("row['riddle']", "row['solution']['a']"):
         scope = {}
         exec(f"def convert(row, dataset):\n    return {text}", scope)
-        schema("riddle", "conversation", "riddle", "solution")(scope["convert"])
+        row_format("riddle", "conversation", "riddle", "solution")(scope["convert"])
         found.append(format_sources("conversation", "riddle"))
     assert found[0] != found[1]
 

@@ -1,16 +1,16 @@
-"""Rows -> records: every schema, how it is told, and what a bad row is told."""
+"""Row formats: how each is recognized, and which rows are refused."""
 
 import pytest
 
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.examples import PlainText, schemas_of, to_record
+from minitrain.data.examples import PlainText, row_formats_of, to_example
 from minitrain.data.files import read_rows
 from minitrain.errors import DataError
 from tests.messages import raises
 
 
 def record(row: dict, **options):
-    return to_record(row, DatasetConfig(path="x.jsonl", **options))
+    return to_example(row, DatasetConfig(path="x.jsonl", **options))
 
 
 def turns(row: dict, **options) -> list[tuple[str, str]]:
@@ -39,9 +39,9 @@ ROWS = {
 
 
 @pytest.mark.parametrize("told", ["by keys", "by type"])
-@pytest.mark.parametrize("name", schemas_of("conversation"))
+@pytest.mark.parametrize("name", row_formats_of("conversation"))
 def test_schemas(name, told):
-    """Each schema is known by its keys, and by its type."""
+    """Each format is recognized by its keys, and by its type."""
     template = "{question}" if name.startswith("raft") else None
     made = record(ROWS[name], type=name if told == "by type" else None, prompt_template=template)
     if template:
@@ -150,7 +150,7 @@ def test_text_of_the_data_is_no_template():
         ({"messages": "x"}, {}, "invalid-row", "messages"),
         ({"messages": []}, {}, "invalid-row", "messages"),
         ({"messages": ["x"]}, {}, "invalid-row", "messages[0]"),
-        ({"messages": [{"role": "boss", "content": "x"}]}, {}, "invalid-row", "messages[0] has the role 'boss'"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, {}, "invalid-row", "messages[0]: "),
         ({"messages": [{"role": ["user"], "content": "x"}]}, {}, "invalid-row", "['user']"),
         ({"messages": [{"role": "user"}]}, {}, "invalid-row", "messages[0]"),
         (
@@ -168,9 +168,9 @@ def test_text_of_the_data_is_no_template():
             {"prompt": "x", "response": "y"},
             {"prompt_template": "{z}"},
             "wrong-column",
-            "prompt_template names the column 'z'",
+            "prompt_template: ",
         ),
-        ({"prompt": "x", "response": "y", "z": None}, {"prompt_template": "{z}"}, "invalid-row", "z is"),
+        ({"prompt": "x", "response": "y", "z": None}, {"prompt_template": "{z}"}, "invalid-row", "z: "),
         (ROWS["messages"], {"prompt_template": "{prompt}"}, "no-effect", "prompt_template"),
     ],
 )

@@ -14,8 +14,8 @@ from minitrain.data.examples import (
     Preference,
     Rollout,
     UnpairedPreference,
-    schemas_of,
-    to_record,
+    row_formats_of,
+    to_example,
 )
 from minitrain.data.files import read_rows
 from minitrain.data.loader import load_data
@@ -29,7 +29,7 @@ TELL, LIE = ({"role": "assistant", "content": text} for text in ("tell", "lie"))
 
 
 def record(row: dict, kind: str, **options):
-    return to_record(row, DatasetConfig(path="x.jsonl", **options), kind)
+    return to_example(row, DatasetConfig(path="x.jsonl", **options), kind)
 
 
 SIDES = {
@@ -203,7 +203,7 @@ def test_prompts_are_cut_alike(byte_template):
         assert max(len(chosen.ids), len(rejected.ids)) <= limits.max_length and rejected.shared == len(kept)
     made = Preference(prompt, *answers)
     assert documents(made, byte_template, TruncationConfig(9, "drop")) == "too-long"
-    assert documents(made, byte_template, TruncationConfig(10, "end")) == "nothing-left"
+    assert documents(made, byte_template, TruncationConfig(10, "end")) == "no-target-left"
 
 
 def test_pairs_with_the_same_answer_twice(byte_template, template):
@@ -285,7 +285,7 @@ def test_documents_of_rollouts(byte_template):
         ([7, 8, end], True, TruncationConfig(5), False),
     ):
         (found,) = documents(Rollout([5, 6], response, 1.0, truncated=truncated), byte_template, limits)
-        assert found.ids == [5, 6, *response] and found.doc_features["excluded"] == excluded == bool(found.notes)
+        assert found.ids == [5, 6, *response] and found.doc_features["excluded"] == excluded == bool(found.counts)
     ended, cut = (documents(Rollout([ASK], "tell", 1.0, {}, cut), byte_template)[0] for cut in (None, True))
     assert ended.ids == [*cut.ids, end] and all(cut.mask[-4:])
     with raises(DataError, "invalid-row", "old_logps", "prompt_ids and response_ids"):
@@ -333,5 +333,6 @@ def test_real_preferences(shared, name, n, template):
 def test_every_kind_has_a_schema():
     """None of the kinds that losses ask for is empty."""
     assert all(
-        schemas_of(kind) for kind in ("conversation", "preference", "unpaired_preference", "classification", "rollout")
+        row_formats_of(kind)
+        for kind in ("conversation", "preference", "unpaired_preference", "classification", "rollout")
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.examples import to_record
+from minitrain.data.examples import to_example
 from minitrain.data.formats_raft import Documents, documents_of
 from minitrain.errors import DataError
 from minitrain.inference.generate import messages_of
@@ -23,7 +23,7 @@ SHAPES = {
 
 def prompt(row: dict, **options) -> str:
     """What a model is trained on for a row."""
-    return to_record(row, DatasetConfig(path="x.jsonl", **options)).messages[0]["content"]
+    return to_example(row, DatasetConfig(path="x.jsonl", **options)).messages[0]["content"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -33,9 +33,9 @@ def test_shapes(name, answer):
     row = {"question": "ask", **SHAPES[name], answer: "tell"}
     assert documents_of(row) == Documents(["yes"], ["no 1", "no 2"], [])
     first = {"question": "ask", **SHAPES["raft"], "teacher_answer": "tell"}
-    made = to_record(row, DatasetConfig(path="x.jsonl"))
-    assert made == to_record(first, DatasetConfig(path="x.jsonl")) and made.messages[1]["content"] == "tell"
-    assert made == to_record(row, DatasetConfig(path="x.jsonl", type=name))
+    made = to_example(row, DatasetConfig(path="x.jsonl"))
+    assert made == to_example(first, DatasetConfig(path="x.jsonl")) and made.messages[1]["content"] == "tell"
+    assert made == to_example(row, DatasetConfig(path="x.jsonl", type=name))
 
 
 def test_columns_of_ones_own():

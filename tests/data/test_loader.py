@@ -166,7 +166,7 @@ def test_validation_split(entry, config, template, held_out, count):
 def test_validation_split_of_everything(entry, config, template):
     """A split that leaves nothing to train on is an error."""
     config.datasets, config.validation_split = [entry(5, "a")], 5
-    with raises(ConfigError, "no-data", "validation_split: 5 of 5"):
+    with raises(ConfigError, "no-data", "validation_split: ", "5 of 5"):
         load_data(config, template)
 
 

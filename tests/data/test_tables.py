@@ -64,7 +64,7 @@ def test_labels_by_name_and_empty_columns(tmp_path):
     rows = [row for _, row in read_rows(file)]
     assert rows[0] == {"sentence1": "a", "sentence2": "a", "label": "equivalent", "idx": 0}
     assert rows[1] == {"sentence1": "b", "label": "not_equivalent", "idx": 1}
-    assert reports(rows[2], "invalid-row", "label is -1", "not_equivalent, equivalent")
+    assert reports(rows[2], "invalid-row", "label: ", "-1", "not_equivalent, equivalent")
 
 
 def test_labels_of_a_folder(tmp_path, template, config):
@@ -75,7 +75,7 @@ def test_labels_of_a_folder(tmp_path, template, config):
     cache = load_cache(DatasetConfig(str(tmp_path / "glue")), template, config, "classification")
     assert sorted(cache.labels) == sorted(NAMES) and len(cache) == 3
     assert [cache.labels[int(number)] for number in cache.doc_features["label"]] == [NAMES[i] for i in PAIRS["label"]]
-    with raises(DataError, "invalid-row", "glue:test:3: label is -1"):
+    with raises(DataError, "invalid-row", "glue:test:3: label: ", "-1"):
         load_cache(DatasetConfig(str(tmp_path / "glue"), split="test"), template, config, "classification")
 
 
@@ -176,7 +176,7 @@ def test_names_of_files_and_of_the_hub(tmp_path, monkeypatch, path, options, fil
 @pytest.mark.parametrize(
     ("entry", "code", "part"),
     [
-        ("data/foo.jsonl", "not-found", "datasets[0].path: there is no file data/foo.jsonl"),
+        ("data/foo.jsonl", "not-found", "datasets[0].path: data/foo.jsonl"),
         ("rows", "not-found", "Did you mean rows.jsonl?"),
         ("empty", "wrong-path", "datasets[0].path: empty"),
         ({"path": "rows.jsonl", "split": "test"}, "no-effect", "datasets[0].split: "),

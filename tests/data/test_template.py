@@ -110,7 +110,7 @@ def test_mask_is_the_answers(name, answer):
         answer = answer.lstrip("\n")  # so does the template
     tokens = encode(template, talk("first?", answer, "second?", answer))
     assert learned(template, tokens) == [answer + END] * 2
-    assert tokens.notes == {}
+    assert tokens.counts == {}
     assert tokens.mask[-1] and template.tokenizer.decode(tokens.ids[-1]) == END
 
 
@@ -236,7 +236,7 @@ def test_thoughts_that_the_template_drops():
     text = template.tokenizer.decode(tokens.ids)
     assert text.count("hmm") == 1 and f"assistant\na1{END}" in text
     assert learned(template, tokens)[-1] == "hmm\n</think>\n\na2" + END
-    assert tokens.notes == {"unlearned-turns": 1} and len(learned(template, tokens)) == 1
+    assert tokens.counts == {"untrained-turns": 1} and len(learned(template, tokens)) == 1
 
 
 def test_marks_that_cover_nothing():

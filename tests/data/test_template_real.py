@@ -3,7 +3,7 @@
 import pytest
 
 from minitrain.config.schema import DatasetConfig
-from minitrain.data.examples import Conversation, to_record
+from minitrain.data.examples import Conversation, to_example
 from minitrain.data.files import read_rows
 from minitrain.data.template import Template
 from minitrain.errors import DataError
@@ -56,7 +56,7 @@ def test_masks(load, name, kind):
         messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ("ask", answer, "on", answer))]
         tokens = template.encode(Conversation(messages))
         texts = [text for text, learned in pieces(template, tokens) if learned]
-        assert len(texts) == 2 and tokens.mask[-1] and tokens.notes == {}
+        assert len(texts) == 2 and tokens.mask[-1] and tokens.counts == {}
         for text in texts:
             assert text == answer + end or (template._prepends_space and text == f" {answer}{end}")
 
@@ -96,7 +96,7 @@ def test_tool_use(load, shared, name):
     """Real conversations with calls of tools: encoded with every word of the answers, or refused by the template."""
     template, refused = load(name, "auto"), 0
     for _, row in list(read_rows(shared("data/llamafactory/glaive_toolcall_en_demo.json")))[:40]:
-        record = to_record(row, DatasetConfig(path="x"))
+        record = to_example(row, DatasetConfig(path="x"))
         try:
             tokens = template.encode(record)
         except DataError as error:

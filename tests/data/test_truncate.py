@@ -49,12 +49,12 @@ def test_truncate(whole, length, how, expected):
     """The prompt goes first and the answer stays; a row without labels is left out (trl#6668)."""
     kept = truncate([tokens(whole)], TruncationConfig(length, how), BOS)
     if expected is None:
-        assert kept == ("too-long" if how == "drop" and len(whole) > length else "nothing-left")
+        assert kept == ("too-long" if how == "drop" and len(whole) > length else "no-target-left")
     else:
         (cut,) = kept
         assert text(cut) == expected
         assert not cut.mask[0] and any(cut.mask) and len(cut.ids) <= length
-        assert cut.notes == ({"truncated": 1} if len(whole) > length else {})
+        assert cut.counts == ({"truncated": 1} if len(whole) > length else {})
 
 
 def test_long_prompts_never_empty_an_answer():
@@ -68,7 +68,7 @@ def test_long_prompts_never_empty_an_answer():
                     assert sum(cut.mask) == min(n_answer, length - 1)
 
 
-@pytest.mark.parametrize(("how", "code"), [("drop", "too-long"), ("end", "nothing-left")])
+@pytest.mark.parametrize(("how", "code"), [("drop", "too-long"), ("end", "no-target-left")])
 def test_dropped_examples_are_counted(jsonl, config, template, wording, how, code):
     """Examples left out are counted and said; when all are, it is an error (trl#6668)."""
     config.max_length, config.truncation = 40, how
@@ -77,8 +77,8 @@ def test_dropped_examples_are_counted(jsonl, config, template, wording, how, cod
     config.datasets = [entry]
     data = load_data(config, template)
     assert len(data.train) == 1 and data.train.caches[0].counts == {code: 2}
-    assert "2 " in data.notes[0] and " 3 (66.7 %)" in data.notes[0]
-    wording(data.notes[0])
+    assert "2 " in data.summary[0] and " 3 (66.7 %)" in data.summary[0]
+    wording(data.summary[0])
     config.datasets = [jsonl([long], "all.jsonl")]
     for _ in range(2):  # also when the cache is there already
         with raises(DataError, "no-data", "all.jsonl: ", "1 "):
@@ -91,6 +91,6 @@ def test_truncated_examples_are_counted(jsonl, config, template, wording):
     config.datasets = [jsonl([{"prompt": "x" * 50, "response": "yes"}])]
     data = load_data(config, template)
     assert data.train.caches[0].counts == {"truncated": 1}
-    wording(data.notes[0])
+    wording(data.summary[0])
     (cut,) = data.train[0]
     assert template.tokenizer.decode(cut.ids[cut.mask.bool()]) == "yes<|im_end|>" and len(cut.ids) == 24

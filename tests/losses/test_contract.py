@@ -9,7 +9,7 @@ import torch
 
 from minitrain import ConfigError, Loss, Models, create_loss
 from minitrain.cli.config_commands import load_plugin
-from minitrain.data.examples import schema
+from minitrain.data.examples import row_format
 from minitrain.losses import add_features, registered
 from tests.examples import examples, files
 from tests.messages import raises
@@ -124,8 +124,8 @@ def test_an_example_type_that_does_not_exist_is_refused():
     for old in ("feedback", "labelled", "rows"):
         with pytest.raises(ConfigError, match=f"Mine: .*set example_type .*, not '{old}'"):
             type("Mine", (Loss,), {"example_type": old})
-        with pytest.raises(ConfigError, match=f"schema mine: no examples of the type '{old}'. Use one of "):
-            schema("mine", old, "text")
+        with pytest.raises(ConfigError, match=f"row format mine: unknown kind '{old}'. Use one of "):
+            row_format("mine", old, "text")
 
 
 def test_step_statistics_have_to_be_declared():

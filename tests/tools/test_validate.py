@@ -75,7 +75,10 @@ def test_figures(write, report):
     code, found, err = report(write(rows, **options))
     assert code == 0 and err == ""
     assert found["examples"] == "15 to train on, 5 to evaluate on"
-    assert found["left out"] == "1 bad rows left out of 23 (4.3 %); 2 examples left out (too long) of 23 (8.7 %)"
+    assert (
+        found["left out"]
+        == "1 bad rows skipped of 23 (4.3 %); 2 examples dropped (longer than max_length) of 23 (8.7 %)"
+    )
     assert found["steps"] == "6 of 8 examples, 3.00 epochs of 15 examples"
     code, found, _ = report(write(ROWS, n_steps=7))
     texts = [f"|user\nsay {i}|\n|assistant\n{row['response']}|" for i, row in enumerate(ROWS)]
@@ -222,7 +225,7 @@ def test_a_row_without_anything_to_learn(write, rows, loss, tmp_path):
         ([*ROWS[:2], {"prompt": "a"}], {}, "invalid-row", "c.jsonl:3: "),
         ([*ROWS[:2], {"prompt": "a", "response": ""}], {}, "no-answer", "c.jsonl:3: "),
         ([*LABELLED, {"text": "a"}], {"loss": "classify"}, "invalid-row", "c.jsonl:21: "),
-        ([*LABELLED[:2], {"text": "a", "label": None}], {"loss": "classify"}, "invalid-row", "c.jsonl:3: label "),
+        ([*LABELLED[:2], {"text": "a", "label": None}], {"loss": "classify"}, "invalid-row", "c.jsonl:3: label: "),
         (ROWS, {"lrr": 1}, "unknown-option", "lrr: "),
         (ROWS, {"max_length": 4, "truncation": "drop"}, "no-data", "c.jsonl: "),
     ],

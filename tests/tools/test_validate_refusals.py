@@ -446,7 +446,7 @@ CASES = {
     "a text as a number": of_options("invalid-value optimizer: ", optimizer="SGD", optimizer_args={"momentum": "x"}),
     "a value out of bounds": of_options("invalid-value optimizer: ", optimizer="SGD", optimizer_args={"momentum": -1}),
     "a block that is not there": of_options("out-of-range freeze_layers: 7 ", freeze_layers=[7]),
-    "nothing left to train on": of_options("no-data validation_split: 24 ", validation_split=24),
+    "nothing left to train on": of_options("no-data validation_split: ", validation_split=24),
     "no layer of a name": of_options(
         "not-a-choice lora.target_modules: ", lora={"rank": 2, "target_modules": ["nothing"]}
     ),
@@ -617,7 +617,7 @@ def test_shares_of_what_is_cut(write, capsys, tmp_path):
     rows = [{"prompt": "a" * (100 if i < 9 else 2), "response": "b"} for i in range(20)]
     path = write(rows, max_length=40)
     cut = f"{tmp_path / 'c.jsonl'}: 9 truncated examples of 20 (45.0 %)"
-    warning = f"{cut}, more than a third: raise max_length=40"
+    warning = f"{cut}, more than a third. Raise max_length=40."
     for quiet in ([], ["--quiet"]):
         assert main(["train", path, "--overrides", f"exp_name=x{len(quiet)}", *quiet]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -645,7 +645,7 @@ def test_what_is_cut_is_counted_among_the_examples_that_are_used(write, n):
         fits = [i for i in range(600) if i < 16 and i % 6 != 5][:n]
         lost = max(fits) + 1 - n
         want = (
-            f"{lost} examples left out (too long) of {n + lost} ({100 * lost / (n + lost):.1f} %)"
+            f"{lost} examples dropped (longer than max_length) of {n + lost} ({100 * lost / (n + lost):.1f} %)"
             if lost
             else "nothing"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.config.schema import Config
-from minitrain.data.loader import MicrobatchLoader, Rows
+from minitrain.data.loader import BatchRows, MicrobatchLoader
 from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
 from minitrain.training.setup import Preparation, dry_run
@@ -47,7 +47,7 @@ class BatchPreview(NamedTuple):
     """
 
     title: str
-    rows: Rows
+    rows: BatchRows
     selected: set[int]
 
 

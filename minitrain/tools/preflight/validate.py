@@ -11,7 +11,7 @@ import torch
 from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
 from minitrain.data.examples import Conversation, assistant, user
-from minitrain.data.loader import MicrobatchLoader, describe_losses
+from minitrain.data.loader import MicrobatchLoader, describe_counts
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
@@ -191,8 +191,8 @@ def _figures(run: Preparation) -> dict[str, str]:
     loader = run.train_loader
     n_steps, epoch = loader.total_steps, loader.epoch_size
     tokens, cells = _laid_out(loader)
-    lengths = train.of_documents(lambda cache: np.diff(cache.offsets))  # [E, n]
-    learned = train.of_documents(_n_learned).sum(1)[loader.order(0)].sum()
+    lengths = train.per_document(lambda cache: np.diff(cache.offsets))  # [E, n]
+    learned = train.per_document(_n_learned).sum(1)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
     parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -216,7 +216,7 @@ def _left_out(caches: list[TokenCache]) -> str:
     counts: dict[str, int] = {}
     for what, count in (pair for cache in caches for pair in cache.counts.items()):
         counts[what] = counts.get(what, 0) + count
-    return "; ".join(describe_losses(counts, sum(cache.n_rows for cache in caches))) or "nothing"
+    return "; ".join(describe_counts(counts, sum(cache.n_rows for cache in caches))) or "nothing"
 
 
 def _padding(run: Preparation, share: float) -> str:
