@@ -295,8 +295,8 @@ BUGS = {
             title="Rotary frequencies were cast to bfloat16 with the weights.",
             reported_in="huggingface/transformers#25681",
             file="minitrain/model/load.py",
-            line="for parameter in model.parameters():  # and no buffers",
-            replacement="for parameter in [*model.parameters(), *model.buffers()]:  # and no buffers",
+            line="for parameter in model.parameters():  # not buffers",
+            replacement="for parameter in [*model.parameters(), *model.buffers()]:  # not buffers",
             test="tests/model/test_policy.py::test_rotary_frequencies_stay_float32",
         ),
         Bug(

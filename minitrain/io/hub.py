@@ -24,7 +24,7 @@ def is_hub_reachable() -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
-def ask_for(name: str) -> None:
+def check_hub(name: str) -> None:
     """Switch to offline mode if a name has to be looked up on the Hub, and the Hub is unreachable."""
     if not Path(name).exists():
         is_hub_reachable()

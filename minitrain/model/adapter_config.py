@@ -12,7 +12,7 @@ from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
 from .sequence_head import heads_of
-from .soft_prompt import KINDS
+from .soft_prompt import PEFT_TYPES
 
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # keys of the last layer of a scalar head
@@ -82,9 +82,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         peft_type = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: cannot be read: {error}", "unreadable") from None
-    if peft_type not in ("LORA", *KINDS.values()):
+    if peft_type not in ("LORA", *PEFT_TYPES.values()):
         raise ConfigError(
-            f"{folder / CONFIG_FILE}: peft_type must be LORA, {' or '.join(KINDS.values())}, got {peft_type!r}.",
+            f"{folder / CONFIG_FILE}: peft_type must be LORA, {' or '.join(PEFT_TYPES.values())}, got {peft_type!r}.",
             "unsupported-model",
         )
     required = REQUIRED["LORA" if peft_type == "LORA" else "PROMPT"]

@@ -19,11 +19,11 @@ from . import lora, token_rows
 from .adapter import Adapter, init_rows, inject, new_biases, parse_token_indices, train_new_rows
 from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
 from .sequence_head import heads_of, is_encoder
-from .soft_prompt import KINDS, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
+from .soft_prompt import PEFT_TYPES, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .vocabulary import count_ids
 from .weights import LowRankDifference, Weights
 
-PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of keys in PEFT's files; of a head with a soft prompt
+PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of keys in PEFT's files, with LoRA and a soft prompt
 
 
 def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> Adapter:
@@ -36,7 +36,7 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         weights: Weights of a model on the meta device; those of the adapter are added.
 
     Raises:
-        ConfigError: The adapter does not fit the model.
+        ConfigError: The adapter does not match the model.
     """
     if config.model.adapter:
         return load_adapter(model, Path(config.model.adapter), weights)
@@ -49,12 +49,12 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
-    """Add the adapter in a folder to a model. Raises ConfigError if it does not fit."""
+    """Add the adapter in a folder to a model. Raises ConfigError if they do not match."""
     config = _resolve_modules(read_config(folder), model, folder)
     try:
         tensors = load_file(folder / FILE)
     except Exception as error:
-        raise ConfigError(f"{folder / FILE} cannot be read: {error}", "unreadable") from None
+        raise ConfigError(f"{folder / FILE}: cannot be read: {error}", "unreadable") from None
     if config["peft_type"] != "LORA":
         return _load_prompt(model, config, tensors, folder, weights)
     try:
@@ -80,9 +80,9 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
 
 
 def _rename_keys(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file by parameter name. Raises ConfigError if they do not fit."""
+    """Return the tensors of an adapter's file by parameter name. Raises ConfigError if keys do not match."""
     names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, module in model.named_modules():  # the key in PEFT of resized embeddings
+    for name, module in model.named_modules():  # PEFT's key of resized embeddings
         if token_rows.has_rows(module):
             names[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = f"{name}.weight"
     token_indices = parse_token_indices(model, adapter.config.get("trainable_token_indices"))
@@ -94,15 +94,15 @@ def _rename_keys(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor],
     unknown = [key for key in tensors if key not in names]
     if missing or unknown:
         base = adapter.config.get("base_model_name_or_path")
-        reason = f"missing {missing[:3]}, unexpected {unknown[:3]}; it was made for {base}"
-        raise ConfigError(f"{folder} does not fit the model: {reason}.", "mismatch")
+        reason = f"missing {missing[:3]}, unexpected {unknown[:3]}. Use its base model, {base}"
+        raise ConfigError(f"{folder}: tensors do not match the model: {reason}.", "mismatch")
     return {names[key]: tensor for key, tensor in tensors.items()}
 
 
 def _load_tensor(folder: Path, name: str, parameter: nn.Parameter, tensor: Tensor, weights: Weights | None) -> None:
     if parameter.shape != tensor.shape:
         raise ConfigError(
-            f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {list(parameter.shape)}.", "mismatch"
+            f"{folder}: {name} must have the shape {list(parameter.shape)}, got {list(tensor.shape)}.", "mismatch"
         )
     _set(name, parameter, tensor, weights)
 
@@ -110,33 +110,33 @@ def _load_tensor(folder: Path, name: str, parameter: nn.Parameter, tensor: Tenso
 def _load_rows(
     folder: Path, name: str, module: nn.Module, ids: list[int], tensor: Tensor, weights: Weights | None
 ) -> None:
-    """Load the trained rows of these token ids; the layer can have rows of new tokens, too."""
+    """Load the trained rows of tokens `ids`; the layer can also have rows of new tokens."""
     if list(tensor.shape) != [len(ids), module.weight.shape[1]]:
         raise ConfigError(
-            f"{folder}: {name} has the shape {list(tensor.shape)}, here it is {[len(ids), module.weight.shape[1]]}.",
+            f"{folder}: {name} must have the shape {[len(ids), module.weight.shape[1]]}, got {list(tensor.shape)}.",
             "mismatch",
         )
     rows = module.token_rows.detach() if weights is None else weights.sources[name]
-    at = torch.searchsorted(module.token_ids.cpu(), torch.tensor(ids))
-    rows[at.to(rows.device)] = tensor.to(rows)
+    indices = torch.searchsorted(module.token_ids.cpu(), torch.tensor(ids))
+    rows[indices.to(rows.device)] = tensor.to(rows)
 
 
 def _resolve_modules(config: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
     """Return an adapter_config.json with full names in `modules_to_save`; PEFT matches the ends of names.
 
     Raises:
-        ConfigError: The adapter is of a model with another head.
+        ConfigError: The adapter is from a model with another head.
     """
-    ends, heads = config.get("task_type") == "SEQ_CLS", heads_of(model)
-    named, ours = config.get("minitrain_outputs"), list(model.config.id2label.values())
-    if ends != bool(heads.trained) or (named and named != ours):
-        head = f"{', '.join(named or ['scalars'])}" if ends else "a vocabulary"
-        here = ", ".join(ours) if heads.trained else "a vocabulary"
-        raise ConfigError(f"{folder} is of a model that ends in {head}, and not in {here}.", "mismatch")
-    suffixes = [*(config.get("modules_to_save") or []), *(("classifier", "score") if ends else ())]
-    paths = [name for name, _ in model.named_modules() if any(name.endswith(one) for one in suffixes)]
-    if missing := [name for name in heads.new if not any(f"{name}.".startswith(f"{one}.") for one in paths)]:
-        raise ConfigError(f"{folder} holds no weights of {missing[0]}, which its base model lacks, too.", "mismatch")
+    is_classifier, heads = config.get("task_type") == "SEQ_CLS", heads_of(model)
+    saved_labels, labels = config.get("minitrain_outputs"), list(model.config.id2label.values())
+    if is_classifier != bool(heads.trained) or (saved_labels and saved_labels != labels):
+        expected = f"labels {', '.join(saved_labels or ['unknown'])}" if is_classifier else "an LM head"
+        got = f"labels {', '.join(labels)}" if heads.trained else "an LM head"
+        raise ConfigError(f"{folder}: the adapter needs a model with {expected}, got one with {got}.", "mismatch")
+    suffixes = [*(config.get("modules_to_save") or []), *(("classifier", "score") if is_classifier else ())]
+    paths = [name for name, _ in model.named_modules() if any(name.endswith(suffix) for suffix in suffixes)]
+    if missing := [name for name in heads.new if not any(f"{name}.".startswith(f"{path}.") for path in paths)]:
+        raise ConfigError(f"{folder}: {missing[0]} is missing in the adapter and in its base model.", "mismatch")
     return config | {"modules_to_save": paths or None}
 
 
@@ -147,7 +147,7 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
         model: The transformers model.
         adapter: Its adapter.
         tensors: Name and unsharded value of each tensor of the adapter.
-        folder: Where the files go.
+        folder: Folder for the files.
     """
     by_name = {name: tensor.to("cpu").contiguous() for name, tensor in tensors}
     if isinstance(adapter, PromptAdapter):
@@ -171,14 +171,14 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
 
 
 def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
-    """Return tied names of modules that are trained in full -> the saved name; PEFT needs a tensor for each."""
+    """Map tied names of modules that are trained in full to their saved name; PEFT needs a tensor for each."""
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     named = model.named_parameters(remove_duplicate=False)
     owned = {name: owners[id(parameter)] for name, parameter in named if name != owners[id(parameter)]}
     return {
         name: owner
         for name, owner in owned.items()
-        if any(name.startswith(f"{one}.") for one in adapter.modules_to_save)
+        if any(name.startswith(f"{path}.") for path in adapter.modules_to_save)
     }
 
 
@@ -213,7 +213,7 @@ def _new_prompt(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 def _prompt_options(config: dict[str, Any]) -> SoftPromptConfig:
     """Return the options of a saved soft prompt."""
-    method = next(name for name, kind in KINDS.items() if kind == config["peft_type"])
+    method = next(name for name, peft_type in PEFT_TYPES.items() if peft_type == config["peft_type"])
     return SoftPromptConfig(num_virtual_tokens=config["num_virtual_tokens"], method=method)
 
 
@@ -226,9 +226,7 @@ def _load_prompt(
     expected = model.soft_prompt.weight.shape
     if vectors is None or vectors.shape != expected:
         shape = "missing" if vectors is None else list(vectors.shape)
-        raise ConfigError(
-            f"{folder}: {TENSOR} does not fit the model: it is {shape}, here it is {list(expected)}.", "mismatch"
-        )
+        raise ConfigError(f"{folder}: {TENSOR} must have the shape {list(expected)}, got {shape}.", "mismatch")
     with torch.no_grad():
         model.soft_prompt.weight.copy_(vectors)
     adapter = _make_prompt_adapter(model, config, weights)
@@ -237,11 +235,11 @@ def _load_prompt(
         n for n in adapter.parameters(model) if not n.startswith("soft_prompt.") and not n.endswith(token_rows.NAME)
     ]
     if missing := [name for name in full_names if f"{PROMPT_PREFIX}{name}" not in tensors]:
-        raise ConfigError(f"{folder} does not fit the model: missing {missing[:3]}.", "mismatch")
+        raise ConfigError(f"{folder}: tensors do not match the model: missing {missing[:3]}.", "mismatch")
     for key in tensors.keys() - {TENSOR}:
         name = key.removeprefix(PROMPT_PREFIX)
         if name not in parameters:
-            raise ConfigError(f"{folder} does not fit the model: unexpected {key}.", "mismatch")
+            raise ConfigError(f"{folder}: tensors do not match the model: unexpected {key}.", "mismatch")
         _load_tensor(folder, name, parameters[name], tensors[key], weights)
     frozen = sorted({key.removeprefix(PROMPT_PREFIX) for key in tensors.keys() - {TENSOR}} - set(full_names))
     adapter.extra_tensors = list(dict.fromkeys([*adapter.extra_tensors, *frozen]))
@@ -253,7 +251,7 @@ def _load_prompt(
 
 def _check_is_decoder(model: nn.Module) -> None:
     if is_encoder(model):
-        reason = f"{type(model).__name__} is an encoder, whose first place is its head's; train it with lora"
+        reason = f"{type(model).__name__} is an encoder, whose head reads the first position. Use lora"
         raise ConfigError(f"soft_prompt: {reason}.", "conflict")
 
 
@@ -266,7 +264,7 @@ def _make_prompt_adapter(model: nn.Module, config: dict[str, Any], weights: Weig
 
 
 def _init_lora(adapter: Adapter, name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
-    """Initialize the LoRA matrices of one layer, unless the model has no values."""
+    """Initialize the LoRA matrices of one layer, unless the model has no weights."""
     if module.weight.is_meta and weights is None:
         return
     key = f"{name}.weight"
@@ -274,17 +272,17 @@ def _init_lora(adapter: Adapter, name: str, module: nn.Module, config: Config, w
     def weight() -> Tensor:
         if weights is None:
             return lora.dense_weight(module).detach().float()
-        whole = weights.rows(key, 0, module.weight.shape[0]).float()
-        return whole.T if lora.is_transposed(module) else whole
+        full = weights.rows(key, 0, module.weight.shape[0]).float()
+        return full.T if lora.is_transposed(module) else full
 
-    kind = config.lora.init
-    a, b = lora.initial_values(kind, weight, module, name, config.seed)
+    method = config.lora.init
+    a, b = lora.initial_values(method, weight, module, name, config.seed)
     if config.lora.use_dora:
         norms = weight().norm(dim=1)  # [out]
         if not norms.all():
             raise ConfigError(
                 f"lora.use_dora: row {int(norms.argmin())} of {name} is all zeros, so it has no direction. "
-                f"Add {name} to lora.exclude_modules, or leave use_dora out.",
+                f"Add {name} to lora.exclude_modules, or set use_dora=false.",
                 "conflict",
             )
         _set(f"{name}.lora_magnitude_vector", module.lora_magnitude_vector, norms, weights)
@@ -293,7 +291,7 @@ def _init_lora(adapter: Adapter, name: str, module: nn.Module, config: Config, w
     )
     for matrix, parameter, value in zip(matrix_names, lora.matrices(module), (a, b), strict=True):
         _set(f"{name}.{matrix}", parameter, value, weights)
-    if kind in ("pissa", "olora") and not isinstance(module, nn.Embedding):
+    if method in ("pissa", "olora") and not isinstance(module, nn.Embedding):
         adapter.subtracted_init[name] = (a, b)
         update = module.lora.scaling * b  # [out, r]
         left, right = (a.T, update.T) if lora.is_transposed(module) else (update, a)
@@ -331,12 +329,12 @@ def _short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
 
 
 def _restore_base(adapter: Adapter, peft_tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Convert to a LoRA of twice the rank on the unchanged base model: BA - B0 A0 = [B, -B0] [A; A0]."""
+    """Convert to a LoRA of twice the rank on the original base model: BA - B0 A0 = [B, -B0] [A; A0]."""
     for name, (a, b) in adapter.subtracted_init.items():
         key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
         peft_tensors[key_a] = torch.cat([peft_tensors[key_a], a])
         peft_tensors[key_b] = torch.cat([peft_tensors[key_b], -b], 1)
-    others = [name for name in adapter.layers if name not in adapter.subtracted_init]  # the rank of embeddings stays
+    others = [name for name in adapter.layers if name not in adapter.subtracted_init]  # embeddings keep their rank
     config["rank_pattern"] = dict.fromkeys(map(re.escape, others), config["r"])
     config["alpha_pattern"] = dict.fromkeys(map(re.escape, others), config["lora_alpha"])
     config["r"] *= 2

@@ -59,12 +59,12 @@ def tokenizer_object(tokenizer: Any) -> PythonObject:
 
 
 def is_built_here(config: ModelConfig) -> bool:
-    """Return whether a model has no files."""
+    """Return whether a model is built in or from Python, so that it has no files."""
     return config.name_or_path == "tiny" or find_object(config.name_or_path) is not None
 
 
 def meta_copy(model: Any) -> Any:
-    """Return a model of the same config on the meta device. It must be called inside `parameters_on_meta`."""
+    """Return a model with the same config on the meta device. Call it inside `parameters_on_meta`."""
     return type(model)(copy.deepcopy(model.config))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from minitrain.config.python_objects import find_object
 from minitrain.config.schema import Config, ModelConfig
 from minitrain.errors import ConfigError, is_failure
-from minitrain.io.hub import ask_for
+from minitrain.io.hub import check_hub
 
 from . import attention
 from .adapter import train_new_rows
@@ -34,36 +34,39 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_tokenizer(config: ModelConfig, scores: bool = False):
-    """Load a tokenizer; it always has a pad token.
+    """Load a tokenizer, and set a pad token if it has none.
 
     Args:
         config: The model options.
         scores: The tokenizer is for a model with a scalar head. It needs no EOS, and its pad token is not the EOS:
-            transformers finds the last token by its id, and would skip an EOS that is also the pad token.
+            transformers searches for the last token that is not the pad token, and would skip the EOS.
 
     Raises:
-        ConfigError: The tokenizer cannot be loaded, or lacks an EOS that is needed.
+        ConfigError: The tokenizer cannot be loaded, is not fast, or has no EOS.
     """
     from .tiny import tiny_tokenizer
 
     name = config.tokenizer_name_or_path or config.name_or_path
     if name == "tiny":
         return tiny_tokenizer()
-    if given := find_object(name):
-        tokenizer = given.value
+    if entry := find_object(name):
+        tokenizer = entry.value
     else:
         tokenizer = _read_tokenizer(name, config)
     mark_known(tokenizer)
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"the tokenizer of {name!r} has no tokenizer.json, which minitrain needs.", "unsupported-model"
+            f"the tokenizer of {name!r} has no tokenizer.json. Save it as a fast tokenizer.", "unsupported-model"
         )
     if tokenizer.eos_token_id is None and not scores:
-        raise ConfigError(f"the tokenizer of {name!r} has no EOS token, so no answer could end.", "unsupported-model")
+        raise ConfigError(
+            f"the tokenizer of {name!r} has no EOS token, so responses cannot end. Set eos_token in its config.",
+            "unsupported-model",
+        )
     if scores and tokenizer.pad_token in (None, tokenizer.eos_token):
         others = (tokenizer.unk_token, tokenizer.bos_token)
-        distinct = next((token for token in others if token not in (None, tokenizer.eos_token)), "<|pad|>")
-        tokenizer.add_special_tokens({"pad_token": distinct})
+        pad_token = next((token for token in others if token not in (None, tokenizer.eos_token)), "<|pad|>")
+        tokenizer.add_special_tokens({"pad_token": pad_token})
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -72,7 +75,7 @@ def load_tokenizer(config: ModelConfig, scores: bool = False):
 def _read_tokenizer(name: str, config: ModelConfig):
     from transformers import AutoTokenizer
 
-    ask_for(name)
+    check_hub(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except BaseException as error:
@@ -94,10 +97,10 @@ def load_model(
     Args:
         config: The model options.
         tokenizer: The tokenizer that the model is trained with.
-        seed: Seed of weights that no file has.
+        seed: Seed of weights that are not in the files.
         dtype: Dtype of the parameters; `model.master_dtype` by default.
         outputs: Labels of a scalar head; None loads a causal LM.
-        device: The CPU; or the meta device, for a model whose weights are not read.
+        device: The CPU, or the meta device to read no weights.
 
     Raises:
         ConfigError: The model cannot be loaded.
@@ -121,8 +124,8 @@ def _pretrained(
         model = tiny_model(seed, count_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
         model = model if outputs is None else tiny_scorer(model, len(outputs), seed)
         missing = ["score.weight"]
-    elif given := find_object(config.name_or_path):
-        model, missing = given.value if device.type != "meta" else meta_copy(given.value), []
+    elif entry := find_object(config.name_or_path):
+        model, missing = entry.value if device.type != "meta" else meta_copy(entry.value), []
         check_head(model, outputs)
     else:
         model, missing = from_pretrained(config, dtype, outputs, seed, device)
@@ -132,7 +135,7 @@ def _pretrained(
             model.set_attn_implementation(config.attn_implementation)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
-    for parameter in model.parameters():  # and no buffers: bfloat16 is too coarse for rotary frequencies
+    for parameter in model.parameters():  # not buffers: bfloat16 is too coarse for rotary frequencies
         parameter.data = parameter.data.to(dtype)
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -140,7 +143,7 @@ def _pretrained(
 
 
 def _open_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, Weights | None]:
-    """Return what `load_model` returns on the meta device, and its weights; None if the files do not fit the model."""
+    """Return the model of `load_model` on the meta device, and its weights; None if the files do not match it."""
     with parameters_on(META):
         model = _pretrained(config, tokenizer, 0, dtype, None, META)
         try:
@@ -163,21 +166,21 @@ def build_policy(
     outputs: list[str] | None = None,
     value_head: bool = False,
 ) -> tuple[Policy, Weights | None]:
-    """Build the model as a policy with its adapter and its frozen layers.
+    """Build the policy: the model with its adapter and frozen layers.
 
     Args:
         config: The full config.
         tokenizer: The tokenizer that the model is trained with.
-        device: Where quantized layers go; all else is on the CPU. On the meta device, no weights are read.
-        sharded: Leave parameters on the meta device if the files allow that, so that each rank reads only its shards.
+        device: Device of quantized layers; the rest is on the CPU. On the meta device, no weights are read.
+        sharded: Keep parameters on the meta device if the files allow it, so that each rank reads only its shards.
         outputs: Labels of a scalar head; None builds a causal LM.
         value_head: Add a value head next to the LM head.
 
     Returns:
-        The policy, and with `sharded` the weights to fill it with if it is on the meta device, else None.
+        The policy, and its weights if `sharded` has put it on the meta device, else None.
 
     Raises:
-        ConfigError: The model or its adapter cannot be loaded, or the options do not fit it.
+        ConfigError: The model or its adapter cannot be loaded, or does not match the options.
     """
     compute_dtype = DTYPES[config.model.policy_dtype]
     dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
@@ -214,10 +217,19 @@ def build_frozen(
     residual: torch.dtype,
     device: torch.device = CPU,
 ) -> Policy:
-    """Build a frozen model in `dtype`, whose residual stream has the dtype `residual`."""
+    """Build a frozen reference or teacher model.
+
+    Args:
+        config: The model options.
+        tokenizer: The tokenizer that the policy is trained with.
+        dtype: Dtype of the weights.
+        packing: Prepare attention for packed rows.
+        residual: Dtype of the residual stream.
+        device: The CPU, or the meta device to read no weights.
+    """
     model = load_model(config, tokenizer, 0, dtype, device=device)
     policy = make_policy(model.eval().requires_grad_(False))
-    if dtype != residual:  # as with autocast, which lowers the precision of matrix products only
+    if dtype != residual:  # like autocast, which only lowers the precision of matrix products
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))
     if packing:
         attention.attend_by_document(model)
@@ -225,14 +237,14 @@ def build_frozen(
 
 
 def load_value_head(head: nn.Linear, config: ModelConfig) -> None:
-    """Load the weights in the folder of the adapter or the model if one has them."""
+    """Load the value head in the folder of the adapter or of the model, if there is one."""
     files = [Path(folder) / VALUE_HEAD_FILE for folder in (config.adapter, config.name_or_path) if folder]
     if file := next((file for file in files if file.is_file()), None):
         head.load_state_dict(load_file(file))
 
 
 def load_base(config: ModelConfig, tokenizer) -> nn.Module:
-    """Load the base model of an adapter in float32, with weights rounded as in training if that was quantized."""
+    """Load the base model of an adapter in float32, with the rounded weights of a quantized training."""
     model = load_model(config, tokenizer, 0, torch.float32, trained_outputs(config))
     if config.quantization != "none":
         quantize_model(model, config.quantization, torch.float32, CPU)
@@ -248,7 +260,7 @@ def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
-    """Merge the LoRA in a folder into the weights of its base model."""
+    """Merge the adapter in a folder into the weights of its base model."""
     load_adapter(model, folder)
     for module in list(model.modules()):
         if hasattr(module, "lora") or has_rows(module):
@@ -256,7 +268,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: Weights | None = None) -> None:
-    """Freeze blocks and embeddings of a model. Rows of new tokens are trained in any case.
+    """Freeze blocks and embeddings of a model. Embedding rows of new tokens are always trained.
 
     Args:
         model: The transformers model.
@@ -265,7 +277,7 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
         weights: Weights of a model on the meta device.
 
     Raises:
-        ConfigError: A block does not exist, or nothing is left to train.
+        ConfigError: A block does not exist, or no parameter is left to train.
     """
     blocks = find_blocks(model.base_model)
     for entry in map(str, entries):
@@ -276,7 +288,7 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
             numbers = range(int(first), int(last or first) + 1)
             if not numbers or numbers[-1] >= len(blocks):
                 raise ConfigError(
-                    f"freeze_layers: {entry} is outside of the model's blocks 0-{len(blocks) - 1}.", "out-of-range"
+                    f"freeze_layers: {entry} is out of range. The model has blocks 0-{len(blocks) - 1}.", "out-of-range"
                 )
             frozen = [blocks[number] for number in numbers]
         for module in frozen:
@@ -287,7 +299,7 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
         layers = embedding_layers(model)
         train_new_rows(model, None, [name for name in layers if layers[name].weight.requires_grad], weights)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("freeze_layers: nothing is left to train.", "invalid-value")
+        raise ConfigError("freeze_layers: nothing is left to train. Freeze fewer layers.", "invalid-value")
 
 
 def trained_outputs(config: ModelConfig) -> list[str] | None:

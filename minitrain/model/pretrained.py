@@ -1,4 +1,4 @@
-"""Load models of a folder or the Hub with transformers: with their weights, or on the meta device."""
+"""Load models from a folder or the Hub with transformers, with their weights or on the meta device."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minitrain.config.schema import ModelConfig
-from minitrain.io.hub import ask_for
+from minitrain.io.hub import check_hub
 
 from .dequantize import dequantized, describe_dequantized, method_of
 from .diagnostics import (
@@ -24,7 +24,7 @@ from .weights import find_gaps, parameters_on_meta, weight_files
 
 
 def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
-    """Return transformers' class for a causal LM or a model with a scalar head, and its keyword arguments."""
+    """Return the class of transformers for a causal LM or a model with a scalar head, and its keyword arguments."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if outputs is None:
@@ -33,15 +33,15 @@ def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
 
 
 def read_model_config(config: ModelConfig, **changes):
-    """Return transformers' config of a model, without keys that load code.
+    """Return the transformers config of a model, without keys that load code.
 
     Raises:
-        Exception: What transformers raises.
-        ConfigError: minitrain cannot read the model's quantization.
+        Exception: Any error of transformers.
+        ConfigError: The quantization of the model is not supported.
     """
     from transformers import AutoConfig
 
-    ask_for(config.name_or_path)
+    check_hub(config.name_or_path)
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     hf_config = AutoConfig.from_pretrained(config.name_or_path, **source, **changes)
     for nested in _nested_configs(hf_config):
@@ -54,7 +54,7 @@ def read_model_config(config: ModelConfig, **changes):
 
 
 def quantization_of(hf_config) -> dict | None:
-    """Return the quantization_config of a config or of one nested in it, or None."""
+    """Return the quantization_config of a config or of a nested one, or None."""
     for nested in _nested_configs(hf_config):
         if quantization := vars(nested).get("quantization_config") or vars(nested).get("compression_config"):
             return quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -76,7 +76,7 @@ def from_pretrained(
 ) -> tuple[nn.Module, list[str]]:
     """Load a model with its weights, or build it on the meta device, where no weights are read.
 
-    `load_notes` of the model are the lines about its files, which are logged if its weights are read.
+    `load_notes` of the model has the lines about its files. They are logged if its weights are read.
 
     Args:
         config: The model options.
@@ -86,7 +86,7 @@ def from_pretrained(
         device: The CPU or the meta device.
 
     Returns:
-        The model, and the names of the parameters that its files lack.
+        The model, and the names of the parameters that are missing in its files.
 
     Raises:
         ConfigError: The model cannot be loaded.
@@ -113,7 +113,7 @@ def from_pretrained(
                     model, loading_info = _dequantized(config, model, quantization, dtype)
                 else:
                     model, loading_info = _read_model(config, hf_config, dtype, model_class, options)
-        vars(model).pop("generate", None)  # custom code in the repository would ignore our options
+        vars(model).pop("generate", None)  # custom code of a repository ignores our sampling options
     except Exception as error:
         raise model_load_error(config, describe_head(outputs), error) from None
     check_missing_keys(config, loading_info, outputs)
@@ -143,7 +143,7 @@ def _read_model(
         revision=config.revision,
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # check_missing_keys refuses them
+        ignore_mismatched_sizes=True,  # check_missing_keys reports them
         **options,
     )
 
@@ -172,7 +172,7 @@ def _read_generation_config(model: nn.Module, config: ModelConfig) -> None:
 
     if not model.can_generate():
         return
-    with contextlib.suppress(OSError):  # some models have none
+    with contextlib.suppress(OSError):  # some models do not have one
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
 
 
@@ -183,7 +183,7 @@ def attention_of(config: ModelConfig) -> str | None:
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Within the context, hide transformers' progress bars, which would mix with our lines, also with --quiet."""
+    """Within the context, hide the progress bars of transformers, which would mix with log lines."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

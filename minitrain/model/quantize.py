@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits with bitsandbytes (the extra `quant`); trained parameters are separate, in float32."""
+"""Quantize frozen weights to 4 or 8 bits with bitsandbytes (the extra `quant`)."""
 
 import copy
 import math
@@ -12,15 +12,14 @@ from .sequence_head import heads_of
 
 
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the linear layers except the head by quantized ones.
+    """Replace all linear layers except the head with quantized ones.
 
     Args:
         model: The transformers model.
         bits: `4bit` is NF4 with double quantization (QLoRA, arXiv 2305.14314). `8bit` has one scale for each row of a
             weight, as in LLM.int8() (arXiv 2208.07339).
         dtype: Dtype of the computation.
-        device: Where the layers go; moving them packs the weights.
-            On the meta device they get tensors of the right sizes.
+        device: Device of the layers; moving them packs the weights. On the meta device, tensors have the right sizes.
     """
     if device.type == "meta":
         for module in _quantizable(model).values():
@@ -43,9 +42,9 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
 class QuantizedLinear(nn.Linear):
     """A linear layer that computes in `dtype` with a frozen weight, unpacked for each product.
 
-    The layers of bitsandbytes are not used because they change their parameters: Linear4bit repacks its weight in eval
-    mode on CPUs with AVX512-BF16, and both cast a trained bias. On CPUs, Linear8bitLt rounds its input to 8 bits, in
-    eval mode only.
+    It replaces the layers of bitsandbytes, which change their parameters: Linear4bit repacks its weight in eval mode on
+    CPUs with AVX512-BF16, and both cast a trained bias. On CPUs, Linear8bitLt rounds its input to 8 bits, but only in
+    eval mode.
     """
 
     dtype: torch.dtype
@@ -83,7 +82,7 @@ def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Replace quantized layers by ordinary ones in float32, with the rounded weights."""
+    """Replace quantized layers with ordinary ones in float32, with the rounded weights."""
     for name, module in list(model.named_modules()):
         if not is_quantized(getattr(module, "weight", None)):
             continue
@@ -105,7 +104,7 @@ def dequantized(module: nn.Module) -> Tensor:
     if type_name == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        # As one row: the CPU kernel of bitsandbytes uses a wrong scale for rows of 16 n values that are not 64 n.
+        # As one row: the CPU kernel of bitsandbytes uses a wrong scale for some row lengths (16 n, but not 64 n).
         state = copy.copy(weight.quant_state)
         state.shape = (1, weight.quant_state.shape.numel())
         return dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
@@ -115,13 +114,13 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def _quantize_on_meta(module: nn.Linear, bits: str, dtype: torch.dtype) -> None:
-    """Give a layer tensors of the sizes that bitsandbytes makes of its weight."""
+    """Replace the weight of a layer with empty tensors of the sizes that bitsandbytes uses."""
     n, n_rows = module.weight.numel(), module.out_features
     del module.weight
     module.__class__, module.dtype = _MetaQuantizedLinear, dtype
     module.unpacked = dtype if bits == "4bit" else torch.float32
     tensors = {"weight": (n, torch.int8), "scales": (n_rows, torch.float32)}
-    if bits == "4bit":  # 8-bit scales of 64 weights each, a scale for 256 of these, and both code books
+    if bits == "4bit":  # 8-bit scales of 64 weights each, one scale per 256 scales, and both code books
         n_scales = math.ceil(n / 64)
         tensors = {"weight": (math.ceil(n / 2), torch.uint8), "scales": (n_scales, torch.uint8)}
         tensors["more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
@@ -130,7 +129,7 @@ def _quantize_on_meta(module: nn.Linear, bits: str, dtype: torch.dtype) -> None:
 
 
 class _MetaQuantizedLinear(QuantizedLinear):
-    """A quantized layer whose tensors have the right sizes, but no values."""
+    """A quantized layer on the meta device."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.scales.new_empty(self.out_features, self.in_features, dtype=self.unpacked).to(dtype)

@@ -19,8 +19,8 @@ class Heads(NamedTuple):
     """Names of the modules of a scalar head.
 
     Attributes:
-        trained: All of them; they are trained in full.
-        new: Those whose weights the files lack.
+        trained: All modules of the head; they are trained in full.
+        new: Modules whose weights are missing in the files.
     """
 
     trained: list[str]
@@ -30,11 +30,11 @@ class Heads(NamedTuple):
 class Scorer(Policy):
     """A decoder with a linear layer on the hidden state of each document's last token.
 
-    The last token is found by its position in the batch row, not by the id of padding.
+    It selects the last token by its position in the batch row, not by the pad token.
     """
 
     def forward(self, batch: Batch) -> PolicyOutput:
-        """Return the `scores` [D, L] of the documents, and if L is 1 the `values` [N] before each target."""
+        """Return the `scores` [D, L] of the documents, and the `values` [N] before each target if L is 1."""
         hidden = self.hidden_states(batch).flatten(0, 1)  # [R * T, H]
         scores = self._scalars(hidden.index_select(0, batch.last_token_positions.to(hidden.device)))  # [D, L]
         values = None
@@ -65,7 +65,7 @@ class Scorer(Policy):
 
 
 class EncoderScorer(Policy):
-    """An encoder such as BERT with transformers' head; one document per batch row, padded on the right."""
+    """An encoder such as BERT with the head of transformers; one document per batch row, padded on the right."""
 
     def forward(self, batch: Batch) -> PolicyOutput:
         """Return the `scores` [D, L] of the documents."""
@@ -79,7 +79,7 @@ class EncoderScorer(Policy):
 
     @property
     def n_positions(self) -> int:
-        """Return the longest document, in tokens; RoBERTa's positions begin after the id of padding."""
+        """Return the longest document, in tokens; RoBERTa's positions begin after the pad token id."""
         for name, module in self.model.base_model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -90,7 +90,7 @@ class EncoderScorer(Policy):
         return self.n_positions
 
     def check(self, ids: Tensor, packing: bool, gathered) -> None:
-        """Compare nothing: the head is the model's own."""
+        """Compare nothing: the head is that of transformers."""
 
 
 def make_policy(model: nn.Module) -> Policy:
@@ -104,10 +104,10 @@ def make_policy(model: nn.Module) -> Policy:
 
 
 def _match_weight_dtype(norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast the input to the dtype of the weight: on the CPU, autocast does not do it for layer_norm."""
+    """Cast the input to the dtype of the weight, which autocast does not do for layer_norm on the CPU."""
     (x,) = inputs
-    wider = x.dtype == torch.float32 and x.device.type == "cpu" and norm.weight is not None
-    return (x.to(norm.weight.dtype),) if wider else inputs
+    needs_cast = x.dtype == torch.float32 and x.device.type == "cpu" and norm.weight is not None
+    return (x.to(norm.weight.dtype),) if needs_cast else inputs
 
 
 def is_encoder(model: nn.Module) -> bool:
@@ -116,43 +116,43 @@ def is_encoder(model: nn.Module) -> bool:
 
 
 def check_can_pack(model: nn.Module, packing: bool) -> None:
-    """Refuse packing for an encoder.
+    """Check that a model is not an encoder if `packing` is set.
 
     Raises:
         ConfigError: The model is an encoder and `packing` is set.
     """
     if packing and is_encoder(model):
-        reason = "an encoder sees all of a row; set packing=false (group_by_length saves padding)."
+        reason = "an encoder attends to all of a batch row. Set packing=false (group_by_length saves padding)."
         raise ConfigError(f"packing: {reason}", "conflict")
 
 
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
-    """Write the labels and the id of padding into a model's config, and set `model.heads`.
+    """Set the labels and the pad token id in a model's config, and set `model.heads`.
 
     Args:
         model: A model with a scalar head.
         outputs: Labels of the head.
-        pad_token_id: The tokenizer's id of padding; transformers finds the last token of a document with it.
-        missing: Names of the parameters that the model's files lack.
+        pad_token_id: The tokenizer's pad token id; transformers uses it to find the last token of a document.
+        missing: Names of the parameters that are missing in the model's files.
 
     Raises:
         ConfigError: More than a head is missing, or the files have the same labels in another order.
     """
     config, labels = model.config, list(model.config.id2label.values())
     if labels != outputs and sorted(labels) == sorted(outputs):
-        reason = f"the model's outputs are {', '.join(labels)}, in this order; set loss.labels=[{','.join(labels)}]"
+        reason = f"the model has the same labels in another order. Set loss.labels=[{','.join(labels)}]"
         raise ConfigError(f"loss.labels: {reason}.", "mismatch")
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
     config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
-    if not is_encoder(model):  # RoBERTa counts positions from its own id of padding
+    if not is_encoder(model):  # RoBERTa counts positions from its own pad token id
         config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
     new = sorted({name.rpartition(".")[0] for name in missing})
     body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
     if missing_modules := [name for name in new if model.get_submodule(name) in body]:
         raise ConfigError(
-            f"model.name_or_path: its files hold no weights for {missing_modules[0]}, nor for "
-            f"{len(missing_modules) - 1} others.",
+            f"model.name_or_path: weights are missing in its files: {missing_modules[0]} and "
+            f"{len(missing_modules) - 1} others. Copy or download it again.",
             "damaged-file",
         )
     children = {name for name, child in model.named_children() if any(True for _ in child.parameters())}
@@ -178,7 +178,7 @@ def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
         expected = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L]
     if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2 + float(expected.abs().max()) / 64):
         raise ConfigError(
-            f"model.name_or_path: the head of {type(policy.model).__name__} does something that minitrain does not "
-            "know, so its scores would be wrong. Please report this architecture.",
+            f"model.name_or_path: the head of {type(policy.model).__name__} is not supported: its "
+            "scores would be wrong. Please report this architecture.",
             "unsupported-model",
         )

@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .sequence_head import heads_of
 
 TENSOR = "prompt_embeddings"  # its name in PEFT's files
-KINDS = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
+PEFT_TYPES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
 
 
 class SoftPrompt(nn.Module):
@@ -105,7 +105,7 @@ def prompt_config(options: SoftPromptConfig, model: nn.Module, base: dict[str, A
     prompt, config = model.soft_prompt, model.config.get_text_config()
     config_json = base | ({"modules_to_save": heads_of(model).trained} if heads_of(model).trained else {})
     config_json |= {
-        "peft_type": KINDS[options.method],
+        "peft_type": PEFT_TYPES[options.method],
         "num_virtual_tokens": prompt.n_tokens,
         "num_layers": prompt.n_layers,
         "num_attention_heads": prompt.heads if options.method == "prefix" else config.num_attention_heads,

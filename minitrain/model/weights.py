@@ -1,4 +1,4 @@
-"""Read rows of weights from a model's files, as each rank needs them, and write weights one tensor at a time."""
+"""Read the rows of weights that a rank needs from a model's files, and write weights one tensor at a time."""
 
 import contextlib
 import itertools
@@ -18,12 +18,12 @@ from minitrain.io.tensor_files import save_file
 from . import token_rows
 from .diagnostics import describe_unused, log_model_warnings
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors files
-SHARD_BYTES = 4 << 30  # size of one file of a saved model, and of the memory that saving takes
+FLOATS = ("F64", "F32", "F16", "BF16")  # floating-point dtypes of safetensors
+SHARD_BYTES = 4 << 30  # maximum size of a file of a saved model, and of the memory for saving
 
 
 class Weights:
-    """Rows of the tensors of a model, by parameter name, read from files when they are needed.
+    """Rows of the tensors of a model by parameter name, read from files on demand.
 
     Args:
         sources: Name -> tensor or safetensors slice; `source[start:stop]` are its rows.
@@ -38,12 +38,12 @@ class Weights:
         return self.sources[name][start:stop]
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        """Use these tensors instead of those in the files."""
+        """Replace tensors of the files."""
         self.sources |= tensors
         self.sizes |= {name: list(tensor.shape) for name, tensor in tensors.items()}
 
     def alias(self, name: str, known: str) -> None:
-        """Add a tensor with the rows of the tensor `known`."""
+        """Add `name` as another name of the tensor `known`."""
         self.sources[name], self.sizes[name] = self.sources[known], self.sizes[known]
 
 
@@ -59,7 +59,7 @@ class LowRankDifference:
 
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
-    """Open the safetensors files of a model; return None if their keys, shapes or dtypes are not those of `model`."""
+    """Open the safetensors files of a model; return None if keys, shapes or dtypes differ from `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     if get_model_conversion_mapping(model, add_legacy=False):
@@ -79,7 +79,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
     for parameter in tied.keys() & files.keys():
         key = used.get(tied[parameter])
         if key is None or not torch.equal(files[parameter].get_tensor(parameter), files[key].get_tensor(key)):
-            return None  # the config ties them, but the files have two: transformers loads both
+            return None  # tied in the config, but different in the files: transformers loads both
     for buffer, value in model.named_buffers():
         if buffer in files:
             value.copy_(files[buffer].get_tensor(buffer))
@@ -88,7 +88,7 @@ def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights |
 
 
 def parameters_on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside, modules are made without memory for their parameters if this is the meta device."""
+    """Return a context in which new parameters take no memory if `device` is the meta device."""
     return parameters_on_meta() if device.type == "meta" else contextlib.nullcontext()
 
 
@@ -112,7 +112,7 @@ def parameters_on_meta() -> Iterator[None]:
 def full_tensors(model: nn.Module, full_tensor: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the unsharded value of each tensor to save, tied ones once.
 
-    With an adapter, these are the tensors of the adapter's files. Trained rows are written into their weight.
+    With an adapter, these are the tensors of its files. Trained rows are merged into their weight.
 
     Args:
         model: The transformers model.
@@ -138,7 +138,7 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
     Args:
         model: The transformers model.
         tensors: Name and value of each tensor, in the order of `full_tensors`.
-        folder: Where the files go.
+        folder: Folder for the files.
         dtype: Dtype of saved floating-point tensors.
     """
     sizes = [_size(tensor, dtype) for tensor in _tensors(model).values()]
@@ -168,7 +168,7 @@ def _count_per_file(sizes: list[int]) -> list[int]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a model, with tied parameters once, under the name that transformers keeps."""
+    """Return the state dict of a model, with tied parameters once under the name that transformers saves."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     owners: dict[int, str] = {}
     all_parameters = model.named_parameters(remove_duplicate=False)
@@ -208,7 +208,7 @@ def open_files(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str]:
-    """Return the keys of a model's files that the model does not have, except those of its older versions."""
+    """Return the keys of a model's files that the model does not have, except those of older versions."""
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     unused = set(keys) - used - set(tied) - dict(model.named_buffers()).keys()

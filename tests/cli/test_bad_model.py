@@ -189,7 +189,7 @@ def test_an_adapter_of_another_model(fails, adapter):
     changed("model/config.json", num_hidden_layers=1)()
     base = json.loads(Path(CONFIG_FILE).read_text())["base_model_name_or_path"]
     err = fails("model.adapter=lora")
-    assert reports(err, "mismatch", "lora ", "['base_model.", base)
+    assert reports(err, "mismatch", "lora: ", "['base_model.", base)
 
 
 @pytest.mark.parametrize("base", [None, "./gone"])

@@ -95,5 +95,5 @@ def test_tensors_without_a_place_are_told(base, empty, caplog):
     edit_weights(base, **{name: torch.ones(32), "visual.weight": torch.ones(2)})
     build_policy(config, load_tokenizer(config.model), sharded=empty)
     assert caplog.messages == [
-        f"{base}: its files hold {name} and 1 more, which the model of its config.json does not use."
+        f"{base}: its files have {name} and 1 more, which the model of its config.json does not use."
     ]

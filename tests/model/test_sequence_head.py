@@ -324,18 +324,18 @@ def test_an_adapter_of_another_end_is_refused(folders, tmp_path):
     policy, tokenizer = adapted(folders["bert"])
     save_model(policy.model, tokenizer, tmp_path, torch.float32)
     model = load_model(ModelConfig(str(folders["bert"])), tokenizer, 0, outputs=["a", "b", "c"])
-    with raises(ConfigError, "mismatch", f"{tmp_path} ", "no, yes, maybe", "a, b, c"):
+    with raises(ConfigError, "mismatch", f"{tmp_path}: ", "no, yes, maybe", "a, b, c"):
         load_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["classifier"]}))
-    with raises(ConfigError, "mismatch", f"{tmp_path} ", "bert.pooler.dense"):
+    with raises(ConfigError, "mismatch", f"{tmp_path}: ", "bert.pooler.dense"):
         load_adapter(load_model(ModelConfig(str(folders["bert"])), tokenizer, 0, outputs=NAMES), tmp_path)
     words = load_tokenizer(ModelConfig(str(folders["llama"])))
     plain = load_model(ModelConfig(str(folders["llama"])), words, 0)
     plain.adapter = adapt_model(Config(model=ModelConfig("x"), lora=LoRAConfig(rank=2)), plain, words, None)
     save_model(plain, words, tmp_path / "plain", torch.float32)
     scorer = load_model(ModelConfig(str(folders["llama"])), words, 0, outputs=NAMES)
-    with raises(ConfigError, "mismatch", "plain ", "no, yes, maybe"):
+    with raises(ConfigError, "mismatch", "plain: ", "no, yes, maybe"):
         load_adapter(scorer, tmp_path / "plain")
 
 
