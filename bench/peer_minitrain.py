@@ -54,7 +54,7 @@ class Watch:
     def step(self, trainer: Trainer) -> None:
         self.meter.tick()
         self.sums.append(trainer.totals.sums.get("loss"))
-        self.places.append(trainer.window.places)
+        self.places.append(trainer.window.positions)
         if self.spans and trainer.step == self.job["warmup"]:
             self.spans.seconds.clear()
 

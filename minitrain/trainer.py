@@ -159,7 +159,7 @@ class Trainer:
             with capture_signals(functools.partial(setattr, self, "_received")):
                 logged = self.run.start(None if self.checkpoint is None else self.step, should_evaluate(self))
                 self.logger = MetricLogger(
-                    self.config, self.run.path, self.run.settings(), logged, speaks=self.parallel.rank == 0
+                    self.config, self.run.path, self.run.settings(), logged, enabled=self.parallel.rank == 0
                 )
                 self.logger.warning(*self.run.messages)
                 try:
@@ -193,7 +193,7 @@ class Trainer:
             output = self.forward_backward(batches)
             self.grad_norm = self.optim_step()
             for batch, computed in zip(batches, output.outputs):
-                self.window.count(batch)
+                self.window.update(batch)
                 self.totals.add(computed)
             self.consumed += len(indices)
             self.indices = indices

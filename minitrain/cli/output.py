@@ -78,11 +78,11 @@ def _line(row: dict) -> str:
 
 def recover_folder(output: Path) -> None:
     """Complete the replacement of a folder that a kill interrupted, and remove its temporary files."""
-    from minitrain.training.atomic_dir import recover, sweep
+    from minitrain.training.atomic_dir import recover, remove_leftovers
 
     if recover(output.parent, output.name):
         print(f"{output}: recovered after an interrupted replacement", file=sys.stderr)
-    sweep(output.parent, output.name)
+    remove_leftovers(output.parent, output.name)
 
 
 def check_new_folder(output: Path, force: bool) -> None:

@@ -1,6 +1,6 @@
 """What the trainer does before, between and after optimizer steps: report, evaluate, save, stop.
 
-Functions that get the trainer, as hooks do, and keep their state in it.
+These functions receive the trainer, like hooks, and keep their state in it.
 """
 
 import math
@@ -21,17 +21,17 @@ from .step import MetricAccumulator
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
-ALWAYS_THERE = ("loss", "exact_match")  # metrics; the config check knows whether there is exact_match
+KNOWN_METRICS = ("loss", "exact_match")  # of every loss; the check of the config knows whether exact_match is on
 
 
 def count_bad_step(trainer: "Trainer") -> None:
-    """Report a step with a non-finite loss or gradient. Raises RunError after `max_bad_steps` in a row."""
+    """Report a step with a non-finite loss or gradient. Raise RunError after `max_bad_steps` consecutive ones."""
     trainer.bad_steps += 1
-    warn(trainer, f"step {trainer.step}: loss or gradient is not finite; the step is skipped")
+    warn(trainer, f"step {trainer.step}: loss or gradient is not finite, so the step is skipped")
     if trainer.bad_steps >= trainer.config.max_bad_steps:
         raise RunError(
-            f"{trainer.bad_steps} steps in a row (up to step {trainer.step}) had a non-finite loss or gradient; "
-            "the weights are those before them. Lower lr, look at the data, or find the place with debug=true.",
+            f"loss or gradient was not finite for {trainer.bad_steps} consecutive steps (up to step {trainer.step}); "
+            "the weights are unchanged since then. Lower lr, check the data, or locate the operation with debug=true.",
             "not-finite",
         )
 
@@ -48,7 +48,7 @@ def begin(trainer: "Trainer") -> None:
 
 
 def after_step(trainer: "Trainer") -> None:
-    """Log, call hooks, evaluate and save, as far as it is due."""
+    """Log, call hooks, evaluate and save, each if it is due."""
     config, last = trainer.config, trainer.step == trainer.total_steps
     if trainer.step % config.log_every_steps == 0 or last:
         log_train(trainer)
@@ -64,7 +64,7 @@ def after_step(trainer: "Trainer") -> None:
 
 
 def finish(trainer: "Trainer") -> None:
-    """Evaluate and save the final model, unless a signal comes."""
+    """Evaluate and save the final model, unless a signal arrives."""
     if trainer.evaluated_step != trainer.step:
         run_evaluation(trainer)
     if trainer.signal is not None:
@@ -79,17 +79,17 @@ def finish(trainer: "Trainer") -> None:
 
 
 def should_evaluate(trainer: "Trainer") -> bool:
-    """Return whether this step has an evaluation that was not made yet, as when a signal came instead of it."""
+    """Return whether an evaluation of this step is due, which includes one that a signal interrupted."""
     config, every = trainer.config, trainer.config.eval_every_steps
-    if trainer.step == 0:  # a metric that does not exist should not be reported after hours
-        wanted = config.do_first_eval or config.early_stopping.metric not in ALWAYS_THERE
+    if trainer.step == 0:  # an unknown metric should not be reported only after hours
+        is_due = config.do_first_eval or config.early_stopping.metric not in KNOWN_METRICS
     else:
-        wanted = every > 0 and trainer.step % every == 0 and trainer.step < trainer.total_steps
-    return wanted and trainer.evaluated_step != trainer.step
+        is_due = every > 0 and trainer.step % every == 0 and trainer.step < trainer.total_steps
+    return is_due and trainer.evaluated_step != trainer.step
 
 
 def run_evaluation(trainer: "Trainer") -> None:
-    """Evaluate, log, keep the best model, count towards early stopping."""
+    """Evaluate, log, and update the best model and early stopping."""
     if trainer.eval_loader is None:
         return
     began = time.perf_counter()
@@ -97,7 +97,7 @@ def run_evaluation(trainer: "Trainer") -> None:
     metrics = trainer.evaluate()
     if not metrics:
         return
-    metrics = trainer.parallel.run_on_rank0(lambda: metrics)  # so that all ranks judge the same, to the last bit
+    metrics = trainer.parallel.run_on_rank0(lambda: metrics)  # so that all ranks use the same numbers, to the last bit
     trainer.eval_metrics = metrics | {"seconds": time.perf_counter() - began}
     trainer.evaluated_step = trainer.step
     trainer.logger.log(trainer.step, "eval", trainer.eval_metrics)
@@ -111,20 +111,20 @@ def check_metric(metric: str, known: Collection[str]) -> None:
     """Raise ConfigError for a metric that the evaluation does not have."""
     if metric not in known:
         raise ConfigError(
-            f"early_stopping.metric: there is no {metric!r}; there are {', '.join(known)}", "not-a-choice"
+            f"early_stopping.metric: unknown metric {metric!r}. Use one of {', '.join(known)}.", "not-a-choice"
         )
 
 
 def _warn_without_best(trainer: "Trainer") -> None:
-    """Say that best/ does not exist although `save_best` is set, as when it was not set or the folder was removed."""
+    """Warn if `save_best` is set but best/ does not exist, as when `save_best` was not set before."""
     metric, best = trainer.config.early_stopping.metric, trainer.best
     if trainer.config.save_best and not trainer.run.best.exists():
-        value = f"nan at step {trainer.step}" if best is None else f"not better than {best:.6g}, the best before"
+        value = f"nan at step {trainer.step}" if best is None else f"not better than the best so far, {best:.6g}"
         trainer.logger.warning(f"warning: {trainer.run.best} does not exist: {metric} is {value}")
 
 
 def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
-    """Save the model if it is the best so far; stop training after `early_stopping.patience` that were not."""
+    """Save the model if it is the best so far. Stop training after `early_stopping.patience` others."""
     config, stopping = trainer.config, trainer.config.early_stopping
     check_metric(stopping.metric, metrics)
     value = metrics[stopping.metric]
@@ -149,19 +149,19 @@ def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
 
 
 def report_start(trainer: "Trainer") -> None:
-    """Say what is trained on what, and where it resumes."""
+    """Report warnings, what is trained on which data, and the checkpoint that training resumes from."""
     trainer.logger.warning(*(f"warning: {line}" for line in trainer.warnings))
     for line in (*trainer.notes, _description(trainer)):
         trainer.logger.info(line)
     if trainer.checkpoint is not None:
-        trainer.logger.info(f"going on from {trainer.checkpoint}")
+        trainer.logger.info(f"resuming from {trainer.checkpoint}")
     if trainer.save_schedule.every is None:
         interval = duration(trainer.save_schedule.interval)
-        trainer.logger.info(f"a checkpoint about every {interval}, at most 2 % of the time (save_every_steps)")
+        trainer.logger.info(f"a checkpoint about every {interval}, using at most 2 % of the time (save_every_steps)")
 
 
 def warn(trainer: "Trainer", line: str) -> None:
-    """Show a line on the console, outside of `train()`, too."""
+    """Print a line on the console, also outside `train()`."""
     if trainer.logger is not None:
         trainer.logger.warning(line)
     elif trainer.parallel.rank == 0:
@@ -169,18 +169,18 @@ def warn(trainer: "Trainer", line: str) -> None:
 
 
 def start_window(trainer: "Trainer") -> None:
-    """Start the means of the next log line, which are exact over the steps since the line before."""
+    """Start the accumulation of the next log line, whose means are exact over all steps since the last one."""
     trainer.totals = MetricAccumulator(trainer.device)
     trainer.window = ThroughputMeter(trainer.step)
 
 
 def log_train(trainer: "Trainer") -> None:
-    """Log the means of the window, and start the next one."""
+    """Log the metrics since the last log line, and start the next window."""
     trainer.train_metrics = trainer.loss.finalize_metrics(trainer.totals.means(trainer.parallel)) | {
         "lr": trainer.optimizer.param_groups[0]["lr"],
         "grad_norm": trainer.grad_norm,
         "epoch": trainer.consumed / trainer.train_loader.epoch_size,
-        **trainer.window.figures(trainer.step, trainer.total_steps, trainer.parallel),
+        **trainer.window.compute(trainer.step, trainer.total_steps, trainer.parallel),
     }
     trainer.logger.log(trainer.step, "train", trainer.train_metrics)
     trainer.logger.info(train_line(trainer.step, trainer.total_steps, trainer.train_metrics))
@@ -191,10 +191,10 @@ def _description(trainer: "Trainer") -> str:
     config = trainer.config
     total = sum(p.numel() for p in trainer.policy.parameters())
     trained = sum(p.numel() for p in trainer.parameters)
-    held = f", {len(trainer.eval_loader.examples):,} to evaluate on" if trainer.eval_loader else ""
+    eval_examples = f", {len(trainer.eval_loader.examples):,} for evaluation" if trainer.eval_loader else ""
     ranks = f"{trainer.parallel.world_size} x " if trainer.parallel.world_size > 1 else ""
     return (
         f"{config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{trainer.device} in "
-        f"{config.model.policy_dtype}; {len(trainer.train_loader.examples):,} examples{held}; "
+        f"{config.model.policy_dtype}; {len(trainer.train_loader.examples):,} examples{eval_examples}; "
         f"{trainer.total_steps} steps of {config.total_batch_size}; loss {config.loss['name']}"
     )

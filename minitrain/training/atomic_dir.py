@@ -1,12 +1,12 @@
-"""Folders and files that are complete or not there: written under another name, flushed, renamed; verified when read.
+"""Atomic writes of directories and files: written under a temporary name, flushed, then renamed.
 
-Hidden folders next to NAME, each with a random suffix:
+A write uses hidden names next to NAME, each with a random suffix:
 
     .tmp-NAME-*     being written, incomplete
     .new-NAME-*     complete, about to become NAME
     .trash-NAME-*   being removed
 
-A kill leaves them: `recover` completes what is complete, `sweep` removes the rest.
+They remain after a kill. `recover` then renames complete ones, and `remove_leftovers` removes the rest.
 """
 
 import contextlib
@@ -27,17 +27,18 @@ from minitrain.errors import RunDirError, RunError, write_error_code
 
 from .failpoints import failpoint
 
-if TYPE_CHECKING:  # it imports torch, and `minitrain plot` needs none
+if TYPE_CHECKING:  # it imports torch, which `minitrain plot` does not need
     from minitrain.distributed.parallel import SingleDevice
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and is gone otherwise.
+    """Yield a temporary directory that replaces `target` if the block succeeds, and is removed otherwise.
 
-    Raises RunError when the disk is full or the folder cannot be written.
+    Raises:
+        RunError: If the disk is full or the directory cannot be written.
     """
-    temporary = sibling(target, "tmp")
+    temporary = temp_sibling(target, "tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -51,23 +52,23 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def verify(folder: Path, parallel: "SingleDevice") -> None:
-    """Checks every file against the manifest, each rank some of them. Raises RunDirError that names the files."""
-    wanted = parallel.run_on_rank0(lambda: read_manifest(folder))
-    mine = list(wanted)[parallel.rank :: parallel.world_size]
-    wrong = [_complaint(folder / name, wanted[name]) for name in mine]
-    told = [text for found in parallel.gather(list(filter(None, wrong))) for text in found]
-    if told:
-        raise RunDirError("; ".join(told), "damaged-file")
+    """Check every file against the manifest, with the work split over ranks. Raise RunDirError with the bad files."""
+    manifest = parallel.run_on_rank0(lambda: read_manifest(folder))
+    names = list(manifest)[parallel.rank :: parallel.world_size]
+    problems = [_check_file(folder / name, manifest[name]) for name in names]
+    messages = [message for part in parallel.gather(list(filter(None, problems))) for message in part]
+    if messages:
+        raise RunDirError("; ".join(messages), "damaged-file")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints (or models) in a folder, oldest first. What has such a name was committed; damage came later."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=step_of)
+    """Return the checkpoints (or models) in a directory, oldest first. Each was complete when it was written."""
+    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(paths, key=step_of)
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether there is a checkpoint, also one whose replacement a kill interrupted."""
+    """Return whether there is a checkpoint, including one whose replacement was interrupted by a kill."""
     return any(True for pattern in ("step-*", ".new-step-*") for _ in folder.glob(pattern))
 
 
@@ -76,99 +77,111 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_valid(folder: Path, parallel: "SingleDevice") -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones.
+    """Return the newest valid checkpoint, and messages about newer, damaged ones.
 
-    Raises RunDirError when there are checkpoints and none is sound: starting anew is the user's decision.
+    Raises:
+        RunDirError: If there are checkpoints but none is valid. Only the user can decide to start again.
     """
-    complaints = []
-    found = parallel.run_on_rank0(lambda: [str(path) for path in checkpoints(folder)])
-    for path in map(Path, reversed(found)):
+    messages = []
+    paths = parallel.run_on_rank0(lambda: [str(path) for path in checkpoints(folder)])
+    for path in map(Path, reversed(paths)):
         try:
             verify(path, parallel)
-            return path, complaints
+            return path, messages
         except RunDirError as error:
-            complaints.append(error.message)
-    if found:
+            messages.append(error.message)
+    if paths:
         raise RunDirError(
-            "no checkpoint is sound: " + "; ".join(complaints) + f". To start anew, remove {folder}.", "damaged-file"
+            f"no checkpoint is valid: {'; '.join(messages)}. To start again from step 0, remove {folder}.",
+            "damaged-file",
         )
     return None, []
 
 
 def prune(folder: Path, keep: int | None, step: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step` (None: no checkpoint, of any step), and debris."""
-    found = [path for path in checkpoints(folder) if step is None or step_of(path) <= step]
-    _remove(found[:-keep] if keep else [])
-    sweep(folder)
+    """Remove all but the newest `keep` checkpoints up to `step`, and leftovers of a kill.
+
+    Args:
+        keep: None keeps all checkpoints.
+        step: None considers checkpoints of all steps.
+    """
+    paths = [path for path in checkpoints(folder) if step is None or step_of(path) <= step]
+    _remove(paths[:-keep] if keep else [])
+    remove_leftovers(folder)
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Removes the checkpoints of later steps."""
+    """Remove the checkpoints of later steps."""
     _remove([path for path in checkpoints(folder) if step_of(path) > step])
 
 
-def _remove(found: list[Path]) -> None:
-    for path in found:
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
         failpoint("prune.before")
-        trash = sibling(path, "trash")
+        trash = temp_sibling(path, "trash")
         path.rename(trash)
         failpoint("prune.renamed")
         shutil.rmtree(trash, ignore_errors=True)
 
 
 def recover(folder: Path, name: str | None = None) -> list[str]:
-    """Complete the replacements in a folder that a kill interrupted, so that the last of a name is never lost.
+    """Complete the replacements in a directory that a kill interrupted, so that the newest version is never lost.
 
     Args:
-        name: Of the only one to complete; None for all.
+        name: The only name to complete; None for all.
 
     Returns:
-        The names of the folders that were put back.
+        The names of the recovered directories.
     """
     recovered = []
     for path in sorted(folder.glob(_hidden("new", name))):
         target = folder / path.name.removeprefix(".new-").rpartition("-")[0]
         if target.exists():
-            target.rename(sibling(target, "trash"))
+            target.rename(temp_sibling(target, "trash"))
         failpoint("recover.new")
         path.rename(target)
         recovered.append(target.name)
     return recovered
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what a kill left half written or half removed, of one name or of all."""
-    for debris in (*folder.glob(_hidden("trash", name)), *folder.glob(_hidden("tmp", name))):
-        debris.unlink() if debris.is_file() else shutil.rmtree(debris, ignore_errors=True)
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what a kill left half-written or half-removed, for one name or for all."""
+    for path in (*folder.glob(_hidden("trash", name)), *folder.glob(_hidden("tmp", name))):
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """Return size and hash of each file of a checkpoint. Raises RunDirError for a folder that is none."""
+    """Return size and hash of each file of a checkpoint. Raise RunDirError if it is not a complete checkpoint."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files, step = manifest["files"], manifest["step"]
         assert all(isinstance(entry, dict) for entry in files.values()) and type(step) is int
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
-        told = "manifest.json is missing or damaged, so this is no complete checkpoint (like RUN/checkpoints/step-N)"
-        raise RunDirError(f"{folder}: {told}", "damaged-file") from None
+        message = "manifest.json is missing or damaged. Choose a complete checkpoint, such as RUN/checkpoints/step-N."
+        raise RunDirError(f"{folder}: {message}", "damaged-file") from None
     if re.fullmatch(r"step-\d+", folder.name) and step_of(folder) != step:
-        raise RunDirError(f"{folder}: holds the checkpoint of step {step}. Rename it to step-{step}", "mismatch")
+        raise RunDirError(f"{folder}: contains the checkpoint of step {step}. Rename it to step-{step}.", "mismatch")
     for name in files:
         if Path(name).name != name:
             raise RunDirError(
-                f"{folder}: manifest.json names {name!r}, which is outside of the checkpoint", "damaged-file"
+                f"{folder}: manifest.json lists {name!r}, which is outside of the checkpoint. Remove the checkpoint.",
+                "damaged-file",
             )
     if missing := {"index.json", "state.json"} - files.keys():
-        raise RunDirError(f"{folder}: manifest.json does not name {', '.join(sorted(missing))}", "damaged-file")
+        raise RunDirError(
+            f"{folder}: manifest.json does not list {', '.join(sorted(missing))}. Remove the checkpoint.",
+            "damaged-file",
+        )
     return files
 
 
-def _complaint(file: Path, wanted: dict) -> str | None:
+def _check_file(file: Path, expected: dict) -> str | None:
+    """Return what is wrong with a file of a checkpoint, or None."""
     try:
-        damaged = file.stat().st_size != wanted.get("bytes") or fingerprint(file) != wanted
+        damaged = file.stat().st_size != expected.get("bytes") or fingerprint(file) != expected
     except OSError:
         return f"{file}: is missing"
-    return f"{file}: is damaged (its size or SHA-256 is not that of the manifest)" if damaged else None
+    return f"{file}: is damaged (its size or SHA-256 differs from the manifest)" if damaged else None
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
@@ -179,23 +192,26 @@ def fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def sibling(target: Path, kind: str) -> Path:
-    """A hidden name next to `target`, as at the top of this file."""
+def temp_sibling(target: Path, kind: str) -> Path:
+    """Return a hidden name next to `target`, as described at the top of this file."""
     return target.parent / f".{kind}-{target.name}-{uuid.uuid4().hex[:8]}"
 
 
 def _hidden(kind: str, name: str | None) -> str:
-    """Return a pattern for what `sibling` makes, for one name or for all."""
+    """Return a glob pattern for the names of `temp_sibling`, for one target or for all."""
     return f".{kind}-*" if name is None else f".{kind}-{glob.escape(name)}-{'[0-9a-f]' * 8}"
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Rename a complete folder to `target`. What was there is removed once the new one is in its place.
+    """Rename a complete directory to `target`. An old `target` is removed after the new one has its name.
 
-    Raises OSError, and then `target` is as it was. After a kill in the middle `recover` completes it.
+    After a kill in the middle, `recover` completes the replacement.
+
+    Raises:
+        OSError: `target` is then unchanged.
     """
     fsync(temporary)
-    new, trash = sibling(target, "new"), sibling(target, "trash")
+    new, trash = temp_sibling(target, "new"), temp_sibling(target, "trash")
     temporary.rename(new)
     try:
         failpoint("replace.new")
@@ -214,8 +230,8 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def replace_file(path: Path, lines: Iterable[bytes]) -> None:
-    """Write a file under another name, then rename it, so that a kill leaves the old content or the new."""
-    temporary = sibling(path, "tmp")
+    """Write a file under a temporary name, then rename it, so that a kill leaves the old or the new content."""
+    temporary = temp_sibling(path, "tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines(lines)

@@ -1,4 +1,4 @@
-"""Functions that the trainer calls at points of a run: keyword arguments of `Trainer`, and objects with methods."""
+"""Hooks: functions that the trainer calls, from keyword arguments of `Trainer` and methods of callback objects."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -28,15 +28,15 @@ HOOKS = tuple(Hooks.__annotations__)
 def collect_hooks(
     callbacks: Iterable[Any], keywords: Mapping[str, Any], arguments: Iterable[str]
 ) -> dict[str, list[Hook]]:
-    """Return the functions of each hook, in the order in which they are called.
+    """Return the functions of each hook, in call order.
 
     Args:
-        callbacks: Objects with methods of the hooks' names.
-        keywords: A function, or several, by the name of a hook.
-        arguments: The other arguments of `Trainer`, for suggestions.
+        callbacks: Objects with methods named like hooks.
+        keywords: One or several functions, by hook name.
+        arguments: Names of the other arguments of `Trainer`, for suggestions.
 
     Raises:
-        ConfigError: For a name that is not a hook, and for what cannot be called.
+        ConfigError: For a name that is not a hook, and for an object that is not callable.
     """
     hooks: dict[str, list[Hook]] = {name: [] for name in HOOKS}
     if isinstance(callbacks, (str, bytes)) or not isinstance(callbacks, Iterable):
@@ -44,12 +44,12 @@ def collect_hooks(
     for callback in callbacks:
         for name in _methods(callback):
             hooks[name].append(getattr(callback, name))
-    for name, given in keywords.items():
+    for name, functions in keywords.items():
         if name not in HOOKS:
             known = (*HOOKS, *arguments)
             hint = suggest(name, known) or f" Hooks are {', '.join(HOOKS)}; other arguments {', '.join(arguments)}."
             raise ConfigError(f"Trainer: unexpected argument {name!r}.{hint}", "not-a-choice")
-        for function in given if isinstance(given, (list, tuple)) else [given]:
+        for function in functions if isinstance(functions, (list, tuple)) else [functions]:
             if not callable(function):
                 raise ConfigError(f"{name}: expected a function of the trainer, got {function!r}.", "wrong-type")
             hooks[name].append(function)
@@ -57,19 +57,19 @@ def collect_hooks(
 
 
 def _methods(callback: Any) -> list[str]:
-    """Return the hooks that an object has methods for. Raises ConfigError for a method that would never be called."""
+    """Return the names of the hooks that an object defines. Raise ConfigError for a method that is not a hook."""
     if isinstance(callback, type):
         name = callback.__name__
         raise ConfigError(
             f"callbacks: expected an object, got the class {name}. Call it first: {name}().", "wrong-type"
         )
     names = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]
-    kind = type(callback).__name__
+    class_name = type(callback).__name__
     for name in names:
         if name not in HOOKS:
             hint = suggest(name, HOOKS) or f" Hooks are {', '.join(HOOKS)}."
-            raise ConfigError(f"callbacks: {kind}.{name} would never be called.{hint}", "usage")
+            raise ConfigError(f"callbacks: {class_name}.{name} is not a hook.{hint}", "usage")
     if not names:
-        example = " Give a function as on_step_end=..." if callable(callback) else ""
-        raise ConfigError(f"callbacks: {kind} has none of the methods {', '.join(HOOKS)}.{example}", "wrong-type")
+        example = " Pass a function as on_step_end=..." if callable(callback) else ""
+        raise ConfigError(f"callbacks: {class_name} has none of the methods {', '.join(HOOKS)}.{example}", "wrong-type")
     return names

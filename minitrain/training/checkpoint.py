@@ -1,14 +1,15 @@
-"""Checkpoints that a crash cannot spoil: written beside, flushed, hashed, then renamed into place.
+"""Crash-safe checkpoints: written under a temporary name, flushed, hashed, then renamed.
 
-    checkpoints/step-100/   model-0.safetensors      rank 0's rows of the trained parameters
-                            optimizer-0.safetensors  and of the optimizer's state, `parameter/name of the state`
-                            rng-0.safetensors        its random number generators
-                            ...                      the same of rank 1, 2, ...
-                            index.json               of each tensor: its shape, and which file holds which rows
-                            state.json               position, schedule, scaler and the like
+    checkpoints/step-100/   model-0.safetensors      rank 0's shards of the trained parameters
+                            optimizer-0.safetensors  rank 0's shards of the optimizer state, `parameter/state name`
+                            rng-0.safetensors        rank 0's random number generators
+                            ...                      the same for rank 1, 2, ...
+                            index.json               shape of each tensor, and the file of each of its shards
+                            state.json               step, position in the data, loss scale, options
                             manifest.json            size and SHA-256 of each file; written last
 
-Any number of ranks reads the rows that it needs. No pickle: tensors are safetensors, the rest is JSON.
+Any number of ranks can load a checkpoint, each only its own shards. Tensors are safetensors, the rest is JSON; there is
+no pickle.
 """
 
 import contextlib
@@ -28,22 +29,22 @@ from minitrain.distributed.parallel import SingleDevice, local_shard, writes
 from minitrain.errors import RunDirError, RunError, write_error_code
 from minitrain.io.tensor_files import save_file
 
-from .atomic_dir import fingerprint, fsync, reason, replace_folder, sibling
+from .atomic_dir import fingerprint, fsync, reason, replace_folder, temp_sibling
 from .failpoints import failpoint
 
-SPARE = 1.2  # of the estimated size has to be free on the disk
+SPARE = 1.2  # multiple of the estimated size that must be free on the disk
 
 
-class Piece(NamedTuple):
-    """A rank's rows of a tensor."""
+class Shard(NamedTuple):
+    """A rank's part of a tensor: the rows from `start` on."""
 
     rows: Tensor
     start: int
-    shape: list[int]  # of the whole tensor
+    shape: list[int]  # of the full tensor
 
 
 class Save:
-    """A checkpoint on its way. All ranks make one, `write` it (in a thread if they like), and `commit` it together."""
+    """A checkpoint being written. Every rank creates one, calls `write` (or `start`, in a thread), then `commit`."""
 
     def __init__(
         self,
@@ -54,35 +55,39 @@ class Save:
         parallel: SingleDevice,
         snapshot: bool = False,
     ):
-        """`state` is for JSON. `snapshot` copies the tensors, so that training may go on while they are written.
+        """
+        Args:
+            state: Values for state.json.
+            snapshot: Whether to copy the tensors, so that training can continue while they are written.
 
-        Raises RunError when the disk has too little room.
+        Raises:
+            RunError: If the disk has too little free space.
         """
         self.folder, self.parallel = folder, parallel
         tensors, numbers = _optimizer_state(model, optimizer)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self.parts = {"model": _pieces(trained, snapshot), "optimizer": _pieces(tensors, snapshot)}
+        self.shards = {"model": _shards(trained, snapshot), "optimizer": _shards(tensors, snapshot)}
         self.rng = _rng_state()
         self.state = state | {"optimizer": numbers, "world_size": parallel.world_size}
-        self.error: tuple[int | None, str] | None = None  # number and reason
+        self.error: tuple[int | None, str] | None = None  # errno and message
         self.files: dict[str, dict] = {}
         self.thread: threading.Thread | None = None
-        self._check_room()
+        self._check_free_space()
         self.temporary = Path(parallel.run_on_rank0(self._make_temporary))
 
     def write(self) -> None:
-        """Writes this rank's files; an error is kept for `commit`."""
+        """Write this rank's files. `commit` raises an error of it."""
         rank = self.parallel.rank
         try:
-            for part, pieces in self.parts.items():
-                tensors = {name: piece.rows.contiguous() for name, piece in pieces.items()}
+            for part, shards in self.shards.items():
+                tensors = {name: shard.rows.contiguous() for name, shard in shards.items()}
                 self._write_file(f"{part}-{rank}.safetensors", tensors)
             self._write_file(f"rng-{rank}.safetensors", self.rng)
         except (OSError, SafetensorError) as error:
             self.error = getattr(error, "errno", None), f"rank {rank}: {reason(error)}"
 
     def start(self) -> None:
-        """`write` in a thread; `running` tells when it is done."""
+        """Call `write` in a thread. `running` is true until it returns."""
         self.thread = threading.Thread(target=self.write, name="save")
         self.thread.start()
 
@@ -91,23 +96,24 @@ class Save:
         return self.thread is not None and self.thread.is_alive()
 
     def commit(self) -> None:
-        """Makes the checkpoint one that counts. Raises the same RunError on all ranks when one could not write."""
+        """Complete the checkpoint. Raise the same RunError on all ranks if one of them could not write."""
         if self.thread is not None:
             self.thread.join()
         index = {
-            part: {name: [p.start, p.start + p.rows.shape[0] if p.shape else 1, p.shape] for name, p in pieces.items()}
-            for part, pieces in self.parts.items()
+            part: {name: [s.start, s.start + s.rows.shape[0] if s.shape else 1, s.shape] for name, s in shards.items()}
+            for part, shards in self.shards.items()
         }
-        told = self.parallel.gather({"error": self.error, "files": self.files, "index": index})
-        self.parallel.run_on_rank0(lambda: self._commit(told))
+        ranks = self.parallel.gather({"error": self.error, "files": self.files, "index": index})
+        self.parallel.run_on_rank0(lambda: self._commit(ranks))
 
-    def _commit(self, told: list[dict]) -> None:
+    def _commit(self, ranks: list[dict]) -> None:
+        """Write the JSON files and rename the directory, given error, files and index of each rank."""
         try:
-            if failed := [one["error"] for one in told if one["error"]]:
-                raise OSError(failed[0][0], "; ".join(text for _, text in failed))
-            for one in told:
-                self.files |= one["files"]
-            for name, content in (("index", _join_indices(told)), ("state", self.state)):
+            if errors := [rank["error"] for rank in ranks if rank["error"]]:
+                raise OSError(errors[0][0], "; ".join(message for _, message in errors))
+            for rank in ranks:
+                self.files |= rank["files"]
+            for name, content in (("index", _join_indices(ranks)), ("state", self.state)):
                 self._write_json(name, content)
             failpoint("save.manifest")
             versions = {"torch": torch.__version__}
@@ -120,22 +126,22 @@ class Save:
             raise RunError(f"{self.folder}: cannot be written: {reason(error)}", write_error_code(error)) from None
 
     def _make_temporary(self) -> str:
-        temporary = sibling(self.folder, "tmp")
+        temporary = temp_sibling(self.folder, "tmp")
         try:
             temporary.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written: {reason(error)}", write_error_code(error)) from None
         return str(temporary)
 
-    def _check_room(self) -> None:
-        size = sum(p.rows.nbytes for pieces in self.parts.values() for p in pieces.values())
+    def _check_free_space(self) -> None:
+        size = sum(shard.rows.nbytes for shards in self.shards.values() for shard in shards.values())
         needed = SPARE * sum(self.parallel.gather(size))
-        place = next(parent for parent in self.folder.parents if parent.exists())
-        free = -self.parallel.max(-shutil.disk_usage(place).free)
+        existing = next(parent for parent in self.folder.parents if parent.exists())
+        free = -self.parallel.max(-shutil.disk_usage(existing).free)
         if free < needed:
             raise RunError(
-                f"{self.folder}: the disk has {free / 1e6:,.0f} MB free, a checkpoint needs {needed / 1e6:,.0f} MB; "
-                "make room, or lower keep_checkpoints. The checkpoints that are there are untouched.",
+                f"{self.folder}: a checkpoint needs {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB "
+                "free. Free up space, or lower keep_checkpoints. Existing checkpoints are unchanged.",
                 "no-space",
             )
 
@@ -157,13 +163,18 @@ class Save:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: SingleDevice
 ) -> dict[str, Any]:
-    """Restores what `Save` wrote into model and optimizer, each rank its own rows; returns the state.
+    """Load a verified checkpoint into model and optimizer, each rank its own shards.
 
-    The random number generators are restored by `restore_rng`, when nothing will draw from them any more before
-    the first step. The folder was verified before. Raises RunDirError when it is of another model.
+    `restore_rng` restores the random number generators later, when nothing draws from them before the first step.
+
+    Returns:
+        The state that `Save` got.
+
+    Raises:
+        RunDirError: If the checkpoint is of another model.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _contradictions_refused(folder), torch.no_grad():
+    with _reporting_damage(folder), torch.no_grad():
         reader = _Reader(folder)
         state = _checked_state(reader, model)
         for name, parameter in parameters.items():
@@ -176,9 +187,10 @@ def load_checkpoint(
 def check_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     """Return the state of a checkpoint. The model may be on the meta device.
 
-    Raises RunDirError when it holds other tensors than the model trains, or its files contradict one another.
+    Raises:
+        RunDirError: If its parameters are not those that the model trains, or its files are inconsistent.
     """
-    with _contradictions_refused(folder):
+    with _reporting_damage(folder):
         return _checked_state(_Reader(folder), model)
 
 
@@ -186,29 +198,30 @@ def _checked_state(reader: "_Reader", model: nn.Module) -> dict[str, Any]:
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     if {name: entry["shape"] for name, entry in reader.index["model"].items()} != shapes:
         raise RunDirError(
-            f"{reader.folder}: holds other parameters than this model trains; were the model or freeze_layers changed?",
+            f"{reader.folder}: its parameters are not those that this model trains. Restore the options of the model, "
+            "such as freeze_layers, or use another exp_name.",
             "mismatch",
         )
     for part, entries in reader.index.items():
         for name in entries:
-            reader.pieces(part, name)
+            reader.shards(part, name)
     return json.loads((reader.folder / "state.json").read_text())
 
 
 @contextlib.contextmanager
-def _contradictions_refused(folder: Path) -> Iterator[None]:
+def _reporting_damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunDirError):
             raise
         raise RunDirError(
-            f"{folder}: its files contradict one another ({reason(error)}). Remove it", "damaged-file"
+            f"{folder}: its files are inconsistent ({reason(error)}). Remove the checkpoint.", "damaged-file"
         ) from None
 
 
 def restore_rng(folder: Path, parallel: SingleDevice) -> None:
-    """This rank's generators; with another number of ranks than before, new ones that no rank shares."""
+    """Restore this rank's generators or, if the number of ranks has changed, seed them differently on each rank."""
     state = json.loads((folder / "state.json").read_text())
     if state["world_size"] != parallel.world_size:
         torch.manual_seed(torch.initial_seed() + state["step"])
@@ -220,81 +233,84 @@ def restore_rng(folder: Path, parallel: SingleDevice) -> None:
 
 
 class _Reader:
-    """Rows of the tensors of a checkpoint."""
+    """Reads shards of the tensors of a checkpoint."""
 
     def __init__(self, folder: Path):
         self.index = json.loads((folder / "index.json").read_text())
         self.folder, self.files = folder, {}
 
     def read_into(self, tensor: Tensor, part: str, name: str) -> None:
-        """Fills this rank's rows of a tensor."""
+        """Load this rank's rows of a tensor into `tensor`."""
         rows, start = local_shard(tensor)
-        pieces = self.pieces(part, name)
+        shards = self.shards(part, name)
         if not rows.shape:
-            rows.copy_(self._open(pieces[0][0]).get_tensor(name))
+            rows.copy_(self._open(shards[0][0]).get_tensor(name))
             return
-        for file, first, last in pieces:
-            low, high = max(start, first), min(start + len(rows), last)
+        for file, first, stop in shards:
+            low, high = max(start, first), min(start + len(rows), stop)
             if low < high:
-                found = self._open(file).get_slice(name)[low - first : high - first]
-                rows[low - start : high - start].copy_(found)
+                stored = self._open(file).get_slice(name)[low - first : high - first]
+                rows[low - start : high - start].copy_(stored)
 
     def dtype(self, part: str, name: str) -> torch.dtype:
         return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:0].dtype
 
     def full_tensor(self, part: str, name: str) -> Tensor:
-        pieces = [self._open(file).get_tensor(name) for file, *_ in self.pieces(part, name)]
-        return torch.cat(pieces) if self.index[part][name]["shape"] else pieces[0]
+        shards = [self._open(file).get_tensor(name) for file, *_ in self.shards(part, name)]
+        return torch.cat(shards) if self.index[part][name]["shape"] else shards[0]
 
-    def pieces(self, part: str, name: str) -> list[tuple[str, int, int]]:
-        """(file, first row, row after the last) of each piece, in order.
+    def shards(self, part: str, name: str) -> list[tuple[str, int, int]]:
+        """Return (file, first row, row after the last) of each shard, in order.
 
-        Raises RunDirError unless they are all rows of the tensor, each once, and as large in the files as said:
-        `copy_` would broadcast a piece that is too small, and rows that no piece has would keep their values.
+        Raises:
+            RunDirError: If they do not cover each row once, or have other shapes in the files: `copy_` would broadcast
+                a shard that is too small, and rows without a shard would keep their values.
         """
-        entry, pieces, end = self.index[part][name], [], 0
-        for file, first, last in sorted(entry["pieces"], key=lambda piece: piece[1]):
-            shape = [last - first, *entry["shape"][1:]] if entry["shape"] else []
-            found = list(self._open(file).get_slice(name).get_shape())
-            if found != shape or first != end:
+        entry, shards, end = self.index[part][name], [], 0
+        for file, first, stop in sorted(entry["pieces"], key=lambda shard: shard[1]):
+            shape = [stop - first, *entry["shape"][1:]] if entry["shape"] else []
+            stored = list(self._open(file).get_slice(name).get_shape())
+            if stored != shape or first != end:
                 raise RunDirError(
-                    f"{self.folder / file}: {name} is {found} from row {end} on, and index.json says {shape} from row "
-                    f"{first} on. The checkpoint cannot be used; remove it",
+                    f"{self.folder / file}: {name} has shape {stored} from row {end} on, and index.json says {shape} "
+                    f"from row {first} on. Remove the checkpoint.",
                     "damaged-file",
                 )
-            pieces.append((file, first, last))
-            end = last
+            shards.append((file, first, stop))
+            end = stop
         if end != (entry["shape"][0] if entry["shape"] else 1):
             raise RunDirError(
-                f"{self.folder / 'index.json'}: {name} lacks rows from {end} on. Remove the checkpoint", "damaged-file"
+                f"{self.folder / 'index.json'}: {name} lacks rows from {end} on. Remove the checkpoint.", "damaged-file"
             )
-        return pieces
+        return shards
 
     def _open(self, name: str):
         if Path(name).name != name:
             raise RunDirError(
-                f"{self.folder / 'index.json'}: names {name!r}, which is outside of the checkpoint", "damaged-file"
+                f"{self.folder / 'index.json'}: lists {name!r}, outside of the checkpoint. Remove the checkpoint.",
+                "damaged-file",
             )
         if name not in self.files:
             self.files[name] = safe_open(self.folder / name, framework="pt")
         return self.files[name]
 
 
-def _pieces(tensors: dict[str, Tensor], snapshot: bool) -> dict[str, Piece]:
-    pieces = {}
+def _shards(tensors: dict[str, Tensor], snapshot: bool) -> dict[str, Shard]:
+    """Return the shards that this rank writes."""
+    shards = {}
     for name, tensor in tensors.items():
         rows, start = local_shard(tensor)
         if writes(tensor) and (rows.numel() or not tensor.numel()):
             rows = rows.detach()
-            pieces[name] = Piece(rows.to("cpu", copy=True) if snapshot else rows, start, list(tensor.shape))
-    return pieces
+            shards[name] = Shard(rows.to("cpu", copy=True) if snapshot else rows, start, list(tensor.shape))
+    return shards
 
 
-def _join_indices(told: list[dict]) -> dict[str, dict]:
-    """What all ranks wrote -> {part: {tensor: {shape, pieces: [[file, first row, row after the last], ...]}}}."""
+def _join_indices(ranks: list[dict]) -> dict[str, dict]:
+    """Return index.json, {part: {tensor: {shape, pieces: [[file, first row, row after the last], ...]}}}."""
     joined: dict[str, dict] = {"model": {}, "optimizer": {}}
-    for rank, one in enumerate(told):
-        for part, entries in one["index"].items():
+    for rank, written in enumerate(ranks):
+        for part, entries in written["index"].items():
             for name, (start, stop, shape) in entries.items():
                 entry = joined[part].setdefault(name, {"shape": shape, "pieces": []})
                 entry["pieces"].append([f"{part}-{rank}.safetensors", start, stop])
@@ -306,8 +322,8 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
     tensors, numbers = {}, {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
-            kept = tensors if isinstance(value, Tensor) else numbers
-            kept[f"{names[id(parameter)]}/{key}"] = value
+            target = tensors if isinstance(value, Tensor) else numbers
+            target[f"{names[id(parameter)]}/{key}"] = value
     return tensors, numbers
 
 

@@ -1,10 +1,10 @@
-"""Failpoints, for the tests of what a run survives. They do nothing unless MINITRAIN_FAULT is set.
+"""Failpoints, for tests of fault tolerance. They do nothing unless MINITRAIN_FAULT is set.
 
     MINITRAIN_FAULT=point@count:action[#rank],...    save.rename@2:kill9#1
 
-is: when rank 1 (every rank, without #) comes to the point `save.rename` for the second time, kill the process.
-Points are where `failpoint` is called. Actions: kill9, term, raise, pause (1 s), sleep (without end), enospc, flip (a
-byte of the file), nan.
+means: kill the process when rank 1 (every rank, without #) reaches the point `save.rename` for the second time.
+Points are the calls of `failpoint`. Actions: kill9, term, raise, pause (1 s), sleep (an hour), enospc, flip (a byte of
+the file), nan.
 """
 
 import errno
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def failpoint(point: str, subject: Any = None) -> Any:
-    """Returns `subject` (a file or a tensor), or what the fault makes of it."""
+    """Return `subject` (a file or a tensor), changed by the fault if one is set here."""
     return subject
 
 
@@ -30,9 +30,9 @@ def _armed(point: str, subject: Any = None) -> Any:
 def _parse(text: str) -> dict[tuple[str, int], str]:
     plan = {}
     for entry in text.split(","):
-        place, _, action = entry.partition(":")
+        point, _, action = entry.partition(":")
         action, _, rank = action.partition("#")
-        point, _, count = place.partition("@")
+        point, _, count = point.partition("@")
         if rank in ("", os.environ.get("RANK", "0")):
             plan[point, int(count or 1)] = action
     return plan
@@ -64,7 +64,7 @@ _ACTIONS = {
     "nan": lambda subject: subject * float("nan"),
 }
 _seen: Counter[str] = Counter()
-# A process that torchrun has started anew is spared, so that it can be seen to recover.
+# Not in a process that torchrun has restarted, so that tests see it recover.
 if "MINITRAIN_FAULT" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     _plan = _parse(os.environ["MINITRAIN_FAULT"])
     failpoint = _armed

@@ -15,7 +15,7 @@ from .aux_models import build_aux_models
 from .failpoints import failpoint
 from .optim import build_optimizer
 from .run_dir import RunDir
-from .saving import inputs
+from .saving import input_fingerprints
 from .setup import prepare, prepare_policy
 from .step import Precision
 
@@ -36,8 +36,8 @@ def load_parts(trainer: "Trainer") -> None:
     torch.manual_seed(config.seed)
     torch.autograd.set_detect_anomaly(config.debug)
     run = prepare(config, trainer.loss, trainer.parallel)
-    trainer.inputs = inputs(config, run.data.train)
-    check_same_inputs(config, run.data, trainer.inputs["model"], trainer.parallel)
+    trainer.input_fingerprints = input_fingerprints(config, run.data.train)
+    check_same_inputs(config, run.data, trainer.input_fingerprints["model"], trainer.parallel)
     trainer.template, trainer.tokenizer = run.template, run.template.tokenizer
     new = describe_new_tokens(run.policy.model, trainer.tokenizer)
     trainer.notes = [*run.data.summary, *([f"new tokens: {new}"] if new else [])]

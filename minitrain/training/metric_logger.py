@@ -1,8 +1,8 @@
-"""Where figures go: the console, metrics.jsonl always, and TensorBoard, wandb, swanlab when asked for.
+"""Logging of metrics: to the console and metrics.jsonl, and to TensorBoard, wandb and swanlab if they are enabled.
 
-Beside these the ledger: a line for every step, from which `minitrain compare` tells where two runs part.
+The ledger has a line for every step, in which `minitrain compare` finds the first step where two runs differ.
 
-A tracker that fails is switched off with one warning; it never stops training.
+A tracker that fails is switched off with one warning. It never stops training.
 """
 
 import json
@@ -32,9 +32,9 @@ class Logged(NamedTuple):
     """What an interrupted run had logged before it was resumed.
 
     Attributes:
-        step: That of the checkpoint. Later rows are computed again.
-        rows: Those of `step` that are not.
-        last_steps: Of each kind of row, the last step that was logged.
+        step: Step of the checkpoint. Later rows are computed again.
+        rows: Rows of `step` that are not computed again.
+        last_steps: The last step that was logged, for each kind of row.
     """
 
     step: int
@@ -43,38 +43,46 @@ class Logged(NamedTuple):
 
 
 class ThroughputMeter:
-    """Counts of the steps since the log line before."""
+    """Counts tokens and time since the last log line."""
 
     def __init__(self, step: int):
         self.start, self.step = time.perf_counter(), step
-        self.tokens = self.places = 0
+        self.tokens = self.positions = 0
 
-    def count(self, batch: Batch) -> None:
+    def update(self, batch: Batch) -> None:
         self.tokens += batch.n_tokens
-        self.places += batch.input_ids.numel()
+        self.positions += batch.input_ids.numel()
 
-    def figures(self, step: int, total_steps: int, parallel: SingleDevice) -> dict[str, float]:
-        """Tokens, speed, padding and the largest peak of memory over all ranks, and the time that is left."""
+    def compute(self, step: int, total_steps: int, parallel: SingleDevice) -> dict[str, float]:
+        """Return tokens, speed and padding over all ranks, the largest peak memory, and the remaining time."""
         seconds = time.perf_counter() - self.start
-        tokens, places = parallel.sum(torch.tensor([self.tokens, self.places])).tolist()
+        tokens, positions = parallel.sum(torch.tensor([self.tokens, self.positions])).tolist()
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
-            "padding": 1 - tokens / places,
+            "padding": 1 - tokens / positions,
             "memory_gb": parallel.max(peak_memory_gb(parallel.device)),
             "eta_seconds": (total_steps - step) * seconds / (step - self.step),
         }
 
 
 class MetricLogger:
-    """Sends figures to all trackers, and lines to the console past the progress bar."""
+    """Sends metrics to all trackers, and lines to the console, above the progress bar."""
 
-    def __init__(self, config: Config, folder: Path, settings: dict, logged: Logged | None = None, speaks: bool = True):
-        """`speaks` is false on all ranks but the first, which then write nothing anywhere."""
-        self.speaks, self.quiet = speaks, config.quiet
+    def __init__(
+        self, config: Config, folder: Path, settings: dict, logged: Logged | None = None, enabled: bool = True
+    ):
+        """
+        Args:
+            folder: The run directory.
+            settings: The config, as trackers get it.
+            logged: What was logged before the run was resumed.
+            enabled: False on all ranks but the first, which then write nothing.
+        """
+        self.enabled, self.quiet = enabled, config.quiet
         self.bar: tqdm | None = None
-        self.sinks: dict[str, tuple[Callable, Callable]] = {}  # name -> (log, close)
-        if not speaks:
+        self.backends: dict[str, tuple[Callable, Callable]] = {}  # name -> (log, close)
+        if not enabled:
             return
         self._open(METRICS, lambda: _metrics(folder))
         if config.ledger:
@@ -86,75 +94,76 @@ class MetricLogger:
         if config.swanlab.enabled and not config.debug:
             self._open("swanlab", lambda: _swanlab(config, folder, settings, logged))
 
-    def log(self, step: int, kind: str, figures: dict[str, float]) -> None:
-        """`kind` is train or eval; trackers see `kind/name`."""
-        for name, (log, _) in list(self.sinks.items()):
+    def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Send metrics to all trackers as `kind/name`, where `kind` is train or eval."""
+        for name, (log, _) in list(self.backends.items()):
             if name != LEDGER:
-                self._guard(name, lambda log=log: log(step, kind, figures))
+                self._guard(name, lambda log=log: log(step, kind, metrics))
 
     def log_step(self, step: int, tokens: Callable[[], str], loss: float, grad_norm: float) -> None:
-        """A line in the ledger: a hash of the step's tokens, its loss and gradient norm to the last bit."""
-        if LEDGER in self.sinks:
-            write, _ = self.sinks[LEDGER]
+        """Write a line to the ledger: a hash of the step's tokens, and its exact loss and gradient norm."""
+        if LEDGER in self.backends:
+            write, _ = self.backends[LEDGER]
             row = {"step": step, "tokens": tokens(), "loss": loss, "grad_norm": grad_norm}
             self._guard(LEDGER, lambda: write(row))
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        for name, (_, close) in list(self.sinks.items()):
+        for name, (_, close) in list(self.backends.items()):
             self._guard(name, close)
-        self.sinks.clear()
+        self.backends.clear()
 
     def info(self, line: str = "") -> None:
-        """A line on the console, above the progress bar; none when it is to be quiet."""
+        """Print a line above the progress bar, unless `quiet` is set."""
         if not self.quiet:
             self.warning(line)
 
     def warning(self, *lines: str) -> None:
-        """Lines on the console in any case."""
-        if not self.speaks:
+        """Print lines above the progress bar, even if `quiet` is set."""
+        if not self.enabled:
             return
         try:
             for line in lines:
                 tqdm.write(redact(line))
             sys.stdout.flush()
-        except OSError:  # nobody reads any more; training goes on
-            self.speaks = False
+        except OSError:  # the reader of the pipe is gone; training continues
+            self.enabled = False
             sys.stdout = open(os.devnull, "w")
 
     def start_bar(self, total: int, done: int) -> None:
-        if self.speaks and not self.quiet:
+        if self.enabled and not self.quiet:
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, leave=False)
 
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
 
-    def _open(self, name: str, make: Callable) -> None:
-        self._guard(name, lambda: self.sinks.update({name: make()}))
+    def _open(self, name: str, create: Callable) -> None:
+        self._guard(name, lambda: self.backends.update({name: create()}))
 
     def _guard(self, name: str, action: Callable) -> None:
         try:
             action()
         except Exception as error:
-            self.sinks.pop(name, None)
+            self.backends.pop(name, None)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.warning(f"warning: {name} failed and is switched off, training goes on: {reason}")
+            self.warning(f"warning: {name} failed and is switched off; training continues: {reason}")
 
 
-def train_line(step: int, total: int, figures: dict[str, float]) -> str:
-    """One readable line of a log step."""
+def train_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """Return the console line of a training step."""
     digits = len(str(total))
     parts = [f"step {step:>{digits}}/{total}"]
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if name in _LINE_FORMATS:
             parts.append(_LINE_FORMATS[name](value))
     return "  ".join(parts)
 
 
-def eval_line(step: int, figures: dict[str, float]) -> str:
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in ("seconds",))
+def eval_line(step: int, metrics: dict[str, float]) -> str:
+    """Return the console line of an evaluation."""
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "seconds")
     return f"eval at step {step}  {shown}"
 
 
@@ -167,7 +176,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB: of the GPU, or of this process on a CPU."""
+    """Return the peak memory so far in GB: of the GPU or, on a CPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -190,7 +199,7 @@ def _jsonl(path: Path) -> tuple[Callable, Callable]:
     file = open(path, "a", buffering=1, encoding="utf-8")
 
     def write(row: dict) -> None:
-        # JSON has no NaN; a text keeps the line readable for every parser.
+        # JSON has no NaN; as a string, every parser can read the line.
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         file.write(json.dumps(plain) + "\n")
 
@@ -199,7 +208,7 @@ def _jsonl(path: Path) -> tuple[Callable, Callable]:
 
 def _metrics(folder: Path) -> tuple[Callable, Callable]:
     write, close = _jsonl(folder / METRICS)
-    return lambda step, kind, figures: write({"step": step, "kind": kind, **figures}), close
+    return lambda step, kind, metrics: write({"step": step, "kind": kind, **metrics}), close
 
 
 def _tensorboard(folder: Path, logged: Logged | None) -> tuple[Callable, Callable]:
@@ -207,12 +216,12 @@ def _tensorboard(folder: Path, logged: Logged | None) -> tuple[Callable, Callabl
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if logged is None else logged.step)
 
-    def log(step: int, kind: str, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
+    def log(step: int, kind: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
             writer.add_scalar(f"{kind}/{name}", value, step)
         writer.flush()
 
-    for row in () if logged is None else logged.rows:  # purged with the later ones
+    for row in () if logged is None else logged.rows:  # these were purged with the later ones
         log(row["step"], row["kind"], {name: float(row[name]) for name in row.keys() - {"step", "kind"}})
     return log, writer.close
 
@@ -231,8 +240,8 @@ def _wandb(config: Config, folder: Path, settings: dict, logged: Logged | None) 
         resume=None if logged is None else "allow",
     )
 
-    def log(step: int, kind: str, figures: dict[str, float]) -> None:
-        run.log({f"{kind}/{name}": value for name, value in figures.items()} | {"step": step})
+    def log(step: int, kind: str, metrics: dict[str, float]) -> None:
+        run.log({f"{kind}/{name}": value for name, value in metrics.items()} | {"step": step})
 
     return _only_new(log, logged), run.finish
 
@@ -240,7 +249,9 @@ def _wandb(config: Config, folder: Path, settings: dict, logged: Logged | None) 
 def _swanlab(config: Config, folder: Path, settings: dict, logged: Logged | None) -> tuple[Callable, Callable]:
     import swanlab
 
-    resume = {"id": _run_id(folder), "resume": "allow"} if config.swanlab.mode == "cloud" else {}  # others cannot
+    resume = (
+        {"id": _run_id(folder), "resume": "allow"} if config.swanlab.mode == "cloud" else {}
+    )  # other modes cannot resume
     run = swanlab.init(
         project=config.swanlab.project,
         experiment_name=config.exp_name,
@@ -250,23 +261,23 @@ def _swanlab(config: Config, folder: Path, settings: dict, logged: Logged | None
         **resume,
     )
 
-    def log(step: int, kind: str, figures: dict[str, float]) -> None:
-        run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
+    def log(step: int, kind: str, metrics: dict[str, float]) -> None:
+        run.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
 
     return _only_new(log, logged), swanlab.finish
 
 
 def _run_id(folder: Path) -> str:
-    """The id of this run with wandb and SwanLab, made when it starts and kept, so that it can be resumed."""
+    """Return the id of this run for wandb and SwanLab, saved in the run directory for resuming."""
     file = folder / RUN_ID
-    if file.exists() and (found := file.read_text(errors="replace").strip()).isalnum() and found.isascii():
-        return found
-    made = uuid.uuid4().hex[:21]
-    file.write_text(made)
-    return made
+    if file.exists() and (run_id := file.read_text(errors="replace").strip()).isalnum() and run_id.isascii():
+        return run_id
+    run_id = uuid.uuid4().hex[:21]
+    file.write_text(run_id)
+    return run_id
 
 
 def _only_new(log: Log, logged: Logged | None) -> Log:
-    """Leave out rows that were logged before the interruption: they cannot be taken back, and come again the same."""
+    """Skip rows that were logged before the interruption: they cannot be removed, and are computed again unchanged."""
     last_steps = {} if logged is None else logged.last_steps
-    return lambda step, kind, figures: log(step, kind, figures) if step > last_steps.get(kind, -1) else None
+    return lambda step, kind, metrics: log(step, kind, metrics) if step > last_steps.get(kind, -1) else None

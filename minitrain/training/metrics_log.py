@@ -1,6 +1,6 @@
-"""What a run has logged, read again from its folder.
+"""Read the logs and options of a run from its directory.
 
-Any of its files may be damaged: after a power failure, by a full disk, by hand.
+Any file may be damaged: by a power failure, a full disk, or an edit.
 """
 
 import json
@@ -18,9 +18,9 @@ from minitrain.errors import ConfigError, RunDirError
 from .atomic_dir import replace_file
 
 KINDS = ("train", "eval")
-NOT_FIGURES = ("step", "kind")
-LARGEST_STEP = 2**53  # beyond it a step is not a number that a float can hold
-LARGEST = 1e100  # the squares of larger values cannot be summed
+NOT_METRICS = ("step", "kind")
+LARGEST_STEP = 2**53  # a float represents integers exactly up to this one
+LARGEST = 1e100  # the squares of larger values overflow
 UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, yaml.YAMLError)
 
 
@@ -35,13 +35,13 @@ class Point(NamedTuple):
 
 @dataclass
 class History:
-    """A run's figures as `train/NAME` and `eval/NAME`, each in the order in which it was logged."""
+    """Metrics of a run by `train/NAME` and `eval/NAME`, in the order in which they were logged."""
 
     folder: Path
     metrics: dict[str, list[Point]] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)  # messages about what cannot be read
-    settings: dict | None = None  # config.yml; None when it cannot be read
-    end: tuple[int, int] | None = None  # of a run that ended by itself: its last step, and the planned one
+    damaged: list[str] = field(default_factory=list)  # messages about unreadable files and lines
+    settings: dict | None = None  # config.yml; None if it cannot be read
+    end: tuple[int, int] | None = None  # of a finished run: last step and planned steps
 
     @property
     def name(self) -> str:
@@ -51,29 +51,29 @@ class History:
     def last_step(self) -> int:
         return max(points[-1].step for points in self.metrics.values())
 
-    def setting(self, key: str, kind: type | UnionType) -> Any:
-        """An option of config.yml (``a.b`` for one in a section); None when it is missing or not of this type."""
+    def setting(self, key: str, expected: type | UnionType) -> Any:
+        """Return an option of config.yml (``a.b`` in a section), or None if it is missing or of another type."""
         value = self.settings
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        return value if isinstance(value, kind) else None
+        return value if isinstance(value, expected) else None
 
     def values(self, name: str) -> list[float]:
-        """The finite values of a figure; [] when it was not logged."""
+        """Return the finite values of a metric, or [] if it was not logged."""
         return [point.value for point in self.metrics.get(name, []) if point.finite]
 
     def points(self, name: str) -> list[Point]:
-        """The same with their steps."""
+        """Return the finite points of a metric, or [] if it was not logged."""
         return [point for point in self.metrics.get(name, []) if point.finite]
 
 
 def read_history(folder: Path) -> History:
-    """Read metrics.jsonl and, where they exist, config.yml and run.json. What is damaged is skipped and reported.
+    """Read metrics.jsonl and, if they exist, config.yml and run.json. Skip damaged parts and report them in `damaged`.
 
     Raises:
-        ConfigError: The folder is not a run directory, or nothing was logged.
+        ConfigError: If the folder is not a run directory, or nothing was logged.
     """
-    lines = read_lines(folder, "metrics.jsonl", ", so it is no run directory")
+    lines = read_lines(folder, "metrics.jsonl", "Choose a run directory.")
     history, damaged_lines = History(folder), []
     for number, line in enumerate(lines, 1):
         try:
@@ -82,7 +82,7 @@ def read_history(folder: Path) -> History:
         except (*UNREADABLE, KeyError, TypeError):
             damaged_lines.append(number)
     if not history.metrics:
-        reason = "holds no line that can be read" if damaged_lines else "holds no figures yet"
+        reason = "has no readable line." if damaged_lines else "has no metrics yet. Wait for the first log line."
         raise ConfigError(f"{folder / 'metrics.jsonl'}: {reason}", "damaged-file" if damaged_lines else "no-data")
     if damaged_lines:
         history.damaged.append(damaged_lines_message(folder / "metrics.jsonl", damaged_lines) + " skipped")
@@ -94,35 +94,33 @@ def read_history(folder: Path) -> History:
     return history
 
 
-def read_lines(folder: Path, name: str, otherwise: str) -> list[str]:
-    """The lines of a file in a run directory. Raises ConfigError; `otherwise` is what it means that there is none."""
+def read_lines(folder: Path, name: str, hint: str) -> list[str]:
+    """Return the lines of a file in a run directory. Raise ConfigError, with `hint` if the file does not exist."""
     file = folder / name
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: there is no such folder; name a run directory, like runs/EXP_NAME", "not-found")
+        raise ConfigError(f"{folder}: does not exist. Choose a run directory, such as runs/EXP_NAME.", "not-found")
     if not file.is_file():
-        raise ConfigError(f"{folder}: holds no {name}{otherwise}", "not-found")
+        raise ConfigError(f"{folder}: does not contain {name}. {hint}", "not-found")
     try:
         return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}", "unreadable") from None
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}.", "unreadable") from None
 
 
 def warn_damaged(messages: list[str]) -> None:
-    """Print what cannot be read, on stderr."""
+    """Print messages about unreadable files on stderr."""
     for message in messages:
         print(f"minitrain: {message}", file=sys.stderr)
 
 
 def damaged_lines_message(file: Path, numbers: list[int]) -> str:
-    """``FILE:3, 5: lines that cannot be read are``, to be completed by what is done with them."""
+    """Return ``FILE:3, 5: unreadable lines are``, to be completed by what is done with them."""
     shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-    return (
-        f"{file}:{shown}: {'a line that cannot be read is' if len(numbers) == 1 else 'lines that cannot be read are'}"
-    )
+    return f"{file}:{shown}: {'an unreadable line is' if len(numbers) == 1 else 'unreadable lines are'}"
 
 
 def parse_line(line: str | bytes) -> dict:
-    """A line of metrics.jsonl or ledger.jsonl. Raises ValueError when it is not an object with a step."""
+    """Parse a line of metrics.jsonl or ledger.jsonl. Raise ValueError if it is not an object with a step."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -133,7 +131,7 @@ def parse_line(line: str | bytes) -> dict:
 
 
 def last_steps(file: Path) -> dict[str | None, int]:
-    """The largest step that a log holds of each kind of row; {} when there is none."""
+    """Return the largest step of each kind of row in a log."""
     steps: dict[str | None, int] = {}
     for _, row in _rows(file):
         if row is not None:
@@ -143,15 +141,15 @@ def last_steps(file: Path) -> dict[str | None, int]:
 
 
 def last_step(file: Path) -> int:
-    """The largest step that a log holds; 0 when there is none."""
+    """Return the largest step in a log, or 0."""
     return max(last_steps(file).values(), default=0)
 
 
 def truncate_log(file: Path, is_kept: Callable[[dict], bool]) -> list[int]:
-    """Remove the rows of a log that are not kept, and those that cannot be read.
+    """Remove the rows of a log that are not kept, and unreadable lines.
 
     Returns:
-        The numbers of the lines that could not be read. The last one, if a kill cut it, is not among them.
+        The numbers of the unreadable lines, except a last line that a kill truncated.
     """
     damaged = []
 
@@ -167,7 +165,7 @@ def truncate_log(file: Path, is_kept: Callable[[dict], bool]) -> list[int]:
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes, dict | None]]:
-    """The lines of a log and their rows; None for a line that cannot be read. One that a kill cut is left out."""
+    """Yield each line of a log with its row, or None for an unreadable line. Skip a last line that a kill truncated."""
     with open(file, "rb") as lines:
         for line in lines:
             try:
@@ -178,16 +176,16 @@ def _rows(file: Path) -> Iterator[tuple[bytes, dict | None]]:
 
 
 def _points(line: str) -> dict[str, Point]:
-    """Raises ValueError, TypeError or OverflowError for a line that is not one of `MetricLogger`."""
+    """Return the points in a line of metrics.jsonl. Raise ValueError, TypeError or OverflowError for another line."""
     row = parse_line(line)
     step, kind = row["step"], row.get("kind")
     if kind not in KINDS:
         raise ValueError
-    return {f"{kind}/{name}": Point(step, float(value)) for name, value in row.items() if name not in NOT_FIGURES}
+    return {f"{kind}/{name}": Point(step, float(value)) for name, value in row.items() if name not in NOT_METRICS}
 
 
 def read_settings(folder: Path) -> dict | None:
-    """config.yml; None when there is none. Raises RunDirError when it is damaged."""
+    """Return the content of config.yml, or None if it does not exist. Raise RunDirError if it is damaged."""
     file = folder / "config.yml"
     if not file.exists():
         return None
@@ -196,14 +194,15 @@ def read_settings(folder: Path) -> dict | None:
     except UNREADABLE:
         settings = None
     if not isinstance(settings, dict):
-        raise RunDirError(f"{file}: cannot be read as a config, so the options of this run are unknown", "damaged-file")
+        raise RunDirError(f"{file}: is not a readable config, so the options of this run are unknown", "damaged-file")
     return settings
 
 
 def read_end(folder: Path) -> tuple[int, int] | None:
-    """run.json: (the step at which the run ended by itself, its planned steps); None when there is none.
+    """Return (last step, planned steps) of a finished run from run.json, or None if it does not exist.
 
-    Raises RunDirError when it is damaged.
+    Raises:
+        RunDirError: If run.json is damaged.
     """
     file = folder / "run.json"
     if not file.exists():
@@ -214,5 +213,7 @@ def read_end(folder: Path) -> tuple[int, int] | None:
     except (*UNREADABLE, KeyError, TypeError):
         ended = ()
     if not ended or any(type(step) is not int or not 0 <= step < LARGEST_STEP for step in ended):
-        raise RunDirError(f"{file}: is damaged, so whether the run has finished is unknown. Remove it", "damaged-file")
+        raise RunDirError(
+            f"{file}: is damaged, so it is unknown whether the run has finished. Remove it.", "damaged-file"
+        )
     return ended

@@ -1,4 +1,4 @@
-"""The run directory: what is in it already, whether this config may go on with it, and what is written at the start."""
+"""The run directory: its former contents, whether this config may resume it, and what is written at the start."""
 
 import contextlib
 import fcntl
@@ -33,9 +33,9 @@ from .atomic_dir import (
     prune,
     read_manifest,
     recover,
+    remove_leftovers,
     replace_file,
     step_of,
-    sweep,
     verify,
 )
 from .checkpoint import Save
@@ -53,7 +53,7 @@ from .metrics_log import (
 
 LOGS = (METRICS, LEDGER)
 FILES = (*LOGS, RUN_ID)
-WRITTEN_BY_STEPS = (*FILES, "tensorboard", "models", "best", "final")  # what a restart from step 0 would replace
+WRITTEN_BY_STEPS = (*FILES, "tensorboard", "models", "best", "final")  # what a restart from step 0 would overwrite
 INPUTS = {
     "datasets": "other data: the files, the tokenizer or their options have changed",
     "model": "another base model: the files of model.name_or_path have changed",
@@ -61,10 +61,10 @@ INPUTS = {
 
 
 class RunDir:
-    """``output_dir/exp_name``. What writes or decides is done by rank 0 and reaches the others."""
+    """``output_dir/exp_name``. Rank 0 writes and decides; the other ranks get its results and errors."""
 
     def __init__(self, config: Config, parallel: SingleDevice):
-        """Raises RunDirError for a folder that cannot be written, or with a run that must not be continued."""
+        """Raise RunDirError if the directory cannot be written, or holds a run that must not be resumed."""
         self.config, self.parallel = config, parallel
         self.path = Path(config.output_dir) / config.exp_name
         self.checkpoints = self.path / "checkpoints"
@@ -72,13 +72,13 @@ class RunDir:
         self.best = self.path / "best"
         self.models = self.path / "models"
         self.lock = None
-        self.messages: list[str] = []  # what was damaged or interrupted in this folder, for the console
+        self.messages: list[str] = []  # about damage and interruptions, for the console
         self.pending: Save | None = None  # a checkpoint that is being written
-        parallel.run_on_rank0(lambda: self._writing(self._try_writing))
-        parallel.run_on_rank0(self._refuse_changes)
+        parallel.run_on_rank0(lambda: self._writing(self._check_writable))
+        parallel.run_on_rank0(self._check_options)
 
     def settings(self) -> dict:
-        """The config as trackers get it: what came from the environment stays unresolved."""
+        """Return the config for trackers. References to the environment stay unresolved."""
         return yaml.safe_load(config_yaml(self.config))
 
     def checkpoint(self, step: int) -> Path:
@@ -88,32 +88,34 @@ class RunDir:
         return self.models / f"step-{step}"
 
     def finished(self, total_steps: int) -> str | None:
-        """Return what to say if a run of so many steps or more has ended here by itself, else None.
+        """Return a message if a run of at least `total_steps` steps has finished here, else None.
 
-        Raises RunDirError when a shorter one has, and left no checkpoint to go on from, and when `resume` names a
-        folder that is not a checkpoint.
+        Raises:
+            RunDirError: If a shorter run has finished without a checkpoint to resume from, or `resume` names a folder
+                that is not a checkpoint.
         """
         ended = self.parallel.run_on_rank0(lambda: read_end(self.path))
         if ended is None:
             return None
         finished, planned = ended
         if planned >= total_steps:
-            if self.config.resume not in ("auto", "never"):  # a folder that was named is never ignored
+            if self.config.resume not in ("auto", "never"):  # check the folder although it is not used
                 self.parallel.run_on_rank0(lambda: read_manifest(Path(self.config.resume)))
             early = f" (stopped early, of {planned})" if finished < planned else ""
-            return f"{self.path} is finished: {finished} steps{early}. For another run choose another exp_name."
+            return f"{self.path} is finished: {finished} steps{early}. To train again, set another exp_name."
         if self.config.resume == "auto" and not self.parallel.run_on_rank0(lambda: holds_checkpoint(self.checkpoints)):
             raise RunDirError(
-                f"{self.path} was finished at step {finished} and holds no checkpoint (see save_every_steps), so it "
-                "cannot be continued. Choose another exp_name.",
+                f"{self.path}: finished at step {finished} without a checkpoint (see save_every_steps), so it cannot "
+                "be resumed. Set another exp_name.",
                 "other-run",
             )
         return None
 
     def find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, as `resume` says; damaged ones are reported in `messages`.
+        """Return the checkpoint that `resume` selects, or None. Add damaged ones to `messages`.
 
-        Raises RunDirError when the one that was named is damaged, or none is sound.
+        Raises:
+            RunDirError: If the selected checkpoint is damaged, or none is valid.
         """
         resume = self.config.resume
         if resume == "never":
@@ -121,43 +123,44 @@ class RunDir:
         if resume != "auto":
             verify(Path(resume), self.parallel)
             return Path(resume)
-        found, complaints = latest_valid(self.checkpoints, self.parallel)
-        self.messages += complaints
-        return found
+        checkpoint, messages = latest_valid(self.checkpoints, self.parallel)
+        self.messages += messages
+        return checkpoint
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process can train in this folder, and what a kill interrupted has been completed.
+        """Lock the directory against other processes, and complete what a kill interrupted.
 
-        Raises RunDirError when another process trains in it.
+        Raises:
+            RunDirError: If another process trains in it.
         """
         self.parallel.run_on_rank0(self._take_lock)
         self.parallel.run_on_rank0(lambda: self._writing(self._recover))
         try:
             yield
         finally:
-            if self.lock is not None:  # which a killed process loses too
+            if self.lock is not None:  # a kill releases the lock, too
                 self.lock.close()
 
-    def compare_inputs(self, checkpoint: Path, saved: dict[str, list], now: dict[str, list]) -> None:
-        """Raises RunDirError when a checkpoint is of other data or another base model."""
-        for name, was in saved.items():
-            if was != now[name] and name not in self.config.allow_changes:
+    def check_fingerprints(self, checkpoint: Path, saved: dict[str, list], current: dict[str, list]) -> None:
+        """Raise RunDirError if the data or the base model of a checkpoint differ."""
+        for name, fingerprint in saved.items():
+            if fingerprint != current[name] and name not in self.config.allow_changes:
                 raise RunDirError(
-                    f"{checkpoint} is of a run with {INPUTS[name]}. Put them back, choose another exp_name, or go on "
-                    f"with what is there now: allow_changes=[{name}].",
+                    f"{checkpoint}: belongs to a run with {INPUTS[name]}. Restore them, set another exp_name, or "
+                    f"resume with the current ones: allow_changes=[{name}].",
                     "other-run",
                 )
 
     def start(self, step: int | None, evaluates: bool) -> Logged | None:
-        """Write config.yml, remove what a kill left, and the logs and models that are computed again.
+        """Write config.yml, and remove leftovers of a kill and all logs and models after `step`.
 
         Args:
-            step: That of the checkpoint; None without one. Later logs and models are computed again.
-            evaluates: Whether the evaluation of `step` is, too.
+            step: Step of the checkpoint; None without one.
+            evaluates: Whether `step` is evaluated again, so that its evaluation is removed from the logs.
 
         Returns:
-            What has been logged, for trackers; None without a checkpoint. Only rank 0 knows.
+            On rank 0, what has been logged, for trackers; None without a checkpoint.
         """
 
         rows, steps = [], {}
@@ -171,8 +174,8 @@ class RunDir:
 
         def write() -> None:
             for folder in (self.checkpoints, self.models, self.path):
-                sweep(folder)
-            self._set_aside_former_attempt(step)
+                remove_leftovers(folder)
+            self._move_former_attempt(step)
             replace_file(self.path / "config.yml", [config_yaml(self.config).encode()])
             prune(self.checkpoints, self.config.keep_checkpoints, step)
             drop_after(self.models, step or 0)
@@ -188,7 +191,7 @@ class RunDir:
         return None if step is None else Logged(step, rows, steps)
 
     def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Writes a checkpoint, with `save_async` while training goes on."""
+        """Write a checkpoint. With `save_async`, training continues during the write."""
         self.finish_saving()
         folder = self.checkpoint(state["step"])
         self.pending = Save(folder, policy, optimizer, state, self.parallel, snapshot=self.config.save_async)
@@ -199,7 +202,7 @@ class RunDir:
             self.finish_saving()
 
     def finish_saving(self, wait: bool = True) -> None:
-        """Commits a checkpoint that was being written; without `wait` only when all ranks have written theirs."""
+        """Commit the checkpoint being written. Without `wait`, only if all ranks have written their files."""
         if self.pending is None or (not wait and self.parallel.max(int(self.pending.running))):
             return
         pending, self.pending = self.pending, None
@@ -207,72 +210,72 @@ class RunDir:
         self.parallel.run_on_rank0(lambda: self._prune_checkpoints(pending.state["step"]))
 
     def prune_models(self) -> None:
-        """Removes older models than `keep_models`; rank 0 calls it."""
+        """Remove all but the newest `keep_models` models. Only rank 0 calls it."""
         prune(self.models, self.config.keep_models)
 
     def finish(self, step: int, total_steps: int) -> None:
-        """Notes that the run has ended by itself."""
+        """Record in run.json that the run has finished."""
         end = json.dumps({"finished_step": step, "total_steps": total_steps}).encode()
         self.parallel.run_on_rank0(lambda: self._writing(lambda: replace_file(self.path / "run.json", [end])))
 
     def _prune_checkpoints(self, step: int) -> None:
-        drop_after(self.checkpoints, step)  # damaged ones, which this one replaces
+        drop_after(self.checkpoints, step)  # damaged ones that this one replaces
         prune(self.checkpoints, self.config.keep_checkpoints)
 
     def _recover(self) -> None:
         for folder in (self.checkpoints, self.models, self.path):
             for name in recover(folder):
-                self.messages.append(f"{folder / name}: recovered; a kill had interrupted its replacement")
+                self.messages.append(f"{folder / name}: recovered after an interrupted replacement")
 
-    def _set_aside_former_attempt(self, step: int | None) -> None:
-        """Move what a former attempt wrote, and this one would replace or mix with its own, to attempt-N."""
+    def _move_former_attempt(self, step: int | None) -> None:
+        """Move the files of a former attempt that this one would overwrite or append to into attempt-N."""
         resume = self.config.resume
-        start, reached = "step 0, since there is no checkpoint", 0
+        start, reached = "step 0, because there is no checkpoint", 0
         if step is None:
-            found = [self.path / name for name in WRITTEN_BY_STEPS]
+            paths = [self.path / name for name in WRITTEN_BY_STEPS]
         elif resume == "auto":
             return
         elif Path(resume).resolve().parent == self.checkpoints.resolve():
             later = [*checkpoints(self.checkpoints), *checkpoints(self.models)]
-            found, start = [path for path in later if step_of(path) > step], resume
-            reached = max(map(step_of, found), default=0)
-            found += [self.path / RUN_ID]
+            paths, start = [path for path in later if step_of(path) > step], resume
+            reached = max(map(step_of, paths), default=0)
+            paths += [self.path / RUN_ID]
         else:
-            found, start = [self.path / name for name in (*WRITTEN_BY_STEPS, "checkpoints")], resume
-        found = [path for path in found if (path.is_file() if path.name in FILES else _holds_files(path))]
-        if not found:
+            paths, start = [self.path / name for name in (*WRITTEN_BY_STEPS, "checkpoints")], resume
+        paths = [path for path in paths if (path.is_file() if path.name in FILES else _holds_files(path))]
+        if not paths:
             return
-        reached = max([reached, *(last_step(file) for file in found if file.name in LOGS)])
-        if not reached and not any(path.name in ("models", "final", "checkpoints") for path in found):
-            for path in found:
+        reached = max([reached, *(last_step(file) for file in paths if file.name in LOGS)])
+        if not reached and not any(path.name in ("models", "final", "checkpoints") for path in paths):
+            for path in paths:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.messages.append(f"{self.path} holds a run that logged no step; training starts from {start}")
+            self.messages.append(f"{self.path}: contains a run that logged no step. Training starts from {start}.")
             return
         attempt = next(path for n in itertools.count(1) if not (path := self.path / f"attempt-{n}").exists())
-        for path in found:
+        for path in paths:
             moved = attempt / path.relative_to(self.path)
             moved.parent.mkdir(parents=True, exist_ok=True)
             path.rename(moved)
         self.messages.append(
-            f"{self.path} holds a run that reached step {reached}; training starts from {start}. What that run wrote "
-            f"is now in {attempt}"
+            f"{self.path}: contains a run that reached step {reached}. Training starts from {start}. The files of that "
+            f"run are now in {attempt}."
         )
 
-    def _try_writing(self) -> None:
-        """Raise RunDirError or OSError when what is written into the folder cannot be. Leaves nothing behind."""
+    def _check_writable(self) -> None:
+        """Raise RunDirError or OSError if the directory cannot be written. Leaves no files."""
         for name in ("config.yml", ".lock", *FILES):
             if (self.path / name).is_dir():
                 raise RunDirError(
-                    f"{self.path / name}: is a folder, and training writes a file. Remove it.", "wrong-path"
+                    f"{self.path / name}: is a folder, but training writes a file. Remove it.", "wrong-path"
                 )
         for name in ("checkpoints", "models", "tensorboard"):
             if (self.path / name).is_file():
                 raise RunDirError(
-                    f"{self.path / name}: is a file, and training makes a folder. Remove it.", "wrong-path"
+                    f"{self.path / name}: is a file, but training creates a folder. Remove it.", "wrong-path"
                 )
-        place = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=place, ignore_cleanup_errors=True) as temporary:
-            (Path(temporary) / self.path.relative_to(place)).mkdir(parents=True, exist_ok=True)
+        existing = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=existing, ignore_cleanup_errors=True) as temporary:
+            (Path(temporary) / self.path.relative_to(existing)).mkdir(parents=True, exist_ok=True)
 
     def _take_lock(self) -> None:
         self._writing(lambda: self.path.mkdir(parents=True, exist_ok=True))
@@ -282,8 +285,8 @@ class RunDir:
         except OSError:
             self.lock.seek(0)
             raise RunDirError(
-                f"{self.path}: another process trains in this folder ({self.lock.read().strip()}); "
-                "wait for it, or choose another exp_name.",
+                f"{self.path}: another process trains in this directory ({self.lock.read().strip()}). Wait for it, or "
+                "set another exp_name.",
                 "locked",
             ) from None
         self._writing(self._sign_lock)
@@ -301,31 +304,31 @@ class RunDir:
                 f"{self.path}: cannot be written: {error.strerror}. Set output_dir.", write_error_code(error)
             ) from None
 
-    def _refuse_changes(self) -> None:
-        """Raises RunDirError for a folder with a run that `resume` forbids, or that had other options."""
+    def _check_options(self) -> None:
+        """Raise RunDirError if the directory holds a run that `resume` excludes, or one with other options."""
         holds_checkpoints = holds_checkpoint(self.checkpoints)
         if not holds_checkpoints and not (self.path / "config.yml").exists():
             return
         if self.config.resume == "never":
             raise RunDirError(
-                f"{self.path} holds a run already: choose another exp_name, or resume=auto.", "already-exists"
+                f"{self.path}: already contains a run. Set another exp_name, or resume=auto.", "already-exists"
             )
         trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
         if self.config.resume != "auto" or not trained:
             return
         changes = dict(_changes(with_own_names(self._saved_settings(), loss_options), self.settings(), self.config))
         allowed = self.config.allow_changes
-        refused = {key: told for key, told in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
+        refused = {key: text for key, text in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
         if refused:
-            told = "; ".join(f"{key}: {change}" for key, change in refused.items())
+            described = "; ".join(f"{key}: {text}" for key, text in refused.items())
             raise RunDirError(
-                f"{self.path} holds a run with other options ({told}). Choose another exp_name, take the options back, "
-                f"or go on with them: allow_changes=[{','.join(refused)}].",
+                f"{self.path}: contains a run with other options ({described}). Set another exp_name, restore the "
+                f"options, or resume anyway with allow_changes=[{','.join(refused)}].",
                 "other-run",
             )
 
     def _saved_settings(self) -> dict:
-        """The options of the run in this folder: those of config.yml, or of a checkpoint when it is damaged."""
+        """Return the options of the run in this directory, from config.yml or, if it is damaged, from a checkpoint."""
         file = self.path / "config.yml"
         try:
             settings = read_settings(self.path)
@@ -338,11 +341,11 @@ class RunDir:
             with contextlib.suppress(*UNREADABLE, KeyError, TypeError):
                 settings = json.loads((checkpoint / "state.json").read_text())["config"]
                 if isinstance(settings, dict):
-                    self.messages.append(f"{problem}. The options were compared with those in {checkpoint}")
+                    self.messages.append(f"{problem}. The options were compared with those of {checkpoint}.")
                     return settings
         raise RunDirError(
-            f"{problem}, and so are those that were changed. Write it again (the model card of best/ or final/ has its "
-            "text), or choose another exp_name.",
+            f"{problem}, so changed options cannot be detected. Restore it (the model card in best/ or final/ contains "
+            "it), or set another exp_name.",
             "damaged-file",
         )
 
@@ -352,15 +355,15 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
-    """(key, ``old -> new``) of each option that changes what is computed."""
+    """Yield (key, ``old -> new``) for each changed option that affects results."""
     for f in option_fields(schema):
         if not f.metadata["affects_results"]:
             continue
-        old, now, value = without_passwords(saved.get(f.name)), new.get(f.name), getattr(schema, f.name)
+        old, current, value = without_passwords(saved.get(f.name)), new.get(f.name), getattr(schema, f.name)
         if is_dataclass(value) and isinstance(old, dict):
-            yield from _changes(old, now, value, f"{path}{f.name}.")
-        elif old != now:
-            yield f"{path}{f.name}", f"{_short(old)} -> {_short(now)}"
+            yield from _changes(old, current, value, f"{path}{f.name}.")
+        elif old != current:
+            yield f"{path}{f.name}", f"{_short(old)} -> {_short(current)}"
 
 
 def _short(value: Any) -> str:

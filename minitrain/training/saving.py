@@ -1,6 +1,6 @@
-"""What the trainer saves, models to use and checkpoints to resume from, and when.
+"""What the trainer saves, models and checkpoints, and when.
 
-Functions that get the trainer, as hooks do.
+Functions that take `trainer` receive it like hooks.
 """
 
 import collections
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 MIN_INTERVAL = 60.0  # seconds between two checkpoints, at least
-MAX_SHARE = 0.02  # of the time may go into writing them
-WRITE_SPEED = 500e6  # bytes per second, assumed until one has been written
-# What a checkpoint holds besides tensors: attributes of the trainer.
+MAX_SHARE = 0.02  # of the run time, spent on writing checkpoints
+WRITE_SPEED = 500e6  # bytes per second, assumed until the first checkpoint is written
+# Attributes of the trainer that a checkpoint holds. They are keys of state.json.
 CHECKPOINT_STATE = (
     "step",
     "updates",
@@ -44,7 +44,7 @@ CHECKPOINT_STATE = (
 
 
 def save_model(trainer: "Trainer", folder: Path) -> None:
-    """Write the model as it is now, with its tokenizer and model card. All ranks call it."""
+    """Write the current model with its tokenizer and model card. All ranks must call it."""
     results = {f"eval {k}": v for k, v in trainer.eval_metrics.items()}
     results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
     card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step)
@@ -62,20 +62,22 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
 
     parallel.set_status(f"saving {folder}")
     failpoint("model.save")
-    parallel.run_on_rank0(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))  # joining takes all ranks
+    parallel.run_on_rank0(
+        write, meanwhile=lambda: collections.deque(tensors, maxlen=0)
+    )  # gathering shards takes all ranks
     trainer.call_hook("on_save")
 
 
 def check_target(path: Path) -> None:
-    """Raise ConfigError for a path that holds something else than a saved model."""
+    """Raise ConfigError if the path holds anything other than a saved model."""
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_model(path)):
         raise ConfigError(f"{path}: exists and is not a saved model. Choose another folder.", "already-exists")
 
 
 def save_if_due(trainer: "Trainer") -> None:
-    """Write a checkpoint if the schedule says so. All ranks call it.
+    """Write a checkpoint if one is due. All ranks must call it.
 
-    One that the user did not ask for, and that cannot be written, does not end the training.
+    Training continues after a failure if `save_every_steps` is not set, because the user did not request checkpoints.
     """
     if not trainer.save_schedule.is_due(trainer.step, trainer.total_steps):
         return
@@ -85,18 +87,22 @@ def save_if_due(trainer: "Trainer") -> None:
         if trainer.config.save_every_steps is not None:
             raise
         trainer.save_schedule.failed()
-        told = f"warning: {error.message} Training continues without this checkpoint. [{error.code}]"
-        trainer.logger.warning(told)
+        message = f"warning: {error.message} Training continues without this checkpoint. [{error.code}]"
+        trainer.logger.warning(message)
 
 
 def save_checkpoint(trainer: "Trainer") -> None:
-    """Write a checkpoint of this step, unless one of exactly this state is there. All ranks call it."""
+    """Write a checkpoint of this step, unless this state is already saved. All ranks must call it."""
     began = time.perf_counter()
     trainer.parallel.set_status(f"the checkpoint of step {trainer.step}")
     progress = {name: getattr(trainer, name) for name in CHECKPOINT_STATE}
     if trainer.parallel.run_on_rank0(lambda: progress == trainer.saved_progress):
         return
-    state = {"precision": trainer.precision.state_dict(), "inputs": trainer.inputs, "config": trainer.run.settings()}
+    state = {
+        "precision": trainer.precision.state_dict(),
+        "inputs": trainer.input_fingerprints,
+        "config": trainer.run.settings(),
+    }
     trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
     trainer.saved_progress = progress
     trainer.save_schedule.saved(time.perf_counter() - began)
@@ -105,9 +111,9 @@ def save_checkpoint(trainer: "Trainer") -> None:
 
 
 def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
-    """Set the trainer to what a checkpoint holds. Raises RunDirError when its data or base model are others."""
+    """Restore the trainer from a checkpoint. Raise RunDirError if its data or base model differ."""
     state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
-    trainer.run.compare_inputs(folder, state["inputs"], trainer.inputs)
+    trainer.run.check_fingerprints(folder, state["inputs"], trainer.input_fingerprints)
     trainer.precision.load_state_dict(state["precision"])
     for name in CHECKPOINT_STATE:
         setattr(trainer, name, state[name])
@@ -115,28 +121,28 @@ def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
         trainer.saved_progress = {name: state[name] for name in CHECKPOINT_STATE}
 
 
-def inputs(config: Config, examples: TokenizedDataset) -> dict[str, list[str]]:
-    """Return what a checkpoint depends on and its tensors do not tell."""
+def input_fingerprints(config: Config, examples: TokenizedDataset) -> dict[str, list[str]]:
+    """Return fingerprints of the training data and the base model, which a resumed run must share."""
     data = [cache.path.stem for cache in examples.caches] + [str(size) for size in examples.sizes]
     return {"datasets": data, "model": model_fingerprint(config.model)}
 
 
 class SaveSchedule:
-    """Every `save_every_steps` steps and at the end; if the option is not set, by time.
+    """Decides when a checkpoint is due: every `save_every_steps` steps and at the end or, without the option, by time.
 
-    By time, a checkpoint is due a minute after the last one, or later if writing one takes longer than 2 % of that: a
-    run that is killed repeats at most a minute, or 50 times as long as a checkpoint takes.
+    By time, the interval is a minute, or 50 times the duration of a write if that is longer. A killed run repeats at
+    most one interval.
 
     Attributes:
-        count: Checkpoints written.
-        seconds: The time that they took.
+        count: Number of checkpoints written.
+        seconds: Total time of writing them.
     """
 
     def __init__(self, every: int | None, n_bytes: int, parallel: SingleDevice):
         """
         Args:
-            every: `save_every_steps`; 0: never, None: by time.
-            n_bytes: The expected size of a checkpoint.
+            every: `save_every_steps`. 0 is never, None is by time.
+            n_bytes: Expected size of a checkpoint.
         """
         self.every, self.parallel = every, parallel
         self.cost = n_bytes / WRITE_SPEED  # seconds
@@ -144,7 +150,7 @@ class SaveSchedule:
         self.start()
 
     def start(self) -> None:
-        """The first step follows."""
+        """Start the clock, just before the first step."""
         self.began = self.last = time.perf_counter()
 
     @property
@@ -153,34 +159,34 @@ class SaveSchedule:
         return max(MIN_INTERVAL, self.cost / MAX_SHARE)
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether a checkpoint is due after a step. All ranks call it, and get the same answer."""
+        """Return whether a checkpoint is due after this step. All ranks must call it, and get the same answer."""
         if self.every is not None:
             return self.every > 0 and (step % self.every == 0 or step == total_steps)
         waited = time.perf_counter() - self.last >= self.interval
         return self.parallel.max(int(waited)) > 0  # the clocks of ranks differ
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint took so long."""
+        """Record a checkpoint that took this many seconds."""
         self.count, self.seconds, self.cost = self.count + 1, self.seconds + seconds, seconds
         self.last = time.perf_counter()
 
     def failed(self) -> None:
-        """A checkpoint could not be written; the next attempt is an interval later."""
+        """Record a failed checkpoint. The next attempt is one interval later."""
         self.last = time.perf_counter()
 
     def summary(self) -> str:
-        """What checkpoints have cost."""
+        """Return one line about the cost of checkpoints."""
         share = self.seconds / max(time.perf_counter() - self.began, 1e-9)
         return f"{self.count} checkpoint{'s' * (self.count != 1)} took {self.seconds:.1f} s ({share:.1%} of the time)"
 
 
 def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int) -> str:
-    """README.md of a saved model: what it was trained on, how, and how well it did."""
+    """Return README.md of a saved model: its data, results and options."""
     options = written(config)
     base = _named(options["model"], "name_or_path")
     entries = options["datasets"] if isinstance(options["datasets"], list) else [options["datasets"]]
     files = "\n".join(f"- `{_named(entry, 'path')}`" for entry in entries)
-    figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items()) or "| none | |"
+    metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items()) or "| none | |"
     return f"""---
 library_name: transformers
 base_model: {json.dumps(base) if ": " in base else base}
@@ -200,7 +206,7 @@ tags: [minitrain, {config.loss["name"]}]
 
 | metric | value |
 |---|---|
-{figures}
+{metrics}
 
 ## Options
 
@@ -211,5 +217,5 @@ tags: [minitrain, {config.loss["name"]}]
 
 
 def _named(section: Any, key: str) -> str:
-    """Return the option that names a model or a file; a section that is one `${...}` stays as it is written."""
+    """Return the name of a model or file from its section. A section that is one `${...}` is returned as it is."""
     return section[key] if isinstance(section, dict) else section

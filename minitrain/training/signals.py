@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: noted while a model trains and looked at between steps, raised before."""
+"""Signals that stop a command: captured during training and checked between steps, raised before."""
 
 import contextlib
 import signal
@@ -9,16 +9,16 @@ from minitrain.distributed.process import world_size
 
 
 @contextlib.contextmanager
-def capture_signals(note: Callable[[int], None]) -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 call `note` with their number, and do nothing else.
+def capture_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """Call `on_signal` with the number of each SIGINT, SIGTERM and SIGUSR1 inside the block.
 
-    Python handles signals in its main thread only, so in another one nothing is changed.
+    Does nothing outside the main thread, because Python handles signals only there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in wanted}
+    captured = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, frame: on_signal(number)) for number in captured}
     try:
         yield
     finally:
@@ -27,15 +27,15 @@ def capture_signals(note: Callable[[int], None]) -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, and ends a command as Ctrl-C does."""
+    """SIGTERM, which ends a command as Ctrl-C does."""
 
 
 @contextlib.contextmanager
 def sigterm_raised() -> Iterator[None]:
-    """Inside, SIGTERM raises Terminated where the command is; those that follow do nothing while it cleans up.
+    """Raise Terminated on SIGTERM inside the block, and ignore further SIGTERMs during cleanup.
 
-    Under a launcher of several ranks it ends the process at once: one that waits in a collective runs no Python, and
-    the launcher reports the signal. Nothing changes where the process ignores or handles it, or in another thread.
+    With several ranks, SIGTERM keeps ending the process at once: a rank that waits in a collective runs no Python, and
+    the launcher reports the signal. Does nothing if SIGTERM has a handler or is ignored, and outside the main thread.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not (world_size() == 1 and in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):

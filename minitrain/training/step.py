@@ -1,7 +1,7 @@
 """An optimizer step in two halves, the gradients of all its micro-batches and the update, and an evaluation.
 
-The trainer, the memory estimate and training loops of your own call the same functions. Means are exact whatever the
-batches: sums over tokens, divided once at the end.
+The trainer, the memory estimate and your own training loops call the same functions. Means do not depend on the batch
+layout: they are sums over items, divided once at the end.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ SMALLEST_SCALE = 2.0**-10
 
 @dataclass
 class Precision:
-    """The dtype of compute. Parameters keep their own dtype, float32 by default.
+    """Autocast and loss scaling. Parameters keep their own dtype, float32 by default.
 
-    float16 has no exponents for small gradients: the loss is multiplied by `scale` before the backward pass and
-    the gradients divided by it after. An overflow halves the scale, and the step is skipped.
+    Small gradients underflow in float16, so the loss is multiplied by `scale` before the backward pass, and the
+    gradients are divided by it afterwards. An overflow halves the scale, and the step is skipped.
     """
 
     dtype: torch.dtype
@@ -50,20 +50,20 @@ class Precision:
         (loss * self.scale).backward()
 
     def unscale(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Gives the gradients their true size; before clipping, and once a step."""
+        """Divide the gradients by the scale. Call it once per step, before clipping."""
         if self.scale != 1.0:
             grads = [p.grad for p in parameters if p.grad is not None]
             torch._foreach_mul_(grads, 1.0 / self.scale)
 
     def update(self, overflow: bool) -> None:
-        """Adapts the scale after a step. Raises RunError when no scale helps."""
+        """Adapt the scale after a step. Raise RunError if the gradients overflow at every scale."""
         if self.dtype != torch.float16:
             return
         if overflow:
             self.scale, self.clean_steps = self.scale / 2, 0
             if self.scale < SMALLEST_SCALE:
                 raise RunError(
-                    "float16 gradients overflow at every loss scale; use model.policy_dtype=bfloat16", "not-finite"
+                    "gradients overflow float16 at every loss scale. Set model.policy_dtype=bfloat16.", "not-finite"
                 )
         else:
             self.clean_steps += 1
@@ -78,7 +78,7 @@ class Precision:
 
 
 class MetricAccumulator:
-    """Running sums of a loss and its metrics, in float64, over micro-batches, steps and ranks."""
+    """Sums of a loss and its metrics over micro-batches, steps and ranks, in float64."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -96,22 +96,22 @@ class MetricAccumulator:
             self.samples.setdefault(name, []).extend(tensor.tolist())
 
     def means(self, parallel: SingleDevice) -> dict[str, float]:
-        """Sum / weight of each, over all ranks; a metric that no rank has seen is left out."""
-        # A loss may give a metric on some ranks only, and sums are made in one order on all of them.
+        """Return the mean of each metric over all ranks. A metric that no rank has is left out."""
+        # Some ranks may have no value of a metric, and all ranks must sum in the same order.
         names = dict.fromkeys(name for known in parallel.gather(list(self.sums)) for name in known)
         if not names:
             return {}
-        nothing = torch.zeros(2, dtype=self.dtype, device=self.device)
-        totals = parallel.sum(torch.stack([self.sums.get(name, nothing) for name in names])).tolist()  # [M, 2]
+        zero = torch.zeros(2, dtype=self.dtype, device=self.device)
+        totals = parallel.sum(torch.stack([self.sums.get(name, zero) for name in names])).tolist()  # [M, 2]
         return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
 
     def all_samples(self, parallel: SingleDevice) -> dict[str, list[float]]:
-        """The samples of all ranks."""
-        found: dict[str, list[float]] = {}
+        """Return the samples of all ranks."""
+        merged: dict[str, list[float]] = {}
         for samples in parallel.gather(self.samples):
             for name, numbers in samples.items():
-                found.setdefault(name, []).extend(numbers)
-        return found
+                merged.setdefault(name, []).extend(numbers)
+        return merged
 
 
 @dataclass
@@ -121,7 +121,7 @@ class StepOutput:
     Attributes:
         loss: Mean loss over all micro-batches and ranks, shape [], the same on every rank.
         outputs: The detached output of the loss for each micro-batch of this rank.
-        parallel: The ranks that took part.
+        parallel: The ranks that computed it.
     """
 
     loss: Tensor
@@ -129,7 +129,7 @@ class StepOutput:
     parallel: SingleDevice
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean of each metric over all micro-batches and ranks. Every rank has to call it."""
+        """Return the mean of each metric over all micro-batches and ranks. All ranks must call it."""
         totals = MetricAccumulator(self.loss.device)
         for output in self.outputs:
             totals.add(output)
@@ -141,8 +141,8 @@ class Update(NamedTuple):
 
     Attributes:
         grad_norm: Norm of all gradients before clipping.
-        taken: Whether the weights were updated: not when the loss or a gradient is not finite.
-        overflowed: Whether the loss scale of float16 was too large, which is no fault of the step.
+        taken: Whether the weights were updated. They are not if the loss or a gradient is not finite.
+        overflowed: Whether the loss scale of float16 was too large. The loss itself was finite.
     """
 
     grad_norm: float
@@ -157,10 +157,13 @@ def forward_backward(
     parallel: SingleDevice,
     precision: Precision,
 ) -> StepOutput:
-    """Add the gradients of one optimizer step: summed over micro-batches and ranks, then divided once.
+    """Accumulate the gradients of one optimizer step, divided by the number of items of all micro-batches and ranks.
 
     Args:
         batches: The micro-batches of this rank. Every rank has the same number of them.
+
+    Returns:
+        The mean loss and the outputs of the micro-batches. The gradients are in `.grad`.
     """
     weight = sum(loss.num_items(batch) for batch in batches)
     weight = parallel.sum(weight.to(parallel.device))  # []
@@ -192,21 +195,21 @@ def optim_step(
     parallel: SingleDevice,
     precision: Precision,
 ) -> Update:
-    """Unscale and clip the gradients, update the parameters if all is finite, and clear the gradients.
+    """Unscale and clip the gradients, update the parameters if loss and gradients are finite, and clear the gradients.
 
     Args:
-        loss: That of `forward_backward`, shape [].
+        loss: The loss of `forward_backward`, shape [].
         lr: Learning rate of this update.
-        max_grad_norm: The norm that gradients are scaled down to; 0 does not clip.
+        max_grad_norm: The norm that gradients are clipped to; 0 does not clip.
 
     Raises:
-        RunError: When float16 overflows at every loss scale.
+        RunError: If float16 overflows at every loss scale.
     """
     precision.unscale(parameters)
     norm = float(parallel.clip_grad_norm(parameters, max_grad_norm))
     loss_is_finite = math.isfinite(float(loss))
     taken = loss_is_finite and math.isfinite(norm)
-    overflowed = loss_is_finite and not taken and precision.scale > 1  # what loss scaling is there to find out
+    overflowed = loss_is_finite and not taken and precision.scale > 1  # expected now and then while the scale adapts
     if taken:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -217,14 +220,14 @@ def optim_step(
 
 
 def _detached(output: LossOutput) -> LossOutput:
-    """Return the same numbers without their graph, and without samples, which only an evaluation needs."""
+    """Return the output without its autograd graph, and without samples, which only an evaluation needs."""
     metrics = {name: (total.detach(), weight.detach()) for name, (total, weight) in output.metrics.items()}
     return dataclasses.replace(output, loss_sum=output.loss_sum.detach(), metrics=metrics, samples={})
 
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode and the random numbers are restored after it."""
+    """Use eval mode without gradients. Restore each module's mode and the RNG state afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -237,7 +240,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def share_step_statistics(loss: Loss, batches: Iterable[Batch], models: Models, parallel: SingleDevice) -> None:
-    """Sum a loss's step statistics over all batches and ranks, and give it the sums."""
+    """Sum a loss's step statistics over all batches and ranks, and pass the sums to the loss."""
     if not loss.has_step_statistics:
         return
     with torch.no_grad():
@@ -253,9 +256,14 @@ def evaluate(
     precision: Precision,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Mean loss and metrics over batches; the same for every batch size and number of ranks.
+    """Compute mean loss and metrics, which do not depend on batch size and number of ranks.
 
-    Ends early, with {}, when `stop()`, on which all ranks have to agree.
+    Args:
+        batches: Returns the batches of this rank. It is called twice if the loss has step statistics.
+        stop: Whether to stop early. All ranks must get the same answer.
+
+    Returns:
+        The metrics, or {} after an early stop.
     """
     totals = MetricAccumulator(parallel.device)
     with inference(models.policy), precision.autocast():

@@ -317,7 +317,7 @@ def test_ctrl_c_while_training(config_file, capsys):
     out = training.communicate(timeout=DEADLINE)[0]
     assert training.returncode == 130 and "stopped by SIGINT at step " in out
     step = int(re.search(r"SIGINT at step (\d+)", out)[1])
-    for told in (f"going on from {runs}/x/checkpoints/step-{step}", f"is finished: {step + 2} steps"):
+    for told in (f"resuming from {runs}/x/checkpoints/step-{step}", f"is finished: {step + 2} steps"):
         assert main(["train", str(config_file), "--overrides", f"n_steps={step + 2}"]) == 0
         assert told in capsys.readouterr().out
 

@@ -196,7 +196,7 @@ def test_in_the_first_evaluation(trained_folder, capsys):
     assert command.interrupt() == 130
     assert "stopped by SIGINT at step 0." in command.read("out") and not command.read("err")
     assert main(["train", "c.yml"]) == 0
-    assert "going on from runs/c/checkpoints/step-0" in capsys.readouterr().out
+    assert "resuming from runs/c/checkpoints/step-0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

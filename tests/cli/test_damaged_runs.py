@@ -82,7 +82,7 @@ def test_a_damaged_config_is_named(tmp_path, capsys, content):
     """The findings that need no option are there."""
     write_run(tmp_path / "a", **{"config.yml": content})
     code, told = check(["doctor", str(tmp_path / "a")], capsys)
-    assert code == 0 and "config.yml: cannot be read as a config" in told
+    assert code == 0 and "config.yml: is not a readable config" in told
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_damaged_lines_are_counted(tmp_path, capsys, line):
     for command in commands(tmp_path):
         code, told = check(command, capsys)
         name = "ledger" if command[0] == "compare" else "metrics"
-        assert code == 0 and f"{name}.jsonl:1: a line that cannot be read is skipped" in told
+        assert code == 0 and f"{name}.jsonl:1: an unreadable line is skipped" in told
 
 
 def test_values_that_cannot_be_summed(tmp_path, capsys):

@@ -91,7 +91,7 @@ def test_no_secret_in_what_a_run_writes_and_prints(command):
     assert state["config"] == saved
 
     code, told = command("train", "n_steps=3")
-    assert code == 0 and "going on from out/run/checkpoints/step-2" in told and CANARY not in told
+    assert code == 0 and "resuming from out/run/checkpoints/step-2" in told and CANARY not in told
     code, told = command("train", "n_steps=4", "lr=0.5")
     assert code == 2 and "lr: 0.01 -> 0.5)" in told and CANARY not in told
     for name in ("validate", "inspect"):

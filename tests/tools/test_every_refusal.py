@@ -99,7 +99,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     ),
     "after the first step, or while a model is saved": (
         "training/atomic_dir:atomic_folder: write_error_code(error)",
-        "training/checkpoint:_check_room: no-space",
+        "training/checkpoint:_check_free_space: no-space",
         "training/checkpoint:_commit: write_error_code(error)",
         "training/checkpoint:_make_temporary: write_error_code(error)",
         "training/step:update: not-finite",

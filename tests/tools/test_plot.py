@@ -162,4 +162,4 @@ def test_broken_lines_are_said(run, capsys):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "ki')
     assert main(["plot", str(run)]) == 0
-    assert "metrics.jsonl:6: a line that cannot be read is skipped" in capsys.readouterr().err
+    assert "metrics.jsonl:6: an unreadable line is skipped" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_rows_are_part_of_the_run(options, rows, capsys):
         Trainer(longer, train_dataset=rows[:20])
     again = Trainer(longer, train_dataset=[dict(row) for row in rows])
     again.train()
-    assert again.step == 3 and "going on from" in capsys.readouterr().out
+    assert again.step == 3 and "resuming from" in capsys.readouterr().out
     del trainer, again
     gc.collect()
     assert main(["train", f"{options['output_dir']}/run/config.yml"]) == 2

@@ -58,13 +58,13 @@ def test_a_kill_between_two_renames_loses_no_folder(tmp_path, monkeypatch, point
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_folders(patch, point)
         write_folder(target, "new")
-    atomic_dir.sweep(tmp_path)  # takes nothing that is complete
+    atomic_dir.remove_leftovers(tmp_path)  # takes nothing that is complete
     with monkeypatch.context() as patch, pytest.raises(Killed):  # and the recovery is killed, too
         kill_in_folders(patch, "recover.new")
         recover(tmp_path)
         raise Killed
     recover(tmp_path)
-    atomic_dir.sweep(tmp_path)
+    atomic_dir.remove_leftovers(tmp_path)
     assert (target / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_longer_wanted_does_not_come_back(tmp_path, monkeypatch):
         kill_in_folders(patch, "prune.renamed")
         atomic_dir.prune(tmp_path, 1)
     assert recover(tmp_path) == []
-    atomic_dir.sweep(tmp_path)
+    atomic_dir.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
 
 
@@ -233,7 +233,7 @@ def test_damaged_lines_of_a_log_are_removed_and_reported(make_trainer, capsys, n
     second = make_trainer("save_every_steps=2", "n_steps=4")
     second.train()
     out = capsys.readouterr().out
-    assert f"{file}:2, 3, 4, 5, 6, ...: lines that cannot be read are removed" in out
+    assert f"{file}:2, 3, 4, 5, 6, ...: unreadable lines are removed" in out
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["step"] for row in rows if row.get("kind") != "eval"] == [1, 2, 3, 4] and rows[0] == json.loads(
         sound[0]
@@ -263,7 +263,7 @@ def test_a_damaged_config_does_not_switch_off_the_check_of_options(make_trainer,
     with raises(RunError, "other-run", "lr: 0.01 -> 0.5"):
         make_trainer(*options, "lr=0.5")
     make_trainer(*options).train()
-    assert f"were compared with those in {trainer.run.checkpoint(2)}" in capsys.readouterr().out
+    assert f"were compared with those of {trainer.run.checkpoint(2)}" in capsys.readouterr().out
     assert file.read_text() == whole
     file.unlink() if content is None else file.write_bytes(content)
     for folder in checkpoints(trainer.run.checkpoints):
@@ -290,7 +290,7 @@ def test_a_damaged_run_json_is_one_error(make_trainer, content):
 
 def notices(trainer, capsys) -> list[str]:
     """The lines that a run printed about its folder."""
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{trainer.run.path} ")]
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{trainer.run.path}: ")]
 
 
 def test_a_restart_from_step_0_says_so_and_keeps_what_was_there(make_trainer, rows_file, capsys, wording):

@@ -65,7 +65,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
 
 def read_ledger(folder: Path) -> dict[int, LedgerStep]:
     """Read the steps of a run; skip damaged lines with a warning on stderr. Raises ConfigError."""
-    lines = read_lines(folder, FILE, "; a run writes it unless it has ledger=false")
+    lines = read_lines(folder, FILE, "A run writes it unless ledger=false is set.")
     steps, damaged = {}, []
     for number, line in enumerate(lines, 1):
         try:

@@ -21,11 +21,11 @@ from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
 from minitrain.model.trial import check_meta_policy
 from minitrain.model.vocabulary import describe_new_tokens
-from minitrain.training.after_step import ALWAYS_THERE, check_metric
+from minitrain.training.after_step import KNOWN_METRICS, check_metric
 from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.run_dir import RunDir
-from minitrain.training.saving import inputs
+from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
 
 from .load import check_python_config
@@ -85,14 +85,14 @@ def _try_resuming(run: Preparation, folder: RunDir) -> list[str]:
     checkpoint = folder.find_checkpoint()
     if checkpoint is not None:
         state = check_checkpoint(checkpoint, run.policy)
-        folder.compare_inputs(checkpoint, state["inputs"], inputs(run.config, run.data.train))
+        folder.check_fingerprints(checkpoint, state["inputs"], input_fingerprints(run.config, run.data.train))
     return folder.messages
 
 
 def _check_metric(run: Preparation) -> None:
     """Raise ConfigError when the evaluation does not have the metric that decides, as far as can be known."""
     metric = run.config.early_stopping.metric
-    if run.data.eval is None or metric in ALWAYS_THERE:
+    if run.data.eval is None or metric in KNOWN_METRICS:
         return
     try:
         known = eval_metrics(run)
