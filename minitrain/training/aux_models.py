@@ -193,11 +193,15 @@ def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, 
     if loss.options.teacher is None:
         raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.", "missing-option")
     chosen = teacher_config(loss, config)
-    dtype = DTYPES[chosen.policy_dtype]
     with parallel.local_rank0_first():
-        check_teacher_tokenizer(chosen, tokenizer)
-        frozen = load(chosen, tokenizer, dtype, config.packing, torch.float32)
-    return Teacher(frozen, parallel, dtype, count_ids(tokenizer), config.packing)
+        policy = build_teacher(chosen, tokenizer, config.packing, load)
+    return Teacher(policy, parallel, DTYPES[chosen.policy_dtype], count_ids(tokenizer), config.packing)
+
+
+def build_teacher(teacher: ModelConfig, tokenizer, packing: bool, load: Load = build_frozen) -> Policy:
+    """Build the policy of a teacher. Raises ConfigError for one with another tokenizer."""
+    check_teacher_tokenizer(teacher, tokenizer)
+    return load(teacher, tokenizer, DTYPES[teacher.policy_dtype], packing, torch.float32)
 
 
 def teacher_config(loss: Loss, config: Config) -> ModelConfig:

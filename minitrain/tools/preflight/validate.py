@@ -1,6 +1,7 @@
 """What can be known of a training before it starts, and what is wrong with its data: `minitrain validate`."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,13 @@ from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
-from minitrain.model.load import DTYPES, META, build_frozen
+from minitrain.model.load import META, build_frozen
 from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
 from minitrain.model.trial import check_meta_policy
 from minitrain.model.vocabulary import describe_new_tokens
 from minitrain.training.after_step import KNOWN_METRICS, check_metric
-from minitrain.training.aux_models import check_teacher_tokenizer, teacher_config
+from minitrain.training.aux_models import build_teacher, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import input_fingerprints
@@ -66,11 +67,8 @@ def _try_out(run: Preparation) -> list[str]:
     warnings = check_meta_policy(run.meta_policy(), config.packing)
     if "teacher" in run.loss.requires:
         teacher = teacher_config(run.loss, config)
-        check_teacher_tokenizer(teacher, tokenizer)
+        teacher_policy = build_teacher(teacher, tokenizer, config.packing, functools.partial(build_frozen, device=META))
         check_weights_exist(teacher, None)
-        teacher_policy = build_frozen(
-            teacher, tokenizer, DTYPES[teacher.policy_dtype], config.packing, torch.float32, META
-        )
         log_model_warnings(teacher.name_or_path, teacher_policy.model.load_notes)
         for loader in run.loaders:
             check_lengths(loader.examples, teacher_policy)
