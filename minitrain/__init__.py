@@ -4,6 +4,7 @@
 >>> Trainer(load_config("config.yml", lr=1e-4)).train()
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `--help` need not wait for torch."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'minitrain' has no attribute {name!r}")
+        message = f"module 'minitrain' has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])  # Python suggests a name by these
     from importlib import import_module
 
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

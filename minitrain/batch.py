@@ -54,6 +54,10 @@ class Batch:
             before = (row * self.labels.shape[1] + self.prefixes[:, 1] - 1)[self.target_docs]  # [N]
             self.predict_positions = torch.where(is_first, before, self.predict_positions)
 
+    def __repr__(self) -> str:
+        rows, tokens = self.input_ids.shape
+        return f"<Batch: {self.n_docs} documents in {rows} rows of {tokens} tokens, {self.n_targets} targets>"
+
     @property
     def packed(self) -> bool:
         """Return whether a row has several documents."""

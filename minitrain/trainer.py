@@ -107,13 +107,8 @@ class Trainer:
         """
         self.hooks = collect_hooks(callbacks, hooks, ARGUMENTS)
         loss = loss_object(loss)
-        given = {
-            "model": model,
-            "tokenizer": tokenizer,
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
-            "optimizer": optimizer,
-        }
+        given = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
+        given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.config, self._objects = config_with(config, loss, given)
         self.loss = loss or create_loss(**self.config.loss)
         self.parallel = make_parallel(self.config)
@@ -141,6 +136,10 @@ class Trainer:
         self._received: int | None = None  # a signal that only this rank may have received
         start_window(self)
 
+    def __repr__(self) -> str:
+        name, model = self.config.exp_name, type(self.generator.model).__name__
+        return f"<Trainer {name!r}: {model}, loss {self.config.loss['name']}, step {self.step} of {self.total_steps}>"
+
     # ---------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> dict[str, float]:
@@ -153,6 +152,7 @@ class Trainer:
                 if self.parallel.rank == 0 and not self.config.quiet:
                     print(finished)
                 return {}
+            self.signal = self._received = None  # of a call before
             self.checkpoint = self.run.find_checkpoint()
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)

@@ -81,7 +81,7 @@ def parse_python_config(
     """
     issues, given = ConfigIssues(Source("config")), _attributes(config)
     if loss is not None:
-        given["loss"] = _merge_loss(given["loss"], loss)
+        given["loss"] = merge_loss(given["loss"], loss)
     parsed = _build_config(given, issues, loss_options)
     parsed.written = config.written
     return parsed, issues
@@ -110,7 +110,7 @@ def _build_config(given: dict, issues: ConfigIssues, loss_options: LossOptions) 
     return config
 
 
-def _merge_loss(configured: Any, described: dict) -> dict:
+def merge_loss(configured: Any, described: dict) -> dict:
     """Return the description of a loss object. Raises ConfigError when the config names another loss than that."""
     written = _long_forms({"loss": configured})["loss"]
     if written not in (DEFAULT_LOSS, described):
@@ -134,7 +134,8 @@ def _read(source: str | Path | Mapping[str, Any], loss_options: LossOptions) -> 
     lines = {}
     if not isinstance(source, (str, Path, Mapping)):
         kind = type(source).__name__
-        raise ConfigError(f"config: expected the path of a YAML file, or a dict, got {kind}.", "wrong-type")
+        advice = " Change it with dataclasses.replace(config, lr=1e-4)." if isinstance(source, Config) else ""
+        raise ConfigError(f"config: expected the path of a YAML file, or a dict, got {kind}.{advice}", "wrong-type")
     if isinstance(source, Mapping):
         name, raw = "config", _guarded("config", lines, lambda: OmegaConf.create(dict(source)))
     else:

@@ -1,9 +1,10 @@
 """A dataclass field that is an option: its explanation, its limits and its other names."""
 
-from collections.abc import Sequence
-from dataclasses import MISSING, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 OLD_LIMITS = {"least": "ge", "above": "gt", "below": "lt", "most": "le"}
 
 
@@ -43,3 +44,26 @@ def option(
         factory = default if isinstance(default, type) else lambda: type(default)(default)
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def show_options(summary: str) -> Callable[[type[T]], type[T]]:
+    """Decorate a dataclass: its help() explains each option, and its repr has only those that are not the default."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        lines = [f"    {f.name}: {f.metadata['help']}" for f in fields(cls) if f.metadata.get("help")]
+        cls.__doc__ = "\n".join([summary, "", "Attributes:", *lines])
+        cls.__repr__ = _repr
+        return cls
+
+    return decorate
+
+
+def _repr(options: Any) -> str:
+    shown = [f.name for f in fields(options) if f.repr and not _is_default(f, getattr(options, f.name))]
+    return f"{type(options).__name__}({', '.join(f'{name}={getattr(options, name)!r}' for name in shown)})"
+
+
+def _is_default(f: Field, value: Any) -> bool:
+    if is_dataclass(value) or isinstance(f.default_factory, type):
+        return repr(value) == f"{type(value).__name__}()"
+    return value == (f.default if f.default_factory is MISSING else f.default_factory())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
-from .option import option
+from .option import option, show_options
 from .schedules import DECAY_RATIO, SCHEDULES
 
 MAX_NUMBER = 1_000_000_000  # of an option that names no bound: more is a slip, and overflows somewhere
@@ -24,6 +24,7 @@ class Written(NamedTuple):
     resolved: dict
 
 
+@show_options("An entry of `datasets` or `eval_datasets`.")
 @dataclass
 class DatasetConfig:
     path: str = option(
@@ -53,6 +54,7 @@ class DatasetConfig:
     )
 
 
+@show_options("The section `model`.")
 @dataclass
 class ModelConfig:
     name_or_path: str = option(
@@ -91,6 +93,7 @@ class ModelConfig:
     trust_remote_code: bool = option(False, "Run code that comes with the model. Only for models you trust.")
 
 
+@show_options("The section `lora`.")
 @dataclass
 class LoRAConfig:
     rank: int = option(0, "Rank of the matrices; 0 trains without LoRA.", ge=0, le=32768)
@@ -117,6 +120,7 @@ class LoRAConfig:
     )
 
 
+@show_options("The section `soft_prompt`.")
 @dataclass
 class SoftPromptConfig:
     num_virtual_tokens: int = option(0, "Trained vectors before every example; 0 trains without.", ge=0, le=32768)
@@ -130,6 +134,7 @@ class SoftPromptConfig:
     encoder_hidden_size: int | None = option(None, "Width of that network; the model's when left out.", ge=1, le=65536)
 
 
+@show_options("The section `early_stopping`.")
 @dataclass
 class EarlyStoppingConfig:
     patience: int = option(0, "Stop after so many evaluations without a better `metric`; 0 never stops early.", ge=0)
@@ -141,6 +146,7 @@ class EarlyStoppingConfig:
     )
 
 
+@show_options("The section `eval_generate`.")
 @dataclass
 class EvalGenerateConfig:
     n_examples: int = option(
@@ -156,6 +162,7 @@ class EvalGenerateConfig:
     show: int = option(3, "Print so many of the answers.", ge=0, affects_results=False)
 
 
+@show_options("The section `fsdp`.")
 @dataclass
 class FSDPConfig:
     shard: str = option(
@@ -178,6 +185,7 @@ class FSDPConfig:
     )
 
 
+@show_options("The section `wandb`.")
 @dataclass
 class WandbConfig:
     enabled: bool = option(
@@ -187,6 +195,7 @@ class WandbConfig:
     project: str = option("minitrain", "Project.", affects_results=False)
 
 
+@show_options("The section `swanlab`.")
 @dataclass
 class SwanlabConfig:
     enabled: bool = option(False, "Log to SwanLab (the package `swanlab` must be installed).", affects_results=False)
@@ -194,6 +203,7 @@ class SwanlabConfig:
     mode: str = option("cloud", "Where it logs to.", choices=("cloud", "local", "offline"), affects_results=False)
 
 
+@show_options("All options of a run. `load_config` makes one from a file or a dict, and checks it.")
 @dataclass
 class Config:
     # run

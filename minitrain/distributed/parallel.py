@@ -119,7 +119,10 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError("device: there is no CUDA device here; use device=auto or device=cpu", "no-device")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device: there is no MPS device here; use device=auto or device=cpu", "no-device")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {str(error).splitlines()[0]}", "not-a-choice") from None
 
 
 def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

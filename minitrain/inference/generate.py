@@ -84,6 +84,9 @@ class Generator:
         self.batch_limit = min(self.n_positions, rotary_limit(model) - n_virtual)  # beyond it a batch has one length
         self.calls = 0
 
+    def __repr__(self) -> str:
+        return f"<Generator: {type(self.model).__name__}>"
+
     @functools.cached_property
     def end_ids(self) -> list[int]:
         """The tokens that an answer ends with."""
@@ -114,6 +117,8 @@ class Generator:
         """Return the answers to prompts, each a string or a list of messages that ends with a turn of the user."""
         if isinstance(prompts, str):
             raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
+        if not isinstance(sampling, Sampling | None):
+            raise ConfigError(f"sampling: expected a Sampling, got {sampling!r}. Write Sampling(...).", "wrong-type")
         ids = [self.encode(_conversation(prompt, index)) for index, prompt in enumerate(prompts)]
         return self.answer(ids, sampling or Sampling(), batch_size)
 

@@ -217,11 +217,20 @@ _REGISTRY: dict[str, type[Loss]] = {}
 
 
 def register_loss(name: str, options_class: type) -> Callable[[type[L]], type[L]]:
-    """Register the decorated `Loss` as `loss.name`, with the dataclass `options_class` as its options."""
+    """Register the decorated `Loss` as `loss.name`, with the dataclass `options_class` as its options.
+
+    The same class can be defined again, as a cell of a notebook does.
+    """
 
     def register(cls: type[L]) -> type[L]:
-        if name in _REGISTRY:
+        if name in _REGISTRY and repr(_REGISTRY[name]) != repr(cls):
             raise ConfigError(f"a loss named {name!r} is already registered. Use another name.", "already-exists")
+        if not is_dataclass(options_class):
+            message = f"register_loss({name!r}): expected a dataclass of options, got {options_class!r}."
+            raise ConfigError(f"{message} Decorate it with @dataclass.", "wrong-type")
+        if not (isinstance(cls, type) and issubclass(cls, Loss)):
+            message = f"register_loss({name!r}): expected a subclass of Loss, got {cls!r}."
+            raise ConfigError(f"{message} Write class {getattr(cls, '__name__', 'Mine')}(Loss).", "wrong-type")
         cls.name, cls.options_class = name, options_class
         _REGISTRY[name] = cls
         return cls

@@ -16,7 +16,7 @@ def model_object(model: Any) -> PythonObject:
     """Register a model as an object that a config can name. Raises ConfigError if it cannot be trained."""
     from transformers import PreTrainedModel
 
-    type_name = type(model).__name__
+    type_name = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     if isinstance(model, str):
         raise ConfigError(
             f"model: expected a model, got {model!r}. Set model.name_or_path in the config.", "wrong-type"

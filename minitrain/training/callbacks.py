@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from minitrain.config.schema import Config, aliases, option_fields
 from minitrain.config.suggest import suggest
 from minitrain.errors import ConfigError
 
@@ -22,6 +23,14 @@ class Hooks(TypedDict, total=False):
     on_train_end: Hook | Sequence[Hook]
 
 
+OTHER_NAMES = {  # arguments of the trainers of transformers and TRL
+    "args": "config",
+    "processing_class": "tokenizer",
+    "compute_loss_func": "loss",
+    "optimizer_cls_and_kwargs": "optimizer",
+    "peft_config": "the option lora",
+    "ref_model": "the option loss.reference",
+}
 HOOKS = tuple(Hooks.__annotations__)
 
 
@@ -47,13 +56,26 @@ def collect_hooks(
     for name, functions in keywords.items():
         if name not in HOOKS:
             known = (*HOOKS, *arguments)
-            hint = suggest(name, known) or f" Hooks are {', '.join(HOOKS)}; other arguments {', '.join(arguments)}."
+            hint = (
+                _hint(name)
+                or suggest(name, known)
+                or f" Hooks are {', '.join(HOOKS)}; other arguments {', '.join(arguments)}."
+            )
             raise ConfigError(f"Trainer: unexpected argument {name!r}.{hint}", "not-a-choice")
         for function in functions if isinstance(functions, (list, tuple)) else [functions]:
             if not callable(function):
                 raise ConfigError(f"{name}: expected a function of the trainer, got {function!r}.", "wrong-type")
             hooks[name].append(function)
     return hooks
+
+
+def _hint(name: str) -> str:
+    """Return what to give instead of an argument of another trainer, or of an option."""
+    if name in OTHER_NAMES:
+        return f" Use {OTHER_NAMES[name]}."
+    if name in {*aliases(), *(f.name for f in option_fields(Config))}:
+        return f" It is an option: set it in the config, or with load_config(..., {name}=...)."
+    return ""
 
 
 def _methods(callback: Any) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minitrain.batch import Batch
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.errors import RunError
+from minitrain.errors import ConfigError, RunError
 from minitrain.losses import Loss, LossOutput, Models
 
 from .failpoints import failpoint
@@ -128,6 +128,9 @@ class StepOutput:
     outputs: list[LossOutput]
     parallel: SingleDevice
 
+    def __repr__(self) -> str:
+        return f"<StepOutput: loss {float(self.loss):.4g}, micro-batches {len(self.outputs)}>"
+
     def metrics(self) -> dict[str, float]:
         """Return the mean of each metric over all micro-batches and ranks. All ranks must call it."""
         totals = MetricAccumulator(self.loss.device)
@@ -165,6 +168,9 @@ def forward_backward(
     Returns:
         The mean loss and the outputs of the micro-batches. The gradients are in `.grad`.
     """
+    if isinstance(batches, Batch) or not batches:
+        got = "a Batch" if isinstance(batches, Batch) else repr(batches)
+        raise ConfigError(f"batches: expected a list of Batch, got {got}. Give [batch, ...].", "wrong-type")
     weight = sum(loss.num_items(batch) for batch in batches)
     weight = parallel.sum(weight.to(parallel.device))  # []
     total = torch.zeros((), device=parallel.device)

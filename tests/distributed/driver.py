@@ -1,13 +1,14 @@
 """A training under torchrun (or alone) that writes down what it did; started by the tests.
 
     driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
-                            "began": file, "ended": file, "stop": [rank, step]}, ...]
+                            "began": file, "ended": file, "stop": [rank, step], "in_python": true}, ...]
 
 Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
 get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
-At `stop` a hook of that rank wants training to end.
+At `stop` a hook of that rank wants training to end. With `in_python`, `Trainer` gets the model and the rows as objects.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitrain import MinitrainError, Trainer, load_config
+from minitrain import Config, MinitrainError, Trainer, load_config
 from minitrain.model.weights import full_tensors
 
 torch.set_num_threads(1)
@@ -75,6 +77,14 @@ def main() -> int:
     return codes[-1]
 
 
+def given_in_python(config: Config) -> dict:
+    """Rows, model and tokenizer that a config names, as arguments of `Trainer`."""
+    rows = [json.loads(line) for line in Path(config.datasets[0].path).read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name_or_path)
+    return {"train_dataset": rows, "model": model, "tokenizer": tokenizer}
+
+
 def run(job: dict) -> int:
     config = load_config(job["config"], job.get("overrides", []))
     if config.trainer == "FSDPTrainer":  # a hang tells its place before a test gives up
@@ -84,6 +94,8 @@ def run(job: dict) -> int:
         hooks["on_step_end"] = lambda t: note_step(t, job)
     if "began" in job:
         hooks["on_train_begin"] = lambda t: write_state(t, job["began"])
+    if job.get("in_python"):
+        config, hooks = dataclasses.replace(config, datasets=[]), hooks | given_in_python(config)
     trainer = Trainer(config, **hooks)
     for module in trainer.policy.modules():
         if hasattr(module, "attention_dropout"):

@@ -69,3 +69,13 @@ def test_two_ranks_train_as_one_process(job, scratch, more_bytes_folder):
         same_training(ours, wanted)
         for mine, theirs in zip(figures(ours, "eval"), figures(wanted, "eval"), strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_model_and_rows_from_python(job, scratch):
+    """Each rank has the whole model and keeps its shard; the same training as from files."""
+    settings = {"plain": (), "lora": ("lora.rank=4", "packing=true")}
+    files = [job(f"file-{name}", *overrides, fsdp="full") for name, overrides in settings.items()]
+    objects = [job(f"python-{name}", *overrides, fsdp="full", in_python=True) for name, overrides in settings.items()]
+    launch(2, files + objects, scratch)
+    for ours, wanted in zip(objects, files, strict=True):
+        same_training(ours, wanted)

@@ -199,3 +199,14 @@ def test_steps_are_read_as_they_were_written(tmp_path):
     row = {"step": 1, "tokens": "ab", "loss": 0.1 + 0.2, "grad_norm": 1e-30}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(row))
     assert read_ledger(tmp_path) == {1: LedgerStep("ab", 0.30000000000000004, 1e-30)}
+
+
+def test_an_older_name_of_an_option_is_no_difference(train, compare, tmp_path):
+    """The config.yml of a run may have either name of it."""
+    train("a", "loss={name: sft, label_smoothing: 0.1}"), train("b", "loss={name: sft, label_smoothing: 0.1}")
+    config = tmp_path / "runs" / "b" / "config.yml"
+    text = config.read_text()
+    assert "total_batch_size: 8" in text
+    config.write_text(text.replace("total_batch_size: 8", "batch_size: 8"))
+    code, told = compare("a", "b")
+    assert code == 0 and "options: the same" in told

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import inspect
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,21 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minitrain
-from minitrain import ConfigError, DataError, MinitrainError, RunDirError, Sampling, Trainer, load_config
+from minitrain import (
+    Config,
+    ConfigError,
+    DataError,
+    Loss,
+    MinitrainError,
+    RunDirError,
+    Sampling,
+    Trainer,
+    create_loss,
+    load_config,
+    load_generator,
+    merge_adapters,
+    register_loss,
+)
 from minitrain.cli.main import main
 from minitrain.config.schema import LoRAConfig
 from minitrain.tools.preflight.validate import validate
@@ -121,6 +136,110 @@ def test_validate_leaves_a_model_from_python_alone(options, rows, llama_folder):
     assert all(parameter.requires_grad for parameter in after.values())
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lora": {"rank": 4}},
+        {"lora": {"rank": 4}, "packing": True, "activation_checkpointing": True},
+        {"lora": {"rank": 4}, "model": {"quantization": "4bit", "policy_dtype": "bfloat16"}},
+        {"freeze_layers": [0]},
+    ],
+    ids=["lora", "packing", "quantized", "frozen"],
+)
+def test_a_model_from_python_with_other_options(options, rows, llama_folder, more):
+    """As the same model from its folder, to the last bit."""
+    if "quantization" in more.get("model", {}):
+        pytest.importorskip("bitsandbytes")
+    model = more.get("model", {})
+    file = Trainer(options | more | {"exp_name": "file", "model": options["model"] | model}, train_dataset=rows)
+    given = {"model": AutoModelForCausalLM.from_pretrained(llama_folder)}
+    given["tokenizer"] = AutoTokenizer.from_pretrained(llama_folder)
+    trainer = Trainer(options | more | {"model": model}, train_dataset=rows, **given)
+    for each in (file, trainer):
+        each.train()
+    assert trainer.policy.model is given["model"] and equal(trainer, file)
+
+
+def test_a_model_from_python_is_checked_as_others_are(options, rows, llama_folder):
+    """Quantization without an adapter; the message names the config, where the option is."""
+    given = {"model": AutoModelForCausalLM.from_pretrained(llama_folder)}
+    given["tokenizer"] = AutoTokenizer.from_pretrained(llama_folder)
+    with pytest.raises(ConfigError, match=r"config: model\.quantization: "):
+        Trainer(options | {"model": {"quantization": "4bit"}}, train_dataset=rows, **given)
+
+
+def test_problems_next_to_a_loss_object_are_reported_at_once(options, rows):
+    """Wrong types and conflicts in one error, as without one."""
+    wrong = options | {"lr": "x", "warmup_steps": 1, "warmup_ratio": 0.5}
+    with pytest.raises(ConfigError) as caught:
+        Trainer(wrong, train_dataset=rows, loss=create_loss("sft", label_smoothing=0.1))
+    assert {"lr", "warmup_ratio"} <= {issue.key for issue in caught.value.issues}
+
+
+def test_ctrl_c_in_an_interpreter_returns_to_the_prompt(options, rows, capsys):
+    """With a checkpoint, without a traceback; `train` again goes on, in the same trainer and in a new one."""
+    interrupt = {"on_step_end": lambda t: t.step == 1 and signal.raise_signal(signal.SIGINT)}
+    trainer = Trainer(options | {"n_steps": 3}, train_dataset=rows, **interrupt)
+    assert trainer.train() == {}
+    assert trainer.step == 1 and trainer.signal == signal.SIGINT and "SIGINT" in capsys.readouterr().out
+    trainer.train()
+    assert trainer.step == 3 and trainer.signal is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert Trainer(options | {"n_steps": 3}, train_dataset=rows).train() == {}
+
+
+def test_what_an_interpreter_shows(options, rows):
+    """One line for each; a config shows what is not the default, and its help() explains each option."""
+    trainer = Trainer(options | {"lora": {"rank": 4}}, train_dataset=rows)
+    assert repr(trainer) == "<Trainer 'run': LlamaForCausalLM, loss sft, step 0 of 2>"
+    assert "lora=LoRAConfig(rank=4), total_batch_size=8, n_steps=2" in repr(trainer.config) and "seed" not in repr(
+        trainer.config
+    )
+    _, batches = next(iter(trainer.train_loader.steps()))
+    shown = [repr(trainer.generator), repr(batches[0]), repr(trainer.forward_backward(batches))]
+    assert all(len(line) < 100 and line.startswith("<") for line in shown)
+    assert "\n    lr: Peak learning rate" in inspect.getdoc(Config)
+    assert "TYPE_CHECKING" not in dir(minitrain) and "import_module" not in dir(minitrain)
+
+
+def test_a_loss_can_be_defined_again(own_registry):
+    """As a cell of a notebook does when it is run twice; another class of the same name is refused."""
+
+    def define(name="Mine", parent=Loss, options=Sampling):
+        return register_loss("mine", options)(type(name, (parent,), {}))
+
+    define()
+    again = define()
+    assert type(create_loss("mine")) is again
+    with pytest.raises(ConfigError, match="already-exists"):
+        define("Other")
+    with pytest.raises(ConfigError, match=r"register_loss.*wrong-type"):
+        define(options=dict)
+    with pytest.raises(ConfigError, match=r"register_loss.*wrong-type"):
+        define(parent=object)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda t: t.generate([{"role": "user", "content": "a"}]), "prompts[0]: expected a string or a list"),
+        (lambda t: t.generate(["a"], {"max_new_tokens": 3}), "sampling: expected a Sampling"),
+        (lambda t: Sampling(temperature=-1), "temperature: must be 0 or more"),
+        (lambda t: t.forward_backward(next(iter(t.train_loader.steps()))[1][0]), "batches: expected a list"),
+        (lambda t: load_config(t.config), "Change it with dataclasses.replace"),
+        (lambda t: load_generator("tiny", device="gpu"), "device: "),
+        (lambda t: merge_adapters("a", "b"), "sources: expected a list"),
+        (lambda t: merge_adapters(["a"], "b", [1, 2]), "weights: 2 for 1 adapters"),
+        (lambda t: merge_adapters(["a"], "b", dtype="int8"), "dtype: expected one of"),
+    ],
+)
+def test_wrong_calls_are_reported(options, rows, call, message):
+    """Those of methods and functions, too."""
+    with pytest.raises(ConfigError) as caught:
+        call(Trainer(options, train_dataset=rows))
+    assert message in str(caught.value)
+
+
 def test_an_optimizer_from_python(options, rows):
     """It trains as the same one by name; its groups keep their own peaks, and config.yml names the function."""
     by_name = Trainer(options | {"optimizer": "SGD", "exp_name": "name"}, train_dataset=rows)
@@ -169,6 +288,9 @@ class Misspelt:
         ({"train_dataset": []}, "no-data", "train_dataset: "),
         ({"train_dataset": {"prompt": ["a"]}}, "wrong-type", "train_dataset: "),
         ({"train_datasets": []}, "not-a-choice", "'train_datasets'"),
+        ({"lr": 3}, "not-a-choice", "load_config(..., lr=...)"),
+        ({"processing_class": 3}, "not-a-choice", "Use tokenizer."),
+        ({"model": AutoModelForCausalLM}, "wrong-type", "class AutoModelForCausalLM"),
         ({"on_step_ended": print}, "not-a-choice", "'on_step_ended'"),
         ({"on_step_end": 3}, "wrong-type", "on_step_end: "),
         ({"callbacks": Misspelt()}, "wrong-type", "callbacks: "),

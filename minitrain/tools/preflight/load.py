@@ -80,9 +80,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ConfigError: It lists every problem with its file, line and key.
     """
-    config, issues = parse_config(source, _loss_options, overrides, options)
+    return check_parsed(*parse_config(source, _loss_options, overrides, options))
+
+
+def check_parsed(config: Config, issues: ConfigIssues, loss_is_object: bool = False) -> Config:
+    """Return a config that `parse_config` has read. Raises ConfigError for all issues at once."""
     overridden = issues.source.overridden | issues.source.keywords
-    check_config(config, issues, written_options(config.written.raw, overridden))
+    check_config(config, issues, written_options(config.written.raw, overridden), loss_is_object)
     issues.raise_if_any()
     config.written = config.written._replace(resolved=plain(config))
     return config

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitrain.config.load import parse_config
+from minitrain.config.load import check_writable, merge_loss, parse_config
 from minitrain.config.python_objects import PythonObject
 from minitrain.config.saved import plain
 from minitrain.config.schema import Config
@@ -15,7 +15,7 @@ from minitrain.losses import Loss, create_loss, describe_loss, loss_options
 from minitrain.model.given import model_object, tokenizer_object
 from minitrain.training.optim import optimizer_object
 
-from .load import check_python_config, load_config
+from .load import check_parsed, check_python_config, load_config
 
 MAKE = {
     "model": model_object,
@@ -44,18 +44,21 @@ def config_with(
     if objects:
         config = source if isinstance(source, Config) else parse_config(source, loss_options)[0]
         _check_rivals(config, objects)
-        options = _options(config, objects)
+        options = _options(objects)
     if isinstance(source, Config):
         named = copy.copy(source)  # with attributes that are not options, too, which are refused
+        if "model" in options:
+            options["model"] = plain(source.model) | options["model"]
         for key, value in options.items():
             setattr(named, key, value)
         return check_python_config(named, described), list(objects.values())
     if loss is None:
         return load_config(source, **options), list(objects.values())
     parsed, issues = parse_config(source, loss_options, options=options)
-    issues.raise_if_any()
-    parsed.written = parsed.written._replace(resolved=plain(parsed))
-    return check_python_config(parsed, described), list(objects.values())
+    parsed.loss = merge_loss(parsed.loss, described)
+    check_parsed(parsed, issues, loss_is_object=True)
+    check_writable(parsed)
+    return parsed, list(objects.values())
 
 
 def loss_object(loss: Loss | str | None) -> Loss | None:
@@ -68,7 +71,7 @@ def loss_object(loss: Loss | str | None) -> Loss | None:
     raise ConfigError(f"loss: expected a Loss, got {loss!r}. {example}", "wrong-type")
 
 
-def _options(config: Config, objects: Mapping[str, PythonObject]) -> dict[str, Any]:
+def _options(objects: Mapping[str, PythonObject]) -> dict[str, Any]:
     """Return the options that name the objects."""
     options: dict[str, Any] = {}
     for argument, key in (("train_dataset", "datasets"), ("eval_dataset", "eval_datasets")):
@@ -82,7 +85,7 @@ def _options(config: Config, objects: Mapping[str, PythonObject]) -> dict[str, A
     if "tokenizer" in objects:
         model["tokenizer_name_or_path"] = objects["tokenizer"].text
     if model:
-        options["model"] = {k: v for k, v in plain(config.model).items() if v is not None} | model
+        options["model"] = model
     return options
 
 
