@@ -1,4 +1,4 @@
-"""Rows of every kind of record, 24 of each, whose texts are of very different lengths."""
+"""Rows of every kind of record, 24 of each, whose texts are of very different lengths; required options of losses."""
 
 import random
 from collections.abc import Callable
@@ -20,3 +20,5 @@ ROWS = {
     "classification": _rows(lambda i, rng: {"text": f"{i} {_long(rng)}", "label": "even" if i % 2 == 0 else "odd"}),
     "rollout": _rows(lambda i, rng: {"prompt": f"say {i // 4}", "response": _long(rng) * (1 + i % 3), "reward": i % 4}),
 }
+
+REQUIRED = {"kd": {"teacher": "tiny"}}  # options that a loss cannot do without, by the name of the loss

@@ -13,22 +13,20 @@ from minitrain.losses import registered
 from tests.distributed.launch import launch
 from tests.distributed.test_fsdp import figures, same_training
 from tests.messages import reports
-from tests.rows import ROWS
+from tests.rows import REQUIRED, ROWS
 
 TUNINGS = {"full": (), "lora": ("lora.rank=4",), "qlora": ("lora.rank=4", "model.quantization=4bit")}
-# What a loss needs to be told.
-OPTIONS: dict[str, tuple[str, ...]] = {"kd": ("loss.teacher=tiny",)}
 
 
 @pytest.fixture
-def jobs(job, tmp_path, llama_folder):
+def jobs(job, tmp_path):
     """``jobs("dpo", "lora", fsdp="full")``: a job of three steps with an evaluation."""
 
     def make(name: str, tuning: str, **where) -> dict:
         kind = registered()[name].example_type
         file = tmp_path / f"{kind}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[kind]))
-        options = [option.format(folder=llama_folder) for option in OPTIONS.get(name, ())]
+        options = [f"loss.{key}={value}" for key, value in REQUIRED.get(name, {}).items()]
         settings = (f"datasets=[{file}]", f"loss.name={name}", "validation_split=5", "eval_batch_size=2", *options)
         where_to = f"{name}-{tuning}-{where.get('fsdp', 'alone')}"
         return job(where_to, *settings, *TUNINGS[tuning], **where)

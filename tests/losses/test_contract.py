@@ -13,10 +13,10 @@ from minitrain.data.examples import row_format
 from minitrain.losses import add_features, registered
 from tests.examples import examples, files
 from tests.messages import raises
+from tests.rows import REQUIRED
 
-OPTIONS = {"kd": {"teacher": "tiny"}}
 VARIED = [
-    *((name, OPTIONS.get(name, {})) for name in registered()),
+    *((name, REQUIRED.get(name, {})) for name in registered()),
     ("policy", {"kl_coef": 0.1}),
     ("policy", {"kl_coef": 0.1, "kl_in": "reward", "vf_coef": 0.1}),
     ("policy", {"advantages": "given", "vf_coef": 0.1}),

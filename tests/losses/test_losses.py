@@ -12,6 +12,7 @@ from minitrain import ConfigError, Models, create_loss, load_config
 from minitrain.batch import PolicyOutput
 from minitrain.model.logprobs import LMHead, chunked_logprobs
 from tests.messages import raises
+from tests.rows import REQUIRED
 
 pytestmark = pytest.mark.numeric
 
@@ -148,10 +149,9 @@ def test_create_loss_refuses_what_a_config_refuses(name, options, code, part):
     """Limits, types, and options that have no effect or do not go together: the same words, from the same code."""
     with raises(ConfigError, code, part) as from_python:
         create_loss(name, **options)
-    teacher = {"teacher": "tiny"} if name == "kd" else {}
     config = {"datasets": [str(Path(__file__))], "model": {"name_or_path": "tiny"}}
     with raises(ConfigError, code, part) as from_config:
-        load_config(config | {"loss": {"name": name} | options | teacher})
+        load_config(config | {"loss": {"name": name} | REQUIRED.get(name, {}) | options})
     assert str(from_python.value).split("loss.", 1)[1] in str(from_config.value)
 
 

@@ -19,11 +19,11 @@ from minitrain.tools.preflight.memory import MemoryTracker, Step, _head_of, _lar
 from minitrain.training.setup import dry_run
 from tests.conftest import random_llama
 from tests.messages import raises
-from tests.rows import ROWS
+from tests.rows import REQUIRED, ROWS
 from tests.scorers import random_base
 
 CPU = torch.device("cpu")
-OPTIONS = {  # what a loss cannot do without
+OPTIONS = REQUIRED | {  # and what makes a loss compute more
     "kd": {"teacher": "tiny", "top_k": 5},
     "policy": {"advantages": "reinforce++", "kl_coef": 0.1, "kl_in": "loss", "vf_coef": 0.1},
 }

@@ -25,7 +25,7 @@ from minitrain.training import atomic_dir
 from minitrain.training.atomic_dir import fingerprint
 from minitrain.training.setup import dry_run
 from tests.messages import reports
-from tests.rows import ROWS
+from tests.rows import REQUIRED, ROWS
 from tests.scorers import TOKENIZERS, random_base
 
 SHAPE = dict(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -549,7 +549,7 @@ def test_what_training_refuses(case, write, tmp_path, llama_folder):
 @pytest.mark.parametrize("loss", registered())
 def test_the_metrics_of_an_evaluation_are_known_before(write, loss):
     """Without weights, in the order in which training logs them."""
-    options = {"name": loss} | ({"teacher": "tiny"} if loss == "kd" else {})
+    options = {"name": loss} | REQUIRED.get(loss, {})
     kind = create_loss(**options).example_type
     more = {"eval_generate": {"n_examples": 1, "max_new_tokens": 2}} if loss in ("sft", "kd", "dpo") else {}
     path = write(ROWS[kind], loss=options, validation_split=8, model={"name_or_path": "tiny"}, **more)
