@@ -111,7 +111,7 @@ def row(model: Setting, overrides: list[str], folder: Path) -> str:
 def work(folder: Path, scratch: Path, overrides: list[str]) -> None:
     """Trains with the meter on, then estimates."""
     from minitrain import Trainer
-    from minitrain.tools.preflight.memory import estimate
+    from minitrain.tools.preflight.memory import estimate_memory
     from minitrain.training.setup import dry_run
 
     if "model.quantization=4bit" in overrides:
@@ -124,7 +124,9 @@ def work(folder: Path, scratch: Path, overrides: list[str]) -> None:
     trainer.train()
     told, rank = {"measured": meter.peak_mib()}, trainer.parallel.rank
     trainer.parallel.close()
-    told["estimated"] = estimate(dry_run(config), pick_device(), RANKS if SHARDED in overrides else 1).peak / 2**20
+    told["estimated"] = (
+        estimate_memory(dry_run(config), pick_device(), RANKS if SHARDED in overrides else 1).peak / 2**20
+    )
     (scratch / f"{rank}.json").write_text(json.dumps(told))
 
 

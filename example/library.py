@@ -1,8 +1,8 @@
-"""The library from Python: a loss made by name, hooks, a run that is stopped and goes on, answers, chat.
+"""The Python API: a loss by name, hooks, resuming an interrupted run, generation, chat.
 
     python example/library.py [STEPS]
 
-It trains the embedded model for STEPS steps, 400 when left out: about a minute on two CPU cores.
+It trains the embedded model for STEPS steps (default: 400), about a minute on two CPU cores.
 """
 
 import signal
@@ -36,12 +36,12 @@ def stop_half_way(trainer: Trainer) -> None:
 def main(steps: int = 400) -> History:
     history = History()
 
-    # Interrupted half-way, as by Ctrl-C: it writes a checkpoint, though save_every_steps is 0. A hook that wants a run
-    # to be over, with final/ and all, sets trainer.should_stop = True.
+    # Interrupted halfway, as by Ctrl-C: the run writes a checkpoint, although save_every_steps is 0. To end a run
+    # regularly and save final/, a hook sets trainer.should_stop = True.
     Trainer(settings(steps), on_step_end=stop_half_way, on_eval_end=history).train()
 
-    # The same folder and the same options go on from there. A loss that stands in the config could be given by
-    # loss=create_loss(...) too.
+    # The same run directory and options resume from there. The loss of the config can also be passed as
+    # loss=create_loss(...).
     trainer = Trainer(settings(steps), loss=create_loss("sft", label_smoothing=0.0), on_eval_end=history)
     metrics = trainer.train()
     print(f"the last evaluation: {metrics['exact_match']:.0%} of unseen questions right")

@@ -29,7 +29,7 @@ class CommandCase(NamedTuple):
 
 CASES = {
     "train": CommandCase(["train", "c.yml"], "config.load:_read_text", writes="runs/c/final"),
-    "validate": CommandCase(["validate", "c.yml"], "tools.preflight.validate:_figures"),
+    "validate": CommandCase(["validate", "c.yml"], "tools.preflight.validate:_report"),
     "inspect": CommandCase(["inspect", "c.yml"], "tools.preflight.preview:_batch", quiet_output=None),
     "cache-teacher": CommandCase(
         ["cache-teacher", "c.yml", "--output", "teacher.safetensors", *KD],

@@ -65,7 +65,7 @@ def validate(arguments: argparse.Namespace) -> int:
             with exiting_on_signal():
                 config = _parse_config(path, arguments)
                 from minitrain.tools.preflight.validate import validate
-            figures = validate(config, devices, with_memory=full)
+            report = validate(config, devices, with_memory=full)
         except UnreachableError as error:
             print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED
@@ -75,18 +75,18 @@ def validate(arguments: argparse.Namespace) -> int:
             code = fail(str(error), error.exit_code)
             continue
         if not arguments.quiet:
-            _print_report(path, figures, full)
+            _print_report(path, report, full)
     return code
 
 
-def _print_report(path: str, figures: dict[str, str], full: bool) -> None:
+def _print_report(path: str, report: dict[str, str], full: bool) -> None:
     if full:
         print(f"{path}: valid", flush=True)
-        for name, text in figures.items():
+        for name, text in report.items():
             print(redact(f"  {name:<13}{text}"))
         return
-    line = f"{figures['examples']}; steps: {figures['steps']}"
-    line += f"; warning: {figures['warning']}" if "warning" in figures else ""
+    line = f"{report['examples']}; steps: {report['steps']}"
+    line += f"; warning: {report['warning']}" if "warning" in report else ""
     print(f"{path}: valid; {redact(line)}", flush=True)
 
 

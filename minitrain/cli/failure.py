@@ -32,7 +32,7 @@ def fail(message: str, code: int) -> int:
         time.sleep(RANK_0_FIRST)
         message = f"rank {rank}: {message}"
     print(f"minitrain: {message}", file=sys.stderr)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a table of these
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints a table of them
         with contextlib.suppress(OSError):
             more = {"py_callstack": message, "timestamp": str(int(time.time()))}
             Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))

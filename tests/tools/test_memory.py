@@ -15,7 +15,14 @@ from minitrain.model import attention, kd_divergence
 from minitrain.model.logprobs import CHUNK_BYTES, LMHead
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.tools.preflight.memory import MemoryTracker, Step, _head_of, _largest, estimate, take
+from minitrain.tools.preflight.memory import (
+    MemoryTracker,
+    StepInputs,
+    _head_chunks_of,
+    _largest_batch,
+    estimate_memory,
+    simulate_step,
+)
 from minitrain.training.setup import dry_run
 from tests.conftest import random_llama
 from tests.messages import raises
@@ -58,14 +65,14 @@ def held(tensors) -> int:
 
 def taken(config) -> MemoryTracker:
     """The same step with the real model of a trainer."""
-    trainer, ledger = Trainer(config), MemoryTracker()
+    trainer, tracker = Trainer(config), MemoryTracker()
     attention._groups.cache_clear()  # what another step has left there would be nobody's
-    batches = [_largest(trainer.train_loader, False)] * min(2, config.gradient_accumulation_steps)
-    held_out = _largest(trainer.eval_loader, True)
+    batches = [_largest_batch(trainer.train_loader, False)] * min(2, config.gradient_accumulation_steps)
+    held_out = _largest_batch(trainer.eval_loader, True)
     parts = trainer.loss, trainer.policy, trainer.models, trainer.parallel, batches, held_out
     gc.collect()
-    take(Step(config, *parts), ledger)
-    return ledger
+    simulate_step(StepInputs(config, *parts), tracker)
+    return tracker
 
 
 # ------------------------------------------------------------------------------------------- against real trainings
@@ -93,7 +100,7 @@ def test_weights_gradients_and_moments_are_those_of_a_training(config, overrides
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(held(p.grad for p in trainer.parameters)))
     trainer.train()
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    found = estimate(dry_run(config), CPU).parts
+    found = estimate_memory(dry_run(config), CPU).parts
     assert found["weights"] == held((*trainer.policy.parameters(), *trainer.policy.buffers()))
     assert found["gradients"] == max(seen)
     moments = held(value for value in states if isinstance(value, torch.Tensor))
@@ -138,8 +145,8 @@ def test_more_steps_without_weights(config, loss, overrides):
 
 def compare(config, loss: str, overrides: tuple[str, ...]) -> None:
     config = config(*overrides, loss=loss)
-    found, real = estimate(dry_run(config), CPU), taken(config)
-    assert found.parts == {part: size for part, size in real.most.items() if size}
+    found, real = estimate_memory(dry_run(config), CPU), taken(config)
+    assert found.parts == {part: size for part, size in real.peaks.items() if size}
     assert found.peak == real.peak
     assert max(found.parts.values()) <= found.peak <= sum(found.parts.values())
 
@@ -147,7 +154,7 @@ def compare(config, loss: str, overrides: tuple[str, ...]) -> None:
 def test_an_encoder(config, tmp_path):
     """Of BERT's kind, whose head is its own."""
     made = config(loss="classify", model=random_base("bert", tmp_path / "bert"))
-    assert estimate(dry_run(made), CPU).parts == dict(taken(made).most)
+    assert estimate_memory(dry_run(made), CPU).parts == dict(taken(made).peaks)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -164,7 +171,7 @@ def test_quantised_layers_are_as_large_as_those_of_bitsandbytes(config, bits):
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
         elif type(weight).__name__ == "Int8Params":
             tensors.append(weight.SCB if weight.SCB is not None else module.state.SCB)
-    assert estimate(dry_run(config), CPU).parts["weights"] == held(t for t in tensors if t is not None)
+    assert estimate_memory(dry_run(config), CPU).parts["weights"] == held(t for t in tensors if t is not None)
 
 
 @pytest.mark.parametrize("shard, ranks", [("full", 2), ("full", 3), ("grad", 2), ("none", 2)])
@@ -172,7 +179,7 @@ def test_sharded_weights_gradients_and_moments(config, shard, ranks):
     """On each rank the rows of its share, the last one's padded; without a cut, all."""
     made = config("trainer=FSDPTrainer", f"fsdp.shard={shard}", "gradient_accumulation_steps=1", "total_batch_size=12")
     run = dry_run(made)
-    found = estimate(run, CPU, ranks).parts
+    found = estimate_memory(run, CPU, ranks).parts
     share = 1 if shard == "none" else ranks
     rows = sum(4 * math.ceil(p.shape[0] / share) * p[0].numel() for p in run.policy.parameters())
     buffers = held(run.policy.buffers())
@@ -190,36 +197,36 @@ def test_gathered_weights_are_given_back(config, tmp_path):
     gathered = {}
     for shard in ("full", "grad"):
         run = dry_run(config("trainer=FSDPTrainer", f"fsdp.shard={shard}", model=tmp_path / "deep"))
-        gathered[shard] = estimate(run, CPU, 2).parts["gathered"]
+        gathered[shard] = estimate_memory(run, CPU, 2).parts["gathered"]
     block = held(torch.empty(p.shape) for p in run.policy.model.model.layers[0].parameters())
     assert gathered["grad"] - gathered["full"] > 2 * block
 
 
-# ------------------------------------------------------------------------------------------------------ the ledger
+# ------------------------------------------------------------------------------------------------------ the tracker
 
 
 def test_the_ledger_by_hand():
     """relu(x W) V with x [5, 7], W [7, 11], V [11, 3] in float32: what is held, and when it is held most."""
     x, w, v = torch.zeros(5, 7), torch.zeros(7, 11, requires_grad=True), torch.zeros(11, 3, requires_grad=True)
-    ledger = MemoryTracker()
-    ledger.hold(w, "weights")
-    ledger.hold(w[1:], "weights")  # a view is no second one
-    with ledger:
+    tracker = MemoryTracker()
+    tracker.hold(w, "weights")
+    tracker.hold(w[1:], "weights")  # a view is no second one
+    with tracker:
         y = (x @ w).relu() @ v
-        assert ledger.now == {"weights": 4 * 77, "activations": 4 * (55 + 15)}  # relu keeps its result
-        assert ledger.most["activations"] == 4 * (55 + 55) and ledger.peak == 4 * (77 + 110)
-        ledger.settle()
+        assert tracker.now == {"weights": 4 * 77, "activations": 4 * (55 + 15)}  # relu keeps its result
+        assert tracker.peaks["activations"] == 4 * (55 + 55) and tracker.peak == 4 * (77 + 110)
+        tracker.reset_peaks()
         y.sum().backward()
-        ledger.hold(w.grad, "gradients")
+        tracker.hold(w.grad, "gradients")
         del y
-    assert ledger.now == {"weights": 4 * 77, "activations": 4 * 33, "gradients": 4 * 77}  # of v nobody has spoken
-    assert ledger.total == sum(ledger.now.values())
+    assert tracker.now == {"weights": 4 * 77, "activations": 4 * 33, "gradients": 4 * 77}  # of v nobody has spoken
+    assert tracker.total == sum(tracker.now.values())
 
 
 def test_what_autograd_keeps_is_counted(config):
-    """After a forward pass the ledger holds all that PyTorch's own hooks say is saved, weights apart."""
-    trainer, ledger = Trainer(config("packing=true", "loss.focal_gamma=1")), MemoryTracker()
-    batch, saved = _largest(trainer.train_loader, False), {}
+    """After a forward pass the tracker holds all that PyTorch's own hooks say is saved, weights apart."""
+    trainer, tracker = Trainer(config("packing=true", "loss.focal_gamma=1")), MemoryTracker()
+    batch, saved = _largest_batch(trainer.train_loader, False), {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
@@ -227,11 +234,11 @@ def test_what_autograd_keeps_is_counted(config):
 
     known = [*trainer.policy.parameters(), *trainer.policy.buffers(), *vars(batch).values()]
     known = {t.untyped_storage()._cdata for t in known if isinstance(t, torch.Tensor)}
-    with ledger, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with tracker, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = trainer.loss(batch, trainer.models)
     kept = {key: size for key, size in saved.items() if key not in known}
     assert len(kept) > 20
-    assert {key: ledger.held[key][1] for key in kept} == kept
+    assert {key: tracker.held[key][1] for key in kept} == kept
     del output
 
 
@@ -239,9 +246,9 @@ def test_the_output_layer_counts_as_head(config):
     """With a vocabulary of 20,000 tokens its gradient and a chunk of logits, but not in the activations."""
     made = config("model.name_or_path=tiny", "freeze_layers=[0-1]")
     run = dry_run(made)
-    plain = estimate(run, CPU).parts
+    plain = estimate_memory(run, CPU).parts
     run.template.tokenizer.add_tokens([f"<new {i}>" for i in range(20_000)])
-    grown = estimate(run, CPU).parts
+    grown = estimate_memory(run, CPU).parts
     assert grown["head"] - plain["head"] > 20_000 * 64 * 4
     assert grown["activations"] - plain["activations"] < 20_000 * 64 * 4 * 2.1  # the two gradients of a tied matrix
 
@@ -251,7 +258,7 @@ def test_memory_elsewhere_is_no_part_of_the_peak(config):
     made = config("trainer=FSDPTrainer")
     made.fsdp.cpu_offload = True
     run = dry_run(made)
-    here, there = (estimate(run, torch.device(kind)) for kind in ("cpu", "cuda"))
+    here, there = (estimate_memory(run, torch.device(kind)) for kind in ("cpu", "cuda"))
     assert there.elsewhere == {"weights", "gradients", "optimizer"} and not here.elsewhere
     assert there.peak < sum(there.parts[part] for part in ("activations", "head", "gathered")) + 1
     assert here.peak > here.parts["weights"] + here.parts["optimizer"] > there.peak / 10
@@ -264,25 +271,25 @@ def test_the_largest_micro_batch(config):
         loader = trainer.train_loader
         steps = [batches for (_, batches), _ in zip(loader.steps(), range(loader.steps_per_epoch))]
         places = [batch.input_ids.numel() for batches in steps for batch in batches]
-        assert _largest(loader, False).input_ids.numel() == max(places) > min(places)
+        assert _largest_batch(loader, False).input_ids.numel() == max(places) > min(places)
         evaluated = [batch.input_ids.numel() for batch in trainer.eval_loader.eval_batches()]
-        assert _largest(trainer.eval_loader, True).input_ids.numel() == max(evaluated)
+        assert _largest_batch(trainer.eval_loader, True).input_ids.numel() == max(evaluated)
 
 
 def test_devices_that_do_not_fit(config):
     """As training would refuse them."""
     run = dry_run(config())
     with raises(ConfigError, "conflict", "trainer: "):
-        estimate(run, CPU, 2)
+        estimate_memory(run, CPU, 2)
     run = dry_run(config("trainer=FSDPTrainer"))
     with raises(ConfigError, "conflict", "total_batch_size: 8 "):
-        estimate(run, CPU, 3)
+        estimate_memory(run, CPU, 3)
 
 
 def test_the_chunks_of_a_gpu_hold_for_distillation_too():
     """The estimate for a GPU is on CPU tensors, with the GPU's buffers for every product of the LM head."""
     hidden, layer = torch.zeros(1, 8), LMHead(torch.zeros(1000, 8))
-    with _head_of("cuda"):
+    with _head_chunks_of("cuda"):
         assert kd_divergence.default_chunk(hidden, layer, kd_divergence.BUFFERS) == CHUNK_BYTES["cuda"] // (
             4 * 2 * 1000
         )

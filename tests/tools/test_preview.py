@@ -113,15 +113,15 @@ def test_what_is_shown_is_what_the_trainer_gets(write, capsys, case):
         padding = size - batch.n_tokens
         titles.append(
             f"step 1, micro-batch {number} of {len(batches)}: {len(batch.input_ids)} rows of "
-            f"{batch.input_ids.shape[1]} tokens; {batch.n_targets} learned, {padding} padding "
+            f"{batch.input_ids.shape[1]} tokens; {batch.n_targets} targets, {padding} padding "
             f"({100 * padding / size:.1f} %)"
         )
         for d in range(batch.n_docs):
             row, start, stop = batch.spans[d].tolist()
             learned = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
-            place = f"tokens {start} to {stop - 1}; {stop - start} tokens, {learned} learned"
+            place = f"tokens {start} to {stop - 1}; {stop - start} tokens, {learned} targets"
             if batch.prefixes is not None and batch.prefixes[d, 1]:
-                place += f"; behind tokens {batch.prefixes[d, 0]} to {batch.prefixes[d, 1] - 1}, which it shares"
+                place += f"; after the shared tokens {batch.prefixes[d, 0]} to {batch.prefixes[d, 1] - 1}"
             want.append((titles[-1], row, place, bracketed(batch, d, trainer.tokenizer)))
     found = blocks(out)
     assert [(title, row, text) for title, row, _, text in found] == [(t, row, text) for t, row, _, text in want]
@@ -130,7 +130,7 @@ def test_what_is_shown_is_what_the_trainer_gets(write, capsys, case):
     assert [line for line in out.splitlines() if line.startswith("step ")] == titles
     rows = [count for batch in batches for count in (batch.doc_ids < 0).sum(1).tolist() if count]
     assert [int(line.split()[0]) for line in out.splitlines() if re.fullmatch(r"  \d+ padding", line)] == rows
-    assert any("which it shares" in place for _, _, place, _ in want) == (
+    assert any("shared tokens" in place for _, _, place, _ in want) == (
         case in ("shared prompts", "unpaired_preference")
     )
 

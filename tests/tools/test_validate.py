@@ -15,8 +15,8 @@ from minitrain.cli.main import main
 from minitrain.errors import ConfigError
 from minitrain.model.policy import Policy
 from minitrain.model.tiny import tiny_tokenizer
-from minitrain.tools.preflight.memory import estimate
-from minitrain.tools.preflight.validate import faults
+from minitrain.tools.preflight.memory import estimate_memory
+from minitrain.tools.preflight.validate import find_bad_rows
 from minitrain.training.setup import dry_run
 from tests.conftest import ROOT
 from tests.messages import reports
@@ -83,7 +83,7 @@ def test_figures(write, report):
     code, found, _ = report(write(ROWS, n_steps=7))
     texts = [f"|user\nsay {i}|\n|assistant\n{row['response']}|" for i, row in enumerate(ROWS)]
     lengths = sorted(map(len, texts))  # a byte is a token, | a special one
-    told = f"up to {lengths[9]} tokens, 90 % up to {lengths[17]}, 99 % up to {lengths[19]}, the longest {lengths[19]};"
+    told = f"median {lengths[9]} tokens, 90 % up to {lengths[17]}, 99 % up to {lengths[19]}, longest {lengths[19]};"
     assert told in found["lengths"] and found["left out"] == "nothing"
     assert found["steps"] == "7 of 8 examples, 2.33 epochs of 20 examples"
 
@@ -108,7 +108,7 @@ def test_tokens_and_padding_are_those_of_the_batches(write, report, rows, loss, 
     assert found["padding"] == f"{100 * shares[False]:.1f} % without packing, {100 * shares[True]:.1f} % with it"
     assert shares[False] > 0.02
     mine = tokens[packing]
-    assert found["tokens"] == f"{mine / 3:,.0f} a step, {mine:,} an epoch; {100 * learned / mine:.1f} % learned"
+    assert found["tokens"] == f"{mine / 3:,.0f} per step, {mine:,} per epoch; {100 * learned / mine:.1f} % targets"
 
 
 @pytest.mark.parametrize(
@@ -207,14 +207,14 @@ def test_a_row_without_anything_to_learn(write, rows, loss, tmp_path):
     rows = ["", *rows[:4], "bad", *rows[4:]]
     run = dry_run(load_config(write(rows, loss=loss, on_bad_row="skip")))
     (cache,) = run.data.train.caches
-    assert list(faults(cache, run)) == []
+    assert list(find_bad_rows(cache, run)) == []
     assert cache.lines.tolist() == [*range(2, 6), *range(7, 23)]
     document = 10 * cache.n_documents
     cache.mask = cache.mask.clone()
     cache.mask[cache.offsets[document] : cache.offsets[document + 1]] = 0
     if loss == "classify":
         cache.doc_features["label"] = np.where(np.arange(20) == 10, np.nan, cache.doc_features["label"])
-    (line,) = faults(cache, run)
+    (line,) = find_bad_rows(cache, run)
     assert line.startswith(f"{tmp_path / 'c.jsonl'}:13: has no ")
 
 
@@ -257,7 +257,7 @@ def test_peak_memory_is_told_by_part(write, report):
     assert code == 0 and "warning" not in found, err
     names = re.findall(r"(\w+) [\d,.]+(?:, |$)", found["peak memory"].partition(": ")[2])
     assert names == ["weights", "gradients", "optimizer", "activations", "head"]
-    assert re.match(r"[\d.]+ MiB on cpu; at most, not all at once: ", found["peak memory"])
+    assert re.match(r"[\d.]+ MiB on cpu; peak of each part: ", found["peak memory"])
     code, found, _ = report(write(ROWS, trainer="FSDPTrainer"), "--devices", "2")
     assert code == 0 and " MiB on cpu on each of 2; " in found["peak memory"] and "gathered" in found["peak memory"]
     code, _, err = report(write(ROWS), "--devices", "2")
@@ -266,7 +266,7 @@ def test_peak_memory_is_told_by_part(write, report):
 
 def test_more_than_the_machine_has(write, report, monkeypatch):
     """A warning and no error, on the CPU for all processes together."""
-    there = int(1.01 * estimate(dry_run(load_config(write(ROWS))), torch.device("cpu")).peak)
+    there = int(1.01 * estimate_memory(dry_run(load_config(write(ROWS))), torch.device("cpu")).peak)
     sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": there}
     monkeypatch.setattr("os.sysconf", sizes.__getitem__)
     assert "warning" not in report(write(ROWS))[1]
@@ -278,7 +278,7 @@ def test_a_model_that_needs_its_values(write, report, monkeypatch):
     """Where no number can be told, it is said why; the other figures are there."""
     monkeypatch.setattr(Policy, "lm_head", lambda self, hidden: hidden.nonzero())
     code, found, _ = report(write(ROWS))
-    assert code == 0 and found["peak memory"].startswith("not known, since the model cannot run without values: ")
+    assert code == 0 and found["peak memory"].startswith("unknown, since the model cannot run without values: ")
     assert "parameters" in found
 
 

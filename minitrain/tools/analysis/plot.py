@@ -35,14 +35,14 @@ def plot(histories: list[History], output: Path, force: bool = False, metrics: l
     description = "minitrain plot of " + ", ".join(run_names(histories))
     if output.exists() and not force and _read_description(output) != description:
         raise ConfigError(
-            f"--output: {output} exists and is not a plot of these runs. Choose another name or add --force.",
+            f"--output: {output} already exists and is not a plot of these runs. Choose another name or add --force.",
             "already-exists",
         )
     _save(figure, output, description)
 
 
 def make_figure(histories: list[History], metrics: list[str] | None = None):
-    """Return a matplotlib figure with a panel for each of these metrics, by default all. Raises ConfigError."""
+    """Return a matplotlib figure with a panel for each metric, by default all. Raise ConfigError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,1 +1,1 @@
-"""What is checked and shown before a run: options, data, the model without weights, memory."""
+"""Checks and previews of a run: options, data, the model without weights, memory."""

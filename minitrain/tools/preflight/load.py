@@ -42,7 +42,7 @@ def check_config(
     training.check_optimizer_options(config, given, issues)
 
 
-SHARE_OF_A_RUN = 0.7  # nobody writes so many, and the runs of older versions lack the newest ones
+SHARE_OF_A_RUN = 0.7  # users write fewer options, and runs of older versions lack the newest ones
 
 
 def written_options(raw: dict, overridden: Set[str]) -> set[str]:

@@ -1,8 +1,8 @@
-"""How much memory a training takes at its worst and what takes it, before it starts and without weights.
+"""Estimate the peak memory of a training, and what takes it, without loading weights.
 
-A step of it is taken with tensors that have shapes and no memory (PyTorch's fake tensors), by the very code that
-trains: policy, loss, optimizer, sharding. A ledger notes each tensor that is made and forgotten on the way. Only
-integers, which say where documents lie, are real. So nothing here knows what some layer keeps, and what is new counts.
+The code that trains (policy, loss, optimizer, sharding) runs one step with PyTorch's fake tensors, which have shapes
+but no memory. A tracker counts each tensor that is allocated and freed. Only integers are real, since they hold the
+layout of documents. So nothing here depends on what a layer keeps, and new layers are counted too.
 """
 
 import contextlib
@@ -39,33 +39,42 @@ from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
 PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", "activations", "head", "gathered")
-HEAD = {logprobs.__name__, kd_divergence.__name__}  # whose backward passes are the output layer's
+HEAD = {logprobs.__name__, kd_divergence.__name__}  # their backward passes belong to the LM head
 OFFLOADED = frozenset({"weights", "gradients", "optimizer"})  # by fsdp.cpu_offload
 aten = torch.ops.aten
 FACTORIES = {aten.empty.memory_format, aten.empty_strided.default}
-FROM_INPUTS = {aten._local_scalar_dense.default: 0, aten.allclose.default: True}  # what is read off a fake tensor
+FROM_INPUTS = {
+    aten._local_scalar_dense.default: 0,
+    aten.allclose.default: True,
+}  # results of operations that read values
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Notes inside it how many bytes each part of a training holds: now, at most, and of all parts together at most.
+    """Counts the bytes that each part of a training holds, for real and for fake tensors.
 
-    A tensor belongs to the part that was at work when it was made, unless `hold` says otherwise; views of it count
-    once. Parts `elsewhere` do not count towards the peak. Of real tensors and of fake ones alike; what an operation
-    takes for itself and gives back is not seen.
+    A tensor belongs to the part that was active when it was allocated, unless `hold` assigns another. Views of a tensor
+    count once. Temporary buffers inside an operation are not counted.
+
+    Attributes:
+        elsewhere: Parts that do not count toward the peak.
+        part: The active part.
+        now: Bytes that each part holds.
+        peaks: The most bytes that each part has held.
+        peak: The most bytes that all parts have held together.
     """
 
     def __init__(self, fake: FakeTensorMode | None = None, elsewhere: frozenset[str] = frozenset()):
         super().__init__()
         self.fake, self.elsewhere = fake, elsewhere
-        self.part = "activations"  # at work
-        self.now, self.most, self.total, self.peak = Counter(), Counter(), 0, 0
-        self.held: dict[int, tuple[str, int, weakref.ref]] = {}  # storage -> part, bytes, itself
+        self.part = "activations"
+        self.now, self.peaks, self.total, self.peak = Counter(), Counter(), 0, 0
+        self.held: dict[int, tuple[str, int, weakref.ref]] = {}  # storage -> part, bytes, reference
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does to its rows comes here again
+            return NotImplemented  # its operations on local shards are dispatched again
         kwargs = kwargs or {}
-        if active_fake_mode() not in (None, self.fake):  # DTensor tries something out
+        if active_fake_mode() not in (None, self.fake):  # DTensor propagates shapes
             return function(*args, **kwargs)
         made = self._call(function, args, kwargs)
         part = "head" if _in_head() else self.part
@@ -83,36 +92,36 @@ class MemoryTracker(TorchDispatchMode):
                 return function(*args, **kwargs)
         if function in FROM_INPUTS:
             return FROM_INPUTS[function]
-        if function is aten.index.Tensor:  # how much a real mask chooses is known
-            args = args[0], [place for given in args[1] for place in _places(given)], *args[2:]
-        return function(*tree_map_only(Tensor, self._faked, args), **tree_map_only(Tensor, self._faked, kwargs))
+        if function is aten.index.Tensor:  # a real mask has a known number of elements
+            args = args[0], [index for each in args[1] for index in _indices(each)], *args[2:]
+        return function(*tree_map_only(Tensor, self._to_fake, args), **tree_map_only(Tensor, self._to_fake, kwargs))
 
-    def _faked(self, tensor: Tensor) -> Tensor:
+    def _to_fake(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
-        with self.fake:  # its own way to do so keeps some real tensors alive
+        with self.fake:  # FakeTensorMode.from_tensor keeps some real tensors alive
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
     def _makes_floats(self, function, kwargs: dict) -> bool:
-        """Whether an operation makes memory for floats out of nothing, which only FSDP does here."""
+        """Return whether an operation allocates floats without an input, as only FSDP does here."""
         floats = (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
         return self.fake is not None and function in FACTORIES and floats
 
     def hold(self, tensor: Tensor, part: str) -> None:
-        """Counts a tensor as this part's from now on."""
+        """Assign a tensor to a part."""
         storage, key = tensor.untyped_storage(), _key(tensor)
         self._release(key)
         self.held[key] = part, storage.nbytes(), weakref.ref(storage, lambda _: self._release(key))
         self._add(part, storage.nbytes())
 
-    def settle(self) -> None:
-        """Forgets what was held at most until now."""
-        self.most, self.peak = Counter(self.now), self.total
+    def reset_peaks(self) -> None:
+        """Reset the peaks to what is held now."""
+        self.peaks, self.peak = Counter(self.now), self.total
 
     def __enter__(self) -> "MemoryTracker":
         self.resize = torch.UntypedStorage.resize_
 
-        def resize(storage: torch.UntypedStorage, size: int) -> None:  # FSDP's way to free what it has gathered
+        def resize(storage: torch.UntypedStorage, size: int) -> None:  # FSDP frees gathered parameters so
             self.resize(storage, size)
             if storage._cdata in self.held:
                 part, before, reference = self.held[storage._cdata]
@@ -133,24 +142,24 @@ class MemoryTracker(TorchDispatchMode):
 
     def _add(self, part: str, size: int) -> None:
         self.now[part] += size
-        self.most[part] = max(self.most[part], self.now[part])
+        self.peaks[part] = max(self.peaks[part], self.now[part])
         if part not in self.elsewhere:
             self.total += size
             self.peak = max(self.peak, self.total)
 
 
 def _key(tensor: Tensor) -> int:
-    """The same for all views of a tensor's memory."""
+    """Return a key that all views of the same memory share."""
     return tensor.untyped_storage()._cdata
 
 
 def _in_head() -> bool:
-    """Whether the backward pass is in the output layer."""
+    """Return whether the backward pass is in the LM head."""
     node = torch._C._current_autograd_node()
     return getattr(type(node), "_forward_cls", Tensor).__module__ in HEAD
 
 
-def _places(index: Tensor | None) -> Iterable[Tensor | None]:
+def _indices(index: Tensor | None) -> Iterable[Tensor | None]:
     real_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
     return index.nonzero(as_tuple=True) if real_mask else (index,)
 
@@ -159,8 +168,8 @@ def _places(index: Tensor | None) -> Iterable[Tensor | None]:
 
 
 @dataclass
-class Step:
-    """What a step is made of. `batches` are micro-batches, `held_out` one of an evaluation."""
+class StepInputs:
+    """The inputs of a simulated step: `batches` are its micro-batches; `eval_batch` is evaluated after it."""
 
     config: Config
     loss: Loss
@@ -168,95 +177,99 @@ class Step:
     models: Models
     parallel: SingleDevice
     batches: list[Batch]
-    held_out: Batch | None = None
+    eval_batch: Batch | None = None
 
 
-def take(step: Step, ledger: MemoryTracker) -> None:
-    """Takes a step as in the middle of a training, when the optimizer has its moments, and evaluates."""
+def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
+    """Run a step with initialized optimizer moments, as in the middle of a training, and an evaluation."""
     trained = [parameter for parameter in step.policy.parameters() if parameter.requires_grad]
     precision = Precision(DTYPES[step.config.model.policy_dtype], CPU)
     for tensor in (*step.policy.parameters(), *step.policy.buffers()):
-        ledger.hold(local_shard(tensor)[0], "weights")
+        tracker.hold(local_shard(tensor)[0], "weights")
     for name, model in step.models.frozen().items():
         for tensor in model.tensors():
-            ledger.hold(local_shard(tensor)[0], name)
+            tracker.hold(local_shard(tensor)[0], name)
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold(local_shard(p.grad)[0], "gradients"))
-    _tell_head(step.policy, ledger)
-    with ledger:
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold(local_shard(p.grad)[0], "gradients"))
+    _track_head(step.policy, tracker)
+    with tracker:
         optimizer = build_optimizer(step.policy, step.config)
-        optimizer.register_step_pre_hook(lambda *_: setattr(ledger, "part", "optimizer"))
-        optimizer.register_step_post_hook(lambda *_: _hold_moments(optimizer, ledger))
+        optimizer.register_step_pre_hook(lambda *_: setattr(tracker, "part", "optimizer"))
+        optimizer.register_step_post_hook(lambda *_: _hold_moments(optimizer, tracker))
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-            ledger.hold(local_shard(parameter.grad)[0], "gradients")
+            tracker.hold(local_shard(parameter.grad)[0], "gradients")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ledger.settle()
+        tracker.reset_peaks()
         output = forward_backward(step.loss, step.batches, step.models, step.parallel, precision)
         norm = step.config.max_grad_norm
         optim_step(optimizer, trained, output.loss, step.config.lr, norm, step.parallel, precision)
-        if step.held_out is not None:
+        if step.eval_batch is not None:
             with inference(step.policy), precision.autocast():
-                step.loss(step.held_out, step.models)
+                step.loss(step.eval_batch, step.models)
             step.parallel.reshard(step.policy)
 
 
-def _hold_moments(optimizer: torch.optim.Optimizer, ledger: MemoryTracker) -> None:
-    ledger.part = "activations"
+def _hold_moments(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
+    tracker.part = "activations"
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                ledger.hold(local_shard(value)[0], "optimizer")
+                tracker.hold(local_shard(value)[0], "optimizer")
 
 
-def _tell_head(policy: nn.Module, ledger: MemoryTracker) -> None:
-    """Has the ledger know when the policy is in its output layer."""
+def _track_head(policy: nn.Module, tracker: MemoryTracker) -> None:
+    """Make `head` the active part of the tracker while the policy is in its LM head."""
     lm_head = policy.lm_head
 
-    def told(hidden: Tensor):
-        ledger.part = "head"
+    def tracked(hidden: Tensor):
+        tracker.part = "head"
         return lm_head(hidden)
 
-    policy.lm_head = told
-    policy.register_forward_hook(lambda *_: setattr(ledger, "part", "activations"))
+    policy.lm_head = tracked
+    policy.register_forward_hook(lambda *_: setattr(tracker, "part", "activations"))
 
 
 # ------------------------------------------------------------------------------------------------ without weights
 
 
 @dataclass
-class Estimate:
-    """Bytes of one device. The parts are what each holds at most, which need not be at the same time."""
+class MemoryEstimate:
+    """Peak bytes of one device."""
 
-    parts: dict[str, int]
-    peak: int  # of all parts but those elsewhere
-    elsewhere: frozenset[str]
+    parts: dict[str, int]  # of each part, not necessarily at the same time
+    peak: int  # of all parts on the device together
+    elsewhere: frozenset[str]  # parts that are not on the device
 
 
-def estimate(run: Preparation, device: torch.device, devices: int = 1) -> Estimate:
-    """The memory of the training on each of so many devices, with the largest micro-batch of the first epoch.
+def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) -> MemoryEstimate:
+    """Estimate the peak memory of each of `devices` devices, with the largest micro-batch of the first epoch.
 
-    Raises ConfigError for devices that the config does not fit, and whatever a model raises that cannot run so.
+    Raises:
+        ConfigError: The config cannot train on this number of devices.
+        Exception: Anything that a model raises which needs the values of its tensors.
     """
     _check_devices(run.config, devices)
     offloads = run.config.fsdp.cpu_offload and device.type != "cpu"
     fake = FakeTensorMode()
-    ledger = MemoryTracker(fake, OFFLOADED if offloads else frozenset())
-    with _parallel(run.config, devices, fake) as parallel, _head_of(device.type):
-        take(_step(run, parallel, fake, ledger), ledger)
-    return Estimate({part: ledger.most[part] for part in PARTS if ledger.most[part]}, ledger.peak, ledger.elsewhere)
+    tracker = MemoryTracker(fake, OFFLOADED if offloads else frozenset())
+    with _parallel(run.config, devices, fake) as parallel, _head_chunks_of(device.type):
+        simulate_step(_step_inputs(run, parallel, fake, tracker), tracker)
+    return MemoryEstimate(
+        {part: tracker.peaks[part] for part in PARTS if tracker.peaks[part]}, tracker.peak, tracker.elsewhere
+    )
 
 
 def eval_metrics(run: Preparation) -> list[str]:
-    """Return the names of the metrics of an evaluation. Raises whatever a model raises that cannot run so."""
+    """Return the names of the evaluation metrics. Raises anything that a model raises which needs values."""
     fake = FakeTensorMode()
-    ledger = MemoryTracker(fake)
+    tracker = MemoryTracker(fake)
     with _parallel(run.config, 1, fake) as parallel:
-        step = _step(run, parallel, fake, ledger)
+        step = _step_inputs(run, parallel, fake, tracker)
         precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
-        with ledger, inference(step.policy), precision.autocast():
-            output = run.loss(step.held_out, step.models)
+        with tracker, inference(step.policy), precision.autocast():
+            output = run.loss(step.eval_batch, step.models)
     any_means = dict.fromkeys(["loss", *output.metrics], 0.5)  # 0.5: x and x^2 have a variance above 0
     means = run.loss.finalize_metrics(any_means)
     samples = {name: [0.0, 1.0] for name in output.samples}
@@ -264,22 +277,22 @@ def eval_metrics(run: Preparation) -> list[str]:
     return [*means, *run.loss.compute_eval_metrics(samples), *answers]
 
 
-def _step(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, ledger: MemoryTracker) -> Step:
-    """The largest step of a run, with fake tensors for parameters."""
+def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, tracker: MemoryTracker) -> StepInputs:
+    """Return the inputs of the largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
-    policy = _faked(run.meta_policy(quantized=True), fake)
+    policy = _to_fake(run.meta_policy(quantized=True), fake)
     loaders = [
         make_loader(examples, config, tokenizer, policy, parallel.rank, parallel.world_size)
         for examples in (run.data.train, run.data.eval)
         if examples
     ]
-    batches = [_largest(loader, held_out) for loader, held_out in zip(loaders, (False, True))]
+    batches = [_largest_batch(loader, eval_batch) for loader, eval_batch in zip(loaders, (False, True))]
 
-    def load(*asked) -> nn.Module:
-        return _faked(build_frozen(*asked, META), fake)
+    def load(*args) -> nn.Module:
+        return _to_fake(build_frozen(*args, META), fake)
 
-    with ledger:
+    with tracker:
         policy = prepare_policy(policy, None, config, parallel, precision, loss.dropout)
         if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
             models = Models(policy, PrecomputedRefLogps())
@@ -287,40 +300,40 @@ def _step(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, ledger
                 batch.token_features[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:
             models = build_aux_models(loss, config, policy, tokenizer, parallel, precision, loaders, load)
-    several = 2 if config.gradient_accumulation_steps > 1 else 1  # the second one finds gradients there
-    return Step(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:])
+    several = 2 if config.gradient_accumulation_steps > 1 else 1  # the second one adds to gradients
+    return StepInputs(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:])
 
 
-def _faked(policy: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """A policy on the meta device with fake tensors, which say that they are on the CPU, in the place of its own."""
+def _to_fake(policy: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """Replace the meta tensors of a policy by fake tensors that claim to be on the CPU."""
 
-    @functools.cache  # by the tensor itself, so that what is tied stays so
-    def faked(tensor: Tensor) -> Tensor:
+    @functools.cache  # cached by tensor, so that tied parameters stay tied
+    def fake_of(tensor: Tensor) -> Tensor:
         with fake:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     for module in policy.modules():
         for own in (module._parameters, module._buffers):
-            own |= {name: faked(tensor) for name, tensor in own.items() if tensor is not None and tensor.is_meta}
-    policy.check = lambda *asked: None  # there are no values to compare
+            own |= {name: fake_of(tensor) for name, tensor in own.items() if tensor is not None and tensor.is_meta}
+    policy.check = lambda *args: None  # it compares values
     return policy
 
 
-def _largest(loader: MicrobatchLoader, held_out: bool) -> Batch:
-    """The micro-batch with the most places over all ranks, of the first epoch or of an evaluation."""
-    if held_out:
-        found = list(loader.eval_layout())
+def _largest_batch(loader: MicrobatchLoader, eval_batch: bool) -> Batch:
+    """Return the micro-batch with the most positions over all ranks, of the first epoch or of an evaluation."""
+    if eval_batch:
+        layout = list(loader.eval_layout())
     else:
-        found = [rows for step in loader.epoch_plan() for mine in step for rows in mine]
-    places = [(len(widths) * max(widths, default=0), sum(widths)) for widths in loader.widths(found)]
-    return loader.batch(found[max(range(len(found)), key=places.__getitem__)])
+        layout = [rows for step in loader.epoch_plan() for local in step for rows in local]
+    sizes = [(len(widths) * max(widths, default=0), sum(widths)) for widths in loader.widths(layout)]
+    return loader.batch(layout[max(range(len(layout)), key=sizes.__getitem__)])
 
 
 def _check_devices(config: Config, devices: int) -> None:
     if devices > 1 and config.trainer == "BasicTrainer":
         raise ConfigError(
-            f"trainer: BasicTrainer trains on one device, and not on {devices}; set trainer=FSDPTrainer.", "conflict"
+            f"trainer: BasicTrainer trains on one device, got {devices}. Set trainer=FSDPTrainer.", "conflict"
         )
     if uneven := uneven_batch(config, devices, "devices"):
         raise ConfigError(f"total_batch_size: {uneven}", "conflict")
@@ -328,20 +341,20 @@ def _check_devices(config: Config, devices: int) -> None:
 
 class _LocalRank(SingleDevice):
     def wrap(self, policy: nn.Module, *ignored) -> nn.Module:
-        return policy  # which cannot be moved
+        return policy  # fake tensors cannot be moved
 
 
 class _FakeRank(FullySharded):
-    """The first of many ranks that are not there."""
+    """The first rank of a process group without other processes."""
 
     def __init__(self, options: FSDPConfig, fake: FakeTensorMode):
         SingleDevice.__init__(self, CPU)
         self.options, self.fake = options, fake
         self.lay_out()
 
-    def wrap(self, *asked) -> nn.Module:
+    def wrap(self, *args) -> nn.Module:
         with self.fake:
-            return super().wrap(*asked)
+            return super().wrap(*args)
 
 
 @contextlib.contextmanager
@@ -351,7 +364,7 @@ def _parallel(config: Config, devices: int, fake: FakeTensorMode) -> Iterator[Si
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    # What hybrid cuts up is cut inside one machine, as full does.
+    # hybrid shards within one machine, as full does.
     shard = "full" if config.fsdp.shard == "hybrid" else config.fsdp.shard
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
     try:
@@ -361,8 +374,8 @@ def _parallel(config: Config, devices: int, fake: FakeTensorMode) -> Iterator[Si
 
 
 @contextlib.contextmanager
-def _head_of(kind: str) -> Iterator[None]:
-    """Inside, the output layer cuts its chunks as on this kind of device, though tensors say they are on the CPU."""
+def _head_chunks_of(kind: str) -> Iterator[None]:
+    """Let the LM head choose its chunks for a type of device, although the fake tensors are on the CPU."""
     if kind == "cpu":
         yield
         return

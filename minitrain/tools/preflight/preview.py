@@ -17,7 +17,7 @@ from minitrain.training.setup import Preparation, dry_run
 
 DOCUMENT_NAMES = {
     "preference": ("chosen", "rejected"),
-    "unpaired_preference": ("what was judged", "an answer to another prompt"),
+    "unpaired_preference": ("rated response", "response to another prompt"),
 }
 
 
@@ -52,7 +52,7 @@ class BatchPreview(NamedTuple):
 
 
 def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Marks = BRACKETS) -> Iterator[str]:
-    """Yield lines about the first examples, from the batches that a training on one device gets.
+    """Yield lines about the first examples, from the batches of a training on one device.
 
     Args:
         config: The full config.
@@ -68,7 +68,7 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
     loader = run.train_loader if split == "train" else run.eval_loader
     if loader is None:
         raise ConfigError(
-            "--split: there is nothing to evaluate on; give eval_datasets or validation_split.", "no-data"
+            "--split: the config has no evaluation data. Set eval_datasets or validation_split.", "no-data"
         )
     for preview in _training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples):
         if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):
@@ -97,7 +97,7 @@ def _batch(
     n_rows, n_columns = batch.input_ids.shape
     padding = batch.input_ids.numel() - batch.n_tokens
     percent = f"{100 * padding / batch.input_ids.numel():.1f} %"
-    counts = f"{batch.n_targets} learned, {padding} padding ({percent})"
+    counts = f"{batch.n_targets} targets, {padding} padding ({percent})"
     yield f"{preview.title}: {n_rows} rows of {n_columns} tokens; {counts}"
     document_numbers = range(run.data.train.caches[0].n_documents)
     documents = [(example, number) for row in preview.rows for example in row for number in document_numbers]  # [D]
@@ -125,10 +125,10 @@ def _numbers(batch: Batch, d: int) -> list[str]:
     """Return the position of a document in its batch row, and the number of its targets, in words."""
     row, start, stop = batch.spans[d].tolist()
     n_targets = int((batch.labels[row, start:stop] != IGNORE_INDEX).sum())
-    phrases = [f"tokens {start} to {stop - 1}", f"{stop - start} tokens, {n_targets} learned"]
+    phrases = [f"tokens {start} to {stop - 1}", f"{stop - start} tokens, {n_targets} targets"]
     if batch.prefixes is not None and batch.prefixes[d, 1]:
         first, end = batch.prefixes[d].tolist()
-        phrases.append(f"behind tokens {first} to {end - 1}, which it shares")
+        phrases.append(f"after the shared tokens {first} to {end - 1}")
     return phrases
 
 

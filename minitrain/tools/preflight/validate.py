@@ -1,4 +1,4 @@
-"""What can be known of a training before it starts, and what is wrong with its data: `minitrain validate`."""
+"""Check a config and every row of its data, and report what a training would do: `minitrain validate`."""
 
 import dataclasses
 import functools
@@ -30,16 +30,25 @@ from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
 
 from .load import check_python_config
-from .memory import estimate, eval_metrics
+from .memory import estimate_memory, eval_metrics
 
-MAX_TOLD = 3  # rows of one kind of fault and file
+MAX_REPORTED = 3  # rows per problem and file
 
 
 def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict[str, str]:
-    """Figures of a training by their names, from every row of its files and from its model's config.
+    """Return a report of a training, from every row of its files and its model's config.
 
-    `with_memory`: also what it takes on each of so many devices, for which a step is tried out. Raises ConfigError, or
-    DataError for rows that cannot be read or would teach something else than they say.
+    Args:
+        config: The config.
+        devices: Number of devices for the estimate of memory.
+        with_memory: Estimate the peak memory too, which simulates a step.
+
+    Returns:
+        The lines of the report by name.
+
+    Raises:
+        ConfigError: An option does not fit the model, the data or the run directory.
+        DataError: A row cannot be read, has no targets, or would train on something unintended.
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
@@ -48,17 +57,17 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
     _check_metric(run)
     caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
-    told = [line for cache in {id(cache): cache for cache in caches}.values() for line in faults(cache, run)]
-    if told:
-        raise DataError("\n".join(told), "wrong-tokens")
-    figures = _figures(run) | (_memory(run, parallel.device, devices) if with_memory else {})
-    if "warning" in figures:
-        warnings.append(figures.pop("warning"))
-    return figures | ({"warning": "; ".join(warnings)} if warnings else {})
+    problems = [line for cache in {id(cache): cache for cache in caches}.values() for line in find_bad_rows(cache, run)]
+    if problems:
+        raise DataError("\n".join(problems), "wrong-tokens")
+    lines = _report(run) | (_memory(run, parallel.device, devices) if with_memory else {})
+    if "warning" in lines:
+        warnings.append(lines.pop("warning"))
+    return lines | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
 def _try_out(run: Preparation) -> list[str]:
-    """Try what training tries between the data and the first step, and return warnings. Raises ConfigError."""
+    """Make the checks that training makes before its first step; return warnings. Raise ConfigError."""
     config, tokenizer = run.config, run.template.tokenizer
     check_weights_exist(config.model, run.loss.head_labels)
     log_model_warnings(config.model.name_or_path, run.policy.model.load_notes)
@@ -77,7 +86,7 @@ def _try_out(run: Preparation) -> list[str]:
 
 
 def _try_resuming(run: Preparation, folder: RunDir) -> list[str]:
-    """Try what training tries with its run directory and its checkpoint, and return warnings. Raises RunDirError."""
+    """Check the run directory and its checkpoint as training does; return warnings. Raise RunDirError."""
     if finished := folder.finished(run.train_loader.total_steps):
         return [*folder.messages, finished]
     checkpoint = folder.find_checkpoint()
@@ -88,7 +97,7 @@ def _try_resuming(run: Preparation, folder: RunDir) -> list[str]:
 
 
 def _check_metric(run: Preparation) -> None:
-    """Raise ConfigError when the evaluation does not have the metric that decides, as far as can be known."""
+    """Raise ConfigError if the evaluation lacks the metric of early stopping, as far as can be known."""
     metric = run.config.early_stopping.metric
     if run.data.eval is None or metric in KNOWN_METRICS:
         return
@@ -96,113 +105,122 @@ def _check_metric(run: Preparation) -> None:
         known = eval_metrics(run)
     except MinitrainError:
         raise
-    except Exception:  # whatever a model may do that needs the values of its tensors
+    except Exception:  # a model may need the values of its tensors
         return
     check_metric(metric, known)
 
 
-# ----------------------------------------------------------------------------------------------------------- faults
+# ----------------------------------------------------------------------------------------------------------- bad rows
 
 
-def faults(cache: TokenCache, run: Preparation) -> Iterator[str]:
-    """What is wrong with rows of a file, each line naming one."""
+def find_bad_rows(cache: TokenCache, run: Preparation) -> Iterator[str]:
+    """Yield a message for each row of a file whose tokens are wrong."""
     kind, template = run.loss.example_type, run.template
-    checks: list[tuple[np.ndarray, str]] = []  # documents, and what is wrong with them
+    checks: list[tuple[np.ndarray, str]] = []  # documents, problem
     if kind == "classification":
-        checks.append((np.flatnonzero(np.isnan(cache.doc_features["label"])), "has no label"))
+        checks.append((np.flatnonzero(np.isnan(cache.doc_features["label"])), "has no label. Add one"))
     else:
-        checks.append((np.flatnonzero(_n_learned(cache) == 0), "has no token to learn"))
+        checks.append(
+            (np.flatnonzero(_n_targets(cache) == 0), "has no targets. Check the row, max_length and train_on")
+        )
     if kind not in ("classification", "rollout"):  # a rollout may end where its sampling was cut off
-        told = f"a learned answer does not end its turn (with {_named(template)}), so a model would not learn to stop"
+        problem = f"a target response does not end in {_end_tokens(template)}, so the model would not learn to stop"
         documents = _without_end(cache, template.end_ids(), run.config.max_length)
-        # Of feedback only the judged answer is learned; the other one may be of a row whose end was cut.
-        checks.append((documents[documents % 2 == 0] if kind == "unpaired_preference" else documents, told))
+        # In unpaired preferences only the first document has targets; the other one may be truncated.
+        checks.append(
+            (
+                documents[documents % 2 == 0] if kind == "unpaired_preference" else documents,
+                f"{problem}. Check the chat template",
+            )
+        )
     checks.append(
         (
             _with_second_bos(cache, kind, template, run.config.max_length),
-            f"has more than one {template.tokenizer.bos_token!r}",
+            f"has more than one {template.tokenizer.bos_token!r}. Remove it from the row or the chat template",
         )
     )
-    for documents, told in checks:
+    for documents, problem in checks:
         examples = np.unique(documents // cache.n_documents)
-        for line in cache.lines[examples[:MAX_TOLD]]:
-            yield f"{cache.source}:{line}: {told}."
-        if len(examples) > MAX_TOLD:
-            yield f"{cache.source}: so in {len(examples) - MAX_TOLD:,} more of {len(cache):,} examples."
+        for line in cache.lines[examples[:MAX_REPORTED]]:
+            yield f"{cache.source}:{line}: {problem}."
+        if len(examples) > MAX_REPORTED:
+            yield f"{cache.source}: the same in {len(examples) - MAX_REPORTED:,} more of {len(cache):,} examples."
 
 
-def _named(template: Template) -> str:
+def _end_tokens(template: Template) -> str:
     return " or ".join(map(repr, template.tokenizer.convert_ids_to_tokens(template.end_ids())))
 
 
 def _without_end(cache: TokenCache, end_ids: list[int], max_length: int) -> np.ndarray:
-    """Documents with learned tokens that stop at another one than an end; those that were cut there are none."""
+    """Return documents with a run of targets that does not end in an end token, except truncated ones."""
     mask = cache.mask.numpy()  # [T]
-    # The last token of each run: a document's first token is never learned, so no run goes on in the next one.
+    # The last token of each run. A document's first token is never a target, so runs do not cross documents.
     last = np.flatnonzero(mask > np.append(mask[1:], np.uint8(0)))
     last = last[~np.isin(cache.ids.numpy()[last], end_ids)]
     documents = _document_of(cache, last)
     stop = cache.offsets[documents + 1]
-    cut = (last + 1 == stop) & (stop - cache.offsets[documents] == max_length)
-    return documents[~cut]
+    is_truncated = (last + 1 == stop) & (stop - cache.offsets[documents] == max_length)
+    return documents[~is_truncated]
 
 
 def _with_second_bos(cache: TokenCache, kind: str, template: Template, max_length: int) -> np.ndarray:
-    """Documents with a BOS behind the first one; at once behind it, where the template itself begins turns with it."""
+    """Return documents with a second BOS; directly after the first one, if the template begins turns with it."""
     bos = template.tokenizer.bos_token_id
     if bos is None or bos in template.end_ids():
         return np.empty(0, np.int64)
-    places = np.flatnonzero(cache.ids.numpy() == bos)
-    documents = _document_of(cache, places)
-    if kind == "classification":  # read as the tokenizer itself writes a text or a pair of them
+    positions = np.flatnonzero(cache.ids.numpy() == bos)
+    documents = _document_of(cache, positions)
+    if kind == "classification":  # encoded as the tokenizer encodes one or two texts
         allowed = template.tokenizer("a", "b")["input_ids"].count(bos)
-        found, counts = np.unique(documents, return_counts=True)
-        return found[counts > max(1, allowed)]
+        with_bos, counts = np.unique(documents, return_counts=True)
+        return with_bos[counts > max(1, allowed)]
     start = cache.offsets[documents]
     if _begins_turns(bos, template):
-        cut = cache.offsets[documents + 1] - start == max_length  # truncation keeps the first BOS, before any turn
-        return documents[(places == start + 1) & (cache.ids.numpy()[start] == bos) & ~cut]
-    return documents[places > start]
+        is_truncated = (
+            cache.offsets[documents + 1] - start == max_length
+        )  # truncation keeps the first BOS, before any turn
+        return documents[(positions == start + 1) & (cache.ids.numpy()[start] == bos) & ~is_truncated]
+    return documents[positions > start]
 
 
 def _begins_turns(bos: int, template: Template) -> bool:
     try:
         return bos in template.encode(Conversation([user("a"), assistant("b")] * 2)).ids[1:]
-    except DataError:  # it refuses the conversation
+    except DataError:  # the template rejects the conversation
         return False
 
 
-def _n_learned(cache: TokenCache) -> np.ndarray:
-    """Learned tokens of each document -> [D]."""
+def _n_targets(cache: TokenCache) -> np.ndarray:
+    """Return the number of targets of each document, shape [D]."""
     return np.add.reduceat(cache.mask.numpy(), cache.offsets[:-1], dtype=np.int64)
 
 
-def _document_of(cache: TokenCache, places: np.ndarray) -> np.ndarray:
-    return np.searchsorted(cache.offsets, places, side="right") - 1
+def _document_of(cache: TokenCache, positions: np.ndarray) -> np.ndarray:
+    return np.searchsorted(cache.offsets, positions, side="right") - 1
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------- report
 
 
-def _figures(run: Preparation) -> dict[str, str]:
-    train, held = run.data.train, run.data.eval
+def _report(run: Preparation) -> dict[str, str]:
+    train, evaluation = run.data.train, run.data.eval
     loader = run.train_loader
     n_steps, epoch = loader.total_steps, loader.epoch_size
-    tokens, cells = _laid_out(loader)
+    tokens, cells = _batch_sizes(loader)
     lengths = train.per_document(lambda cache: np.diff(cache.offsets))  # [E, n]
-    learned = train.per_document(_n_learned).sum(1)[loader.order(0)].sum()
+    n_targets = train.per_document(_n_targets).sum(1)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
     parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return {
-        "examples": f"{len(train):,} to train on" + (f", {len(held):,} to evaluate on" if held else ""),
+        "examples": f"{len(train):,} to train on" + (f", {len(evaluation):,} to evaluate on" if evaluation else ""),
         "left out": _left_out(train.caches),
-        "lengths": f"half of the texts up to {half:,} tokens, 90 % up to {most:,}, 99 % up to {nearly_all:,}, "
-        f"the longest {lengths.max():,}; max_length {run.config.max_length:,}",
+        "lengths": f"median {half:,} tokens, 90 % up to {most:,}, 99 % up to {nearly_all:,}, "
+        f"longest {lengths.max():,}; max_length {run.config.max_length:,}",
         "steps": f"{n_steps:,} of {run.config.total_batch_size:,} examples, "
         f"{n_steps / loader.steps_per_epoch:.2f} epochs of {epoch:,} examples",
-        "tokens": f"{tokens / loader.steps_per_epoch:,.0f} a step, {tokens:,} an epoch; "
-        f"{_share(learned, tokens)} learned",
+        "tokens": f"{tokens / loader.steps_per_epoch:,.0f} per step, {tokens:,} per epoch; "
+        f"{_percent(n_targets, tokens)} targets",
         "padding": _padding(run, 1 - tokens / cells),
         **({"new tokens": new} if new else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
@@ -210,57 +228,58 @@ def _figures(run: Preparation) -> dict[str, str]:
 
 
 def _left_out(caches: list[TokenCache]) -> str:
-    """What was cut and left out, with its share of all rows."""
+    """Return how many rows were truncated and left out, with their fraction of all rows."""
     counts: dict[str, int] = {}
-    for what, count in (pair for cache in caches for pair in cache.counts.items()):
-        counts[what] = counts.get(what, 0) + count
+    for name, count in (pair for cache in caches for pair in cache.counts.items()):
+        counts[name] = counts.get(name, 0) + count
     return "; ".join(describe_counts(counts, sum(cache.n_rows for cache in caches))) or "nothing"
 
 
-def _padding(run: Preparation, share: float) -> str:
-    """The share of places that hold nothing, as the config lays rows out and otherwise."""
-    packing, told = run.config.packing, {}
-    told[packing] = f"{100 * share:.1f} %"
+def _padding(run: Preparation, fraction: float) -> str:
+    """Return the fraction of padding without and with packing; `fraction` is that of the config."""
+    packing, percent = run.config.packing, {}
+    percent[packing] = f"{100 * fraction:.1f} %"
     if packing or not (
         run.policy.has_soft_prompt or is_encoder(run.policy.model)
     ):  # these need a row for each document
         config, policy = dataclasses.replace(run.config, packing=not packing), run.meta_policy(packing=not packing)
-        tokens, cells = _laid_out(make_loader(run.data.train, config, run.template.tokenizer, policy))
-        told[not packing] = _share(cells - tokens, cells)
-    return f"{told[False]} without packing" + (f", {told[True]} with it" if True in told else "")
+        tokens, cells = _batch_sizes(make_loader(run.data.train, config, run.template.tokenizer, policy))
+        percent[not packing] = _percent(cells - tokens, cells)
+    return f"{percent[False]} without packing" + (f", {percent[True]} with it" if True in percent else "")
 
 
-def _laid_out(loader: MicrobatchLoader) -> tuple[int, int]:
-    """(tokens, places for tokens) of all batches of the first epoch, without making them."""
-    widths = list(loader.widths(rows for step in loader.epoch_plan() for mine in step for rows in mine))
+def _batch_sizes(loader: MicrobatchLoader) -> tuple[int, int]:
+    """Return the number of tokens and of positions in all batches of the first epoch, without building them."""
+    widths = list(loader.widths(rows for step in loader.epoch_plan() for local in step for rows in local))
     return sum(map(sum, widths)), sum(len(each) * max(each, default=0) for each in widths)
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %"
+def _percent(part: float, total: float) -> str:
+    return f"{100 * part / total:.1f} %"
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
 def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[str, str]:
-    """The estimate in words, or why there is none, and a warning where the device has less."""
+    """Return the estimate or why it is missing, and a warning if the device has less memory."""
     try:
-        found = estimate(run, device, devices)
+        memory = estimate_memory(run, device, devices)
     except MinitrainError:
         raise
-    except Exception as error:  # whatever a model may do that needs the values of its tensors
-        return {"peak memory": f"not known, since the model cannot run without values: {first_line(error)}"}
+    except Exception as error:  # a model may need the values of its tensors
+        return {"peak memory": f"unknown, since the model cannot run without values: {first_line(error)}"}
     each = f" on each of {devices}" if devices > 1 else ""
     parts = ", ".join(
-        f"{part} {_mib(size)}{' (on the CPU)' if part in found.elsewhere else ''}" for part, size in found.parts.items()
+        f"{part} {_mib(size)}{' (on the CPU)' if part in memory.elsewhere else ''}"
+        for part, size in memory.parts.items()
     )
-    told = {"peak memory": f"{_mib(found.peak)} MiB on {device.type}{each}; at most, not all at once: {parts}"}
-    there, what = _capacity(device)
-    needed = found.peak * (devices if device.type != "cuda" else 1)
-    if needed > there:
-        told["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(there)} MiB of {what}"
-    return told
+    lines = {"peak memory": f"{_mib(memory.peak)} MiB on {device.type}{each}; peak of each part: {parts}"}
+    available, name = _capacity(device)
+    needed = memory.peak * (devices if device.type != "cuda" else 1)
+    if needed > available:
+        lines["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(available)} MiB of {name}"
+    return lines
 
 
 def _capacity(device: torch.device) -> tuple[int, str]:
