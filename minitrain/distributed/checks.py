@@ -1,4 +1,4 @@
-"""Check the options of devices and processes."""
+"""Checks of the options of devices and processes."""
 
 import os
 
@@ -10,7 +10,11 @@ from .process import world_size
 
 
 def check_processes(config: Config, given: set[str], issues: ConfigIssues) -> None:
-    """`given`: names of the options that were written or are not at their default."""
+    """Check `trainer` and `fsdp` against the number of processes.
+
+    Args:
+        given: Names of the options that are set, or not at their default.
+    """
     processes, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.trainer == "BasicTrainer":
         if processes > 1:
@@ -21,10 +25,14 @@ def check_processes(config: Config, given: set[str], issues: ConfigIssues) -> No
                 "Set trainer=FSDPTrainer.",
             )
         if "fsdp" in given:
-            issues.add("fsdp", "no-effect", "would be ignored: it needs trainer=FSDPTrainer.", "trainer")
+            issues.add(
+                "fsdp", "no-effect", "has no effect without trainer=FSDPTrainer. Set it, or remove fsdp.", "trainer"
+            )
     elif config.fsdp.shard == "hybrid" and (processes == local or processes % local):
         issues.add(
-            "fsdp.shard", "conflict", "hybrid needs several machines with equally many processes; use full on one."
+            "fsdp.shard",
+            "conflict",
+            "hybrid needs several machines with the same number of processes. Use full on one.",
         )
 
 
@@ -36,27 +44,33 @@ def check_device(config: Config, issues: ConfigIssues) -> None:
     try:
         device = pick_device(config.device).type
     except ConfigError as error:
-        issues.add("device", error.code, error.message.removeprefix("device: ") + ".")
+        issues.add("device", error.code, error.message.removeprefix("device: "))
         return
     if config.trainer == "BasicTrainer":
         return
     local, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if device == "mps":
-        issues.add("trainer", "conflict", "FSDPTrainer needs CUDA devices or the CPU; use device=cpu, or BasicTrainer.")
+        issues.add(
+            "trainer",
+            "conflict",
+            "FSDPTrainer supports CUDA devices and the CPU, not MPS. Set device=cpu, or trainer=BasicTrainer.",
+        )
     if device == "cuda" and local > n_gpus:
         issues.add(
-            "trainer", "conflict", f"torchrun started {local} processes on this machine, but it has {n_gpus} GPUs."
+            "trainer",
+            "conflict",
+            f"torchrun started {local} processes on a machine with {n_gpus} GPUs. Start one per GPU.",
         )
     if config.fsdp.cpu_offload and device == "cpu":
-        issues.add("fsdp.cpu_offload", "no-effect", "would be ignored: everything is on the CPU already.")
+        issues.add("fsdp.cpu_offload", "no-effect", "has no effect with device=cpu. Remove it.")
 
 
 def uneven_batch(config: Config, number: int, what: str) -> str | None:
-    """What is wrong with the batch size on so many processes or devices, if anything is."""
+    """Return what is wrong with the batch size on `number` processes or devices, or None."""
     if config.total_batch_size % (config.gradient_accumulation_steps * number) == 0:
         return None
     over = f" on each of {number} {what}" if number > 1 else ""
     return (
-        f"{config.total_batch_size} examples cannot be cut into gradient_accumulation_steps="
-        f"{config.gradient_accumulation_steps} equal micro-batches{over}."
+        f"{config.total_batch_size} examples cannot be split into gradient_accumulation_steps="
+        f"{config.gradient_accumulation_steps} equal micro-batches{over}. Change one of them."
     )

@@ -1,4 +1,4 @@
-"""One device or many behind one small interface, so that the loop does not know which."""
+"""A common interface to one device and to many, so that the training loop is the same."""
 
 import contextlib
 import math
@@ -12,57 +12,58 @@ from torch import nn
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
-Read = Callable[[str, int, int], torch.Tensor]  # (parameter, first row, row after the last) -> those rows
+Read = Callable[[str, int, int], torch.Tensor]  # (parameter, first row, row after the last) -> rows
 
 
 class SingleDevice:
-    """Everything on one device: the collectives have nothing to do."""
+    """One device, on which collectives do nothing."""
 
     rank = 0
     world_size = 1
-    loads_shards = False  # whether the model is built empty and each rank reads its own rows of the weights
+    loads_shards = False  # whether the model is built without weights and each rank reads its own shards
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def wrap(self, policy: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> nn.Module:
-        """The policy as it is trained, on its device, sharded block by block where that applies."""
+        """Return the policy on its device, sharded block by block if there are several."""
         return policy.to(self.device)
 
     def load_shards(self, policy: nn.Module, read: Read) -> None:
-        """Gives the parameters of an empty model their values."""
+        """Load the parameters of a model that was built without weights."""
         assert not self.loads_shards
 
     def unsharded(self, policy: nn.Module) -> contextlib.AbstractContextManager:
-        """Inside, parts of the policy can be called by themselves, by all ranks alike."""
+        """Gather all parameters, so that parts of the policy can be called. All ranks must make the same calls."""
         return contextlib.nullcontext()
 
     def reshard(self, policy: nn.Module) -> None:
-        """To be called after parameters were changed from outside, lest old gathered copies be used."""
+        """Drop gathered parameters. Call it after parameters were changed outside the optimizer."""
 
     def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of a parameter; all ranks have to ask for the same ones in the same order."""
+        """Return the full tensor of a parameter. All ranks must call it for the same tensors, in the same order."""
         return tensor
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over ranks."""
+        """Return the sum of a tensor over ranks."""
         return values
 
     def max(self, value: float) -> float:
-        """The largest of a number over ranks; how ranks agree."""
+        """Return the maximum of a number over ranks."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has (anything that JSON can hold), in the order of ranks."""
+        """Return the values of all ranks, in rank order. Values must be JSON-serializable."""
         return [value]
 
     def check_same(self, **values: Any) -> None:
-        """Raise ConfigError on all ranks when one has another value than rank 0: they would wait for one another."""
+        """Raise ConfigError on all ranks if a value differs from that of rank 0, which would lead to a deadlock."""
 
     def run_on_rank0(self, function: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
-        """Calls a function on rank 0 only; what it returns, or the user's error it raises, reaches all ranks.
+        """Call a function on rank 0 only. All ranks return its result, or raise its `MinitrainError`.
 
-        `meanwhile` is called by every rank, by rank 0 after the function: for collectives that it takes part in.
+        Args:
+            meanwhile: Called by the other ranks at once and by rank 0 after `function`, for the collectives in it.
         """
         try:
             return function()
@@ -71,38 +72,38 @@ class SingleDevice:
                 meanwhile()
 
     def local_rank0_first(self) -> contextlib.AbstractContextManager:
-        """Inside, the first process of a machine is alone; then come the others, who find what it left."""
+        """Run the block first in one process of each machine, then in the others, which can use its files."""
         return contextlib.nullcontext()
 
     def backward_context(self, policy: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Around the backward pass of a micro-batch; gradients have to be reduced in the last one only."""
+        """Return the context of a micro-batch's forward and backward pass. Only the last one must reduce gradients."""
         return contextlib.nullcontext()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Global norm of the gradients before clipping -> []; scales them down to `max_norm` (0: leaves them)."""
+        """Clip the gradients to the norm `max_norm` (0: no clipping). Return their norm before that, shape []."""
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    def set_status(self, place: str) -> None:
-        """Where the run is, to be told should it hang."""
+    def set_status(self, status: str) -> None:
+        """Set what the run is doing, which is reported if it hangs."""
 
     def monitor_ranks(self) -> contextlib.AbstractContextManager:
-        """As `naming_failures`, and a rank in which nothing moves ends all of them."""
+        """Do as `naming_failures`, and end all ranks if one of them hangs."""
         return contextlib.nullcontext()
 
     def naming_failures(self) -> contextlib.AbstractContextManager:
-        """Inside, an error of one rank ends the others with a RunError that names it."""
+        """End the other ranks with a RunError that names the first rank with an error."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
-        """To be called when all is done."""
+        """Release the process group, at the end of the run."""
 
 
 def make_parallel(config: Config) -> SingleDevice:
-    """What `trainer` names. Raises ConfigError for a device that is not there."""
+    """Return the implementation that `trainer` selects. Raise ConfigError if the device does not exist."""
     device = pick_device(config.device)
     if config.trainer == "BasicTrainer":
         return SingleDevice(device)
@@ -112,21 +113,21 @@ def make_parallel(config: Config) -> SingleDevice:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU. Raises ConfigError for a device that is not there."""
+    """Return a device, where `auto` is the first GPU or else the CPU. Raise ConfigError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: there is no CUDA device here; use device=auto or device=cpu", "no-device")
+        raise ConfigError("device: no CUDA device is available. Set device=auto or device=cpu.", "no-device")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device: there is no MPS device here; use device=auto or device=cpu", "no-device")
+        raise ConfigError("device: no MPS device is available. Set device=auto or device=cpu.", "no-device")
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device: {str(error).splitlines()[0]}", "not-a-choice") from None
+        raise ConfigError(f"device: {str(error).splitlines()[0]}.", "not-a-choice") from None
 
 
 def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a tensor, sharing its memory, and the number of the first one."""
+    """Return this rank's rows of a tensor, sharing its memory, and the index of the first one."""
     if not _is_sharded(tensor):
         return tensor, 0
     from torch.distributed.tensor import Shard
@@ -140,12 +141,12 @@ def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def writes(tensor: torch.Tensor) -> bool:
-    """Whether it is for this rank to save its rows: they are nobody else's, or it is the first that has them."""
+    """Return whether this rank saves its rows: it is the first of the ranks that hold them."""
     if not _is_sharded(tensor):
         return not dist.is_initialized() or dist.get_rank() == 0
     return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, without the half second that its import takes where nothing is sharded."""
+    """Return whether it is a DTensor, without importing that class, which takes half a second."""
     return hasattr(tensor, "device_mesh")

@@ -1,4 +1,4 @@
-"""Many devices: FSDP2 behind the interface of `SingleDevice`. It is imported by FSDPTrainer only."""
+"""Many devices: FSDP2 with the interface of `SingleDevice`. Imported only for FSDPTrainer."""
 
 import atexit
 import contextlib
@@ -34,18 +34,18 @@ from .process import let_threads_settle
 from .watchdog import Watchdog
 
 _turns = itertools.count()
-FAILURE = "failure"  # the key in the store under which the first rank that fails says why
+FAILURE = "failure"  # store key of the message of the first rank that fails
 
 
 class LostContactError(RunError):
-    """Another process is gone."""
+    """The connection to another process is lost."""
 
 
 class FullySharded(SingleDevice):
-    """FSDP2: every block's parameters cut along their first dimension over the ranks, gathered when it computes.
+    """FSDP2: each block's parameters are sharded along their first dimension, and gathered for its computation.
 
-    Shards and the reduction of gradients are in the parameters' own dtype (float32) and float32, the compute of the
-    blocks in policy_dtype. Gradients are summed, not averaged: the loop has divided by the weight of the whole step.
+    Shards have the dtype of the parameters (float32 by default), gradients are reduced in float32, and blocks compute
+    in policy_dtype. Gradients are summed, not averaged, because the loop divides by the number of items of the step.
     """
 
     loads_shards = True
@@ -57,13 +57,13 @@ class FullySharded(SingleDevice):
             torch.cuda.set_device(device)
         super().__init__(device)
         _join(device, timedelta(seconds=options.timeout_seconds + 60))
-        self.lay_out()
+        self.set_layout()
         if self.world_size > 1:
             self.store = _own_store()
             self.watchdog = Watchdog(self.rank, self.world_size, _own_store(), options.timeout_seconds)
 
-    def lay_out(self) -> None:
-        """Finds this rank's place among those of the process group."""
+    def set_layout(self) -> None:
+        """Set rank, world size and device mesh from the process group."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         shape = _mesh_shape(self.options.shard, self.world_size)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
@@ -71,17 +71,21 @@ class FullySharded(SingleDevice):
         self.store = self.watchdog = None
 
     def wrap(self, policy: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> nn.Module:
-        # Inside autocast, inputs keep their float32, so that the residual stream does as it does on one device.
+        # No cast of inputs: with autocast the residual stream stays float32, as on one device.
         rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         compute = rest if dtype == torch.float32 else dataclasses.replace(rest, param_dtype=dtype)
         offload = CPUOffloadPolicy() if self.options.cpu_offload else OffloadPolicy()
-        keep = self.options.shard == "grad"
+        keeps_gathered = self.options.shard == "grad"
         for block in blocks:
             fully_shard(
-                block, mesh=self.mesh, mp_policy=compute, offload_policy=offload, reshard_after_forward=not keep
+                block,
+                mesh=self.mesh,
+                mp_policy=compute,
+                offload_policy=offload,
+                reshard_after_forward=not keeps_gathered,
             )
         fully_shard(policy, mesh=self.mesh, mp_policy=rest, offload_policy=offload)
-        register_fsdp_forward_method(policy, "target_hidden_states")  # gathers embeddings and head as forward does
+        register_fsdp_forward_method(policy, "target_hidden_states")  # gathers embeddings and head, as forward does
         for module in _sharded_modules(policy):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -127,20 +131,20 @@ class FullySharded(SingleDevice):
         return largest.item()
 
     def gather(self, value: Any) -> list[Any]:
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        padded = torch.zeros(int(self.max(len(text))), dtype=torch.uint8)
-        padded[: len(text)] = text
-        found = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(found, padded)
-        return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in found]
+        encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        padded = torch.zeros(int(self.max(len(encoded))), dtype=torch.uint8)
+        padded[: len(encoded)] = encoded
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(gathered, padded)
+        return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in gathered]
 
     def check_same(self, **values: Any) -> None:
-        found = self.gather(values)
-        for rank, theirs in enumerate(found):
-            if differing := [name for name, value in found[0].items() if theirs[name] != value]:
+        ranks = self.gather(values)
+        for rank, others in enumerate(ranks):
+            if differing := [name for name, value in ranks[0].items() if others[name] != value]:
                 raise ConfigError(
-                    f"{', '.join(differing)}: rank {rank} has another value than rank 0. Start all ranks with the same "
-                    "config, data and model.",
+                    f"{', '.join(differing)}: the value of rank {rank} differs from that of rank 0. "
+                    "Start all ranks with the same config, data and model.",
                     "mismatch",
                 )
 
@@ -160,11 +164,11 @@ class FullySharded(SingleDevice):
 
     @contextlib.contextmanager
     def local_rank0_first(self) -> Iterator[None]:
-        # By the store, where one may wait for hours.
+        # Through the store, because a wait there may take hours.
         key = f"turn/{os.environ.get('GROUP_RANK', '0')}/{next(_turns)}"
-        alone = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if self.store is not None and not alone:
-            with _loss_told():
+        is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if self.store is not None and not is_first:
+            with _reporting_lost_contact():
                 self.store.wait([key])
             if failure := self._failure():
                 raise RunError(failure, "process-failed")
@@ -172,11 +176,11 @@ class FullySharded(SingleDevice):
             with self.naming_failures():
                 yield
         finally:
-            if self.store is not None and alone:
+            if self.store is not None and is_first:
                 self.store.set(key, "done")
 
     def backward_context(self, policy: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        # Where gradients are cut up, to keep them whole until the last micro-batch would cost what cutting saves.
+        # With sharded gradients, accumulating unsharded ones would cost the memory that sharding saves.
         self._beat()
         if self.options.shard == "none":
             policy.set_requires_gradient_sync(last)
@@ -192,9 +196,9 @@ class FullySharded(SingleDevice):
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
-    def set_status(self, place: str) -> None:
+    def set_status(self, status: str) -> None:
         if self.watchdog is not None:
-            self.watchdog.place = place
+            self.watchdog.status = status
 
     @contextlib.contextmanager
     def monitor_ranks(self) -> Iterator[None]:
@@ -210,7 +214,7 @@ class FullySharded(SingleDevice):
     @contextlib.contextmanager
     def naming_failures(self) -> Iterator[None]:
         try:
-            with _loss_told():
+            with _reporting_lost_contact():
                 yield
         except LostContactError:
             if failure := self._failure():
@@ -218,23 +222,23 @@ class FullySharded(SingleDevice):
             raise
         except BaseException as error:
             if self.store is not None and is_failure(error):
-                known = isinstance(error, MinitrainError)
-                text = error.message if known else f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+                is_known = isinstance(error, MinitrainError)
+                text = error.message if is_known else f"{type(error).__name__}: {str(error).strip() or 'no message'}"
                 with contextlib.suppress(RuntimeError):  # the store is gone
                     self.store.compare_set(FAILURE, "", redact(f"rank {self.rank} failed: {text.splitlines()[0]}"))
             raise
 
     def _failure(self) -> str | None:
-        """Return which rank failed first and why, if one has said so."""
+        """Return the message of the first rank that failed, if there is one."""
         with contextlib.suppress(RuntimeError):  # the store is gone
             if self.store is not None and self.store.check([FAILURE]):
                 return self.store.get(FAILURE).decode()
         return None
 
     def close(self) -> None:
-        with _loss_told():
-            self.max(0)  # a barrier: one that leaves early would take the connections of another's last collective
-        self.store = self.watchdog = None  # connections have to end before the interpreter does
+        with _reporting_lost_contact():
+            self.max(0)  # a barrier: a rank that exits early would close connections of the others' last collective
+        self.store = self.watchdog = None  # connections must be closed before interpreter shutdown
         dist.destroy_process_group()
 
     def _beat(self) -> None:
@@ -243,13 +247,13 @@ class FullySharded(SingleDevice):
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:
-    """Makes the process group; without a launcher, of this process alone."""
+    """Initialize the process group; without a launcher, with this process alone."""
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps its store when it starts the processes anew, with the addresses of the dead ones in it.
+        # When torchrun restarts the processes, its store still has the addresses of the old ones.
         store = dist.PrefixStore(f"attempt/{_attempt()}", store)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
@@ -259,15 +263,15 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 
 
 @contextlib.contextmanager
-def _loss_told() -> Iterator[None]:
-    """Inside, the loss of another process is a LostContactError."""
+def _reporting_lost_contact() -> Iterator[None]:
+    """Raise LostContactError if the connection to another process is lost."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "by peer")):
             text = str(error).strip().splitlines()[0]
-            told = f"lost contact with another process; see what that one said ({text})"
-            raise LostContactError(told, "process-failed") from None
+            message = f"lost contact with another process ({text}). See the message of that process."
+            raise LostContactError(message, "process-failed") from None
         raise
 
 
@@ -276,14 +280,14 @@ def _attempt() -> str:
 
 
 def _own_store() -> dist.Store:
-    """A connection of its own to the launcher's store, since a connection serves one caller at a time."""
+    """Return a new connection to the launcher's store, because a connection serves one caller at a time."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(days=1))
     return dist.PrefixStore(f"minitrain/{_attempt()}", store)
 
 
 def _mesh_shape(shard: str, world_size: int) -> tuple[int, ...]:
-    """(ranks,), or (replicas, ranks that share one)."""
+    """Return the shape of the device mesh: (ranks,) or (replicas, ranks per replica)."""
     if shard == "none":
         return (world_size, 1)
     if shard == "hybrid":

@@ -350,7 +350,7 @@ class _FakeRank(FullySharded):
     def __init__(self, options: FSDPConfig, fake: FakeTensorMode):
         SingleDevice.__init__(self, CPU)
         self.options, self.fake = options, fake
-        self.lay_out()
+        self.set_layout()
 
     def wrap(self, *args) -> nn.Module:
         with self.fake:
