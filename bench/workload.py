@@ -90,7 +90,8 @@ def build_model(setting: Setting) -> LlamaForCausalLM:
 
 def build_adapter(setting: Setting, folder: Path) -> None:
     """adapter/, which all peers start from: on every linear layer but the output layer, B zero."""
-    from minitrain.config.schema import Config, LoRAConfig, ModelConfig
+    from minitrain.config.schema import Config
+    from minitrain.config.sections import LoRAConfig, ModelConfig
     from minitrain.model.adapter_files import adapt_model, save_adapter
     from minitrain.model.weights import full_tensors
 

@@ -19,7 +19,7 @@ minitrain train config.yml --overrides lr=2e-5 model.policy_dtype=bfloat16 "data
 ```
 
 These are all options of a config file and of `--overrides`. `docs/generate_options.py` generates this page from
-`minitrain/config/schema.py`.
+`minitrain/config/schema.py` and `sections.py`.
 
 - Unknown keys, wrong types and options without effect are errors. All of them are reported at once.
 - An option without effect is an error at its default, too. You may always write that something is off: `false`, `0`,

@@ -18,7 +18,8 @@ from minitrain.cli.registry import COMMANDS
 from minitrain.config.aliases import with_own_names
 from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.load import _long_forms, _override
-from minitrain.config.schema import Config, DatasetConfig, aliases, all_keys
+from minitrain.config.schema import Config, aliases, all_keys
+from minitrain.config.sections import DatasetConfig
 from minitrain.data import sandbox
 from minitrain.losses import loss_options, registered
 from tests.commands import PARSERS

@@ -11,7 +11,8 @@ from typing import Any
 from minitrain.errors import CODES, InvalidConfigError, Issue
 from minitrain.io.redact import redact
 
-from .schema import MAX_NUMBER, MIN_FRACTION, aliases, option_fields
+from .option import MAX_NUMBER, MIN_FRACTION
+from .schema import aliases, option_fields
 from .suggest import hint_for_key, hint_for_value, is_known_elsewhere, nearest_names, suggest
 
 WORDS = {

@@ -5,6 +5,9 @@ from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MAX_NUMBER = 1_000_000_000  # of an option that names no bound: more is a slip, and overflows somewhere
+MIN_FRACTION = 1e-30  # a number that is closer to 0 is 0 in float32, or its inverse overflows
+MAX_SEED = 2**63 - 1  # what torch takes
 OLD_LIMITS = {"least": "ge", "above": "gt", "below": "lt", "most": "le"}
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .schema import DatasetConfig, aliases, all_keys, option_fields
+from .schema import aliases, all_keys, option_fields
+from .sections import DatasetConfig
 
 OTHER_TOOLS = Path(__file__).with_name("other_tools.txt")
 OFF = ("no", "none", "off")

@@ -37,7 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minitrain.batch import Document
-from minitrain.config.schema import Config, DatasetConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import DataError
 from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact

@@ -6,7 +6,8 @@ from pathlib import Path
 from minitrain.config.aliases import MUTUALLY_EXCLUSIVE
 from minitrain.config.issues import ConfigIssues
 from minitrain.config.python_objects import find_object, is_lost
-from minitrain.config.schema import Config, DatasetConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import DatasetConfig
 from minitrain.config.suggest import hint_for_value
 from minitrain.io.paths import near_file
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import ConfigError, DataError, short
 
 Messages = list[dict[str, str]]  # each with `role` (system, user, assistant, tool) and `content`

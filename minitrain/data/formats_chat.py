@@ -1,6 +1,6 @@
 """Row formats of conversations, of prompts with responses, and of texts."""
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import DataError, short
 
 from .examples import (

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import DataError, short
 
 from .examples import (

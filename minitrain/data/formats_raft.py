@@ -3,7 +3,7 @@
 import random
 from typing import NamedTuple
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import DataError, short
 
 from .examples import ROW_FORMATS, Conversation, assistant, fill, keys_of, text_of, user

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitrain.config.python_objects import find_object
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 
 from .files import FORMATS, DataRow, format_of, read_rows
 from .tables import load_table, rows_of

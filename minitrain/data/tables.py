@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import DataError
 from minitrain.io.hub import is_hub_reachable, unreachable_error
 from minitrain.io.redact import redact

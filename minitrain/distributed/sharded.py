@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from minitrain import errors
-from minitrain.config.schema import FSDPConfig
+from minitrain.config.sections import FSDPConfig
 from minitrain.errors import ConfigError, MinitrainError, RunError, is_failure
 from minitrain.io.redact import redact
 

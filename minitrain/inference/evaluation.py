@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from minitrain.config.schema import DatasetConfig, EvalGenerateConfig
+from minitrain.config.sections import DatasetConfig, EvalGenerateConfig
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset, load_data
 from minitrain.data.rows import rows_object
 from minitrain.errors import ConfigError

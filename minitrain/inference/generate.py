@@ -12,8 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from minitrain.config.issues import ConfigIssues, Source, check_types
-from minitrain.config.option import option
-from minitrain.config.schema import MAX_SEED, DatasetConfig, ModelConfig
+from minitrain.config.option import MAX_SEED, option
+from minitrain.config.sections import DatasetConfig, ModelConfig
 from minitrain.data.examples import Messages, fill, turns_of, user
 from minitrain.data.files import FORMATS, DataRow, check_is_file, format_of, read_rows
 from minitrain.data.formats_raft import documents_of, raft_prompt

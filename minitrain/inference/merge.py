@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError
 from minitrain.model.adapter_config import read_config

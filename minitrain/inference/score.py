@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from minitrain.batch import Document, collate
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import (
     ClassificationExample,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitrain.batch import Batch
-from minitrain.config.schema import MAX_NUMBER, option
+from minitrain.config.option import MAX_NUMBER, option
 from minitrain.errors import ConfigError, DataError
 
 from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitrain.config.schema import Config, SoftPromptConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import SoftPromptConfig
 from minitrain.errors import ConfigError
 from minitrain.io.tensor_files import save_file
 

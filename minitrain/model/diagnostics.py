@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.errors import ConfigError, MinitrainError
 from minitrain.io.hub import unreachable_error
 from minitrain.io.paths import shard_names

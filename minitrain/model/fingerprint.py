@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitrain.config.python_objects import find_object
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 
 from .adapter_config import CONFIG_FILE
 from .given import is_built_here

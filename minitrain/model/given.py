@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minitrain.config.python_objects import PythonObject, find_object, python_object
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.errors import ConfigError
 
 

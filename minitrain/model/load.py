@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minitrain.config.python_objects import find_object
-from minitrain.config.schema import Config, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig
 from minitrain.errors import ConfigError, is_failure
 from minitrain.io.hub import check_hub
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.io.hub import check_hub
 
 from .dequantize import dequantized, describe_dequantized, method_of

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from minitrain.config.schema import SoftPromptConfig
+from minitrain.config.sections import SoftPromptConfig
 
 from . import token_rows
 from .adapter import Adapter

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from minitrain.batch import Batch, PolicyOutput
-from minitrain.config.schema import Config, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig
 from minitrain.data.cache import cache_folder
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice, local_shard

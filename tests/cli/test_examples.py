@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from minitrain import load_config
 from minitrain.cli.main import main
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import to_example
 from minitrain.data.template import make_template

@@ -11,7 +11,7 @@ import yaml
 from minitrain import load_config
 from minitrain.cli.main import main
 from minitrain.config.saved import config_yaml
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.errors import ConfigError, DataError, MinitrainError
 from minitrain.io.redact import redact, redact_urls
 

@@ -27,7 +27,7 @@ def test_every_option_is_read_by_the_code():
     """Each key is accessed as an attribute somewhere outside of the schema."""
     accessed = set()
     for file in (ROOT / "minitrain").rglob("*.py"):
-        if file.name != "schema.py":
+        if file.name not in ("schema.py", "sections.py"):
             accessed |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
     unread = [f"{c.__name__}.{f.name}" for c in OPTION_CLASSES for f in fields(c) if f.name not in accessed]
     assert unread == []

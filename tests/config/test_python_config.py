@@ -10,7 +10,8 @@ import yaml
 
 from minitrain import Config, Loss, LossOutput, Trainer, create_loss, load_config, register_loss
 from minitrain.config.saved import config_yaml
-from minitrain.config.schema import DatasetConfig, EarlyStoppingConfig, ModelConfig, option
+from minitrain.config.schema import option
+from minitrain.config.sections import DatasetConfig, EarlyStoppingConfig, ModelConfig
 from minitrain.errors import ConfigError, InvalidConfigError, RunDirError
 from minitrain.losses import base, describe_loss, registered
 from minitrain.losses.dft import DFT

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from minitrain.config.schema import Config, DatasetConfig, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import DatasetConfig, ModelConfig
 from minitrain.data.template import Template
 from minitrain.model.tiny import tiny_tokenizer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitrain.config.schema import Config, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig
 from minitrain.data import cache as cache_module
 from minitrain.data import cache_writer
 from minitrain.data.cache import TokenCache, load_cache

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import (
     ClassificationExample,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.examples import to_example
 from minitrain.data.formats_raft import Documents, documents_of
 from minitrain.errors import DataError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minitrain.batch import IGNORE_INDEX
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.loader import MicrobatchLoader, load_data
 from minitrain.errors import ConfigError
 from tests.messages import raises

@@ -8,7 +8,7 @@ import pytest
 
 from minitrain import ConfigError, DataError, load_config
 from minitrain.cli.main import main
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.cache import load_cache
 from minitrain.data.files import read_rows
 from minitrain.data.source import is_file, open_source
@@ -231,7 +231,7 @@ def silent_hub(monkeypatch):
 def test_a_silent_hub_is_asked_once(silent_hub, monkeypatch):
     """A data set and a model that are not there: one request for both, where the libraries make six for each and wait
     for 47 seconds between them; one line each."""
-    from minitrain.config.schema import ModelConfig
+    from minitrain.config.sections import ModelConfig
     from minitrain.model.load import load_model, load_tokenizer
 
     download = "hf download openai/gsm8k --repo-type dataset --local-dir DIR"

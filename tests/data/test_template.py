@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.data.examples import Conversation, PlainText
 from minitrain.data.template import Template, Tokens
 from minitrain.errors import ConfigError, DataError

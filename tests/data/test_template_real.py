@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitrain.config.schema import DatasetConfig
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.examples import Conversation, to_example
 from minitrain.data.files import read_rows
 from minitrain.data.template import Template

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.data.examples import Conversation, PlainText, assistant, user
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from minitrain.cli.main import main
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.errors import ConfigError
 from minitrain.inference.generate import Sampling, load_generator
 from minitrain.inference.merge import merge_adapters

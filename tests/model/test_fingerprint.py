@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitrain.config.schema import ModelConfig
+from minitrain.config.sections import ModelConfig
 from minitrain.model import fingerprint as module
 from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.save import save_model

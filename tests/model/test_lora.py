@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from minitrain import ConfigError
 from minitrain.batch import Document, collate
-from minitrain.config.schema import Config, LoRAConfig, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import LoRAConfig, ModelConfig
 from minitrain.model.adapter_files import adapt_model, load_adapter
 from minitrain.model.load import build_policy, load_merged, load_model, load_tokenizer
 from minitrain.model.logprobs import chunked_logprobs

@@ -7,7 +7,8 @@ import torch
 
 from minitrain import ConfigError
 from minitrain.batch import Distillation, Document, collate
-from minitrain.config.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import LoRAConfig, ModelConfig, SoftPromptConfig
 from minitrain.data.template import Template
 from minitrain.inference.generate import find_model, model_config
 from minitrain.losses.kd import forward_kl

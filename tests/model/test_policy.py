@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from minitrain import ConfigError
 from minitrain.batch import Document, collate
-from minitrain.config.schema import Config, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig
 from minitrain.model import attention
 from minitrain.model.load import build_policy, freeze_layers, load_model, load_tokenizer
 from minitrain.model.policy import Policy, check_policy, find_blocks

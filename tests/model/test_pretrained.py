@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config
 
-from minitrain.config.schema import Config, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig
 from minitrain.inference.generate import load_generator
 from minitrain.model.load import build_policy, load_tokenizer
 from minitrain.model.pretrained import read_model_config

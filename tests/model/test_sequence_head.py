@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from minitrain import ConfigError
 from minitrain.batch import Batch, Document, collate
-from minitrain.config.schema import Config, LoRAConfig, ModelConfig, SoftPromptConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import LoRAConfig, ModelConfig, SoftPromptConfig
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template

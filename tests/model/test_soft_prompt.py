@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from minitrain import ConfigError, load_config
 from minitrain.batch import Batch
-from minitrain.config.schema import Config, ModelConfig, SoftPromptConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig, SoftPromptConfig
 from minitrain.inference.generate import Sampling, load_generator
 from minitrain.model.adapter_files import load_adapter
 from minitrain.model.load import build_policy

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitrain import ConfigError
-from minitrain.config.schema import Config, ModelConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import ModelConfig
 from minitrain.model import weights
 from minitrain.model.load import build_policy, load_model
 from minitrain.model.save import save_model

@@ -29,7 +29,7 @@ from minitrain import (
     register_loss,
 )
 from minitrain.cli.main import main
-from minitrain.config.schema import LoRAConfig
+from minitrain.config.sections import LoRAConfig
 from minitrain.tools.preflight.validate import validate
 from tests.conftest import weights
 from tests.messages import raises, reports

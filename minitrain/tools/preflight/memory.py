@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from minitrain.batch import Batch
-from minitrain.config.schema import Config, FSDPConfig
+from minitrain.config.schema import Config
+from minitrain.config.sections import FSDPConfig
 from minitrain.data.loader import MicrobatchLoader
 from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.parallel import SingleDevice, local_shard
