@@ -78,7 +78,11 @@ def test_the_library_from_python(user_folder, capsys):
     """Hooks, a loss by name, a run that is interrupted and goes on, answers, chat."""
     history = runpy.run_path("example/library.py")["main"](4)
     told = capsys.readouterr().out
-    assert "stopped by SIGINT at step 2" in told and "resuming from runs/library/checkpoints/step-2" in told
+    assert (
+        "stopped by SIGINT at step 2" in told
+        and "doubles: loss " in told
+        and "resuming from runs/library/checkpoints/step-2" in told
+    )
     assert list(history.losses) == [0, 1, 2, 3, 4]  # that of step 2 was interrupted, and made up for
     assert "'role': 'assistant'" in told.splitlines()[-1]
 
