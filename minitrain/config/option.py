@@ -1,13 +1,13 @@
-"""A dataclass field that is an option: its explanation, its limits and its other names."""
+"""Dataclass fields that are options, with help, limits and aliases."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MAX_NUMBER = 1_000_000_000  # of an option that names no bound: more is a slip, and overflows somewhere
-MIN_FRACTION = 1e-30  # a number that is closer to 0 is 0 in float32, or its inverse overflows
-MAX_SEED = 2**63 - 1  # what torch takes
+MAX_NUMBER = 1_000_000_000  # of an option without an upper bound: more is a typo, and overflows somewhere
+MIN_FRACTION = 1e-30  # a number closer to 0 is 0 in float32, or its inverse overflows
+MAX_SEED = 2**63 - 1  # the limit of torch
 OLD_LIMITS = {"least": "ge", "above": "gt", "below": "lt", "most": "le"}
 
 
@@ -24,14 +24,14 @@ def option(
     affects_results: bool = True,
     **old: Any,
 ) -> Any:
-    """Return a dataclass field with its explanation and limits.
+    """Return a dataclass field with its help and limits.
 
     Args:
-        ge, gt, lt, le: Bounds of a number (>=, >, <, <=); without an upper bound it is `MAX_NUMBER`.
+        ge, gt, lt, le: Bounds of a number (>=, >, <, <=). The default upper bound is `MAX_NUMBER`.
         alias: Other names of the option, one or several.
-        affects_results: Whether it changes what is computed. If not, a run may resume with another value.
-        old: `least`, `above`, `below`, `most` and `free`, the names of `ge`, `gt`, `lt`, `le` and
-            `affects_results=False` in 0.1.0.
+        affects_results: Whether the option changes what is computed. If not, a run may resume with another value.
+        old: `least`, `above`, `below`, `most` and `free=True`, the names in 0.1.0 of `ge`, `gt`, `lt`, `le` and
+            `affects_results=False`.
     """
     limits = {"ge": ge, "gt": gt, "lt": lt, "le": le}
     affects_results = not old.pop("free", not affects_results)
@@ -50,7 +50,7 @@ def option(
 
 
 def show_options(summary: str) -> Callable[[type[T]], type[T]]:
-    """Decorate a dataclass: its help() explains each option, and its repr has only those that are not the default."""
+    """Return a decorator of a dataclass: help() explains each option, and the repr shows those not at their default."""
 
     def decorate(cls: type[T]) -> type[T]:
         lines = [f"    {f.name}: {f.metadata['help']}" for f in fields(cls) if f.metadata.get("help")]

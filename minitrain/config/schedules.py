@@ -1,22 +1,22 @@
-"""Learning-rate schedules by name: the factor of the peak learning rate after the warm-up.
+"""Learning-rate schedules: the factor of the peak learning rate at each step.
 
-A schedule added here is a choice of `lr_scheduler`, and stands in the option's help.
+Each schedule is a choice of `lr_scheduler` and appears in its help.
 """
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-DECAY_RATIO = 0.1  # of wsd, when lr_decay_ratio is left out
+DECAY_RATIO = 0.1  # the default of lr_decay_ratio
 
 
 class Schedule(NamedTuple):
     """A schedule.
 
-    Args:
-        factor: (step, total, warmup, decay_ratio) -> the factor, for a 0-based step from the warm-up to `total`.
-        help: What it does, as the option's help says it.
-        decays: Whether it uses decay_ratio.
+    Attributes:
+        factor: (step, total, warmup, decay_ratio) -> the factor, for 0-based steps from `warmup` to `total`.
+        help: What the learning rate does, for the help of `lr_scheduler`.
+        decays: Whether the schedule uses decay_ratio.
     """
 
     factor: Callable[[int, int, int, float], float]
@@ -38,14 +38,14 @@ def schedule(name: str, help: str, *, decays: bool = False) -> Callable:
 
 
 def lr_factor(step: int, total: int, warmup: int, name: str, decay_ratio: float | None = None) -> float:
-    """Return what the peak learning rate is multiplied by at the 0-based optimizer step.
+    """Return the factor of the peak learning rate at the 0-based optimizer step.
 
-    It rises over `warmup` steps, the first of which has 1/warmup already, and then follows the schedule.
+    It rises over `warmup` steps, from 1/warmup at the first one, and then follows the schedule.
 
     Args:
-        total: All optimizer steps of the run.
+        total: Number of optimizer steps of the run.
         name: A key of `SCHEDULES`.
-        decay_ratio: Share of all steps in which a schedule with a decay phase falls; None for `DECAY_RATIO`.
+        decay_ratio: Fraction of all steps in which a schedule with a decay phase decays; None for `DECAY_RATIO`.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -53,16 +53,16 @@ def lr_factor(step: int, total: int, warmup: int, name: str, decay_ratio: float 
 
 
 def _progress(step: int, total: int, warmup: int) -> float:
-    """Return the share of the steps after the warm-up that are done."""
+    """Return the fraction of the steps after the warmup that are done."""
     return min(1.0, (step - warmup) / max(1, total - warmup))
 
 
-@schedule("linear", "falls in a line to 0")
+@schedule("linear", "decays linearly to 0")
 def _linear(step: int, total: int, warmup: int, decay_ratio: float) -> float:
     return 1.0 - _progress(step, total, warmup)
 
 
-@schedule("cosine", "falls as half a cosine to 0")
+@schedule("cosine", "decays to 0 along half a cosine")
 def _cosine(step: int, total: int, warmup: int, decay_ratio: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * _progress(step, total, warmup)))
 
@@ -72,7 +72,7 @@ def _constant(step: int, total: int, warmup: int, decay_ratio: float) -> float:
     return 1.0
 
 
-@schedule("wsd", "stays at its peak, and falls in a line to 0 in the last steps (warmup-stable-decay)", decays=True)
+@schedule("wsd", "stays at its peak, then decays linearly to 0 in the last steps (warmup-stable-decay)", decays=True)
 def _wsd(step: int, total: int, warmup: int, decay_ratio: float) -> float:
     decay = min(round(decay_ratio * total), total - warmup)
     return min(1.0, max(0, total - step) / max(1, decay))
