@@ -142,7 +142,8 @@ def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> d
                 issues.add(full, error.code, f"{error}{hint_for_value(full, value)}")
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
-            issues.add(f"{path}{name}", "missing-option", f"is missing. {f.metadata.get('help', '')}".rstrip())
+            explanation = f": {f.metadata['help']}" if f.metadata.get("help") else "."
+            issues.add(f"{path}{name}", "missing-option", f"is required. Set it{explanation}")
         if name not in values and is_dataclass(hints[name]):
             values[name] = check_types(hints[name], {}, f"{path}{name}.", issues)
     return values
