@@ -51,7 +51,9 @@ def generate(arguments: argparse.Namespace) -> int:
             prompt_ids.append(generator.encode(prompt.messages))
         except DataError as error:
             raise error.at(prompt.where) from None
-    answers = generator.answer(prompt_ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet)
+    answers = generator.generate_from_ids(
+        prompt_ids, sampling, batch_size=arguments.batch_size, progress=not arguments.quiet
+    )
     rows, new_columns = [prompt.row for prompt in prompts], [{"response": answer} for answer in answers]
     table = _grade_responses(rows, new_columns) if arguments.input else None
     if output is None:

@@ -72,7 +72,7 @@ def exact_match(
         start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last answer begins
         prompts.append(document.ids[:start].tolist())
         references.append(tokenizer.decode(document.ids[start:], skip_special_tokens=True))
-    answers = generator.answer(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
+    answers = generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
     found = [(final_answer(a, settings.match), final_answer(r, settings.match)) for a, r in zip(answers, references)]
     matches = [answer is not None and answer == reference for answer, reference in found]
     for i in range(min(settings.show, len(answers))):

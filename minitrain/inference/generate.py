@@ -1,4 +1,4 @@
-"""Answers from a model: batched, left-padded, with the template and the end tokens of its training."""
+"""Generate responses in left-padded batches, with the chat template and end tokens of training."""
 
 import contextlib
 import functools
@@ -33,13 +33,13 @@ from .resolve import find_model
 
 @dataclass
 class Sampling:
-    """How the tokens of an answer are chosen.
+    """How the tokens of a response are chosen.
 
     Attributes:
-        max_new_tokens: Length of an answer in tokens, at most.
-        temperature: Divides the logits; 0 takes the likeliest token each time.
-        top_p: Sample from the likeliest tokens whose probabilities add up to this.
-        seed: Seed of sampling.
+        max_new_tokens: Maximum number of tokens of a response.
+        temperature: Divides the logits. 0 is greedy decoding.
+        top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this.
+        seed: Seed for sampling.
     """
 
     max_new_tokens: int = option(256, "", ge=1)
@@ -53,14 +53,14 @@ class Sampling:
         issues.raise_if_any()
 
     def arguments(self) -> dict[str, Any]:
-        """Return them as arguments of a `GenerationConfig`."""
+        """Return the arguments for a `GenerationConfig`."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 class Generator:
-    """A model with its tokenizer and chat template, as `load_generator` and `Trainer.generator` give it.
+    """A model with its tokenizer and chat template. `load_generator` and `Trainer.generator` return one.
 
     >>> load_generator("runs/quickstart-sft").generate(["57 + 36 ="], Sampling(max_new_tokens=8))
     """
@@ -74,14 +74,19 @@ class Generator:
     ):
         """
         Args:
-            gathered: For a sharded model; every rank then has to ask for the same.
-            position_limit: The longest text with its answer, in tokens; None for what the model's config says.
+            model: The model, in evaluation mode.
+            template: The chat template with the tokenizer.
+            gathered: Context in which a sharded model has its full weights. All ranks must generate from the same
+                prompts.
+            position_limit: Maximum number of tokens of a prompt with its response (default: from the model's config).
         """
         self.model, self.template, self.gathered = model, template, gathered
         self.tokenizer = template.tokenizer
         n_virtual = model.soft_prompt.n_tokens if hasattr(model, "soft_prompt") else 0
         self.n_positions = n_positions(model) - n_virtual if position_limit is None else position_limit
-        self.batch_limit = min(self.n_positions, rotary_limit(model) - n_virtual)  # beyond it a batch has one length
+        self.batch_limit = min(
+            self.n_positions, rotary_limit(model) - n_virtual
+        )  # above it, a batch has prompts of one length
         self.calls = 0
 
     def __repr__(self) -> str:
@@ -89,41 +94,39 @@ class Generator:
 
     @functools.cached_property
     def end_ids(self) -> list[int]:
-        """The tokens that an answer ends with."""
+        """The tokens that end a response."""
         if not self.model.can_generate():
-            raise ConfigError(
-                "this model gives scores and no text, so it cannot answer; see `minitrain score`.", "unsupported-model"
-            )
+            raise ConfigError("the model returns scores, not text. Use `minitrain score`.", "unsupported-model")
         return self.template.end_ids()
 
-    def answer(
+    def generate_from_ids(
         self, prompts: list[list[int]], sampling: Sampling, batch_size: int = 16, progress: bool = False
     ) -> list[str]:
-        """Answers to prompts given as token ids, in their order; the end token is not part of the text."""
-        # An answer may take what room the longest prompt of its batch leaves, so short of room all are of one length.
+        """Return the responses to tokenized prompts, in their order and without end tokens."""
+        # The longest prompt of a batch limits its responses, so prompts near the limit are batched by equal length.
         limit = self.batch_limit - sampling.max_new_tokens
-        answers = [""] * len(prompts)
+        responses = [""] * len(prompts)
         with tqdm(total=len(prompts), unit=" prompts", disable=None if progress else True, leave=False) as bar:
             for chosen in batches_by_length([len(ids) for ids in prompts], batch_size, limit):
                 ids = self._generate([prompts[i] for i in chosen], sampling)
                 for i, text in zip(chosen, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                    answers[i] = text
+                    responses[i] = text
                 bar.update(len(chosen))
-        return answers
+        return responses
 
     def generate(
         self, prompts: Sequence[str | Messages], sampling: Sampling | None = None, batch_size: int = 16
     ) -> list[str]:
-        """Return the answers to prompts, each a string or a list of messages that ends with a turn of the user."""
+        """Return the responses to prompts, each a string or a list of messages that ends with a user turn."""
         if isinstance(prompts, str):
             raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
         if not isinstance(sampling, Sampling | None):
             raise ConfigError(f"sampling: expected a Sampling, got {sampling!r}. Write Sampling(...).", "wrong-type")
         ids = [self.encode(_conversation(prompt, index)) for index, prompt in enumerate(prompts)]
-        return self.answer(ids, sampling or Sampling(), batch_size)
+        return self.generate_from_ids(ids, sampling or Sampling(), batch_size)
 
     def stream(self, messages: Messages, sampling: Sampling) -> str:
-        """Prints the answer as it comes, and returns it."""
+        """Return the response, and print it while it is generated."""
         from transformers import TextStreamer
 
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -131,16 +134,19 @@ class Generator:
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids up to where the answer begins. Raises DataError where the model has no place for an answer."""
+        """Return the token ids of a prompt, up to where the response begins.
+
+        Raises:
+            DataError: The prompt leaves no position for a response.
+        """
         ids = self.template.encode_prompt(messages)
         if len(ids) >= self.n_positions:
-            raise DataError(
-                f"{len(ids)} tokens leave no place for an answer: the model has {self.n_positions} places", "too-large"
-            )
+            message = f"the prompt has {len(ids)} tokens, but the model has {self.n_positions} positions."
+            raise DataError(f"{message} Shorten it to leave some for the response.", "too-large")
         return ids
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
-        """Left-padded generation -> ids of the answers [B, <= max_new_tokens]."""
+        """Generate from a left-padded batch, and return the ids of the responses, shape [B, <= max_new_tokens]."""
         from transformers import GenerationConfig
 
         end_ids, width = self.end_ids, max(map(len, prompts))
@@ -149,7 +155,7 @@ class Generator:
             device = self.model.get_input_embeddings().weight.device
             ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # [B, T]
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, T]
-            if sampling.temperature > 0:  # `inference` puts the random state back, so each call needs a seed of its own
+            if sampling.temperature > 0:  # `inference` restores the random state, so each call needs its own seed
                 torch.manual_seed(sampling.seed + self.calls)
             self.calls += 1
             inputs, width = self._inputs(ids, mask)
@@ -165,26 +171,26 @@ class Generator:
         return output[:, width:]
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, int]:
-        """What `model.generate` takes for [B, T] ids, and how many columns of its output are no answer."""
+        """Return the inputs of `model.generate` for ids [B, T], and where the response begins in its output."""
         prompt = getattr(self.model, "soft_prompt", None)
         if prompt is None:
             return {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
         inputs = prompt(ids, self.model.get_input_embeddings(), self.model.dtype, fixed=False)
-        places = mask.new_ones(len(ids), prompt.n_tokens)  # [B, n]
-        inputs["attention_mask"] = torch.cat([places, mask], 1)
+        virtual = mask.new_ones(len(ids), prompt.n_tokens)  # [B, n]
+        inputs["attention_mask"] = torch.cat([virtual, mask], 1)
         if prompt.method == "prompt":
             return inputs, 0
-        inputs["input_ids"] = torch.cat([places, ids], 1)  # `generate` drops as many ids as the cache holds
+        inputs["input_ids"] = torch.cat([virtual, ids], 1)  # `generate` drops as many ids as the cache holds
         return inputs, inputs["input_ids"].shape[1]
 
 
 def _conversation(prompt: str | Messages, index: int) -> Messages:
-    """Return a prompt as messages. Raises ConfigError or DataError for what is neither."""
+    """Return a prompt as messages. Raises ConfigError or DataError for any other type."""
     if isinstance(prompt, str):
         return [user(prompt)]
     if not isinstance(prompt, (list, tuple)):
         kind = type(prompt).__name__
-        advice = "Write [[{...}]] for one conversation." if isinstance(prompt, dict) else "Give a list of them."
+        advice = "Write [[{...}]] for one conversation." if isinstance(prompt, dict) else "Pass one of these."
         raise ConfigError(
             f"prompts[{index}]: expected a string or a list of messages, got {kind}. {advice}", "wrong-type"
         )
@@ -193,10 +199,9 @@ def _conversation(prompt: str | Messages, index: int) -> Messages:
 
 @contextlib.contextmanager
 def _without_defaults(model: nn.Module) -> Iterator[None]:
-    """Inside, `model.generate` follows only the options of the call.
+    """Make `model.generate` ignore the model's generation_config.json.
 
-    transformers fills every option that a call leaves out from the model's generation_config.json, so a base model with
-    a repetition penalty would have it in greedy answers too.
+    transformers takes from it every option that a call omits, such as a repetition penalty, even for greedy decoding.
     """
     defaults = model.generation_config
     model.generation_config = type(defaults)()
@@ -209,33 +214,36 @@ def _without_defaults(model: nn.Module) -> Iterator[None]:
 def load_generator(
     source: str | Path, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
 ) -> Generator:
-    """Load the model of a run, a folder or the Hub to generate answers with.
+    """Load the model of a run, a folder or the Hub to generate responses.
 
-    The model keeps the dtype it was saved in if the processor computes in it; otherwise it becomes float32.
+    The model keeps the dtype it was saved in if the device supports it natively; otherwise it becomes float32.
 
     Args:
-        source: A run directory (its final/, or best/), a folder with a model or an adapter, or a name on the Hub.
-        device: "auto", "cpu", "cuda" or another device of PyTorch.
-        chat_template: "auto", the name of a template, or the path of a file, as the option of that name.
+        source: A run directory (its final/, or best/), a folder with a model or an adapter, or the name of a Hub model.
+        device: "auto", "cpu", "cuda" or another PyTorch device.
+        chat_template: "auto", the name of a template, or a path, as the option `chat_template`.
         trust_remote_code: Run the code of the model's repository.
 
     Raises:
-        ConfigError: The folder does not exist or holds no language model.
+        ConfigError: The folder does not exist or has no language model.
     """
     source = str(source)
     config = model_config(find_model(source), trust_remote_code)
     if trained_outputs(config) is not None:
-        raise ConfigError(f"{source}: this model gives scores and no text; use `minitrain score`.", "unsupported-model")
+        raise ConfigError(f"{source}: the model returns scores, not text. Use `minitrain score`.", "unsupported-model")
     tokenizer = load_tokenizer(config)
     template = Template(tokenizer, chat_template)
     return Generator(load_saved(config, tokenizer, device).eval(), template)
 
 
 def load_saved(config: ModelConfig, tokenizer, device: str, labels: list[str] | None = None) -> nn.Module:
-    """Load a model in the dtype that it was saved in, or in float32 where the processor does not compute in that.
+    """Load a model in the dtype it was saved in, or in float32 if the device does not support that natively.
 
     Args:
-        labels: Outputs of a sequence head.
+        config: The model.
+        tokenizer: Its tokenizer.
+        device: "auto", or a PyTorch device.
+        labels: Labels of a sequence head; None for a language model.
     """
     target = pick_device(device)
     saved = saved_dtype(config)
@@ -248,14 +256,15 @@ def load_saved(config: ModelConfig, tokenizer, device: str, labels: list[str] | 
 
 
 def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
-    """Where the model of a folder or hub name is; of an adapter's folder, its base and the adapter."""
+    """Return the model options of a folder or Hub model; of an adapter's folder, its base model and the adapter."""
     if not (Path(source) / CONFIG_FILE).is_file():
         return ModelConfig(name_or_path=source, trust_remote_code=trust_remote_code)
     adapter = read_config(Path(source))
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or (looks_local(base) and not Path(base).is_dir()):
-        told = f"{source}: its base model {base!r} is not there (seen from {Path.cwd()})"
-        raise ConfigError(f"{told}; mend base_model_name_or_path in {Path(source) / CONFIG_FILE}.", "not-found")
+        message = f"{source}: base model {base!r} does not exist (relative to {Path.cwd()})."
+        advice = f"Correct base_model_name_or_path in {Path(source) / CONFIG_FILE}."
+        raise ConfigError(f"{message} {advice}", "not-found")
     return ModelConfig(
         name_or_path=base,
         revision=adapter.get("revision"),
@@ -267,7 +276,7 @@ def model_config(source: str, trust_remote_code: bool = False) -> ModelConfig:
 
 
 def saved_dtype(config: ModelConfig) -> str | None:
-    """The dtype named in config.json; None when nothing is named or can be read, which `load_model` then tells."""
+    """Return the dtype in config.json; None without one, or if it cannot be read, which `load_model` then reports."""
     if config.name_or_path == "tiny":
         return None
     try:
@@ -277,14 +286,14 @@ def saved_dtype(config: ModelConfig) -> str | None:
 
 
 def native_dtypes(device: torch.device) -> set[str]:
-    """What this processor computes in, besides float32."""
+    """Return the 16-bit dtypes that a device computes in natively."""
     if device.type == "cuda":
         return {"float16", "bfloat16"} if torch.cuda.is_bf16_supported(including_emulation=False) else {"float16"}
     return {"bfloat16"} if device.type == "cpu" and cpu_has_bfloat16() else set()
 
 
 class Prompt(NamedTuple):
-    """What is asked: where it stands (for error messages), the row it came in, and the conversation."""
+    """A prompt: its location (for error messages), its row, and its conversation."""
 
     where: str
     row: dict
@@ -292,11 +301,14 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
-    """Prompts from a .txt file with one a line, or from rows with messages, prompt, question, instruction or query.
+    """Yield the prompts of a .txt file, one per line, or of rows with one of the keys of `messages_of`.
 
-    Questions with documents (RAFT) become the prompts of training, the oracle always among them. A last turn of the
-    assistant is left out, so that a training file serves too. `template` is the prompt_template of training. Raises
-    DataError.
+    Args:
+        path: The file. It may be a training file: the last assistant turn of a conversation is dropped.
+        template: The prompt_template of training.
+
+    Raises:
+        DataError: The file cannot be read, or a row has no prompt.
     """
     check_is_file(path)
     if path.suffix == ".txt":
@@ -304,7 +316,7 @@ def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
     elif format_of(path) in FORMATS:
         rows = read_rows(path)
     else:
-        raise DataError(f"{path}: expected a .txt, .{', .'.join(FORMATS)} file", "wrong-format")
+        raise DataError(f"{path}: expected a .txt, .{', .'.join(FORMATS)} file. Convert it.", "wrong-format")
     for line, row in rows:
         where = f"{path}:{line}"
         if isinstance(row, DataError):
@@ -321,46 +333,49 @@ def _text_rows(path: Path) -> Iterator[DataRow]:
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
             except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: not UTF-8 text", "invalid-text") from None
+                raise DataError(f"{path}:{number}: invalid UTF-8. Save the file as UTF-8.", "invalid-text") from None
             if text.strip():
                 yield number, {"prompt": text}
 
 
 def messages_of(row: dict, template: str | None = None) -> Messages:
-    """The conversation up to the answer. Raises DataError."""
+    """Return the conversation of a row up to the response. Raises DataError.
+
+    A question with documents (RAFT) becomes the prompt of training, always with the oracle document.
+    """
     if "messages" in row:
-        return _unanswered(row["messages"], template)
+        return _prompt_messages(row["messages"], template)
     if "prompt" not in row and (documents := documents_of(row)) is not None:
         return [user(raft_prompt(row, documents, DatasetConfig(path="", prompt_template=template)))]
     for key in ("prompt", "question", "instruction", "query"):
         if isinstance(row.get(key), str):
             text = row[key] + (f"\n{row['input']}" if key == "instruction" and row.get("input") else "")
             return [user(text if template is None else fill(template, row | {"prompt": text}, "--prompt-template"))]
-    raise DataError(
-        f"none of the keys messages, prompt, question, instruction, query; the row has {', '.join(row)}", "invalid-row"
-    )
+    message = f"expected one of the keys messages, prompt, question, instruction, query, got {', '.join(row)}."
+    raise DataError(f"{message} Rename the column with the prompt.", "invalid-row")
 
 
-def _unanswered(value: object, template: str | None) -> Messages:
+def _prompt_messages(value: object, template: str | None) -> Messages:
     messages = turns_of(value, "messages")
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages:
-        raise DataError("messages holds no turn of the user", "invalid-row")
+        raise DataError("messages: has no user turn. Add one.", "invalid-row")
     if template is not None:
-        raise DataError("--prompt-template does not apply to messages", "no-effect")
+        raise DataError("--prompt-template: has no effect on messages. Remove it.", "no-effect")
     return messages
 
 
 def read_documents(paths: list[str]) -> list[str]:
-    """The texts of files, in their order. Raises DataError."""
+    """Return the texts of files, in their order. Raises DataError."""
     texts = []
     for path in paths:
         try:
             texts.append(Path(path).read_text(encoding="utf-8-sig").strip())
         except UnicodeDecodeError:
-            raise DataError(f"{path}: not UTF-8 text", "invalid-text") from None
+            raise DataError(f"{path}: invalid UTF-8. Save the file as UTF-8.", "invalid-text") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}", "unreadable") from None
+            message = f"{path}: cannot be read: {error.strerror}. Check the path and its permissions."
+            raise DataError(message, "unreadable") from None
         if not texts[-1]:
-            raise DataError(f"{path}: is empty", "no-data")
+            raise DataError(f"{path}: is empty. Remove it.", "no-data")
     return texts

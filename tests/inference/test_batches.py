@@ -57,8 +57,8 @@ def test_answers_near_the_end_of_what_a_model_reads(kind):
     generator = Generator(random_model(kind), Template(tiny_tokenizer(), "chatml"))
     generator.end_ids = [258]  # none of these models says it first
     asked = prompts(10, 20, 28, 40, 40, 58)
-    alone = [generator.answer([ids], Sampling(ROOM))[0] for ids in asked]
-    assert generator.answer(asked, Sampling(ROOM)) == alone
+    alone = [generator.generate_from_ids([ids], Sampling(ROOM))[0] for ids in asked]
+    assert generator.generate_from_ids(asked, Sampling(ROOM)) == alone
     expected = generator.model.generate(
         torch.tensor([asked[0]]), max_new_tokens=ROOM, do_sample=False, eos_token_id=258, pad_token_id=0
     )[0, len(asked[0]) :]

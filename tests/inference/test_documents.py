@@ -26,11 +26,11 @@ def ask(tmp_path, llama_folder, monkeypatch, capsys):
     def ask(*arguments: str):
         asked = []
 
-        def answer(self, prompts, *_, **__):
+        def generate_from_ids(self, prompts, *_, **__):
             asked.extend(self.tokenizer.decode(ids) for ids in prompts)
             return [ask.answer] * len(prompts)
 
-        monkeypatch.setattr(generation.Generator, "answer", answer)
+        monkeypatch.setattr(generation.Generator, "generate_from_ids", generate_from_ids)
         code = main(["generate", str(llama_folder), *arguments])
         return code, *capsys.readouterr(), asked
 

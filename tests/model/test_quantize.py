@@ -127,7 +127,7 @@ def test_a_packed_weight_stays_as_it_was_made(make_trainer, rows_file, biased, m
     before = copy.deepcopy({name: held(layer) for name, layer in layers.items()})
     trained = [p for p in trainer.policy.parameters() if p.requires_grad]
     trainer.train()
-    trainer.generator.answer([[5, 6, 7]], Sampling(max_new_tokens=3))
+    trainer.generator.generate_from_ids([[5, 6, 7]], Sampling(max_new_tokens=3))
     for name, layer in layers.items():
         for old, new in zip(before[name], held(layer), strict=True):
             assert torch.equal(old, new), name
