@@ -351,8 +351,8 @@ def messages_of(row: dict, template: str | None = None) -> Messages:
         if isinstance(row.get(key), str):
             text = row[key] + (f"\n{row['input']}" if key == "instruction" and row.get("input") else "")
             return [user(text if template is None else fill(template, row | {"prompt": text}, "--prompt-template"))]
-    message = f"expected one of the keys messages, prompt, question, instruction, query, got {', '.join(row)}."
-    raise DataError(f"{message} Rename the column with the prompt.", "invalid-row")
+    message = "expected messages, or a string with the key prompt, question, instruction or query, got the keys"
+    raise DataError(f"{message} {', '.join(row)}. Correct the row.", "invalid-row")
 
 
 def _prompt_messages(value: object, template: str | None) -> Messages:
