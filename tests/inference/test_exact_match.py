@@ -113,7 +113,7 @@ def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
     rows[2]["response"] = "nothing"  # there is no number in it, nor in the answer
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(Generator, "answer", lambda *_, **__: answers)
+    monkeypatch.setattr(Generator, "generate_from_ids", lambda *_, **__: answers)
     wanted = ["eval_generate.n_examples=4", "eval_generate.match=number", f"eval_datasets=[{file}]", "n_steps=1"]
     ended = make_trainer(*wanted).train()
     assert ended["exact_match"] == 0.5
