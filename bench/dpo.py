@@ -74,7 +74,7 @@ def write_pairs(setting, folder: Path) -> None:
     of half of that."""
     import numpy as np
 
-    from minitrain.data.loader import epoch_order
+    from minitrain.data.sampler import epoch_order
 
     generator = np.random.Generator(np.random.PCG64(0))
 

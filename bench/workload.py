@@ -41,7 +41,7 @@ class Setting:
 
 def build(setting: Setting, folder: Path) -> None:
     """Writes model/, data.jsonl (texts, for minitrain) and tokens.json (the same as ids, in minitrain's order)."""
-    from minitrain.data.loader import epoch_order
+    from minitrain.data.sampler import epoch_order
 
     folder.mkdir(parents=True)
     build_tokenizer(setting).save_pretrained(folder / "model")

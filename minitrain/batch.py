@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+TARGET_WEIGHTS = "target_weights"  # the token feature that weighs tokens in the loss; all weigh 1 without it
 
 
 @dataclass
@@ -88,6 +89,11 @@ class Batch:
         if not self.n_docs:
             return torch.zeros(0, device=self.targets.device)
         return self.token_features[name].flatten(0, 1)[self.target_positions]
+
+    @property
+    def target_weights(self) -> Tensor | None:
+        """Return the weights of the targets in the loss, float32, shape [N]; None if all are 1."""
+        return self.target_feature(TARGET_WEIGHTS) if TARGET_WEIGHTS in self.token_features else None
 
     @property
     def layout(self) -> Tensor:

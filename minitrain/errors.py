@@ -39,6 +39,7 @@ CODES = {
     "invalid-row": "A data row lacks a key, or has an invalid value.",
     "invalid-text": "Text is not UTF-8, or has characters that the tokenizer or minitrain does not support.",
     "no-answer": "A data row has no response to train on, or an empty one.",
+    "lost-field": "The chat template leaves out a field of a data row, which would not be trained on.",
     "same-answers": "The chosen and the rejected response are the same.",
     "unsuitable-data": "The data rows are valid, but the loss cannot use them together.",
     "wrong-column": "An option names a column that a data row does not have.",

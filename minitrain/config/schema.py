@@ -74,7 +74,21 @@ class Config:
         "auto: that of the tokenizer, else ChatML. chatml: ChatML. none: plain text, with EOS after the response. Or "
         "the path of a .jinja file.",
     )
-    train_on: str = option("all_turns", "Assistant turns to train on.", choices=("all_turns", "last_turn"))
+    chat_template_kwargs: dict[str, Any] = option(
+        {}, "Arguments of the chat template, e.g. {enable_thinking: false}; those of a row override them."
+    )
+    train_on: str = option(
+        "all_turns",
+        "Assistant turns to train on. each_turn: all, each after the conversation as rendered at inference.",
+        choices=("all_turns", "last_turn", "each_turn"),
+    )
+    train_on_reasoning: bool = option(True, "Train on the reasoning of a turn, too.")
+    on_missing: str = option(
+        "error",
+        "If the chat template omits a field of a row. warn: count it, and train on the rest.",
+        choices=("error", "warn"),
+    )
+    split_special_tokens: bool = option(True, "Tokenize special tokens in user and tool content as ordinary text.")
     max_length: int = option(1024, "Maximum length of an example, in tokens.", ge=2)
     max_prompt_length: int | None = option(
         None,

@@ -20,6 +20,9 @@ class DatasetConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit of a data set on the Hub (default: main).")
     type: str | None = option(None, "Row format, see docs/data.md (default: detected from the keys of the rows).")
+    tools: Any = option(
+        None, "Tools of rows that have none: a list, or the path of a JSON file with one (default: none)."
+    )
     columns: dict[str, str] = option({}, "Name of the column for each key of the format: {prompt: q, response: reply}.")
     prompt_template: str | None = option(
         None,

@@ -5,14 +5,15 @@ the options), so a stale cache is never read. Tensors of a file with E examples,
 
     offsets                 [D + 1] int64, index of each document's first token
     lines                   [E] int64, line of each example in the data file
-    shared                  [D] int32, number of leading tokens in common with the previous document of the example
+    first_documents         [E + 1] int64, index of each example's first document
+    shared                  [D] int32, number of leading tokens in common with the first document of the example
     doc_features/NAME       [D] float64, one number per document
     ids                     [N] int32
     mask                    [N] uint8, 1 for a target
     token_features/NAME     [N] float32, one number per token
 
-The metadata has the counts of skipped rows and truncated examples, the number of documents per example, the label
-names, and a checksum that is verified when the cache is opened.
+The metadata has the counts of skipped rows and truncated examples, the label names, and a checksum that is verified
+when the cache is opened.
 """
 
 import dataclasses
@@ -44,13 +45,14 @@ from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
-from .encode import EXCLUDED, IDENTICAL, N_DOCUMENTS, NO_TARGET_LEFT, TOO_LONG, TruncationConfig, encode
-from .examples import format_sources, to_example
+from .encode import EXCLUDED, IDENTICAL, NO_TARGET_LEFT, TOO_LONG, TruncationConfig, encode
+from .examples import format_sources, to_example, tools_of
 from .files import DataRow
 from .source import DataSource, open_source, row_name
-from .template import Template, Tokens
+from .template import LOST, Template
+from .text_encoder import Tokens
 
-FORMAT = 11  # raise it when the same inputs give other tokens; the code of row formats is in the key already
+FORMAT = 12  # raise it when the same inputs give other tokens; the code of row formats is in the key already
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # for smaller files, starting processes takes longer than it saves
 BAD_ROWS = "bad-rows"  # the count that max_bad_rows limits
@@ -61,12 +63,24 @@ DROPPED = {
     NO_TARGET_LEFT: "examples dropped (no target left after truncation)",
     IDENTICAL: "examples dropped (chosen and rejected are the same after truncation)",
 }
-COUNTED = DROPPED | {
+OF_ROWS = DROPPED | {
     "truncated": "truncated examples",
-    "untrained-turns": "assistant turns not trained on",
     "long-rollouts": "rollouts longer than max_length, not trained on",
     "truncated-rollouts": "truncated rollouts, not trained on",
 }
+COUNTED = OF_ROWS | {
+    "dropped-turns": "turns after the last response that is trained on, not used",
+    "empty-thoughts": "responses without reasoning, trained on with an empty thought",
+    "other-prompts": "responses after another prompt than at inference",
+}
+UNREAD_ROW = "unread-row:"  # beginning of the count of a key of rows that is not used
+
+
+def describe_count(key: str) -> str:
+    """Return the words for a count; none for keys that are not used, which are listed together."""
+    if key.startswith(LOST):
+        return f"times {key.removeprefix(LOST)} is not in the text of the chat template"
+    return COUNTED.get(key, "")
 
 
 @dataclass
@@ -95,6 +109,7 @@ class Encoder:
             counts: dict[str, int] = {}
             for document in documents:
                 counts |= {key: max(n, counts.get(key, 0)) for key, n in document.counts.items()}
+            counts |= {f"{UNREAD_ROW}{key}": 1 for key in example.unread}
             if counts:
                 chunk.counts.append((len(chunk.examples), counts))
             chunk.examples.append([_as_arrays(document) for document in documents])
@@ -106,17 +121,21 @@ class Encoder:
         tokenizer = self.template.tokenizer
         settings = {
             "format": FORMAT,
-            "dataset": {k: v for k, v in dataclasses.asdict(self.dataset).items() if k not in ("path", "weight")},
+            "dataset": {
+                k: v for k, v in dataclasses.asdict(self.dataset).items() if k not in ("path", "weight", "tools")
+            },
             "suffix": "".join(Path(self.dataset.path).suffixes[-2:]),
             "kind": self.kind,
             "row_formats": format_sources(self.kind, self.dataset.type),
             **self.limits._asdict(),
-            "train_on": self.template.train_on,
+            **self.template.targets._asdict(),
+            "chat_template_kwargs": self.template.variables,
+            "tools": tools_of(self.dataset),  # not only the path of their file
             "chat_template": tokenizer.chat_template,
             "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(self.template.backend.to_str().encode())
+        digest.update(self.template.encoder.backend.to_str().encode())
         for block in source.content():
             digest.update(block)
         return digest.hexdigest()[:32]
@@ -156,7 +175,7 @@ class TokenCache:
         token_features: Name -> one number per token, shape [N]. Losses may add some.
         counts: Number of rows by key of `COUNTED`.
         labels: Label names; doc_features["label"] has indices into them.
-        n_documents: Documents per example.
+        first_documents: Index of each example's first document, and the number of documents, shape [E + 1].
         trained: Indices of the examples that are trained on.
     """
 
@@ -167,7 +186,7 @@ class TokenCache:
             metadata = file.metadata()
         self.ids, self.mask = tensors.pop("ids"), tensors.pop("mask")
         self.offsets, self.shared = tensors.pop("offsets").numpy(), tensors.pop("shared").numpy()
-        self.lines = tensors.pop("lines").numpy()
+        self.lines, self.first_documents = tensors.pop("lines").numpy(), tensors.pop("first_documents").numpy()
         named = [(*name.split("/"), tensor) for name, tensor in tensors.items()]
         self.doc_features: dict[str, np.ndarray] = {
             name: tensor.numpy() for group, name, tensor in named if group == "doc_features"
@@ -178,11 +197,10 @@ class TokenCache:
         }
         self.counts: dict[str, int] = json.loads(metadata["counts"])
         self.labels: list[str] = json.loads(metadata["labels"])
-        self.n_documents = int(metadata["n_documents"])
-        self.trained = np.flatnonzero(excluded[:: self.n_documents] == 0)
+        self.trained = np.flatnonzero(excluded[self.first_documents[:-1]] == 0)
 
     def __len__(self) -> int:
-        return (len(self.offsets) - 1) // self.n_documents
+        return len(self.lines)
 
     @property
     def n_rows(self) -> int:
@@ -197,17 +215,16 @@ class TokenCache:
     @property
     def bounds(self) -> np.ndarray:
         """Index of each example's first token, and the end of the last example, shape [E + 1]."""
-        return self.offsets[:: self.n_documents]
+        return self.offsets[self.first_documents]
 
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each example, with shared tokens counted once, shape [E]."""
-        return (np.diff(self.offsets) - self.shared).reshape(-1, self.n_documents).sum(1)
+        return np.diff(np.cumsum([0, *(np.diff(self.offsets) - self.shared)])[self.first_documents])
 
     def __getitem__(self, index: int) -> list[Document]:
         """Return the documents of one example."""
-        first = index * self.n_documents
-        return [self._document(number) for number in range(first, first + self.n_documents)]
+        return [self._document(number) for number in range(*self.first_documents[index : index + 2])]
 
     def _document(self, number: int) -> Document:
         span = slice(self.offsets[number], self.offsets[number + 1])
@@ -220,7 +237,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
     """Return the tokens of a data file, from its cache or by tokenizing it now.
 
     Args:
-        kind: The kind of examples that the loss needs, a key of `N_DOCUMENTS`.
+        kind: The kind of examples that the loss needs, a key of `EXAMPLE_COLUMNS`.
 
     Raises:
         DataError: The file is empty or unreadable, a row is bad, or the cache directory cannot be written.
@@ -245,7 +262,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
             ) from None
         cache = TokenCache(path, source.name)
     if len(cache.trained) == 0:
-        reasons = "; ".join(f"{count} {COUNTED[key]}" for key, count in cache.counts.items())
+        reasons = "; ".join(f"{count} {OF_ROWS[key]}" for key, count in cache.counts.items() if key in OF_ROWS)
         raise DataError(
             f"{source.name}: no example can be trained on ({reasons or 'the file has no rows'}). "
             "Name a file with usable rows, or change the options that limit them.",
@@ -292,7 +309,7 @@ def _build(path: Path, encoder: Encoder, source: DataSource, config: Config) -> 
                 writer.add(line, documents)
             if n_examples == limit:
                 break
-        writer.counts, writer.n_documents = counts, N_DOCUMENTS[encoder.kind]
+        writer.counts = counts
 
 
 def _iter_chunks(encoder: Encoder, source: DataSource, config: Config) -> Iterator[Chunk]:

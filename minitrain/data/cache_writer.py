@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from minitrain.batch import TARGET_WEIGHTS
 from minitrain.errors import DataError, write_error_code
 from minitrain.io.checksum import PLACEHOLDER, seal
 from minitrain.io.temp_files import new_file
 from minitrain.io.tensor_files import ITEM_SIZES, start_file
 
-from .template import Tokens
+from .text_encoder import Tokens
 
 _DTYPES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
@@ -44,16 +45,16 @@ def new_cache(path: Path, source: str) -> Iterator["CacheWriter"]:
 class CacheWriter:
     """Appends documents to one raw file per tensor, and joins the raw files at the end.
 
-    The caller sets `counts` and `n_documents` (per example), which go into the metadata.
+    The caller sets `counts`, which go into the metadata.
     """
 
     def __init__(self, file: Path, source: str):
         self.file, self.folder, self.source = file, file.parent, source
         self.labels: dict[str, int] = {}
         self.counts: dict[str, int] = {}
-        self.n_documents = 1
         # One number per document: small enough to keep in memory until the end.
         self.offsets, self.lines, self.shared = array("q", [0]), array("q"), array("i")
+        self.first_documents = array("q", [0])
         self.doc_features: dict[str, array] = {}
         self.files: dict[str, tuple[str, object]] = {}  # tensor -> (dtype, its open file)
         self.token_features: set[str] | None = None
@@ -68,8 +69,10 @@ class CacheWriter:
         self.lines.append(line)
         for document in documents:
             self._add(document)
+        self.first_documents.append(len(self.shared))
 
     def _add(self, document: Tokens) -> None:
+        self._align_weights(document)
         if self.token_features is None:
             self.token_features = set(document.token_features)
         if differing := sorted(self.token_features ^ set(document.token_features)):
@@ -87,12 +90,22 @@ class CacheWriter:
         for name, feature in document.token_features.items():
             self._append(f"token_features/{name}", "F32", feature)
 
+    def _align_weights(self, document: Tokens) -> None:
+        """Give weights of 1 to documents that have none, as soon as one has."""
+        if TARGET_WEIGHTS in document.token_features and self.token_features is not None:
+            if TARGET_WEIGHTS not in self.token_features:
+                ones = np.ones(self.offsets[-1], np.float32)
+                self._append(f"token_features/{TARGET_WEIGHTS}", "F32", ones)
+                self.token_features.add(TARGET_WEIGHTS)
+        elif self.token_features and TARGET_WEIGHTS in self.token_features:
+            document.token_features[TARGET_WEIGHTS] = np.ones(len(document.ids), np.float32)
+
     def finish(self) -> None:
         """Write the safetensors file from the raw files, without holding a tensor in memory."""
         for name, dtype in (("ids", "I32"), ("mask", "U8")):
             self._append(name, dtype, [])  # creates the file if there are no documents
-        for name, numbers in (("offsets", self.offsets), ("lines", self.lines)):
-            self._append(name, "I64", numbers)
+        for name in ("offsets", "lines", "first_documents"):
+            self._append(name, "I64", getattr(self, name))
         self._append("shared", "I32", self.shared)
         for name, numbers in self.doc_features.items():
             self._append(f"doc_features/{name}", "F64", numbers)
@@ -100,7 +113,6 @@ class CacheWriter:
         # Widest dtype first, which keeps every tensor aligned.
         order = sorted(self.files, key=lambda name: -ITEM_SIZES[self.files[name][0]])
         metadata = PLACEHOLDER | {"counts": json.dumps(self.counts), "labels": json.dumps(list(self.labels))}
-        metadata["n_documents"] = str(self.n_documents)
         tensors = {}
         for name in order:
             dtype, file = self.files[name]

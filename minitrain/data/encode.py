@@ -4,27 +4,21 @@ import hashlib
 import json
 from typing import NamedTuple
 
+from minitrain.batch import TARGET_WEIGHTS
 from minitrain.errors import DataError
 
 from .examples import (
     ClassificationExample,
     Conversation,
     Example,
-    Messages,
     Preference,
     Rollout,
     UnpairedPreference,
-    assistant,
 )
-from .template import Template, Tokens, check_texts
+from .messages import Messages, assistant, is_empty
+from .template import Template
+from .text_encoder import Tokens, check_texts
 
-N_DOCUMENTS = {  # per example
-    "conversation": 1,
-    "preference": 2,
-    "unpaired_preference": 1,
-    "classification": 1,
-    "rollout": 1,
-}
 # Why an example is dropped: keys of TokenCache.counts.
 TOO_LONG, NO_TARGET_LEFT, IDENTICAL = "too-long", "no-target-left", "same-answers"
 EXCLUDED = "excluded"  # doc feature: 1 for a rollout that counts in its group's advantages, but is not trained on
@@ -60,25 +54,41 @@ def encode(example: Example, template: Template, limits: TruncationConfig) -> li
     if isinstance(example, Rollout):
         return _rollout(example, template, limits)
     if isinstance(example, Conversation):
-        check_no_empty_responses(example.messages, 1 if template.train_on == "last_turn" else None)
+        check_no_empty_responses(example.messages, template.trained_turns(example.messages))
+        if template.targets.train_on == "each_turn":
+            return _each_turn(example, template, limits)
     return truncate([template.encode(example)], limits, template.tokenizer.bos_token_id)
 
 
-def check_no_empty_responses(messages: Messages, n_trained: int | None = None) -> None:
+def check_no_empty_responses(messages: Messages, trained: list[int]) -> None:
     """Raise DataError if an assistant turn that is trained on is empty or white space.
 
     Args:
-        n_trained: How many assistant turns are trained on, counted from the last one; None: all.
+        trained: Indices of the turns that are trained on.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i in turns[-n_trained:] if n_trained else turns:
-        if not messages[i]["content"].strip():
+    for i in trained:
+        if is_empty(messages[i]):
             raise DataError(f"turn {i + 1} of {len(messages)} is an empty response, without a target", "no-answer")
+
+
+def _each_turn(example: Conversation, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
+    """Return a document for each response, as at inference; those after the first share its beginning."""
+    documents, reasons = [], []
+    for document in template.encode_turns(example):
+        truncated = truncate([document], limits, template.tokenizer.bos_token_id)
+        documents += truncated if isinstance(truncated, list) else []
+        reasons += [truncated] if isinstance(truncated, str) else []
+    if not documents:
+        return reasons[0]
+    first, *others = documents
+    for document in others:
+        document.shared = _n_shared(first, document, document.mask.index(True))
+    return documents
 
 
 def _preference(example: Preference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """Return the chosen document, then the rejected one."""
-    documents = [_encode_pair(example.prompt, response, template) for response in (example.chosen, example.rejected)]
+    documents = [_encode_pair(example, response, template) for response in (example.chosen, example.rejected)]
     if _are_identical(documents):
         raise DataError("chosen and rejected are the same in the chat template", "same-answers")
     for document in documents:
@@ -91,7 +101,7 @@ def _preference(example: Preference, template: Template, limits: TruncationConfi
 
 def _unpaired(example: UnpairedPreference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     """Return the labeled response, with a hash of its prompt, for which `mismatched.py` adds another response."""
-    document = _encode_pair(example.prompt, example.response, template)
+    document = _encode_pair(example, example.response, template)
     document.doc_features |= {"desirable": float(example.desirable), "prompt": _prompt_hash(example.prompt)}
     return truncate([document], limits, template.tokenizer.bos_token_id)
 
@@ -108,19 +118,27 @@ def _are_identical(documents: list[Tokens]) -> bool:
     return first.ids == second.ids and first.mask == second.mask
 
 
-def _encode_pair(prompt: Messages, response: Messages, template: Template) -> Tokens:
+def _encode_pair(example: Preference | UnpairedPreference, response: Messages, template: Template) -> Tokens:
+    messages = example.prompt + response
     n_trained = sum(message["role"] == "assistant" for message in response)
-    check_no_empty_responses([*prompt, *response], n_trained)
-    return template.encode(Conversation(prompt + response), n_trained)
+    check_no_empty_responses(messages, template.trained_turns(messages, n_trained))
+    tokens = template.encode(Conversation(messages, variables=example.variables), n_trained)
+    if tokens.token_features.pop(TARGET_WEIGHTS, None):
+        raise DataError("a turn has a weight other than 0 and 1, which this loss does not use. Remove it", "no-effect")
+    return tokens
 
 
 def _with_shared(documents: list[Tokens]) -> list[Tokens]:
     """Set the number of leading prompt tokens that the second document has in common with the first."""
     first, second = documents
-    n_prompt = min(first.mask.index(True), second.mask.index(True))
-    differing = (i for i in range(n_prompt) if first.ids[i] != second.ids[i])
-    second.shared = next(differing, n_prompt)
+    second.shared = _n_shared(first, second, min(first.mask.index(True), second.mask.index(True)))
     return documents
+
+
+def _n_shared(first: Tokens, second: Tokens, longest: int) -> int:
+    """Return how many leading tokens, at most `longest`, two documents have in common."""
+    pairs = zip(first.ids[:longest], second.ids[:longest])
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(longest, len(first.ids)))
 
 
 def _classification(example: ClassificationExample, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
@@ -186,7 +204,8 @@ def _rollout_tokens(example: Rollout, template: Template, infer_truncated: bool)
         if example.truncated is None and infer_truncated:
             return tokens, response[-1] not in template.end_ids()
         return tokens, bool(example.truncated)
-    tokens = template.encode(Conversation([*example.prompt, assistant(example.response)]), 1)
+    conversation = Conversation([*example.prompt, assistant(example.response)], variables=example.variables)
+    tokens = template.encode(conversation, 1)
     if example.truncated and tokens.ids[-1] in template.end_ids() and sum(tokens.mask) > 1:
         tokens.ids.pop()
         tokens.mask.pop()
@@ -227,4 +246,9 @@ def _shorten(tokens: Tokens, n_removed: int, max_length: int, bos_token_id: int 
     n_bos = 1 if tokens.ids[0] == bos_token_id else 0
     ids = (tokens.ids[:n_bos] + tokens.ids[n_bos + n_removed :])[:max_length]
     mask = (tokens.mask[:n_bos] + tokens.mask[n_bos + n_removed :])[:max_length]
-    return Tokens(ids, [False, *mask[1:]], tokens.counts | {"truncated": 1}, doc_features=tokens.doc_features)
+    features = {
+        name: (feature[:n_bos] + feature[n_bos + n_removed :])[:max_length]
+        for name, feature in tokens.token_features.items()
+    }
+    counts = tokens.counts | {"truncated": 1}
+    return Tokens(ids, [False, *mask[1:]], counts, doc_features=tokens.doc_features, token_features=features)

@@ -1,50 +1,60 @@
 """The kinds of examples, the registry of row formats, and helpers that read fields of a data row."""
 
+import functools
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minitrain.config.sections import DatasetConfig
 from minitrain.errors import ConfigError, DataError, short
 
-Messages = list[dict[str, str]]  # each with `role` (system, user, assistant, tool) and `content`
+from .messages import (
+    TRANSCRIPT,
+    Messages,
+    assistant,
+    is_empty,
+    parse_message,
+    parse_messages,
+    parse_tools,
+    parse_transcript,
+    user,
+)
 
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
 
-TRANSCRIPT = "\n\nHuman:"  # start of a string that holds a conversation
+@dataclass(kw_only=True)
+class Example:
+    """What all kinds of examples have.
+
+    Attributes:
+        variables: What the chat template is given besides the messages, such as `tools`.
+        unread: Keys of the row that its format does not use.
+    """
+
+    variables: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list, compare=False)
 
 
 @dataclass
-class Conversation:
+class Conversation(Example):
     """Messages; the assistant's are trained on."""
 
     messages: Messages
 
 
 @dataclass
-class PlainText:
+class PlainText(Example):
     """A text of which every token is trained on."""
 
     text: str
 
 
 @dataclass
-class Preference:
+class Preference(Example):
     """Two responses to a prompt, one better than the other by at least `margin`."""
 
     prompt: Messages
@@ -54,7 +64,7 @@ class Preference:
 
 
 @dataclass
-class UnpairedPreference:
+class UnpairedPreference(Example):
     """A response with a label: desirable or not."""
 
     prompt: Messages
@@ -63,7 +73,7 @@ class UnpairedPreference:
 
 
 @dataclass
-class ClassificationExample:
+class ClassificationExample(Example):
     """A text or a pair of texts, with its class."""
 
     text: str
@@ -72,7 +82,7 @@ class ClassificationExample:
 
 
 @dataclass
-class Rollout:
+class Rollout(Example):
     """A sampled response, as a string or as token ids, with its reward.
 
     Attributes:
@@ -86,9 +96,6 @@ class Rollout:
     reward: float
     tokens: dict[str, list[float]] = field(default_factory=dict)
     truncated: bool | None = None
-
-
-Example = Conversation | PlainText | Preference | UnpairedPreference | ClassificationExample | Rollout
 
 
 @dataclass
@@ -151,7 +158,7 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
     Raises:
         DataError: The row cannot be used; the caller adds file and line.
     """
-    known = row_formats_of(kind)
+    known, row = row_formats_of(kind), TrackedRow(row)
     if dataset.columns:
         row = row | {name: _column(row, column, dataset.path) for name, column in dataset.columns.items()}
     if dataset.type is not None:
@@ -177,7 +184,58 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
         )
     if name not in WITH_DOCUMENTS and (dataset.p_oracle < 1 or dataset.n_distractors is not None):
         raise DataError(f"p_oracle and n_distractors have no effect on rows of type {name}. Remove them", "no-effect")
-    return known[name].convert(row, dataset)
+    example = known[name].convert(row, dataset)
+    if kind != "classification":
+        example.variables = _variables(row, dataset, has_documents=name in WITH_DOCUMENTS)
+    example.unread = [key for key, value in row.items() if key not in row.read and value not in EMPTY]
+    return example
+
+
+def _variables(row: dict, dataset: DatasetConfig, has_documents: bool) -> dict[str, Any]:
+    """Return what a chat template reads of a row besides its messages: tools, documents and its own arguments."""
+    variables = row.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise DataError(f"chat_template_kwargs: expected an object, got {short(variables)!r}", "invalid-row")
+    key = "tools" if row.get("tools") else "functions"
+    if tools := row.get(key) or tools_of(dataset):
+        variables = variables | {"tools": parse_tools(tools, key)}
+    if not has_documents and (documents := row.get("documents")):
+        variables = variables | {"documents": documents}
+    return variables
+
+
+def tools_of(dataset: DatasetConfig) -> Any:
+    """Return the tools of rows that have none. Raises DataError for a file that cannot be read."""
+    if not isinstance(dataset.tools, str):
+        return dataset.tools
+    try:
+        return _read_tools(dataset.tools)
+    except (OSError, ValueError) as error:
+        raise DataError(f"tools: {dataset.tools} is not a readable JSON file: {error}", "unreadable") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _read_tools(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+class TrackedRow(dict):
+    """A data row that knows which of its keys were read."""
+
+    def __init__(self, row: dict, read: set[str] | None = None):
+        super().__init__(row)
+        self.read = set() if read is None else read
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __or__(self, other: dict) -> "TrackedRow":
+        return TrackedRow(super().__or__(other), self.read)
 
 
 # Kind of examples -> two keys of one of its formats, for the example of `columns` in a message.
@@ -188,6 +246,7 @@ EXAMPLE_COLUMNS = {
     "classification": ("text", "label"),
     "rollout": ("response", "reward"),
 }
+EMPTY = (None, "", [], {})
 WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")
 TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", *WITH_DOCUMENTS)
 
@@ -235,29 +294,6 @@ def number_of(row: dict, key: str) -> float:
     return number
 
 
-def turns_of(turns: object, key: str) -> Messages:
-    """Return turns, objects with role/content or from/value, as messages."""
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{key}: expected a list of turns, got {short(turns)!r}", "invalid-row")
-    return [turn_of(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
-
-
-def turn_of(turn: object, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise DataError(f"{where}: expected an object with role and content, got {short(turn)!r}", "invalid-row")
-    role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where}: expected one of the roles {', '.join(ROLES)}, got {short(role)!r}", "invalid-row")
-    content = turn.get("content", turn.get("value"))
-    return {"role": ROLES[role], "content": _content(content, where)}
-
-
-def transcript_of(text: str) -> Messages:
-    """Return the turns of a transcript as in Anthropic's HH data: an empty line and Human: or Assistant: begin each."""
-    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    return [{"role": ROLES[role.lower()], "content": text.strip()} for role, text in zip(parts[::2], parts[1::2])]
-
-
 def preference_of(row: dict, chosen: Any, rejected: Any) -> Preference:
     """Return a preference. Its prompt has a column, or is the common beginning of both responses."""
     chosen, rejected = response_of(chosen, "chosen"), response_of(rejected, "rejected")
@@ -277,7 +313,7 @@ def preference_of(row: dict, chosen: Any, rejected: Any) -> Preference:
 
 
 def check_ends_with_assistant(turns: Messages, key: str) -> None:
-    if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
+    if not turns or turns[-1]["role"] != "assistant" or is_empty(turns[-1]):
         raise DataError(f"{key}: expected a turn of the assistant at the end", "no-answer")
 
 
@@ -290,7 +326,7 @@ def prompt_of(row: dict) -> Messages:
         if key not in row:
             continue
         if isinstance(row[key], list):
-            return turns + turns_of(row[key], key)
+            return turns + parse_messages(row[key], key)
         text = text_of(row, key)
         if key == "instruction" and row.get("input"):
             text += "\n" + text_of(row, "input")
@@ -301,20 +337,12 @@ def prompt_of(row: dict) -> Messages:
 def response_of(value: Any, key: str) -> Messages:
     """Return the turns of a response, given as a string, one turn, a list of turns, or a transcript."""
     if isinstance(value, dict):
-        return [turn_of(value, key)]
+        return [parse_message(value, key)]
     if isinstance(value, list):
-        return turns_of(value, key)
+        return parse_messages(value, key)
     if isinstance(value, str) and value.startswith(TRANSCRIPT):
-        return transcript_of(value)
+        return parse_transcript(value)
     return [assistant(text_of({key: value}, key))]
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 def fill(template: str, row: dict, name: str) -> str:
@@ -326,16 +354,3 @@ def fill(template: str, row: dict, name: str) -> str:
         return text_of(row, match[1])
 
     return re.sub(r"\{(\w+)\}", value, template)
-
-
-def _content(content: Any, where: str) -> str:
-    """Return a string, given as such or as a list of text parts, as in multimodal data sets."""
-    if isinstance(content, list):
-        texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
-        kinds = [str(part.get("type", "text")) for part in content if isinstance(part, dict)]
-        if set(kinds) <= {"text"} and all(isinstance(text, str) for text in texts):
-            return "".join(texts)
-        raise DataError(f"{where}: expected text parts only, got {short(content)}", "invalid-row")
-    if not isinstance(content, str):
-        raise DataError(f"{where}: expected a string as content, got {short(content)!r}", "invalid-row")
-    return content

@@ -5,17 +5,14 @@ from minitrain.errors import DataError, short
 
 from .examples import (
     Conversation,
-    Messages,
     PlainText,
-    assistant,
     fill,
     preference_of,
     row_format,
     text_of,
-    turns_of,
-    user,
 )
 from .formats_raft import documents_by_type, documents_in_columns, documents_in_context, raft_conversation
+from .messages import Messages, assistant, is_empty, parse_messages, user
 
 
 @row_format("chosen", "conversation", "chosen", "rejected")
@@ -113,7 +110,7 @@ def _pair(row: dict, dataset: DatasetConfig) -> Conversation:
 
 def _with_response(row: dict, key: str) -> Messages:
     """Return the turns of a column. Raise DataError if the assistant has none."""
-    messages = turns_of(row[key], key)
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+    messages = parse_messages(row[key], key)
+    if not any(message["role"] == "assistant" and not is_empty(message) for message in messages):
         raise DataError(f"{key}: expected a turn of the assistant, got none", "no-answer")
     return messages

@@ -8,7 +8,6 @@ from minitrain.errors import DataError, short
 
 from .examples import (
     ClassificationExample,
-    Messages,
     Preference,
     Rollout,
     UnpairedPreference,
@@ -19,8 +18,8 @@ from .examples import (
     response_of,
     row_format,
     text_of,
-    turns_of,
 )
+from .messages import Messages, parse_messages
 
 TOKEN_COLUMNS = ("old_logps", "ref_logps", "values", "advantages", "returns")  # of a rollout
 LOGPS = ("old_logps", "ref_logps")  # those of TOKEN_COLUMNS that are log-probabilities
@@ -106,14 +105,14 @@ def _rollout(row: dict, dataset: DatasetConfig) -> Rollout:
 
 @row_format("rollout_messages", "rollout", "messages", "response")
 def _rollout_messages(row: dict, dataset: DatasetConfig) -> Rollout:
-    return _make_rollout(row, turns_of(row["messages"], "messages"), text_of(row, "response"))
+    return _make_rollout(row, parse_messages(row["messages"], "messages"), text_of(row, "response"))
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
 def _last_turn_labeled(row: dict, key: str, desirable: bool) -> UnpairedPreference:
-    turns = turns_of(row[key], key)
+    turns = parse_messages(row[key], key)
     check_ends_with_assistant(turns, key)
     return UnpairedPreference(turns[:-1], turns[-1:], desirable)
 

@@ -1,135 +1,26 @@
 """Build the micro-batches of each optimizer step, and the batches of an evaluation, from data files.
 
-The functions for the order of examples, their packing into batch rows, and their split over ranks are pure. The order
-depends on (seed, epoch) only, and the position in it is one integer: the number of examples consumed over all ranks.
-The layout of an optimizer step (sorting, packing, split over ranks and micro-batches) does not change the gradient, so
-it may depend on anything.
+The position in the order of an epoch is one integer: the number of examples consumed over all ranks.
 """
 
 import dataclasses
 import hashlib
-import heapq
-import itertools
 import math
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from minitrain.batch import Batch, Document, collate
+from minitrain.batch import TARGET_WEIGHTS, Batch, Document, collate
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
-from .cache import BAD_ROWS, COUNTED, TokenCache, load_cache
+from .cache import BAD_ROWS, OF_ROWS, UNREAD_ROW, TokenCache, describe_count, load_cache
 from .mismatched import add_mismatched_responses
+from .sampler import BatchRows, epoch_order, epoch_size, group_by_length, pack, plan_step
 from .source import row_name
-from .template import Template
-
-WINDOW_STEPS = 64  # group_by_length sorts within windows of this many steps
-
-BatchRows = list[list[int]]  # for each row of a micro-batch, the indices of its examples
-
-
-def epoch_size(sizes: list[int], weights: list[float]) -> int:
-    """Return the number of examples in an epoch that uses each data set `weight` times."""
-    return sum(_n_examples(size, weight) for size, weight in zip(sizes, weights, strict=True))
-
-
-def epoch_order(sizes: list[int], weights: list[float], seed: int, epoch: int) -> np.ndarray:
-    """Return the order of one epoch, as indices into the concatenated data sets, shape [epoch_size], int64.
-
-    With a weight of 2.5, each example occurs twice, and a random half of them, drawn for each epoch, a third time.
-    """
-    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    parts, start = [], 0
-    for size, weight in zip(sizes, weights, strict=True):
-        n_repeats, n_extra = divmod(_n_examples(size, weight), size)
-        parts += [np.arange(start, start + size)] * n_repeats + [start + generator.permutation(size)[:n_extra]]
-        start += size
-    order = np.concatenate(parts)
-    generator.shuffle(order)
-    return order.astype(np.int64)
-
-
-def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order with examples of similar length in each batch, and the batches in random order."""
-    generator = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
-    grouped = []
-    for window in np.split(order, range(batch_size * WINDOW_STEPS, len(order), batch_size * WINDOW_STEPS)):
-        by_length = window[np.argsort(lengths[window], kind="stable")]
-        full = len(by_length) // batch_size * batch_size
-        batches = by_length[:full].reshape(-1, batch_size)
-        # Only the last window can have an incomplete batch, which stays at the end: only the last step may be short.
-        grouped += [batches[generator.permutation(len(batches))].reshape(-1), by_length[full:]]
-    return np.concatenate(grouped)
-
-
-def plan_step(
-    lengths: np.ndarray, world_size: int, n_micro: int, packing: bool, row_capacity: int | None = None
-) -> list[list[BatchRows]]:
-    """Split the examples 0..n-1 of one optimizer step over ranks, micro-batches and rows.
-
-    All ranks get the same number of micro-batches; if there are few rows, fewer than `n_micro`, or empty ones. Without
-    packing, examples of similar length share a micro-batch, which saves padding, and each micro-batch is dealt to the
-    ranks in turn, which balances their work.
-
-    Args:
-        lengths: Tokens of each example, shape [n].
-        n_micro: Micro-batches per rank, at most.
-        row_capacity: Tokens per packed row, see `pack`.
-
-    Returns:
-        Example indices by [rank][micro-batch][row].
-    """
-    if packing and row_capacity is None:
-        n_micro = min(n_micro, math.ceil(len(lengths) / world_size))
-        bins = balance_by_tokens(lengths, world_size * n_micro)
-        return [[[row] if row else [] for row in bins[rank::world_size]] for rank in range(world_size)]
-    rows = pack(lengths, row_capacity) if packing else [[i] for i in np.argsort(-lengths, kind="stable").tolist()]
-    n_micro = min(n_micro, math.ceil(len(rows) / world_size))
-    cuts = [round(i * len(rows) / n_micro) for i in range(n_micro + 1)]
-    parts = [rows[a:b] for a, b in itertools.pairwise(cuts)]
-    return [[part[rank::world_size] for part in parts] for rank in range(world_size)]
-
-
-def pack(lengths: np.ndarray, row_capacity: int | None) -> BatchRows:
-    """Pack examples into rows of at most `row_capacity` tokens, or of the longest example; None: into one row."""
-    if row_capacity is None:
-        return [list(range(len(lengths)))]
-    return best_fit(lengths, max(row_capacity, int(lengths.max())))
-
-
-def balance_by_tokens(lengths: np.ndarray, n_bins: int) -> BatchRows:
-    """Assign examples, longest first, to the bin with the fewest tokens so far, which balances the bins."""
-    bins: BatchRows = [[] for _ in range(n_bins)]
-    fill = [(0, b) for b in range(n_bins)]
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        tokens, b = heapq.heappop(fill)
-        bins[b].append(index)
-        heapq.heappush(fill, (tokens + int(lengths[index]), b))
-    return bins
-
-
-def best_fit(lengths: np.ndarray, capacity: int) -> BatchRows:
-    """Pack by best-fit decreasing: each example goes into the fullest row that has space for it."""
-    rows: BatchRows = []
-    space: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        fit = bisect_left(space, (length, -1))
-        if fit == len(space):
-            rows.append([index])
-            insort(space, (capacity - length, len(rows) - 1))
-        else:
-            free, row = space.pop(fit)
-            rows[row].append(index)
-            insort(space, (free - length, row))
-    return rows
-
-
-def _n_examples(size: int, weight: float) -> int:
-    return max(1, round(size * weight))
+from .template import UNREAD, Template
 
 
 class TokenizedDataset:
@@ -207,10 +98,21 @@ class TokenizedDataset:
             [self.caches[i] for i in used], [self.weights[i] for i in used], [selected[i] for i in used]
         )
 
-    def per_document(self, numbers: Callable[[TokenCache], np.ndarray]) -> np.ndarray:
-        """Gather one number per document, shape [E, documents per example], from a function of each cache -> [D]."""
+    def per_example(self, numbers: Callable[[TokenCache], np.ndarray], reduce: np.ufunc) -> np.ndarray:
+        """Return one number per example, shape [E], which `reduce` computes from those of its documents.
+
+        Args:
+            numbers: Returns one number per document of a cache, shape [D].
+        """
         pairs = zip(self.caches, self.selected, strict=True)
-        return np.concatenate([numbers(cache).reshape(-1, cache.n_documents)[indices] for cache, indices in pairs])
+        return np.concatenate([reduce.reduceat(numbers(c), c.first_documents[:-1])[indices] for c, indices in pairs])
+
+    def document_sizes(self, index: int, shares_prompts: bool) -> list[int]:
+        """Return how many tokens of each document of an example a batch has."""
+        cache, number = self._locate(index)
+        first, stop = cache.first_documents[number : number + 2]
+        sizes = np.diff(cache.offsets[first : stop + 1])
+        return (sizes - cache.shared[first:stop] if shares_prompts else sizes).tolist()
 
     def first(self, n: int | None) -> "TokenizedDataset":
         """Return the first n examples in the order of the files; None: all."""
@@ -239,7 +141,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     """Load and tokenize all data files of a config.
 
     Args:
-        kind: The kind of examples that the loss needs, a key of `N_DOCUMENTS`.
+        kind: The kind of examples that the loss needs, a key of `EXAMPLE_COLUMNS`.
 
     Raises:
         DataError: A file or row cannot be used.
@@ -259,6 +161,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
         evaluation = read(config.eval_datasets)
     elif config.validation_split:
         train, evaluation = train.split(config.validation_split, config.seed)
+    _align_weights(all_caches)
     summary = [
         f"{cache.source}: {line}" for cache in all_caches for line in describe_counts(cache.counts, cache.n_rows)
     ]
@@ -266,22 +169,37 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, summary, warnings)
 
 
+def _align_weights(caches: list[TokenCache]) -> None:
+    """Give weights of 1 to the tokens of files that have none, if another file has weights."""
+    if any(TARGET_WEIGHTS in cache.token_features for cache in caches):
+        for cache in caches:
+            cache.token_features.setdefault(TARGET_WEIGHTS, torch.ones(1).expand(len(cache.ids)))
+
+
 def describe_counts(counts: dict[str, int], n_rows: int) -> list[str]:
     """Return a line for each count of skipped, dropped or truncated rows, with its fraction of `n_rows`."""
-    return [f"{count:,} {COUNTED[key]}{_of_rows(key, count, n_rows)}" for key, count in counts.items()]
+    lines = [
+        f"{count:,} {words}{_of_rows(key, count, n_rows)}"
+        for key, count in counts.items()
+        if (words := describe_count(key))
+    ]
+    for beginning, owner in ((UNREAD_ROW, "rows"), (UNREAD, "turns")):
+        keys = [f"{key.removeprefix(beginning)} ({n:,})" for key, n in counts.items() if key.startswith(beginning)]
+        lines += [f"keys of {owner} that are not used: {', '.join(keys)}"] if keys else []
+    return lines
 
 
 def _warnings(cache: TokenCache, config: Config) -> Iterator[str]:
     for key, count in cache.counts.items():
-        if count * 3 > cache.n_rows and key != "untrained-turns":
+        if count * 3 > cache.n_rows and key in OF_ROWS:
             advice = "Fix the rows." if key == BAD_ROWS else f"Raise max_length={config.max_length}."
             fraction = _of_rows(key, count, cache.n_rows)
-            yield f"{cache.source}: {count:,} {COUNTED[key]}{fraction}, more than a third. {advice}"
+            yield f"{cache.source}: {count:,} {OF_ROWS[key]}{fraction}, more than a third. {advice}"
 
 
 def _of_rows(key: str, count: int, n_rows: int) -> str:
     """Return a count's fraction of the rows; nothing for turns, of which a row can have several."""
-    return "" if key == "untrained-turns" else f" of {n_rows:,} ({100 * count / n_rows:.1f} %)"
+    return "" if key not in OF_ROWS else f" of {n_rows:,} ({100 * count / n_rows:.1f} %)"
 
 
 @dataclass
@@ -360,14 +278,12 @@ class MicrobatchLoader:
 
     def widths(self, batches: Iterable[BatchRows]) -> Iterator[list[int]]:
         """Yield the number of tokens in each row of each batch, without building the batches."""
-        lengths = self.examples.per_document(lambda cache: np.diff(cache.offsets))  # [E, documents per example]
-        if self.shares_prompts:
-            lengths = lengths - self.examples.per_document(lambda cache: cache.shared)
         for rows in batches:
+            sizes = [[self.examples.document_sizes(example, self.shares_prompts) for example in row] for row in rows]
             if self.config.packing:
-                yield [int(lengths[row].sum()) for row in rows]
+                yield [sum(map(sum, row)) for row in sizes]
             else:
-                yield lengths[[example for row in rows for example in row]].reshape(-1).tolist()
+                yield [size for row in sizes for example in row for size in example]
 
     def eval_batches(self) -> Iterator[Batch]:
         """Return this rank's batches of an evaluation, longest first. All ranks have the same number of them."""

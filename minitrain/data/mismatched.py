@@ -16,7 +16,7 @@ from minitrain.errors import DataError
 from .cache import FORMAT, TokenCache, usable_cache
 from .cache_writer import new_cache
 from .source import row_name
-from .template import Tokens
+from .text_encoder import Tokens
 
 
 def add_mismatched_responses(caches: list[TokenCache], config: Config) -> list[TokenCache]:
@@ -80,7 +80,7 @@ def _write(
     path: Path, cache: TokenCache, caches: list[TokenCache], starts: np.ndarray, partners: np.ndarray, max_length: int
 ) -> None:
     with new_cache(path, cache.source) as writer:
-        writer.counts, writer.n_documents = cache.counts, 2
+        writer.counts = cache.counts
         for number, partner in enumerate(partners.tolist()):
             file = int(np.searchsorted(starts, partner, side="right")) - 1
             other = _tokens(caches[file], partner - int(starts[file]))

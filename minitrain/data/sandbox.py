@@ -18,6 +18,8 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from .messages import Messages, leaves
+
 MAX_SECONDS = 5.0
 CLOCK_EVERY = 256  # counted operations between two looks at the clock
 MAX_SIZE = 10_000_000  # characters and items that one rendering may create
@@ -59,32 +61,32 @@ class UnboundedTemplate(jinja2.TemplateRuntimeError):
     """A template exceeds its limit of time or memory."""
 
 
-def render(source: str, messages: list[dict[str, str]], **variables: Any) -> str:
+def render(source: str, messages: Messages, **variables: Any) -> str:
     """Return the same text as `apply_chat_template` of transformers.
 
     Raises:
         jinja2.TemplateError: The template is invalid, refuses the conversation, or exceeds its limits.
     """
-    with _rendering(source, messages) as template:
-        return template.render(messages=messages, tools=None, documents=None, **variables)
+    with _rendering(source, messages, variables) as template:
+        return template.render({"messages": messages, "tools": None, "documents": None} | variables)
 
 
-def render_marked(source: str, messages: list[dict[str, str]], **variables: Any) -> tuple[str, list[Span]]:
+def render_marked(source: str, messages: Messages, **variables: Any) -> tuple[str, list[Span]]:
     """Return the same text, and its {% generation %} spans."""
     blocks: list[str] = []
     spans: list[Span] = []
-    with _rendering(source, messages) as template, template.environment.activate_tracker(blocks, spans):
-        for block in template.generate(messages=messages, tools=None, documents=None, **variables):
+    with _rendering(source, messages, variables) as template, template.environment.activate_tracker(blocks, spans):
+        for block in template.generate({"messages": messages, "tools": None, "documents": None} | variables):
             blocks.append(block)
     return "".join(blocks), spans
 
 
 @contextlib.contextmanager
-def _rendering(source: str, messages: list[dict[str, str]]) -> Iterator[jinja2.Template]:
+def _rendering(source: str, messages: Messages, variables: dict[str, Any]) -> Iterator[jinja2.Template]:
     """Yield a compiled template, and raise errors in its expressions as TemplateError."""
     try:
         template = _compile(source)
-        template.environment.start(sum(len(message["content"]) for message in messages))
+        template.environment.start(sum(len(str(leaf)) for leaf in leaves([messages, variables.get("tools")])))
         yield template
     except (RecursionError, SyntaxError):  # SyntaxError: of the Python code that Jinja generates
         raise UnboundedTemplate("it is nested too deeply") from None

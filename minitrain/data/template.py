@@ -1,77 +1,105 @@
-"""Render conversations with the chat template, and tokenize them with a loss mask.
+"""Examples -> token ids and loss mask, through the chat template.
 
-Prompts are rendered as at inference: each response follows exactly what the template renders with
-`add_generation_prompt`. The text is split where responses begin and end, and each piece is tokenized separately. So a
-prompt has the same ids as at inference, no token crosses a boundary, and the mask is exact to the character.
+The text is built as inference builds it: each answer follows exactly what the template gives with
+`add_generation_prompt`. It is split at the borders of the answers and the pieces are tokenized one by one. So the ids
+of a prompt are those of inference, no token crosses a border, and the mask is exact to the character.
 """
 
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jinja2
 
+from minitrain.batch import TARGET_WEIGHTS
 from minitrain.config.schema import Config
-from minitrain.errors import ConfigError, DataError, is_failure
+from minitrain.errors import ConfigError, DataError
 
-from .examples import Conversation, Messages, PlainText
-from .sandbox import Span, UnboundedTemplate, render, render_marked
+from .answers import Answer, find_answers, find_earlier
+from .examples import Conversation, PlainText
+from .messages import Messages, assistant, is_trained_on, leaves, split_reasoning, user
+from .needles import missing_context, missing_fields
+from .rendering import ChatRenderer
+from .sandbox import UnboundedTemplate
+from .text_encoder import Piece, TextEncoder, Tokens, check_texts
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+# ChatML, with tools, calls and reasoning in the tags that Hermes and Qwen use.
+CHATML = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}
+{{- 'You can call these functions:\\n<tools>\\n' }}
+{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{{- '</tools>\\nTo call one, write its name and arguments:\\n<tool_call>\\n' }}
+{{- '{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if not (tools and loop.first and message['role'] == 'system') %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}
+{%- if message['reasoning_content'] %}
+{{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- message['content'] }}
+{%- for call in message['tool_calls'] or [] %}
+{{- '\\n' if message['content'] or not loop.first }}
+{{- '<tool_call>\\n{"name": ' + call['function']['name'] | tojson + ', "arguments": ' }}
+{{- call['function']['arguments'] | tojson + '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>' }}
+{%- endgeneration %}
+{%- else %}
+{{- message['content'] + '<|im_end|>' }}
+{%- endif %}
+{{- '\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
 PLAIN = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
-_HIDDEN = "the chat template omits the response. Set chat_template=chatml or your own template"
-UNUSUAL = "a\u16a0\u5b57\u2603"  # characters for which some tokenizers have no token
-# Private-use characters, which data is not expected to have.
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
-
-Piece = tuple[str, bool]  # text, and whether its tokens are targets
+LOST, UNREAD = "lost:", "unread:"  # beginnings of counts: a field that the text does not have, a key that nothing reads
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 
 
-@dataclass
-class Tokens:
-    """One tokenized document of T tokens.
+class Targets(NamedTuple):
+    """The options of a config about what is trained on, and how it is checked."""
 
-    Attributes:
-        mask: Whether each token is a target, shape [T]; the first one never is.
-        counts: What the user is told about the document, by key of `COUNTED` in cache.py.
-        shared: Number of leading tokens in common with the previous document of the example.
-        doc_features: Name -> number (or label) of the document.
-        token_features: Name -> one number per token, shape [T].
-    """
-
-    ids: list[int]
-    mask: list[bool]
-    counts: dict[str, int] = field(default_factory=dict)
-    shared: int = 0
-    doc_features: dict[str, float | str] = field(default_factory=dict)
-    token_features: dict[str, list[float]] = field(default_factory=dict)
+    train_on: str
+    train_on_reasoning: bool
+    on_missing: str
+    split_special_tokens: bool
 
 
 class Template:
-    """A tokenizer with its chat template, for training and inference."""
+    """A tokenizer with a chat template, made ready for training."""
 
-    def __init__(self, tokenizer, chat_template: str = "auto", train_on: str = "all_turns"):
-        """Set the tokenizer's chat template. ChatML also adds its two tokens if they are missing.
+    def __init__(
+        self,
+        tokenizer,
+        chat_template: str = "auto",
+        train_on: str = "all_turns",
+        train_on_reasoning: bool = True,
+        on_missing: str = "error",
+        split_special_tokens: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ):
+        """Set the tokenizer's template, and add ChatML's two tokens where ChatML is used and they are missing.
 
         Args:
             chat_template: auto, chatml, none, or the path of a Jinja file.
-            train_on: all_turns or last_turn.
-
-        Raises:
-            ConfigError: The template does not exist, is not valid Jinja, or does not terminate.
+            train_on, train_on_reasoning, on_missing, split_special_tokens: See the options of a config.
+            variables: What the template is given besides messages and special tokens, such as enable_thinking.
         """
         self.tokenizer = tokenizer
-        self.train_on = train_on
+        self.targets = Targets(train_on, train_on_reasoning, on_missing, split_special_tokens)
+        self.variables = dict(variables or {})
         if chat_template == "chatml" or (chat_template == "auto" and not tokenizer.chat_template):
             added = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
             tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
@@ -84,8 +112,15 @@ class Template:
             raise ConfigError(
                 "chat_template: the tokenizer has several templates. Name a .jinja file.", "invalid-template"
             )
+        self.renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map | self.variables)
+        self._try_out()
+        self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
+        self.encoder = TextEncoder(tokenizer)
+        self.ends = self.encoder.ends
+
+    def _try_out(self) -> None:
         try:
-            self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            self.renderer.bind({}).text([user("a"), assistant("b")])
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"chat_template: invalid Jinja in line {error.lineno}: {error.message}. Fix the template.",
@@ -94,237 +129,156 @@ class Template:
         except UnboundedTemplate as error:
             raise ConfigError(f"chat_template: {error}. Name another template.", "invalid-template") from None
         except jinja2.TemplateError:
-            pass  # some templates refuse this conversation
-        self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
-        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special |= {tokenizer.eos_token} - {None}  # tokenizers of classifiers may have no EOS
-        any_special = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        self._special_start = re.compile(any_special)
-        self._special_end = re.compile(f"(?:{any_special})(?=\\s*$)")
-        bos = tokenizer.bos_token_id
-        self._adds_bos = bos is not None and self._encode("a", add_special_tokens=True).ids[:1] == [bos]
-        self._prepends_space = "".join(self._encode("a").tokens[:1]).startswith(("\u2581", "\u0120"))
-        self._loses_characters = not all(self._encode(character).ids for character in UNUSUAL)
+            pass  # a template may refuse this very conversation
 
     def end_ids(self) -> list[int]:
-        """Return the ids that end a response: EOS, and the token with which the template ends a turn."""
+        """Return the tokens that end a turn, for generation: EOS and the one this template closes an answer with."""
         try:
-            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        except jinja2.TemplateError:  # it refuses this conversation
+            text = self.renderer.bind({}).text([user("a"), assistant("b")])
+        except jinja2.TemplateError:  # it refuses this very conversation
             return [self.tokenizer.eos_token_id]
-        return sorted({self.tokenizer.eos_token_id, self.encode_text(self._closed(text))[-1]})
+        return sorted({self.tokenizer.eos_token_id, self.encoder.encode_text(self.ends.close(text))[-1]})
 
-    # ------------------------------------------------------------------------------------------------ encoding
+    # ------------------------------------------------------------------------------------------------ conversations
 
     def encode(self, example: Conversation | PlainText, n_trained: int | None = None) -> Tokens:
-        """Return the tokens of an example, not yet truncated.
+        """Return the token ids and mask of a full example, not yet truncated.
 
         Args:
-            n_trained: How many assistant turns are trained on, counted from the last one; None: as `train_on` says.
+            n_trained: How many answers, counted from the last one, are trained on; by default what `train_on` says.
 
         Raises:
-            DataError: The example cannot be encoded; the caller adds file and line.
+            DataError: The example cannot be encoded.
         """
         if isinstance(example, PlainText):
             check_texts([example.text])
-            ids = self._with_bos(self.encode_text(example.text))
+            ids = self.encoder.with_bos(self.encoder.encode_text(example.text))
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             return Tokens(ids, [False] + [True] * (len(ids) - 1))
-        check_texts([message["content"] for message in example.messages])
-        if n_trained is None and self.train_on == "last_turn":
-            n_trained = 1
-        try:
-            pieces, counts = self._pieces(example.messages, n_trained)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses the conversation: {error}", "invalid-template") from None
-        return self._join(pieces, counts)
+        trained = self.trained_turns(example.messages, n_trained)
+        messages = example.messages[: trained[-1] + 1]
+        tokens = self._encode_answers(messages, trained, example.variables)
+        unread = Counter(UNREAD + key for key in self.renderer.unread_keys(example.messages))
+        dropped = len(example.messages) - len(messages)
+        tokens.counts = dict(Counter(tokens.counts) + unread + Counter({"dropped-turns": dropped}))
+        return tokens
 
-    def encode_prompt(self, messages: Messages) -> list[int]:
-        """Return the ids of a prompt, up to the start of the response, as in training."""
-        check_texts([message["content"] for message in messages])
-        try:
-            prompt = self._render(messages, prompt=True)
-            spans = self._earlier_spans(messages, prompt)[0] if len(messages) > 1 else []
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses the conversation: {error}", "invalid-template") from None
-        return self._join(_split(prompt, spans, []), {}).ids
+    def encode_turns(self, example: Conversation) -> list[Tokens]:
+        """Return a document for each answer that is trained on, as inference sees it, the one of the last answer first.
 
-    def encode_text(self, text: str, before: str = "") -> list[int]:
-        """Return the ids of a piece of text after the text `before`, without a special token at its start.
+        Documents that are the beginning of another one are trained on as a part of it.
 
-        At the start of a text, or after a special token, some tokenizers add a space and others strip one. So the piece
-        is tokenized after an anchor (the special token at the end of `before`, or a newline), whose ids are removed.
+        Raises:
+            DataError: The example cannot be encoded.
         """
-        if not text:
-            return []
-        end = self._special_end.search(before)
-        anchor = before[end.start() :] if end else "\n" if before and self._prepends_space else ""
-        if anchor:
-            anchor_ids, ids = self._ids(anchor), self._ids(anchor + text)
-            if ids[: len(anchor_ids)] == anchor_ids:
-                return ids[len(anchor_ids) :]
-        return self._ids(text)
-
-    @property
-    def backend(self):
-        """The inner `tokenizers.Tokenizer`, ten times as fast, without truncation or padding set by earlier calls."""
-        backend = self.tokenizer.backend_tokenizer
-        if backend.truncation or backend.padding:
-            backend.no_truncation()
-            backend.no_padding()
-        return backend
-
-    def _encode(self, text: str, add_special_tokens: bool = False):
-        try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except BaseException as error:  # a damaged tokenizer panics
-            if not is_failure(error):
-                raise
-            raise DataError(f"the tokenizer fails for {text[:40]!r}: {error}", "invalid-text") from None
-
-    def _ids(self, text: str) -> list[int]:
-        ids = self._encode(text).ids
-        if self._loses_characters:
-            self._check_no_lost_characters(text)
-        return ids
-
-    def _check_no_lost_characters(self, text: str) -> None:
-        """Raise DataError for a character that the tokenizer silently drops."""
-        for character in sorted(set(text)):
-            if not character.isspace() and not self._encode(character).ids:
-                raise DataError(f"the tokenizer has no token for {character!r} and would drop it", "invalid-text")
-
-    def _join(self, pieces: list[Piece], counts: dict[str, int]) -> Tokens:
-        ids, mask, before = [], [], ""
-        for text, is_target in pieces:
-            piece_ids = self.encode_text(text, before)
-            ids += piece_ids
-            mask += [is_target] * len(piece_ids)
-            before = text or before
-        if not ids:
-            raise DataError("the tokenizer returns no tokens for the text", "invalid-text")
-        n = len(ids)
-        ids = self._with_bos(ids)
-        mask = [False] * (len(ids) - n) + mask
-        mask[0] = False
-        return Tokens(ids, mask, counts)
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        """Return the ids with exactly one BOS if the tokenizer adds it, even if the template wrote it, too."""
-        bos = self.tokenizer.bos_token_id
-        if self._adds_bos and ids[:1] != [bos]:
-            return [bos, *ids]
-        return ids
-
-    # ------------------------------------------------------------------------------------------- response spans
-
-    def _render(self, messages: Messages, prompt: bool = False) -> str:
-        variables = self.tokenizer.special_tokens_map
-        return render(self.tokenizer.chat_template, messages, add_generation_prompt=prompt, **variables)
-
-    def _pieces(self, messages: Messages, n_trained: int | None) -> tuple[list[Piece], dict[str, int]]:
-        """Return the text up to the last response in pieces, and counts of what is not trained on."""
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        messages = messages[: last + 1]
-        if self.has_markers:
-            (text, spans), n_lost = self._marked(messages), 0
-        else:
-            prompt, response = self._split_response(messages)
-            spans, n_lost = self._earlier_spans(messages[:-1], prompt)
-            text = prompt + response
-            spans.append((len(prompt), len(text)))
-        if n_trained is not None:  # split at all spans, so that the ids are the same as with all_turns
-            return _split(text, spans, spans[-n_trained:]), {}
-        return _split(text, spans, spans), {"untrained-turns": n_lost} if n_lost else {}
-
-    def _marked(self, messages: Messages) -> tuple[str, list[Span]]:
-        """Return the text and its {% generation %} spans, each extended by the token that ends its turn."""
-        variables = self.tokenizer.special_tokens_map
-        text, spans = render_marked(self.tokenizer.chat_template, messages, add_generation_prompt=False, **variables)
-        closed = []
-        for start, end in spans:
-            token = self._special_end.search(text, start, end) or self._special_start.match(text, end)
-            closed.append((start, token.end() if token else end))
-        if not closed:
-            raise DataError(
-                "the chat template marks no response in this conversation with {% generation %}", "invalid-template"
-            )
-        text = text[: closed[-1][1]]
-        if self._special_end.search(text):
-            return text, closed
-        text += self.tokenizer.eos_token
-        return text, [*closed[:-1], (closed[-1][0], len(text))]
-
-    def _split_response(self, messages: Messages) -> tuple[str, str]:
-        """Return (the text before the last response, as at inference; the response with its end token)."""
-        if len(messages) == 1:
-            return self._split_at_mark(messages)
-        text, prompt = self._render(messages), self._render(messages[:-1], prompt=True)
-        if text.startswith(prompt):
-            if text == prompt and messages[-1]["content"].strip():
-                raise DataError(_HIDDEN, "invalid-template")
-            return prompt, self._closed(text[len(prompt) :])
-        history = self._render(messages[:-1])
-        common = _common_prefix(text, prompt)
-        if common > len(history) and text.startswith(history):
-            # The generation prompt begins a response differently, such as with an empty <think> block.
-            return text[:common], self._closed(text[common:])
-        # The template renders the history differently when a response follows: keep the prompt of inference.
-        return prompt, self._split_at_mark(messages)[1]
-
-    def _split_at_mark(self, messages: Messages) -> tuple[str, str]:
-        marked = {"role": "assistant", "content": OPEN + messages[-1]["content"]}
-        before, mark, tail = self._render([*messages[:-1], marked]).rpartition(OPEN)
-        if not mark:
-            raise DataError(_HIDDEN, "invalid-template")
-        return before, self._closed(tail)
-
-    def _closed(self, tail: str) -> str:
-        """Return a response up to its end token, or with EOS if it has none."""
-        end = self._special_end.search(tail)
-        return tail[: end.end()] if end else tail.rstrip("\n") + self.tokenizer.eos_token
-
-    def _earlier_spans(self, messages: Messages, prompt: str) -> tuple[list[Span], int]:
-        """Return the spans of earlier responses in `prompt`, and how many of them `prompt` does not have verbatim."""
-        spans, n_lost = [], 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            # There is nothing to render before the first turn, so its header would count as part of the response.
-            span = self._span_by_prefix(messages, i, prompt) if i else None
-            span = span or self._span_by_mark(messages, i, prompt)
-            if span:
-                spans.append(span)
+        trained = self.trained_turns(example.messages)
+        documents = [self._encode_answers(example.messages[: i + 1], [i], example.variables) for i in reversed(trained)]
+        kept: list[Tokens] = []
+        for document in documents:
+            longer = next((other for other in kept if other.ids[: len(document.ids)] == document.ids), None)
+            if longer is None:
+                kept.append(document)
             else:
-                n_lost += 1
-        return spans, n_lost
+                _add_targets(longer, document)
+        unread = Counter(UNREAD + key for key in self.renderer.unread_keys(example.messages))
+        dropped = Counter({"dropped-turns": len(example.messages) - trained[-1] - 1})
+        kept[0].counts = dict(Counter(kept[0].counts) + unread + dropped)
+        return kept
 
-    def _span_by_prefix(self, messages: Messages, i: int, prompt: str) -> Span | None:
-        before = self._render(messages[:i], prompt=True)
-        until = self._render(messages[: i + 1])
-        if not (until.startswith(before) and prompt.startswith(until)):
-            return None
-        end = self._special_end.search(until, len(before))
-        if end:
-            return len(before), end.end()
-        content = messages[i]["content"]
-        return (len(before), len(before) + len(content)) if prompt.startswith(content, len(before)) else None
+    def trained_turns(self, messages: Messages, n_trained: int | None = None) -> list[int]:
+        """Return the indices of the answers that are trained on. Raises DataError if there are none."""
+        if n_trained is None and self.targets.train_on == "last_turn":
+            n_trained = 1
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [i for i in answers[-n_trained if n_trained else None :] if is_trained_on(messages[i])]
+        if not trained:
+            raise DataError(
+                "no turn of the assistant has a weight above 0, so there is nothing to train on", "no-answer"
+            )
+        return trained
 
-    def _span_by_mark(self, messages: Messages, i: int, prompt: str) -> Span | None:
-        content = messages[i]["content"]
-        marked = [*messages[:i], {"role": "assistant", "content": OPEN + content + CLOSE}, *messages[i + 1 :]]
-        text = self._render(marked, prompt=True)
-        start, end = text.find(OPEN), text.find(CLOSE) - 1
-        if start < 0 or end < start or text.replace(OPEN, "").replace(CLOSE, "") != prompt:
-            return None
-        end_token = self._special_start.match(prompt, end)
-        return start, end_token.end() if end_token else end
+    def encode_prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the ids up to where the assistant begins to answer, made as in training."""
+        messages = self._checked(messages)
+        rendering = self.renderer.bind(variables or {})
+        try:
+            prompt = rendering.prompt(messages)
+            answers = find_earlier(rendering, messages, prompt, self.ends).answers if len(messages) > 1 else []
+        except jinja2.TemplateError as error:
+            raise _refused(error) from None
+        return self.encoder.join(_split(prompt, answers, {}), {}).ids
+
+    def _encode_answers(self, messages: Messages, trained: Collection[int], variables: Mapping[str, Any]) -> Tokens:
+        """Encode a conversation that ends with an answer."""
+        messages = self._checked(messages)
+        try:
+            found = find_answers(self.renderer.bind(variables), messages, self.ends, self.has_markers)
+        except jinja2.TemplateError as error:
+            raise _refused(error) from None
+        answers = found.answers
+        counts = found.counts + self._check_fields(messages, trained, variables, found.text, answers)
+        weights = {i: messages[i].get("weight", 1.0) for i in trained}
+        pieces = _split(found.text, answers, weights)
+        if not self.targets.train_on_reasoning:
+            pieces = [_without_reasoning(piece, messages) for piece in pieces]
+        return self.encoder.join(pieces, dict(counts))
+
+    def _check_fields(
+        self,
+        messages: Messages,
+        trained: Collection[int],
+        variables: Mapping[str, Any],
+        text: str,
+        answers: list[Answer],
+    ) -> Counter:
+        """Count what messages and tools have and the text does not.
+
+        Raises:
+            DataError: Something is missing, and `on_missing` is error.
+        """
+        counts: Counter = Counter()
+        for i in trained:
+            spans = "".join(text[answer.start : answer.stop] for answer in answers if answer.turn == i)
+            for name in missing_fields(messages[i], spans):
+                self._report_lost(f"turn {i + 1} of {len(messages)}", name, i < len(messages) - 1, counts)
+            if not split_reasoning(messages[i])[0] and _EMPTY_THOUGHT.search(spans):
+                counts["empty-thoughts"] += 1
+        context = [message for i, message in enumerate(messages) if i not in trained]
+        for name in missing_context(context, variables.get("tools") or [], text):
+            self._report_lost("the prompt", name, False, counts)
+        return counts
+
+    def _report_lost(self, where: str, name: str, is_earlier: bool, counts: Counter) -> None:
+        if self.targets.on_missing == "warn":
+            counts[LOST + name] += 1
+            return
+        fix = "train_on=each_turn trains on each answer as it is given, last_turn on the last one only"
+        if not is_earlier:
+            fix = "Use a chat_template that writes it, or remove it from the row"
+        raise DataError(
+            f"{where}: the chat template leaves out or changes: {name}. {fix}; on_missing=warn trains on the rest",
+            "lost-field",
+        )
+
+    def _checked(self, messages: Messages) -> Messages:
+        """Return messages whose special tokens in the text of users and tools are marked as ordinary text."""
+        check_texts([leaf for message in messages for leaf in leaves(message) if isinstance(leaf, str)])
+        if not self.targets.split_special_tokens:
+            return messages
+        return [
+            message | {"content": self.encoder.mark_literals(message["content"])}
+            if message["role"] in ("user", "tool")
+            else message
+            for message in messages
+        ]
 
 
 def make_template(tokenizer, config: Config, kind: str) -> Template:
-    """Return the template for examples of a kind; texts to classify get no chat template."""
-    return Template(tokenizer, "none" if kind == "classification" else config.chat_template, config.train_on)
+    """Return the template for records of a type; texts to classify are read as they are."""
+    chat_template = "none" if kind == "classification" else config.chat_template
+    targets = {name: getattr(config, name) for name in Targets._fields}
+    return Template(tokenizer, chat_template, **targets, variables=config.chat_template_kwargs)
 
 
 def _read(file: str) -> str:
@@ -336,27 +290,33 @@ def _read(file: str) -> str:
         ) from None
 
 
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def _refused(error: jinja2.TemplateError) -> DataError:
+    return DataError(f"the chat template refuses the conversation: {error}", "invalid-template")
 
 
-def check_texts(texts: list[str]) -> None:
-    """Raise DataError for characters that cannot be tokenized, or that this module uses as marks."""
-    text = "".join(texts)
-    if OPEN in text or CLOSE in text:
-        raise DataError("the text has U+E0F0 or U+E0F1, which minitrain reserves to mark responses", "invalid-text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text has {text[error.start]!r}, half of a surrogate pair, which is not a character", "invalid-text"
-        ) from None
-
-
-def _split(text: str, spans: list[Span], targets: list[Span]) -> list[Piece]:
-    """Split a text at spans. A piece is a target if its span is in `targets`."""
+def _split(text: str, answers: list[Answer], weights: Mapping[int, float]) -> list[Piece]:
+    """Split a text into the answers, each with its weight, and the pieces between them."""
     pieces, position = [], 0
-    for start, end in spans:
-        pieces += [(text[position:start], False), (text[start:end], (start, end) in targets)]
-        position = end
-    return [*pieces, (text[position:], False)]
+    for answer in answers:
+        pieces.append(Piece(text[position : answer.start]))
+        pieces.append(Piece(text[answer.start : answer.stop], weights.get(answer.turn, 0.0), turn=answer.turn))
+        position = answer.stop
+    return [*pieces, Piece(text[position:])]
+
+
+def _without_reasoning(piece: Piece, messages: Messages) -> Piece:
+    """Return a piece whose reasoning is not trained on."""
+    reasoning = split_reasoning(messages[piece.turn])[0] if piece.turn is not None else ""
+    start = piece.text.find(reasoning) if reasoning else -1
+    return piece if start < 0 else piece._replace(untrained=(start, start + len(reasoning)))
+
+
+def _add_targets(document: Tokens, beginning: Tokens) -> None:
+    """Train a document on the targets of another one that is its beginning."""
+    n = len(beginning.ids)
+    weights = [document.token_features.get(TARGET_WEIGHTS), beginning.token_features.get(TARGET_WEIGHTS)]
+    if any(weights):
+        old, new = (each or list(map(float, d.mask)) for each, d in zip(weights, (document, beginning)))
+        document.token_features[TARGET_WEIGHTS] = [max(a, b) for a, b in zip(old, new)] + old[n:]
+    document.mask[:n] = [a or b for a, b in zip(document.mask, beginning.mask)]
+    document.counts = dict(Counter(document.counts) + Counter(beginning.counts))

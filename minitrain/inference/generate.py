@@ -14,9 +14,10 @@ from tqdm import tqdm
 from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.option import MAX_SEED, option
 from minitrain.config.sections import DatasetConfig, ModelConfig
-from minitrain.data.examples import Messages, fill, turns_of, user
+from minitrain.data.examples import fill
 from minitrain.data.files import FORMATS, DataRow, check_is_file, format_of, read_rows
 from minitrain.data.formats_raft import documents_of, raft_prompt
+from minitrain.data.messages import Messages, parse_messages, user
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import pick_device
 from minitrain.errors import ConfigError, DataError
@@ -194,7 +195,7 @@ def _conversation(prompt: str | Messages, index: int) -> Messages:
         raise ConfigError(
             f"prompts[{index}]: expected a string or a list of messages, got {kind}. {advice}", "wrong-type"
         )
-    return turns_of(prompt, f"prompts[{index}]")
+    return parse_messages(prompt, f"prompts[{index}]")
 
 
 @contextlib.contextmanager
@@ -356,7 +357,7 @@ def messages_of(row: dict, template: str | None = None) -> Messages:
 
 
 def _prompt_messages(value: object, template: str | None) -> Messages:
-    messages = turns_of(value, "messages")
+    messages = parse_messages(value, "messages")
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages:
         raise DataError("messages: has no user turn. Add one.", "invalid-row")

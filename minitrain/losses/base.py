@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from minitrain.batch import Batch, PolicyOutput
+from minitrain.batch import TARGET_WEIGHTS, Batch, PolicyOutput
 from minitrain.config.aliases import replace_aliases
 from minitrain.config.issues import ConfigIssues, Source, check_types
 from minitrain.config.schema import aliases
-from minitrain.errors import ConfigError
+from minitrain.errors import ConfigError, DataError
 
 L = TypeVar("L", bound="Loss")
 EXAMPLE_TYPES = ("conversation", "preference", "unpaired_preference", "classification", "rollout")
@@ -92,6 +92,7 @@ class Loss:
     `num_items` and `__call__` are required; the rest is optional.
     """
 
+    uses_target_weights: ClassVar[bool] = False  # whether it multiplies its losses by `batch.target_weights`
     has_step_statistics: ClassVar[bool] = (
         False  # whether it needs sums over the full optimizer step before it is called
     )
@@ -194,6 +195,13 @@ def _takes_models(signature: inspect.Signature) -> bool:
 
 def add_features(loss: Loss, train: Sequence[DataFile], eval: Sequence[DataFile] = ()) -> None:
     """Add to the data files the features that the loss computes from them. Raise ConfigError or DataError."""
+    for file in (*train, *eval):
+        if TARGET_WEIGHTS in file.token_features and not loss.uses_target_weights:
+            raise DataError(
+                f"{file.source}: turns have weights other than 0 and 1, which this loss does not use. Remove them, or "
+                "use sft, dft or kd.",
+                "no-effect",
+            )
     for added in loss.on_data_loaded(train, eval) or ():
         added.file.doc_features |= added.doc_features
         added.file.token_features |= added.token_features

@@ -17,7 +17,7 @@ from minitrain.io.checksum import is_intact, is_sealed
 from minitrain.io.redact import is_stored_name
 
 from .base import AddedFeatures, DataFile, LossOutput, Models, register_loss
-from .sft import TokenLoss
+from .sft import TokenLoss, weighted_sum
 
 IDS, LOGPS = (
     "teacher_ids",
@@ -128,8 +128,8 @@ class KD(TokenLoss):
         teacher = self._stored_outputs(batch) if models.teacher is None else models.teacher.target_hidden_states(batch)
         scores = models.policy(batch, distillation=Distillation(teacher, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
-        output = self.output(losses.sum(), batch, scores.logps)
-        output.metrics["kl"] = (scores.divergence.detach().sum(), output.num_items)
+        output = self.output(losses, batch, scores.logps)
+        output.metrics["kl"] = (weighted_sum(scores.divergence.detach(), batch), output.num_items)
         return output
 
     def _stored_outputs(self, batch: Batch) -> TopKLogprobs:

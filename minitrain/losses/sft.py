@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the cross entropy of the supervised tokens."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +14,36 @@ from .base import Loss, LossOutput, Models, register_loss
 
 
 class TokenLoss(Loss):
-    """A loss whose unit is the supervised token."""
+    """A loss whose unit is the supervised token, or its weight if the data has weights."""
+
+    uses_target_weights = True
 
     def num_items(self, batch: Batch) -> Tensor:
+        if (weights := batch.target_weights) is not None:
+            return weights.sum()
         return torch.tensor(float(batch.n_targets), device=batch.targets.device)
 
-    def output(self, loss: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
-        """Return the output for a summed loss, with the metrics that every token loss logs."""
-        weight, logps = self.num_items(batch), logps.detach()
-        metrics = {"nll": (-logps.sum(), weight), "avg_p_correct": (logps.exp().sum(), weight)}
-        return LossOutput(loss, weight, metrics)
+    def output(self, losses: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
+        """Return the output for the losses of the targets, shape [N], with the metrics that every token loss logs."""
+        n, logps = self.num_items(batch), logps.detach()
+        values = {"nll": -logps, "avg_p_correct": logps.exp()}
+        metrics = {name: (weighted_sum(each, batch), n) for name, each in values.items()}
+        return LossOutput(weighted_sum(losses, batch), n, metrics)
+
+    @staticmethod
+    def detached(weight_fn: Callable[[Tensor], Tensor], batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """Return the function that lets the LM head compute its gradient at once; None if targets have weights."""
+        return weight_fn if batch.target_weights is None else None
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Replace the mean negative log-likelihood by perplexity, its exponential."""
         nll = means.pop("nll")
         return means | {"perplexity": math.exp(nll) if nll < 700 else math.inf}
+
+
+def weighted_sum(values: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of values of the targets, shape [N] -> [], each times its weight."""
+    return values.sum() if (weights := batch.target_weights) is None else (weights * values).sum()
 
 
 @dataclass
@@ -47,8 +63,8 @@ class SFT(TokenLoss):
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         smoothing, gamma = self.options.label_smoothing, self.options.focal_gamma
         if smoothing == 0 and gamma == 0:
-            scores = models.policy(batch, detached_weight_fn=torch.ones_like)
-            return self.output(-scores.logps.sum(), batch, scores.logps)
+            scores = models.policy(batch, detached_weight_fn=self.detached(torch.ones_like, batch))
+            return self.output(-scores.logps, batch, scores.logps)
         scores = models.policy(batch, mean_logps=smoothing > 0)
         losses = -scores.logps  # [N]
         if gamma > 0:
@@ -56,4 +72,4 @@ class SFT(TokenLoss):
             losses = losses * (-torch.expm1(scores.logps)).clamp_min(1e-12).pow(gamma)
         if smoothing > 0:
             losses = (1 - smoothing) * losses - smoothing * scores.mean_logps
-        return self.output(losses.sum(), batch, scores.logps)
+        return self.output(losses, batch, scores.logps)

@@ -167,7 +167,7 @@ def make_loader(
 
 def check_lengths(examples: TokenizedDataset, policy: Policy) -> None:
     """Raise ConfigError for an example that is longer than a policy, or a teacher, reads alike in every batch."""
-    lengths = examples.per_document(lambda cache: np.diff(cache.offsets)).max(1)  # [E]
+    lengths = examples.per_example(lambda cache: np.diff(cache.offsets), np.maximum)  # [E]
     longest, name = int(lengths.argmax()), type(policy.model).__name__
     limits = (
         (policy.position_limit, f"{name} has positions for"),

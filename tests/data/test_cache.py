@@ -360,7 +360,7 @@ DAMAGE = {
     "masks of 255": lambda content: overwrite(content, "mask", 255),
     "offsets of zeros": lambda content: overwrite(content, "offsets", 0),
     "one bit": lambda content: flip(content, tensor_bytes(content, "ids").start + 40),
-    "a count": lambda content: content.replace(b'"n_documents": "1"', b'"n_documents": "2"'),
+    "a count": lambda content: content.replace(b'"counts": "{}"', b'"counts": "{ }"'),
     "the checksum": lambda content: flip(content, content.index(b'"checksum": "') + 13),
     "no checksum": lambda content: content.replace(b'"checksum"', b'"checksun"'),
     "longer": lambda content: content + b"x",
@@ -400,6 +400,7 @@ def test_cache_is_plain_safetensors(jsonl, config, template):
         "offsets": torch.int64,
         "lines": torch.int64,
         "shared": torch.int32,
+        "first_documents": torch.int64,
         "ids": torch.int32,
         "mask": torch.uint8,
     }
@@ -409,7 +410,6 @@ def test_cache_is_plain_safetensors(jsonl, config, template):
     assert metadata == {
         "counts": "{}",
         "labels": "[]",
-        "n_documents": "1",
     }
 
 

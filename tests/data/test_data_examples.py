@@ -82,8 +82,9 @@ def test_roles():
     """Every known name of a role; calls of tools are the assistant's, their results the tool's."""
     names = ["system", "human", "function_call", "observation", "gpt", "user", "assistant", "tool"]
     expected = ["system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool"]
-    made = turns({"conversations": [{"from": name, "value": name} for name in names]})
-    assert made == list(zip(expected, names))
+    values = [name if name != "function_call" else '{"name": "f"}' for name in names]
+    made = turns({"conversations": [{"from": name, "value": value} for name, value in zip(names, values)]})
+    assert made == [(role, "" if name == "function_call" else name) for role, name in zip(expected, names)]
 
 
 def test_system_beside_the_turns():

@@ -200,7 +200,7 @@ def test_the_digest_of_a_step(jsonl, config, template):
     turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd")]
 
     def digest(indices, train_on="all_turns", rows=({"prompt": "a", "response": "b"}, {"messages": turns})):
-        config.datasets, template.train_on = [jsonl(rows)], train_on
+        config.datasets, template.targets = [jsonl(rows)], template.targets._replace(train_on=train_on)
         return load_data(config, template).train.digest(indices)
 
     assert (

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minitrain.data.loader import best_fit, epoch_order, epoch_size, group_by_length, plan_step
+from minitrain.data.sampler import best_fit, epoch_order, epoch_size, group_by_length, plan_step
 
 
 def lengths_of(n: int, seed: int = 0) -> np.ndarray:

@@ -7,6 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from minitrain.config.sections import ModelConfig
 from minitrain.data.examples import Conversation, PlainText
+from minitrain.data.rendering import ChatRenderer
 from minitrain.data.template import Template, Tokens
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer
@@ -217,7 +218,8 @@ def test_first_token_is_never_learned():
 def test_trailing_turn_of_the_user():
     """What stands behind the last answer teaches nothing and is left out."""
     template = made(BARE_CHATML)
-    assert encode(template, talk("q1", "a1", "q2")) == encode(template, talk("q1", "a1"))
+    tokens, expected = encode(template, talk("q1", "a1", "q2")), encode(template, talk("q1", "a1"))
+    assert (tokens.ids, tokens.mask, tokens.counts) == (expected.ids, expected.mask, {"dropped-turns": 1})
 
 
 def test_history_that_the_template_rewrites():
@@ -229,14 +231,19 @@ def test_history_that_the_template_rewrites():
 
 
 def test_thoughts_that_the_template_drops():
-    """Thoughts of earlier turns are dropped from the text; that these are not learned word for word is counted."""
+    """Thoughts of earlier turns are dropped from the text, which is refused, or counted with on_missing=warn."""
     template = made(QWEN3)
     thought = "<think>\nhmm\n</think>\n\n"
-    tokens = encode(template, talk("q1", thought + "a1", "q2", thought + "a2"))
+    messages = talk("q1", thought + "a1", "q2", thought + "a2")
+    with raises(DataError, "lost-field", "turn 2 of 4", "each_turn"):
+        encode(template, messages)
+    template.targets = template.targets._replace(on_missing="warn")
+    tokens = encode(template, messages)
     text = template.tokenizer.decode(tokens.ids)
     assert text.count("hmm") == 1 and f"assistant\na1{END}" in text
     assert learned(template, tokens)[-1] == "hmm\n</think>\n\na2" + END
-    assert tokens.counts == {"untrained-turns": 1} and len(learned(template, tokens)) == 1
+    assert tokens.counts == {"lost:content": 1, "lost:reasoning": 1, "other-prompts": 1}
+    assert len(learned(template, tokens)) == 1
 
 
 def test_marks_that_cover_nothing():
@@ -249,7 +256,7 @@ def test_marks_that_cover_nothing():
 def test_template_that_hides_the_answer():
     """A template that writes the answer nowhere is an error of that row."""
     template = made(BARE_CHATML)
-    template.tokenizer.chat_template = "{{ messages|length }}{{ 'x' if add_generation_prompt else 'y' }}"
+    template.renderer = ChatRenderer("{{ messages|length }}{{ 'x' if add_generation_prompt else 'y' }}", {})
     with raises(DataError, "invalid-template", "chat_template=chatml"):
         encode(template, talk("q", "a"))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minitrain.batch import IGNORE_INDEX, Batch, collate
-from minitrain.data.loader import plan_step
+from minitrain.data.sampler import plan_step
 from minitrain.losses import create_loss, registered
 from minitrain.model import attention
 from minitrain.model.policy import Policy

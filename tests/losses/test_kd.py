@@ -82,7 +82,7 @@ def test_three_tokens_by_hand(divergence):
     """
     student = torch.tensor([[1 / 8, 1 / 8, 3 / 4]] * 2).log().requires_grad_()
     teacher = torch.tensor([[1 / 2, 1 / 4, 1 / 4]] * 2).log()
-    layer, batch = LMHead(torch.eye(3)), SimpleNamespace(targets=torch.tensor([0, 2]), n_targets=2)
+    layer, batch = LMHead(torch.eye(3)), SimpleNamespace(targets=torch.tensor([0, 2]), n_targets=2, target_weights=None)
 
     def policy(batch, distillation):
         logps, found = divergences(student, batch.targets, layer, distillation)

@@ -30,8 +30,9 @@ class TablePolicy:
 
 
 class Targets:
-    def __init__(self, targets: torch.Tensor):
+    def __init__(self, targets: torch.Tensor, weights: torch.Tensor | None = None):
         self.targets, self.n_targets = targets, targets.numel()
+        self.target_weights = weights
 
 
 def run(loss, logits, targets):

@@ -99,8 +99,9 @@ def _batch(
     percent = f"{100 * padding / batch.input_ids.numel():.1f} %"
     counts = f"{batch.n_targets} targets, {padding} padding ({percent})"
     yield f"{preview.title}: {n_rows} rows of {n_columns} tokens; {counts}"
-    document_numbers = range(run.data.train.caches[0].n_documents)
-    documents = [(example, number) for row in preview.rows for example in row for number in document_numbers]  # [D]
+    documents = [
+        (example, number) for row in preview.rows for example in row for number in range(len(loader.examples[example]))
+    ]  # [D]
     assert len(documents) == batch.n_docs
     row_of_document = batch.spans[:, 0].tolist()
     selected_documents = [d for d, (example, _) in enumerate(documents) if example in preview.selected]

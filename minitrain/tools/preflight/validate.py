@@ -140,7 +140,7 @@ def find_bad_rows(cache: TokenCache, run: Preparation) -> Iterator[str]:
         )
     )
     for documents, problem in checks:
-        examples = np.unique(documents // cache.n_documents)
+        examples = np.unique(np.searchsorted(cache.first_documents, documents, side="right") - 1)
         for line in cache.lines[examples[:MAX_REPORTED]]:
             yield f"{cache.source}:{line}: {problem}."
         if len(examples) > MAX_REPORTED:
@@ -207,8 +207,8 @@ def _report(run: Preparation) -> dict[str, str]:
     loader = run.train_loader
     n_steps, epoch = loader.total_steps, loader.epoch_size
     tokens, cells = _batch_sizes(loader)
-    lengths = train.per_document(lambda cache: np.diff(cache.offsets))  # [E, n]
-    n_targets = train.per_document(_n_targets).sum(1)[loader.order(0)].sum()
+    lengths = train.per_example(lambda cache: np.diff(cache.offsets), np.maximum)  # [E]
+    n_targets = train.per_example(_n_targets, np.add)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
     parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -1,0 +1,155 @@
+"""Messages -> text by a chat template, in the form that this template reads.
+
+Templates differ in the name of the reasoning, in whether the arguments of a call are an object or JSON, in the content
+of a message that only calls, and in the ids of calls. A probe is rendered in each form; the first form whose text has
+every field is used.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+
+from .messages import REASONING_KEYS, Message, Messages, parse_tools, user
+from .sandbox import Span, render, render_marked
+
+_ABSENT = object()
+_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
+_PROBE_CALL = {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}
+
+
+class CallForm(NamedTuple):
+    """How a template reads a message with tool calls: the content if there is none, and the arguments."""
+
+    empty_content: Any = ""
+    arguments_as_json: bool = False
+
+
+class Rendering(NamedTuple):
+    """A conversation's way to text: its messages, with what else the template is given."""
+
+    text: Callable[[Messages], str]
+    prompt: Callable[[Messages], str]  # opened for an answer
+    marked: Callable[[Messages], tuple[str, list[Span]]]  # with the spans in {% generation %}
+
+
+class ChatRenderer:
+    """A chat template and its variables."""
+
+    def __init__(self, source: str, variables: Mapping[str, Any]):
+        """
+        Args:
+            variables: What every conversation is rendered with, such as the special tokens.
+        """
+        self.source, self.variables = source, dict(variables)
+        self.words = frozenset(re.findall(r"\w+", source))
+
+    def bind(self, variables: Mapping[str, Any]) -> Rendering:
+        """Return the rendering of conversations with more variables, such as `tools`."""
+        variables = self.variables | variables
+
+        def text(messages: Messages, prompt: bool = False) -> str:
+            return render(self.source, self.adapt(messages), add_generation_prompt=prompt, **variables)
+
+        def marked(messages: Messages) -> tuple[str, list[Span]]:
+            return render_marked(self.source, self.adapt(messages), add_generation_prompt=False, **variables)
+
+        return Rendering(text, functools.partial(text, prompt=True), marked)
+
+    def adapt(self, messages: Messages) -> Messages:
+        """Return messages in the form that the template reads."""
+        return [self._adapt(message) for message in messages]
+
+    def _adapt(self, message: Message) -> Message:
+        adapted = {key: value for key, value in message.items() if key not in ("weight", "reasoning_content")}
+        if message["role"] == "developer" and "developer" not in self.words:
+            adapted["role"] = "system"
+        if "reasoning_content" in message and self.reasoning_key:
+            adapted[self.reasoning_key] = message["reasoning_content"]
+        if "tool_calls" in message:
+            adapted["tool_calls"] = [self._adapt_call(call, self.call_form) for call in message["tool_calls"]]
+            if not message["content"]:
+                adapted = _with_content(adapted, self.call_form.empty_content)
+        if "tool_call_id" in message:
+            adapted["tool_call_id"] = self._adapt_id(message["tool_call_id"])
+        return adapted
+
+    def _adapt_call(self, call: dict, form: CallForm) -> dict:
+        function = call["function"]
+        if form.arguments_as_json:
+            function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        return call | {"id": self._adapt_id(call["id"]), "function": function}
+
+    def _adapt_id(self, call_id: str) -> str:
+        if _SHORT_ID.fullmatch(call_id) or not self.needs_short_ids:
+            return call_id
+        return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    def unread_keys(self, messages: Messages) -> Iterable[str]:
+        """Yield the keys of messages that neither the template nor minitrain reads, each as often as it occurs."""
+        known = {"role", "content", "tool_calls", "tool_call_id", "weight", "reasoning_content"} | self.words
+        return (key for message in messages for key in message if key not in known)
+
+    # ------------------------------------------------------------------------------------------ what a template reads
+
+    @functools.cached_property
+    def reasoning_key(self) -> str | None:
+        """The name by which the template reads reasoning; None if it reads none."""
+        names = [name for name in REASONING_KEYS if name in self.words]
+        for name in names:
+            if "probe_reasoning" in self._probe({"content": "b", name: "probe_reasoning"}):
+                return name
+        return names[0] if names else None
+
+    @functools.cached_property
+    def call_form(self) -> CallForm:
+        """The form of tool calls in which the template writes all of a call."""
+        for as_json, content in itertools.product((False, True), ("", None, _ABSENT)):
+            form = CallForm(content, as_json)
+            call = {"id": "call00001", "type": "function", "function": _PROBE_CALL}
+            if as_json:
+                call["function"] = _PROBE_CALL | {"arguments": json.dumps(_PROBE_CALL["arguments"])}
+            text = self._probe(_with_content({"tool_calls": [call]}, content))
+            # Single quotes are Python's way to write an object, and backslashes are JSON in JSON.
+            if all(word in text for word in ("probe_name", "probe_key", "probe_value")) and not re.search(
+                r"'probe_key'|\\\"probe_key|None", text
+            ):
+                return form
+        return CallForm()
+
+    @functools.cached_property
+    def needs_short_ids(self) -> bool:
+        """Whether the template refuses ids of calls as OpenAI makes them, like Mistral's, which take 9 characters."""
+        if "tool_call_id" not in self.words and "id" not in self.words:
+            return False
+
+        def answer(call_id: str) -> str:
+            call = {"id": call_id, "type": "function", "function": _PROBE_CALL}
+            return self._probe(_with_content({"tool_calls": [call]}, self.call_form.empty_content))
+
+        return not answer("call_0123456789abcdef") and bool(answer("call00001"))
+
+    def _probe(self, answer: Message) -> str:
+        """Return the text of a conversation with one answer, empty if the template refuses it."""
+        tools = parse_tools([{"name": "probe_name", "description": "d", "parameters": _PROBE_PARAMETERS}], "tools")
+        try:
+            variables = self.variables | {"tools": tools}
+            messages = [user("a"), {"role": "assistant"} | answer]
+            text = render(self.source, messages, add_generation_prompt=False, **variables)
+            before = render(self.source, messages[:1], add_generation_prompt=False, **variables)
+        except jinja2.TemplateError:
+            return ""
+        return text[len(before) :] if text.startswith(before) else text
+
+
+_PROBE_PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string", "description": "d"}}}
+
+
+def _with_content(message: Message, content: Any) -> Message:
+    message = {key: value for key, value in message.items() if key != "content"}
+    return message if content is _ABSENT else message | {"content": content}
