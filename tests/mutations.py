@@ -286,8 +286,8 @@ BUGS = {
             title="Weights in bfloat16 hardly change: most updates are smaller than their last digit.",
             reported_in="pytorch/ao#1124",
             file="minitrain/model/load.py",
-            line="dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]",
-            replacement="dtype = compute_dtype",
+            line="dtype = frozen_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]",
+            replacement="dtype = frozen_dtype",
             test="tests/training/test_loop.py::test_small_updates_reach_bf16_training",
         ),
         Bug(

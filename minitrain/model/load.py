@@ -34,6 +34,11 @@ VALUE_HEAD = "value_head"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def matmul_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the dtype of matrix products. float32 means no autocast, so that they have the dtype of the weights."""
+    return DTYPES[config.master_dtype if config.policy_dtype == "float32" else config.policy_dtype]
+
+
 def load_tokenizer(config: ModelConfig, scores: bool = False):
     """Load a tokenizer, and set a pad token if it has none.
 
@@ -183,8 +188,8 @@ def build_policy(
     Raises:
         ConfigError: The model or its adapter cannot be loaded, or does not match the options.
     """
-    compute_dtype = DTYPES[config.model.policy_dtype]
-    dtype = compute_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
+    frozen_dtype = matmul_dtype(config.model)
+    dtype = frozen_dtype if has_adapter(config) else DTYPES[config.model.master_dtype]
     weights = None
     if sharded and outputs is None and not is_built_here(config.model):
         model, weights = _open_model(config.model, tokenizer, dtype)
@@ -192,10 +197,10 @@ def build_policy(
         model = load_model(config.model, tokenizer, config.seed, dtype, outputs, device)
     with parameters_on(device):
         if config.model.quantization != "none":
-            quantize_model(model, config.model.quantization, compute_dtype, device)
+            quantize_model(model, config.model.quantization, frozen_dtype, device)
         if has_adapter(config):
             model.adapter = adapt_model(config, model, tokenizer, weights)
-            model.adapter.freeze(model, compute_dtype)
+            model.adapter.freeze(model, frozen_dtype)
         policy = make_policy(model)
         check_can_pack(model, config.packing)
         if value_head:
@@ -204,7 +209,7 @@ def build_policy(
         load_value_head(policy.value_head, config.model)
     if value_head and weights is not None:
         weights.replace(policy.value_head.state_dict(prefix=f"{VALUE_HEAD}."))
-    freeze_layers(model, config.freeze_layers, compute_dtype, weights)
+    freeze_layers(model, config.freeze_layers, frozen_dtype, weights)
     if config.packing:
         attention.attend_by_document(model)
     return policy, weights

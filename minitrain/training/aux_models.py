@@ -247,15 +247,20 @@ def _check_reference_matches_policy(
     batch = loader.micro_batches(loader.order(0)[: parallel.world_size])[0].to(parallel.device)
     with torch.no_grad(), precision.autocast():
         ours, theirs = (model(batch).logps for model in (policy, reference))
-    exact = precision.dtype == torch.float32 and reference.policy.model.dtype == torch.float32
     apart = (ours - theirs).abs().mean() if ours.numel() else ours.sum()
     parallel.reshard(policy)
-    if parallel.max(float(apart)) > (1e-3 if exact else 0.1):
+    if parallel.max(float(apart)) > _tolerance(precision, policy, reference.policy):
         raise ConfigError(
             f"loss.reference: the reference's log-probabilities are {float(apart):.2g} a token away from the policy's "
             "before the first step. Set model.reference_dtype to model.policy_dtype, or loss.reference=precomputed.",
             "mismatch",
         )
+
+
+def _tolerance(precision: Precision, *policies: Policy) -> float:
+    """Return the largest mean difference between logps that are equal up to rounding."""
+    exact = precision.dtype == torch.float32 and all(policy.model.dtype == torch.float32 for policy in policies)
+    return 1e-3 if exact else 0.1
 
 
 def _load_or_compute_ref_logps(
@@ -312,7 +317,7 @@ def _still_right(
             logps = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
             apart = float((logps - noted[places]).abs().mean()) if len(logps) else 0.0
     parallel.reshard(policy)
-    return parallel.max(apart) <= (1e-3 if precision.dtype == torch.float32 else 0.1)
+    return parallel.max(apart) <= _tolerance(precision, policy)
 
 
 def iter_batches_with_positions(cache, loader: MicrobatchLoader) -> Iterator[tuple[Batch, torch.Tensor]]:

@@ -140,8 +140,9 @@ def prepare_policy(
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:
         parallel.load_shards(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))
-    # A sharded policy and frozen blocks compute in policy_dtype, and autocast goes with it; else float32 is more exact.
-    with precision.autocast() if parallel.loads_shards or config.freeze_layers else contextlib.nullcontext():
+    # A sharded policy computes in policy_dtype, and layers of several dtypes need autocast; else float32 is more exact.
+    is_mixed = parallel.loads_shards or len({parameter.dtype for parameter in policy.parameters()}) > 1
+    with precision.autocast() if is_mixed else contextlib.nullcontext():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.unsharded(policy))
     return policy.train(dropout)
 

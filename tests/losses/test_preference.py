@@ -394,6 +394,11 @@ def test_a_reference_in_bfloat16(dpo):
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=0.02)
 
 
+def test_a_policy_with_weights_in_bfloat16(dpo):
+    """Without autocast it is a rounding away from its reference model in float32."""
+    assert first_loss(dpo("model.master_dtype=bfloat16", "n_steps=1")) == pytest.approx(math.log(2), abs=0.02)
+
+
 def test_a_reference_in_bfloat16_beside_a_policy_in_float32(dpo):
     """Its weights in bfloat16 meet activations in bfloat16, and not the policy's float32."""
     trainer = dpo("loss.reference=model", "model.reference_dtype=bfloat16", "n_steps=1")

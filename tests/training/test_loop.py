@@ -258,13 +258,26 @@ def test_frozen_layers_do_not_move(make_trainer):
         assert torch.equal(p, before[name]) == ("layers.0." in name or "embed_tokens" in name), name
 
 
-def test_frozen_layers_in_bfloat16(make_trainer):
-    """They meet the float32 of the layers beside them in the check before the first step as in the steps."""
-    for frozen in ("0", "embeddings"):
-        trainer = make_trainer(f"freeze_layers=[{frozen}]", "model.policy_dtype=bfloat16", f"exp_name={frozen}")
-        assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32, torch.bfloat16}
+@pytest.mark.parametrize(
+    ("master", "policy", "frozen"),
+    [
+        ("float32", "bfloat16", "bfloat16"),
+        ("float32", "float16", "float16"),
+        ("bfloat16", "float32", "bfloat16"),
+        ("bfloat16", "float16", "float16"),
+    ],
+)
+def test_layers_of_two_dtypes(make_trainer, byte_folder, master, policy, frozen):
+    """Frozen and trained layers work together in the check before the first step, in steps and in generation."""
+    options = (f"model.master_dtype={master}", f"model.policy_dtype={policy}")
+    new_tokens = ("freeze_layers=[embeddings]", f"model.tokenizer_name_or_path={byte_folder}")
+    adapter = ("lora.rank=4", "lora.modules_to_save=[embed_tokens]")
+    cases = [("freeze_layers=[0]",), ("freeze_layers=[1]",), new_tokens, *[adapter] * (master == "float32")]
+    for case in cases:
+        trainer = make_trainer(f"exp_name={cases.index(case)}", *case, *options)
+        assert {p.dtype for p in trainer.policy.parameters() if not p.requires_grad} == {getattr(torch, frozen)}
         trainer.train()
-        assert math.isfinite(metrics(trainer)[-1]["loss"])
+        assert math.isfinite(metrics(trainer)[-1]["loss"]) and trainer.generate(["say 1"])
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
