@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from minitrain.config.suggest import Row, read_tables
+from minitrain.config.suggest import KeyMapping, read_tables
 
 PAGE = Path(__file__).with_name("migrating.md")
 REGION = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.S)
@@ -27,25 +27,25 @@ def document() -> str:
     )
 
 
-def section(rows: list[Row]) -> list[str]:
+def section(rows: list[KeyMapping]) -> list[str]:
     """Return a table of the keys that have an option here, and a line of those that have none."""
-    mapped, removed = [row for row in rows if row.ours], [row for row in rows if not row.ours]
+    mapped, removed = [row for row in rows if row.options], [row for row in rows if not row.options]
     groups = itertools.groupby(mapped, key=lambda row: row.keys[0].partition("=")[0])  # rows about values of one key
-    reasons = [f"{code(key.replace('=', ': ') for key in row.keys)} ({row.note})" for row in removed]
+    reasons = [f"{code(key.replace('=', ': ') for key in row.keys)} ({row.comment})" for row in removed]
     return [*HEADER, *(line(list(group)) for _, group in groups), "", f"Remove {'; '.join(reasons)}."]
 
 
-def line(rows: list[Row]) -> str:
+def line(rows: list[KeyMapping]) -> str:
     """Return rows of `other_tools.txt` about one key, and perhaps some of its values, as a row of the page."""
     names = code(key.partition("=")[0] for row in rows for key in row.keys)
-    notes = dict.fromkeys(row.note for row in rows if row.note)
+    notes = dict.fromkeys(row.comment for row in rows if row.comment)
     return f"| {names} | {'; '.join(map(mapping, rows))} | {'; '.join(notes)} |"
 
 
-def mapping(row: Row) -> str:
+def mapping(row: KeyMapping) -> str:
     """Return the options of a row, after the values of the key that they are for."""
     values = [value for _, is_value, value in (key.partition("=") for key in row.keys) if is_value]
-    ours = code(one.replace("VALUE", "...") for one in row.ours)
+    ours = code(one.replace("VALUE", "...") for one in row.options)
     return f"{code(values)}: {ours}" if len(values) == len(row.keys) else ours
 
 

@@ -96,7 +96,7 @@ def value(f, hint) -> str:
 
 def type_name(hint) -> str:
     """A type as a user reads it."""
-    words = {bool: "true or false", int: "whole number", float: "number", str: "string", typing.Any: "string or list"}
+    words = {bool: "true or false", int: "integer", float: "number", str: "string", typing.Any: "string or list"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return type_name(args[0])

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from minitrain import load_config
 from minitrain.cli.main import _config_first
 from minitrain.cli.registry import COMMANDS
-from minitrain.config.aliases import with_own_names
-from minitrain.config.issues import ConfigIssues, Source, check_types
-from minitrain.config.load import _long_forms, _override
+from minitrain.config.aliases import resolve_aliases
+from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
+from minitrain.config.load import _apply_overrides, _expand_short_forms
 from minitrain.config.schema import Config, aliases, all_keys
 from minitrain.config.sections import DatasetConfig
 from minitrain.data import sandbox
@@ -64,9 +64,9 @@ def problems_of(item: str) -> list[str]:
     raw = OmegaConf.create(
         {"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "model": {"name_or_path": "c"}}
     )
-    found = ConfigIssues(Source("page"))
-    _override(raw, [word for word in overrides if "=" in word], found, loss_options)
-    given = with_own_names(_long_forms(OmegaConf.to_container(raw)), loss_options)
+    found = ConfigIssues(ConfigSource("page"))
+    _apply_overrides(raw, [word for word in overrides if "=" in word], found, loss_options)
+    given = resolve_aliases(_expand_short_forms(OmegaConf.to_container(raw)), loss_options)
     check_types(Config, given, "", found)
     loss = dict(given.get("loss", {}))
     name = loss.pop("name", None)
@@ -82,7 +82,7 @@ def problems_of(item: str) -> list[str]:
 
 def check_loss(name: str, given: dict) -> list[str]:
     """What one loss has against these options. One that must be given may stand elsewhere."""
-    found = ConfigIssues(Source("page"))
+    found = ConfigIssues(ConfigSource("page"))
     schema = registered()[name].options_class
     needed = {f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING}
     found.reported.update(f"loss.{key}" for key in needed - set(given))

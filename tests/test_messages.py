@@ -16,7 +16,7 @@ FAMILY = {
     name
     for name, one in vars(errors).items()
     if isinstance(one, type) and issubclass(one, MinitrainError) and one not in (InvalidConfigError, UnreachableError)
-} | {"_Unfit"}
+} | {"_InvalidValue"}
 
 
 def test_every_issue_has_its_code(rows_file):

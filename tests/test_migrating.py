@@ -10,7 +10,7 @@ import yaml
 
 from minitrain import ConfigError, load_config
 from minitrain.config.schema import Config, aliases, all_keys, option_fields
-from minitrain.config.suggest import Row, hint_for_key, hint_for_value, read_tables
+from minitrain.config.suggest import KeyMapping, hint_for_key, hint_for_value, read_tables
 from minitrain.losses import registered
 from tests.conftest import ROOT
 from tests.test_docs import problems_of, problems_of_items, tables
@@ -48,14 +48,14 @@ def test_other_tools_keys_are_not_ours():
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS, ids=[row.keys[0] for _, row in ROWS])
-def test_what_a_row_names_exists(table, row: Row):
+def test_what_a_row_names_exists(table, row: KeyMapping):
     """Every option and value that is suggested passes the schema; a row without one says why."""
-    assert row.ours or row.note
-    assert [told for key in row.keys for ours in row.ours for told in problems_of(filled(ours, key))] == []
+    assert row.options or row.comment
+    assert [told for key in row.keys for ours in row.options for told in problems_of(filled(ours, key))] == []
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS, ids=[row.keys[0] for _, row in ROWS])
-def test_every_key_leads_to_its_row(table, row: Row):
+def test_every_key_leads_to_its_row(table, row: KeyMapping):
     """The hint for a key says what its row says, at the top level and, where it has no section, inside of one."""
     for key in row.keys:
         name, value = value_of(key)
@@ -64,13 +64,13 @@ def test_every_key_leads_to_its_row(table, row: Row):
         if table != "values" and "." not in name:
             hints.append(hint_for_key(f"training.{name}", value, []).text)
         for hint in hints:
-            assert all(filled(ours, key) in hint for ours in row.ours) and row.note in hint
-            assert hint.strip().startswith("Use" if row.ours else "Remove it: ")
+            assert all(filled(ours, key) in hint for ours in row.options) and row.comment in hint
+            assert hint.strip().startswith("Use" if row.options else "Remove it: ")
 
 
 def test_a_key_that_is_off_is_removed():
     """Where `true` means one fixed value here, `false` means to leave it out, and never that value."""
-    switches = [key for _, row in ROWS for key in row.keys if row.ours and "=" in row.ours[0] and "=" not in key]
+    switches = [key for _, row in ROWS for key in row.keys if row.options and "=" in row.options[0] and "=" not in key]
     assert len(switches) > 30
     exact = {key for _, row in ROWS for key in row.keys}
     for key in switches:
@@ -83,7 +83,7 @@ def test_switches_are_off_by_default():
     config = load_config({"model": {"name_or_path": "tiny"}, "datasets": "example/data/skills-train.jsonl"})
     exact = {key.partition("=")[0] for _, row in ROWS for key in row.keys if key.endswith(("=false", "=no"))}
     rows = [row for _, row in ROWS if any("=" not in key and key not in exact for key in row.keys)]
-    fixed = [pair.partition("=") for row in rows for ours in row.ours for pair in ours.split()[:1] if "=" in pair]
+    fixed = [pair.partition("=") for row in rows for ours in row.options for pair in ours.split()[:1] if "=" in pair]
     fixed = [(key, value) for key, _, value in fixed if not key.startswith(("loss.", "datasets"))]
     assert len(fixed) > 20
     for key, value in fixed:

@@ -1,4 +1,4 @@
-"""Other names of options, options that exclude one another, and values that are accepted but have no effect."""
+"""Aliases of options, options that exclude each other, and dataset types of other tools."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 from .schema import DEFAULT_LOSS, aliases
 
-LossOptions = Callable[[str], type | None]  # from the name of a loss to the dataclass of its options
+LossOptions = Callable[[str], type | None]  # returns the dataclass of the options of a loss, by its name
 
-# Beside the first of a pair the second would be ignored, so both together are refused. One that is given in
-# the overrides takes the place of the other one in the file.
+# The first option of a pair would hide the second, so setting both is an error. An override of one replaces the other
+# one in the file.
 MUTUALLY_EXCLUSIVE = (
     ("n_steps", "n_epochs"),
     ("warmup_steps", "warmup_ratio"),
@@ -17,18 +17,18 @@ MUTUALLY_EXCLUSIVE = (
     ("packing", "group_by_length"),
 )
 
-# Types of `datasets` of the chat SFT/DPO trainer: where a data set comes from, which its path says here.
-UNTYPED = ("custom_dataset", "huggingface_dataset")
+# Values of `datasets.type` in the chat SFT/DPO trainer: the origin of a data set, which minitrain reads from its path.
+ORIGIN_TYPES = ("custom_dataset", "huggingface_dataset")
 
 
 def all_aliases(given: Mapping[str, Any], loss_options: LossOptions, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Return the other names of the options of a config, and of the loss that it names -> their names."""
-    of_loss = _loss_aliases(given, loss_options, overrides)
-    return aliases() | {f"loss.{alias}": f"loss.{name}" for alias, name in of_loss.items()}
+    """Return {alias: name} for the options of a config and of its loss."""
+    loss_aliases = _loss_aliases(given, loss_options, overrides)
+    return aliases() | {f"loss.{alias}": f"loss.{name}" for alias, name in loss_aliases.items()}
 
 
-def with_own_names(given: Mapping[str, Any], loss_options: LossOptions) -> dict[str, Any]:
-    """Return a config with aliases replaced by the names of their options, except where an option is set twice."""
+def resolve_aliases(given: Mapping[str, Any], loss_options: LossOptions) -> dict[str, Any]:
+    """Return a config with the names of options instead of aliases, except where an option is set under two names."""
     renamed = replace_aliases(given, aliases())
     if isinstance(loss := renamed.get("loss"), dict):
         renamed["loss"] = replace_aliases(loss, _loss_aliases(given, loss_options))
@@ -36,28 +36,29 @@ def with_own_names(given: Mapping[str, Any], loss_options: LossOptions) -> dict[
 
 
 def replace_aliases(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Replace aliases by what `names` has for them, except where an option is set twice."""
+    """Return options with `names` instead of aliases, except where an option is set under two names."""
     renamed: dict[str, Any] = {}
     for key, value in given.items():
-        own = names.get(key, key)
-        renamed[key if own in renamed or (own != key and own in given) else own] = value
+        name = names.get(key, key)
+        is_set_twice = name in renamed or (name != key and name in given)
+        renamed[key if is_set_twice else name] = value
     return renamed
 
 
 def _loss_aliases(given: Mapping[str, Any], loss_options: LossOptions, overrides: Sequence[str] = ()) -> dict[str, str]:
     loss = given.get("loss")
     has_options = isinstance(loss, dict) and bool(loss.keys() - {"name"})
-    if not has_options and not any(re.match(r"loss(\.(?!name=)|=\{)", text) for text in overrides):
+    if not has_options and not any(re.match(r"loss(\.(?!name=)|=\{)", override) for override in overrides):
         return {}  # `loss_options` imports torch, which takes seconds
     options = loss_options(_loss_name(given, overrides))
     return aliases(options) if options else {}
 
 
 def _loss_name(given: Mapping[str, Any], overrides: Sequence[str]) -> str:
-    for text in reversed(overrides):
-        key, _, value = text.partition("=")
-        found = re.search(r"\bname: *['\"]?(\w+)", value) if key == "loss" else None
-        if key == "loss.name" or (key == "loss" and (found or value.isidentifier())):
-            return found[1] if found else value
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        match = re.search(r"\bname: *['\"]?(\w+)", value) if key == "loss" else None
+        if key == "loss.name" or (key == "loss" and (match or value.isidentifier())):
+            return match[1] if match else value
     loss = given.get("loss", DEFAULT_LOSS)
     return str(loss.get("name", DEFAULT_LOSS["name"]) if isinstance(loss, dict) else loss)

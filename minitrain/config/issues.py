@@ -1,4 +1,4 @@
-"""Values as the types that the schema asks for, and all issues of a config, reported at once."""
+"""Conversion of values to the types of the schema, and the issues of a config, which are reported together."""
 
 import math
 import types
@@ -17,27 +17,33 @@ from .suggest import hint_for_key, hint_for_value, is_known_elsewhere, nearest_n
 
 WORDS = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     list: "a list",
     dict: "keys and values",
 }
-MAX_HINTS = 20  # unknown options for which a similar name is searched: each takes milliseconds
+MAX_HINTS = 20  # unknown options that get a hint, because each search takes milliseconds
 MAX_ISSUES = 100
 
 
 @dataclass
-class Source:
-    """Where the values came from, so that a problem can name its line."""
+class ConfigSource:
+    """The origin of a config, which gives the line of each key.
+
+    Attributes:
+        lines: Line of each key in the file.
+        overridden: Keys set on the command line.
+        keywords: Keys set by keyword arguments.
+    """
 
     name: str
     lines: dict[str, int] = field(default_factory=dict)
-    overridden: set[str] = field(default_factory=set)  # on the command line
-    keywords: set[str] = field(default_factory=set)  # set by keyword arguments
+    overridden: set[str] = field(default_factory=set)
+    keywords: set[str] = field(default_factory=set)
 
-    def where(self, key: str) -> tuple[float, str]:
-        """(a number to sort by, the place in words)."""
+    def locate(self, key: str) -> tuple[float, str]:
+        """Return a number to sort by and the location to print, such as ``c.yml:3``."""
         if any(keys_overlap(key, other) for other in self.overridden):
             return math.inf, "--overrides"
         if any(keys_overlap(key, other) for other in self.keywords):
@@ -46,32 +52,28 @@ class Source:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return (self.lines[key], f"{self.name}:{self.lines[key]}") if key else (0, self.name)
 
-    def wrote(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         return key in self.lines or key in self.overridden or key in self.keywords
 
 
 class ConfigIssues:
-    """Collects everything that is wrong with a config, and raises it as one `ConfigError`."""
+    """Collects the issues of a config, and raises them as one `ConfigError`."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: ConfigSource):
         self.source = source
-        self.entries: list[tuple[float, Issue]] = []  # with the number to sort by
+        self.entries: list[tuple[float, Issue]] = []  # with a number to sort by
         self.reported: set[str] = set()  # keys that have an issue
 
     def __bool__(self) -> bool:
         return bool(self.entries)
 
-    def add(self, key: str, code: str, message: str, *rests_on: str) -> None:
-        """Add an issue, unless `key`, or one of the keys that it `rests_on`, has one already.
-
-        Args:
-            code: One of `errors.CODES`.
-        """
+    def add(self, key: str, code: str, message: str, *related: str) -> None:
+        """Add an issue with one of `errors.CODES`, unless `key` or one of the `related` keys has an issue already."""
         assert code in CODES, code
-        if any(keys_overlap(reported, other) for reported in self.reported for other in (key, *rests_on)):
+        if any(keys_overlap(reported, other) for reported in self.reported for other in (key, *related)):
             return
         self.reported.add(key)
-        order, where = self.source.where(key)
+        order, where = self.source.locate(key)
         self.entries.append((order, Issue(where, key, code, message)))
         if len(self.entries) == MAX_ISSUES:
             self.raise_if_any()
@@ -83,31 +85,26 @@ class ConfigIssues:
 
 
 def keys_overlap(a: str, b: str) -> bool:
-    """Whether two keys are the same, or one is inside the other."""
+    """Return whether two keys are equal, or one contains the other."""
     short, long = sorted((a, b), key=len)
     return long == short or long.startswith((f"{short}.", f"{short}["))
 
 
 def format_value(value: Any) -> str:
-    """A value as an error message shows it."""
+    """Return a value as error messages show it."""
     try:
         text = "nothing" if value is None else repr(value)
-    except ValueError:  # an integer of thousands of digits, which Python does not write
-        text = "a number of thousands of digits"
-    text = redact(text)  # in full: the beginning of a secret would not be recognized
+    except ValueError:  # Python refuses to print an integer with thousands of digits
+        text = "a number with thousands of digits"
+    text = redact(text)  # before it is shortened, because `redact` does not recognize a part of a secret
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 # -------------------------------------------------------------------------------------------- types and limits
 
 
-class _Unfit(Exception):
-    """A value is not of its type or outside of its limits.
-
-    Args:
-        message: Says what was expected.
-        code: One of `errors.CODES`.
-    """
+class _InvalidValue(Exception):
+    """A value does not have the type of its option, or is outside its limits."""
 
     def __init__(self, message: str, code: str):
         super().__init__(message)
@@ -115,27 +112,29 @@ class _Unfit(Exception):
 
 
 def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> dict:
-    """The values of `given` converted to the types of `schema`. What does not fit is told and left out."""
+    """Return the values of `given` as the types of `schema`, without invalid ones, which become issues."""
     known = {f.name: f for f in option_fields(schema)}
     hints, other_names = typing.get_type_hints(schema), aliases(schema)
     values = {}
     for key, value in ((str(key), value) for key, value in given.items()):
         full = f"{path}{key}"
         if key in other_names:
-            told = f"unknown option. {key} is another name of {path}{other_names[key]}. Set only one of them."
-            issues.add(full, "unknown-option", told)
+            message = f"is an alias of {path}{other_names[key]}, which is also set. Set only one of them."
+            issues.add(full, "unknown-option", message)
         elif key not in known:
             _add_unknown(full, value, list(known), issues)
         elif value == "???":
-            issues.add(full, "missing-option", "is left open (???); give it a value.")
+            issues.add(full, "missing-option", "is not set (???). Set it.")
         else:
             try:
                 if isinstance(value, str) and "\0" in value:
-                    raise _Unfit(f"holds a NUL character, got {format_value(value)}. Remove it.", "invalid-value")
+                    raise _InvalidValue(
+                        f"contains a NUL character, got {format_value(value)}. Remove it.", "invalid-value"
+                    )
                 values[key] = _value(hints[key], value, full, issues)
-                if known[key].metadata:  # a loss of the user's own may have plain dataclass fields
+                if known[key].metadata:  # the fields of a custom loss may be plain dataclass fields
                     check_limits(known[key].metadata, values[key])
-            except _Unfit as error:
+            except _InvalidValue as error:
                 values.pop(key, None)
                 if _is_foreign_section(full, value):
                     _add_unknown(full, value, [], issues)
@@ -150,14 +149,14 @@ def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> d
 
 
 def _value(hint: Any, value: Any, key: str, issues: ConfigIssues) -> Any:
-    """`value` as type `hint`: a nested dataclass, a list of them, or a leaf. Raises _Unfit."""
+    """Return `value` as type `hint`: a dict for a dataclass, a list of them, or a leaf. Raise _InvalidValue."""
     args = typing.get_args(hint)
     if is_dataclass(hint):
         if isinstance(value, dict):
             return check_types(hint, value, f"{key}.", issues)
         names = ", ".join(f.name for f in fields(hint))
-        told = f"expected {WORDS[dict]} ({names}), got {format_value(value)}.{hint_for_value(key, value)}"
-        issues.add(key, "wrong-type", told)
+        message = f"expected {WORDS[dict]} ({names}), got {format_value(value)}.{hint_for_value(key, value)}"
+        issues.add(key, "wrong-type", message)
         return {}
     if typing.get_origin(hint) is list and is_dataclass(args[0]) and isinstance(value, list):
         return [_value(args[0], entry, f"{key}[{i}]", issues) for i, entry in enumerate(value)]
@@ -165,7 +164,7 @@ def _value(hint: Any, value: Any, key: str, issues: ConfigIssues) -> Any:
 
 
 def _leaf(hint: Any, value: Any) -> Any:
-    """`value` as a type without dataclasses in it. Raises _Unfit."""
+    """Return `value` as a type that contains no dataclass. Raise _InvalidValue."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and types.NoneType in args):
         return value
@@ -178,21 +177,23 @@ def _leaf(hint: Any, value: Any) -> Any:
     converted = _scalar(hint, value)
     if converted is None:
         quotes = " Put it in quotes." if hint is str and type(value) is float else ""
-        raise _Unfit(f"expected {WORDS.get(origin or hint, hint)}, got {format_value(value)}.{quotes}", "wrong-type")
+        raise _InvalidValue(
+            f"expected {WORDS.get(origin or hint, hint)}, got {format_value(value)}.{quotes}", "wrong-type"
+        )
     return converted
 
 
-def _scalar(kind: type, value: Any) -> bool | int | float | str | None:
-    """`value` as a bool, int, float or str where nothing is lost by it, else None. ``${oc.env:X}`` gives texts."""
-    if kind is bool:
+def _scalar(type_: type, value: Any) -> bool | int | float | str | None:
+    """Return `value` as a bool, int, float or str if that is exact, else None. ``${oc.env:X}`` resolves to strings."""
+    if type_ is bool:
         return {"true": True, "false": False}.get(str(value).lower())
-    if kind is str:
+    if type_ is str:
         return str(value) if type(value) is int or isinstance(value, (str, Path)) else None
-    if kind not in (int, float) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if type_ not in (int, float) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
-        if kind is float:
+        if type_ is float:
             return number if math.isfinite(number) else None
         return int(value) if int(number) == number else None
     except (ValueError, OverflowError):
@@ -200,14 +201,14 @@ def _scalar(kind: type, value: Any) -> bool | int | float | str | None:
 
 
 def check_limits(meta: dict, value: Any) -> None:
-    """Raises _Unfit for a value that its option does not allow."""
+    """Raise _InvalidValue for a value that is not a choice of its option, or outside its limits."""
     if value is None or not meta:  # a field without `option` has no limits
         return
     if meta["choices"] and value not in meta["choices"]:
-        told = f"{value!r} is not one of {', '.join(meta['choices'])}.{suggest(value, meta['choices'])}"
-        raise _Unfit(told, "not-a-choice")
+        hint = suggest(value, meta["choices"])
+        raise _InvalidValue(f"expected one of {', '.join(meta['choices'])}, got {value!r}.{hint}", "not-a-choice")
     if value == "":
-        raise _Unfit("is empty. Give a value, or leave it out.", "invalid-value")
+        raise _InvalidValue("is empty. Set a value, or remove the option.", "invalid-value")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_bounds(meta, value)
 
@@ -215,22 +216,24 @@ def check_limits(meta: dict, value: Any) -> None:
 def _check_bounds(meta: dict, value: int | float) -> None:
     largest = MAX_NUMBER if meta["le"] is None and meta["lt"] is None else meta["le"]
     if meta["ge"] is not None and value < meta["ge"]:
-        raise _Unfit(f"must be {meta['ge']} or more, got {value}.", "out-of-range")
+        raise _InvalidValue(f"must be {meta['ge']} or more, got {value}.", "out-of-range")
     if meta["gt"] is not None and value <= meta["gt"]:
-        raise _Unfit(f"must be above {meta['gt']}, got {value}.", "out-of-range")
+        raise _InvalidValue(f"must be above {meta['gt']}, got {value}.", "out-of-range")
     if meta["lt"] is not None and value >= meta["lt"]:
-        raise _Unfit(f"must be below {meta['lt']}, got {value}.", "out-of-range")
+        raise _InvalidValue(f"must be below {meta['lt']}, got {value}.", "out-of-range")
     if largest is not None and value > largest:
-        raise _Unfit(f"must be {largest} or less, got {value}.", "out-of-range")
+        raise _InvalidValue(f"must be {largest} or less, got {value}.", "out-of-range")
     if 0 < abs(value) < MIN_FRACTION:
-        raise _Unfit(f"is too close to 0 to have an effect, got {value}. Give 0 or a larger number.", "out-of-range")
+        raise _InvalidValue(
+            f"is too close to 0 to have an effect, got {value}. Set 0 or a larger number.", "out-of-range"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ unknown names
 
 
 def _add_unknown(key: str, value: Any, known: list[str], issues: ConfigIssues) -> None:
-    """Report a key that does not exist, or those inside of it if it is a section of another tool."""
+    """Add an issue for a key that does not exist, or for its keys if it is a section of another tool."""
     if len(issues.entries) > MAX_HINTS:
         issues.add(key, "unknown-option", "unknown option.")
         return
@@ -240,12 +243,12 @@ def _add_unknown(key: str, value: Any, known: list[str], issues: ConfigIssues) -
         return
     hint = hint_for_key(key, value, known)
     issues.add(key, "unknown-option", f"unknown option. {hint.text}")
-    meant = [one for one in hint.options if not issues.source.wrote(one) and not keys_overlap(one, key)]
-    issues.reported.update(meant)  # not missing, then
+    suggested = [option for option in hint.options if not issues.source.has(option) and not keys_overlap(option, key)]
+    issues.reported.update(suggested)  # these are not reported as missing
 
 
 def _is_foreign_section(key: str, value: Any, known: Iterable[str] = ()) -> bool:
-    """Return whether a value is a section with options that minitrain or another tool has, and no misspelt one."""
+    """Return whether a value is a section with options of minitrain or another tool, and its name is not a typo."""
     if not isinstance(value, dict) or not any(is_known_elsewhere(str(name)) for name in value):
         return False
     name = key.rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""Objects that are given in Python, and the text that stands for each of them in a config.
+"""Objects passed to `Trainer` in Python, and the string that identifies each of them in a config.
 
-The text says what the object is and has a hash of its content. So config.yml and the model card name it, and a run is
-resumed only with an equal one.
+The identifier describes the object and has a hash of its content. It appears in config.yml and in the model card, and a
+run resumes only with an equal object.
 """
 
 import weakref
@@ -14,30 +14,30 @@ _objects: "weakref.WeakValueDictionary[str, PythonObject]" = weakref.WeakValueDi
 
 @dataclass(eq=False)
 class PythonObject:
-    """An object and its text. It can be found by the text as long as somebody keeps this.
+    """An object and its identifier. `find_object` finds it as long as a reference to this instance exists.
 
     Attributes:
-        argument: The argument that it was given as, such as `train_dataset`.
+        argument: The argument that received it, such as `train_dataset`.
     """
 
     value: Any
     argument: str
-    text: str
+    identifier: str
 
     def __post_init__(self):
-        _objects[self.text] = self
+        _objects[self.identifier] = self
 
 
 def python_object(value: Any, argument: str, description: str) -> PythonObject:
-    """Return an object with its text, from now on known to `find_object`."""
+    """Register an object for `find_object`."""
     return PythonObject(value, argument, f"{PREFIX}{description}>")
 
 
-def find_object(text: str | None) -> PythonObject | None:
-    """Return the object that a text stands for, if there is one in this process."""
-    return _objects.get(text) if text is not None else None
+def find_object(identifier: str | None) -> PythonObject | None:
+    """Return the object with this identifier, or None if this process has none."""
+    return _objects.get(identifier) if identifier is not None else None
 
 
-def is_lost(text: str | None) -> bool:
-    """Return whether a text stands for an object of another process, as in the config.yml of a run."""
-    return text is not None and text.startswith(PREFIX) and find_object(text) is None
+def is_lost(value: str | None) -> bool:
+    """Return whether a value identifies an object of another process, as in the config.yml of a run."""
+    return value is not None and value.startswith(PREFIX) and find_object(value) is None

@@ -25,7 +25,7 @@ from .sections import (
 DEFAULT_LOSS = {"name": "sft"}
 
 
-class Written(NamedTuple):
+class Interpolation(NamedTuple):
     """A config before and after `${...}` is resolved."""
 
     raw: dict
@@ -225,7 +225,9 @@ class Config:
     swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")
 
     # Not an option. `dataclasses.replace` keeps it, so a copy also saves `${...}` unresolved.
-    written: Written = field(default=Written({}, {}), repr=False, compare=False, metadata={"internal": True})
+    interpolation: Interpolation = field(
+        default=Interpolation({}, {}), repr=False, compare=False, metadata={"internal": True}
+    )
 
 
 def option_fields(schema: Any) -> list[Field]:

@@ -1,4 +1,4 @@
-"""YAML as a tree of nodes, checked before it is expanded: a few lines can stand for billions of values."""
+"""Check the nodes of a YAML file before they are expanded, because a few lines can expand to billions of values."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -11,11 +11,11 @@ from minitrain.io.redact import redact_urls
 MAX_CHARACTERS = 1 << 20
 MAX_VALUES = 10_000  # with the aliases expanded
 MAX_DEPTH = 30
-MAX_BITS = 1024  # of an integer: no float64 is larger
+MAX_BITS = 1024  # of an integer, as a float64 is smaller
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as OmegaConf reads it, to which a date is a string."""
+    """Reads YAML as OmegaConf does, with dates as strings."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -24,16 +24,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def check_yaml(text: str, name: str) -> tuple[yaml.Node | None, dict[str, int]]:
-    """Return the root of a YAML text, and the line of each value by its path like ``a.b[0].c``.
+    """Return the root node of YAML, and the line of each value by its key, such as ``a.b[0].c``.
 
     Raises:
-        ConfigError: The text is too large, or a value or a key cannot be read.
-        yaml.YAMLError: The text is not YAML.
-        RecursionError: It is nested without end.
+        ConfigError: If `text` is too large, or a key or value is invalid.
+        yaml.YAMLError: If it is not YAML.
+        RecursionError: If it is nested too deeply for the parser.
     """
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(
-            f"{name}: is too large for a configuration, got {len(text):,} characters. Name another file.", "too-large"
+            f"{name}: is too large for a config, got {len(text):,} characters. Give another file.", "too-large"
         )
     loader, lines = _Loader(text), {}
     try:
@@ -51,33 +51,32 @@ def _walk(
     if isinstance(node, yaml.ScalarNode):
         _check_scalar(node, name, loader)
         return
-    if next(budget, None) is None or depth > MAX_DEPTH:
-        raise ConfigError(f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.", "too-large")
-    for key, place, value in _children(node, path, name):
-        lines.setdefault(key, place.start_mark.line + 1)
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{name}: is nested more than {MAX_DEPTH} levels deep. Simplify it.", "too-large")
+    for key, start, value in _children(node, path, name):
+        lines.setdefault(key, start.start_mark.line + 1)
         if next(budget, None) is None:
-            raise ConfigError(
-                f"{name}: holds more than {MAX_VALUES} values, or they are nested too deeply.", "too-large"
-            )
+            raise ConfigError(f"{name}: has more than {MAX_VALUES} values. Simplify it.", "too-large")
         _walk(value, key, name, loader, lines, budget, depth + 1)
 
 
 def _children(node: yaml.Node, path: str, name: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """Yield (path, node that has its line, node) of each value in a mapping or a sequence."""
+    """Yield (path, node at whose line it starts, node) for each value in a mapping or a sequence."""
     if isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield f"{path}[{number}]", value, value
         return
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
+            where = f"{name}:{key.start_mark.line + 1}"
             raise ConfigError(
-                f"{name}:{key.start_mark.line + 1}: a key is a list or a mapping. Write `key: value`.", "invalid-yaml"
+                f"{where}: expected a string as key, got a list or a mapping. Write `key: value`.", "invalid-yaml"
             )
         yield path if key.value == "<<" else f"{path}.{key.value}".lstrip("."), key, value
 
 
 def _check_scalar(node: yaml.ScalarNode, name: str, loader: _Loader) -> None:
-    """Raise ConfigError for a value that its tag does not fit, and for an integer without bounds."""
+    """Raise ConfigError for a value that does not fit its tag, and for an integer that is too large."""
     text, short = node.value, redact_urls(node.value)
     short = short if len(short) <= 40 else f"{short[:37]}..."
     where, tag = f"{name}:{node.start_mark.line + 1}", node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -87,11 +86,7 @@ def _check_scalar(node: yaml.ScalarNode, name: str, loader: _Loader) -> None:
         raise
     except (ValueError, LookupError, AttributeError, TypeError):
         if tag == "!!int" and len(text) > 1000:
-            raise ConfigError(
-                f"{where}: {short} is a number of {len(text)} digits. Give a smaller one.", "too-large"
-            ) from None
-        raise ConfigError(f"{where}: {short!r} is not of the type {tag}. Leave the tag out.", "wrong-type") from None
+            raise ConfigError(f"{where}: {short} has {len(text)} digits. Use a smaller number.", "too-large") from None
+        raise ConfigError(f"{where}: {short!r} does not fit the tag {tag}. Remove the tag.", "wrong-type") from None
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise ConfigError(
-            f"{where}: {short} is a number of {value.bit_length()} bits. Give a smaller one.", "too-large"
-        )
+        raise ConfigError(f"{where}: {short} has {value.bit_length()} bits. Use a smaller number.", "too-large")

@@ -34,7 +34,9 @@ def _check_files(config: Config, issues: ConfigIssues) -> None:
             if entry.type is not None and entry.type not in ROW_FORMATS:
                 hint = hint_for_value(f"{key}.type", entry.type, ROW_FORMATS)
                 issues.add(
-                    f"{key}.type", "not-a-choice", f"{entry.type!r} is not one of {', '.join(ROW_FORMATS)}.{hint}"
+                    f"{key}.type",
+                    "not-a-choice",
+                    f"expected one of {', '.join(ROW_FORMATS)}, got {entry.type!r}.{hint}",
                 )
             if name == "eval_datasets" and entry.weight != 1:
                 issues.add(
@@ -47,7 +49,11 @@ def _check_data(config: Config, given: set[str], issues: ConfigIssues) -> None:
         if winner in given and loser in given:
             issues.add(loser, "conflict", f"conflicts with {winner}. Set only one.", winner)
     if config.validation_split > 1 and config.validation_split != int(config.validation_split):
-        issues.add("validation_split", "out-of-range", "expected a fraction below 1 or a whole number of examples.")
+        issues.add(
+            "validation_split",
+            "out-of-range",
+            f"expected a fraction below 1 or an integer, got {config.validation_split}.",
+        )
     if config.chat_template not in ("auto", "chatml", "none"):
         try:
             Path(config.chat_template).read_text(encoding="utf-8")

@@ -41,7 +41,9 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
     if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
         raise ConfigError("dataset: has no log-probabilities of the reference. Set loss.reference=model.", "conflict")
     given = rows_object(rows, "dataset")
-    chosen = dataclasses.replace(config, datasets=[DatasetConfig(given.text)], eval_datasets=[], validation_split=0)
+    chosen = dataclasses.replace(
+        config, datasets=[DatasetConfig(given.identifier)], eval_datasets=[], validation_split=0
+    )
     with parallel.local_rank0_first():
         data = load_data(chosen, trainer.template, loss.example_type)
         add_features(loss, trainer.train_loader.examples.caches, data.train.caches)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minitrain.config.issues import ConfigIssues, Source, check_types
+from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
 from minitrain.config.option import MAX_SEED, option
 from minitrain.config.sections import DatasetConfig, ModelConfig
 from minitrain.data.examples import fill
@@ -49,7 +49,7 @@ class Sampling:
     seed: int = option(0, "", ge=0, le=MAX_SEED)
 
     def __post_init__(self):
-        issues = ConfigIssues(Source("Sampling"))
+        issues = ConfigIssues(ConfigSource("Sampling"))
         check_types(Sampling, vars(self), "", issues)
         issues.raise_if_any()
 

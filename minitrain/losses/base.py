@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitrain.batch import TARGET_WEIGHTS, Batch, PolicyOutput
 from minitrain.config.aliases import replace_aliases
-from minitrain.config.issues import ConfigIssues, Source, check_types
+from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
 from minitrain.config.schema import aliases
 from minitrain.errors import ConfigError, DataError
 
@@ -271,7 +271,7 @@ def create_loss(name: str, **options: Any) -> Loss:
         raise ConfigError(
             f"loss {name}: unknown option {', '.join(unknown)}. Its options are {', '.join(known)}.", "unknown-option"
         )
-    issues = ConfigIssues(Source(f"loss {name}"))
+    issues = ConfigIssues(ConfigSource(f"loss {name}"))
     options = replace_aliases(options, aliases(schema))
     loss = build_loss(name, check_types(schema, options, "loss.", issues), options, issues)
     issues.raise_if_any()

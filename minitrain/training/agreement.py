@@ -1,6 +1,6 @@
 """Checks that all ranks have the same options, data and model. Otherwise they would wait for each other forever."""
 
-from minitrain.config.saved import plain
+from minitrain.config.saved import to_plain
 from minitrain.config.schema import Config
 from minitrain.data.loader import Data
 from minitrain.distributed.parallel import SingleDevice
@@ -11,7 +11,7 @@ PER_MACHINE = ("output_dir", "cache_dir", "model", "datasets", "eval_datasets", 
 
 def check_same_options(config: Config, parallel: SingleDevice) -> None:
     """Raise ConfigError on all ranks if an option differs between them, as `${oc.env:...}` can."""
-    parallel.check_same(**{name: value for name, value in plain(config).items() if name not in PER_MACHINE})
+    parallel.check_same(**{name: value for name, value in to_plain(config).items() if name not in PER_MACHINE})
 
 
 def check_same_inputs(config: Config, data: Data, fingerprint: list[str], parallel: SingleDevice) -> None:

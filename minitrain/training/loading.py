@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minitrain.config.saved import plain
+from minitrain.config.saved import to_plain
 from minitrain.config.schema import Config
 from minitrain.data.loader import Data
 from minitrain.distributed.parallel import SingleDevice
@@ -58,7 +58,7 @@ def load_parts(trainer: "Trainer") -> None:
 
 def check_same_options(config: Config, parallel: SingleDevice) -> None:
     """Raise ConfigError on all ranks when an option differs between them, as `${oc.env:...}` can."""
-    parallel.check_same(**{name: value for name, value in plain(config).items() if name not in PER_MACHINE})
+    parallel.check_same(**{name: value for name, value in to_plain(config).items() if name not in PER_MACHINE})
 
 
 def check_same_inputs(config: Config, data: Data, fingerprint: list[str], parallel: SingleDevice) -> None:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from minitrain.config.aliases import with_own_names
+from minitrain.config.aliases import resolve_aliases
 from minitrain.config.issues import keys_overlap
 from minitrain.config.saved import config_yaml, without_passwords
 from minitrain.config.schema import Config, option_fields
@@ -316,7 +316,7 @@ class RunDir:
         trained = holds_checkpoints or checkpoints(self.models) or read_end(self.path)
         if self.config.resume != "auto" or not trained:
             return
-        changes = dict(_changes(with_own_names(self._saved_settings(), loss_options), self.settings(), self.config))
+        changes = dict(_changes(resolve_aliases(self._saved_settings(), loss_options), self.settings(), self.config))
         allowed = self.config.allow_changes
         refused = {key: text for key, text in changes.items() if not any(keys_overlap(key, name) for name in allowed)}
         if refused:

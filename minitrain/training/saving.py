@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitrain import __version__
-from minitrain.config.saved import config_yaml, written
+from minitrain.config.saved import config_yaml, saved_options
 from minitrain.config.schema import Config
 from minitrain.data.loader import TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice
@@ -182,7 +182,7 @@ class SaveSchedule:
 
 def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int) -> str:
     """Return README.md of a saved model: its data, results and options."""
-    options = written(config)
+    options = saved_options(config)
     base = _named(options["model"], "name_or_path")
     entries = options["datasets"] if isinstance(options["datasets"], list) else [options["datasets"]]
     files = "\n".join(f"- `{_named(entry, 'path')}`" for entry in entries)

@@ -231,7 +231,7 @@ def test_unknown_names_get_a_hint(load, key, meant):
         ("? [a]\n: 1\n", "invalid-yaml", "c.yml:1: "),
         ("lr: 1\nseed: '${oc.env:X'\n", "invalid-yaml", "c.yml:2: seed: "),
         ("lr: !!set {a}\n", "invalid-yaml", "c.yml:1: lr: "),
-        ("x: &x [*x]\n", "too-large", "10000"),
+        ("x: &x [*x]\n", "too-large", "30 levels"),
         ("x: " + "[" * 40 + "]" * 40, "too-large", "c.yml: "),
         ("x: !!int y\n", "wrong-type", "c.yml:1: 'y'"),
         ("x: !!float y\n", "wrong-type", "c.yml:1: 'y'"),

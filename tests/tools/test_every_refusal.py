@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitrain.cli.main import main
-from minitrain.config.issues import ConfigIssues, _Unfit
+from minitrain.config.issues import ConfigIssues, _InvalidValue
 from minitrain.errors import MinitrainError
 from tests.cli import test_bad_data, test_bad_input, test_bad_model
 from tests.conftest import CONFIG, ROOT, fill_folder, write
@@ -23,7 +23,7 @@ from tests.messages import code_argument, makes_problem, strings
 from tests.tools import test_validate_refusals
 
 PACKAGE = ROOT / "minitrain"
-KINDS = {"ConfigError", "DataError", "RunError", "RunDirError", "UnreachableError", "_Unfit"}
+KINDS = {"ConfigError", "DataError", "RunError", "RunDirError", "UnreachableError", "_InvalidValue"}
 OTHER_COMMANDS = (  # no training goes through these
     "cli/",
     "tools/analysis/",
@@ -230,7 +230,7 @@ def reached(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MinitrainError, "__init__", noting(MinitrainError.__init__))
         patch.setattr(ConfigIssues, "add", noting(ConfigIssues.add))
-        patch.setattr(_Unfit, "__init__", noting(_Unfit.__init__))
+        patch.setattr(_InvalidValue, "__init__", noting(_InvalidValue.__init__))
         yield noted
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from minitrain.config.aliases import with_own_names
+from minitrain.config.aliases import resolve_aliases
 from minitrain.errors import ConfigError, RunDirError
 from minitrain.training.metrics_log import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
 
@@ -95,7 +95,7 @@ def _options(first: Path, second: Path) -> list[str]:
             settings = None
         if settings is None:
             return [f"options: {folder / 'config.yml'} cannot be read"]
-        configs.append(dict(_flatten(with_own_names(settings, _loss_options))))
+        configs.append(dict(_flatten(resolve_aliases(settings, _loss_options))))
     a, b = configs
     keys = [
         key for key in (*a, *(key for key in b if key not in a)) if key not in RUN_OPTIONS and a.get(key) != b.get(key)

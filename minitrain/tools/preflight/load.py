@@ -7,7 +7,7 @@ from typing import Any
 
 from minitrain.config.issues import ConfigIssues
 from minitrain.config.load import check_writable, default_config, parse_config, parse_python_config
-from minitrain.config.saved import plain
+from minitrain.config.saved import to_plain
 from minitrain.config.schema import Config, option_fields
 from minitrain.data import checks as data
 from minitrain.distributed import checks as distributed
@@ -86,9 +86,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def check_parsed(config: Config, issues: ConfigIssues, loss_is_object: bool = False) -> Config:
     """Return a config that `parse_config` has read. Raises ConfigError for all issues at once."""
     overridden = issues.source.overridden | issues.source.keywords
-    check_config(config, issues, written_options(config.written.raw, overridden), loss_is_object)
+    check_config(config, issues, written_options(config.interpolation.raw, overridden), loss_is_object)
     issues.raise_if_any()
-    config.written = config.written._replace(resolved=plain(config))
+    config.interpolation = config.interpolation._replace(resolved=to_plain(config))
     return config
 
 

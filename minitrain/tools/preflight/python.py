@@ -7,7 +7,7 @@ from typing import Any
 
 from minitrain.config.load import check_writable, merge_loss, parse_config
 from minitrain.config.python_objects import PythonObject
-from minitrain.config.saved import plain
+from minitrain.config.saved import to_plain
 from minitrain.config.schema import Config
 from minitrain.data.rows import rows_object
 from minitrain.errors import ConfigError
@@ -48,7 +48,7 @@ def config_with(
     if isinstance(source, Config):
         named = copy.copy(source)  # with attributes that are not options, too, which are refused
         if "model" in options:
-            options["model"] = plain(source.model) | options["model"]
+            options["model"] = to_plain(source.model) | options["model"]
         for key, value in options.items():
             setattr(named, key, value)
         return check_python_config(named, described), list(objects.values())
@@ -76,14 +76,14 @@ def _options(objects: Mapping[str, PythonObject]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for argument, key in (("train_dataset", "datasets"), ("eval_dataset", "eval_datasets")):
         if argument in objects:
-            options[key] = [{"path": objects[argument].text}]
+            options[key] = [{"path": objects[argument].identifier}]
     if "optimizer" in objects:
-        options["optimizer"] = objects["optimizer"].text
+        options["optimizer"] = objects["optimizer"].identifier
     model = {}
     if "model" in objects:
-        model["name_or_path"] = objects["model"].text
+        model["name_or_path"] = objects["model"].identifier
     if "tokenizer" in objects:
-        model["tokenizer_name_or_path"] = objects["tokenizer"].text
+        model["tokenizer_name_or_path"] = objects["tokenizer"].identifier
     if model:
         options["model"] = model
     return options
@@ -91,7 +91,7 @@ def _options(objects: Mapping[str, PythonObject]) -> dict[str, Any]:
 
 def _check_rivals(config: Config, objects: Mapping[str, PythonObject]) -> None:
     """Raise ConfigError when a config names something else than what is given in Python."""
-    model = plain(config.model)
+    model = to_plain(config.model)
     named = {
         "train_dataset": ("datasets", config.datasets),
         "eval_dataset": ("eval_datasets", config.eval_datasets),
