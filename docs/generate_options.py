@@ -1,4 +1,4 @@
-"""Writes docs/options.md from the dataclasses of the schema: ``python docs/generate_options.py > docs/options.md``."""
+"""Write docs/options.md from the dataclasses of the options: ``python docs/generate_options.py > docs/options.md``."""
 
 import sys
 import types
@@ -50,7 +50,7 @@ def document() -> str:
 
 
 def nested(hint) -> type | None:
-    """The dataclass in ``X`` or ``list[X]``, if there is one."""
+    """Return the dataclass in ``X`` or ``list[X]``, or None."""
     for candidate in (hint, *typing.get_args(hint)):
         if is_dataclass(candidate):
             return candidate
@@ -58,7 +58,7 @@ def nested(hint) -> type | None:
 
 
 def section(title: str, schema: type) -> str:
-    """A heading and a table of one dataclass."""
+    """Return the heading and the table of a dataclass."""
     hints = typing.get_type_hints(schema)
     lines = [f"## {title}", "", "| key | default | value | meaning |", "|---|---|---|---|"]
     for f in option_fields(schema):
@@ -71,7 +71,7 @@ def section(title: str, schema: type) -> str:
 
 
 def default(f) -> str:
-    """The default as YAML writes it."""
+    """Return the default as YAML."""
     if f.default is MISSING and f.default_factory is MISSING:
         return "required"
     if f.default is MISSING and is_dataclass(f.default_factory):
@@ -85,17 +85,17 @@ def default(f) -> str:
 
 
 def value(f, hint) -> str:
-    """Type, choices and limits in words."""
+    """Return the choices, or the type and limits, in words."""
     meta = f.metadata
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
     limits = [("ge", "{} or more"), ("gt", "above {}"), ("lt", "below {}"), ("le", "{} or less")]
-    told = [text.format(meta[name]) for name, text in limits if meta[name] is not None]
-    return ", ".join([type_name(hint), *told])
+    bounds = [text.format(meta[name]) for name, text in limits if meta[name] is not None]
+    return ", ".join([type_name(hint), *bounds])
 
 
 def type_name(hint) -> str:
-    """A type as a user reads it."""
+    """Return the name of a type for users."""
     words = {bool: "true or false", int: "integer", float: "number", str: "string", typing.Any: "string or list"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:

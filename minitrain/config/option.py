@@ -50,7 +50,7 @@ def option(
 
 
 def show_options(summary: str) -> Callable[[type[T]], type[T]]:
-    """Return a decorator of a dataclass: help() explains each option, and the repr shows those not at their default."""
+    """Return a decorator for dataclasses: help() explains each option, and repr() omits options at their default."""
 
     def decorate(cls: type[T]) -> type[T]:
         lines = [f"    {f.name}: {f.metadata['help']}" for f in fields(cls) if f.metadata.get("help")]

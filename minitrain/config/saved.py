@@ -56,7 +56,7 @@ def _restore(value: Any, raw: Any, resolved: Any) -> Any:
         is_paired = isinstance(raw, list) and isinstance(resolved, list) and len(raw) == len(resolved)
         pairs = list(zip(raw, resolved, strict=True)) if is_paired else []
         return [_restore(entry, *_pair_of(entry, pairs, i)) for i, entry in enumerate(value)]
-    return _escaped(value) if isinstance(value, str) else value
+    return _escape(value) if isinstance(value, str) else value
 
 
 def _spread(raw: str, resolved: Any) -> Any:
@@ -68,9 +68,9 @@ def _spread(raw: str, resolved: Any) -> Any:
         return None
     if isinstance(resolved, dict):
         return {key: raw for key, value in resolved.items() if isinstance(value, str)}
-    return (
-        [raw if isinstance(value, (str, dict)) else None for value in resolved] if isinstance(resolved, list) else None
-    )
+    if isinstance(resolved, list):
+        return [raw if isinstance(value, (str, dict)) else None for value in resolved]
+    return None
 
 
 def _pair_of(entry: Any, pairs: list[tuple[Any, Any]], index: int) -> tuple[Any, Any]:
@@ -79,6 +79,6 @@ def _pair_of(entry: Any, pairs: list[tuple[Any, Any]], index: int) -> tuple[Any,
     return pair_here if pair_here[1] == entry else next((pair for pair in pairs if pair[1] == entry), pair_here)
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Return a string with each `${` escaped, also after backslashes."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

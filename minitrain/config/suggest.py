@@ -30,8 +30,8 @@ class KeyMapping(NamedTuple):
 
 
 class Hint(NamedTuple):
-    text: str  # what to do, in a sentence
-    options: tuple[str, ...] = ()  # keys that it names
+    text: str  # a sentence
+    options: tuple[str, ...] = ()  # keys in `text`
 
 
 def read_tables() -> dict[str, list[KeyMapping]]:
@@ -90,7 +90,7 @@ def hint_for_value(key: str, value: Any, choices: Iterable[str] = ()) -> str:
     """Return `` Use ...`` for another tool's value of the option `key`, else the nearest choice or an empty string."""
     if key == "model" and isinstance(value, str):
         return f" Use model.name_or_path={value}."
-    if converted := _converted(key, value):
+    if converted := _convert_value(key, value):
         return f" Use {converted}."
     row = _rows().get(f"{_without_index(key)}={_as_key(value)}")
     return f" {_hint_from(row, True, key, value).text}" if row else suggest(str(value), choices)
@@ -129,7 +129,7 @@ def _find_row(key: str, value: Any) -> tuple[KeyMapping, bool] | None:
     return None
 
 
-def _converted(key: str, value: Any) -> str:
+def _convert_value(key: str, value: Any) -> str:
     """Return the option with the converted value, or an empty string."""
     convert = CONVERSIONS.get(_split(key)[1])
     try:
@@ -144,7 +144,7 @@ def _hint_from(row: KeyMapping, has_value: bool, key: str, value: Any) -> Hint:
     suggestion = " or ".join(row.options).replace("VALUE", _as_key(value))
     suggestion = suggestion.replace("datasets[0]", entry[0]) if entry else suggestion
     options = tuple(word.partition("=")[0] for word in suggestion.split() if word != "or")
-    if converted := _converted(key, value):
+    if converted := _convert_value(key, value):
         return Hint(f"Use {converted}.", (*options, converted.partition("=")[0]))
     if value is None and not has_value:
         return Hint("Remove it: without a value it has no effect.")
@@ -169,7 +169,7 @@ def _similar_keys(section: str, name: str, known: list[str]) -> list[str]:
     if same := [key for key in everywhere if _normalize(_split(key)[1]) == normalized or _normalize(key) == normalized]:
         return same[:3]
     if near := nearest_names(name, known):
-        return [section + one for one in near]
+        return [section + option for option in near]
     near = nearest_names(name, {_split(key)[1] for key in everywhere}) if len(name) > 4 else []
     return [key for key in everywhere if _split(key)[1] in near][:3]
 
@@ -187,8 +187,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names of which `name` may be a typo, if they are at most two."""
-    distances = {one: _distance(name, one) for one in known if _is_typo(name, one)}
-    near = [one for one, distance in distances.items() if distance == min(distances.values())]
+    distances = {other: _distance(name, other) for other in known if _is_typo(name, other)}
+    near = [other for other, distance in distances.items() if distance == min(distances.values())]
     return near if len(near) <= 2 else []
 
 
