@@ -33,7 +33,7 @@ CASES = {
     "inspect": CommandCase(["inspect", "c.yml"], "tools.preflight.preview:_batch", quiet_output=None),
     "cache-teacher": CommandCase(
         ["cache-teacher", "c.yml", "--output", "teacher.safetensors", *KD],
-        "inference.teacher_cache:_ask",
+        "inference.teacher_cache:_write_outputs",
         quiet_output="teacher.safetensors\n",
         writes="teacher.safetensors",
     ),

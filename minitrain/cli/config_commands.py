@@ -142,8 +142,8 @@ def cache_teacher(arguments: argparse.Namespace) -> int:
     output = new_output(arguments.output, arguments.force)
     with exiting_on_signal():
         config = _load_config(arguments)
-        from minitrain.inference.teacher_cache import teach
-    path = teach(config, output)
+        from minitrain.inference.teacher_cache import cache_teacher_outputs
+    path = cache_teacher_outputs(config, output)
     message = f"teacher outputs saved to {path}; train with loss.teacher_outputs={path}"
     print(path if config.quiet else message)
     return 0

@@ -95,15 +95,15 @@ def _grade_responses(rows: list[dict], new_columns: list[dict]) -> str | None:
     Returns:
         A table of the grades; None without such rows.
     """
-    from minitrain.inference.raft_metrics import table, verdict
+    from minitrain.inference.raft_metrics import format_table, grade_response
 
     graded = []
     for row, columns in zip(rows, new_columns):
-        grade = verdict(row, columns["response"])
+        grade = grade_response(row, columns["response"])
         if grade is not None:
             columns["sections"] = grade
             graded.append(row | {"sections": grade})
-    return table(graded) if graded else None
+    return format_table(graded) if graded else None
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,17 +138,17 @@ def score(arguments: argparse.Namespace) -> int:
     output = new_rows_output(arguments.output, arguments.force)
     find_model(arguments.model)
     with exiting_on_signal():
-        from minitrain.inference.score import line, load_judge, requests_from_args
+        from minitrain.inference.score import format_prediction, load_scorer, requests_from_args
     requests = requests_from_args(arguments)
-    scorer = load_judge(
+    scorer = load_scorer(
         arguments.model, requests, arguments.device, arguments.chat_template, arguments.trust_remote_code
     )
-    predictions = scorer.verdicts(scorer.scores(requests, arguments.batch_size, progress=not arguments.quiet))
+    predictions = scorer.predictions(scorer.scores(requests, arguments.batch_size, progress=not arguments.quiet))
     if scorer.n_truncated:
         truncated = f"{scorer.n_truncated} of {len(requests)} texts were truncated"
         print(f"warning: {truncated} to {scorer.limits.max_length} tokens, the model's limit", file=sys.stderr)
     if output is None:
-        print("\n".join(map(line, predictions)))
+        print("\n".join(map(format_prediction, predictions)))
     else:
         renamed = write_rows([request.row for request in requests], predictions, output)
         print_info(arguments, f"{len(predictions)} predictions saved to {output}{renamed}")

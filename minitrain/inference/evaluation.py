@@ -1,4 +1,4 @@
-"""All metrics of an evaluation: those of the loss, and how many generated answers are right."""
+"""Compute the metrics of an evaluation: those of the loss, and exact match of generated responses."""
 
 import dataclasses
 import re
@@ -22,24 +22,26 @@ if TYPE_CHECKING:
 
 
 def evaluate_all(trainer: "Trainer", loader: MicrobatchLoader) -> dict[str, float]:
-    """Return the metrics on the examples of a loader; {} when a signal came. All ranks call it."""
+    """Return the metrics on the examples of a loader; {} after a signal. All ranks must call it."""
     config, models, parallel = trainer.config, trainer.models, trainer.parallel
     stop = trainer.is_interrupted
     metrics = evaluate(trainer.loss, loader.eval_batches, models, parallel, trainer.precision, stop)
     if metrics and config.eval_generate.n_examples:
-        say = trainer.logger.info if trainer.logger else lambda line: None
+        log = trainer.logger.info if trainer.logger else lambda line: None
         with trainer.precision.autocast():
             metrics["exact_match"] = exact_match(
-                trainer.generator, loader.examples, config.eval_generate, config.eval_batch_size, say, not config.quiet
+                trainer.generator, loader.examples, config.eval_generate, config.eval_batch_size, log, not config.quiet
             )
     return metrics
 
 
 def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
-    """Return the loader of rows to evaluate on. Raises ConfigError or DataError. All ranks call it."""
+    """Return a loader of rows to evaluate on. Raises ConfigError or DataError. All ranks must call it."""
     config, loss, parallel = trainer.config, trainer.loss, trainer.parallel
     if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
-        raise ConfigError("dataset: has no log-probabilities of the reference. Set loss.reference=model.", "conflict")
+        raise ConfigError(
+            "dataset: rows from Python have no reference log-probabilities. Set loss.reference=model.", "conflict"
+        )
     given = rows_object(rows, "dataset")
     chosen = dataclasses.replace(
         config, datasets=[DatasetConfig(given.identifier)], eval_datasets=[], validation_split=0
@@ -51,7 +53,7 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
     return make_loader(data.train, config, trainer.tokenizer, trainer.policy, parallel.rank, parallel.world_size)
 
 
-# 1,234.50 or .5 or 3/4 or 2e-3; a minus counts where it stands between no two things.
+# 1,234.50 or .5 or 3/4 or 2e-3. A minus after a word or a parenthesis is an operator.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+|[eE][+-]?\d{1,2})?")
 
 
@@ -60,36 +62,44 @@ def exact_match(
     examples: TokenizedDataset,
     settings: EvalGenerateConfig,
     batch_size: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     progress: bool = True,
 ) -> float:
-    """Share of the first `n_examples` whose greedy answer is the reference, as far as `settings.match` looks at it.
+    """Return the fraction of examples whose greedy response matches the reference.
 
-    `say` gets a line for each of the first `show` answers.
+    Args:
+        generator: The model.
+        examples: The evaluation data, of which the first `settings.n_examples` are used.
+        settings: The options.
+        batch_size: Number of prompts per batch.
+        log: Called with a line for each of the first `settings.show` responses.
+        progress: Show a progress bar.
     """
     tokenizer = generator.tokenizer
-    chosen = examples.first(settings.n_examples)
+    examples = examples.first(settings.n_examples)
     prompts, references = [], []
-    for document in (chosen[i][0] for i in range(len(chosen))):
-        start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last answer begins
+    for document in (examples[i][0] for i in range(len(examples))):
+        start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last response begins
         prompts.append(document.ids[:start].tolist())
         references.append(tokenizer.decode(document.ids[start:], skip_special_tokens=True))
-    answers = generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
-    found = [(final_answer(a, settings.match), final_answer(r, settings.match)) for a, r in zip(answers, references)]
-    matches = [answer is not None and answer == reference for answer, reference in found]
-    for i in range(min(settings.show, len(answers))):
+    responses = generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
+    answers = [final_answer(response, settings.match) for response in responses]
+    expected = [final_answer(reference, settings.match) for reference in references]
+    matches = [answer is not None and answer == target for answer, target in zip(answers, expected, strict=True)]
+    for i in range(min(settings.show, len(responses))):
         prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
-        verdict = "right" if matches[i] else f"wrong, expected {_short(str(found[i][1]))}"
-        shown = _short(answers[i].strip(), from_end=settings.match != "text")
-        say(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({verdict})")
+        result = "right" if matches[i] else f"wrong, expected {_short(str(expected[i]))}"
+        shown = _short(responses[i].strip(), from_end=settings.match != "text")
+        log(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
     return sum(matches) / len(matches)
 
 
 def final_answer(text: str, match: str) -> str | Fraction | None:
-    """What of an answer is compared, by `eval_generate.match`; None if there is nothing of the kind.
+    """Return the final answer of a response, as the option `eval_generate.match` defines it; None without one.
 
-    For `number`, the text behind the last ####, else in the last \\boxed{}, else the last number. Numbers compare by
-    what they are worth: 1,000 is 1000.00 and $1000, 3/4 is 0.75. What is no number (\\boxed{x+1}) compares as text.
+    For `number`, that is the text after the last ####, else in the last \\boxed{}, else the last number. Numbers are
+    compared by value: 1,000 equals 1000.00 and $1000, and 3/4 equals 0.75. Anything else (\\boxed{x+1}) is compared as
+    text.
     """
     if match == "text":
         return text.strip()
@@ -97,9 +107,9 @@ def final_answer(text: str, match: str) -> str | Fraction | None:
         groups = list(filter(None, re.findall(match, text)))
         return _value(groups[-1]) if groups else None
     if "####" in text:
-        stated = text.rpartition("####")[2].strip().partition("\n")[0]
-        number = NUMBER.search(_plain(stated))
-        return _value(number[0]) if number else _value(stated) or None
+        answer = text.rpartition("####")[2].strip().partition("\n")[0]
+        number = NUMBER.search(_plain(answer))
+        return _value(number[0]) if number else _value(answer) or None
     if (boxed := _last_boxed(text)) is not None:
         return _value(boxed)
     numbers = NUMBER.findall(_plain(text))
@@ -107,7 +117,7 @@ def final_answer(text: str, match: str) -> str | Fraction | None:
 
 
 def _value(text: str) -> str | Fraction:
-    """A number as what it is worth, other text without what is not part of an answer."""
+    """Return the value of a number, or other text without currency signs and a final period."""
     plain = _plain(text).strip().rstrip(".").strip()
     if not NUMBER.fullmatch(plain):
         return plain
@@ -122,7 +132,7 @@ def _plain(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, braces within it paired."""
+    r"""Return the text in the last \boxed{...}, with balanced braces."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -1,4 +1,4 @@
-"""Adapters made part of the weights: `minitrain merge`."""
+"""Merge adapters into the weights of their base model: `minitrain merge`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,37 +28,37 @@ def merge_adapters(
 ) -> str:
     """Merge LoRA adapters into their base model and write it: base + sum of weights[i] * (change of adapter i).
 
-    Sums are computed in float32 and cast once. If the base model was quantized in training, its weights are those
-    that quantization has rounded.
+    Sums are computed in float32 and cast once. If the base model was quantized in training, its weights are rounded by
+    the same quantization.
 
     Args:
         sources: Run directories or folders of adapters, all of the same base model.
-        output: The folder to write; a model in it is replaced.
-        weights: The weight of each adapter; 1 by default.
-        dtype: "float32", "bfloat16" or "float16"; that of the base model by default.
+        output: The folder to write. A model in it is replaced.
+        weights: Weight of each adapter (default: 1).
+        dtype: "float32", "bfloat16" or "float16" (default: that of the base model).
 
     Returns:
-        The dtype that was written.
+        The dtype of the saved weights.
 
     Raises:
-        ConfigError: The adapters do not fit together, or an argument is wrong.
+        ConfigError: The adapters have different base models or heads, or an argument is invalid.
     """
     output, weights = Path(output), [1.0] * len(sources) if weights is None else weights
     _check_arguments(sources, output, weights, dtype)
     sources = list(map(str, sources))
     configs = [model_config(find_model(source)) for source in sources]
-    outputs = _check_adapters(sources, configs)
+    labels = _check_adapters(sources, configs)
     if Path(configs[0].name_or_path).resolve() == output.resolve():
-        raise ConfigError(f"output: {output} is the base model, and the adapters would no longer fit it.", "conflict")
-    tokenizer = load_tokenizer(configs[0], scores=outputs is not None)
+        raise ConfigError(f"output: {output} is the base model of the adapters. Choose another folder.", "conflict")
+    tokenizer = load_tokenizer(configs[0], scores=labels is not None)
     model = load_base(configs[0], tokenizer)
     if tokenizer.chat_template:
         set_end_tokens(model, Template(tokenizer).end_ids())
     check_saving(model, tokenizer)
     _add_changes(model, configs, weights)
     dtype = dtype or saved_dtype(configs[0]) or "float32"
-    with atomic_folder(output) as temporary:
-        save_model(model, tokenizer, temporary, DTYPES[dtype])
+    with atomic_folder(output) as folder:
+        save_model(model, tokenizer, folder, DTYPES[dtype])
     return dtype
 
 
@@ -66,34 +66,36 @@ def _check_arguments(sources: Sequence[str | Path], output: Path, weights: Seque
     if isinstance(sources, (str, Path)):
         raise ConfigError(f"sources: expected a list, got {str(sources)!r}. Write [{str(sources)!r}].", "wrong-type")
     if len(weights) != len(sources) or not sources:
-        message = f"weights: {len(weights)} for {len(sources)} adapters. Give one weight for each adapter."
+        message = f"weights: expected one number per adapter ({len(sources)}), got {len(weights)}. Set all of them."
         raise ConfigError(message, "mismatch")
     if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.", "not-a-choice")
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.", "not-a-choice")
     check_target(output)
 
 
 def _check_adapters(sources: Sequence[str], configs: Sequence[ModelConfig]) -> list[str] | None:
-    """Return the labels of the models' scalar head, if they have one. Raises ConfigError for adapters that differ."""
+    """Return the labels of the models' sequence head, or None without one.
+
+    Raises:
+        ConfigError: The adapters have different base models or heads.
+    """
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":
-            raise ConfigError(f"{source}: holds no LoRA, so there is nothing to merge.", "unsupported-model")
+            raise ConfigError(f"{source}: is not a LoRA adapter. Name LoRA adapters only.", "unsupported-model")
         if _base(config) != _base(configs[0]):
-            raise ConfigError(
-                f"{source} is an adapter of {_base(config)}, {sources[0]} of {_base(configs[0])}.", "mismatch"
-            )
+            bases = f"is an adapter of {_base(config)}, but {sources[0]} of {_base(configs[0])}"
+            raise ConfigError(f"{source}: {bases}. Merge adapters of one base model.", "mismatch")
     first, *others = [trained_outputs(config) for config in configs]
-    for source, outputs in zip(sources[1:], others, strict=True):
-        if outputs != first:
-            raise ConfigError(
-                f"{source} and {sources[0]} are adapters of models that end in other outputs.", "mismatch"
-            )
+    for source, labels in zip(sources[1:], others, strict=True):
+        if labels != first:
+            message = f"{source}: its head has other labels than that of {sources[0]}. Merge adapters with one head."
+            raise ConfigError(message, "mismatch")
     return first
 
 
 def _add_changes(model: nn.Module, configs: Sequence[ModelConfig], weights: Sequence[float]) -> None:
-    """Add weights[i] * (change of adapter i) to the weights of the base model."""
-    for name in heads_of(model).new:  # what the base has not is all of the adapters
+    """Add weights[i] * (change by adapter i) to the weights of the base model."""
+    for name in heads_of(model).new:  # layers that the base model lacks come from the adapters alone
         for parameter in model.get_submodule(name).parameters():
             parameter.data.zero_()
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}

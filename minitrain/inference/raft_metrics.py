@@ -1,7 +1,7 @@
-"""The sections of an answer to a question with documents, checked: reasoning, quotes, and the final answer.
+"""Grade responses to questions with documents: their reasoning, quotes and final answer.
 
-The form is that of RAFT (arXiv 2403.10131): reasoning with quotes between ##begin_quote## and ##end_quote##, and then
-<ANSWER>: with the answer itself.
+The format is that of RAFT (arXiv 2403.10131): reasoning with quotes between ##begin_quote## and ##end_quote##, then
+<ANSWER>: and the final answer.
 """
 
 import collections
@@ -13,33 +13,40 @@ from minitrain.data.formats_raft import Documents, documents_of, teacher_answer
 
 BEGIN, END, ANSWER = "##begin_quote##", "##end_quote##", "<ANSWER>"
 QUOTE = re.compile(f"{BEGIN}(.*?){END}", re.DOTALL)
-ASIDE = re.compile("[\\s\u00ad\"'`“”‘’„«»]+")  # white space, soft hyphens, quotation marks
+IGNORED = re.compile("[\\s\u00ad\"'`“”‘’„«»]+")  # white space, soft hyphens, quotation marks
 
-# What the lines of the table are the share, or the mean, of.
-LINES = {
-    "reasoning": lambda found: found["reasoning"],
-    "quotes, all of them closed": lambda found: bool(found["quotes"]) and found["quotes_closed"],
-    "quotes, all of them verbatim": lambda found: bool(found["quotes"]) and "nowhere" not in found["quotes"],
-    "a quote from the oracle": lambda found: "oracle" in found["quotes"],
-    "a quote from a distractor": lambda found: "distractor" in found["quotes"],
-    "a quote from nowhere": lambda found: "nowhere" in found["quotes"],
-    "one final answer": lambda found: found["final_answer"],
-    "it is the teacher's": lambda found: found["exact_match"],
-    "token F1 with the teacher's": lambda found: found["f1"],
+# The table has the mean of each over the rows.
+TABLE_METRICS = {
+    "reasoning": lambda grade: grade["reasoning"],
+    "quotes, all of them closed": lambda grade: bool(grade["quotes"]) and grade["quotes_closed"],
+    "quotes, all of them verbatim": lambda grade: bool(grade["quotes"]) and "nowhere" not in grade["quotes"],
+    "a quote from the oracle": lambda grade: "oracle" in grade["quotes"],
+    "a quote from a distractor": lambda grade: "distractor" in grade["quotes"],
+    "a quote from nowhere": lambda grade: "nowhere" in grade["quotes"],
+    "one final answer": lambda grade: grade["final_answer"],
+    "equal to the teacher's": lambda grade: grade["exact_match"],
+    "token F1 with the teacher's": lambda grade: grade["f1"],
 }
 
 
 @dataclass
 class Sections:
-    """What stands in an answer. `closed`: every quote that begins ends, and none ends that has not begun."""
+    """The sections of a response.
+
+    Attributes:
+        reasoning: The text before the final answer, without quotes.
+        quotes: The quotes.
+        closed: Every quote has a begin and an end marker.
+        final: The final answer; empty if it is missing or not unique.
+    """
 
     reasoning: str
     quotes: list[str]
     closed: bool
-    final: str  # empty where there is no final answer, or more than one
+    final: str
 
 
-def sections(text: str) -> Sections:
+def parse_sections(text: str) -> Sections:
     quotes, rest = QUOTE.findall(text), QUOTE.sub("", text)
     closed = BEGIN not in rest and END not in rest and not any(BEGIN in quote for quote in quotes)
     before, *final = text.split(ANSWER)
@@ -48,64 +55,68 @@ def sections(text: str) -> Sections:
     return Sections(reasoning.strip(), quotes, closed, only.removeprefix(":").strip())
 
 
-def check(text: str, documents: Documents, teacher: str) -> dict:
-    """The verdict on an answer: reasoning, quotes_closed, final_answer and exact_match are bools, f1 is from 0 to 1,
-    and `quotes` has where each of them stands word for word: oracle, distractor, document (when nobody has said which
-    of both it is) or nowhere.
+def grade_response(row: dict, response: str) -> dict | None:
+    """Return the grade of a response to a data row; None if the row lacks documents or a teacher's answer."""
+    documents, teacher = documents_of(row), teacher_answer(row)
+    return None if documents is None or teacher is None else grade(response, documents, teacher)
 
-    Final answers are compared with one another, or whole texts where the teacher's has no such section.
+
+def grade(response: str, documents: Documents, teacher: str) -> dict:
+    """Return the grade of a response.
+
+    Final answers are compared; full texts if the teacher's answer has no final answer.
+
+    Returns:
+        Bools `reasoning`, `quotes_closed`, `final_answer` and `exact_match`; `f1` between 0 and 1; and `quotes`, a list
+        of `find_quote_source` for each quote.
     """
-    found, expected = sections(text), sections(teacher)
-    given, wanted = (found.final, expected.final) if ANSWER in teacher else (text, teacher)
+    ours, expected = parse_sections(response), parse_sections(teacher)
+    answers = (ours.final, expected.final) if ANSWER in teacher else (response, teacher)
     return {
-        "reasoning": any(map(str.isalnum, found.reasoning)),
-        "quotes": [source(quote, documents) for quote in found.quotes],
-        "quotes_closed": found.closed,
-        "final_answer": bool(found.final),
-        "exact_match": exact_match(given, wanted),
-        "f1": token_f1(given, wanted),
+        "reasoning": any(map(str.isalnum, ours.reasoning)),
+        "quotes": [find_quote_source(quote, documents) for quote in ours.quotes],
+        "quotes_closed": ours.closed,
+        "final_answer": bool(ours.final),
+        "exact_match": exact_match(*answers),
+        "f1": token_f1(*answers),
     }
 
 
-def verdict(row: dict, text: str) -> dict | None:
-    """`check` for an answer to a row; None for a row without documents or without a teacher's answer."""
-    documents, teacher = documents_of(row), teacher_answer(row)
-    return None if documents is None or teacher is None else check(text, documents, teacher)
+def find_quote_source(quote: str, documents: Documents) -> str:
+    """Return which document contains a quote verbatim: oracle, distractor, document (untyped) or nowhere.
 
-
-def source(quote: str, documents: Documents) -> str:
-    """Where a quote stands word for word. White space, hyphens of broken lines, quotation marks, and the punctuation
-    at its end may differ, as they do where a document was a PDF."""
-    wanted = ASIDE.sub("", quote).rstrip(".,;:!?…")
-    for name, texts in zip(("oracle", "distractor", "document"), documents, strict=True):
-        if wanted and any(wanted in ASIDE.sub("", text) for text in texts):
-            return name
+    White space, soft hyphens, quotation marks and punctuation at the end may differ, as in text extracted from a PDF.
+    """
+    quote = IGNORED.sub("", quote).rstrip(".,;:!?…")
+    for source, texts in zip(("oracle", "distractor", "document"), documents, strict=True):
+        if quote and any(quote in IGNORED.sub("", text) for text in texts):
+            return source
     return "nowhere"
 
 
-def normalised(text: str) -> list[str]:
-    """The words that SQuAD compares (arXiv 1606.05250): lower case, no punctuation, no articles."""
+def normalized_words(text: str) -> list[str]:
+    """Return the words that SQuAD compares (arXiv 1606.05250): lower case, no punctuation, no articles."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def exact_match(given: str, wanted: str) -> bool:
-    return normalised(given) == normalised(wanted) != []
+def exact_match(answer: str, expected: str) -> bool:
+    return normalized_words(answer) == normalized_words(expected) != []
 
 
-def token_f1(given: str, wanted: str) -> float:
-    """SQuAD's F1: harmonic mean of precision and recall of the words, each as often as it stands there."""
-    words, right = normalised(given), normalised(wanted)
-    common = sum((collections.Counter(words) & collections.Counter(right)).values())
-    return 2 * common / (len(words) + len(right)) if common else 0.0
+def token_f1(answer: str, expected: str) -> float:
+    """Return SQuAD's F1: the harmonic mean of precision and recall of the words, counted with repetitions."""
+    ours, theirs = normalized_words(answer), normalized_words(expected)
+    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
 
-def table(rows: list[dict]) -> str:
-    """Of how many rows with `sections` each line is true, of the model's answers and of the teacher's own."""
-    verdicts, teachers = [row["sections"] for row in rows], [verdict(row, teacher_answer(row)) for row in rows]
-    width = max(map(len, LINES))
+def format_table(rows: list[dict]) -> str:
+    """Return a table of the mean grades of rows with `sections`, for the model and for the teacher."""
+    grades = [row["sections"] for row in rows], [grade_response(row, teacher_answer(row)) for row in rows]
+    width = max(map(len, TABLE_METRICS))
     lines = [f"{f'of {len(rows)} answers':<{width}}  {'model':>7}  {'teacher':>7}"]
-    for name, value in LINES.items():
-        shares = [sum(map(value, found)) / len(found) for found in (verdicts, teachers)]
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{share:>7.1%}" for share in shares))
+    for name, metric in TABLE_METRICS.items():
+        means = [sum(map(metric, column)) / len(column) for column in grades]
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{mean:>7.1%}" for mean in means))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which folder a name on the command line stands for."""
+"""Find the model of a run."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from minitrain.io.paths import holds_model, looks_local
 
 
 def find_model(source: str) -> str:
-    """Return the folder with the model of a run, a model's own folder, or a name of the hub as it is.
+    """Return the folder of a run's model; a model folder or the name of a Hub model is returned unchanged.
 
-    Raises ConfigError for a folder that is not there or holds no model.
+    Raises:
+        ConfigError: The folder does not exist or has no model.
     """
     folder = Path(source)
-    if not folder.is_dir() and (looks_local(source) or _beside_runs(folder)):
-        there = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
-        raise ConfigError(
-            f"{source}: there is no such folder (seen from {Path.cwd()}).{suggest(source, there)}", "not-found"
-        )
+    if not folder.is_dir() and (looks_local(source) or _looks_like_run(folder)):
+        runs = [str(run.parent) for run in folder.parent.glob("*/metrics.jsonl")]
+        advice = suggest(source, runs) or " Check the path."
+        raise ConfigError(f"{source}: folder does not exist (relative to {Path.cwd()}).{advice}", "not-found")
     if not folder.is_dir() or holds_model(folder):
         return source
     for name in ("final", "best"):
@@ -25,13 +25,13 @@ def find_model(source: str) -> str:
             return str(folder / name)
     if (folder / "checkpoints").is_dir():
         raise ConfigError(
-            f"{source}: this run is not finished; the same training command goes on with it.", "unfinished-run"
+            f"{source}: the run is not finished. Resume it with the same training command.", "unfinished-run"
         )
     raise ConfigError(
-        f"{source}: holds neither a model (config.json), an adapter, nor a finished run (final/).", "wrong-path"
+        f"{source}: has no model (config.json), adapter or finished run (final/). Name another folder.", "wrong-path"
     )
 
 
-def _beside_runs(folder: Path) -> bool:
-    """Whether ``runs/name`` can only be meant for a run, although hub names look like that too."""
+def _looks_like_run(folder: Path) -> bool:
+    """Return whether ``runs/name``, which could also name a Hub model, is next to other runs."""
     return len(folder.parts) == 2 and (folder.parts[0] == "runs" or any(folder.parent.glob("*/metrics.jsonl")))

@@ -1,4 +1,4 @@
-"""Labels of texts with their probabilities, or the numbers of a reward model: `minitrain score`."""
+"""Classify texts, or score responses with a reward model: `minitrain score`."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -32,146 +32,161 @@ from .resolve import find_model
 
 
 class ScoringRequest(NamedTuple):
-    """What is scored: where it stands (for error messages), the row it came in, and what was read in it."""
+    """An example to score, its location (for error messages) and its row."""
 
     where: str
     row: dict
-    record: Example
+    example: Example
 
 
 class SequenceScorer:
-    """A model that ends in scalars, with its tokenizer."""
+    """A model with a sequence head, and its chat template.
+
+    Attributes:
+        labels: Names of the classes; None for a model that returns one number.
+        n_truncated: Number of examples that were longer than the model supports.
+    """
 
     def __init__(self, policy: Policy, template: Template, max_length: int):
         self.policy, self.template = policy.eval(), template
         self.limits = TruncationConfig(max_length)
         config = policy.model.config
-        self.n_truncated = 0  # texts that were longer than the model can read
+        self.n_truncated = 0
         self.labels = list(config.id2label.values()) if config.problem_type != "regression" else None
 
-    def scores(self, asked: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
-        """The model's outputs -> [n, L] float32, in the order of what is asked. Raises DataError."""
-        documents = [self._document(one) for one in asked]
+    def scores(self, requests: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
+        """Return the outputs of the head in the order of the requests, shape [n, L] float32. Raises DataError."""
+        documents = [self._document(request) for request in requests]
         lengths = [len(document.ids) for document in documents]
         device = self.policy.model.get_input_embeddings().weight.device
-        found = {}
+        scores = {}
         with (
             torch.no_grad(),
-            tqdm(total=len(asked), unit=" texts", disable=None if progress else True, leave=False) as bar,
+            tqdm(total=len(requests), unit=" texts", disable=None if progress else True, leave=False) as bar,
         ):
             for chosen in batches_by_length(lengths, batch_size, self.policy.rotary_limit):
                 batch = collate([[documents[i]] for i in chosen], self.template.tokenizer.pad_token_id)
-                found |= dict(zip(chosen, self.policy(batch.to(device)).scores.cpu(), strict=True))
+                scores |= dict(zip(chosen, self.policy(batch.to(device)).scores.cpu(), strict=True))
                 bar.update(len(chosen))
-        return torch.stack([found[i] for i in range(len(documents))])
+        return torch.stack([scores[i] for i in range(len(documents))])
 
-    def verdicts(self, scores: torch.Tensor) -> list[dict]:
-        """[n, L] -> for each a `prediction`: a label, with its `probability`, or the number itself."""
+    def predictions(self, scores: torch.Tensor) -> list[dict]:
+        """Return a `prediction` for each row of scores [n, L]: a label with its `probability`, or the number itself."""
         if self.labels is None:
             return [{"prediction": number} for number in scores[:, 0].tolist()]
         probabilities, chosen = scores.softmax(1).max(1)  # [n], [n]
         pairs = zip(chosen.tolist(), probabilities.tolist(), strict=True)
         return [{"prediction": self.labels[number], "probability": probability} for number, probability in pairs]
 
-    def _document(self, asked: ScoringRequest) -> Document:
+    def _document(self, request: ScoringRequest) -> Document:
         try:
-            documents = encode(asked.record, self.template, self.limits)
+            documents = encode(request.example, self.template, self.limits)
         except DataError as error:
-            raise error.at(asked.where) from None
+            raise error.at(request.where) from None
         if isinstance(documents, str):
-            raise DataError(f"{asked.where}: nothing to learn after truncation", "too-large")
+            message = (
+                f"{request.where}: truncation to {self.limits.max_length} tokens leaves no response. Shorten the row."
+            )
+            raise DataError(message, "too-large")
         (tokens,) = documents
         self.n_truncated += tokens.counts.get("truncated", 0)
         columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}
         return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), token_features=columns)
 
 
-def load_judge(
+def load_scorer(
     source: str,
-    asked: list[ScoringRequest],
+    requests: list[ScoringRequest],
     device: str = "auto",
     chat_template: str = "auto",
     trust_remote_code: bool = False,
 ) -> SequenceScorer:
-    """A judge from a run directory (its final/ model, or best/), the folder of a model or adapter, or a hub name.
+    """Load a model with a sequence head.
 
-    `asked` is what it is for: conversations go through the chat template, and texts are read as they are.
-    Raises ConfigError.
+    Args:
+        source: A run directory (its final/, or best/), a folder with a model or an adapter, or the name of a Hub model.
+        requests: What it will score. Texts are tokenized without the chat template.
+        device: "auto", or a PyTorch device.
+        chat_template: "auto", the name of a template, or a path, as the option `chat_template`.
+        trust_remote_code: Run the code of the model's repository.
+
+    Raises:
+        ConfigError: The folder does not exist, or the model has no sequence head.
     """
     config = model_config(find_model(source), trust_remote_code)
-    outputs = trained_outputs(config)
-    if outputs is None:
-        raise ConfigError(
-            f"{source}: this model ends in a vocabulary and gives no scores; use `minitrain generate`.",
-            "unsupported-model",
-        )
+    labels = trained_outputs(config)
+    if labels is None:
+        message = f"{source}: the model returns text, not scores. Use `minitrain generate`."
+        raise ConfigError(message, "unsupported-model")
     tokenizer = load_tokenizer(config, scores=True)
-    texts = all(isinstance(one.record, ClassificationExample) for one in asked)
-    template = Template(tokenizer, "none" if texts else chat_template)
-    policy = make_policy(load_saved(config, tokenizer, device, outputs))
+    are_texts = all(isinstance(request.example, ClassificationExample) for request in requests)
+    template = Template(tokenizer, "none" if are_texts else chat_template)
+    policy = make_policy(load_saved(config, tokenizer, device, labels))
     return SequenceScorer(policy, template, policy.n_positions)
 
 
-def line(verdict: dict) -> str:
-    """A verdict as the console shows it."""
-    return "\t".join(f"{value:.4f}" if isinstance(value, float) else value for value in verdict.values())
+def format_prediction(prediction: dict) -> str:
+    """Return a prediction as a line of the console."""
+    return "\t".join(f"{value:.4f}" if isinstance(value, float) else value for value in prediction.values())
 
 
 def requests_from_args(arguments: Namespace) -> list[ScoringRequest]:
-    """What the command line names: texts, pairs of them, prompts with their answers, or a file of any of these.
+    """Return the texts, pairs of texts, or prompts with responses of a command line, or of its file.
 
-    Raises ConfigError or DataError.
+    Raises:
+        ConfigError: The arguments do not fit together.
+        DataError: The file cannot be read, or a row is invalid.
     """
     given = vars(arguments)
-    for half, whole in (("text_pair", "text"), ("response", "prompt")):
-        missing = half == "response" and given[whole] and not given[half]
-        if missing or (given[half] and len(given[half]) != len(given[whole] or [])):
-            counts = f"{len(given[half] or [])} for {len(given[whole] or [])} of --{whole}"
-            raise ConfigError(f"--{half.replace('_', '-')}: {counts}; give one for each", "usage")
+    for second, first in (("text_pair", "text"), ("response", "prompt")):
+        missing = second == "response" and given[first] and not given[second]
+        if missing or (given[second] and len(given[second]) != len(given[first] or [])):
+            counts = f"expected one per --{first} ({len(given[first] or [])}), got {len(given[second] or [])}"
+            raise ConfigError(f"--{second.replace('_', '-')}: {counts}. Set all of them.", "usage")
     columns = dict(pair.partition("=")[::2] for pair in arguments.columns)
     if not all(columns.values()):
-        raise ConfigError('--columns: expected NAME=COLUMN, for example text="#1 String"', "usage")
+        raise ConfigError('--columns: expected NAME=COLUMN. Write, for example, text="#1 String".', "usage")
     if arguments.input:
-        return _of_file(Path(arguments.input), columns)
+        return _requests_from_file(Path(arguments.input), columns)
     if columns:
-        raise ConfigError("--columns would be ignored: it needs --input", "no-effect")
+        raise ConfigError("--columns: has no effect without --input. Remove it.", "no-effect")
     if arguments.text:
-        halves = arguments.text_pair or [None] * len(arguments.text)
-        pairs = zip(arguments.text, halves, strict=True)
-        return [ScoringRequest("--text", {"text": text}, ClassificationExample(text, half, "")) for text, half in pairs]
+        seconds = arguments.text_pair or [None] * len(arguments.text)
+        pairs = zip(arguments.text, seconds, strict=True)
+        return [ScoringRequest("--text", {"text": a}, ClassificationExample(a, b, "")) for a, b in pairs]
     pairs = zip(arguments.prompt, arguments.response, strict=True)
-    return [
-        ScoringRequest("--prompt", {"prompt": p}, Conversation([user(p), assistant(answer)])) for p, answer in pairs
-    ]
+    return [ScoringRequest("--prompt", {"prompt": p}, Conversation([user(p), assistant(r)])) for p, r in pairs]
 
 
-def _of_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
-    """Rows of a file: texts or pairs by the keys of labelled rows, of which no label is needed, or conversations.
+def _requests_from_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
+    """Return the rows of a file: texts or pairs, which need no label, or conversations.
 
-    Raises DataError for a row that is neither, and for rows of both kinds.
+    Raises:
+        DataError: A row is neither, or the file has both.
     """
     check_is_file(path)
     if format_of(path) not in FORMATS:
-        raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file", "wrong-format")
-    dataset, asked = DatasetConfig(str(path), columns=columns), []
+        raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file. Convert it.", "wrong-format")
+    dataset, requests = DatasetConfig(str(path), columns=columns), []
     for line, row in read_rows(path):
         try:
             if isinstance(row, DataError):
                 raise row
-            asked.append(ScoringRequest(f"{path}:{line}", row, _record(row, dataset)))
+            requests.append(ScoringRequest(f"{path}:{line}", row, _example(row, dataset)))
         except DataError as error:
             raise error.at(f"{path}:{line}") from None
-        if type(asked[-1].record) is not type(asked[0].record):
+        if type(requests[-1].example) is not type(requests[0].example):
             raise DataError(
-                f"{path}:{line}: some rows are texts to label and others conversations; use two files", "invalid-row"
+                f"{path}:{line}: the file mixes texts to classify and conversations. Use one file for each.",
+                "invalid-row",
             )
-    if not asked:
-        raise DataError(f"{path}: holds no rows", "no-data")
-    return asked
+    if not requests:
+        raise DataError(f"{path}: has no rows. Add at least one.", "no-data")
+    return requests
 
 
-def _record(row: dict, dataset: DatasetConfig) -> Example:
-    named = {"label", *row, *dataset.columns}
-    if not any(named.issuperset(one.required) for one in row_formats_of("classification").values()):
+def _example(row: dict, dataset: DatasetConfig) -> Example:
+    keys = {"label", *row, *dataset.columns}
+    if not any(keys.issuperset(row_format.required) for row_format in row_formats_of("classification").values()):
         return to_example(row, dataset)
     return to_example(row | {"label": "unknown"}, dataset, "classification")

@@ -1,12 +1,11 @@
-"""What a teacher says of all data of a config, noted in a file: `minitrain cache-teacher`.
+"""Cache a teacher's top-k log-probabilities in a file: `minitrain cache-teacher`.
 
-The file is safetensors. For each data file, by the hash of its tokens, it holds of each of T tokens
+The file is in the safetensors format. For each data file of T tokens, with KEY the hash of its tokens, it has
 
-    KEY/teacher_ids      [T, k] int32, the k likeliest tokens in this one's place
+    KEY/teacher_ids      [T, k] int32, the k most likely tokens at each position
     KEY/teacher_logps    [T, k + 1] float32, their log-probabilities at the temperature, and that of all other tokens
 
-with zeros, which take no space on most disks, for tokens that are not learned. Its metadata holds the options that it
-was made with.
+Both are 0 for tokens that are not targets. On most disks, these zeros take no space. The metadata has the options.
 """
 
 import dataclasses
@@ -39,80 +38,85 @@ from minitrain.training.aux_models import Teacher, iter_batches_with_positions, 
 from minitrain.training.setup import make_loader
 
 
-def teach(config: Config, output: Path | None = None) -> Path:
-    """Writes the teacher's `loss.top_k` likeliest tokens for every supervised token; returns where.
+def cache_teacher_outputs(config: Config, output: Path | None = None) -> Path:
+    """Write the teacher's `loss.top_k` most likely tokens for every target, and return the file.
 
-    Without `output` that is beside the token cache, where it stays when it is there already. Raises ConfigError.
+    Args:
+        config: The full config, with the loss kd.
+        output: The file to write (default: next to the token cache, where an intact file is reused).
+
+    Raises:
+        ConfigError: An option does not fit, or the file cannot be written.
+        DataError: A data row cannot be used.
     """
     loss = create_loss(**config.loss)
-    _check(loss.requires, loss.options)
+    _check_options(loss.requires, loss.options)
     parallel = SingleDevice(pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
     if loss.options.top_k > count_ids(tokenizer):
-        raise ConfigError(
-            f"loss.top_k: is {loss.options.top_k}, and the tokenizer has {count_ids(tokenizer)} tokens.", "out-of-range"
+        message = (
+            f"loss.top_k: expected at most the tokenizer's {count_ids(tokenizer)} tokens, got {loss.options.top_k}."
         )
+        raise ConfigError(f"{message} Lower it.", "out-of-range")
     data = load_data(config, make_template(tokenizer, config, loss.example_type), loss.example_type)
-    found = [*data.train.caches, *(data.eval.caches if data.eval else [])]
-    caches = {cache.key: cache for cache in found}
-    chosen = teacher_config(loss, config)
-    made = {"temperature": loss.options.temperature, "top_k": loss.options.top_k, "n_tokens": count_ids(tokenizer)}
-    made |= {"teacher": loss.options.teacher, "teacher_dtype": chosen.policy_dtype}
+    caches = {cache.key: cache for cache in [*data.train.caches, *(data.eval.caches if data.eval else [])]}
+    teacher_model = teacher_config(loss, config)
+    options = {"temperature": loss.options.temperature, "top_k": loss.options.top_k, "n_tokens": count_ids(tokenizer)}
+    options |= {"teacher": loss.options.teacher, "teacher_dtype": teacher_model.policy_dtype}
     if output is None:
-        digest = hashlib.sha256(json.dumps([made, list(caches), model_fingerprint(chosen)]).encode()).hexdigest()[:32]
+        settings = [options, list(caches), model_fingerprint(teacher_model)]
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
         output = cache_folder(config) / f"{digest}-teacher.safetensors"
         if output.exists():
             if is_intact(output):
                 return output
-            tqdm.write(f"{output}: the teacher's outputs are damaged, and are computed again")
-    noted = made | {"teacher": stored_name(loss.options.teacher)}
+            tqdm.write(f"{output}: damaged teacher outputs. Computing them again. [damaged-file]")
     teacher = load_teacher(loss, config, tokenizer, parallel)
     loader = make_loader(data.train, config, tokenizer, teacher.policy)
-    metadata = {key: str(value) for key, value in noted.items()}
+    metadata = {key: str(value) for key, value in options.items()} | {"teacher": stored_name(loss.options.teacher)}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with new_file(output, None if config.quiet else tqdm.write) as file:
             with _Writer(file, caches.values(), metadata) as writer:
-                _ask(teacher, caches.values(), loader, loss.options, writer)
+                _write_outputs(teacher, caches.values(), loader, loss.options, writer)
             seal(file)
     except OSError as error:
         raise ConfigError(
-            f"{output} cannot be written: {error.strerror}. Name another place with --output.", write_error_code(error)
+            f"{output}: cannot be written: {error.strerror}. Set --output.", write_error_code(error)
         ) from None
     return output
 
 
-def _check(needs: frozenset[str], options) -> None:
+def _check_options(required: frozenset[str], options) -> None:
     if not isinstance(options, KDOptions):
-        raise ConfigError("loss.name: only kd has a teacher; set loss.name=kd.", "conflict")
-    if "teacher" not in needs:
+        raise ConfigError("loss.name: only kd has a teacher. Set loss.name=kd.", "conflict")
+    if "teacher" not in required:
         raise ConfigError(
-            "loss.teacher_outputs: names a file that is there; set it to null to make a new one.", "conflict"
+            "loss.teacher_outputs: conflicts with cache-teacher, which computes new outputs. Set it to null.",
+            "conflict",
         )
     if options.top_k is None:
-        raise ConfigError(
-            "loss.top_k: is missing; it says how many tokens are noted, for example loss.top_k=64.", "missing-option"
-        )
+        raise ConfigError("loss.top_k: is missing. Set it, for example to 64.", "missing-option")
     if world_size() > 1:
-        raise ConfigError("minitrain cache-teacher works on one device; start it without torchrun.", "conflict")
+        raise ConfigError("minitrain cache-teacher supports one process only. Start it without torchrun.", "conflict")
 
 
-def _ask(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions, writer: "_Writer") -> None:
-    """Each data file's supervised tokens, the longest examples first."""
+def _write_outputs(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions, writer: "_Writer") -> None:
+    """Write the outputs for the targets of each data file, the longest examples first."""
     total, quiet = sum(map(len, caches)), loader.config.quiet or None
     with tqdm(total=total, desc="teacher", unit=" examples", disable=quiet, leave=False) as bar:
         for cache in caches:
-            whole = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
-            for batch, places in iter_batches_with_positions(cache, whole):
-                states = teacher.target_hidden_states(batch.to(teacher.precision.device))
-                top = top_k_logprobs(*states, options.temperature, options.top_k)
-                writer.write(f"{cache.key}/{IDS}", places, top.ids.int())
-                writer.write(f"{cache.key}/{LOGPS}", places, top.logps)
+            file_loader = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
+            for batch, positions in iter_batches_with_positions(cache, file_loader):
+                hidden_states, lm_head = teacher.target_hidden_states(batch.to(teacher.precision.device))
+                top = top_k_logprobs(hidden_states, lm_head, options.temperature, options.top_k)
+                writer.write(f"{cache.key}/{IDS}", positions, top.ids.int())
+                writer.write(f"{cache.key}/{LOGPS}", positions, top.logps)
                 bar.update(batch.n_docs)
 
 
 class _Writer:
-    """A safetensors file whose rows are written in any order."""
+    """Writes the rows of a safetensors file in any order."""
 
     def __init__(self, path: Path, caches: list[TokenCache], metadata: dict[str, str]):
         k, tensors = int(metadata["top_k"]), {}
@@ -128,11 +132,11 @@ class _Writer:
     def __exit__(self, *error) -> None:
         self.file.close()
 
-    def write(self, name: str, places: torch.Tensor, rows: torch.Tensor) -> None:
-        """Row i [n, width] to row `places[i]` [n] of a tensor."""
-        where, numbers = places.numpy(), rows.cpu().numpy()
-        size = numbers.itemsize * numbers.shape[1]
-        for run in np.split(np.arange(len(where)), np.flatnonzero(np.diff(where) != 1) + 1):
+    def write(self, name: str, positions: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows [n, width] at the positions [n] of a tensor of the file."""
+        indices, values = positions.numpy(), rows.cpu().numpy()
+        row_size = values.itemsize * values.shape[1]
+        for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(indices) != 1) + 1):
             if len(run):
-                self.file.seek(self.starts[name] + int(where[run[0]]) * size)
-                self.file.write(numbers[run].tobytes())
+                self.file.seek(self.starts[name] + int(indices[run[0]]) * row_size)
+                self.file.write(values[run].tobytes())

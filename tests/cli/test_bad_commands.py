@@ -297,7 +297,7 @@ REFUSED = [  # about -> exit code
     ("--output: full/a.jsonl ", 2),
     ("--output: full/a.jsonl ", 2),
     ("full/merged: ", 1),
-    ("full/teacher ", 2),
+    ("full/teacher: ", 2),
     ("--output: full/plot.png ", 2),
 ]
 

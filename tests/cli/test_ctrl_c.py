@@ -144,7 +144,7 @@ SIGTERM_STAGES = [
     ("training.loading:build_aux_models", ["train", "c.yml"]),
     ("training.run_dir:RunDir.find_checkpoint", ["train", "c.yml"]),
     ("inference.generate:Generator._generate", GENERATE),
-    ("inference.teacher_cache:_ask", CACHE_TEACHER),
+    ("inference.teacher_cache:_write_outputs", CACHE_TEACHER),
 ]
 
 

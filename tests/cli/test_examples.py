@@ -19,7 +19,7 @@ from minitrain.config.sections import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import to_example
 from minitrain.data.template import make_template
-from minitrain.inference.raft_metrics import verdict
+from minitrain.inference.raft_metrics import grade_response
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import ROOT
 
@@ -132,7 +132,7 @@ def test_the_teacher_of_the_example_is_right():
     """Each response about documents has all sections and quotes the oracle, and no distractor is about the question."""
     for name in ("train", "test"):
         for row in map(json.loads, (ROOT / "example" / "data" / f"raft-{name}.jsonl").open()):
-            found = verdict(row, row["teacher_answer"])
+            found = grade_response(row, row["teacher_answer"])
             assert found["quotes"] == ["oracle"] and all(found.values()), row
             asked = row["teacher_answer"].partition(":")[0].removeprefix("What ")
             assert [d["type"] for d in row["documents"] if d["text"].startswith(f"{asked} ")] == ["oracle"]

@@ -8,7 +8,7 @@ from minitrain.cli.main import main
 from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
 from minitrain.inference.generate import Generator, Sampling
-from minitrain.inference.score import ScoringRequest, load_judge
+from minitrain.inference.score import ScoringRequest, load_scorer
 from minitrain.model.positions import batches_by_length
 from minitrain.model.sequence_head import name_outputs
 from minitrain.model.tiny import tiny_tokenizer
@@ -116,10 +116,10 @@ def test_scores_of_long_texts(kind, tmp_path, capsys):
     asked = [
         ScoringRequest("--text", {}, ClassificationExample("ab" * (n // 2), None, "")) for n in (8, 20, 40, 40, 60)
     ]
-    judge = load_judge(str(tmp_path / "m"), asked, "cpu")
+    judge = load_scorer(str(tmp_path / "m"), asked, "cpu")
     found = judge.scores(asked)
     for i, one in enumerate(asked):
-        ids = torch.tensor([tokenizer(one.record.text)["input_ids"]])
+        ids = torch.tensor([tokenizer(one.example.text)["input_ids"]])
         with torch.no_grad():
             expected = model(input_ids=ids).logits[0]
         torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)

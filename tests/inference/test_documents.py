@@ -1,4 +1,4 @@
-"""`minitrain generate` about documents: prompts as in training, verdicts in the rows, the table of sections."""
+"""`minitrain generate` about documents: prompts as in training, grades in the rows, the table of sections."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from minitrain.cli.main import main
 from minitrain.inference import generate as generation
-from minitrain.inference.raft_metrics import LINES, verdict
+from minitrain.inference.raft_metrics import TABLE_METRICS, grade_response
 from tests.messages import reports
 
 TEACHER = "So ##begin_quote##Oslo is big.##end_quote##\n<ANSWER>: Oslo"
@@ -71,17 +71,17 @@ def test_the_template_of_training(ask):
     assert ask("--prompt", "{prompt}", "--prompt-template", "{prompt}!")[3] == [user("{prompt}!")]
 
 
-def test_verdicts_and_table(ask):
-    """A file of answers has the verdict in each row; the table counts rows with a teacher's answer only."""
+def test_grades_and_table(ask):
+    """A file of answers has the grade in each row; the table counts rows with a teacher's answer only."""
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"prompt": "a"}]))
     ask.answer = "So ##begin_quote##Oslo is old.##end_quote## <ANSWER>: the Oslo"
     code, out, err, _ = ask("--input", "rows.jsonl", "--output", "out.jsonl")
     lines = out.splitlines()
     assert code == 0 and err == "" and lines[0] == "5 responses saved to out.jsonl"
-    assert lines[1].split() == ["of", "4", "answers", "model", "teacher"] and len(lines) == 2 + len(LINES)
+    assert lines[1].split() == ["of", "4", "answers", "model", "teacher"] and len(lines) == 2 + len(TABLE_METRICS)
     assert lines[-4].split()[-2:] == ["100.0%", "0.0%"] and lines[-4].startswith("a quote from nowhere")
     *rows, plain = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    assert all(row["sections"] == verdict(row, ask.answer) for row in rows) and "sections" not in plain
+    assert all(row["sections"] == grade_response(row, ask.answer) for row in rows) and "sections" not in plain
     assert rows[0]["sections"]["quotes"] == ["nowhere"] and rows[0]["sections"]["exact_match"]
 
 

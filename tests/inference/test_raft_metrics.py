@@ -6,7 +6,15 @@ import pytest
 
 from minitrain.data.files import read_rows
 from minitrain.data.formats_raft import Documents
-from minitrain.inference.raft_metrics import check, exact_match, sections, source, table, token_f1, verdict
+from minitrain.inference.raft_metrics import (
+    exact_match,
+    find_quote_source,
+    format_table,
+    grade,
+    grade_response,
+    parse_sections,
+    token_f1,
+)
 
 SOUND = "I look it up. ##begin_quote##Oslo is big.##end_quote## So:\n<ANSWER>: Oslo"
 DOCUMENTS = Documents(["Oslo is big. Bergen rains."], ["Rome is old."], [])
@@ -35,7 +43,7 @@ DOCUMENTS = Documents(["Oslo is big. Bergen rains."], ["Rome is old."], [])
 )
 def test_sections(text, reasoning, quotes, closed, final):
     """Every part of sound and of malformed answers; with more than one final answer there is none."""
-    found = sections(text)
+    found = parse_sections(text)
     assert (found.reasoning, found.quotes, found.closed, found.final) == (reasoning, quotes, closed, final)
 
 
@@ -55,14 +63,14 @@ def test_sections(text, reasoning, quotes, closed, final):
 )
 def test_where_a_quote_is_from(quote, expected):
     """Word for word, quotation marks, white space and the last full stop aside; an empty quote is from nowhere."""
-    assert source(quote, DOCUMENTS) == expected
+    assert find_quote_source(quote, DOCUMENTS) == expected
 
 
 def test_documents_that_differ_in_nothing_that_counts():
     """The oracle comes first where both hold it, a broken line of a PDF is none, and unsorted documents are named."""
-    assert source("Rome", Documents(["Rome"], ["Rome"], [])) == "oracle"
-    assert source("“it improves”", Documents([], ['"it im\u00ad\nproves"'], [])) == "distractor"
-    assert source("Rome", Documents([], [], ["Oslo", "Rome"])) == "document"
+    assert find_quote_source("Rome", Documents(["Rome"], ["Rome"], [])) == "oracle"
+    assert find_quote_source("“it improves”", Documents([], ['"it im\u00ad\nproves"'], [])) == "distractor"
+    assert find_quote_source("Rome", Documents([], [], ["Oslo", "Rome"])) == "document"
 
 
 @pytest.mark.parametrize(
@@ -86,31 +94,33 @@ def test_squad(given, wanted, exact, f1):
     assert exact_match(given, wanted) is exact and token_f1(given, wanted) == pytest.approx(f1)
 
 
-def test_verdicts():
+def test_grades():
     """A sound answer, one from a distractor, one without a section; a teacher without sections is compared whole."""
     right = {"reasoning": True, "quotes": ["oracle"], "quotes_closed": True, "final_answer": True}
-    assert check(SOUND, DOCUMENTS, SOUND) == right | {"exact_match": True, "f1": 1.0}
+    assert grade(SOUND, DOCUMENTS, SOUND) == right | {"exact_match": True, "f1": 1.0}
     wrong = "So ##begin_quote##Rome is old##end_quote## ##begin_quote##x##end_quote##\n<ANSWER>: Rome"
     expected = right | {"quotes": ["distractor", "nowhere"], "exact_match": False, "f1": 0.0}
-    assert check(wrong, DOCUMENTS, SOUND) == expected
+    assert grade(wrong, DOCUMENTS, SOUND) == expected
     bare = {"reasoning": True, "quotes": [], "quotes_closed": True, "final_answer": False}
-    assert check("Oslo", DOCUMENTS, SOUND) == bare | {"exact_match": False, "f1": 0.0}
-    assert check("Oslo", DOCUMENTS, "oslo") == bare | {"exact_match": True, "f1": 1.0}
-    assert check(".", DOCUMENTS, SOUND)["reasoning"] is False
+    assert grade("Oslo", DOCUMENTS, SOUND) == bare | {"exact_match": False, "f1": 0.0}
+    assert grade("Oslo", DOCUMENTS, "oslo") == bare | {"exact_match": True, "f1": 1.0}
+    assert grade(".", DOCUMENTS, SOUND)["reasoning"] is False
 
 
 def test_rows_without_documents_or_a_teacher():
-    """They have no verdict."""
+    """They have no grade."""
     row = {"question": "Which?", "documents": ["Oslo is big."]}
-    assert verdict(row, SOUND) is None and verdict({"question": "Which?", "answer": "Oslo"}, SOUND) is None
-    assert verdict(row | {"answer": "Oslo"}, SOUND)["quotes"] == ["document"]
+    assert (
+        grade_response(row, SOUND) is None and grade_response({"question": "Which?", "answer": "Oslo"}, SOUND) is None
+    )
+    assert grade_response(row | {"answer": "Oslo"}, SOUND)["quotes"] == ["document"]
 
 
 def test_table():
     """Shares of the rows, of the model's answers and of the teacher's."""
     row = {"question": "Which?", "oracle_context": "Oslo is big.", "distractors": ["Rome is old."], "answer": SOUND}
     others = ["", "So ##begin_quote##Rome is old##end_quote## <ANSWER>: Oslo fjord", "So ##begin_quote##Oslo"]
-    lines = table([row | {"sections": verdict(row, text)} for text in [SOUND, *others]]).splitlines()
+    lines = format_table([row | {"sections": grade_response(row, text)} for text in [SOUND, *others]]).splitlines()
     assert lines[0].split() == ["of", "4", "answers", "model", "teacher"]
     told = {line.rstrip("%0123456789. ").strip(): line.split()[-2:] for line in lines[1:]}
     assert told == {
@@ -121,7 +131,7 @@ def test_table():
         "a quote from a distractor": ["25.0%", "0.0%"],
         "a quote from nowhere": ["0.0%", "0.0%"],
         "one final answer": ["50.0%", "100.0%"],
-        "it is the teacher's": ["25.0%", "100.0%"],
+        "equal to the teacher's": ["25.0%", "100.0%"],
         "token F1 with the teacher's": ["41.7%", "100.0%"],
     }
     assert len({len(line) for line in lines}) == 1
@@ -130,7 +140,7 @@ def test_table():
 def test_real_teachers(shared):
     """RAFT's authors: all answers have reasoning and one final answer, 12 of 20 quote, 10 of these word for word."""
     rows = [row for _, row in read_rows(shared("data/raft") / "en_test.jsonl")]
-    found = [verdict(row, row["cot_answer"]) for row in rows]
+    found = [grade_response(row, row["cot_answer"]) for row in rows]
     assert all(
         one["reasoning"] and one["final_answer"] and one["quotes_closed"] and one["exact_match"] for one in found
     )

@@ -80,7 +80,7 @@ def test_damaged_outputs_are_not_trained_on(teach, capsys):
         file.write_bytes(content[:-4000] + bytes(4000))
     code = main(["train", "c.yml", "--overrides", "loss.teacher_outputs=t.safetensors", "loss.teacher=null"])
     assert code == 2 and reports(capsys.readouterr().err, "damaged-file", "t.safetensors")
-    assert "are damaged, and are computed again" in teach()[1] and kept.read_bytes() == whole
+    assert reports(teach()[1], "damaged-file", str(kept)) and kept.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_is_removed(teach):
     """A kill -9 leaves a folder beside --output; the next run removes it and says so."""
     Path("out").mkdir()
     code = "import os; from minitrain.cli import main as cli; from minitrain.inference import teacher_cache; "
-    code += "teacher_cache._ask = lambda *_: os._exit(9); "
+    code += "teacher_cache._write_outputs = lambda *_: os._exit(9); "
     code += "cli.main(['teach', 'c.yml', '--output', 'out/t.safetensors', '--overrides', 'device=cpu'])"
     assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE).returncode == 9
     (left,) = Path("out").iterdir()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from minitrain import ConfigError, create_loss
 from minitrain.batch import Distillation, PolicyOutput, TopKLogprobs
-from minitrain.inference.teacher_cache import teach
+from minitrain.inference.teacher_cache import cache_teacher_outputs
 from minitrain.losses import Models
 from minitrain.losses.kd import DIVERGENCES, forward_kl, jsd
 from minitrain.model.kd_divergence import divergences, top_k_logprobs
@@ -442,11 +442,13 @@ def test_another_tokenizer_is_refused(make_trainer, tmp_path):
 
 @pytest.fixture
 def outputs(make_trainer, teacher_folder, tmp_path):
-    """``outputs("loss.top_k=5")``: the options, and the file that `teach` makes with them."""
+    """``outputs("loss.top_k=5")``: the options, and the file that `cache_teacher_outputs` makes with them."""
 
     def make(*more: str):
         options = kd(teacher_folder, "validation_split=8", "loss.temperature=2", *more)
-        return options, teach(make_trainer(*options, "exp_name=unused").config, tmp_path / "t.safetensors")
+        return options, cache_teacher_outputs(
+            make_trainer(*options, "exp_name=unused").config, tmp_path / "t.safetensors"
+        )
 
     return make
 
@@ -506,5 +508,5 @@ def test_a_disk_that_is_full_leaves_no_file(make_trainer, teacher_folder, tmp_pa
     config = make_trainer(*kd(teacher_folder, "loss.top_k=5")).config
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        teach(config, tmp_path / "out" / "t.safetensors")
+        cache_teacher_outputs(config, tmp_path / "out" / "t.safetensors")
     assert not list((tmp_path / "out").iterdir())
