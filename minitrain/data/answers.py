@@ -97,16 +97,15 @@ def _marked(rendering: Rendering, messages: Messages, ends: Ends) -> Answered | 
         return None
     closed = []
     for start, stop in spans:
+        n = len(rendering.header)  # which inference writes, also if the template marks its end
+        header = text.find(rendering.header, max(0, start - n), start + n) if n else -1
+        start = header + n if header >= 0 else start
         token = ends.end.search(text, start, stop) or ends.start.match(text, stop)
         closed.append((start, token.end() if token else stop))
     text = text[: closed[-1][1]]
     if not ends.end.search(text):
         text += ends.eos_token
         closed[-1] = (closed[-1][0], len(text))
-    if messages[:-1]:  # some mark the header of a turn, too, which inference writes
-        prompt = rendering.prompt(messages[:-1])
-        if text.startswith(prompt) and closed[-1][0] < len(prompt) < closed[-1][1]:
-            closed[-1] = (len(prompt), closed[-1][1])
     return Answered(text, [Answer(*span, turn) for span, turn in zip(closed, turns, strict=True)])
 
 

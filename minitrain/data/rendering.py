@@ -36,6 +36,7 @@ class Rendering(NamedTuple):
     text: Callable[[Messages], str]
     prompt: Callable[[Messages], str]  # opened for an answer
     marked: Callable[[Messages], tuple[str, list[Span]]]  # with the spans in {% generation %}
+    header: str  # what opens a response at inference
 
 
 class ChatRenderer:
@@ -59,7 +60,7 @@ class ChatRenderer:
         def marked(messages: Messages) -> tuple[str, list[Span]]:
             return render_marked(self.source, self.adapt(messages), add_generation_prompt=False, **variables)
 
-        return Rendering(text, functools.partial(text, prompt=True), marked)
+        return Rendering(text, functools.partial(text, prompt=True), marked, self.header)
 
     def adapt(self, messages: Messages) -> Messages:
         """Return messages in the form that the template reads."""
@@ -96,6 +97,18 @@ class ChatRenderer:
         return (key for message in messages for key in message if key not in known)
 
     # ------------------------------------------------------------------------------------------ what a template reads
+
+    @functools.cached_property
+    def header(self) -> str:
+        """What `add_generation_prompt` adds to a conversation; empty if that is not added at its end."""
+        try:
+            text, prompt = (
+                render(self.source, [user("a")], add_generation_prompt=prompt, **self.variables)
+                for prompt in (False, True)
+            )
+        except jinja2.TemplateError:
+            return ""
+        return prompt.removeprefix(text) if prompt.startswith(text) else ""
 
     @functools.cached_property
     def reasoning_key(self) -> str | None:

@@ -66,12 +66,12 @@ class TextEncoder:
         Some tokenizers put a space before a text or after a special token, others strip one there. So the piece is
         tokenized after an anchor, whose ids are removed.
         """
-        return self._encode_after(text, before)[0]
+        return self._encode_after(text, before, with_starts=False)[0]
 
-    def _encode_after(self, text: str, before: str) -> tuple[list[int], list[int]]:
-        """Return ids, and the character at which each begins in `text`."""
+    def _encode_after(self, text: str, before: str, with_starts: bool) -> tuple[list[int], list[int]]:
+        """Return ids and, with `with_starts`, which takes time, the character at which each begins in `text`."""
         if LITERAL in text:
-            return self._encode_literals(text, before)
+            return self._encode_literals(text, before, with_starts)
         if not text:
             return [], []
         end = self.ends.end.search(before)
@@ -83,14 +83,15 @@ class TextEncoder:
             n = len(anchor_ids)
             if ids[:n] != anchor_ids:
                 encoding, anchor, n = self._checked_encoding(text), "", 0
-        return encoding.ids[n:], [start - len(anchor) for start, _ in encoding.offsets[n:]]
+        starts = [start - len(anchor) for start, _ in encoding.offsets[n:]] if with_starts else []
+        return encoding.ids[n:], starts
 
-    def _encode_literals(self, text: str, before: str) -> tuple[list[int], list[int]]:
+    def _encode_literals(self, text: str, before: str, with_starts: bool) -> tuple[list[int], list[int]]:
         """Encode a text with special tokens that are ordinary text."""
         ids, starts, position = [], [], 0
         for match in [*self._literal.finditer(text), None]:
             stop = match.start() if match else len(text)
-            part, offsets = self._encode_after(text[position:stop], before)
+            part, offsets = self._encode_after(text[position:stop], before, with_starts)
             ids, starts = ids + part, starts + [position + offset for offset in offsets]
             if match:
                 token = match[0].replace(LITERAL, "")
@@ -143,10 +144,12 @@ class TextEncoder:
         """Return the document that pieces make, with one BOS where the tokenizer uses one."""
         ids, weights, before = [], [], ""
         for piece in pieces:
-            part, starts = self._encode_after(piece.text, before)
-            ids += part
             first, last = piece.untrained
-            weights += [0.0 if first <= start < last else piece.weight for start in starts]
+            part, starts = self._encode_after(piece.text, before, with_starts=last > 0)
+            ids += part
+            weights += [0.0 if first <= start < last else piece.weight for start in starts] or [piece.weight] * len(
+                part
+            )
             before = piece.text or before
         if not ids:
             raise DataError("the tokenizer makes no token of the text", "invalid-text")
