@@ -75,7 +75,9 @@ class Config:
         "the path of a .jinja file.",
     )
     chat_template_kwargs: dict[str, Any] = option(
-        {}, "Arguments of the chat template, e.g. {enable_thinking: false}; those of a row override them."
+        {},
+        "Arguments of the chat template, e.g. {enable_thinking: false}; those of a row override them. The saved "
+        "model's template has them as defaults.",
     )
     train_on: str = option(
         "all_turns",

@@ -109,7 +109,8 @@ class Encoder:
             counts: dict[str, int] = {}
             for document in documents:
                 counts |= {key: max(n, counts.get(key, 0)) for key, n in document.counts.items()}
-            counts |= {f"{UNREAD_ROW}{key}": 1 for key in example.unread}
+            unread = [*example.unread, *self.template.renderer.unread_variables(example.variables)]
+            counts |= {f"{UNREAD_ROW}{key}": 1 for key in unread}
             if counts:
                 chunk.counts.append((len(chunk.examples), counts))
             chunk.examples.append([_as_arrays(document) for document in documents])
@@ -129,7 +130,6 @@ class Encoder:
             "row_formats": format_sources(self.kind, self.dataset.type),
             **self.limits._asdict(),
             **self.template.targets._asdict(),
-            "chat_template_kwargs": self.template.variables,
             "tools": tools_of(self.dataset),  # not only the path of their file
             "chat_template": tokenizer.chat_template,
             "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},

@@ -15,12 +15,45 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from minitrain.config.suggest import suggest
+from minitrain.errors import ConfigError
+
 from .messages import REASONING_KEYS, Message, Messages, parse_tools, user
 from .sandbox import Span, render, render_marked
 
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
 _ABSENT = object()
 _SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
 _PROBE_CALL = {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}
+
+
+def set_defaults(source: str, variables: Mapping[str, Any]) -> str:
+    """Return a chat template with default values of its variables, which it has wherever it is used.
+
+    Raises:
+        ConfigError: The template does not read a variable, or the variable or its value cannot have a default.
+    """
+    check_variables(source, variables)
+    lines = "".join(f"{{% set {name} = {name} | default({value!r}) %}}\n" for name, value in variables.items())
+    return source if source.startswith(lines) else lines + source
+
+
+def check_variables(source: str, variables: Mapping[str, Any]) -> None:
+    """Raise ConfigError for arguments of a chat template that it does not read, or that are not plain values."""
+    words = set(re.findall(r"\w+", source))
+    for name, value in variables.items():
+        where = f"chat_template_kwargs.{name}"
+        if name in RESERVED:
+            raise ConfigError(f"{where}: is not an argument of a template. Remove it.", "unknown-option")
+        if name not in words:
+            advice = suggest(name, words) or " Remove it."
+            raise ConfigError(f"{where}: has no effect, the chat template does not read it.{advice}", "no-effect")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{where}: expected a value as in JSON, got {value!r}. Write one.", "wrong-type"
+            ) from None
 
 
 class CallForm(NamedTuple):
@@ -90,6 +123,11 @@ class ChatRenderer:
         if _SHORT_ID.fullmatch(call_id) or not self.needs_short_ids:
             return call_id
         return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    def unread_variables(self, variables: Mapping[str, Any]) -> list[str]:
+        """Return the names of variables of a row that the template does not read; tools are looked for in its text."""
+        names = {name: f"chat_template_kwargs.{name}" for name in variables} | {"documents": "documents"}
+        return [names[name] for name in variables if name not in self.words and name != "tools"]
 
     def unread_keys(self, messages: Messages) -> Iterable[str]:
         """Yield the keys of messages that neither the template nor minitrain reads, each as often as it occurs."""

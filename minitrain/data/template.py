@@ -21,7 +21,7 @@ from .answers import Answer, find_answers, find_earlier
 from .examples import Conversation, PlainText
 from .messages import Messages, assistant, is_trained_on, leaves, split_reasoning, user
 from .needles import missing_context, missing_fields
-from .rendering import ChatRenderer
+from .rendering import ChatRenderer, set_defaults
 from .sandbox import UnboundedTemplate
 from .text_encoder import Piece, TextEncoder, Tokens, check_texts
 
@@ -95,11 +95,11 @@ class Template:
         Args:
             chat_template: auto, chatml, none, or the path of a Jinja file.
             train_on, train_on_reasoning, on_missing, split_special_tokens: See the options of a config.
-            variables: What the template is given besides messages and special tokens, such as enable_thinking.
+            variables: Default values of the template's own variables, such as enable_thinking. They become a part of
+                the template, so that a saved model has the prompts of its training.
         """
         self.tokenizer = tokenizer
         self.targets = Targets(train_on, train_on_reasoning, on_missing, split_special_tokens)
-        self.variables = dict(variables or {})
         if chat_template == "chatml" or (chat_template == "auto" and not tokenizer.chat_template):
             added = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
             tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
@@ -112,8 +112,11 @@ class Template:
             raise ConfigError(
                 "chat_template: the tokenizer has several templates. Name a .jinja file.", "invalid-template"
             )
-        self.renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map | self.variables)
+        self.renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
         self._try_out()
+        if variables:
+            tokenizer.chat_template = set_defaults(tokenizer.chat_template, variables)
+            self.renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
         self.encoder = TextEncoder(tokenizer)
         self.ends = self.encoder.ends

@@ -52,7 +52,7 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
         )
         issues.add("loss.reference", "conflict", message)
     _check_teacher(config.loss, "teacher" in loss.requires, issues)
-    for key in ("chat_template", "train_on", "max_prompt_length"):
+    for key in ("chat_template", "chat_template_kwargs", "train_on", "max_prompt_length"):
         if loss.example_type == "classification" and key in given:
             issues.add(key, "no-effect", f"would be ignored: {name} reads texts as they are.", "loss.name")
     if loss.example_type != "rollout" and config.mask_truncated:
