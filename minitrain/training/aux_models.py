@@ -1,9 +1,8 @@
-"""The models that a loss looks at besides the policy: a reference and a teacher.
+"""Build the frozen models of a loss: the reference model and the teacher model.
 
-The reference is the policy at the start of training. It is a copy of the trainable parameters
-(`InitialPolicySnapshot`), a model of its own (`FrozenModel`), or a file of log-probabilities (`PrecomputedRefLogps`).
-All are called like the policy and return `PolicyOutput` without gradients. A `Teacher` is another model over the same
-tokens.
+The reference is the policy at the start of training: a snapshot of the trainable parameters (`InitialPolicySnapshot`),
+a second model (`FrozenModel`), or a file of log-probabilities (`PrecomputedRefLogps`). All are called like the policy
+and return a `PolicyOutput` without gradients. A `Teacher` is another model with the same tokenizer.
 """
 
 import contextlib
@@ -44,15 +43,15 @@ from minitrain.model.vocabulary import count_ids
 from .setup import check_lengths
 from .step import Precision, inference
 
-Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # as `build_frozen` is
-REF_LOGPS = "ref_logps"  # the column of precomputed log-probabilities
+Load = Callable[[ModelConfig, Any, torch.dtype, bool, torch.dtype], Policy]  # the signature of `build_frozen`
+REF_LOGPS = "ref_logps"  # token feature with precomputed log-probabilities
 
 
 class InitialPolicySnapshot:
-    """A copy of what is trained, as it is when this is made; of a sharded policy, each rank's own rows.
+    """A copy of the trainable parameters at the start; of a sharded policy, of this rank's shards.
 
-    With an adapter that is a copy of the adapter. A new LoRA adds nothing at first, so this is the base model; one that
-    was loaded to go on with is the reference as it was loaded, and not the base with the adapter off (trl#1193).
+    With an adapter, only the adapter is copied. A new LoRA adapter changes nothing, so the reference is the base model.
+    If a trained adapter is loaded, the reference includes it, unlike the base model with the adapter off (trl#1193).
     """
 
     def __init__(self, policy: nn.Module, parallel: SingleDevice):
@@ -60,53 +59,60 @@ class InitialPolicySnapshot:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.pairs = [(local_shard(p)[0].detach(), local_shard(p)[0].detach().clone()) for p in trained]
 
-    def __call__(self, batch: Batch, **asked) -> PolicyOutput:
+    def __call__(self, batch: Batch, **options) -> PolicyOutput:
         with self.restored(), inference(self.policy):
-            return self.policy(batch, **asked)
+            return self.policy(batch, **options)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the policy is what it was; after it, what it is."""
-        now = [rows.clone() for rows, _ in self.pairs]
-        self._put(value for _, value in self.pairs)
+        """Give the policy its initial parameters inside the context."""
+        current = [shard.clone() for shard, _ in self.pairs]
+        self._copy_to_policy(initial for _, initial in self.pairs)
         try:
             yield
         finally:
-            self._put(now)
+            self._copy_to_policy(current)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What it keeps."""
-        return [value for _, value in self.pairs]
+        """Return the tensors in memory."""
+        return [initial for _, initial in self.pairs]
 
-    def _put(self, values) -> None:
-        for (rows, _), value in zip(self.pairs, values, strict=True):
-            rows.data.copy_(value)
+    def _copy_to_policy(self, values) -> None:
+        for (shard, _), value in zip(self.pairs, values, strict=True):
+            shard.data.copy_(value)
         self.parallel.reshard(self.policy)
 
 
 class FrozenModel:
-    """Another model, sharded as the policy is, that computes in a dtype of its own."""
+    """A frozen model, sharded like the policy, with its own dtype."""
 
     def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype):
         self.policy = parallel.wrap(policy, find_blocks(policy.model.base_model), dtype)
         self.precision = Precision(dtype, parallel.device)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What it keeps."""
+        """Return the tensors in memory."""
         return [*self.policy.parameters(), *self.policy.buffers()]
 
-    def __call__(self, batch: Batch, **asked) -> PolicyOutput:
+    def __call__(self, batch: Batch, **options) -> PolicyOutput:
         with torch.no_grad(), self.precision.autocast():
-            return self.policy(batch, **asked)
+            return self.policy(batch, **options)
 
 
 class Teacher(FrozenModel):
-    """Another model over the same tokens."""
+    """A frozen model with the same tokenizer."""
 
     def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype, n_tokens: int, packing: bool):
-        """`n_tokens` are the tokenizer's; rows of the output layer beyond them are padding, which nobody learns from.
+        """
+        Args:
+            policy: The teacher's policy.
+            parallel: The ranks.
+            dtype: The dtype it computes in.
+            n_tokens: Size of the tokenizer. Further rows of the LM head are padding and are ignored.
+            packing: As the option.
 
-        Raises ConfigError for an architecture that minitrain would misread.
+        Raises:
+            ConfigError: The architecture is not supported.
         """
         super().__init__(policy, parallel, dtype)
         self.n_tokens = n_tokens
@@ -115,20 +121,20 @@ class Teacher(FrozenModel):
         parallel.reshard(self.policy)
 
     def target_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
-        """What its distributions at the supervised tokens are made of: hidden states [N, H], and the output layer."""
+        """Return the hidden states that predict the targets, shape [N, H], and the LM head."""
         with torch.no_grad(), self.precision.autocast():
-            hidden, layer = self.policy.target_hidden_states(batch)
-        return hidden, layer.first(self.n_tokens)
+            hidden_states, lm_head = self.policy.target_hidden_states(batch)
+        return hidden_states, lm_head.first(self.n_tokens)
 
 
 class PrecomputedRefLogps:
-    """Log-probabilities that the policy gave before training, kept beside the token cache."""
+    """Log-probabilities of the initial policy, stored with the tokens."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """What it keeps: a batch brings its own."""
+        """Return no tensors: each batch has its log-probabilities."""
         return []
 
-    def __call__(self, batch: Batch, **asked) -> PolicyOutput:
+    def __call__(self, batch: Batch, **options) -> PolicyOutput:
         return PolicyOutput(batch.target_feature(REF_LOGPS), batch.target_docs, batch.n_docs)
 
 
@@ -142,9 +148,20 @@ def build_aux_models(
     loaders: list[MicrobatchLoader],
     load: Load | None = None,
 ) -> Models:
-    """Return the policy with the models that a loss requires besides it. Raises ConfigError.
+    """Return the policy with the reference and teacher models that a loss requires.
 
-    `load` makes those with weights of their own; `build_frozen` when left out.
+    Args:
+        loss: The loss.
+        config: The full config.
+        policy: The policy, on its devices.
+        tokenizer: Its tokenizer.
+        parallel: The ranks.
+        precision: The dtype in which the policy computes.
+        loaders: The loaders of the training and evaluation data.
+        load: Builds a frozen model (default: `build_frozen`).
+
+    Raises:
+        ConfigError: A model does not fit the policy or its tokenizer.
     """
     teacher, reference, load = None, None, load or build_frozen
     if "teacher" in loss.requires:
@@ -167,7 +184,7 @@ def _build_reference(
     load: Load,
 ) -> InitialPolicySnapshot | PrecomputedRefLogps | FrozenModel:
     caches = list({id(cache): cache for loader in loaders for cache in loader.examples.caches}.values())
-    if all(REF_LOGPS in cache.token_features for cache in caches):  # the rows have them
+    if all(REF_LOGPS in cache.token_features for cache in caches):  # from the data rows
         return PrecomputedRefLogps()
     kind = reference_kind(loss, config)
     if kind == "adapter":
@@ -178,35 +195,35 @@ def _build_reference(
                 cache, loss, policy, config, parallel, precision, loaders[0]
             )
         return PrecomputedRefLogps()
-    reference = _own_model(config, policy, tokenizer, parallel, precision, load)
+    reference = _load_reference(config, policy, tokenizer, parallel, precision, load)
     _check_reference_matches_policy(policy, reference, loaders[0], parallel, precision)
     return reference
 
 
 def reference_kind(loss: Loss, config: Config) -> str:
-    """How a loss that needs a reference gets it: model, adapter or precomputed."""
+    """Return the kind of reference that a loss uses: model, adapter or precomputed."""
     kind = loss.options.reference
     return kind if kind != "auto" else "adapter" if has_adapter(config) else "model"
 
 
 def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = build_frozen) -> Teacher:
-    """The teacher that the options of a loss name. Raises ConfigError for one with another tokenizer."""
+    """Load the teacher of a loss. Raises ConfigError if its tokenizer differs."""
     if loss.options.teacher is None:
-        raise ConfigError("loss.teacher: is missing; name the folder or the hub name of a model.", "missing-option")
-    chosen = teacher_config(loss, config)
+        raise ConfigError("loss.teacher: is missing. Set it to a folder or a Hub model.", "missing-option")
+    teacher = teacher_config(loss, config)
     with parallel.local_rank0_first():
-        policy = build_teacher(chosen, tokenizer, config.packing, load)
-    return Teacher(policy, parallel, DTYPES[chosen.policy_dtype], count_ids(tokenizer), config.packing)
+        policy = build_teacher(teacher, tokenizer, config.packing, load)
+    return Teacher(policy, parallel, DTYPES[teacher.policy_dtype], count_ids(tokenizer), config.packing)
 
 
 def build_teacher(teacher: ModelConfig, tokenizer, packing: bool, load: Load = build_frozen) -> Policy:
-    """Build the policy of a teacher. Raises ConfigError for one with another tokenizer."""
+    """Build the policy of a teacher. Raises ConfigError if its tokenizer differs."""
     check_teacher_tokenizer(teacher, tokenizer)
     return load(teacher, tokenizer, DTYPES[teacher.policy_dtype], packing, torch.float32)
 
 
 def teacher_config(loss: Loss, config: Config) -> ModelConfig:
-    """Which model the teacher is. Revision, archive and adapter of `model` are the policy's own."""
+    """Return the model options of the teacher. It does not inherit the policy's revision, archive and adapter."""
     return ModelConfig(
         loss.options.teacher,
         policy_dtype=loss.options.teacher_dtype or config.model.policy_dtype,
@@ -215,44 +232,44 @@ def teacher_config(loss: Loss, config: Config) -> ModelConfig:
     )
 
 
-def check_teacher_tokenizer(teacher: ModelConfig, ours) -> None:
-    """Raise ConfigError when an id does not stand for the same token in the teacher's tokenizer and in ours."""
-    theirs, name = load_tokenizer(teacher), teacher.name_or_path
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if differing := sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token)):
+def check_teacher_tokenizer(teacher: ModelConfig, tokenizer) -> None:
+    """Raise ConfigError if the teacher's tokenizer has other tokens or ids than the policy's."""
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
+    if differing := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
         token = differing[0]
         raise ConfigError(
-            f"loss.teacher: {name} has another tokenizer: {len(differing)} tokens differ, {token!r} for one is number "
-            f"{mine.get(token)} in the model's tokenizer and {other.get(token)} in the teacher's, so that their "
-            "distributions cannot be compared. Choose a teacher of the model's family.",
+            f"loss.teacher: {teacher.name_or_path} has another tokenizer: {len(differing)} tokens differ. For example, "
+            f"{token!r} has the id {ours.get(token)} in the model's and {theirs.get(token)} in the teacher's. Choose a "
+            "teacher with the model's tokenizer.",
             "mismatch",
         )
 
 
-def _own_model(
+def _load_reference(
     config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision, load: Load
 ) -> FrozenModel:
     dtype = DTYPES[config.model.reference_dtype or config.model.policy_dtype]
     residual = policy.model.get_input_embeddings().weight.dtype
     with parallel.local_rank0_first():
         frozen = load(config.model, tokenizer, dtype, config.packing, residual)
-    # As the policy does; but weights in less than float32 have to meet their like.
+    # Compute like the policy, except that weights in 16 bits need inputs of their dtype.
     return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)
 
 
 def _check_reference_matches_policy(
     policy: Policy, reference: FrozenModel, loader: MicrobatchLoader, parallel: SingleDevice, precision: Precision
 ) -> None:
-    """Before the first step, the reference says what the policy says. Raises ConfigError."""
+    """Raise ConfigError if the logps of policy and reference differ before the first step."""
     batch = loader.micro_batches(loader.order(0)[: parallel.world_size])[0].to(parallel.device)
     with torch.no_grad(), precision.autocast():
         ours, theirs = (model(batch).logps for model in (policy, reference))
-    apart = (ours - theirs).abs().mean() if ours.numel() else ours.sum()
+    difference = (ours - theirs).abs().mean() if ours.numel() else ours.sum()
     parallel.reshard(policy)
-    if parallel.max(float(apart)) > _tolerance(precision, policy, reference.policy):
+    if parallel.max(float(difference)) > _tolerance(precision, policy, reference.policy):
         raise ConfigError(
-            f"loss.reference: the reference's log-probabilities are {float(apart):.2g} a token away from the policy's "
-            "before the first step. Set model.reference_dtype to model.policy_dtype, or loss.reference=precomputed.",
+            "loss.reference: before the first step, log-probabilities of reference and policy differ by "
+            f"{float(difference):.2g} per token. Set model.reference_dtype to model.policy_dtype, or "
+            "loss.reference=precomputed.",
             "mismatch",
         )
 
@@ -272,33 +289,35 @@ def _load_or_compute_ref_logps(
     precision: Precision,
     loader: MicrobatchLoader,
 ) -> torch.Tensor:
-    """The policy's log-probability of each learned token of a data file -> [tokens of the file] float32."""
+    """Return the policy's log-probability of each target of a data file, shape [T] float32, 0 for other tokens."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "lora", "soft_prompt")}
     settings = [cache.key, model_fingerprint(config.model), parts, config.seed, loss.temperature]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     file = cache_folder(config) / f"{key}-reference.safetensors"
-    whole = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
-    noted = _read_ref_logps(file, len(cache.ids))
-    if parallel.max(int(noted is None)) == 0 and _still_right(noted, cache, loss, policy, parallel, precision, whole):
-        return noted
-    logps = torch.zeros(len(cache.ids))
-    quiet = True if parallel.rank or config.quiet else None  # None: a bar, where there is a terminal
+    loader = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
+    cached = _read_ref_logps(file, len(cache.ids))
+    if parallel.max(int(cached is None)) == 0 and _match_policy(
+        cached, cache, loss, policy, parallel, precision, loader
+    ):
+        return cached
+    logps = torch.zeros(len(cache.ids))  # [T]
+    quiet = True if parallel.rank or config.quiet else None  # None: show the bar on a terminal only
     with inference(policy), precision.autocast():
-        found = iter_batches_with_positions(cache, whole)
-        for batch, places in tqdm(found, desc="the reference", unit=" batches", disable=quiet, leave=False):
-            scores = policy(batch.to(parallel.device), temperature=loss.temperature)
-            logps[places] = scores.logps.float().cpu()
+        batches = iter_batches_with_positions(cache, loader)
+        for batch, positions in tqdm(batches, desc="reference", unit=" batches", disable=quiet, leave=False):
+            output = policy(batch.to(parallel.device), temperature=loss.temperature)
+            logps[positions] = output.logps.float().cpu()
     parallel.reshard(policy)
     logps = parallel.sum(logps)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        with new_file(file) as made:
-            save_file({REF_LOGPS: logps}, made, PLACEHOLDER)
-            seal(made)
+        with new_file(file) as temporary:
+            save_file({REF_LOGPS: logps}, temporary, PLACEHOLDER)
+            seal(temporary)
     return logps
 
 
-def _still_right(
-    noted: torch.Tensor,
+def _match_policy(
+    cached: torch.Tensor,
     cache,
     loss: Loss,
     policy: Policy,
@@ -306,35 +325,35 @@ def _still_right(
     precision: Precision,
     loader: MicrobatchLoader,
 ) -> bool:
-    """Return whether the policy gives the noted log-probabilities for the first batch of a data file, on all ranks."""
-    apart = 0.0
+    """Return whether cached logps equal the policy's for the first batch of a data file, on all ranks."""
+    difference = 0.0
     with (
         inference(policy),
         precision.autocast(),
         contextlib.closing(iter_batches_with_positions(cache, loader)) as batches,
     ):
-        for batch, places in itertools.islice(batches, 1):
+        for batch, positions in itertools.islice(batches, 1):
             logps = policy(batch.to(parallel.device), temperature=loss.temperature).logps.float().cpu()
-            apart = float((logps - noted[places]).abs().mean()) if len(logps) else 0.0
+            difference = float((logps - cached[positions]).abs().mean()) if len(logps) else 0.0
     parallel.reshard(policy)
-    return parallel.max(apart) <= _tolerance(precision, policy)
+    return parallel.max(difference) <= _tolerance(precision, policy)
 
 
 def iter_batches_with_positions(cache, loader: MicrobatchLoader) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """This rank's batches of all of a data file, and where in the file the supervised tokens of each are -> [N]."""
-    cache.token_features["place"] = torch.arange(len(cache.ids))
+    """Yield this rank's batches of a data file, each with the positions of its targets in the file, shape [N]."""
+    cache.token_features["position"] = torch.arange(len(cache.ids))
     try:
         for batch in loader.eval_batches():
-            yield batch, batch.target_feature("place").long()
+            yield batch, batch.target_feature("position").long()
     finally:
-        del cache.token_features["place"]
+        del cache.token_features["position"]
 
 
 def _read_ref_logps(file: Path, n_tokens: int) -> torch.Tensor | None:
     if not file.exists():
         return None
     with contextlib.suppress(OSError, SafetensorError, KeyError):
-        if is_intact(file) and (noted := load_file(file)[REF_LOGPS]).shape == (n_tokens,):  # [T]
-            return noted
-    tqdm.write(f"{file}: the log-probabilities of the reference are damaged, and are computed again [damaged-file]")
+        if is_intact(file) and (logps := load_file(file)[REF_LOGPS]).shape == (n_tokens,):  # [T]
+            return logps
+    tqdm.write(f"{file}: damaged reference log-probabilities. Computing them again. [damaged-file]")
     return None

@@ -1,4 +1,4 @@
-"""Check the options of a run: its directory, optimizer, evaluation, and how data and models fit the loss."""
+"""Check the options of a run: its directory, optimizer and evaluation, and whether data and models fit the loss."""
 
 import math
 import re
@@ -20,17 +20,19 @@ from minitrain.model.checks import check_folder
 if TYPE_CHECKING:
     from minitrain.losses import Loss
 
-# They do not step on a gradient alone, or take only some shapes of parameters.
+# They need more than gradients, or support only some shapes of parameters.
 UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
 WHOLE_MATRIX_OPTIMIZERS = {"Adafactor"}
 NEEDS_EVAL_DATA = ("eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
 def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
-    """Add to `issues` what is wrong with the options of a run that need no torch to check.
+    """Check the options of a run that can be checked without torch.
 
     Args:
-        given: Names of the options that were written or are not at their default.
+        config: The full config.
+        given: Names of the options that are set explicitly or differ from their default.
+        issues: Receives the problems.
     """
     _check_run(config, issues)
     _check_steps(config, issues)
@@ -38,7 +40,7 @@ def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
 
 
 def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: ConfigIssues) -> None:
-    """Add to `issues` the options of data, teacher and evaluation that do not fit the loss."""
+    """Check that the options of data, teacher and evaluation fit the loss."""
     name = config.loss["name"]
     from .aux_models import reference_kind
 
@@ -47,161 +49,155 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
         and reference_kind(loss, config) == "model"
         and find_object(config.model.name_or_path)
     ):
-        message = (
-            "needs a second copy of a model that was given in Python. Set loss.reference=precomputed, or lora.rank."
-        )
+        message = "needs a second copy of a model given in Python. Set loss.reference=precomputed, or lora.rank."
         issues.add("loss.reference", "conflict", message)
     _check_teacher(config.loss, "teacher" in loss.requires, issues)
     for key in ("chat_template", "chat_template_kwargs", "train_on", "max_prompt_length"):
         if loss.example_type == "classification" and key in given:
-            issues.add(key, "no-effect", f"would be ignored: {name} reads texts as they are.", "loss.name")
+            message = f"has no effect with {name}, which uses no chat template. Remove it."
+            issues.add(key, "no-effect", message, "loss.name")
     if loss.example_type != "rollout" and config.mask_truncated:
-        issues.add(
-            "mask_truncated", "no-effect", f"would be ignored: {name} does not learn from rollouts.", "loss.name"
-        )
+        message = f"has no effect with {name}, which does not train on rollouts. Remove it."
+        issues.add("mask_truncated", "no-effect", message, "loss.name")
     for key in ("truncation", "max_prompt_length"):
         if loss.example_type == "rollout" and key in given:
-            issues.add(key, "no-effect", "would be ignored: rollouts are never cut. See mask_truncated.", "loss.name")
+            message = "has no effect on rollouts, which are not truncated. Remove it, or set mask_truncated."
+            issues.add(key, "no-effect", message, "loss.name")
     for i, entry in enumerate(config.datasets):
         if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != loss.example_type:
             kind = ROW_FORMATS[entry.type].kind
-            told = f"{entry.type} rows are {kind} rows, and {name} learns from {loss.example_type} rows."
-            issues.add(f"datasets[{i}].type", "mismatch", told, "loss.name")
+            message = f"{name} trains on {loss.example_type} rows, got {entry.type}, a format of {kind} rows."
+            issues.add(f"datasets[{i}].type", "mismatch", f"{message} Change one.", "loss.name")
     if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples:
-        told = f"the answers of {loss.example_type} rows need not be right, so none can be compared with them."
-        issues.add("eval_generate", "conflict", told, "loss.name")
+        message = f"{loss.example_type} rows have no correct responses to compare with. Remove it."
+        issues.add("eval_generate", "conflict", message, "loss.name")
     if loss.head_labels is not None and config.eval_generate.n_examples:
-        issues.add("eval_generate", "conflict", f"a model that {name} trains gives scores and no text.", "loss.name")
+        message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
+        issues.add("eval_generate", "conflict", message, "loss.name")
 
 
 def _check_run(config: Config, issues: ConfigIssues) -> None:
     from importlib.util import find_spec
 
     if config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
-        issues.add(
-            "exp_name",
-            "invalid-value",
-            f"{config.exp_name!r} is not the name of a folder; set output_dir for its place.",
-        )
+        message = f"expected the name of a folder, got {config.exp_name!r}. Set output_dir for the parent folder."
+        issues.add("exp_name", "invalid-value", message)
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
-        issues.add("resume", "not-found", f"{config.resume!r} is neither auto, never, nor the folder of a checkpoint.")
+        message = f"expected auto, never or the folder of a checkpoint, got {config.resume!r}. Correct it."
+        issues.add("resume", "not-found", message)
     for key in config.allow_changes:
         if not any(keys_overlap(key, known) for known in all_keys()):
-            issues.add("allow_changes", "unknown-option", f"there is no option {key!r}.{suggest(key, all_keys())}")
+            advice = suggest(key, all_keys()) or " Remove it."
+            issues.add("allow_changes", "unknown-option", f"unknown option {key!r}.{advice}")
     if config.keep_models and not config.save_models_every_steps:
-        issues.add(
-            "keep_models", "no-effect", "would be ignored: it needs save_models_every_steps.", "save_models_every_steps"
-        )
+        message = "has no effect without save_models_every_steps. Set it, or remove keep_models."
+        issues.add("keep_models", "no-effect", message, "save_models_every_steps")
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
-        issues.add(
-            "report_to_tensorboard",
-            "not-installed",
-            "the package tensorboard is not installed: pip install tensorboard",
-        )
+        message = "package tensorboard is not installed. Run pip install tensorboard."
+        issues.add("report_to_tensorboard", "not-installed", message)
     for name in ("wandb", "swanlab"):
         if getattr(config, name).enabled and find_spec(name) is None:
-            issues.add(f"{name}.enabled", "not-installed", f"the package {name} is not installed: pip install {name}")
+            message = f"package {name} is not installed. Run pip install {name}."
+            issues.add(f"{name}.enabled", "not-installed", message)
 
 
 def _check_teacher(options: dict, needed: bool, issues: ConfigIssues) -> None:
-    """`options`: of the loss, those that are given."""
+    """Check the teacher among the given options of a loss."""
     name, outputs = options.get("teacher"), options.get("teacher_outputs")
     if name is not None:
         check_folder("loss.teacher", name, "Merge it into its base model first: minitrain merge {}", issues)
     elif needed:
-        told = "is missing: name the folder or the hub name of a model, or what it says with loss.teacher_outputs."
-        issues.add("loss.teacher", "missing-option", told)
+        message = "is missing. Set it to a folder or a Hub model, or set loss.teacher_outputs."
+        issues.add("loss.teacher", "missing-option", message)
     if outputs is not None and Path(outputs).is_dir():
-        issues.add(
-            "loss.teacher_outputs",
-            "wrong-path",
-            f"{outputs} is a folder; name the file that `minitrain cache-teacher` made.",
-        )
+        message = f"{outputs} is a folder. Name the file that `minitrain cache-teacher` wrote."
+        issues.add("loss.teacher_outputs", "wrong-path", message)
     elif outputs is not None and not Path(outputs).is_file():
-        told = f"there is no file {outputs} (seen from {Path.cwd()}); `minitrain cache-teacher` makes one."
-        issues.add("loss.teacher_outputs", "not-found", told + near_file(Path(outputs)))
+        message = f"file {outputs} does not exist (relative to {Path.cwd()}). Run `minitrain cache-teacher`."
+        issues.add("loss.teacher_outputs", "not-found", message + near_file(Path(outputs)))
 
 
 def _check_steps(config: Config, issues: ConfigIssues) -> None:
     if uneven := uneven_batch(config, world_size(), "processes"):
         issues.add("total_batch_size", "conflict", uneven)
     if config.n_steps is not None and config.warmup_steps > config.n_steps:
-        issues.add("warmup_steps", "out-of-range", f"{config.warmup_steps} is more than n_steps={config.n_steps}.")
+        message = f"expected at most n_steps={config.n_steps}, got {config.warmup_steps}. Lower it."
+        issues.add("warmup_steps", "out-of-range", message)
     if config.lr_decay_ratio is not None and not SCHEDULES[config.lr_scheduler].decays:
         decaying = " or ".join(name for name, one in SCHEDULES.items() if one.decays)
-        issues.add(
-            "lr_decay_ratio", "no-effect", f"would be ignored: it needs lr_scheduler={decaying}.", "lr_scheduler"
-        )
+        message = f"has no effect without lr_scheduler={decaying}. Remove it."
+        issues.add("lr_decay_ratio", "no-effect", message, "lr_scheduler")
 
 
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:
+    """Check the optimizer and its options. Arguments as for `check`."""
     from .optim import accepted_options, check_optimizer, optimizer_class
 
     if is_lost(config.optimizer):
-        message = f"{config.optimizer} stands for a function that was given in Python. Name a class of torch.optim."
+        message = f"{config.optimizer} was given in Python. Name a class of torch.optim, or train from Python."
         issues.add("optimizer", "not-found", message)
         return
     if find_object(config.optimizer):
         for key in ("optimizer_args", *(given & {"betas", "eps", "weight_decay"})):
             if key in given:
-                issues.add(key, "no-effect", "has no effect with an optimizer from Python; set it there.", "optimizer")
+                issues.add(key, "no-effect", "has no effect with an optimizer from Python. Set it there.", "optimizer")
         return
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        told = f"expected two numbers from 0 to below 1, got {format_value(config.betas)}."
-        issues.add("betas", "invalid-value", told)
+        message = f"expected two numbers >= 0 and < 1, got {format_value(config.betas)}. Correct them."
+        issues.add("betas", "invalid-value", message)
     try:
         chosen = optimizer_class(config.optimizer, UNFIT_OPTIMIZERS)
     except ConfigError as error:
         issues.add("optimizer", error.code, f"{error.message}{hint_for_value('optimizer', config.optimizer)}")
         return
     if config.trainer == "FSDPTrainer" and config.fsdp.shard != "none" and chosen.__name__ in WHOLE_MATRIX_OPTIMIZERS:
-        told = f"{chosen.__name__} looks at whole matrices, which fsdp.shard={config.fsdp.shard} cuts up; use AdamW."
-        issues.add("optimizer", "conflict", told, "fsdp.shard")
+        message = f"{chosen.__name__} needs full matrices, but fsdp.shard={config.fsdp.shard} splits them. Use AdamW."
+        issues.add("optimizer", "conflict", message, "fsdp.shard")
     accepted = accepted_options(chosen)
     for key in ("betas", "eps", "weight_decay"):
         if key in given and key not in accepted:
-            issues.add(key, "no-effect", f"would be ignored: {chosen.__name__} has no {key}.", "optimizer")
-    own = [name for name in accepted if name not in ("params", "lr", "betas", "eps", "weight_decay")]
+            message = f"has no effect with {chosen.__name__}, which has no {key}. Remove it."
+            issues.add(key, "no-effect", message, "optimizer")
+    extra = [name for name in accepted if name not in ("params", "lr", "betas", "eps", "weight_decay")]
     for key, value in config.optimizer_args.items():
-        if key not in own:
-            issues.add(
-                f"optimizer_args.{key}", "unknown-option", f"{chosen.__name__} takes {', '.join(own)}.", "optimizer"
-            )
+        if key not in extra:
+            message = f"unknown option of {chosen.__name__}. Use one of {', '.join(extra)}."
+            issues.add(f"optimizer_args.{key}", "unknown-option", message, "optimizer")
         elif isinstance(value, float) and not math.isfinite(value):
-            issues.add(f"optimizer_args.{key}", "not-finite", f"expected a finite number, got {value}.")
+            issues.add(f"optimizer_args.{key}", "not-finite", f"expected a finite number, got {value}. Correct it.")
     try:
         check_optimizer(config)
     except ConfigError as error:
-        told = error.message.removeprefix("optimizer: ")
-        issues.add("optimizer", error.code, told, "optimizer_args", "betas", "eps", "lr", "weight_decay")
+        message = error.message.removeprefix("optimizer: ")
+        issues.add("optimizer", error.code, message, "optimizer_args", "betas", "eps", "lr", "weight_decay")
 
 
 def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> None:
-    stopping, answers = config.early_stopping, config.eval_generate
+    stopping, generation = config.early_stopping, config.eval_generate
     if not config.eval_datasets and not config.validation_split:
-        needs_data = "would be ignored: there is nothing to evaluate on. Give eval_datasets or validation_split."
+        needs_data = "has no effect without evaluation data. Set eval_datasets or validation_split."
         for key in (*NEEDS_EVAL_DATA, "eval_generate", "early_stopping"):
             if key in given:
                 issues.add(key, "no-effect", needs_data, "eval_datasets", "validation_split")
-    if not answers.n_examples and "eval_generate" in given:
-        told = "would be ignored: it needs eval_generate.n_examples, for example 20."
-        issues.add("eval_generate", "no-effect", told, "eval_generate.n_examples")
-    if answers.match not in ("text", "number") and not _has_one_group(answers.match):
-        told = f"{answers.match!r} is neither text, number, nor a regular expression with one group in parentheses."
-        issues.add("eval_generate.match", "invalid-value", told + suggest(answers.match, ("text", "number")))
-    if config.n_eval_examples and answers.n_examples > config.n_eval_examples:
-        issues.add(
-            "eval_generate.n_examples", "out-of-range", f"is more than n_eval_examples={config.n_eval_examples}."
-        )
+    if not generation.n_examples and "eval_generate" in given:
+        message = "has no effect without eval_generate.n_examples. Set it, for example to 20."
+        issues.add("eval_generate", "no-effect", message, "eval_generate.n_examples")
+    if generation.match not in ("text", "number") and not _has_one_group(generation.match):
+        message = f"expected text, number or a regular expression with one (group), got {generation.match!r}."
+        advice = suggest(generation.match, ("text", "number")) or " Correct it."
+        issues.add("eval_generate.match", "invalid-value", message + advice)
+    if config.n_eval_examples and generation.n_examples > config.n_eval_examples:
+        message = f"expected at most n_eval_examples={config.n_eval_examples}, got {generation.n_examples}. Lower it."
+        issues.add("eval_generate.n_examples", "out-of-range", message)
     if "early_stopping" in given and not stopping.patience and not config.save_best:
-        told = "would be ignored: it needs early_stopping.patience, or save_best=true."
-        issues.add("early_stopping", "no-effect", told, "early_stopping.patience", "save_best")
+        message = "has no effect without early_stopping.patience or save_best. Set one of them."
+        issues.add("early_stopping", "no-effect", message, "early_stopping.patience", "save_best")
     if stopping.patience and not config.eval_every_steps:
-        issues.add(
-            "early_stopping.patience", "no-effect", "would be ignored: it needs eval_every_steps.", "eval_every_steps"
-        )
-    if stopping.metric == "exact_match" and not answers.n_examples:
-        issues.add("early_stopping.metric", "conflict", "exact_match needs eval_generate.n_examples.", "eval_generate")
+        message = "has no effect without eval_every_steps. Set it."
+        issues.add("early_stopping.patience", "no-effect", message, "eval_every_steps")
+    if stopping.metric == "exact_match" and not generation.n_examples:
+        message = "exact_match needs generated responses. Set eval_generate.n_examples."
+        issues.add("early_stopping.metric", "conflict", message, "eval_generate")
 
 
 def _has_one_group(expression: str) -> bool:

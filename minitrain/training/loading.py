@@ -1,4 +1,4 @@
-"""Everything that a trainer loads before its first step."""
+"""Load the data and models of a trainer."""
 
 from typing import TYPE_CHECKING
 
@@ -22,12 +22,12 @@ from .step import Precision
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
-# May differ between ranks: paths on a disk of each machine, where `check_same_inputs` compares the content, and output.
+# Options that may differ between ranks: paths, whose content `check_same_inputs` compares, and output.
 PER_MACHINE = ("output_dir", "cache_dir", "model", "datasets", "eval_datasets", "quiet", "wandb", "swanlab")
 
 
 def load_parts(trainer: "Trainer") -> None:
-    """Read the data and the model, and try what training needs. An error of one rank ends them all."""
+    """Load the data, the models and the optimizer of a trainer. An error on one rank ends all ranks."""
     config = trainer.config
     check_same_options(config, trainer.parallel)
     trainer.run = RunDir(config, trainer.parallel)
@@ -57,12 +57,12 @@ def load_parts(trainer: "Trainer") -> None:
 
 
 def check_same_options(config: Config, parallel: SingleDevice) -> None:
-    """Raise ConfigError on all ranks when an option differs between them, as `${oc.env:...}` can."""
+    """Raise ConfigError on all ranks if an option differs between them, as `${oc.env:...}` can."""
     parallel.check_same(**{name: value for name, value in to_plain(config).items() if name not in PER_MACHINE})
 
 
 def check_same_inputs(config: Config, data: Data, fingerprint: list[str], parallel: SingleDevice) -> None:
-    """Raise ConfigError on all ranks when their data, or the fingerprints of their base models, differ."""
+    """Raise ConfigError on all ranks if their data or the fingerprints of their base models differ."""
     keys = {"datasets": [cache.key for cache in data.train.caches]}
     if config.eval_datasets and data.eval:
         keys["eval_datasets"] = [cache.key for cache in data.eval.caches]

@@ -1,6 +1,6 @@
-"""What comes before the first step: the data, the policy and the loaders that fit it.
+"""Prepare a training: read the data, and build the policy and the loaders.
 
-Training, `validate` and `inspect` all go through `prepare`, so that they refuse the same things.
+Training, `validate` and `inspect` all call `prepare`, so they report the same errors.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from .step import Precision
 
 @dataclass
 class Preparation:
-    """The data and the policy of a training.
+    """The data and the policy of a run.
 
     Attributes:
         config: The full config.
         loss: The loss.
         template: The chat template with its tokenizer.
         data: The tokenized training and evaluation data.
-        policy: The policy, not on its devices yet.
-        weights: What fills parameters that are on the meta device.
+        policy: The policy, before it is moved to its devices.
+        weights: The weights of parameters that are on the meta device.
         train_loader: The batches of this rank.
-        eval_loader: Those of the evaluation, if there is one.
-        warmup: Steps in which the learning rate rises.
+        eval_loader: The evaluation batches of this rank; None without evaluation data.
+        warmup: Number of warmup steps.
     """
 
     config: Config
@@ -60,21 +60,21 @@ class Preparation:
         """Return another policy on the meta device.
 
         Args:
-            packing: As the option; the config's by default.
-            quantized: Quantized layers have the size that they have in training.
+            packing: As the option (default: that of the config).
+            quantized: Give quantized layers the size that they have in training.
         """
         config = self.config if packing is None else dataclasses.replace(self.config, packing=packing)
         return _build_policy(config, self.loss, self.template.tokenizer, META, quantized=quantized)[0]
 
 
 def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = False) -> Preparation:
-    """Read the data, build the policy, and check all that can be checked without its weights.
+    """Read the data, build the policy, and check everything that does not need its weights.
 
     Args:
         config: The full config.
         loss: The loss.
-        parallel: The ranks. The first one of each machine tokenizes and downloads.
-        meta: Read no weights; the policy is on the meta device, and none of its layers are quantized.
+        parallel: The ranks. Local rank 0 of each machine tokenizes and downloads.
+        meta: Build the policy on the meta device, without weights or quantized layers.
 
     Raises:
         ConfigError: An option does not fit the model or the data.
@@ -95,7 +95,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
 
 
 def dry_run(config: Config) -> Preparation:
-    """Prepare a training on one device without its weights: only the model's config is read."""
+    """Prepare a run on one device, without reading the model's weights."""
     return prepare(config, create_loss(**config.loss), SingleDevice(CPU), meta=True)
 
 
@@ -108,7 +108,7 @@ def _build_policy(
 
 
 def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:
-    """Return the template over the tokenizer, and the data, which the loss has seen.
+    """Return the template with the tokenizer, and the data with the features that the loss adds.
 
     Raises ConfigError or DataError.
     """
@@ -127,9 +127,18 @@ def prepare_policy(
     precision: Precision,
     dropout: bool = True,
 ) -> Policy:
-    """The policy on its devices. `weights` gives the rows of one that was built empty. Raises ConfigError.
+    """Move the policy to its devices, shard it, and check its architecture.
 
-    `dropout`: whether it is on in training.
+    Args:
+        policy: The policy.
+        weights: The weights of a policy on the meta device; None if it has them.
+        config: The full config.
+        parallel: The ranks.
+        precision: The dtype in which the policy computes.
+        dropout: Use dropout in training.
+
+    Raises:
+        ConfigError: The architecture is not supported.
     """
     blocks = find_blocks(policy.model.base_model)
     if config.activation_checkpointing:
@@ -150,9 +159,10 @@ def prepare_policy(
 def make_loader(
     examples: TokenizedDataset, config: Config, tokenizer, policy: Policy, rank: int = 0, world_size: int = 1
 ) -> MicrobatchLoader:
-    """The loader of one rank, with rows as the policy's attention likes them.
+    """Return the loader of one rank, with batch rows that suit the policy's attention.
 
-    Raises ConfigError for an example that is longer than the policy can read.
+    Raises:
+        ConfigError: An example is longer than the policy supports.
     """
     check_lengths(examples, policy)
     return MicrobatchLoader(
@@ -167,14 +177,14 @@ def make_loader(
 
 
 def check_lengths(examples: TokenizedDataset, policy: Policy) -> None:
-    """Raise ConfigError for an example that is longer than a policy, or a teacher, reads alike in every batch."""
+    """Raise ConfigError for an example that is too long, or whose outputs would depend on the rest of the batch."""
     lengths = examples.per_example(lambda cache: np.diff(cache.offsets), np.maximum)  # [E]
     longest, name = int(lengths.argmax()), type(policy.model).__name__
     limits = (
         (policy.position_limit, f"{name} has positions for"),
-        (policy.rotary_limit, f"the rotary frequencies of {name} (rope_type) depend on the whole batch beyond"),
+        (policy.rotary_limit, f"the rotary frequencies of {name} (rope_type) depend on the full batch above"),
     )
     for limit, reason in limits:
         if lengths[longest] > limit:
-            too_long = f"{examples.where(longest)} has {lengths[longest]} tokens, and {reason} {limit}"
-            raise ConfigError(f"max_length: {too_long}. Set max_length={limit}.", "too-large")
+            message = f"max_length: {examples.where(longest)} has {lengths[longest]} tokens, but {reason} {limit}."
+            raise ConfigError(f"{message} Set max_length={limit}.", "too-large")
