@@ -66,15 +66,17 @@ def section(title: str, schema: type) -> str:
         alias = f" (or {names})" if names else ""
         free = "" if f.metadata["affects_results"] else " *free*"
         help_text = f.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `{f.name}`{alias} | {default(f)} | {value(f, hints[f.name])} | {help_text}{free} |")
+        lines.append(
+            f"| `{f.name}`{alias} | {default(f, hints[f.name])} | {value(f, hints[f.name])} | {help_text}{free} |"
+        )
     return "\n".join([*lines, ""])
 
 
-def default(f) -> str:
+def default(f, hint) -> str:
     """Return the default as YAML."""
     if f.default is MISSING and f.default_factory is MISSING:
         return "required"
-    if f.default is MISSING and is_dataclass(f.default_factory):
+    if f.default is MISSING and is_dataclass(hint):
         return "see below"
     given = f.default if f.default is not MISSING else f.default_factory()
     if given is None:

@@ -221,15 +221,8 @@ class Trainer:
         """
         if self.step_output is None:
             raise RunError("optim_step: gradients are missing. Call forward_backward first.", "usage")
-        update = optim_step(
-            self.optimizer,
-            self.parameters,
-            self.step_output.loss,
-            self.lr,
-            self.config.max_grad_norm,
-            self.parallel,
-            self.precision,
-        )
+        loss, max_norm = self.step_output.loss, self.config.max_grad_norm
+        update = optim_step(self.optimizer, self.parameters, loss, self.lr, max_norm, self.parallel, self.precision)
         self.step_output = None
         self.step += 1
         if update.taken:

@@ -49,11 +49,20 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return val.__qualname__.partition(".")[0] if inspect.isfunction(val) else None
 
 
+_deselected: set[str] = set()  # ids of tests
+
+
+def pytest_deselected(items):
+    _deselected.update(item.nodeid for item in items)
+
+
 @pytest.fixture(scope="session")
 def _snapshot(request, tmp_path_factory):
     update = request.config.getoption("--update-messages")
     assert not (update and hasattr(request.config, "workerinput")), "--update-messages needs a single process"
-    snapshot = Snapshot(update, tmp_path_factory.getbasetemp())
+    partial = request.config.getoption("lf", False) or any("::" in path for path in request.config.args)
+    collected = set() if partial else _deselected | {item.nodeid for item in request.session.items}
+    snapshot = Snapshot(update, tmp_path_factory.getbasetemp(), collected)
     yield snapshot
     snapshot.save()
 

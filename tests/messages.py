@@ -10,7 +10,7 @@ import ast
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,8 +50,9 @@ def raises(error: type[Exception], code: str, *parts: str) -> Iterator[pytest.Ex
 class Snapshot:
     """The messages of each test, by its id."""
 
-    def __init__(self, update: bool, base: Path):
-        self.update, self.base = update, base
+    def __init__(self, update: bool, base: Path, collected: Collection[str] = ()):
+        """`collected`: ids of all tests in the files that pytest has collected in full."""
+        self.update, self.base, self.collected = update, base, collected
         self.known, self.written = read(), {}
 
     def compare(self, test: str, text: object) -> None:
@@ -69,7 +70,9 @@ class Snapshot:
     def save(self) -> None:
         if self.update:
             entries = sorted((self.known | self.written).items())
-            entries = [(test, messages) for test, messages in entries if _exists(test)]
+            files = {test.partition("::")[0] for test in self.collected}
+            gone = {test for test, _ in entries if test.partition("::")[0] in files} - set(self.collected)
+            entries = [(test, messages) for test, messages in entries if _exists(test) and test not in gone]
             FILE.write_text("\n".join(_entry(*entry) for entry in entries), encoding="utf-8")
 
     def _plain(self, text: str) -> str:

@@ -54,15 +54,18 @@ def test_problems_of_a_text():
 
 
 def test_the_snapshot_notices_a_new_wording(tmp_path, monkeypatch):
-    """An update takes it, and leaves what others wrote; an ellipsis stands for any text."""
+    """An update takes it, leaves what others wrote, and drops tests that are gone; an ellipsis stands for any text."""
     monkeypatch.setattr(messages, "FILE", tmp_path / "messages.txt")
     test, other = "tests/test_messages.py::test_problems_of_a_text", "tests/gone.py::test_x[a]"
     (tmp_path / "messages.txt").write_text(f"# {other}\n    a\n\n# {test}[x]\n    a\n\n    b … c\n    --\n    d\n")
-    first = Snapshot(update=True, base=tmp_path)
+    gone, partial = f"{test}[gone]", "tests/test_docs.py::test_links_in_the_documents_lead_somewhere[x]"
+    more = "".join(f"\n# {each}\n    a\n" for each in (gone, partial))
+    (tmp_path / "messages.txt").write_text((tmp_path / "messages.txt").read_text() + more)
+    first = Snapshot(update=True, base=tmp_path, collected=[f"{test}[x]"])
     for text in ("a\n\nb 1.2.3 c", f"new in {tmp_path}/some0/x"):
         first.compare(f"{test}[x]", text)
     first.save()
-    assert read() == {f"{test}[x]": ["a\n\nb … c", "new in TMP/x"]}
+    assert read() == {partial: ["a"], f"{test}[x]": ["a\n\nb … c", "new in TMP/x"]}
     second = Snapshot(update=False, base=tmp_path)
     second.compare(f"{test}[x]", "a\n\nb anything c")
     with pytest.raises(AssertionError, match="takes the new wording"):

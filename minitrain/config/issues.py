@@ -120,7 +120,7 @@ def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> d
         full = f"{path}{key}"
         if key in other_names:
             message = f"is an alias of {path}{other_names[key]}, which is also set. Set only one of them."
-            issues.add(full, "unknown-option", message)
+            issues.add(full, "conflict", message)
         elif key not in known:
             _add_unknown(full, value, list(known), issues)
         elif value == "???":

@@ -43,8 +43,8 @@ def option(
     metadata = dict(help=help, choices=choices, aliases=names, affects_results=affects_results, **limits)
     if default is MISSING:
         return field(metadata=metadata)
-    if isinstance(default, (list, dict, type)):
-        factory = default if isinstance(default, type) else lambda: type(default)(default)
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else lambda: type(default)(default)
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
+from minitrain.errors import ConfigError
+
 from .option import MAX_SEED, option, show_options
 from .schedules import DECAY_RATIO, SCHEDULES
 from .sections import (
@@ -23,6 +25,12 @@ from .sections import (
 )
 
 DEFAULT_LOSS = {"name": "sft"}
+
+
+def _missing_model() -> ModelConfig:
+    raise ConfigError(
+        'model: is required. Give Config(model=ModelConfig("NAME")), a folder or Hub name.', "missing-option"
+    )
 
 
 class Interpolation(NamedTuple):
@@ -127,7 +135,7 @@ class Config:
     )
 
     # model and loss
-    model: ModelConfig = option(ModelConfig, "The model.")
+    model: ModelConfig = option(_missing_model, "The model.")
     lora: LoRAConfig = option(LoRAConfig, "LoRA: small trained matrices next to frozen weights.")
     soft_prompt: SoftPromptConfig = option(SoftPromptConfig, "Prompt or prefix tuning of a frozen model.")
     freeze_layers: list[Any] = option([], "Blocks to freeze: numbers, ranges such as 0-5, or `embeddings`.")

@@ -83,7 +83,7 @@ def _parse(raw: bytes) -> dict | DataError:
         ValueError,
     ) as error:  # nested too deeply, a number of thousands of digits, or a duplicate key
         return DataError(f"invalid JSON: {error}", "invalid-json")
-    return as_row(row)
+    return as_row(row, ". Put a list of rows into a .json file" if isinstance(row, list) else "")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -95,12 +95,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return row
 
 
-def as_row(row) -> dict | DataError:
+def as_row(row, advice: str = "") -> dict | DataError:
     """Return a decoded row if it is an object, else a DataError."""
     if isinstance(row, dict):
         return row
-    hint = ". Put a list of rows into a .json file" if isinstance(row, list) else ""
-    return DataError(f"expected an object with keys, got {type(row).__name__} {short(row)!r}{hint}", "invalid-row")
+    return DataError(f"expected an object with keys, got {type(row).__name__} {short(row)!r}{advice}", "invalid-row")
 
 
 def _read_json(file, path: Path) -> Iterator[DataRow]:

@@ -125,6 +125,12 @@ def test_dollars_of_a_text_from_python_stay_what_they_are(config, text, tmp_path
     assert load_config(tmp_path / "c.yml").datasets[0].prompt_template == text + "{prompt}"
 
 
+def test_a_config_needs_a_model():
+    """In Python, without a file that could be named."""
+    with raises(ConfigError, "missing-option", "model: ", "ModelConfig"):
+        Config()
+
+
 # ---------------------------------------------------------------------------------------------- loss objects
 
 

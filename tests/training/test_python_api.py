@@ -79,6 +79,10 @@ def test_a_bad_row_is_named_by_its_index(options, rows):
     rows[3] = {"prompt": "x", "response": object()}
     with raises(DataError, "invalid-json", "train_dataset[3]: "):
         Trainer(options, train_dataset=rows)
+    rows[3] = ["x", "y"]
+    with raises(DataError, "invalid-row", "train_dataset[3]: ") as caught:
+        Trainer(options, train_dataset=rows)
+    assert ".json" not in str(caught.value)
 
 
 def test_rows_are_part_of_the_run(options, rows, capsys):
