@@ -186,13 +186,19 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
         raise DataError(f"p_oracle and n_distractors have no effect on rows of type {name}. Remove them", "no-effect")
     example = known[name].convert(row, dataset)
     if kind != "classification":
-        example.variables = _variables(row, dataset, has_documents=name in WITH_DOCUMENTS)
-    example.unread = [key for key, value in row.items() if key not in row.read and value not in EMPTY]
+        if media := [key for key in MEDIA if row.get(key) not in EMPTY]:
+            raise DataError(f"{media[0]}: minitrain trains on text only. Remove the row", "invalid-row")
+        example.variables = variables_of(row, dataset, has_documents=name in WITH_DOCUMENTS) | example.variables
+    example.unread += row.unread()
     return example
 
 
-def _variables(row: dict, dataset: DatasetConfig, has_documents: bool) -> dict[str, Any]:
-    """Return what a chat template reads of a row besides its messages: tools, documents and its own arguments."""
+def variables_of(row: dict, dataset: DatasetConfig, has_documents: bool = False) -> dict[str, Any]:
+    """Return what a chat template reads of a row besides its messages: tools, documents and its own arguments.
+
+    Args:
+        has_documents: Whether `documents` are a part of the prompt.
+    """
     variables = row.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise DataError(f"chat_template_kwargs: expected an object, got {short(variables)!r}", "invalid-row")
@@ -234,6 +240,9 @@ class TrackedRow(dict):
         self.read.add(key)
         return super().get(key, default)
 
+    def unread(self) -> list[str]:
+        return [key for key, value in self.items() if key not in self.read and value not in EMPTY]
+
     def __or__(self, other: dict) -> "TrackedRow":
         return TrackedRow(super().__or__(other), self.read)
 
@@ -247,8 +256,9 @@ EXAMPLE_COLUMNS = {
     "rollout": ("response", "reward"),
 }
 EMPTY = (None, "", [], {})
+MEDIA = ("images", "videos", "audios")  # columns of data sets for models that read more than text
 WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")
-TEMPLATED = ("prompt_response", "question_answer", "query_response", "alpaca", *WITH_DOCUMENTS)
+TEMPLATED = ("prompt_response", "prompt_completion", "question_answer", "query_response", "alpaca", *WITH_DOCUMENTS)
 
 
 def _matching_format(keys: dict, known: dict[str, RowFormat]) -> str | None:
@@ -319,9 +329,7 @@ def check_ends_with_assistant(turns: Messages, key: str) -> None:
 
 def prompt_of(row: dict) -> Messages:
     """Return the prompt's turns, from whichever column has them; none if no column does."""
-    turns: Messages = []
-    if row.get("system"):
-        turns.append({"role": "system", "content": text_of(row, "system")})
+    turns = system_of(row)
     for key in ("prompt", "conversations", "messages", "question", "instruction"):
         if key not in row:
             continue
@@ -332,6 +340,11 @@ def prompt_of(row: dict) -> Messages:
             text += "\n" + text_of(row, "input")
         return [*turns, user(text)]
     return []
+
+
+def system_of(row: dict) -> Messages:
+    """Return the system turn that a row has a column for, if any."""
+    return [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
 
 
 def response_of(value: Any, key: str) -> Messages:

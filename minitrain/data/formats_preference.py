@@ -10,6 +10,7 @@ from .examples import (
     ClassificationExample,
     Preference,
     Rollout,
+    TrackedRow,
     UnpairedPreference,
     check_ends_with_assistant,
     number_of,
@@ -18,6 +19,7 @@ from .examples import (
     response_of,
     row_format,
     text_of,
+    variables_of,
 )
 from .messages import Messages, parse_messages
 
@@ -35,6 +37,19 @@ def _preference(row: dict, dataset: DatasetConfig) -> Preference:
 @row_format("chosen_messages", "preference", "chosen_messages", "rejected_messages")
 def _chosen_messages(row: dict, dataset: DatasetConfig) -> Preference:
     return preference_of(row, row["chosen_messages"], row["rejected_messages"])
+
+
+@row_format("openai_preference", "preference", "input", "preferred_output", "non_preferred_output")
+def openai_preference_of(row: dict, dataset: DatasetConfig) -> Preference:
+    """Return a preference from a row in OpenAI's format, whose `input` has the messages and the tools."""
+    given = row["input"]
+    if not isinstance(given, dict):
+        raise DataError(f"input: expected an object with messages, got {short(given)!r}", "invalid-row")
+    given = TrackedRow(given)
+    pair = preference_of(given, row["preferred_output"], row["non_preferred_output"])
+    pair.variables = variables_of(given, dataset)
+    pair.unread = [f"input.{key}" for key in given.unread()]
+    return pair
 
 
 @row_format("completion_label", "unpaired_preference", "prompt", "completion", "label")

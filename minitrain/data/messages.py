@@ -31,7 +31,16 @@ ROLES = {
     "ipython": "tool",
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-WEIGHT_KEYS = ("weight", "loss_weight", "train")
+# Names of a turn's weight: OpenAI's, LLaMA-Factory's, axolotl's two, and ms-swift's, which is true or false.
+WEIGHT_KEYS = ("weight", "loss_weight", "train", "training", "loss")
+# Type of a part of a content -> the field of a message that it belongs to, in the order in which templates write these.
+PART_FIELDS = {
+    "reasoning": "reasoning_content",
+    "thinking": "reasoning_content",
+    "text": "content",
+    "tool_call": "tool_calls",
+    "tool_calls": "tool_calls",
+}
 TRANSCRIPT = "\n\nHuman:"  # the beginning of a string that is a dialogue
 THINK_END = "</think>"
 
@@ -80,16 +89,22 @@ def parse_messages(turns: Any, key: str) -> Messages:
     messages: Messages = []
     for i, turn in enumerate(turns):
         message = parse_message(turn, f"{key}[{i}]")
-        if _is_call(turn) and messages and messages[-1]["role"] == "assistant":
-            messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
+        if messages and _is_call(turn) and _joins(message, messages[-1]):
+            calls = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
+            messages[-1] |= message | {"content": messages[-1]["content"], "tool_calls": calls}
         else:
             messages.append(message)
-    _number_calls(messages)
     return messages
 
 
 def _is_call(turn: Any) -> bool:
     return isinstance(turn, dict) and turn.get("role", turn.get("from")) == "function_call"
+
+
+def _joins(call: Message, previous: Message) -> bool:
+    """Return whether a message that only calls is a part of the one before."""
+    is_thought = "reasoning_content" in call
+    return previous["role"] == "assistant" and call.get("weight") == previous.get("weight") and not is_thought
 
 
 def parse_message(turn: Any, where: str) -> Message:
@@ -107,17 +122,27 @@ def parse_message(turn: Any, where: str) -> Message:
         raise DataError(f"{where}: expected one of the roles {', '.join(ROLES)}, got {short(role)!r}", "invalid-row")
     content = turn.pop("content" if "content" in turn else "value", None)
     message: Message = {"role": ROLES[role], "content": ""}
+    parts: Message = {"content": ""}
     if role == "function_call":
-        message["tool_calls"] = _calls(content, where)
-        content = ""
+        parts |= _call_and_reasoning(content)
+    elif isinstance(content, list) and (message["role"] != "tool" or all(map(_is_part, content))):
+        parts |= _parts(content, where)
+    else:
+        parts["content"] = content
+    content = parts.pop("content")
     if message["role"] == "assistant":
+        if twice := [name for name in parts if name in turn]:
+            raise DataError(f"{where}: has {twice[0]} twice, as a key and in the content", "invalid-row")
+        turn |= parts
         message |= _answer_fields(turn, where)
     else:
-        turn = {name: value for name, value in turn.items() if name not in WEIGHT_KEYS or value}
-    if message["role"] == "tool" and not isinstance(content, str | list | None):
+        turn = {name: value for name, value in (turn | parts).items() if name not in WEIGHT_KEYS or value}
+    if message["role"] == "tool" and not isinstance(content, str | None):
         content = json.dumps(content, ensure_ascii=False)  # a result that is not yet text
     if content is not None or is_empty(message):
-        message["content"] = _content(content, where)
+        if not isinstance(content, str):
+            raise DataError(f"{where}: expected a string as content, got {short(content)!r}", "invalid-row")
+        message["content"] = content
     return message | turn
 
 
@@ -133,7 +158,10 @@ def _answer_fields(turn: dict, where: str) -> Message:
     turn.pop("function_call", None) if calls else None
     if calls:
         fields["tool_calls"] = _calls(calls, f"{where}.tool_calls")
-    weights = [_weight(turn.pop(name), f"{where}.{name}") for name in WEIGHT_KEYS if name in turn]
+    names = [name for name in WEIGHT_KEYS if name in turn and (name != "loss" or isinstance(turn[name], bool))]
+    weights = [_weight(turn.pop(name), f"{where}.{name}") for name in names]
+    if "train_detail" in turn:
+        raise DataError(f"{where}.train_detail: a turn has one weight. Remove it, or set train", "invalid-row")
     if len(set(weights)) > 1:
         raise DataError(f"{where} has several weights: {', '.join(f'{weight:g}' for weight in weights)}", "invalid-row")
     if weights and weights[0] != 1:
@@ -147,20 +175,51 @@ def _weight(value: Any, where: str) -> float:
     return float(value)
 
 
-def _content(content: Any, where: str) -> str:
-    """Return a string, or the strings of a list of text parts, as multimodal data sets have them."""
-    if isinstance(content, list):
-        texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
-        types = [str(part.get("type", "text")) for part in content if isinstance(part, dict)]
-        if set(types) <= {"text"} and all(isinstance(text, str) for text in texts):
-            return "".join(texts)
-        raise DataError(f"{where}: expected text parts only, got {short(content)}", "invalid-row")
-    if not isinstance(content, str):
-        raise DataError(f"{where}: expected a string as content, got {short(content)!r}", "invalid-row")
-    return content
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and "type" in part
+
+
+def _parts(parts: list, where: str) -> Message:
+    """Return the fields that a list of parts has: content, reasoning_content and tool_calls.
+
+    Other keys of a part become keys of the turn, to be counted as any that nothing reads.
+
+    Raises:
+        DataError: A part has another type, such as an image, or templates write the parts in another order.
+    """
+    fields: Message = {}
+    order = list(dict.fromkeys(PART_FIELDS.values()))
+    for i, part in enumerate(parts):
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        part = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        part_type = part.pop("type", "text")
+        field = PART_FIELDS.get(part_type) if isinstance(part_type, str) else None
+        value = part.pop(part_type if field and part_type in part else "value", None)
+        if field is None or not (isinstance(value, str) or (value and field == "tool_calls")):
+            raise DataError(
+                f"{where}.content[{i}]: expected a part of type {', '.join(PART_FIELDS)}, got {short(parts[i])}",
+                "invalid-row",
+            )
+        if any(order.index(other) > order.index(field) for other in fields if other in order):
+            raise DataError(
+                f"{where}.content[{i}]: expected reasoning, text and tool calls in this order, got {short(parts[i])}",
+                "invalid-row",
+            )
+        value = _calls(value, f"{where}.content[{i}]") if field == "tool_calls" else value
+        fields[field] = fields[field] + value if field in fields else value
+        fields |= {f"content.{key}": each for key, each in part.items()}
+    return fields
 
 
 # ------------------------------------------------------------------------------------------------------------- tools
+
+
+def _call_and_reasoning(value: Any) -> Message:
+    """Return the fields of a turn that is a call as JSON, perhaps after <think>...</think>."""
+    if isinstance(value, str) and THINK_END in value and isinstance(parse_json(value), str):
+        reasoning, value = split_reasoning({"content": value})
+        return {"reasoning_content": reasoning, "tool_calls": value}
+    return {"tool_calls": value}
 
 
 def _calls(value: Any, where: str) -> list[dict]:
@@ -185,18 +244,20 @@ def _call(call: Any, where: str) -> dict:
     return named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _number_calls(messages: Messages) -> None:
-    """Give calls without an id one, and results without one the id of their call, in order."""
-    n, open_ids = 0, []
+def number_calls(messages: Messages) -> Messages:
+    """Return messages in which calls without an id have one, and results without one have the id of their call."""
+    numbered, open_ids, n = [], [], 0
     for message in messages:
-        for call in message.get("tool_calls", ()):
-            n += 1
-            call.setdefault("id", f"call{n:05}")  # nine letters and digits, which Mistral's templates ask for
-        if message.get("tool_calls"):
-            open_ids = [call["id"] for call in message["tool_calls"]]
+        if calls := message.get("tool_calls"):
+            # Nine letters and digits, which Mistral's templates expect.
+            calls = [{"id": f"call{n + i:05}"} | call for i, call in enumerate(calls, 1)]
+            n, open_ids = n + len(calls), [call["id"] for call in calls]
+            message = message | {"tool_calls": calls}
         elif message["role"] == "tool" and open_ids:
-            taken = message.setdefault("tool_call_id", open_ids[0])
-            open_ids = [each for each in open_ids if each != taken]
+            message = {"tool_call_id": open_ids[0]} | message
+            open_ids = [each for each in open_ids if each != message["tool_call_id"]]
+        numbered.append(message)
+    return numbered
 
 
 def parse_tools(value: Any, where: str) -> list[dict]:

@@ -75,12 +75,19 @@ def rows_of(table: Any, name: str) -> Iterator[tuple[int, dict | DataError]]:
 
 def _row(row: dict, names: LabelNames) -> dict | DataError:
     """Return a row of a table without empty columns, and with class names instead of indices."""
-    row = {key: value for key, value in row.items() if value is not None}
+    row = _without_nulls(row)
     for key in names.keys() & row.keys():
         if not isinstance(row[key], int) or not 0 <= row[key] < len(names[key]):
             return DataError(f"{key}: expected an index into {', '.join(names[key])}, got {row[key]}", "invalid-row")
         row[key] = names[key][row[key]]
     return row
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys of objects whose value is null: a table fills with null what an object lacks."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _names_in(metadata: dict[bytes, bytes]) -> LabelNames:

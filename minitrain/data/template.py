@@ -19,7 +19,7 @@ from minitrain.errors import ConfigError, DataError
 
 from .answers import Answer, find_answers, find_earlier
 from .examples import Conversation, PlainText
-from .messages import Messages, assistant, is_trained_on, leaves, split_reasoning, user
+from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
 from .needles import missing_context, missing_fields
 from .rendering import ChatRenderer, set_defaults
 from .sandbox import UnboundedTemplate
@@ -265,8 +265,9 @@ class Template:
         )
 
     def _checked(self, messages: Messages) -> Messages:
-        """Return messages whose special tokens in the text of users and tools are marked as ordinary text."""
+        """Return messages whose calls have ids, and whose special tokens in the text of users and tools are marked."""
         check_texts([leaf for message in messages for leaf in leaves(message) if isinstance(leaf, str)])
+        messages = number_calls(messages)
         if not self.targets.split_special_tokens:
             return messages
         return [

@@ -20,9 +20,12 @@ def turns(row: dict, **options) -> list[tuple[str, str]]:
 PAIR = [("user", "ask"), ("assistant", "tell")]
 ROWS = {
     "chosen": {"prompt": "ask", "chosen": "tell", "rejected": "lie"},
+    "chosen_of_messages": {"prompt": "ask", "chosen_messages": "tell", "rejected_messages": "lie"},
+    "preferred_output": {"input": {"prompt": "ask"}, "preferred_output": "tell", "non_preferred_output": "lie"},
     "messages": {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]},
     "conversations": {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}]},
     "prompt_response": {"prompt": "ask", "response": "tell"},
+    "prompt_completion": {"prompt": "ask", "completion": "tell"},
     "alpaca": {"instruction": "ask", "input": "", "output": "tell"},
     "question_answer": {"question": "ask", "answer": "tell"},
     "query_response": {"query": "ask", "response": "tell"},
