@@ -83,7 +83,7 @@ def _print_report(path: str, report: dict[str, str], full: bool) -> None:
     if full:
         print(f"{path}: valid", flush=True)
         for name, text in report.items():
-            print(redact(f"  {name:<13}{text}"))
+            print(redact(f"  {name:<13}" + text.replace("\n", "\n" + " " * 15)))
         return
     line = f"{report['examples']}; steps: {report['steps']}"
     line += f"; warning: {report['warning']}" if "warning" in report else ""

@@ -17,6 +17,7 @@ when the cache is opened.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -45,42 +46,17 @@ from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
-from .encode import EXCLUDED, IDENTICAL, NO_TARGET_LEFT, TOO_LONG, TruncationConfig, encode
-from .examples import format_sources, to_example, tools_of
+from .counts import BAD_ROWS, DROPPED, OF_ROWS, UNREAD_ROW, count_uses, merge_uses
+from .encode import EXCLUDED, TruncationConfig, encode
+from .examples import Example, format_sources, to_example, tools_of
 from .files import DataRow
 from .source import DataSource, open_source, row_name
-from .template import LOST, Template
+from .template import Template
 from .text_encoder import Tokens
 
 FORMAT = 13  # raise it when the same inputs give other tokens; the code of row formats is in the key already
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # for smaller files, starting processes takes longer than it saves
-BAD_ROWS = "bad-rows"  # the count that max_bad_rows limits
-# Keys of TokenCache.counts, with the words for each.
-DROPPED = {
-    BAD_ROWS: "bad rows skipped",
-    TOO_LONG: "examples dropped (longer than max_length)",
-    NO_TARGET_LEFT: "examples dropped (no target left after truncation)",
-    IDENTICAL: "examples dropped (chosen and rejected are the same after truncation)",
-}
-OF_ROWS = DROPPED | {
-    "truncated": "truncated examples",
-    "long-rollouts": "rollouts longer than max_length, not trained on",
-    "truncated-rollouts": "truncated rollouts, not trained on",
-}
-COUNTED = OF_ROWS | {
-    "dropped-turns": "turns after the last response that is trained on, not used",
-    "empty-thoughts": "responses without reasoning, trained on with an empty thought",
-    "other-prompts": "responses after another prompt than at inference",
-}
-UNREAD_ROW = "unread-row:"  # beginning of the count of a key of rows that is not used
-
-
-def describe_count(key: str) -> str:
-    """Return the words for a count; none for keys that are not used, which are listed together."""
-    if key.startswith(LOST):
-        return f"times {key.removeprefix(LOST)} is not in the text of the chat template"
-    return COUNTED.get(key, "")
 
 
 @dataclass
@@ -106,16 +82,19 @@ class Encoder:
             if isinstance(documents, str):
                 chunk.counts.append((len(chunk.examples), {documents: 1}))
                 continue
-            counts: dict[str, int] = {}
-            for document in documents:
-                counts |= {key: max(n, counts.get(key, 0)) for key, n in document.counts.items()}
-            unread = [*example.unread, *self.template.renderer.unread_variables(example.variables)]
-            counts |= {f"{UNREAD_ROW}{key}": 1 for key in unread}
-            if counts:
+            if counts := self._counts(example, documents):
                 chunk.counts.append((len(chunk.examples), counts))
             chunk.examples.append([_as_arrays(document) for document in documents])
             chunk.lines.append(line)
         return chunk
+
+    def _counts(self, example: Example, documents: list[Tokens]) -> dict[str, int]:
+        counts: Counter = Counter()
+        for document in documents:
+            counts |= Counter(document.counts)  # the larger of each
+        uses = functools.reduce(merge_uses, (document.uses for document in documents))
+        unread = [*example.unread, *self.template.unread_variables(example)]
+        return counts + count_uses(uses) + Counter(UNREAD_ROW + key for key in unread)
 
     def key(self, source: DataSource) -> str:
         """Return a hash of the data and of all options that change its tokens."""
@@ -149,7 +128,7 @@ class Chunk:
         examples: The documents of each example, as arrays.
         lines: The line of each example.
         bad: For each bad row, (number of examples before it, line, error).
-        counts: For each row that was truncated or dropped, (number of examples before it, counts by key of `COUNTED`).
+        counts: For each row with something to count, (number of examples before it, counts by key of `counts.py`).
     """
 
     examples: list[list[Tokens]]
@@ -162,7 +141,7 @@ def _as_arrays(document: Tokens) -> Tokens:
     """Return the document as arrays, which are faster to send to another process."""
     features = {name: np.asarray(feature, np.float32) for name, feature in document.token_features.items()}
     ids, mask = np.asarray(document.ids, np.int32), np.asarray(document.mask, np.uint8)
-    return dataclasses.replace(document, ids=ids, mask=mask, token_features=features)
+    return dataclasses.replace(document, ids=ids, mask=mask, token_features=features, uses={})
 
 
 class TokenCache:
@@ -173,7 +152,7 @@ class TokenCache:
         lines: Line of each example in the data file, shape [E].
         doc_features: Name -> one number per document, shape [D]. Losses may add some.
         token_features: Name -> one number per token, shape [N]. Losses may add some.
-        counts: Number of rows by key of `COUNTED`.
+        counts: What was counted, by key of `counts.py`.
         labels: Label names; doc_features["label"] has indices into them.
         first_documents: Index of each example's first document, and the number of documents, shape [E + 1].
         trained: Indices of the examples that are trained on.

@@ -1,5 +1,6 @@
 """Tokenize examples into documents, truncated to the maximum length, with the numbers that a loss needs."""
 
+import dataclasses
 import hashlib
 import json
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from minitrain.batch import TARGET_WEIGHTS
 from minitrain.errors import DataError
 
+from .counts import IDENTICAL, NO_TARGET_LEFT, TOO_LONG
 from .examples import (
     ClassificationExample,
     Conversation,
@@ -19,8 +21,6 @@ from .messages import Messages, assistant, is_empty
 from .template import Template
 from .text_encoder import Tokens, check_texts
 
-# Why an example is dropped: keys of TokenCache.counts.
-TOO_LONG, NO_TARGET_LEFT, IDENTICAL = "too-long", "no-target-left", "same-answers"
 EXCLUDED = "excluded"  # doc feature: 1 for a rollout that counts in its group's advantages, but is not trained on
 
 
@@ -93,6 +93,8 @@ def _preference(example: Preference, template: Template, limits: TruncationConfi
         raise DataError("chosen and rejected are the same in the chat template", "same-answers")
     for document in documents:
         document.doc_features["margin"] = example.margin
+    rejected, n = documents[1], len(example.prompt)
+    rejected.uses = {(i if i < n else i + len(example.chosen), name): key for (i, name), key in rejected.uses.items()}
     documents = truncate(documents, limits, template.tokenizer.bos_token_id)
     if isinstance(documents, str):
         return documents
@@ -251,4 +253,4 @@ def _shorten(tokens: Tokens, n_removed: int, max_length: int, bos_token_id: int 
         for name, feature in tokens.token_features.items()
     }
     counts = tokens.counts | {"truncated": 1}
-    return Tokens(ids, [False, *mask[1:]], counts, doc_features=tokens.doc_features, token_features=features)
+    return dataclasses.replace(tokens, ids=ids, mask=[False, *mask[1:]], counts=counts, token_features=features)

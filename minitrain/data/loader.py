@@ -16,11 +16,12 @@ from minitrain.batch import TARGET_WEIGHTS, Batch, Document, collate
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError
 
-from .cache import BAD_ROWS, OF_ROWS, UNREAD_ROW, TokenCache, describe_count, load_cache
+from .cache import TokenCache, load_cache
+from .counts import BAD_ROWS, OF_ROWS, describe_counts, describe_fields, describe_unread, of_rows
 from .mismatched import add_mismatched_responses
 from .sampler import BatchRows, epoch_order, epoch_size, group_by_length, pack, plan_step
 from .source import row_name
-from .template import UNREAD, Template
+from .template import Template
 
 
 class TokenizedDataset:
@@ -127,7 +128,7 @@ class Data:
     """The data of a run.
 
     Attributes:
-        summary: Lines about rows that were skipped, dropped or truncated.
+        summary: Lines about rows that were skipped, dropped or truncated, and about what rows have besides text.
         warnings: Lines about files that lost more than a third of their rows in one of these ways.
     """
 
@@ -162,9 +163,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     elif config.validation_split:
         train, evaluation = train.split(config.validation_split, config.seed)
     _align_weights(all_caches)
-    summary = [
-        f"{cache.source}: {line}" for cache in all_caches for line in describe_counts(cache.counts, cache.n_rows)
-    ]
+    summary = [f"{cache.source}: {line}" for cache in all_caches for line in _notes(cache)]
     warnings = [line for cache in all_caches for line in _warnings(cache, config)]
     return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, summary, warnings)
 
@@ -176,30 +175,17 @@ def _align_weights(caches: list[TokenCache]) -> None:
             cache.token_features.setdefault(TARGET_WEIGHTS, torch.ones(1).expand(len(cache.ids)))
 
 
-def describe_counts(counts: dict[str, int], n_rows: int) -> list[str]:
-    """Return a line for each count of skipped, dropped or truncated rows, with its fraction of `n_rows`."""
-    lines = [
-        f"{count:,} {words}{_of_rows(key, count, n_rows)}"
-        for key, count in counts.items()
-        if (words := describe_count(key))
-    ]
-    for beginning, owner in ((UNREAD_ROW, "rows"), (UNREAD, "turns")):
-        keys = [f"{key.removeprefix(beginning)} ({n:,})" for key, n in counts.items() if key.startswith(beginning)]
-        lines += [f"keys of {owner} that are not used: {', '.join(keys)}"] if keys else []
-    return lines
+def _notes(cache: TokenCache) -> Iterator[str]:
+    yield from describe_counts(cache.counts, cache.n_rows)
+    yield from filter(None, (describe_fields(cache.counts), describe_unread(cache.counts)))
 
 
 def _warnings(cache: TokenCache, config: Config) -> Iterator[str]:
     for key, count in cache.counts.items():
         if count * 3 > cache.n_rows and key in OF_ROWS:
             advice = "Fix the rows." if key == BAD_ROWS else f"Raise max_length={config.max_length}."
-            fraction = _of_rows(key, count, cache.n_rows)
+            fraction = of_rows(key, count, cache.n_rows)
             yield f"{cache.source}: {count:,} {OF_ROWS[key]}{fraction}, more than a third. {advice}"
-
-
-def _of_rows(key: str, count: int, n_rows: int) -> str:
-    """Return a count's fraction of the rows; nothing for turns, of which a row can have several."""
-    return "" if key not in OF_ROWS else f" of {n_rows:,} ({100 * count / n_rows:.1f} %)"
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """What a row has to be found in its text: no template may lose a field without a word."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .counts import PROMPT, TRAINED, UNTRAINED, UNUSED
 from .messages import Message, Messages, leaves, split_reasoning
 
 MIN_REPEATED = 12  # characters; shorter reasoning may occur in an answer by chance
@@ -43,6 +44,39 @@ def missing_context(messages: Messages, tools: list[dict], text: str) -> list[st
         if not _has(text, split_reasoning(message)[1] if message["role"] == "assistant" else message["content"].strip())
     ]
     return missing + [f"tool {tool['function']['name']}" for tool in tools if tool["function"]["name"] not in text]
+
+
+def uses_of_turn(message: Message, trained: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield (field, FIELD:USE) of what a turn has besides its content.
+
+    Args:
+        trained: The part of the text that is trained on for this turn.
+        text: The full text.
+    """
+    if message["role"] == "tool":
+        yield "result", f"results:{PROMPT if _has(text, message['content'].strip()) else UNUSED}"
+    if message["role"] != "assistant":
+        return
+    if reasoning := split_reasoning(message)[0]:
+        uses = ((trained, TRAINED), (text, PROMPT))
+        yield "reasoning", f"reasoning:{next((use for part, use in uses if _has(part, reasoning)), UNUSED)}"
+    for i, call in enumerate(message.get("tool_calls", ())):
+        uses = ((trained, TRAINED), (text, PROMPT))
+        use = next((use for part, use in uses if not any(_missing_of_call(call, part))), UNUSED)
+        yield f"call {i}", f"calls:{use}"
+    if "weight" in message:
+        yield "weight", f"weights:{UNTRAINED if not message['weight'] else TRAINED if trained else UNUSED}"
+
+
+def uses_of_variables(variables: Mapping[str, Any], text: str) -> Iterator[tuple[str, str]]:
+    """Yield (field, FIELD:USE) of each tool and document."""
+    for i, tool in enumerate(variables.get("tools") or ()):
+        yield f"tool {i}", f"tools:{PROMPT if tool['function']['name'] in text else UNUSED}"
+    documents = variables.get("documents") or []
+    for i, document in enumerate(documents if isinstance(documents, list) else [documents]):
+        values = [*document.values()] if isinstance(document, dict) else document
+        longest = max((leaf for leaf in leaves(values) if isinstance(leaf, str)), key=len, default="")
+        yield f"document {i}", f"documents:{PROMPT if longest and _has(text, longest.strip()) else UNUSED}"
 
 
 def _has(text: str, value: Any) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jinja2
@@ -125,14 +125,15 @@ class ChatRenderer:
         return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
     def unread_variables(self, variables: Mapping[str, Any]) -> list[str]:
-        """Return the names of variables of a row that the template does not read; tools are looked for in its text."""
-        names = {name: f"chat_template_kwargs.{name}" for name in variables} | {"documents": "documents"}
-        return [names[name] for name in variables if name not in self.words and name != "tools"]
+        """Return what the template does not read of a row. Tools and documents have counts of their own."""
+        unread = [name for name in variables if name not in self.words and name not in ("tools", "documents")]
+        return [f"chat_template_kwargs.{name}" for name in unread]
 
-    def unread_keys(self, messages: Messages) -> Iterable[str]:
-        """Yield the keys of messages that neither the template nor minitrain reads, each as often as it occurs."""
-        known = {"role", "content", "tool_calls", "tool_call_id", "weight", "reasoning_content"} | self.words
-        return (key for message in messages for key in message if key not in known)
+    def unread_keys(self, message: Message) -> list[str]:
+        """Return the keys of a message that neither the template nor minitrain reads."""
+        known = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"} | self.words
+        known |= {"weight"} if message["role"] == "assistant" else set()
+        return [key for key in message if key not in known]
 
     # ------------------------------------------------------------------------------------------ what a template reads
 

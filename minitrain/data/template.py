@@ -18,9 +18,10 @@ from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError
 
 from .answers import Answer, find_answers, find_earlier
-from .examples import Conversation, PlainText
+from .counts import LOST, TRAINED, UNREAD, UNTRAINED, Uses, merge_uses
+from .examples import Conversation, Example, PlainText, Rollout
 from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
-from .needles import missing_context, missing_fields
+from .needles import missing_context, missing_fields, uses_of_turn, uses_of_variables
 from .rendering import ChatRenderer, set_defaults
 from .sandbox import UnboundedTemplate
 from .text_encoder import Piece, TextEncoder, Tokens, check_texts
@@ -64,7 +65,6 @@ PLAIN = (
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
-LOST, UNREAD = "lost:", "unread:"  # beginnings of counts: a field that the text does not have, a key that nothing reads
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 
 
@@ -162,9 +162,7 @@ class Template:
         trained = self.trained_turns(example.messages, n_trained)
         messages = example.messages[: trained[-1] + 1]
         tokens = self._encode_answers(messages, trained, example.variables)
-        unread = Counter(UNREAD + key for key in self.renderer.unread_keys(example.messages))
-        dropped = len(example.messages) - len(messages)
-        tokens.counts = dict(Counter(tokens.counts) + unread + Counter({"dropped-turns": dropped}))
+        self._add_dropped(tokens, example.messages, trained)
         return tokens
 
     def encode_turns(self, example: Conversation) -> list[Tokens]:
@@ -184,10 +182,14 @@ class Template:
                 kept.append(document)
             else:
                 _add_targets(longer, document)
-        unread = Counter(UNREAD + key for key in self.renderer.unread_keys(example.messages))
-        dropped = Counter({"dropped-turns": len(example.messages) - trained[-1] - 1})
-        kept[0].counts = dict(Counter(kept[0].counts) + unread + dropped)
+        self._add_dropped(kept[0], example.messages, trained)
         return kept
+
+    def unread_variables(self, example: Example) -> list[str]:
+        """Return what a row gives for the chat template that this one does not read."""
+        if isinstance(example, PlainText) or (isinstance(example, Rollout) and not isinstance(example.response, str)):
+            return list(example.variables)  # it is not rendered
+        return self.renderer.unread_variables(example.variables)
 
     def trained_turns(self, messages: Messages, n_trained: int | None = None) -> list[int]:
         """Return the indices of the answers that are trained on. Raises DataError if there are none."""
@@ -220,34 +222,56 @@ class Template:
         except jinja2.TemplateError as error:
             raise _refused(error) from None
         answers = found.answers
-        counts = found.counts + self._check_fields(messages, trained, variables, found.text, answers)
+        spans = {i: "".join(found.text[a.start : a.stop] for a in answers if a.turn == i) for i in trained}
+        counts = found.counts + self._check_fields(messages, spans, variables, found.text)
         weights = {i: messages[i].get("weight", 1.0) for i in trained}
         pieces = _split(found.text, answers, weights)
         if not self.targets.train_on_reasoning:
             pieces = [_without_reasoning(piece, messages) for piece in pieces]
-        return self.encoder.join(pieces, dict(counts))
+        tokens = self.encoder.join(pieces, dict(counts))
+        tokens.turns, tokens.uses = sorted(trained), self._uses(messages, spans, found.text)
+        tokens.uses |= {(-1, name): key for name, key in uses_of_variables(variables, found.text)}
+        return tokens
+
+    def _uses(self, messages: Messages, spans: Mapping[int, str], text: str, start: int = 0) -> Uses:
+        """Return what becomes of the fields of messages.
+
+        Args:
+            spans: Turn -> the text that is trained on for it.
+            start: The turn of the first message.
+        """
+        uses: Uses = {}
+        for i, message in enumerate(messages, start):
+            uses |= {(i, name): key for name, key in uses_of_turn(message, spans.get(i, ""), text)}
+            uses |= {(i, f"key {key}"): UNREAD + key for key in self.renderer.unread_keys(message)}
+            if not self.targets.train_on_reasoning and uses.get((i, "reasoning"), "").endswith(f":{TRAINED}"):
+                uses[i, "reasoning"] = f"reasoning:{UNTRAINED}"
+        return uses
+
+    def _add_dropped(self, tokens: Tokens, messages: Messages, trained: list[int]) -> None:
+        """Count the turns after the last one that is trained on."""
+        dropped = messages[trained[-1] + 1 :]
+        tokens.counts = dict(Counter(tokens.counts) + Counter({"dropped-turns": len(dropped)}))
+        tokens.uses |= self._uses(dropped, {}, "", start=trained[-1] + 1)
 
     def _check_fields(
-        self,
-        messages: Messages,
-        trained: Collection[int],
-        variables: Mapping[str, Any],
-        text: str,
-        answers: list[Answer],
+        self, messages: Messages, spans: Mapping[int, str], variables: Mapping[str, Any], text: str
     ) -> Counter:
         """Count what messages and tools have and the text does not.
+
+        Args:
+            spans: Turn -> the text that is trained on for it.
 
         Raises:
             DataError: Something is missing, and `on_missing` is error.
         """
         counts: Counter = Counter()
-        for i in trained:
-            spans = "".join(text[answer.start : answer.stop] for answer in answers if answer.turn == i)
-            for name in missing_fields(messages[i], spans):
+        for i, span in spans.items():
+            for name in missing_fields(messages[i], span):
                 self._report_lost(f"turn {i + 1} of {len(messages)}", name, i < len(messages) - 1, counts)
-            if not split_reasoning(messages[i])[0] and _EMPTY_THOUGHT.search(spans):
+            if not split_reasoning(messages[i])[0] and _EMPTY_THOUGHT.search(span):
                 counts["empty-thoughts"] += 1
-        context = [message for i, message in enumerate(messages) if i not in trained]
+        context = [message for i, message in enumerate(messages) if i not in spans]
         for name in missing_context(context, variables.get("tools") or [], text):
             self._report_lost("the prompt", name, False, counts)
         return counts
@@ -324,3 +348,5 @@ def _add_targets(document: Tokens, beginning: Tokens) -> None:
         document.token_features[TARGET_WEIGHTS] = [max(a, b) for a, b in zip(old, new)] + old[n:]
     document.mask[:n] = [a or b for a, b in zip(document.mask, beginning.mask)]
     document.counts = dict(Counter(document.counts) + Counter(beginning.counts))
+    document.turns = sorted(document.turns + beginning.turns)
+    document.uses = merge_uses(document.uses, beginning.uses)

@@ -8,6 +8,7 @@ from minitrain.batch import TARGET_WEIGHTS
 from minitrain.errors import DataError, is_failure
 
 from .answers import CLOSE, LITERAL, OPEN, Ends
+from .counts import Uses
 
 UNUSUAL = "a\u16a0\u5b57\u2603"  # characters that not every tokenizer has a token for
 
@@ -18,10 +19,12 @@ class Tokens:
 
     Attributes:
         mask: Whether each token is a target, shape [T]; the first one never is.
-        counts: What the user is told about the document, by key of `COUNTED` in cache.py.
+        counts: What is reported about the document, by key of `COUNTED` in counts.py.
         shared: Number of leading tokens in common with the first document of the example.
         doc_features: Name -> number (or label) of the document.
         token_features: Name -> one number per token, shape [T].
+        turns: The turns that are trained on.
+        uses: What becomes of each field of the turns.
     """
 
     ids: list[int]
@@ -30,6 +33,8 @@ class Tokens:
     shared: int = 0
     doc_features: dict[str, float | str] = field(default_factory=dict)
     token_features: dict[str, list[float]] = field(default_factory=dict)
+    turns: list[int] = field(default_factory=list)
+    uses: Uses = field(default_factory=dict)
 
 
 class Piece(NamedTuple):

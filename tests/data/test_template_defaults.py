@@ -94,12 +94,12 @@ def test_arguments_of_rows_that_are_not_read():
         "prompt": "a",
         "response": "b",
         "chat_template_kwargs": {"enable_thinking": True, "x": 1},
-        "documents": ["d"],
+        "documents": ["a text"],
     }
     dataset, template = DatasetConfig("rows.jsonl"), thinker()
     assert to_example(row, dataset).variables.keys() == {"enable_thinking", "x", "documents"}
     chunk = Encoder(dataset, template, TruncationConfig(100), "conversation")([(1, row)])
-    assert chunk.counts[0][1] == {"unread-row:chat_template_kwargs.x": 1, "unread-row:documents": 1}
+    assert chunk.counts[0][1] == {"unread-row:chat_template_kwargs.x": 1, "rows:documents": 1, "documents:unused": 1}
 
 
 def test_a_trained_model_remembers(make_trainer, tmp_path):

@@ -11,8 +11,9 @@ import torch
 
 from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
+from minitrain.data.counts import describe_counts, describe_fields, describe_unread
 from minitrain.data.examples import Conversation, assistant, user
-from minitrain.data.loader import MicrobatchLoader, describe_counts
+from minitrain.data.loader import MicrobatchLoader
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
@@ -56,8 +57,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
     _check_metric(run)
-    caches = [*run.data.train.caches, *(run.data.eval.caches if run.data.eval else [])]
-    problems = [line for cache in {id(cache): cache for cache in caches}.values() for line in find_bad_rows(cache, run)]
+    problems = [line for cache in _caches(run) for line in find_bad_rows(cache, run)]
     if problems:
         raise DataError("\n".join(problems), "wrong-tokens")
     lines = _report(run) | (_memory(run, parallel.device, devices) if with_memory else {})
@@ -215,6 +215,7 @@ def _report(run: Preparation) -> dict[str, str]:
     return {
         "examples": f"{len(train):,} to train on" + (f", {len(evaluation):,} to evaluate on" if evaluation else ""),
         "left out": _left_out(train.caches),
+        **_fields(_caches(run)),
         "lengths": f"median {half:,} tokens, 90 % up to {most:,}, 99 % up to {nearly_all:,}, "
         f"longest {lengths.max():,}; max_length {run.config.max_length:,}",
         "steps": f"{n_steps:,} of {run.config.total_batch_size:,} examples, "
@@ -225,6 +226,21 @@ def _report(run: Preparation) -> dict[str, str]:
         **({"new tokens": new} if new else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
     }
+
+
+def _caches(run: Preparation) -> list[TokenCache]:
+    """Return the caches of the training and of the evaluation, each once."""
+    caches = [cache for loader in run.loaders for cache in loader.examples.caches]
+    return list({id(cache): cache for cache in caches}.values())
+
+
+def _fields(caches: list[TokenCache]) -> dict[str, str]:
+    """Return a line per file about what its rows have besides text, and about keys that nothing reads."""
+    lines = {}
+    for name, describe in (("fields", describe_fields), ("unused keys", describe_unread)):
+        texts = [f"{cache.source}: {text}" for cache in caches if (text := describe(cache.counts))]
+        lines |= {name: "\n".join(texts)} if texts else {}
+    return lines
 
 
 def _left_out(caches: list[TokenCache]) -> str:
