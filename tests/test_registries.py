@@ -2,26 +2,44 @@
 
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 
 from minitrain.cli.main import _parser
 from minitrain.cli.registry import COMMANDS
 from minitrain.data.examples import EXAMPLE_COLUMNS, ROW_FORMATS
-from minitrain.losses import registered
+from minitrain.losses import create_loss, registered
 from minitrain.losses.base import Loss
 from tests.commands import CASES, PARSERS
 from tests.conftest import ROOT
-from tests.rows import ROWS
+from tests.rows import REQUIRED, ROWS
 from tests.test_docs import problems_of_command
 
 LOSSES = {name: loss for name, loss in registered().items() if loss.__module__.startswith("minitrain.")}
+OF_ALL_LOSSES = ("test_invariance", "test_contract")
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_has_a_section(name):
-    """In docs/losses.md, with its unit."""
-    assert re.search(rf"^## {name} \(unit: ", (ROOT / "docs" / "losses.md").read_text(), re.M)
+    """In docs/losses.md, with its unit and all of its options."""
+    text = (ROOT / "docs" / "losses.md").read_text()
+    section = re.search(rf"^## {name} \(unit: .*?(?=^## )", text, re.M | re.S)
+    assert section
+    assert [f.name for f in fields(LOSSES[name].options_class) if f"`{f.name}`" not in section[0]] == []
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_has_a_test_of_its_formula(name):
+    """A file of tests/losses/, besides those that run all losses, has its name."""
+    files = [file for file in (ROOT / "tests" / "losses").glob("test_*.py") if file.stem not in OF_ALL_LOSSES]
+    assert any(re.search(rf'["=]{name}"', file.read_text()) for file in files)
+
+
+def test_required_options_of_losses_have_values():
+    """The tests that run all losses give them, from REQUIRED of tests/rows.py."""
+    for name in LOSSES:
+        create_loss(name, **REQUIRED.get(name, {}))
 
 
 def test_each_kind_of_rows_has_what_it_needs():

@@ -1,6 +1,8 @@
-"""The built-in losses. To add one, write a file in this package and import it here."""
+"""The built-in losses. To add one, write a file in this package: all are imported."""
 
-from . import classify, dft, dpo, kd, kto, pairwise, policy, sft, value
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import (
     AddedFeatures,
     Loss,
@@ -20,18 +22,12 @@ __all__ = [
     "LossOutput",
     "Models",
     "add_features",
-    "classify",
     "create_loss",
     "describe_loss",
-    "dft",
-    "dpo",
-    "kd",
-    "kto",
     "loss_options",
-    "pairwise",
-    "policy",
     "register_loss",
     "registered",
-    "sft",
-    "value",
 ]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -18,6 +18,7 @@ from minitrain.losses.dft import DFT
 from minitrain.losses.sft import SFT, SFTOptions
 from minitrain.tools.preflight.load import check_python_config
 from tests.messages import raises
+from tests.rows import REQUIRED
 
 
 @pytest.fixture
@@ -134,12 +135,18 @@ def test_a_config_needs_a_model():
 # ---------------------------------------------------------------------------------------------- loss objects
 
 
+def is_required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
 @pytest.mark.parametrize("name", sorted(registered()))
 def test_a_loss_object_is_described_as_a_config_has_it(name, tmp_path):
     """Each registered loss at its defaults by its name alone, and with any one option changed by that one."""
     if name == "kd":
         (tmp_path / "teacher").mkdir()
-    assert describe_loss(create_loss(name)) == {"name": name}
+    required = {f.name for f in dataclasses.fields(registered()[name].options_class) if is_required(f)}
+    base = {key: value for key, value in REQUIRED.get(name, {}).items() if key in required}
+    assert describe_loss(create_loss(name, **base)) == {"name": name} | base
     other = {int: 3, float: 0.5, bool: None}
     for f in dataclasses.fields(registered()[name].options_class):
         default = f.default if f.default is not dataclasses.MISSING else None
@@ -147,10 +154,10 @@ def test_a_loss_object_is_described_as_a_config_has_it(name, tmp_path):
         if value is None or value == default:
             continue
         try:
-            loss = create_loss(name, **{f.name: value})
+            loss = create_loss(name, **base | {f.name: value})
         except ConfigError:
             continue
-        assert describe_loss(loss) in ({"name": name, f.name: value}, {"name": name}), f.name
+        assert describe_loss(loss) in ({"name": name} | base | {f.name: value}, {"name": name} | base), f.name
         described = describe_loss(loss)
         assert create_loss(**described).options == loss.options
 
