@@ -17,6 +17,7 @@ from minitrain.model import attention
 from minitrain.model.policy import Policy
 from tests.conftest import random_llama
 from tests.examples import LENGTHS, N, collated, examples, prepared, step
+from tests.rows import REQUIRED
 
 pytestmark = pytest.mark.numeric
 
@@ -51,7 +52,7 @@ def assert_same(got, want, tolerance: float = 2e-5):
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request):
     name, options = request.param
-    loss = create_loss(name, **options)
+    loss = create_loss(name, **REQUIRED.get(name, {}) | options)
     made = prepared(loss)
     return loss, made, step(loss, [collated(made, [[i]]) for i in range(N)])
 
