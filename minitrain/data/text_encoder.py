@@ -101,7 +101,7 @@ class TextEncoder:
             if match:
                 token = match[0].replace(LITERAL, "")
                 part = self._encode_as_text(token)
-                ids, starts = ids + part, starts + [stop] * len(part)
+                ids, starts = ids + part, starts + [stop] * len(part if with_starts else [])
                 before, position = "a", match.end()  # in the middle of a text
         return ids, starts
 
@@ -152,9 +152,10 @@ class TextEncoder:
             first, last = piece.untrained
             part, starts = self._encode_after(piece.text, before, with_starts=last > 0)
             ids += part
-            weights += [0.0 if first <= start < last else piece.weight for start in starts] or [piece.weight] * len(
-                part
-            )
+            if last:
+                weights += [0.0 if first <= start < last else piece.weight for start in starts]
+            else:
+                weights += [piece.weight] * len(part)
             before = piece.text or before
         if not ids:
             raise DataError("the tokenizer makes no token of the text", "invalid-text")
