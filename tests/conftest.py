@@ -1,6 +1,7 @@
 """Fixtures: a random two-layer Llama with the embedded tokenizer, small data, and a trainer over both."""
 
 import inspect
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from minitrain.io import redact
 from minitrain.losses import base
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
+from tests.chats import THINKING, written
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore it
 if PROCESSOR:
@@ -198,6 +200,21 @@ def make_trainer(tmp_path, llama_folder, rows_file):
             "log_every_steps": 1,
         }
         return Trainer(load_config(base, list(overrides)), loss=loss, **hooks)
+
+    return make
+
+
+@pytest.fixture
+def turns(make_trainer, tmp_path):
+    """``turns(rows, "packing=true")``: a trainer on rows with turns, with the template of tests/chats.py."""
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    numbers = itertools.count()
+
+    def make(rows: list[dict], *options: str, **given):
+        number = next(numbers)
+        settings = [f"datasets=[{written(tmp_path / f'{number}.jsonl', rows)}]", f"exp_name={number}"]
+        settings += [f"chat_template={tmp_path / 'thinking.jinja'}", "on_missing=warn"]
+        return make_trainer(*settings, *options, **given)
 
     return make
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from minitrain.batch import Batch, Document, collate
+from minitrain.batch import TARGET_WEIGHTS, Batch, Document, collate
 from minitrain.losses import Loss, Models, add_features
 from minitrain.model import attention
 from minitrain.model.policy import Policy
@@ -92,9 +92,14 @@ def files(made: list[list[Document]]) -> list[SimpleNamespace]:
     ]
 
 
-def prepared(loss: Loss) -> list[list[Document]]:
-    """The examples that a loss learns from, with what it adds to them."""
+def prepared(loss: Loss, weighted: bool = False) -> list[list[Document]]:
+    """The examples that a loss learns from, with what it adds to them, and with weights of their tokens."""
     made = examples(loss.example_type)
+    if weighted:
+        generator = torch.Generator().manual_seed(1)
+        for document in (document for example in made for document in example):
+            weights = torch.rand(len(document.ids), generator=generator) * 3
+            document.token_features = {TARGET_WEIGHTS: weights * document.mask}
     (file,) = files(made)
     add_features(loss, [file])
     for number, document in enumerate(d for example in made for d in example):

@@ -6,7 +6,8 @@ the options), so a stale cache is never read. Tensors of a file with E examples,
     offsets                 [D + 1] int64, index of each document's first token
     lines                   [E] int64, line of each example in the data file
     first_documents         [E + 1] int64, index of each example's first document
-    shared                  [D] int32, number of leading tokens in common with the first document of the example
+    shared                  [D] int32, number of leading tokens in common with the last document before it in the
+                            example that has 0 here
     doc_features/NAME       [D] float64, one number per document
     ids                     [N] int32
     mask                    [N] uint8, 1 for a target
@@ -54,7 +55,7 @@ from .source import DataSource, open_source, row_name
 from .template import Template
 from .text_encoder import Tokens
 
-FORMAT = 13  # raise it when the same inputs give other tokens; the code of row formats is in the key already
+FORMAT = 14  # raise it when the same inputs give other tokens; the code of row formats is in the key already
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # for smaller files, starting processes takes longer than it saves
 

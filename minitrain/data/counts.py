@@ -19,6 +19,7 @@ OF_ROWS = DROPPED | {
     "truncated-rollouts": "truncated rollouts, not trained on",
 }
 COUNTED = OF_ROWS | {
+    "dropped-responses": "responses dropped (longer than max_length, or no target left after truncation)",
     "dropped-turns": "turns after the last response that is trained on, not used",
     "empty-thoughts": "responses without reasoning, trained on with an empty thought",
     "other-prompts": "responses after another prompt than at inference",

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from typing import NamedTuple
 
 from minitrain.batch import TARGET_WEIGHTS
@@ -18,6 +19,7 @@ from .examples import (
     UnpairedPreference,
 )
 from .messages import Messages, assistant, is_empty
+from .shared_prefixes import merge_prefixes, n_shared, share_prefixes
 from .template import Template
 from .text_encoder import Tokens, check_texts
 
@@ -72,17 +74,23 @@ def check_no_empty_responses(messages: Messages, trained: list[int]) -> None:
 
 
 def _each_turn(example: Conversation, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
-    """Return a document for each response, as at inference; those after the first share its beginning."""
+    """Return a document for each response, as at inference, each truncated as if it were the only one."""
     documents, reasons = [], []
     for document in template.encode_turns(example):
         truncated = truncate([document], limits, template.tokenizer.bos_token_id)
-        documents += truncated if isinstance(truncated, list) else []
-        reasons += [truncated] if isinstance(truncated, str) else []
+        if isinstance(truncated, str):
+            reasons.append(truncated)
+        else:
+            documents += truncated
     if not documents:
         return reasons[0]
-    first, *others = documents
-    for document in others:
-        document.shared = _n_shared(first, document, document.mask.index(True))
+    counts = Counter({"dropped-responses": len(reasons)})
+    for document in documents:
+        counts.update(document.counts)
+        document.counts = {}
+    counts["truncated"] = min(counts["truncated"], 1)  # of examples
+    documents = share_prefixes(merge_prefixes(documents))
+    documents[0].counts = dict(+counts)
     return documents
 
 
@@ -133,14 +141,8 @@ def _encode_pair(example: Preference | UnpairedPreference, response: Messages, t
 def _with_shared(documents: list[Tokens]) -> list[Tokens]:
     """Set the number of leading prompt tokens that the second document has in common with the first."""
     first, second = documents
-    second.shared = _n_shared(first, second, min(first.mask.index(True), second.mask.index(True)))
+    second.shared = n_shared(first, second, min(first.mask.index(True), second.mask.index(True)))
     return documents
-
-
-def _n_shared(first: Tokens, second: Tokens, longest: int) -> int:
-    """Return how many leading tokens, at most `longest`, two documents have in common."""
-    pairs = zip(first.ids[:longest], second.ids[:longest])
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(longest, len(first.ids)))
 
 
 def _classification(example: ClassificationExample, template: Template, limits: TruncationConfig) -> list[Tokens] | str:

@@ -4,6 +4,7 @@ The position in the order of an epoch is one integer: the number of examples con
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -57,15 +58,18 @@ class TokenizedDataset:
         return row_name(cache.source, cache.lines[number])
 
     def digest(self, indices: list[int]) -> str:
-        """Return a hash of the ids and masks of examples, which does not depend on packing."""
+        """Return a hash of the ids, masks and weights of examples, which does not depend on packing."""
         digest = hashlib.blake2b(digest_size=8)
-        arrays = [(cache.ids.numpy(), cache.mask.numpy(), cache.bounds) for cache in self.caches]
+        arrays = [(cache.ids.numpy(), cache.mask.numpy(), cache.bounds, _weights(cache)) for cache in self.caches]
         files = np.searchsorted(self.starts, indices, side="right") - 1
         for file, i in zip(files.tolist(), (indices - self.starts[files]).tolist(), strict=True):
-            ids, mask, bounds = arrays[file]
+            ids, mask, bounds, weights = arrays[file]
             number = self.selected[file][i]
-            digest.update(ids[bounds[number] : bounds[number + 1]])
-            digest.update(mask[bounds[number] : bounds[number + 1]])
+            span = slice(bounds[number], bounds[number + 1])
+            digest.update(ids[span])
+            digest.update(mask[span])
+            if weights is not None and (weighted := weights[span] * mask[span]).tolist() != mask[span].tolist():
+                digest.update(weighted)
         return digest.hexdigest()
 
     def _locate(self, index: int) -> tuple[TokenCache, int]:
@@ -168,6 +172,10 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, summary, warnings)
 
 
+def _weights(cache: TokenCache) -> np.ndarray | None:
+    return cache.token_features[TARGET_WEIGHTS].numpy() if TARGET_WEIGHTS in cache.token_features else None
+
+
 def _align_weights(caches: list[TokenCache]) -> None:
     """Give weights of 1 to the tokens of files that have none, if another file has weights."""
     if any(TARGET_WEIGHTS in cache.token_features for cache in caches):
@@ -242,6 +250,13 @@ class MicrobatchLoader:
             order = group_by_length(order, examples.lengths, config.total_batch_size, config.seed, epoch)
         return order
 
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens that a batch has of each example, shape [E]."""
+        if self.shares_prompts:
+            return self.examples.lengths
+        return self.examples.per_example(lambda cache: np.diff(cache.offsets), np.add)
+
     def micro_batches(self, indices: np.ndarray) -> list[Batch]:
         """Return this rank's micro-batches of one step. All ranks have the same number of them."""
         return [self.batch(rows) for rows in self.layout(indices)]
@@ -253,7 +268,7 @@ class MicrobatchLoader:
     def plan(self, indices: np.ndarray) -> list[list[BatchRows]]:
         """Return the examples of one step by [rank][micro-batch][row]."""
         n_micro = self.config.gradient_accumulation_steps
-        lengths, packing = self.examples.lengths[indices], self.config.packing
+        lengths, packing = self.lengths[indices], self.config.packing
         plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
         return [[[[int(indices[i]) for i in row] for row in rows] for rows in micro_batches] for micro_batches in plan]
 
@@ -277,7 +292,7 @@ class MicrobatchLoader:
 
     def eval_layout(self) -> Iterator[BatchRows]:
         """Yield the examples of each of this rank's evaluation batches by row."""
-        lengths = self.examples.lengths
+        lengths = self.lengths
         n = math.ceil(len(lengths) / (self.config.eval_batch_size * self.world_size))
         by_length = np.argsort(-lengths, kind="stable")
         for part in np.array_split(by_length, n):

@@ -5,7 +5,6 @@ OpenAI's format whose arguments are objects), `weight` (a number) and other keys
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -170,8 +169,10 @@ def _answer_fields(turn: dict, where: str) -> Message:
 
 
 def _weight(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise DataError(f"{where}: expected true, false or a number from 0, got {short(value)!r}", "invalid-row")
+    if not isinstance(value, int | float) or not (value == 0 or 1e-6 <= value <= 1e6):  # within float32
+        raise DataError(
+            f"{where}: expected true, false, 0 or a number from 1e-6 to 1e6, got {short(value)!r}", "invalid-row"
+        )
     return float(value)
 
 

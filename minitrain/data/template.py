@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from minitrain.batch import TARGET_WEIGHTS
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError
 
 from .answers import Answer, find_answers, find_earlier
-from .counts import LOST, TRAINED, UNREAD, UNTRAINED, Uses, merge_uses
+from .counts import LOST, TRAINED, UNREAD, UNTRAINED, Uses
 from .examples import Conversation, Example, PlainText, Rollout
 from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
 from .needles import missing_context, missing_fields, uses_of_turn, uses_of_variables
@@ -166,24 +165,15 @@ class Template:
         return tokens
 
     def encode_turns(self, example: Conversation) -> list[Tokens]:
-        """Return a document for each answer that is trained on, as inference sees it, the one of the last answer first.
-
-        Documents that are the beginning of another one are trained on as a part of it.
+        """Return a document for each answer that is trained on, as inference sees it.
 
         Raises:
             DataError: The example cannot be encoded.
         """
         trained = self.trained_turns(example.messages)
-        documents = [self._encode_answers(example.messages[: i + 1], [i], example.variables) for i in reversed(trained)]
-        kept: list[Tokens] = []
-        for document in documents:
-            longer = next((other for other in kept if other.ids[: len(document.ids)] == document.ids), None)
-            if longer is None:
-                kept.append(document)
-            else:
-                _add_targets(longer, document)
-        self._add_dropped(kept[0], example.messages, trained)
-        return kept
+        documents = [self._encode_answers(example.messages[: i + 1], [i], example.variables) for i in trained]
+        self._add_dropped(documents[-1], example.messages, trained)
+        return documents
 
     def unread_variables(self, example: Example) -> list[str]:
         """Return what a row gives for the chat template that this one does not read."""
@@ -337,16 +327,3 @@ def _without_reasoning(piece: Piece, messages: Messages) -> Piece:
     reasoning = split_reasoning(messages[piece.turn])[0] if piece.turn is not None else ""
     start = piece.text.find(reasoning) if reasoning else -1
     return piece if start < 0 else piece._replace(untrained=(start, start + len(reasoning)))
-
-
-def _add_targets(document: Tokens, beginning: Tokens) -> None:
-    """Train a document on the targets of another one that is its beginning."""
-    n = len(beginning.ids)
-    weights = [document.token_features.get(TARGET_WEIGHTS), beginning.token_features.get(TARGET_WEIGHTS)]
-    if any(weights):
-        old, new = (each or list(map(float, d.mask)) for each, d in zip(weights, (document, beginning)))
-        document.token_features[TARGET_WEIGHTS] = [max(a, b) for a, b in zip(old, new)] + old[n:]
-    document.mask[:n] = [a or b for a, b in zip(document.mask, beginning.mask)]
-    document.counts = dict(Counter(document.counts) + Counter(beginning.counts))
-    document.turns = sorted(document.turns + beginning.turns)
-    document.uses = merge_uses(document.uses, beginning.uses)

@@ -20,7 +20,7 @@ class Tokens:
     Attributes:
         mask: Whether each token is a target, shape [T]; the first one never is.
         counts: What is reported about the document, by key of `COUNTED` in counts.py.
-        shared: Number of leading tokens in common with the first document of the example.
+        shared: Number of leading tokens in common with the last document before it in the example that has 0 here.
         doc_features: Name -> number (or label) of the document.
         token_features: Name -> one number per token, shape [T].
         turns: The turns that are trained on.

@@ -37,7 +37,8 @@ VARIANTS = {
     "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],
     "kd": [{"divergence": "jsd", "jsd_weight": 0.3}, {"divergence": "reverse_kl", "top_k": 5, "temperature": 1.0}],
 }
-CASES = [(name, options) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
+CASES = [(name, options, False) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
+CASES += [(name, options, True) for name, options, _ in CASES if registered()[name].uses_target_weights]
 ALL = [[i] for i in range(N)]
 PACKED_ROWS = ([[0, 1, 2, 3, 4, 5, 6, 7]], [[4], [2, 7, 3], [0, 6, 5, 1]])
 
@@ -49,11 +50,11 @@ def assert_same(got, want, tolerance: float = 2e-5):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}{'-weights' * case[2]}")
 def case(request):
-    name, options = request.param
+    name, options, weighted = request.param
     loss = create_loss(name, **REQUIRED.get(name, {}) | options)
-    made = prepared(loss)
+    made = prepared(loss, weighted)
     return loss, made, step(loss, [collated(made, [[i]]) for i in range(N)])
 
 

@@ -110,9 +110,7 @@ def _batch(
         yield f"row {row + 1}"
         for d in documents_of_row:
             example, number = documents[d]
-            name = (
-                f", {DOCUMENT_NAMES[run.loss.example_type][number]}" if run.loss.example_type in DOCUMENT_NAMES else ""
-            )
+            name = _document_name(run.loss.example_type, number, len(loader.examples[example]))
             phrases = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
             yield f"  {redact(loader.examples.where(example))}{name}: {phrases}"
             yield "    " + _text(batch, d, run.template.tokenizer, marks).replace("\n", "\n    ")
@@ -120,6 +118,13 @@ def _batch(
             yield f"  {n_others} other documents"
         if padding := int((batch.doc_ids[row] < 0).sum()):
             yield f"  {padding} padding"
+
+
+def _document_name(example_type: str, number: int, n_documents: int) -> str:
+    """Return the name of a document if its example has several."""
+    if example_type in DOCUMENT_NAMES:
+        return f", {DOCUMENT_NAMES[example_type][number]}"
+    return f", document {number + 1} of {n_documents}" if n_documents > 1 else ""
 
 
 def _numbers(batch: Batch, d: int) -> list[str]:
