@@ -6,7 +6,7 @@ import re
 import pytest
 
 from minitrain.cli.main import main
-from minitrain.inference.teacher_cache import teach
+from minitrain.inference.teacher_cache import cache_teacher_outputs
 from tests.chats import THINKING, assert_same, conversations, first_step, separate, written
 
 ROWS = conversations(weights=(0, 0.5, 1, 2))
@@ -50,7 +50,7 @@ def test_outputs_of_a_teacher_that_are_in_a_file(turns, tmp_path):
     options = ("train_on=each_turn", "packing=true", "loss.name=kd", "loss.top_k=5", "loss.teacher=tiny")
     live = turns(ROWS, *options)
     options = (*options, f"datasets=[{live.config.datasets[0].path}]")
-    file = teach(live.config, tmp_path / "teacher.safetensors")
+    file = cache_teacher_outputs(live.config, tmp_path / "teacher.safetensors")
     assert_same(first_step(turns(ROWS, *options, f"loss.teacher_outputs={file}")), first_step(live))
 
 
