@@ -40,6 +40,7 @@ CODES = {
     "invalid-text": "Text is not UTF-8, or has characters that the tokenizer or minitrain does not support.",
     "no-answer": "A data row has no response to train on, or an empty one.",
     "lost-field": "The chat template leaves out a field of a data row, which would not be trained on.",
+    "other-prompt": "The prompt at inference opens another response than the one in a data row, such as a thought.",
     "same-answers": "The chosen and the rejected response are the same.",
     "unsuitable-data": "The data rows are valid, but the loss cannot use them together.",
     "wrong-column": "An option names a column that a data row does not have.",

@@ -4,9 +4,9 @@ The text before an answer is what the template gives at inference (`add_generati
 where the model begins to write.
 """
 
+import dataclasses
 import re
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from minitrain.errors import DataError
 
@@ -16,16 +16,21 @@ from .rendering import Rendering
 # Characters of private use, which no text of a data set should have: the borders of a content, and special tokens that
 # are ordinary text.
 OPEN, CLOSE, LITERAL = "\ue0f0", "\ue0f1", "\ue0f2"
-_THOUGHT_OPENER = re.compile(r"<(think|thinking|reasoning)>\s*$")
+THOUGHT_OPENER = re.compile(r"<(think|thinking|reasoning)>\s*$")
 _HIDDEN = "the chat template hides the answer; give chat_template=chatml or a template of your own"
 
 
 @dataclass
 class Ends:
-    """The tokens that may end a turn, as regular expressions."""
+    """The tokens that may end a turn, as regular expressions.
+
+    Attributes:
+        appends_eos: Whether the template writes EOS after the last turn, which ends in another token, as Phi-3's.
+    """
 
     any_special: str
     eos_token: str
+    appends_eos: bool = False
 
     def __post_init__(self):
         self.start = re.compile(self.any_special)
@@ -33,17 +38,24 @@ class Ends:
 
     def close(self, tail: str) -> str:
         """Return an answer that ends in its end token: what follows is cut, and EOS is added if there is none."""
+        if self.appends_eos:
+            tail = tail.removesuffix(self.eos_token)
         end = self.end.search(tail)
         return tail[: end.end()] if end else tail.rstrip("\n") + self.eos_token
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The span of one answer in a text, and which message it is."""
+    """The span of one answer in a text, and which message it is.
+
+    Attributes:
+        after_other_prompt: Whether the text before it differs from the prompt at inference.
+    """
 
     start: int
     stop: int
     turn: int
+    after_other_prompt: bool = False
 
 
 @dataclass
@@ -52,7 +64,6 @@ class Answered:
 
     text: str
     answers: list[Answer]
-    counts: Counter = field(default_factory=Counter)
 
 
 def find_answers(rendering: Rendering, messages: Messages, ends: Ends, has_markers: bool) -> Answered:
@@ -67,10 +78,10 @@ def find_answers(rendering: Rendering, messages: Messages, ends: Ends, has_marke
     """
     if has_markers and (marked := _marked(rendering, messages, ends)):
         return marked
-    prompt, tail, counts = _split_answer(rendering, messages, ends)
+    prompt, tail, is_other = _split_answer(rendering, messages, ends)
     found = find_earlier(rendering, messages[:-1], prompt, ends)
-    found.answers.append(Answer(len(prompt), len(prompt) + len(tail), len(messages) - 1))
-    return Answered(prompt + tail, found.answers, found.counts + counts)
+    found.answers.append(Answer(len(prompt), len(prompt) + len(tail), len(messages) - 1, is_other))
+    return Answered(prompt + tail, found.answers)
 
 
 def find_earlier(rendering: Rendering, messages: Messages, prompt: str, ends: Ends) -> Answered:
@@ -79,71 +90,81 @@ def find_earlier(rendering: Rendering, messages: Messages, prompt: str, ends: En
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             # Before a first turn there is nothing to render, so its header would count as part of the answer.
-            span = _span_by_prefix(rendering, messages, i, prompt, ends) if i else None
+            before = rendering.prompt(messages[:i]) if i else None
+            span = _span_by_prefix(rendering, messages, i, before, prompt, ends) if before is not None else None
             by_mark = _span_of_calls if message.get("tool_calls") else _span_by_mark
             span = span or by_mark(rendering, messages, i, prompt, ends)
-            answers += [Answer(*span, i)] if span else []
+            if span and before and prompt.startswith(before):
+                span = min(span[0], len(before)), span[1]
+            answers += [Answer(*span, i, before not in (None, prompt[: span[0]]))] if span else []
     return Answered(prompt, answers)
 
 
 def _marked(rendering: Rendering, messages: Messages, ends: Ends) -> Answered | None:
     """Find the spans inside {% generation %}, each with the token that ends its turn.
 
-    Returns None if the template does not mark one span for each answer.
+    Returns None if the template does not mark one span for each answer, or writes the prompt in other words.
     """
     text, spans = rendering.marked(messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(turns) != len(spans):
+    prompt = rendering.prompt(messages[:-1]) if messages[:-1] else ""
+    if len(turns) != len(spans) or not text.startswith(prompt):
         return None
-    closed = []
-    for start, stop in spans:
-        n = len(rendering.header)  # which inference writes, also if the template marks its end
-        header = text.find(rendering.header, max(0, start - n), start + n) if n else -1
-        start = header + n if header >= 0 else start
+    answers, header = [], rendering.header()
+    for turn, (start, stop) in zip(turns, spans):
+        n = len(header)  # which inference writes, also if the template marks its end
+        begin = text.find(header, max(0, start - n), start + n) if n else -1
+        start = begin + n if begin >= 0 else start
+        if prompt and turn == turns[-1]:
+            start = len(prompt) if len(prompt) < stop else start
+        # To render each prompt takes long, so only those whose end differs are.
+        is_other = turn > 0 and not text.endswith(header, 0, start)
+        is_other = is_other and text[:start] != rendering.prompt(messages[:turn])
         token = ends.end.search(text, start, stop) or ends.start.match(text, stop)
-        closed.append((start, token.end() if token else stop))
-    text = text[: closed[-1][1]]
+        answers.append(Answer(start, token.end() if token else stop, turn, is_other))
+    text = text[: answers[-1].stop]
     if not ends.end.search(text):
         text += ends.eos_token
-        closed[-1] = (closed[-1][0], len(text))
-    return Answered(text, [Answer(*span, turn) for span, turn in zip(closed, turns, strict=True)])
+        answers[-1] = dataclasses.replace(answers[-1], stop=len(text))
+    return Answered(text, answers)
 
 
-def _split_answer(rendering: Rendering, messages: Messages, ends: Ends) -> tuple[str, str, Counter]:
-    """Return (the text before the last answer at inference, the answer with the token that ends it, counts)."""
+def _split_answer(rendering: Rendering, messages: Messages, ends: Ends) -> tuple[str, str, bool]:
+    """Return the text before the last answer, the answer with the token that ends it, and whether the first differs.
+
+    The text before the answer is the prompt at inference, unless the template has another one for this answer.
+    """
     if len(messages) == 1:
-        return (*_split_at_mark(rendering, messages, ends), Counter())
+        return (*_split_at_mark(rendering, messages, ends), False)
     full, prompt = rendering.text(messages), rendering.prompt(messages[:-1])
     if full.startswith(prompt):
         if full == prompt:
             raise DataError(_HIDDEN, "invalid-template")
-        return prompt, ends.close(full[len(prompt) :]), Counter()
-    opener = _THOUGHT_OPENER.search(prompt)
+        return prompt, ends.close(full[len(prompt) :]), False
+    opener = THOUGHT_OPENER.search(prompt)
     if opener and full.startswith(prompt[: opener.start()]):
-        return (prompt, *_continue_thought(messages[-1], opener, full[opener.start() :], ends))
+        return prompt, _continue_thought(messages[-1], opener, full[opener.start() :], ends), False
     history = rendering.text(messages[:-1])
-    common = _common_prefix(full, prompt)
-    if common > len(history) and full.startswith(history):
+    if prompt.startswith(history) and full.startswith(history) and len(prompt) > len(history):
         # The prompt opens the answer in another way than this one, e.g. an empty thought before a thought.
-        return full[:common], ends.close(full[common:]), Counter({"other-prompts": 1})
+        common = _common_prefix(full, prompt, ends)
+        return full[:common], ends.close(full[common:]), True
     # The template writes the history in other words once it is answered: keep the prompt of inference.
     if prompt.startswith(history) and (header := prompt[len(history) :]):
         before, answer = _split_at_mark(rendering, messages, ends)
         begin = before.rfind(header)
-        return prompt, (before + answer)[begin + len(header) :] if begin >= 0 else answer, Counter()
-    return prompt, _split_at_mark(rendering, messages, ends)[1], Counter()
+        return prompt, (before + answer)[begin + len(header) :] if begin >= 0 else answer, begin < 0
+    return prompt, _split_at_mark(rendering, messages, ends)[1], False
 
 
-def _continue_thought(answer: Message, opener: re.Match, tail: str, ends: Ends) -> tuple[str, Counter]:
-    """Return an answer behind a prompt that opens a thought which the template itself does not write, as DeepSeek-R1's.
+def _continue_thought(answer: Message, opener: re.Match, tail: str, ends: Ends) -> str:
+    """Return an answer after a prompt that opens a thought which the template itself does not write, as DeepSeek-R1's.
 
     Args:
         tail: What the template writes of the answer, without its reasoning.
     """
     reasoning, _ = split_reasoning(answer)
-    closing = f"\n</{opener[1]}>\n\n"
-    counts = Counter() if reasoning else Counter({"empty-thoughts": 1})
-    return reasoning + closing + ends.close(tail), counts
+    return f"{reasoning}\n</{opener[1]}>\n\n{ends.close(tail)}"
 
 
 def _split_at_mark(rendering: Rendering, messages: Messages, ends: Ends) -> tuple[str, str]:
@@ -174,12 +195,15 @@ def _with_marks(message: Message) -> list[Message]:
 
 
 def _span_by_prefix(
-    rendering: Rendering, messages: Messages, i: int, prompt: str, ends: Ends
+    rendering: Rendering, messages: Messages, i: int, before: str, prompt: str, ends: Ends
 ) -> tuple[int, int] | None:
-    before, until = rendering.prompt(messages[:i]), rendering.text(messages[: i + 1])
+    """Find an answer that both follows its prompt at inference (`before`) and is the same without later turns."""
+    until = rendering.text(messages[: i + 1])
+    if ends.appends_eos:
+        until = until.removesuffix(ends.eos_token)
     if not (until.startswith(before) and prompt.startswith(until)):
         return None
-    end = ends.end.search(until, len(before))
+    end = ends.end.search(until, len(before)) or ends.start.match(prompt, len(until))  # or what begins the next turn
     if end:
         return len(before), end.end()
     content = messages[i]["content"]
@@ -218,5 +242,7 @@ def _span_of_calls(rendering: Rendering, messages: Messages, i: int, prompt: str
     return begin, end + len(closing[0])
 
 
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def _common_prefix(a: str, b: str, ends: Ends) -> int:
+    """Return the length of the common beginning of two texts, without a part of a special token."""
+    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((token.start() for token in ends.start.finditer(a) if token.start() < n < token.end()), n)

@@ -21,8 +21,10 @@ OF_ROWS = DROPPED | {
 COUNTED = OF_ROWS | {
     "dropped-responses": "responses dropped (longer than max_length, or no target left after truncation)",
     "dropped-turns": "turns after the last response that is trained on, not used",
-    "empty-thoughts": "responses without reasoning, trained on with an empty thought",
-    "other-prompts": "responses after another prompt than at inference",
+    "empty-thoughts": "responses without reasoning, trained on with an empty thought (if the chat template knows "
+    "enable_thinking, chat_template_kwargs={enable_thinking: false} moves it into the prompt)",
+    "other-prompts": "responses after another prompt than at inference (train_on=each_turn avoids this)",
+    "literal-tokens": "special tokens in user and tool turns, tokenized as ordinary text",
 }
 # Beginnings of keys: a field that the text does not have, a key of a turn or of a row that nothing reads.
 LOST, UNREAD, UNREAD_ROW = "lost:", "unread:", "unread-row:"

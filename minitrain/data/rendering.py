@@ -69,7 +69,7 @@ class Rendering(NamedTuple):
     text: Callable[[Messages], str]
     prompt: Callable[[Messages], str]  # opened for an answer
     marked: Callable[[Messages], tuple[str, list[Span]]]  # with the spans in {% generation %}
-    header: str  # what opens a response at inference
+    header: Callable[[], str]  # what opens a response at inference
 
 
 class ChatRenderer:
@@ -82,6 +82,7 @@ class ChatRenderer:
         """
         self.source, self.variables = source, dict(variables)
         self.words = frozenset(re.findall(r"\w+", source))
+        self._headers: dict[str, str] = {}
 
     def bind(self, variables: Mapping[str, Any]) -> Rendering:
         """Return the rendering of conversations with more variables, such as `tools`."""
@@ -93,11 +94,13 @@ class ChatRenderer:
         def marked(messages: Messages) -> tuple[str, list[Span]]:
             return render_marked(self.source, self.adapt(messages), add_generation_prompt=False, **variables)
 
-        return Rendering(text, functools.partial(text, prompt=True), marked, self.header)
+        options = {key: value for key, value in variables.items() if key not in ("tools", "documents")}
+        return Rendering(text, functools.partial(text, prompt=True), marked, functools.partial(self._header, options))
 
     def adapt(self, messages: Messages) -> Messages:
         """Return messages in the form that the template reads."""
-        return [self._adapt(message) for message in messages]
+        adapted = [self._adapt(message) for message in messages]
+        return [_with_parts(message) for message in adapted] if self.reads_parts else adapted
 
     def _adapt(self, message: Message) -> Message:
         adapted = {key: value for key, value in message.items() if key not in ("weight", "reasoning_content")}
@@ -137,17 +140,27 @@ class ChatRenderer:
 
     # ------------------------------------------------------------------------------------------ what a template reads
 
+    def _header(self, variables: Mapping[str, Any]) -> str:
+        """Return what `add_generation_prompt` adds to a conversation; nothing if that is not added at its end."""
+        key = json.dumps(variables, sort_keys=True, default=str)
+        if key not in self._headers:
+            messages = self.adapt([user("a")])
+            try:
+                text, prompt = (
+                    render(self.source, messages, add_generation_prompt=prompt, **variables) for prompt in (False, True)
+                )
+            except jinja2.TemplateError:
+                text, prompt = "", ""
+            self._headers[key] = prompt.removeprefix(text) if prompt.startswith(text) else ""
+        return self._headers[key]
+
     @functools.cached_property
-    def header(self) -> str:
-        """What `add_generation_prompt` adds to a conversation; empty if that is not added at its end."""
-        try:
-            text, prompt = (
-                render(self.source, [user("a")], add_generation_prompt=prompt, **self.variables)
-                for prompt in (False, True)
-            )
-        except jinja2.TemplateError:
-            return ""
-        return prompt.removeprefix(text) if prompt.startswith(text) else ""
+    def reads_parts(self) -> bool:
+        """Whether the template reads contents as lists of parts only, like those of models for images."""
+        content = "probe_content"
+        return content not in self._probe({"content": content}) and content in self._probe(
+            {"content": content}, as_parts=True
+        )
 
     @functools.cached_property
     def reasoning_key(self) -> str | None:
@@ -186,12 +199,22 @@ class ChatRenderer:
 
         return not answer("call_0123456789abcdef") and bool(answer("call00001"))
 
-    def _probe(self, answer: Message) -> str:
+    def text_of_calls(self) -> str:
+        """Return a response with tool calls as the template writes it; empty if it writes none."""
+        call = {"id": "call00001", "type": "function", "function": _PROBE_CALL}
+        for calls in ([call, call], [call]):  # several, because some end only the second one, and others refuse it
+            message = self._adapt({"role": "assistant", "content": "", "tool_calls": calls})
+            if "probe_name" in (text := self._probe(message)):
+                return text
+        return ""
+
+    def _probe(self, answer: Message, as_parts: bool = False) -> str:
         """Return the text of a conversation with one answer, empty if the template refuses it."""
         tools = parse_tools([{"name": "probe_name", "description": "d", "parameters": _PROBE_PARAMETERS}], "tools")
         try:
             variables = self.variables | {"tools": tools}
             messages = [user("a"), {"role": "assistant"} | answer]
+            messages = [_with_parts(message) for message in messages] if as_parts else messages
             text = render(self.source, messages, add_generation_prompt=False, **variables)
             before = render(self.source, messages[:1], add_generation_prompt=False, **variables)
         except jinja2.TemplateError:
@@ -205,3 +228,8 @@ _PROBE_PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "str
 def _with_content(message: Message, content: Any) -> Message:
     message = {key: value for key, value in message.items() if key != "content"}
     return message if content is _ABSENT else message | {"content": content}
+
+
+def _with_parts(message: Message) -> Message:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

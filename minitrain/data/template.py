@@ -5,6 +5,7 @@ The text is built as inference builds it: each answer follows exactly what the t
 of a prompt are those of inference, no token crosses a border, and the mask is exact to the character.
 """
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -16,11 +17,11 @@ import jinja2
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError
 
-from .answers import Answer, find_answers, find_earlier
-from .counts import LOST, TRAINED, UNREAD, UNTRAINED, Uses
+from .answers import LITERAL, Answer, find_answers, find_earlier
+from .counts import TRAINED, UNREAD, UNTRAINED, Uses
 from .examples import Conversation, Example, PlainText, Rollout
 from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
-from .needles import missing_context, missing_fields, uses_of_turn, uses_of_variables
+from .needles import Needles, uses_of_turn, uses_of_variables
 from .rendering import ChatRenderer, set_defaults
 from .sandbox import UnboundedTemplate
 from .text_encoder import Piece, TextEncoder, Tokens, check_texts
@@ -64,7 +65,6 @@ PLAIN = (
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 
 
 class Targets(NamedTuple):
@@ -119,6 +119,8 @@ class Template:
         self.has_markers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template))
         self.encoder = TextEncoder(tokenizer)
         self.ends = self.encoder.ends
+        self.ends.appends_eos = self._appends_eos()
+        self.needles = Needles(on_missing, "enable_thinking" in self.renderer.words)
 
     def _try_out(self) -> None:
         try:
@@ -133,13 +135,23 @@ class Template:
         except jinja2.TemplateError:
             pass  # a template may refuse this very conversation
 
-    def end_ids(self) -> list[int]:
-        """Return the tokens that end a turn, for generation: EOS and the one this template closes an answer with."""
+    def _appends_eos(self) -> bool:
+        """Return whether the template writes EOS after the last turn, in addition to the token that ends each turn."""
+        turns, eos_token = [user("a"), assistant("b"), user("c")], self.tokenizer.eos_token
         try:
-            text = self.renderer.bind({}).text([user("a"), assistant("b")])
-        except jinja2.TemplateError:  # it refuses this very conversation
-            return [self.tokenizer.eos_token_id]
-        return sorted({self.tokenizer.eos_token_id, self.encoder.encode_text(self.ends.close(text))[-1]})
+            text, longer = (self.renderer.bind({}).text(turns[:n]) for n in (2, 3))
+        except jinja2.TemplateError:
+            return False
+        without = text.removesuffix(eos_token)
+        return without != text and longer.startswith(without) and bool(self.ends.end.search(without))
+
+    def end_ids(self) -> list[int]:
+        """Return the tokens that end a turn, for generation: EOS and those this template closes an answer with."""
+        texts = [self.renderer.text_of_calls()]
+        with contextlib.suppress(jinja2.TemplateError):  # it may refuse this very conversation
+            texts.append(self.renderer.bind({}).text([user("a"), assistant("b")]))
+        ends = {self.encoder.encode_text(self.ends.close(text))[-1] for text in texts if text}
+        return sorted({self.tokenizer.eos_token_id} | ends)
 
     # ------------------------------------------------------------------------------------------------ conversations
 
@@ -213,7 +225,9 @@ class Template:
             raise _refused(error) from None
         answers = found.answers
         spans = {i: "".join(found.text[a.start : a.stop] for a in answers if a.turn == i) for i in trained}
-        counts = found.counts + self._check_fields(messages, spans, variables, found.text)
+        where = {i: next((a for a in answers if a.turn == i), None) for i in trained}
+        counts = Counter({"literal-tokens": found.text.count(LITERAL)})
+        counts += self.needles.check(messages, where, variables, found.text)
         weights = {i: messages[i].get("weight", 1.0) for i in trained}
         pieces = _split(found.text, answers, weights)
         if not self.targets.train_on_reasoning:
@@ -243,40 +257,6 @@ class Template:
         dropped = messages[trained[-1] + 1 :]
         tokens.counts = dict(Counter(tokens.counts) + Counter({"dropped-turns": len(dropped)}))
         tokens.uses |= self._uses(dropped, {}, "", start=trained[-1] + 1)
-
-    def _check_fields(
-        self, messages: Messages, spans: Mapping[int, str], variables: Mapping[str, Any], text: str
-    ) -> Counter:
-        """Count what messages and tools have and the text does not.
-
-        Args:
-            spans: Turn -> the text that is trained on for it.
-
-        Raises:
-            DataError: Something is missing, and `on_missing` is error.
-        """
-        counts: Counter = Counter()
-        for i, span in spans.items():
-            for name in missing_fields(messages[i], span):
-                self._report_lost(f"turn {i + 1} of {len(messages)}", name, i < len(messages) - 1, counts)
-            if not split_reasoning(messages[i])[0] and _EMPTY_THOUGHT.search(span):
-                counts["empty-thoughts"] += 1
-        context = [message for i, message in enumerate(messages) if i not in spans]
-        for name in missing_context(context, variables.get("tools") or [], text):
-            self._report_lost("the prompt", name, False, counts)
-        return counts
-
-    def _report_lost(self, where: str, name: str, is_earlier: bool, counts: Counter) -> None:
-        if self.targets.on_missing == "warn":
-            counts[LOST + name] += 1
-            return
-        fix = "train_on=each_turn trains on each answer as it is given, last_turn on the last one only"
-        if not is_earlier:
-            fix = "Use a chat_template that writes it, or remove it from the row"
-        raise DataError(
-            f"{where}: the chat template leaves out or changes: {name}. {fix}; on_missing=warn trains on the rest",
-            "lost-field",
-        )
 
     def _checked(self, messages: Messages) -> Messages:
         """Return messages whose calls have ids, and whose special tokens in the text of users and tools are marked."""

@@ -111,7 +111,9 @@ def test_mask_is_the_answers(name, answer):
         answer = answer.lstrip("\n")  # so does the template
     tokens = encode(template, talk("first?", answer, "second?", answer))
     assert learned(template, tokens) == [answer + END] * 2
-    assert tokens.counts == {}
+    assert tokens.counts == (
+        {"other-prompts": 1} if name == "qwen3" else {}
+    )  # the first answer, without an empty thought
     assert tokens.mask[-1] and template.tokenizer.decode(tokens.ids[-1]) == END
 
 
@@ -237,7 +239,7 @@ def test_thoughts_that_the_template_drops():
     messages = talk("q1", thought + "a1", "q2", thought + "a2")
     with raises(DataError, "lost-field", "turn 2 of 4", "each_turn"):
         encode(template, messages)
-    template.targets = template.targets._replace(on_missing="warn")
+    template.needles = template.needles._replace(on_missing="warn")
     tokens = encode(template, messages)
     text = template.tokenizer.decode(tokens.ids)
     assert text.count("hmm") == 1 and f"assistant\na1{END}" in text
