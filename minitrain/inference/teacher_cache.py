@@ -103,8 +103,8 @@ def _check_options(required: frozenset[str], options) -> None:
 
 def _write_outputs(teacher: Teacher, caches, loader: MicrobatchLoader, options: KDOptions, writer: "_Writer") -> None:
     """Write the outputs for the targets of each data file, the longest examples first."""
-    total, quiet = sum(map(len, caches)), loader.config.quiet or None
-    with tqdm(total=total, desc="teacher", unit=" examples", disable=quiet, leave=False) as bar:
+    total, quiet = sum(len(cache.offsets) - 1 for cache in caches), loader.config.quiet or None
+    with tqdm(total=total, desc="teacher", unit=" documents", disable=quiet, leave=False) as bar:
         for cache in caches:
             file_loader = dataclasses.replace(loader, examples=TokenizedDataset([cache], [1.0]))
             for batch, positions in iter_batches_with_positions(cache, file_loader):
