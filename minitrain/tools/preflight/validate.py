@@ -30,6 +30,7 @@ from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
 
+from .duplicates import describe_duplicates
 from .load import check_python_config
 from .memory import estimate_memory, eval_metrics
 
@@ -60,7 +61,9 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     problems = [line for cache in _caches(run) for line in find_bad_rows(cache, run)]
     if problems:
         raise DataError("\n".join(problems), "wrong-tokens")
-    lines = _report(run) | (_memory(run, parallel.device, devices) if with_memory else {})
+    duplicates = describe_duplicates(run.data.train, run.data.eval, run.loss.example_type)
+    warnings += [text.partition(":")[0] for text in duplicates.values() if text != "none"]
+    lines = _report(run) | duplicates | (_memory(run, parallel.device, devices) if with_memory else {})
     if "warning" in lines:
         warnings.append(lines.pop("warning"))
     return lines | ({"warning": "; ".join(warnings)} if warnings else {})
