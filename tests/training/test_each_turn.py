@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch.nn.functional as F
 
 from minitrain.cli.main import main
 from minitrain.inference.teacher_cache import cache_teacher_outputs
@@ -43,6 +44,23 @@ def test_a_step_is_that_of_separate_rows(turns, tmp_path, loss, layout):
     assert any(len(found.train_loader.examples[i]) > 1 for i in range(len(found.train_loader.examples)))
     assert_same(first_step(found), first_step(wanted))
     assert found.evaluate() == pytest.approx(wanted.evaluate(), rel=2e-6)
+
+
+def test_a_last_turn_has_the_gradient_of_a_plain_loop(turns):
+    """Few tokens of a long conversation are targets: fewer than a chunk of the output layer (unsloth#5230)."""
+    trainer = turns([row for row in conversations() if len(row["messages"]) > 4], "train_on=last_turn", "packing=true")
+    loss, gradients = first_step(trainer)
+    model, examples = trainer.policy.model, trainer.train_loader.examples
+    model.zero_grad()
+    total = n = 0
+    for (document,) in map(examples.__getitem__, range(len(examples))):
+        ids, mask = document.ids[None].long(), document.mask[1:].bool()
+        total = total + F.cross_entropy(model(input_ids=ids).logits[0, :-1][mask], ids[0, 1:][mask], reduction="sum")
+        n += int(mask.sum())
+    (total / n).backward()
+    assert loss == pytest.approx(total.item() / n, rel=1e-5)
+    for name, parameter in trainer.policy.named_parameters():
+        assert gradients[name].any() and (gradients[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
 def test_outputs_of_a_teacher_that_are_in_a_file(turns, tmp_path):
