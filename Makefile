@@ -72,6 +72,7 @@ docs: $(VENV)/docs-ready  ## the generated pages, and the site in site/
 	$(BIN)/python docs/generate_commands.py > docs/commands.md
 	$(BIN)/python docs/generate_migrating.py
 	$(BIN)/python docs/generate_mutations.py
+	$(BIN)/python docs/generate_templates.py
 	$(BIN)/python docs/generate_api.py > docs/api.md
 	$(BIN)/python docs/generate_errors.py > docs/errors.md
 	$(BIN)/mkdocs build --strict

@@ -39,6 +39,7 @@ setup(
             "peft>=0.17",
             "matplotlib>=3.8",
             "datasets>=3",
+            "trl>=1.16; python_version >= '3.11'",  # its chat templates are read, nothing else
         ],
     },
     entry_points={"console_scripts": ["minitrain=minitrain.cli.main:run"]},
