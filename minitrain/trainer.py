@@ -274,15 +274,23 @@ class Trainer:
         check_target(Path(path))
         save_model(self, Path(path))
 
-    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling | None = None) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: Sampling | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
         """Return the model's responses to prompts.
 
         Args:
             prompts: Strings, or conversations as lists of messages.
             sampling: Sampling options; greedy by default.
+            tools: Functions that the model may call, as in OpenAI's format.
+            chat_template_kwargs: Arguments of the chat template instead of those of the config.
         """
         with self.precision.autocast():
-            return self.generator.generate(prompts, sampling)
+            return self.generator.generate(prompts, sampling, tools=tools, chat_template_kwargs=chat_template_kwargs)
 
     def predict(
         self, prompts: Sequence[str | Messages], max_new_tokens: int = 256, temperature: float = 0.0
@@ -290,6 +298,14 @@ class Trainer:
         """Return responses to prompts; see `generate`."""
         return self.generate(prompts, Sampling(max_new_tokens, temperature))
 
-    def chat(self, messages: Messages, max_new_tokens: int = 256, temperature: float = 0.0) -> str:
-        """Return the response to one conversation."""
-        return self.generate([messages], Sampling(max_new_tokens, temperature))[0]
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the response to one conversation; see `generate`."""
+        sampling = Sampling(max_new_tokens, temperature)
+        return self.generate([messages], sampling, tools, chat_template_kwargs)[0]

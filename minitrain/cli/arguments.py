@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from typing import Any
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default %(default)s")
     group.add_argument("--chat-template", default="auto", metavar="T", help="auto, chatml, none or a .jinja file")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the chat template is given besides messages."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument("--tools", metavar="FILE.json", help="tools the model may call: a list in OpenAI's format")
+    group.add_argument(
+        "--chat-template-kwargs",
+        nargs="+",
+        action="extend",
+        type=key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of the chat template, for example enable_thinking=false; default: those of training",
+    )
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """Return the key and the value of KEY=VALUE, a value in YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    try:
+        if not key or not equals:
+            raise ValueError
+        return key, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as enable_thinking=false, got {text!r}") from None
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

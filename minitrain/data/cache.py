@@ -18,7 +18,6 @@ when the cache is opened.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -47,9 +46,9 @@ from minitrain.io.checksum import is_intact
 from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
-from .counts import BAD_ROWS, DROPPED, OF_ROWS, UNREAD_ROW, count_uses, merge_uses
-from .encode import EXCLUDED, TruncationConfig, encode
-from .examples import Example, format_sources, to_example, tools_of
+from .counts import BAD_ROWS, DROPPED, OF_ROWS
+from .encode import EXCLUDED, TruncationConfig, count_example, encode
+from .examples import format_sources, to_example, tools_of
 from .files import DataRow
 from .source import DataSource, open_source, row_name
 from .template import Template
@@ -83,19 +82,11 @@ class Encoder:
             if isinstance(documents, str):
                 chunk.counts.append((len(chunk.examples), {documents: 1}))
                 continue
-            if counts := self._counts(example, documents):
+            if counts := count_example(example, documents, self.template):
                 chunk.counts.append((len(chunk.examples), counts))
             chunk.examples.append([_as_arrays(document) for document in documents])
             chunk.lines.append(line)
         return chunk
-
-    def _counts(self, example: Example, documents: list[Tokens]) -> dict[str, int]:
-        counts: Counter = Counter()
-        for document in documents:
-            counts |= Counter(document.counts)  # the larger of each
-        uses = functools.reduce(merge_uses, (document.uses for document in documents))
-        unread = [*example.unread, *self.template.unread_variables(example)]
-        return counts + count_uses(uses) + Counter(UNREAD_ROW + key for key in unread)
 
     def key(self, source: DataSource) -> str:
         """Return a hash of the data and of all options that change its tokens."""

@@ -1,6 +1,7 @@
 """Tokenize examples into documents, truncated to the maximum length, with the numbers that a loss needs."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from minitrain.batch import TARGET_WEIGHTS
 from minitrain.errors import DataError
 
-from .counts import IDENTICAL, NO_TARGET_LEFT, TOO_LONG
+from .counts import IDENTICAL, NO_TARGET_LEFT, TOO_LONG, UNREAD_ROW, count_uses, merge_uses
 from .examples import (
     ClassificationExample,
     Conversation,
@@ -60,6 +61,16 @@ def encode(example: Example, template: Template, limits: TruncationConfig) -> li
         if template.targets.train_on == "each_turn":
             return _each_turn(example, template, limits)
     return truncate([template.encode(example)], limits, template.tokenizer.bos_token_id)
+
+
+def count_example(example: Example, documents: list[Tokens], template: Template) -> Counter:
+    """Return the counts of an example: what was done with its documents, its fields, and keys that nothing reads."""
+    counts: Counter = Counter()
+    for document in documents:
+        counts |= Counter(document.counts)  # the larger of each
+    uses = functools.reduce(merge_uses, (document.uses for document in documents))
+    unread = [*example.unread, *template.unread_variables(example)]
+    return counts + count_uses(uses) + Counter(UNREAD_ROW + key for key in unread)
 
 
 def check_no_empty_responses(messages: Messages, trained: list[int]) -> None:

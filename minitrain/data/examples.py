@@ -347,6 +347,21 @@ def system_of(row: dict) -> Messages:
     return [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
 
 
+def alpaca_history(row: dict) -> Messages:
+    """Return the turns of the column `history`, a list of [instruction, output]."""
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"history: expected a list of pairs, got {short(history)!r}", "invalid-row")
+    turns: Messages = []
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(
+                f"history[{i}]: expected [instruction, output], two strings, got {short(pair)!r}", "invalid-row"
+            )
+        turns += [user(pair[0]), assistant(pair[1])]
+    return turns
+
+
 def response_of(value: Any, key: str) -> Messages:
     """Return the turns of a response, given as a string, one turn, a list of turns, or a transcript."""
     if isinstance(value, dict):

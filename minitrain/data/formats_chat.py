@@ -1,12 +1,13 @@
 """Row formats of conversations, of prompts with responses, and of texts."""
 
 from minitrain.config.sections import DatasetConfig
-from minitrain.errors import DataError, short
+from minitrain.errors import DataError
 
 from .examples import (
     Conversation,
     PlainText,
     Preference,
+    alpaca_history,
     check_ends_with_assistant,
     fill,
     preference_of,
@@ -65,21 +66,12 @@ def _prompt_completion(row: dict, dataset: DatasetConfig) -> Conversation:
 
 @row_format("alpaca", "conversation", "instruction", "output")
 def _alpaca(row: dict, dataset: DatasetConfig) -> Conversation:
-    turns = []
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise DataError(f"history: expected a list of pairs, got {short(history)!r}", "invalid-row")
-    for i, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(
-                f"history[{i}]: expected [instruction, output], two strings, got {short(pair)!r}", "invalid-row"
-            )
-        turns += [user(pair[0]), assistant(pair[1])]
+    history = alpaca_history(row)
     prompt = text_of(row, "instruction")
     if row.get("input"):
         prompt += "\n" + text_of(row, "input")
     pair = _pair(row | {"prompt": prompt, "response": text_of(row, "output")}, dataset)
-    return Conversation(pair.messages[:-2] + turns + pair.messages[-2:])
+    return Conversation(pair.messages[:-2] + history + pair.messages[-2:])
 
 
 @row_format("raft", "conversation", "question", "documents")

@@ -156,7 +156,7 @@ def _answer_fields(turn: dict, where: str) -> Message:
     calls = turn.pop("tool_calls", None) or turn.pop("function_call", None)
     turn.pop("function_call", None) if calls else None
     if calls:
-        fields["tool_calls"] = _calls(calls, f"{where}.tool_calls")
+        fields["tool_calls"] = parse_calls(calls, f"{where}.tool_calls")
     names = [name for name in WEIGHT_KEYS if name in turn and (name != "loss" or isinstance(turn[name], bool))]
     weights = [_weight(turn.pop(name), f"{where}.{name}") for name in names]
     if "train_detail" in turn:
@@ -206,7 +206,7 @@ def _parts(parts: list, where: str) -> Message:
                 f"{where}.content[{i}]: expected reasoning, text and tool calls in this order, got {short(parts[i])}",
                 "invalid-row",
             )
-        value = _calls(value, f"{where}.content[{i}]") if field == "tool_calls" else value
+        value = parse_calls(value, f"{where}.content[{i}]") if field == "tool_calls" else value
         fields[field] = fields[field] + value if field in fields else value
         fields |= {f"content.{key}": each for key, each in part.items()}
     return fields
@@ -223,7 +223,7 @@ def _call_and_reasoning(value: Any) -> Message:
     return {"tool_calls": value}
 
 
-def _calls(value: Any, where: str) -> list[dict]:
+def parse_calls(value: Any, where: str) -> list[dict]:
     """Return tool calls in OpenAI's format: from a list of them or one, each nested or flat, or JSON of these."""
     value = parse_json(value)
     calls = value if isinstance(value, list) else [value]
@@ -259,6 +259,13 @@ def number_calls(messages: Messages) -> Messages:
             open_ids = [each for each in open_ids if each != message["tool_call_id"]]
         numbered.append(message)
     return numbered
+
+
+def count_open_calls(messages: Messages) -> int:
+    """Return how many calls at the end of a conversation have no result yet."""
+    n_results = next((i for i, message in enumerate(reversed(messages)) if message["role"] != "tool"), 0)
+    last = messages[len(messages) - 1 - n_results] if messages else {}
+    return max(0, len(last.get("tool_calls", ())) - n_results)
 
 
 def parse_tools(value: Any, where: str) -> list[dict]:

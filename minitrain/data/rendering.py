@@ -127,6 +127,10 @@ class ChatRenderer:
             return call_id
         return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
+    def check(self, variables: Mapping[str, Any]) -> None:
+        """Raise ConfigError for arguments that the template does not read, or that are not plain values."""
+        check_variables(self.source, variables)
+
     def unread_variables(self, variables: Mapping[str, Any]) -> list[str]:
         """Return what the template does not read of a row. Tools and documents have counts of their own."""
         unread = [name for name in variables if name not in self.words and name not in ("tools", "documents")]

@@ -18,10 +18,10 @@ from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError
 
 from .answers import LITERAL, Answer, find_answers, find_earlier
-from .counts import TRAINED, UNREAD, UNTRAINED, Uses
+from .counts import LOST, TRAINED, UNREAD, UNREAD_ROW, UNTRAINED, Uses, count_uses
 from .examples import Conversation, Example, PlainText, Rollout
 from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
-from .needles import Needles, uses_of_turn, uses_of_variables
+from .needles import Needles, lost_context, uses_of_turn, uses_of_variables
 from .rendering import ChatRenderer, set_defaults
 from .sandbox import UnboundedTemplate
 from .text_encoder import Piece, TextEncoder, Tokens, check_texts
@@ -206,7 +206,11 @@ class Template:
         return trained
 
     def encode_prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Return the ids up to where the assistant begins to answer, made as in training."""
+        """Return the ids up to where the assistant begins to answer, made as in training.
+
+        Raises:
+            DataError: The prompt cannot be rendered, or lacks a tool.
+        """
         messages = self._checked(messages)
         rendering = self.renderer.bind(variables or {})
         try:
@@ -214,7 +218,22 @@ class Template:
             answers = find_earlier(rendering, messages, prompt, self.ends).answers if len(messages) > 1 else []
         except jinja2.TemplateError as error:
             raise _refused(error) from None
+        tools = (variables or {}).get("tools") or []
+        if self.targets.on_missing == "error" and (lost := lost_context([], tools, prompt)):
+            raise DataError(
+                f"tools: the chat template leaves out {lost[0]}. Use one that writes tools, or remove them",
+                "lost-field",
+            )
         return self.encoder.join(_split(prompt, answers, {}), {}).ids
+
+    def count_prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> Counter:
+        """Return what becomes of the fields of a prompt, as counts like those of training data."""
+        variables, messages = variables or {}, self._checked(messages)
+        text = self.renderer.bind(variables).prompt(messages)
+        uses = self._uses(messages, {}, text) | {(-1, name): key for name, key in uses_of_variables(variables, text)}
+        keys = [f"{LOST}{lost}" for lost in lost_context(messages, [], text)]
+        keys += [UNREAD_ROW + name for name in self.renderer.unread_variables(variables)]
+        return count_uses(uses) + Counter(keys)
 
     def _encode_answers(self, messages: Messages, trained: Collection[int], variables: Mapping[str, Any]) -> Tokens:
         """Encode a conversation that ends with an answer."""

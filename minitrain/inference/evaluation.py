@@ -1,6 +1,7 @@
 """Compute the metrics of an evaluation: those of the loss, and exact match of generated responses."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -16,6 +17,7 @@ from minitrain.training.setup import make_loader
 from minitrain.training.step import evaluate
 
 from .generate import Generator, Sampling
+from .parse import Response
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
@@ -81,17 +83,25 @@ def exact_match(
     for document in (examples[i][0] for i in range(len(examples))):
         start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last response begins
         prompts.append(document.ids[:start].tolist())
-        references.append(tokenizer.decode(document.ids[start:], skip_special_tokens=True))
+        references.append(generator.parser.parse(prompts[-1], document.ids[start:].tolist()))
     responses = generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
-    answers = [final_answer(response, settings.match) for response in responses]
-    expected = [final_answer(reference, settings.match) for reference in references]
-    matches = [answer is not None and answer == target for answer, target in zip(answers, expected, strict=True)]
+    matches = [is_match(r, reference, settings.match) for r, reference in zip(responses, references, strict=True)]
     for i in range(min(settings.show, len(responses))):
         prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
-        result = "right" if matches[i] else f"wrong, expected {_short(str(expected[i]))}"
-        shown = _short(responses[i].strip(), from_end=settings.match != "text")
+        expected = final_answer(references[i].message["content"], settings.match)
+        expected = json.dumps(references[i].functions) if references[i].functions else str(expected)
+        result = "right" if matches[i] else f"wrong, expected {_short(expected)}"
+        shown = _short(responses[i].text.strip(), from_end=settings.match != "text")
         log(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
     return sum(matches) / len(matches)
+
+
+def is_match(response: Response, reference: Response, match: str) -> bool:
+    """Return whether a response has the final answer and the tool calls of the reference; reasoning is not compared."""
+    answer, expected = (final_answer(one.message["content"], match) for one in (response, reference))
+    if expected is None and not reference.functions:
+        return False
+    return expected in (None, answer) and response.functions == reference.functions
 
 
 def final_answer(text: str, match: str) -> str | Fraction | None:

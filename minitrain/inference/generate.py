@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,8 @@ from tqdm import tqdm
 
 from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
 from minitrain.config.option import MAX_SEED, option
-from minitrain.config.sections import DatasetConfig, ModelConfig
-from minitrain.data.examples import fill
-from minitrain.data.files import FORMATS, DataRow, check_is_file, format_of, read_rows
-from minitrain.data.formats_raft import documents_of, raft_prompt
-from minitrain.data.messages import Messages, parse_messages, user
+from minitrain.config.sections import ModelConfig
+from minitrain.data.messages import Message, Messages, parse_messages, user
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import pick_device
 from minitrain.errors import ConfigError, DataError
@@ -29,6 +27,8 @@ from minitrain.model.positions import batches_by_length, n_positions, restoring_
 from minitrain.model.pretrained import read_model_config
 from minitrain.training.step import inference
 
+from .parse import THINK, Response, ResponseParser
+from .prompts import python_variables
 from .resolve import find_model
 
 
@@ -64,6 +64,9 @@ class Generator:
     """A model with its tokenizer and chat template. `load_generator` and `Trainer.generator` return one.
 
     >>> load_generator("runs/quickstart-sft").generate(["57 + 36 ="], Sampling(max_new_tokens=8))
+
+    Attributes:
+        counts: What became of the fields of all prompts, by the keys of `minitrain.data.counts`.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class Generator:
             position_limit: Maximum number of tokens of a prompt with its response (default: from the model's config).
         """
         self.model, self.template, self.gathered = model, template, gathered
-        self.tokenizer = template.tokenizer
+        self.tokenizer, self.parser = template.tokenizer, ResponseParser(template)
+        self.counts: Counter[str] = Counter()
         n_virtual = model.soft_prompt.n_tokens if hasattr(model, "soft_prompt") else 0
         self.n_positions = n_positions(model) - n_virtual if position_limit is None else position_limit
         self.batch_limit = min(
@@ -101,50 +105,119 @@ class Generator:
         return self.template.end_ids()
 
     def generate_from_ids(
-        self, prompts: list[list[int]], sampling: Sampling, batch_size: int = 16, progress: bool = False
-    ) -> list[str]:
-        """Return the responses to tokenized prompts, in their order and without end tokens."""
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        batch_size: int = 16,
+        progress: bool = False,
+        tools: Sequence[list[dict] | None] | None = None,
+    ) -> list[Response]:
+        """Return the responses to tokenized prompts, in their order.
+
+        Args:
+            prompts: Token ids of each prompt.
+            sampling: Sampling options.
+            batch_size: Number of prompts per batch.
+            progress: Show a progress bar.
+            tools: The tools of each prompt, by which a tokenizer's response template reads calls.
+        """
         # The longest prompt of a batch limits its responses, so prompts near the limit are batched by equal length.
         limit = self.batch_limit - sampling.max_new_tokens
-        responses = [""] * len(prompts)
+        responses: list[Response] = [Response("", {})] * len(prompts)
         with tqdm(total=len(prompts), unit=" prompts", disable=None if progress else True, leave=False) as bar:
             for chosen in batches_by_length([len(ids) for ids in prompts], batch_size, limit):
-                ids = self._generate([prompts[i] for i in chosen], sampling)
-                for i, text in zip(chosen, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                    responses[i] = text
+                ids = self._generate([prompts[i] for i in chosen], sampling).tolist()
+                for i, response in zip(chosen, ids, strict=True):
+                    responses[i] = self._parse(prompts[i], response, tools[i] if tools else None)
                 bar.update(len(chosen))
         return responses
 
     def generate(
-        self, prompts: Sequence[str | Messages], sampling: Sampling | None = None, batch_size: int = 16
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: Sampling | None = None,
+        batch_size: int = 16,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """Return the responses to prompts, each a string or a list of messages that ends with a user turn."""
+        """Return the responses to prompts.
+
+        Args:
+            prompts: Strings, or conversations as lists of messages that end with a turn of the user or of a tool.
+            sampling: Sampling options; greedy by default.
+            batch_size: Number of prompts per batch.
+            tools: Functions that the model may call, as in OpenAI's format.
+            chat_template_kwargs: Arguments of the chat template, such as `enable_thinking`.
+
+        Raises:
+            ConfigError: An argument has the wrong type, or no effect.
+            DataError: A prompt cannot be used.
+        """
+        return [r.text for r in self._respond(prompts, sampling, batch_size, tools, chat_template_kwargs)]
+
+    def generate_messages(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: Sampling | None = None,
+        batch_size: int = 16,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Message]:
+        """Return the responses as messages: `content`, and `reasoning_content` and `tool_calls` if they have them.
+
+        Tool calls that cannot be read stay in the content. The arguments are those of `generate`.
+        """
+        return [r.message for r in self._respond(prompts, sampling, batch_size, tools, chat_template_kwargs)]
+
+    def _respond(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: Sampling | None,
+        batch_size: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> list[Response]:
         if isinstance(prompts, str):
             raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
         if not isinstance(sampling, Sampling | None):
             raise ConfigError(f"sampling: expected a Sampling, got {sampling!r}. Write Sampling(...).", "wrong-type")
-        ids = [self.encode(_conversation(prompt, index)) for index, prompt in enumerate(prompts)]
-        return self.generate_from_ids(ids, sampling or Sampling(), batch_size)
+        variables = python_variables(self.template.renderer, tools, chat_template_kwargs)
+        ids = [self.encode(_conversation(prompt, index), variables) for index, prompt in enumerate(prompts)]
+        tools_of_prompts = [variables.get("tools")] * len(ids)
+        return self.generate_from_ids(ids, sampling or Sampling(), batch_size, tools=tools_of_prompts)
 
-    def stream(self, messages: Messages, sampling: Sampling) -> str:
+    def stream(self, messages: Messages, sampling: Sampling, variables: Mapping[str, Any] | None = None) -> Response:
         """Return the response, and print it while it is generated."""
         from transformers import TextStreamer
 
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = self._generate([self.encode(messages)], sampling, streamer)
-        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+        prompt = self.encode(messages, variables)
+        if self.parser.opens_thought(prompt):
+            print(THINK)
+        ids = self._generate([prompt], sampling, streamer).tolist()
+        return self._parse(prompt, ids[0], (variables or {}).get("tools"))
 
-    def encode(self, messages: Messages) -> list[int]:
+    def encode(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, up to where the response begins.
 
+        Args:
+            messages: The conversation.
+            variables: What the chat template is given besides, such as `tools`.
+
         Raises:
-            DataError: The prompt leaves no position for a response.
+            DataError: The prompt leaves no position for a response, or lacks a tool.
         """
-        ids = self.template.encode_prompt(messages)
+        ids = self.template.encode_prompt(messages, variables)
+        self.counts.update(self.template.count_prompt(messages, variables))
         if len(ids) >= self.n_positions:
             message = f"the prompt has {len(ids)} tokens, but the model has {self.n_positions} positions."
             raise DataError(f"{message} Shorten it to leave some for the response.", "too-large")
         return ids
+
+    def _parse(self, prompt: list[int], ids: list[int], tools: list[dict] | None) -> Response:
+        """Return a response from its ids, which end at its end token or are padded after it."""
+        stop = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
+        return self.parser.parse(prompt, ids[: stop + 1], tools)
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
         """Generate from a left-padded batch, and return the ids of the responses, shape [B, <= max_new_tokens]."""
@@ -213,7 +286,11 @@ def _without_defaults(model: nn.Module) -> Iterator[None]:
 
 
 def load_generator(
-    source: str | Path, device: str = "auto", chat_template: str = "auto", trust_remote_code: bool = False
+    source: str | Path,
+    device: str = "auto",
+    chat_template: str = "auto",
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Generator:
     """Load the model of a run, a folder or the Hub to generate responses.
 
@@ -224,6 +301,7 @@ def load_generator(
         device: "auto", "cpu", "cuda" or another PyTorch device.
         chat_template: "auto", the name of a template, or a path, as the option `chat_template`.
         trust_remote_code: Run the code of the model's repository.
+        chat_template_kwargs: Arguments of the chat template instead of those of training.
 
     Raises:
         ConfigError: The folder does not exist or has no language model.
@@ -233,7 +311,7 @@ def load_generator(
     if trained_outputs(config) is not None:
         raise ConfigError(f"{source}: the model returns scores, not text. Use `minitrain score`.", "unsupported-model")
     tokenizer = load_tokenizer(config)
-    template = Template(tokenizer, chat_template)
+    template = Template(tokenizer, chat_template, variables=chat_template_kwargs)
     return Generator(load_saved(config, tokenizer, device).eval(), template)
 
 
@@ -291,92 +369,3 @@ def native_dtypes(device: torch.device) -> set[str]:
     if device.type == "cuda":
         return {"float16", "bfloat16"} if torch.cuda.is_bf16_supported(including_emulation=False) else {"float16"}
     return {"bfloat16"} if device.type == "cpu" and cpu_has_bfloat16() else set()
-
-
-class Prompt(NamedTuple):
-    """A prompt: its location (for error messages), its row, and its conversation."""
-
-    where: str
-    row: dict
-    messages: Messages
-
-
-def read_prompts(path: Path, template: str | None = None) -> Iterator[Prompt]:
-    """Yield the prompts of a .txt file, one per line, or of rows with one of the keys of `messages_of`.
-
-    Args:
-        path: The file. It may be a training file: the last assistant turn of a conversation is dropped.
-        template: The prompt_template of training.
-
-    Raises:
-        DataError: The file cannot be read, or a row has no prompt.
-    """
-    check_is_file(path)
-    if path.suffix == ".txt":
-        rows = _text_rows(path)
-    elif format_of(path) in FORMATS:
-        rows = read_rows(path)
-    else:
-        raise DataError(f"{path}: expected a .txt, .{', .'.join(FORMATS)} file. Convert it.", "wrong-format")
-    for line, row in rows:
-        where = f"{path}:{line}"
-        if isinstance(row, DataError):
-            raise row.at(where)
-        try:
-            yield Prompt(where, row, messages_of(row, template))
-        except DataError as error:
-            raise error.at(where) from None
-
-
-def _text_rows(path: Path) -> Iterator[DataRow]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: invalid UTF-8. Save the file as UTF-8.", "invalid-text") from None
-            if text.strip():
-                yield number, {"prompt": text}
-
-
-def messages_of(row: dict, template: str | None = None) -> Messages:
-    """Return the conversation of a row up to the response. Raises DataError.
-
-    A question with documents (RAFT) becomes the prompt of training, always with the oracle document.
-    """
-    if "messages" in row:
-        return _prompt_messages(row["messages"], template)
-    if "prompt" not in row and (documents := documents_of(row)) is not None:
-        return [user(raft_prompt(row, documents, DatasetConfig(path="", prompt_template=template)))]
-    for key in ("prompt", "question", "instruction", "query"):
-        if isinstance(row.get(key), str):
-            text = row[key] + (f"\n{row['input']}" if key == "instruction" and row.get("input") else "")
-            return [user(text if template is None else fill(template, row | {"prompt": text}, "--prompt-template"))]
-    message = "expected messages, or a string with the key prompt, question, instruction or query, got the keys"
-    raise DataError(f"{message} {', '.join(row)}. Correct the row.", "invalid-row")
-
-
-def _prompt_messages(value: object, template: str | None) -> Messages:
-    messages = parse_messages(value, "messages")
-    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    if not messages:
-        raise DataError("messages: has no user turn. Add one.", "invalid-row")
-    if template is not None:
-        raise DataError("--prompt-template: has no effect on messages. Remove it.", "no-effect")
-    return messages
-
-
-def read_documents(paths: list[str]) -> list[str]:
-    """Return the texts of files, in their order. Raises DataError."""
-    texts = []
-    for path in paths:
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8-sig").strip())
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: invalid UTF-8. Save the file as UTF-8.", "invalid-text") from None
-        except OSError as error:
-            message = f"{path}: cannot be read: {error.strerror}. Check the path and its permissions."
-            raise DataError(message, "unreadable") from None
-        if not texts[-1]:
-            raise DataError(f"{path}: is empty. Remove it.", "no-data")
-    return texts

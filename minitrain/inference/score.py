@@ -1,15 +1,17 @@
 """Classify texts, or score responses with a reward model: `minitrain score`."""
 
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from minitrain.batch import Document, collate
 from minitrain.config.sections import DatasetConfig
-from minitrain.data.encode import TruncationConfig, encode
+from minitrain.data.encode import TruncationConfig, count_example, encode
 from minitrain.data.examples import (
     ClassificationExample,
     Conversation,
@@ -44,14 +46,14 @@ class SequenceScorer:
 
     Attributes:
         labels: Names of the classes; None for a model that returns one number.
-        n_truncated: Number of examples that were longer than the model supports.
+        counts: What became of the examples, by the keys of `minitrain.data.counts`.
     """
 
     def __init__(self, policy: Policy, template: Template, max_length: int):
         self.policy, self.template = policy.eval(), template
         self.limits = TruncationConfig(max_length)
         config = policy.model.config
-        self.n_truncated = 0
+        self.counts: Counter[str] = Counter()
         self.labels = list(config.id2label.values()) if config.problem_type != "regression" else None
 
     def scores(self, requests: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
@@ -89,7 +91,7 @@ class SequenceScorer:
             )
             raise DataError(message, "too-large")
         (tokens,) = documents
-        self.n_truncated += tokens.counts.get("truncated", 0)
+        self.counts += count_example(request.example, documents, self.template)
         columns = {name: torch.tensor(column) for name, column in tokens.token_features.items()}
         return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), token_features=columns)
 
@@ -100,6 +102,7 @@ def load_scorer(
     device: str = "auto",
     chat_template: str = "auto",
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceScorer:
     """Load a model with a sequence head.
 
@@ -109,6 +112,7 @@ def load_scorer(
         device: "auto", or a PyTorch device.
         chat_template: "auto", the name of a template, or a path, as the option `chat_template`.
         trust_remote_code: Run the code of the model's repository.
+        chat_template_kwargs: Arguments of the chat template instead of those of training.
 
     Raises:
         ConfigError: The folder does not exist, or the model has no sequence head.
@@ -120,7 +124,7 @@ def load_scorer(
         raise ConfigError(message, "unsupported-model")
     tokenizer = load_tokenizer(config, scores=True)
     are_texts = all(isinstance(request.example, ClassificationExample) for request in requests)
-    template = Template(tokenizer, "none" if are_texts else chat_template)
+    template = Template(tokenizer, "none" if are_texts else chat_template, variables=chat_template_kwargs)
     policy = make_policy(load_saved(config, tokenizer, device, labels))
     return SequenceScorer(policy, template, policy.n_positions)
 
@@ -130,8 +134,12 @@ def format_prediction(prediction: dict) -> str:
     return "\t".join(f"{value:.4f}" if isinstance(value, float) else value for value in prediction.values())
 
 
-def requests_from_args(arguments: Namespace) -> list[ScoringRequest]:
+def requests_from_args(arguments: Namespace, tools: list[dict] | None = None) -> list[ScoringRequest]:
     """Return the texts, pairs of texts, or prompts with responses of a command line, or of its file.
+
+    Args:
+        arguments: The command line.
+        tools: Tools of conversations that have none.
 
     Raises:
         ConfigError: The arguments do not fit together.
@@ -147,18 +155,24 @@ def requests_from_args(arguments: Namespace) -> list[ScoringRequest]:
     if not all(columns.values()):
         raise ConfigError('--columns: expected NAME=COLUMN. Write, for example, text="#1 String".', "usage")
     if arguments.input:
-        return _requests_from_file(Path(arguments.input), columns)
+        return _requests_from_file(Path(arguments.input), columns, tools)
     if columns:
         raise ConfigError("--columns: has no effect without --input. Remove it.", "no-effect")
+    if arguments.text and tools:
+        raise ConfigError("--tools: has no effect on texts. Remove it.", "no-effect")
     if arguments.text:
         seconds = arguments.text_pair or [None] * len(arguments.text)
         pairs = zip(arguments.text, seconds, strict=True)
         return [ScoringRequest("--text", {"text": a}, ClassificationExample(a, b, "")) for a, b in pairs]
     pairs = zip(arguments.prompt, arguments.response, strict=True)
-    return [ScoringRequest("--prompt", {"prompt": p}, Conversation([user(p), assistant(r)])) for p, r in pairs]
+    variables = {"tools": tools} if tools else {}
+    return [
+        ScoringRequest("--prompt", {"prompt": p}, Conversation([user(p), assistant(r)], variables=variables))
+        for p, r in pairs
+    ]
 
 
-def _requests_from_file(path: Path, columns: dict[str, str]) -> list[ScoringRequest]:
+def _requests_from_file(path: Path, columns: dict[str, str], tools: list[dict] | None) -> list[ScoringRequest]:
     """Return the rows of a file: texts or pairs, which need no label, or conversations.
 
     Raises:
@@ -167,7 +181,7 @@ def _requests_from_file(path: Path, columns: dict[str, str]) -> list[ScoringRequ
     check_is_file(path)
     if format_of(path) not in FORMATS:
         raise DataError(f"{path}: expected a .{', .'.join(FORMATS)} file. Convert it.", "wrong-format")
-    dataset, requests = DatasetConfig(str(path), columns=columns), []
+    dataset, requests = DatasetConfig(str(path), columns=columns, tools=tools), []
     for line, row in read_rows(path):
         try:
             if isinstance(row, DataError):
@@ -180,6 +194,8 @@ def _requests_from_file(path: Path, columns: dict[str, str]) -> list[ScoringRequ
                 f"{path}:{line}: the file mixes texts to classify and conversations. Use one file for each.",
                 "invalid-row",
             )
+    if tools and requests and isinstance(requests[0].example, ClassificationExample):
+        raise ConfigError("--tools: has no effect on texts. Remove it.", "no-effect")
     if not requests:
         raise DataError(f"{path}: has no rows. Add at least one.", "no-data")
     return requests

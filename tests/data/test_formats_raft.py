@@ -6,7 +6,7 @@ from minitrain.config.sections import DatasetConfig
 from minitrain.data.examples import to_example
 from minitrain.data.formats_raft import Documents, documents_of
 from minitrain.errors import DataError
-from minitrain.inference.generate import messages_of
+from minitrain.inference.prompts import messages_of
 from tests.messages import raises
 
 TYPED = [

@@ -62,7 +62,7 @@ def test_answers_near_the_end_of_what_a_model_reads(kind):
     expected = generator.model.generate(
         torch.tensor([asked[0]]), max_new_tokens=ROOM, do_sample=False, eos_token_id=258, pad_token_id=0
     )[0, len(asked[0]) :]
-    assert generator.tokenizer.decode(expected, skip_special_tokens=True) == alone[0]
+    assert generator.tokenizer.decode(expected, skip_special_tokens=True) == alone[0].text
 
 
 def test_trained_vectors_take_room(tmp_path, make_trainer):

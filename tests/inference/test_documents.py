@@ -28,7 +28,7 @@ def ask(tmp_path, llama_folder, monkeypatch, capsys):
 
         def generate_from_ids(self, prompts, *_, **__):
             asked.extend(self.tokenizer.decode(ids) for ids in prompts)
-            return [ask.answer] * len(prompts)
+            return [generation.Response(ask.answer, {"role": "assistant", "content": ask.answer})] * len(prompts)
 
         monkeypatch.setattr(generation.Generator, "generate_from_ids", generate_from_ids)
         code = main(["generate", str(llama_folder), *arguments])

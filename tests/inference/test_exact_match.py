@@ -106,14 +106,15 @@ def test_expressions_that_are_refused(match, rows_file, wording):
 
 def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
     """exact_match counts the answers whose numbers are right, and shows the number that was expected."""
-    from minitrain.inference.generate import Generator
+    from minitrain.inference.generate import Generator, Response
 
     answers = ["so 7 and 2 is 9", "#### 12", "none", "1,000."]
+    responses = [Response(answer, {"role": "assistant", "content": answer}) for answer in answers]
     rows = [{"prompt": "?", "response": f"it is so\n#### {n}"} for n in ("9", "13", "4", "1000")]
     rows[2]["response"] = "nothing"  # there is no number in it, nor in the answer
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(Generator, "generate_from_ids", lambda *_, **__: answers)
+    monkeypatch.setattr(Generator, "generate_from_ids", lambda *_, **__: responses)
     wanted = ["eval_generate.n_examples=4", "eval_generate.match=number", f"eval_datasets=[{file}]", "n_steps=1"]
     ended = make_trainer(*wanted).train()
     assert ended["exact_match"] == 0.5

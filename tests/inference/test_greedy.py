@@ -99,7 +99,7 @@ def test_greedy_answers_are_those_of_an_argmax_loop(knob, base, greedy):
     generator = load_generator(str(base), device="cpu")
     assert generator.generate(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
     with redirect_stdout(io.StringIO()) as printed:
-        assert generator.stream(conversations(PROMPTS[1])[0], Sampling(N_NEW)) == greedy[1]
+        assert generator.stream(conversations(PROMPTS[1])[0], Sampling(N_NEW)).text == greedy[1]
     assert printed.getvalue().strip("\n") == greedy[1].strip("\n")
 
 

@@ -233,7 +233,7 @@ def test_a_loss_can_be_defined_again(own_registry):
         (lambda t: load_config(t.config), "Change it with dataclasses.replace"),
         (lambda t: load_generator("tiny", device="gpu"), "device: "),
         (lambda t: merge_adapters("a", "b"), "sources: expected a list"),
-        (lambda t: merge_adapters(["a"], "b", [1, 2]), "weights: 2 for 1 adapters"),
+        (lambda t: merge_adapters(["a"], "b", [1, 2]), "weights: "),
         (lambda t: merge_adapters(["a"], "b", dtype="int8"), "dtype: expected one of"),
     ],
 )
