@@ -49,12 +49,12 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> list[Document]:
         """Return the documents of one example."""
-        cache, number = self._locate(index)
+        cache, number = self.locate(index)
         return cache[number]
 
     def where(self, index: int) -> str:
         """Return `file:line` of one example."""
-        cache, number = self._locate(index)
+        cache, number = self.locate(index)
         return row_name(cache.source, cache.lines[number])
 
     def digest(self, indices: list[int]) -> str:
@@ -72,7 +72,8 @@ class TokenizedDataset:
                 digest.update(weighted)
         return digest.hexdigest()
 
-    def _locate(self, index: int) -> tuple[TokenCache, int]:
+    def locate(self, index: int) -> tuple[TokenCache, int]:
+        """Return the cache of an example, and its number there."""
         file = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.caches[file], int(self.selected[file][index - self.starts[file]])
 
@@ -114,7 +115,7 @@ class TokenizedDataset:
 
     def document_sizes(self, index: int, shares_prompts: bool) -> list[int]:
         """Return how many tokens of each document of an example a batch has."""
-        cache, number = self._locate(index)
+        cache, number = self.locate(index)
         first, stop = cache.first_documents[number : number + 2]
         sizes = np.diff(cache.offsets[first : stop + 1])
         return (sizes - cache.shared[first:stop] if shares_prompts else sizes).tolist()

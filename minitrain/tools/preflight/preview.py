@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from minitrain.batch import IGNORE_INDEX, Batch
+from minitrain.batch import IGNORE_INDEX, TARGET_WEIGHTS, Batch
 from minitrain.config.schema import Config
 from minitrain.data.loader import BatchRows, MicrobatchLoader
 from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
 from minitrain.training.setup import Preparation, dry_run
+
+from .field_spans import ANSWER, CALL, REASONING, RESULT, RowFields, Span, find_document, read_fields
 
 DOCUMENT_NAMES = {
     "preference": ("chosen", "rejected"),
@@ -21,20 +22,51 @@ DOCUMENT_NAMES = {
 }
 
 
+KINDS = (None, REASONING, CALL, RESULT, ANSWER)
+
+LEGEND = {
+    None: "trained on",
+    REASONING: "reasoning",
+    CALL: "tool call",
+    RESULT: "tool result",
+    ANSWER: "response that is not trained on",
+}
+
+
 class Marks(NamedTuple):
     """Marks around spans of text.
 
     Attributes:
-        prompt: Before and after tokens that are not targets.
-        target: Before and after targets.
+        runs: Whether tokens are targets -> what is before and after a run of them.
+        fields: (field or None, whether it is a target) -> what is before and after a part of a run.
+        legend: The first line.
     """
 
-    prompt: tuple[str, str]
-    target: tuple[str, str]
+    runs: dict[bool, tuple[str, str]]
+    fields: dict[tuple[str | None, bool], tuple[str, str]]
+    legend: str
 
 
-COLORS = Marks(("\x1b[2m", "\x1b[0m"), ("\x1b[32m", "\x1b[0m"))  # dim, green
-BRACKETS = Marks(("", ""), ("⟦", "⟧"))
+def _colors() -> Marks:
+    codes = dict(zip(KINDS, ("32", "36", "35", "34", "33"), strict=True))  # green, cyan, magenta, blue, yellow
+    fields = {(kind, True): (f"\x1b[{code}m", "\x1b[0m") for kind, code in codes.items()}
+    fields |= {(kind, False): (f"\x1b[2;{code}m", "\x1b[0m") for kind, code in codes.items()}
+    fields |= {(None, False): ("\x1b[2m", "\x1b[0m")}
+    words = {(kind, True): LEGEND[kind] for kind in (None, REASONING, CALL)}
+    words |= {(None, False): "prompt", (RESULT, False): LEGEND[RESULT], (ANSWER, False): LEGEND[ANSWER]}
+    legend = ", ".join(f"{fields[key][0]}{word}{fields[key][1]}" for key, word in words.items())
+    return Marks(dict.fromkeys((True, False), ("", "")), fields, f"{legend}; dim: not trained on; ×N: with weight N")
+
+
+def _brackets() -> Marks:
+    fields = {(kind, is_target): (f"«{kind}: ", "»") for kind in KINDS[1:] for is_target in (True, False)}
+    fields |= {(None, is_target): ("", "") for is_target in (True, False)}
+    names = ", ".join(f"«{kind}: ...»" for kind in KINDS[1:])
+    legend = f"⟦trained on, ×N: with weight N⟧, {names}; an answer is a {LEGEND[ANSWER]}"
+    return Marks({True: ("⟦", "⟧"), False: ("", "")}, fields, legend)
+
+
+COLORS, BRACKETS = _colors(), _brackets()
 
 
 class BatchPreview(NamedTuple):
@@ -58,7 +90,7 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
         config: The full config.
         n_examples: Number of examples.
         split: `train`, in the order of the first epoch, or `eval`, in the order of the files.
-        marks: Marks around targets and other text.
+        marks: Marks around targets, fields and other text.
 
     Raises:
         ConfigError: An option does not fit the model or the data.
@@ -70,9 +102,14 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
         raise ConfigError(
             "--split: the config has no evaluation data. Set eval_datasets or validation_split.", "no-data"
         )
-    for preview in _training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples):
+    yield marks.legend
+    previews = list(_training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples))
+    selected = set.union(*(preview.selected for preview in previews))
+    entries = [*config.datasets, *config.eval_datasets]
+    fields = read_fields(loader.examples, selected, entries, run.loss.example_type, run.template)
+    for preview in previews:
         if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):
-            yield from _batch(loader.batch(preview.rows), preview, loader, run, marks)
+            yield from _batch(loader.batch(preview.rows), preview, loader, run, marks, fields)
 
 
 def _training(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPreview]:
@@ -87,11 +124,16 @@ def _training(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPrevie
 
 def _evaluation(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPreview]:
     for number, rows in enumerate(loader.eval_layout(), 1):
-        yield BatchPreview(f"evaluation, batch {number}", rows, set(range(n_examples)))
+        yield BatchPreview(f"evaluation, batch {number}", rows, set(range(min(n_examples, len(loader.examples)))))
 
 
 def _batch(
-    batch: Batch, preview: BatchPreview, loader: MicrobatchLoader, run: Preparation, marks: Marks
+    batch: Batch,
+    preview: BatchPreview,
+    loader: MicrobatchLoader,
+    run: Preparation,
+    marks: Marks,
+    fields: dict[int, RowFields],
 ) -> Iterator[str]:
     """Yield lines about the batch rows with chosen examples."""
     n_rows, n_columns = batch.input_ids.shape
@@ -110,21 +152,24 @@ def _batch(
         yield f"row {row + 1}"
         for d in documents_of_row:
             example, number = documents[d]
-            name = _document_name(run.loss.example_type, number, len(loader.examples[example]))
-            phrases = "; ".join(_numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels))
-            yield f"  {redact(loader.examples.where(example))}{name}: {phrases}"
-            yield "    " + _text(batch, d, run.template.tokenizer, marks).replace("\n", "\n    ")
+            known = fields.get(example, RowFields())
+            text, turns = _text(batch, d, run.template.tokenizer, marks, known)
+            name = _document_name(run.loss.example_type, number, len(loader.examples[example]), turns)
+            phrases = _numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels)
+            phrases += [f"keys that are not used: {', '.join(known.unread)}"] if known.unread else []
+            yield f"  {redact(loader.examples.where(example))}{name}: {'; '.join(phrases)}"
+            yield "    " + text.replace("\n", "\n    ")
         if n_others := row_of_document.count(row) - len(documents_of_row):
             yield f"  {n_others} other documents"
         if padding := int((batch.doc_ids[row] < 0).sum()):
             yield f"  {padding} padding"
 
 
-def _document_name(example_type: str, number: int, n_documents: int) -> str:
+def _document_name(example_type: str, number: int, n_documents: int, turns: str) -> str:
     """Return the name of a document if its example has several."""
     if example_type in DOCUMENT_NAMES:
         return f", {DOCUMENT_NAMES[example_type][number]}"
-    return f", document {number + 1} of {n_documents}" if n_documents > 1 else ""
+    return f", {turns or f'document {number + 1} of {n_documents}'}" if turns or n_documents > 1 else ""
 
 
 def _numbers(batch: Batch, d: int) -> list[str]:
@@ -163,25 +208,44 @@ def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
     return phrases
 
 
-def _text(batch: Batch, d: int, tokenizer, marks: Marks) -> str:
-    """Return the text of a document with special tokens; a shared prefix is decoded with it, but not shown."""
+def _text(batch: Batch, d: int, tokenizer, marks: Marks, known: RowFields) -> tuple[str, str]:
+    """Return the text of a document with special tokens, and the turns that it trains on, in words.
+
+    A shared prefix is decoded with the document, but not shown.
+    """
     row, start, stop = batch.spans[d].tolist()
     before = batch.input_ids[row, slice(*batch.prefixes[d].tolist())].tolist() if batch.prefixes is not None else []
     ids = before + batch.input_ids[row, start:stop].tolist()
+    spans, turns = find_document(known, _decode(tokenizer, ids), tokenizer.bos_token)
     text, read = "", _decode(tokenizer, before)
-    for end, is_target in _runs(batch.labels[row, start:stop] != IGNORE_INDEX):
+    for end, weight in _runs(batch, row, start, stop):
         until = _decode(tokenizer, ids[: len(before) + end])
-        left, right = marks.target if is_target else marks.prompt
-        text += left + _escape(until[len(read) :]) + right
+        left, right = marks.runs[weight > 0]
+        number = f"×{weight:g} " if weight not in (0, 1) else ""
+        text += left + number + _mark_fields(until, len(read), weight > 0, spans, marks) + right
         read = until
-    return text
+    return text, turns
 
 
-def _runs(is_target: Tensor) -> list[tuple[int, bool]]:
-    """Return (end, is target) of each run of equal values in `is_target`, bool, shape [T]."""
-    marks = is_target.numpy()
-    ends = [*(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(marks)]
-    return [(end, bool(marks[end - 1])) for end in ends]
+def _mark_fields(text: str, start: int, is_target: bool, spans: list[Span], marks: Marks) -> str:
+    """Return the text from `start` with marks around its fields."""
+    spans = [span for span in spans if not (is_target and span.kind == ANSWER)]
+    borders = sorted({start, len(text), *(i for span in spans for i in span[:2] if start < i < len(text))})
+    marked = ""
+    for a, b in itertools.pairwise(borders):
+        kind = next((span.kind for span in spans if span.start <= a < span.stop), None)
+        left, right = marks.fields[kind, is_target]
+        marked += left + _escape(text[a:b]) + right
+    return marked
+
+
+def _runs(batch: Batch, row: int, start: int, stop: int) -> list[tuple[int, float]]:
+    """Return (end, weight in the loss) of each run of tokens of a document with the same weight, 0 for no target."""
+    weights = (batch.labels[row, start:stop] != IGNORE_INDEX).numpy().astype(np.float32)  # [T]
+    if TARGET_WEIGHTS in batch.token_features:
+        weights *= batch.token_features[TARGET_WEIGHTS][row, start:stop].numpy()
+    ends = [*(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+    return [(end, float(weights[end - 1])) for end in ends]
 
 
 def _decode(tokenizer, ids: list[int]) -> str:
