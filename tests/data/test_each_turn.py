@@ -17,7 +17,12 @@ from minitrain.model.tiny import tiny_tokenizer
 from tests.chats import THINKING, conversation, conversations, separate, targets, written
 from tests.data.test_template import BARE_CHATML, MISTRAL
 
-TEMPLATES = {"thinking": THINKING, "bare": BARE_CHATML, "mistral": MISTRAL}
+# History and response have the beginning of a thought in common.
+EMPTY_THOUGHTS = THINKING.replace(
+    "{% endif %}{{ m['content']",
+    "{% elif m['role'] == 'assistant' %}{{ '<think>\\n</think>\\n\\n' }}{% endif %}{{ m['content']",
+)
+TEMPLATES = {"thinking": THINKING, "empty thoughts": EMPTY_THOUGHTS, "bare": BARE_CHATML, "mistral": MISTRAL}
 WEIGHTS = (0, 0.5, 1, 2)
 
 
@@ -54,12 +59,13 @@ def test_what_is_learned_is_that_of_separate_rows(name, max_length, truncation):
 
 
 @pytest.mark.parametrize("max_length", [1000, 150])
-def test_documents_share_their_beginning_with_the_owner_before_them(max_length):
+@pytest.mark.parametrize("chat_template", [THINKING, EMPTY_THOUGHTS], ids=["thinking", "empty thoughts"])
+def test_documents_share_their_beginning_with_the_owner_before_them(chat_template, max_length):
     """What is left out of a document is what the last one before it that leaves out nothing begins with."""
     n = 0
     for row in conversations():
         owner = None
-        for document in documents(row, make(THINKING), TruncationConfig(max_length)):
+        for document in documents(row, make(chat_template), TruncationConfig(max_length)):
             if document.shared:
                 assert document.ids[: document.shared] == owner.ids[: document.shared]
                 assert not any(document.mask[: document.shared])

@@ -12,8 +12,9 @@ BOS = 1
 
 
 def tokens(text: str) -> Tokens:
-    """One token a letter: small letters are prompt, capitals are learned, `^` is BOS."""
-    return Tokens([BOS if c == "^" else ord(c) for c in text], [c.isupper() for c in text])
+    """One token a letter: small letters are prompt, capitals are learned, `^` is BOS. A feature has the ids, too."""
+    ids = [BOS if c == "^" else ord(c) for c in text]
+    return Tokens(ids, [c.isupper() for c in text], token_features={"ids": [float(i) for i in ids]})
 
 
 def text(tokens: Tokens) -> str:
@@ -54,6 +55,7 @@ def test_truncate(whole, length, how, expected):
         (cut,) = kept
         assert text(cut) == expected
         assert not cut.mask[0] and any(cut.mask) and len(cut.ids) <= length
+        assert cut.token_features["ids"] == cut.ids  # so are the weights of tokens
         assert cut.counts == ({"truncated": 1} if len(whole) > length else {})
 
 
