@@ -54,7 +54,7 @@ def tool(name: str) -> Row:
         "properties": {"city": {"type": "string", "description": "c"}},
         "required": ["city"],
     }
-    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
+    return {"type": "function", "function": {"name": name, "description": f"Ask for {name}.", "parameters": parameters}}
 
 
 TOOLS = [tool("get_weather"), tool("get_time")]

@@ -125,7 +125,7 @@ def lost_context(messages: Messages, tools: list[dict], text: str) -> list[Lost]
         if not _has(text, content):
             lost.append(Lost("content", f"of the {message['role']} turn"))
         lost += _lost_calls(message, text)
-    return lost + [Lost("tool", tool["function"]["name"]) for tool in tools if tool["function"]["name"] not in text]
+    return lost + [Lost("tool", tool["function"]["name"]) for tool in tools if not _has_tool(text, tool["function"])]
 
 
 def _lost_calls(message: Message, text: str) -> list[Lost]:
@@ -164,12 +164,19 @@ def uses_of_turn(message: Message, trained: str, text: str) -> Iterator[tuple[st
 def uses_of_variables(variables: Mapping[str, Any], text: str) -> Iterator[tuple[str, str]]:
     """Yield (field, FIELD:USE) of each tool and document."""
     for i, tool in enumerate(variables.get("tools") or ()):
-        yield f"tool {i}", f"tools:{PROMPT if tool['function']['name'] in text else UNUSED}"
+        yield f"tool {i}", f"tools:{PROMPT if _has_tool(text, tool['function']) else UNUSED}"
     documents = variables.get("documents") or []
     for i, document in enumerate(documents if isinstance(documents, list) else [documents]):
         values = [*document.values()] if isinstance(document, dict) else document
         longest = max((leaf for leaf in leaves(values) if isinstance(leaf, str)), key=len, default="")
         yield f"document {i}", f"documents:{PROMPT if longest and _has(text, longest.strip()) else UNUSED}"
+
+
+def _has_tool(text: str, function: dict) -> bool:
+    """Return whether a text has the name and the description of a tool; its name alone may be that of a call."""
+    description = function.get("description")
+    lines = description.splitlines() if isinstance(description, str) else []  # some write each line as a comment
+    return all(_has(text, value.strip()) for value in (function["name"], *lines))
 
 
 def _has(text: str, value: Any) -> bool:

@@ -1,0 +1,91 @@
+"""Each field of a row is in the text, or the row is refused and the field named; or it is counted."""
+
+import pytest
+
+from minitrain.data.needles import lost_context, lost_fields
+from minitrain.errors import DataError
+from tests.chat_templates import TOOLS, call, turn
+from tests.data.test_families import answer, documents, make_template, user
+from tests.messages import raises
+
+CALL = "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ '<call>' + c.function | tojson }}{% endfor %}{% endif %}"
+FULL = (
+    "{{ tools | tojson if tools }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}"
+    + CALL
+    + "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Template without one field -> what the error names, and the key that counts it.
+WITHOUT = {
+    "reasoning": (FULL.replace("{{ '<think>' + m.reasoning_content + '</think>' }}", ""), "turn 2 of 4", "reasoning"),
+    "content": (FULL.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), "turn 2 of 4", "content"),
+    "call": (FULL.replace(CALL, ""), "turn 2 of 4", "call of get_weather"),
+    "second call": (FULL.replace("in m.tool_calls %}", "in m.tool_calls[:1] %}"), "turn 2 of 4", "call of get_time"),
+    "arguments": (FULL.replace("c.function | tojson", "c.function.name"), "turn 2 of 4", "arguments of get_weather"),
+    "tool": (
+        FULL.replace("tools | tojson if tools", "''"),
+        "the prompt",
+        "tool get_weather",
+    ),  # its name is in the call
+    "result": (FULL.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), "the prompt", "tool turn"),
+}
+TURNS = (
+    user("Weather?"),
+    answer(
+        "I look", reasoning_content="I should call.", tool_calls=[call("get_weather", city="Rome é"), call("get_time")]
+    ),
+    turn("tool", "21 degrees"),
+    answer("It is warm"),
+)
+
+
+def test_a_template_that_writes_all():
+    ((text, counts),) = documents(FULL, *TURNS, tools=TOOLS)
+    assert counts == {} and '⟦<think>I should call.</think>I look<call>{"name": "get_weather"' in text
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_field_that_the_template_loses(name):
+    """The error names the turn and the field."""
+    source, where, field = WITHOUT[name]
+    assert source != FULL
+    with raises(DataError, "lost-field", where, field):
+        documents(source, *TURNS, tools=TOOLS)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_lost_field_is_counted(name):
+    """With on_missing=warn, the rest is trained on, and counts are by field, not by the names of functions."""
+    source, _, field = WITHOUT[name]
+    ((text, counts),) = documents(source, *TURNS, tools=TOOLS, on_missing="warn")
+    key = "lost:" + field.split(" ")[0] if name != "result" else "lost:content"
+    assert set(counts) == {key} and "⟦It is warm<|im_end|>⟧" in text
+
+
+def test_reasoning_that_is_there_twice():
+    """As where a template writes it from two keys (trl#6361)."""
+    thought = "{{ '<think>' + m.reasoning_content + '</think>' }}"
+    with raises(DataError, "lost-field", "turn 2 of 4", "twice"):
+        documents(FULL.replace(thought, thought + thought), *TURNS, tools=TOOLS)
+    message = answer("I should think so.", reasoning_content="I should think")
+    assert lost_fields(message, "<think>I should think</think>I should think so.") == []
+
+
+def test_calls_of_the_history_are_read():
+    """An earlier turn that is not trained on may lose its reasoning, but not its call."""
+    assert lost_context(TURNS[1:2], [], 'I look get_weather {"city": "Rome \\u00e9"} get_time') == []
+    with raises(DataError, "lost-field", "the prompt", "of get_weather"):
+        documents(WITHOUT["call"][0], *TURNS, tools=TOOLS, train_on="last_turn")
+
+
+@pytest.mark.parametrize("value", ['a"b', "a\nb", "é", "\\", 1, 1.5, True, None, {"k": ["v", {"w": 2}]}, []])
+def test_arguments_of_every_kind(value):
+    """They are found as JSON writes them."""
+    ((text, counts),) = documents(FULL, user("q"), answer("", tool_calls=[call("f", x=value)]))
+    assert counts == {} and "⟦<call>" in text
+
+
+def test_keys_that_the_template_reads_are_used():
+    """The others are counted as unread, each with the turns that have it."""
+    renderer = make_template(FULL.replace("{{ m.content }}", "{{ m.content }}{{ m.mood }}")).renderer
+    assert [*renderer.unread_keys(user("q") | {"mood": "good", "speaker": "ann"})] == ["speaker"]
