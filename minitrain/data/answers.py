@@ -16,6 +16,7 @@ from .rendering import Rendering
 # Characters of private use, which no text of a data set should have: the borders of a content, and special tokens that
 # are ordinary text.
 OPEN, CLOSE, LITERAL = "\ue0f0", "\ue0f1", "\ue0f2"
+MAX_TOKEN = 64  # characters of a special token
 THOUGHT_OPENER = re.compile(r"<(think|thinking|reasoning)>\s*$")
 _HIDDEN = "the chat template hides the answer; give chat_template=chatml or a template of your own"
 
@@ -66,11 +67,14 @@ class Answered:
     answers: list[Answer]
 
 
-def find_answers(rendering: Rendering, messages: Messages, ends: Ends, has_markers: bool) -> Answered:
+def find_answers(
+    rendering: Rendering, messages: Messages, ends: Ends, has_markers: bool, earlier: Answered | None = None
+) -> Answered:
     """Render a conversation that ends with an answer, and find all answers in it.
 
     Args:
         has_markers: Whether the template marks answers with {% generation %}.
+        earlier: What was found in a beginning of the conversation, to save time.
 
     Raises:
         DataError: The last answer is not in the text.
@@ -79,15 +83,18 @@ def find_answers(rendering: Rendering, messages: Messages, ends: Ends, has_marke
     if has_markers and (marked := _marked(rendering, messages, ends)):
         return marked
     prompt, tail, is_other = _split_answer(rendering, messages, ends)
-    found = find_earlier(rendering, messages[:-1], prompt, ends)
+    found = find_earlier(rendering, messages[:-1], prompt, ends, earlier)
     found.answers.append(Answer(len(prompt), len(prompt) + len(tail), len(messages) - 1, is_other))
     return Answered(prompt + tail, found.answers)
 
 
-def find_earlier(rendering: Rendering, messages: Messages, prompt: str, ends: Ends) -> Answered:
+def find_earlier(
+    rendering: Rendering, messages: Messages, prompt: str, ends: Ends, earlier: Answered | None = None
+) -> Answered:
     """Find the answers in a prompt that was rendered from `messages`; those that it has in other words are left out."""
-    answers = []
-    for i, message in enumerate(messages):
+    answers = _in_both(earlier, prompt) if earlier else []
+    first = answers[-1].turn + 1 if answers else 0
+    for i, message in enumerate(messages[first:], first):
         if message["role"] == "assistant":
             # Before a first turn there is nothing to render, so its header would count as part of the answer.
             before = rendering.prompt(messages[:i]) if i else None
@@ -98,6 +105,15 @@ def find_earlier(rendering: Rendering, messages: Messages, prompt: str, ends: En
                 span = min(span[0], len(before)), span[1]
             answers += [Answer(*span, i, before not in (None, prompt[: span[0]]))] if span else []
     return Answered(prompt, answers)
+
+
+def _in_both(earlier: Answered, prompt: str) -> list[Answer]:
+    """Return the answers in the beginning that two texts have in common, with the token that follows each."""
+    for n in range(len(earlier.answers), 0, -1):
+        stop = earlier.answers[n - 1].stop + MAX_TOKEN
+        if len(earlier.text) >= stop and prompt.startswith(earlier.text[:stop]):
+            return earlier.answers[:n]
+    return []
 
 
 def _marked(rendering: Rendering, messages: Messages, ends: Ends) -> Answered | None:

@@ -85,11 +85,19 @@ class ChatRenderer:
         self._headers: dict[str, str] = {}
 
     def bind(self, variables: Mapping[str, Any]) -> Rendering:
-        """Return the rendering of conversations with more variables, such as `tools`."""
+        """Return the rendering of conversations with more variables, such as `tools`.
+
+        It keeps the last text of each length, because the beginnings of a long conversation are needed again and again.
+        """
         variables = self.variables | variables
+        kept: dict[tuple[int, bool], tuple[Messages, str]] = {}
 
         def text(messages: Messages, prompt: bool = False) -> str:
-            return render(self.source, self.adapt(messages), add_generation_prompt=prompt, **variables)
+            same, rendered = kept.get((len(messages), prompt), (None, ""))
+            if same is None or any(a is not b for a, b in zip(same, messages)):
+                rendered = render(self.source, self.adapt(messages), add_generation_prompt=prompt, **variables)
+                kept[len(messages), prompt] = messages, rendered
+            return rendered
 
         def marked(messages: Messages) -> tuple[str, list[Span]]:
             return render_marked(self.source, self.adapt(messages), add_generation_prompt=False, **variables)

@@ -17,12 +17,12 @@ import jinja2
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError
 
-from .answers import LITERAL, Answer, find_answers, find_earlier
+from .answers import LITERAL, Answer, Answered, find_answers, find_earlier
 from .counts import LOST, TRAINED, UNREAD, UNREAD_ROW, UNTRAINED, Uses, count_uses
 from .examples import Conversation, Example, PlainText, Rollout
 from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
 from .needles import Needles, lost_context, uses_of_turn, uses_of_variables
-from .rendering import ChatRenderer, set_defaults
+from .rendering import ChatRenderer, Rendering, set_defaults
 from .sandbox import UnboundedTemplate
 from .text_encoder import Piece, TextEncoder, Tokens, check_texts
 
@@ -171,8 +171,9 @@ class Template:
                 ids.append(self.tokenizer.eos_token_id)
             return Tokens(ids, [False] + [True] * (len(ids) - 1))
         trained = self.trained_turns(example.messages, n_trained)
-        messages = example.messages[: trained[-1] + 1]
-        tokens = self._encode_answers(messages, trained, example.variables)
+        messages = self._checked(example.messages[: trained[-1] + 1])
+        rendering = self.renderer.bind(example.variables)
+        tokens = self._encode_answers(messages, trained, example.variables, self._find(rendering, messages))
         self._add_dropped(tokens, example.messages, trained)
         return tokens
 
@@ -183,7 +184,12 @@ class Template:
             DataError: The example cannot be encoded.
         """
         trained = self.trained_turns(example.messages)
-        documents = [self._encode_answers(example.messages[: i + 1], [i], example.variables) for i in trained]
+        messages = self._checked(example.messages[: trained[-1] + 1])
+        rendering = self.renderer.bind(example.variables)
+        documents, found = [], None
+        for i in trained:
+            found = self._find(rendering, messages[: i + 1], found)
+            documents.append(self._encode_answers(messages[: i + 1], [i], example.variables, found))
         self._add_dropped(documents[-1], example.messages, trained)
         return documents
 
@@ -235,13 +241,16 @@ class Template:
         keys += [UNREAD_ROW + name for name in self.renderer.unread_variables(variables)]
         return count_uses(uses) + Counter(keys)
 
-    def _encode_answers(self, messages: Messages, trained: Collection[int], variables: Mapping[str, Any]) -> Tokens:
-        """Encode a conversation that ends with an answer."""
-        messages = self._checked(messages)
+    def _find(self, rendering: Rendering, messages: Messages, earlier: Answered | None = None) -> Answered:
         try:
-            found = find_answers(self.renderer.bind(variables), messages, self.ends, self.has_markers)
+            return find_answers(rendering, messages, self.ends, self.has_markers, earlier)
         except jinja2.TemplateError as error:
             raise _refused(error) from None
+
+    def _encode_answers(
+        self, messages: Messages, trained: Collection[int], variables: Mapping[str, Any], found: Answered
+    ) -> Tokens:
+        """Encode a conversation that ends with an answer."""
         answers = found.answers
         spans = {i: "".join(found.text[a.start : a.stop] for a in answers if a.turn == i) for i in trained}
         where = {i: next((a for a in answers if a.turn == i), None) for i in trained}

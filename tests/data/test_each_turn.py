@@ -6,10 +6,12 @@ import pytest
 
 from minitrain.batch import TARGET_WEIGHTS
 from minitrain.config.sections import DatasetConfig
+from minitrain.data import rendering
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import Conversation
 from minitrain.data.loader import MicrobatchLoader, load_data
 from minitrain.data.messages import parse_messages
+from minitrain.data.sandbox import render
 from minitrain.data.shared_prefixes import merge_prefixes, n_shared, share_prefixes
 from minitrain.data.template import Template
 from minitrain.data.text_encoder import Tokens
@@ -88,6 +90,22 @@ def test_what_it_saves():
     assert (len(found), laid_out, n_separate) == (6, 546, 1248)
     (document,) = documents(row, make(BARE_CHATML), limits)
     assert document.mask.count(True) == sum(len(f"answer {i}") + 1 for i in range(6))
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_the_time_is_not_cubic_in_the_number_of_turns(monkeypatch, n):
+    """Each turn takes some renderings, not some for each turn before it."""
+    n_rendered = 0
+
+    def counted(*args, **kwargs):
+        nonlocal n_rendered
+        n_rendered += 1
+        return render(*args, **kwargs)
+
+    template, row = make(THINKING), conversation(n, random.Random(0))
+    monkeypatch.setattr(rendering, "render", counted)
+    assert len(documents(row, template, TruncationConfig(100_000))) == n
+    assert n_rendered < 8 * n
 
 
 def letters(text: str) -> Tokens:
