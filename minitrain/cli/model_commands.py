@@ -46,7 +46,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     "generate responses with a trained model",
     usage="MODEL (--prompt TEXT ... | --input FILE) [options]",
     example='minitrain generate runs/quickstart-sft --prompt "57 + 36 =" "reverse tiger"',
-    docs="data.md",
+    docs="generate.md",
 )
 def generate(arguments: argparse.Namespace) -> int:
     from minitrain.inference.resolve import find_model
@@ -229,6 +229,7 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     "chat with a trained model",
     usage="MODEL [options]",
     example="minitrain chat runs/quickstart-sft",
+    docs="generate.md#chat",
 )
 def chat(arguments: argparse.Namespace) -> int:
     from minitrain.inference.resolve import find_model

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from minitrain.batch import Document
 from minitrain.config.sections import DatasetConfig, EvalGenerateConfig
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset, load_data
+from minitrain.data.messages import user
 from minitrain.data.rows import rows_object
+from minitrain.data.template import Template
 from minitrain.errors import ConfigError
 from minitrain.losses import add_features
 from minitrain.training.aux_models import reference_kind
@@ -81,7 +84,7 @@ def exact_match(
     examples = examples.first(settings.n_examples)
     prompts, references = [], []
     for document in (examples[i][0] for i in range(len(examples))):
-        start = len(document.mask) - document.mask.flip(0).tolist().index(0)  # where the last response begins
+        start = response_start(document, generator.template)
         prompts.append(document.ids[:start].tolist())
         references.append(generator.parser.parse(prompts[-1], document.ids[start:].tolist()))
     responses = generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
@@ -94,6 +97,19 @@ def exact_match(
         shown = _short(responses[i].text.strip(), from_end=settings.match != "text")
         log(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
     return sum(matches) / len(matches)
+
+
+def response_start(document: Document, template: Template) -> int:
+    """Return the index of the first token of the last response."""
+    start = len(document.mask) - document.mask.flip(0).tolist().index(0)
+    if template.targets.train_on_reasoning:
+        return start
+    # The mask excludes the reasoning, so the response begins after the last header.
+    rendering, question = template.renderer.bind({}), [user("a")]
+    header = rendering.prompt(question).removeprefix(rendering.text(question))
+    ids, header_ids = document.ids[:start].tolist(), template.encoder.encode_text(header)
+    n = len(header_ids)
+    return next((stop for stop in range(start, n, -1) if ids[stop - n : stop] == header_ids), start)
 
 
 def is_match(response: Response, reference: Response, match: str) -> bool:

@@ -429,8 +429,9 @@ def test_reasoning_is_not_compared_and_calls_are(said, expected, match, right):
     assert is_match(Response("", said), Response("", expected), match) == right
 
 
-def test_exact_match_of_rows_with_tools(make_trainer, tmp_path, monkeypatch):
-    """Prompts have tools and arguments of the rows; a right call behind other reasoning counts."""
+@pytest.mark.parametrize("train_on_reasoning", ["true", "false"])
+def test_exact_match_of_rows_with_tools(make_trainer, tmp_path, monkeypatch, train_on_reasoning):
+    """Prompts have the tools of the rows and not the reasoning; a right call after other reasoning counts."""
     rows = [
         {"messages": [USER, answer("I look.", "Let me see.", call(city="Oslo"))], "tools": [TOOL]},
         {"messages": [USER, answer("I look.", "Let me see.", call(city="Rome"))], "tools": [TOOL]},
@@ -445,6 +446,7 @@ def test_exact_match_of_rows_with_tools(make_trainer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Generator, "_generate", _generate)
     options = [f"eval_datasets=[{tmp_path}/eval.jsonl]", "eval_generate.n_examples=2"]
+    options.append(f"train_on_reasoning={train_on_reasoning}")
     trainer = make_trainer(*options)
     assert trainer.evaluate()["exact_match"] == 0.5
     assert prompts == [trainer.generator.encode([USER], {"tools": [TOOL]})] * 2

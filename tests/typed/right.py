@@ -98,6 +98,10 @@ def answer(trainer: Trainer) -> list[str]:
     conversation = [{"role": "user", "content": "a"}]
     generator: Generator = load_generator("runs/a")
     answers = generator.generate(["a", conversation], Sampling(max_new_tokens=4, temperature=0.5))
+    tools = [{"name": "f", "parameters": {"type": "object"}}]
+    kwargs = {"enable_thinking": False}
+    conversation += generator.generate_messages([conversation], tools=tools, chat_template_kwargs=kwargs)
+    answers += trainer.generate(["a"], tools=tools, chat_template_kwargs=kwargs)
     return [*answers, *trainer.generate(["a"]), *trainer.predict(["a"], 4), trainer.chat(conversation).strip()]
 
 

@@ -1,6 +1,17 @@
 """Uses of the public API that a type checker refuses, each with the code of its error. Nothing runs this file."""
 
-from minitrain import Batch, Loss, Models, Sampling, Trainer, create_loss, load_config, merge_adapters, register_loss
+from minitrain import (
+    Batch,
+    Loss,
+    Models,
+    Sampling,
+    Trainer,
+    create_loss,
+    load_config,
+    load_generator,
+    merge_adapters,
+    register_loss,
+)
 
 Trainer("config.yml", modle=None)  # E: call-arg
 Trainer("config.yml", on_step_ended=print)  # E: call-arg
@@ -19,6 +30,8 @@ load_config("config.yml", 3)  # E: arg-type
 print(load_config("config.yml").learning_rate)  # E: attr-defined
 Sampling(max_tokens=3)  # E: call-arg
 Sampling(temperature="hot")  # E: arg-type
+Trainer("config.yml").generate(["a"], tools=3)  # E: arg-type
+load_generator("runs/a").generate(["a"], chat_template_kwargs="x")  # E: arg-type
 merge_adapters(["runs/a"], "merged", weights="x")  # E: arg-type
 merge_adapters(["runs/a"])  # E: call-arg
 create_loss(3)  # E: arg-type
