@@ -24,6 +24,7 @@ from minitrain.tools.preflight.memory import (
     simulate_step,
 )
 from minitrain.training.setup import dry_run
+from tests.chats import THINKING, conversations, written
 from tests.conftest import random_llama
 from tests.messages import raises
 from tests.rows import REQUIRED, ROWS
@@ -149,6 +150,15 @@ def compare(config, loss: str, overrides: tuple[str, ...]) -> None:
     assert found.parts == {part: size for part, size in real.peaks.items() if size}
     assert found.peak == real.peak
     assert max(found.parts.values()) <= found.peak <= sum(found.parts.values())
+
+
+@pytest.mark.parametrize("loss, packing", [("sft", True), ("sft", False), ("kd", True)])
+def test_examples_of_different_numbers_of_documents(config, tmp_path, loss, packing):
+    """With weights, and with beginnings that documents share in packed rows."""
+    file = written(tmp_path / "chats.jsonl", conversations(24, weights=(0.5, 2)))
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    settings = (f"datasets=[{file}]", f"chat_template={tmp_path / 'thinking.jinja'}", "train_on=each_turn")
+    compare(config, loss, (*settings, f"packing={packing}", "gradient_accumulation_steps=2"))
 
 
 def test_an_encoder(config, tmp_path):
