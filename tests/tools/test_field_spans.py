@@ -6,7 +6,7 @@ import re
 import pytest
 
 from minitrain.cli.main import main
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 
 # Writes reasoning only in the last turn, like Qwen3.
 LAST_THOUGHT = (
@@ -127,3 +127,31 @@ def test_a_tokenizer_that_changes_spaces(inspect):
     model = {"name_or_path": "tiny", "tokenizer_name_or_path": str(folder)}
     out = inspect([WEIGHTED], model=model)
     assert fields(out) == [("answer", "first")] and "×0.5" in out
+
+
+def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    """The outputs in docs/data.md."""
+    call = {"function": {"name": "add", "arguments": {"a": 34, "b": 15}}}
+    agent = [
+        {"role": "user", "content": "What is 34 + 15?"},
+        {"role": "assistant", "content": "", "reasoning_content": "A sum.", "tool_calls": [call]},
+        {"role": "tool", "content": "49"},
+        {"role": "assistant", "content": "49"},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes.", "weight": 0.5},
+    ]
+    greetings = [{"prompt": "Hi", "response": response} for response in ("Hello!", "Hey.")]
+    files = {"chats": [{"id": 7, "messages": agent}, greetings[0], greetings[0]], "held-out": greetings}
+    monkeypatch.chdir(tmp_path)
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"datasets": ["chats.jsonl"], "eval_datasets": ["held-out.jsonl"], "model": {"name_or_path": "tiny"}}
+    (tmp_path / "c.yml").write_text(json.dumps(config | {"seed": 1}))
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert main(["inspect", "c.yml", "--overrides", "datasets=[{path: chats.jsonl, n_examples: 1}]"]) == 0
+    assert capsys.readouterr().out in page
+    assert main(["validate", "c.yml"]) == 0
+    report = capsys.readouterr().out.splitlines()
+    names = ("fields", "unused keys", "duplicates", "leaks", "same prompts", "warning")
+    lines = [line for line in report if line.startswith(tuple(f"  {name} " for name in names))]
+    assert len(lines) == len(names) and "\n".join(lines) in page

@@ -31,7 +31,7 @@ class Matches(NamedTuple):
 
 
 def describe_duplicates(train: TokenizedDataset, evaluation: TokenizedDataset | None, kind: str) -> dict[str, str]:
-    """Return what is found, in words, by `duplicates` and `leaks`; "none" where nothing is.
+    """Return what is found, in words, by `duplicates`, `leaks` and `same prompts`; "none" where nothing is.
 
     Args:
         kind: The kind of examples. Of a response with a label, the partner that `mismatched.py` chose does not count.
@@ -52,9 +52,8 @@ def describe_duplicates(train: TokenizedDataset, evaluation: TokenizedDataset | 
         is_other = (eval_hashes.prompts[others.indices] != 0) & ~np.isin(others.indices, found.indices)
         others = Matches(*(column[is_other] for column in others))
         if len(others.indices):
-            text = f"{len(others.indices):,} with the prompt of a training example, but another response"
-            leaks = "" if lines["leaks"] == "none" else f"{lines['leaks']}; "
-            lines["leaks"] = leaks + _name(text, others, evaluation, train)
+            text = f"{len(others.indices):,} other evaluation examples have the prompt of a training example"
+            lines["same prompts"] = _name(text, others, evaluation, train)
     return lines
 
 
