@@ -105,6 +105,12 @@ def test_gpt_oss_drops_analysis_once_it_has_answered():
     assert "t1" not in second[0] and "⟦<|channel|>analysis<|message|>t1<|end|>" in first[0]
 
 
+def test_gpt_oss_earlier_answers():
+    """They have another end than the last one; the channel is of the response, because the prompt does not have it."""
+    ((text, counts),) = documents(small.GPT_OSS, user("q1"), answer("a1"), user("q2"), answer("a2"))
+    assert "assistant⟦<|channel|>final<|message|>a1<|end|>⟧<|im_start|>user" in text and counts == {}
+
+
 def test_gpt_oss_has_one_call_in_a_turn():
     with raises(DataError, "lost-field", "get_time"):
         documents(small.GPT_OSS, user("q"), answer("", tool_calls=[ROME, OSLO]))
