@@ -127,6 +127,8 @@ def test_a_tokenizer_that_changes_spaces(inspect):
     model = {"name_or_path": "tiny", "tokenizer_name_or_path": str(folder)}
     out = inspect([WEIGHTED], model=model)
     assert fields(out) == [("answer", "first")] and "×0.5" in out
+    out = inspect([AGENT | {"tools": []}], model=model, chat_template="chatml", max_length=60, train_on="last_turn")
+    assert "    <s>" in out and fields(out)[-2:] == AGENT_FIELDS[-2:]  # after the BOS that truncation keeps
 
 
 def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
