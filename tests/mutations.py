@@ -257,7 +257,7 @@ BUGS = {
             title="Tool calls were dropped: the model learned to end its turn instead of calling.",
             reported_in="axolotl-ai-cloud/axolotl#3824",
             file="minitrain/data/messages.py",
-            line='fields["tool_calls"] = _calls(calls, f"{where}.tool_calls")',
+            line='fields["tool_calls"] = parse_calls(calls, f"{where}.tool_calls")',
             replacement="pass",
             test="tests/data/test_fields.py::test_calls_are_trained_on",
         ),
