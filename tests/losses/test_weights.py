@@ -84,8 +84,10 @@ def test_value_and_gradient_by_hand(name, options, formula):
         for ours, theirs in zip(got[1], gradients, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     output = loss(collated(made, [[i] for i in range(N)]), models_for(loss))
-    total, n = output.metrics["avg_p_correct"]
-    assert (total / n).item() == pytest.approx(probability, rel=1e-5)
+    means = {key: (total / n).item() for key, (total, n) in output.metrics.items()}
+    assert means["avg_p_correct"] == pytest.approx(probability, rel=1e-5)
+    if name == "kd":
+        assert 0.7 * 16 * means["kl"] + 0.3 * means["nll"] == pytest.approx(value, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ from rows to a loss

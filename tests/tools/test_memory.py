@@ -158,7 +158,12 @@ def test_examples_of_different_numbers_of_documents(config, tmp_path, loss, pack
     file = written(tmp_path / "chats.jsonl", conversations(24, weights=(0.5, 2)))
     (tmp_path / "thinking.jinja").write_text(THINKING)
     settings = (f"datasets=[{file}]", f"chat_template={tmp_path / 'thinking.jinja'}", "train_on=each_turn")
-    compare(config, loss, (*settings, f"packing={packing}", "gradient_accumulation_steps=2"))
+    settings = (*settings, f"packing={packing}", "gradient_accumulation_steps=2")
+    compare(config, loss, settings)
+    loader = Trainer(config(*settings, loss=loss)).train_loader
+    steps = [batches for (_, batches), _ in zip(loader.steps(), range(loader.steps_per_epoch))]
+    sizes = [batch.input_ids.numel() for batches in steps for batch in batches]
+    assert _largest_batch(loader, False).input_ids.numel() == max(sizes)
 
 
 def test_an_encoder(config, tmp_path):
