@@ -1,6 +1,7 @@
 """`minitrain score`: labels and ratings of texts, pairs, answers and files, from every kind of folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_ratings_of_answers(place, capsys, tmp_path):
         assert float(line) == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-3)
 
 
+def test_tools_of_conversations(place, capsys, tmp_path, monkeypatch):
+    """A response is scored after the tools of its row or of --tools, and keys without use are named."""
+    monkeypatch.chdir(tmp_path)
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b", "tools": [tool], "id": 3}) + "\n")
+    reward, pair = place / "runs" / "reward", ["--prompt", "a", "--response", "b"]
+    with_tools = told(capsys, reward, *pair, "--tools", "tools.json")
+    assert with_tools == told(capsys, reward, "--input", "rows.jsonl") != told(capsys, reward, *pair)
+    assert main(["score", str(reward), "--input", "rows.jsonl"]) == 0
+    assert "keys of rows that are not used: id (1)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, code, part",
     [
@@ -154,6 +168,13 @@ def test_ratings_of_answers(place, capsys, tmp_path):
             "mixed.jsonl:2: ",
         ),
         (["runs/labels", "--input", "empty.jsonl"], "no-data", "empty.jsonl: "),
+        (["runs/labels", "--text", "a", "--tools", "tools.json"], "no-effect", "--tools: "),
+        (["runs/labels", "--input", "labels.jsonl", "--tools", "tools.json"], "no-effect", "--tools: "),
+        (
+            ["runs/reward", "--prompt", "a", "--response", "b", "--chat-template-kwargs", "x=1"],
+            "no-effect",
+            "chat_template_kwargs.x",
+        ),
         (["nowhere/at/all", "--text", "a"], "not-found", "nowhere/at/all: "),
         (["runs/labels"], "usage", "--text --prompt --input"),
     ],
@@ -161,6 +182,7 @@ def test_ratings_of_answers(place, capsys, tmp_path):
 def test_what_cannot_be_scored(place, monkeypatch, capsys, wording, arguments, code, part):
     """In one line, with what to do."""
     monkeypatch.chdir(place)
+    Path("tools.json").write_text('[{"name": "f"}]')
     (place / "mixed.jsonl").write_text('{"text": "a"}\n{"prompt": "a", "response": "b"}\n')
     (place / "empty.jsonl").write_text("")
     assert main(["score", *arguments]) == 2

@@ -251,8 +251,9 @@ def test_arguments_in_python(llama_folder, make_trainer):
     seen = []
 
     class Seen(Generator):
-        def generate_from_ids(self, prompts, *_, **__):
+        def generate_from_ids(self, prompts, *_, tools, **__):
             seen.append(prompts)
+            assert tools == [[TOOL]]
             return [Response("a", answer("a"))] * len(prompts)
 
     trainer, generator = make_trainer(), load_generator(llama_folder)
