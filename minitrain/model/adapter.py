@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minitrain.errors import ConfigError
 
 from . import lora, token_rows
+from .dtypes import DtypePlan
 from .policy import find_blocks
 from .quantize import is_quantized
 from .vocabulary import embedding_layers, embedding_parameters
@@ -62,11 +63,12 @@ class Adapter:
 
     def freeze(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Freeze all but the adapter, which is kept in float32, the rest in `dtype` unless it is quantized."""
-        trained = {id(parameter) for parameter in self.parameters(model).values()}
-        for parameter in model.parameters():
+        trained, plan = {id(parameter) for parameter in self.parameters(model).values()}, DtypePlan(model, dtype)
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(id(parameter) in trained)
             if not is_quantized(parameter):
-                parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else dtype)
+                is_trained = id(parameter) in trained
+                parameter.data = parameter.data.to(torch.float32 if is_trained else plan(name, parameter))
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the names of the tensors to save, without trained rows of weights that are saved in full."""

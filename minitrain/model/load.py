@@ -17,6 +17,7 @@ from .adapter import train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
 from .diagnostics import describe_head, model_load_error, tokenizer_load_error
+from .dtypes import DtypePlan
 from .given import check_head, is_built_here, meta_copy
 from .lora import merge_lora_weights
 from .policy import Policy, find_blocks
@@ -141,8 +142,9 @@ def _pretrained(
             model.set_attn_implementation(config.attn_implementation)
     if outputs is not None:
         name_outputs(model, outputs, tokenizer.pad_token_id, missing)
-    for parameter in model.parameters():  # not buffers: bfloat16 is too coarse for rotary frequencies
-        parameter.data = parameter.data.to(dtype)
+    plan = DtypePlan(model, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(plan(name, parameter))
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -285,7 +287,8 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
     Raises:
         ConfigError: A block does not exist, or no parameter is left to train.
     """
-    blocks = find_blocks(model.base_model)
+    blocks, plan = find_blocks(model.base_model), DtypePlan(model, dtype)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for entry in map(str, entries):
         if entry == "embeddings":
             frozen = [model.get_input_embeddings()]
@@ -300,7 +303,7 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
         for module in frozen:
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(plan(names[id(parameter)], parameter))
     if "embeddings" in entries:
         layers = embedding_layers(model)
         train_new_rows(model, None, [name for name in layers if layers[name].weight.requires_grad], weights)

@@ -13,6 +13,7 @@ from minitrain.io.tensor_files import save_file
 
 from .adapter_files import save_adapter
 from .diagnostics import first_line
+from .dtypes import DtypePlan
 from .pretrained import no_progress_bar
 from .weights import full_tensors, save_weights
 
@@ -46,7 +47,8 @@ def save_model(
         save_adapter(model, model.adapter, tensors, folder)
         return
     if getattr(model, "_weight_conversions", None):  # transformers converts the names in its files
-        _save_converted(model, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors}, folder)
+        plan = DtypePlan(model, dtype)
+        _save_converted(model, {name: tensor.to(plan(name, tensor)) for name, tensor in tensors}, folder)
     else:
         save_weights(model, tensors, folder, dtype)
         _mark_untied(model)

@@ -17,6 +17,7 @@ from minitrain.io.tensor_files import save_file
 
 from . import token_rows
 from .diagnostics import describe_unused, log_model_warnings
+from .dtypes import DtypePlan
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # floating-point dtypes of safetensors
 SHARD_BYTES = 4 << 30  # maximum size of a file of a saved model, and of the memory for saving
@@ -139,14 +140,15 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
         model: The transformers model.
         tensors: Name and value of each tensor, in the order of `full_tensors`.
         folder: Folder for the files.
-        dtype: Dtype of saved floating-point tensors.
+        dtype: Dtype of the saved weights; see `DtypePlan` for exceptions.
     """
-    sizes = [_size(tensor, dtype) for tensor in _tensors(model).values()]
+    plan = DtypePlan(model, dtype)
+    sizes = [tensor.numel() * plan(name, tensor).itemsize for name, tensor in _tensors(model).items()]
     counts, stream, files = _count_per_file(sizes), iter(tensors), {}
     for number, count in enumerate(counts, 1):
         file_tensors = {}
         for name, tensor in itertools.islice(stream, count):
-            file_tensors[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            file_tensors[name] = tensor.to("cpu", plan(name, tensor)).contiguous()
         file = "model.safetensors" if len(counts) == 1 else f"model-{number:05}-of-{len(counts):05}.safetensors"
         save_file(file_tensors, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(file_tensors, file)
@@ -180,10 +182,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
     chosen = {name: tensor for name, tensor in parameters.items() if name in names}
     return chosen | {name: buffers[name] for name in model.state_dict() if name in buffers}
-
-
-def _size(tensor: Tensor, dtype: torch.dtype) -> int:
-    return tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.dtype.itemsize)
 
 
 def weight_files(name: str, revision: str | None) -> list[Path]:
