@@ -3,17 +3,18 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from minitrain.errors import DataError
 
-from .answers import THOUGHT_OPENER, Answer
+from .answers import THOUGHT_OPENER, Answer, Answered
 from .counts import LOST, PROMPT, TRAINED, UNTRAINED, UNUSED
 from .messages import THINK_END, Message, Messages, leaves, split_reasoning
 
 MIN_REPEATED = 12  # characters; shorter reasoning may occur in an answer by chance
 MAX_OPENER = 40  # characters at the end of a prompt that opens a thought
+_ESCAPED = re.compile(r"[\"'\\]")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 
 
@@ -29,25 +30,28 @@ class Needles(NamedTuple):
     knows_enable_thinking: bool
 
     def check(
-        self, messages: Messages, answers: Mapping[int, Answer | None], variables: Mapping[str, Any], text: str
+        self, messages: Messages, trained: Collection[int], variables: Mapping[str, Any], found: Answered
     ) -> Counter:
         """Count what messages and tools have and the text does not.
 
         Args:
-            answers: Turn that is trained on -> where it is in the text.
+            trained: The turns that are trained on.
+            found: The text, and where the answers are in it.
 
         Raises:
             DataError: Something is missing, and `on_missing` is error.
         """
         counts: Counter = Counter()
-        for i, answer in answers.items():
+        answers = {answer.turn: answer for answer in found.answers}
+        parts = {i: found.text[answer.start : answer.stop] for i, answer in answers.items()}
+        for i in trained:
             where, is_last = f"turn {i + 1} of {len(messages)}", i == len(messages) - 1
-            for lost in lost_fields(messages[i], text[answer.start : answer.stop] if answer else ""):
+            for lost in lost_fields(messages[i], parts.get(i, "")):
                 self._report_lost(where, lost, not is_last, counts)
-            if answer:
-                counts += self._check_prompt(messages[i], text, answer, where, is_last)
-        context = [message for i, message in enumerate(messages) if i not in answers]
-        for lost in lost_context(context, variables.get("tools") or [], text):
+            if i in answers:
+                counts += self._check_prompt(messages[i], found.text, answers[i], where, is_last)
+        context = {i: message for i, message in enumerate(messages) if i not in trained}
+        for lost in lost_context(context, variables.get("tools") or [], found.text, parts):
             self._report_lost("the prompt", lost, False, counts)
         return counts
 
@@ -103,40 +107,62 @@ def lost_fields(message: Message, text: str) -> list[Lost]:
         text: What is trained on, as it was rendered.
     """
     reasoning, content = split_reasoning(message)
-    lost = [] if _has(text, content) else [Lost("content")]
-    if not _has(text, reasoning):
-        lost.append(Lost("reasoning"))
-    elif len(reasoning) >= MIN_REPEATED:
+    fields = [[(Lost("content"), content)], [(Lost("reasoning"), reasoning)], *_fields_of_calls(message)]
+    lost = _lost(fields, text)
+    if len(reasoning) >= MIN_REPEATED:
         elsewhere = content + json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
         if text.count(reasoning) > 1 + elsewhere.count(reasoning):
             lost.append(Lost("reasoning", "(which it has twice)"))
-    return lost + _lost_calls(message, text)
+    return lost
 
 
-def lost_context(messages: Messages, tools: list[dict], text: str) -> list[Lost]:
+def lost_context(
+    messages: Mapping[int, Message], tools: list[dict], text: str, answers: Mapping[int, str] | None = None
+) -> list[Lost]:
     """Return what the model is to read and the full text does not have: contents and calls of turns, and tools.
 
     Templates leave out the reasoning of earlier turns on purpose.
+
+    Args:
+        messages: Turn -> message.
+        answers: Turn -> its part of the text, where it is known.
     """
     lost = []
-    for message in messages:
+    for i, message in messages.items():
         is_answer = message["role"] == "assistant"
         content = split_reasoning(message)[1] if is_answer else message["content"].strip()
         if not _has(text, content):
             lost.append(Lost("content", f"of the {message['role']} turn"))
-        lost += _lost_calls(message, text)
+        lost += _lost(_fields_of_calls(message), (answers or {}).get(i, text))
     return lost + [Lost("tool", tool["function"]["name"]) for tool in tools if not _has_tool(text, tool["function"])]
 
 
-def _lost_calls(message: Message, text: str) -> list[Lost]:
-    return [lost for call in message.get("tool_calls", ()) for lost in _lost_of_call(call["function"], text)]
+Field = list[tuple[Lost, Any]]  # values that the text must have, with what is lost without each
 
 
-def _lost_of_call(function: dict, text: str) -> Iterator[Lost]:
-    if not _has(text, function["name"]):
-        yield Lost("call", f"of {function['name']}")
-    elif not all(_has(text, leaf) for leaf in leaves(function["arguments"])):
-        yield Lost("arguments", f"of {function['name']}")
+def _fields_of_calls(message: Message) -> list[Field]:
+    fields = []
+    for function in (call["function"] for call in message.get("tool_calls", ())):
+        call, arguments = (Lost(field, f"of {function['name']}") for field in ("call", "arguments"))
+        fields.append([(call, function["name"]), *((arguments, leaf) for leaf in leaves(function["arguments"]))])
+    return fields
+
+
+def _lost(fields: list[Field], text: str) -> list[Lost]:
+    """Return the first part of each field that a text does not have.
+
+    The text must have a value as often as the fields have it: each is taken out of the text, the longest first, so that
+    a short one is not found in another one.
+    """
+    values = [(len(str(value)), i, j, value) for i, field in enumerate(fields) for j, (_, value) in enumerate(field)]
+    missing: dict[int, int] = {}
+    for _, i, j, value in sorted(values, key=lambda each: -each[0]):
+        form = next((form for form in _forms(value) if form in text), None)
+        if form is None:
+            missing[i] = min(j, missing.get(i, j))
+        elif form:
+            text = text.replace(form, "\0", 1)
+    return [fields[i][missing[i]][0] for i in sorted(missing)]
 
 
 def uses_of_turn(message: Message, trained: str, text: str) -> Iterator[tuple[str, str]]:
@@ -153,9 +179,10 @@ def uses_of_turn(message: Message, trained: str, text: str) -> Iterator[tuple[st
     if reasoning := split_reasoning(message)[0]:
         uses = ((trained, TRAINED), (text, PROMPT))
         yield "reasoning", f"reasoning:{next((use for part, use in uses if _has(part, reasoning)), UNUSED)}"
-    for i, call in enumerate(message.get("tool_calls", ())):
+    fields = _fields_of_calls(message)
+    for i in range(len(fields)):
         uses = ((trained, TRAINED), (text, PROMPT))
-        use = next((use for part, use in uses if not any(_lost_of_call(call["function"], part))), UNUSED)
+        use = next((use for part, use in uses if not _lost(fields[i : i + 1], part)), UNUSED)
         yield f"call {i}", f"calls:{use}"
     if "weight" in message:
         yield "weight", f"weights:{UNTRAINED if not message['weight'] else TRAINED if trained else UNUSED}"
@@ -180,11 +207,15 @@ def _has_tool(text: str, function: dict) -> bool:
 
 
 def _has(text: str, value: Any) -> bool:
-    """Return whether a text has a value, as it is or in the ways in which templates write JSON and XML."""
+    return any(form in text for form in _forms(value))
+
+
+def _forms(value: Any) -> Iterator[str]:
+    """Yield the ways in which templates write a value: as in JSON, in Python, or as it is."""
     if not isinstance(value, str):
-        return json.dumps(value) in text or str(value) in text
-    return value in text or any(_json(value, ascii_only) in text for ascii_only in (False, True))
-
-
-def _json(value: str, ascii_only: bool) -> str:
-    return json.dumps(value, ensure_ascii=ascii_only)[1:-1]
+        yield from (json.dumps(value), str(value))
+    elif value.isascii() and value.isprintable() and not _ESCAPED.search(value):
+        yield value
+    else:  # escaped first: the value itself may be a part of another one
+        quoted = json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value)
+        yield from (*(form[1:-1] for form in quoted), value)

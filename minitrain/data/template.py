@@ -225,7 +225,7 @@ class Template:
         except jinja2.TemplateError as error:
             raise _refused(error) from None
         tools = (variables or {}).get("tools") or []
-        if self.targets.on_missing == "error" and (lost := lost_context([], tools, prompt)):
+        if self.targets.on_missing == "error" and (lost := lost_context({}, tools, prompt)):
             raise DataError(
                 f"tools: the chat template leaves out {lost[0]}. Use one that writes tools, or remove them",
                 "lost-field",
@@ -237,7 +237,7 @@ class Template:
         variables, messages = variables or {}, self._checked(messages)
         text = self.renderer.bind(variables).prompt(messages)
         uses = self._uses(messages, {}, text) | {(-1, name): key for name, key in uses_of_variables(variables, text)}
-        keys = [f"{LOST}{lost}" for lost in lost_context(messages, [], text)]
+        keys = [f"{LOST}{lost}" for lost in lost_context(dict(enumerate(messages)), [], text)]
         keys += [UNREAD_ROW + name for name in self.renderer.unread_variables(variables)]
         return count_uses(uses) + Counter(keys)
 
@@ -253,9 +253,8 @@ class Template:
         """Encode a conversation that ends with an answer."""
         answers = found.answers
         spans = {i: "".join(found.text[a.start : a.stop] for a in answers if a.turn == i) for i in trained}
-        where = {i: next((a for a in answers if a.turn == i), None) for i in trained}
         counts = Counter({"literal-tokens": found.text.count(LITERAL)})
-        counts += self.needles.check(messages, where, variables, found.text)
+        counts += self.needles.check(messages, trained, variables, found)
         weights = {i: messages[i].get("weight", 1.0) for i in trained}
         pieces = _split(found.text, answers, weights)
         if not self.targets.train_on_reasoning:

@@ -73,9 +73,49 @@ def test_reasoning_that_is_there_twice():
 
 def test_calls_of_the_history_are_read():
     """An earlier turn that is not trained on may lose its reasoning, but not its call."""
-    assert lost_context(TURNS[1:2], [], 'I look get_weather {"city": "Rome \\u00e9"} get_time') == []
+    assert lost_context({1: TURNS[1]}, [], 'I look get_weather {"city": "Rome \\u00e9"} get_time') == []
     with raises(DataError, "lost-field", "the prompt", "of get_weather"):
         documents(WITHOUT["call"][0], *TURNS, tools=TOOLS, train_on="last_turn")
+
+
+SHORT = {
+    "the second of two that are the same": ("second call", ("", call("f"), call("f")), "call of f"),
+    "a name that is in the content": ("call", ("if so", call("f")), "call of f"),
+    "arguments that are in the name": ("arguments", ("", call("far", a="f")), "arguments of far"),
+    "arguments that are in the content": ("arguments", ("a: 1", call("f", a=1)), "arguments of f"),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_value_is_not_found_in_another_one(name):
+    """A value must be there as often as the row has it, or short ones would always be found."""
+    template, (content, *calls), lost = SHORT[name]
+    row = user("q"), answer(content, tool_calls=calls)
+    assert documents(FULL, *row)[0][1] == {}
+    with raises(DataError, "lost-field", "turn 2 of 2", lost):
+        documents(WITHOUT[template][0], *row)
+
+
+def test_a_call_of_the_history_is_not_found_in_the_list_of_tools():
+    row = user("q"), answer("It is.", tool_calls=[call("get_time")]), turn("tool", "9"), answer("9")
+    with raises(DataError, "lost-field", "the prompt", "call of get_time"):
+        documents(WITHOUT["call"][0], *row, tools=TOOLS, train_on="last_turn")
+
+
+@pytest.mark.parametrize("other", ['{"k": "v"}', '"v"', '", "', "v", ""])
+def test_a_value_that_is_the_text_of_another_one(other):
+    calls = [call("f", a={"k": "v"}), call("f", b=other, c=[other, other])]
+    ((_, counts),) = documents(FULL, user("q"), answer("v", reasoning_content="v", tool_calls=calls))
+    assert counts == {}
+
+
+@pytest.mark.parametrize("value", [["it's"], {"k": 'it\'s\u00a0a "b"'}, "a\\b\n"])
+def test_arguments_as_python_writes_them(value):
+    """As in templates whose calls are Python, such as `[f(x=['a'])]`."""
+    arguments = "c.function.name }}{% for k, v in c.function.arguments | items %}{{ k ~ [v] }}{% endfor %}{{ ''"
+    source = FULL.replace("c.function | tojson", arguments)
+    ((text, counts),) = documents(source, user("q"), answer("", tool_calls=[call("f", x=value)]))
+    assert counts == {} and f"<call>fx[{value!r}]" in text
 
 
 @pytest.mark.parametrize("value", ['a"b', "a\nb", "é", "\\", 1, 1.5, True, None, {"k": ["v", {"w": 2}]}, []])
