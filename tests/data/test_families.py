@@ -201,3 +201,30 @@ def test_glm4_ends_a_turn_with_the_next_one():
     ((text, _),) = documents(small.GLM4, *turns)
     calls = '<call>{"name": "get_weather", "arguments": {"city": "Rome"}}</call>'
     assert text == f"<|user|>\nq<|assistant|>\n⟦{calls}<|tool|>⟧\nr<|assistant|>\n⟦a{END}⟧"
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{{ 'BEFORE' }}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\nPROMPT' }}{% endif %}"
+)
+
+
+def test_marks_that_begin_after_the_prompt():
+    """What inference has to write before the marks is trained on, too, in the last response."""
+    ((text, counts),) = documents(MARKED.replace("PROMPT", ""), user("q"), answer("a"))
+    assert text.endswith(f"assistant\n⟦BEFOREa{END}⟧") and counts == {}
+
+
+def test_marks_of_a_template_whose_prompt_opens_a_thought():
+    """The response follows the prompt of inference, which the marked text does not have (R1)."""
+    turns = (user("q"), answer("a", reasoning_content="t"))
+    ((text, _),) = documents(MARKED.replace("BEFORE", "").replace("PROMPT", "<think>\\n"), *turns)
+    assert text.endswith(f"assistant\n<think>\n⟦t\n</think>\n\na{END}⟧")
+
+
+def test_marks_of_earlier_responses_after_another_prompt():
+    """They are counted: only the last response has what the prompt opens."""
+    source = MARKED.replace("{{ 'BEFORE' }}", "{{ 'OPEN' if loop.last }}").replace("PROMPT", "OPEN")
+    ((text, counts),) = documents(source, user("q1"), answer("a1"), user("q2"), answer("a2"))
+    assert text.endswith(f"assistant\nOPEN⟦a2{END}⟧") and counts == {"other-prompts": 1}
