@@ -154,13 +154,20 @@ def _lost(fields: list[Field], text: str) -> list[Lost]:
     The text must have a value as often as the fields have it: each is taken out of the text, the longest first, so that
     a short one is not found in another one.
     """
-    values = [(len(str(value)), i, j, value) for i, field in enumerate(fields) for j, (_, value) in enumerate(field)]
+    values = [
+        (len(str(value)), i, j, value)
+        for i, field in enumerate(fields)
+        for j, (_, value) in enumerate(field)
+        if value != ""
+    ]
+    if len(values) == 1 and _has(text, values[0][-1]):
+        return []
     missing: dict[int, int] = {}
     for _, i, j, value in sorted(values, key=lambda each: -each[0]):
         form = next((form for form in _forms(value) if form in text), None)
         if form is None:
             missing[i] = min(j, missing.get(i, j))
-        elif form:
+        else:
             text = text.replace(form, "\0", 1)
     return [fields[i][missing[i]][0] for i in sorted(missing)]
 
@@ -207,7 +214,7 @@ def _has_tool(text: str, function: dict) -> bool:
 
 
 def _has(text: str, value: Any) -> bool:
-    return any(form in text for form in _forms(value))
+    return (isinstance(value, str) and value in text) or any(form in text for form in _forms(value))
 
 
 def _forms(value: Any) -> Iterator[str]:
