@@ -120,6 +120,69 @@ def write_raft(folder: Path, seed: int = 0) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+FUNCTIONS = {"light": ("room", "state"), "heat": ("room", "degrees"), "play": ("genre",)}
+VALUES = {  # of each argument
+    "room": ("kitchen", "bedroom", "garage", "cellar", "attic", "hall", "office", "library"),
+    "state": ("on", "off"),
+    "degrees": tuple(range(15, 25)),
+    "genre": ("jazz", "rock", "blues", "techno", "folk", "opera", "soul", "metal", "disco", "punk", "gospel", "reggae"),
+}
+REQUESTS = {  # what a user says, with the values of the arguments
+    "light": ("Turn the {0} light {1}.", "In the {0}, switch the light {1}.", "Light {1} in the {0}, please."),
+    "heat": ("Heat the {0} to {1} degrees.", "Make it {1} degrees in the {0}.", "{1} degrees in the {0}, please."),
+    "play": ("Play some {0}.", "I want to hear {0}.", "Put on {0} music, please.", "A bit of {0} now."),
+}
+RESULTS = {"light": "done", "heat": "set", "play": "playing"}
+ANSWERS = {"light": "The {0} light is {1}.", "heat": "I heat the {0} to {1} degrees.", "play": "Here is some {0}."}
+SMALL_TALK = (("Hello!", "Hello! How can I help?"), ("Thank you!", "You are welcome."), ("Bye!", "Goodbye!"))
+
+
+def tool(name: str, arguments: tuple[str, ...]) -> dict:
+    """The description of a function, in OpenAI's format."""
+    properties = {key: {"type": "integer" if key == "degrees" else "string"} for key in arguments}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+def tool_requests() -> list[list[dict]]:
+    """Each request with each value: the request, the call, its result and the answer."""
+    made = []
+    for name, keys in FUNCTIONS.items():
+        for question, values in itertools.product(REQUESTS[name], itertools.product(*(VALUES[key] for key in keys))):
+            call = {"name": name, "arguments": dict(zip(keys, values, strict=True))}
+            made.append(
+                [
+                    {"role": "user", "content": question.format(*values)},
+                    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+                    {"role": "tool", "content": RESULTS[name]},
+                    {"role": "assistant", "content": ANSWERS[name].format(*values)},
+                ]
+            )
+    return made
+
+
+def write_tools(folder: Path, seed: int = 0) -> None:
+    """The functions; 400 conversations of a request and another one or small talk; and requests that no other file has.
+
+    Each of those is there twice: up to the call, and up to the answer after its result.
+    """
+    rng = random.Random(seed)
+    tools = [tool(name, arguments) for name, arguments in FUNCTIONS.items()]
+    (folder / "tools.json").write_text(json.dumps(tools, indent=1) + "\n", encoding="utf-8")
+    unseen, known = [], []
+    for turns in rng.sample(made := tool_requests(), len(made)):
+        (unseen if len(unseen) < 40 else known).append(turns)
+    train = []
+    for turns in rng.sample(known * 2, 400):
+        question, answer = rng.choice(SMALL_TALK)
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        other = talk if rng.random() < 0.2 else rng.choice(known)
+        train.append(turns + other if rng.random() < 0.5 else other + turns)
+    test = [turns[:n] for turns in unseen for n in (2, 4)]
+    for name, part in (("tools-test", test), ("tools-train", train)):
+        lines = (json.dumps({"messages": turns}) for turns in part)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
     """One {"prompt", "response"} a line."""
     lines = (json.dumps({"prompt": question, "response": answer}) for question, answer in rows)
@@ -181,4 +244,5 @@ if __name__ == "__main__":
     write_rollouts(folder / "skills-rollouts.jsonl", train[:1000], random.Random(3))
     write_rollouts(folder / "skills-rollouts-test.jsonl", test[:100], random.Random(4))
     write_facts(folder)
+    write_tools(folder)
     write_raft(folder)

@@ -84,14 +84,15 @@ def test_the_loss_of_the_documents_trains(make_trainer, own_registry):
 
 
 @pytest.mark.parametrize(
-    "name",
+    "name, least",
     [
-        pytest.param("quickstart-sft", marks=pytest.mark.slow(minutes=3)),
-        pytest.param("fused-dft", marks=pytest.mark.slow(minutes=29)),
+        pytest.param("quickstart-sft", 0.9, marks=pytest.mark.slow(minutes=3)),
+        pytest.param("fused-dft", 0.9, marks=pytest.mark.slow(minutes=29)),
+        pytest.param("tools", 0.75, marks=pytest.mark.slow(minutes=3)),
     ],
 )
-def test_an_example_learns_what_it_promises(name, user_folder, monkeypatch):
-    """The whole run goes from nothing to 90 % of unseen questions."""
+def test_an_example_learns_what_it_promises(name, least, user_folder, monkeypatch):
+    """The whole run goes from nothing to most of the unseen questions."""
     import torch
 
     from minitrain import Trainer
@@ -102,4 +103,4 @@ def test_an_example_learns_what_it_promises(name, user_folder, monkeypatch):
     accuracies = []
     Trainer(config, on_eval_end=lambda t: accuracies.append(t.eval_metrics["exact_match"])).train()
     torch.set_num_threads(1)
-    assert accuracies[0] < 0.05 and accuracies[-1] >= 0.9
+    assert accuracies[0] < 0.05 and accuracies[-1] >= least

@@ -22,6 +22,7 @@ THINK = "<think>"
 _OPENED_THOUGHT = re.compile(rf"{THINK}\s*$")
 _CALL_BEGIN, _CALL_END = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 _PROBE = {"name": "probe_name", "arguments": {"probe_key": ["probe_value", 1, None]}}
+_PROBE_PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "array", "description": "d"}}}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ResponseParser:
         """Whether calls are read back as the chat template writes them."""
         if self.has_response_template:
             return True
-        tools = parse_tools([{"name": _PROBE["name"], "description": "d", "parameters": {}}], "tools")
+        tools = parse_tools([{"name": _PROBE["name"], "description": "d", "parameters": _PROBE_PARAMETERS}], "tools")
         call = {"id": "call00001", "type": "function", "function": _PROBE}
         rendering, ends = self.template.renderer.bind({"tools": tools}), self.template.ends
         try:

@@ -19,6 +19,7 @@ from minitrain.config.sections import DatasetConfig
 from minitrain.data.encode import TruncationConfig, encode
 from minitrain.data.examples import to_example
 from minitrain.data.template import make_template
+from minitrain.inference.parse import ResponseParser
 from minitrain.inference.raft_metrics import grade_response
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import ROOT
@@ -126,6 +127,27 @@ def test_the_example_data_are_what_the_script_makes(tmp_path):
         for name in ("train", "test")
     ]
     assert all(documents) and not documents[0] & documents[1]
+
+
+def test_calls_of_the_example(user_folder):
+    """Each row has a call of a listed function with its arguments, and no request of the test file is in training."""
+    config = load_config("example/tools.yml")
+    (dataset,), template = config.datasets, make_template(tiny_tokenizer(), config, "conversation")
+    keys = {"light(room, state)", "heat(room, degrees)", "play(genre)"}
+    requests = {}
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in Path(f"example/data/tools-{name}.jsonl").open()]
+        requests[name] = {m["content"] for row in rows for m in row["messages"] if m["role"] == "user"}
+        for row in rows:
+            (tokens,) = encode(to_example(row, dataset), template, TruncationConfig(config.max_length))
+            lines = template.tokenizer.decode(tokens.ids).splitlines()
+            assert set(lines[:3]) == keys
+            calls = re.findall("<tool_call>(.*)</tool_call>", "\n".join(lines))
+            said = [call["function"] for m in row["messages"] for call in m.get("tool_calls", ())]
+            assert said and [json.loads(call) for call in calls] == said
+            assert all(f"{call['name']}({', '.join(call['arguments'])})" in keys for call in said)
+    assert ResponseParser(template).reads_calls
+    assert len(requests["test"]) == 40 and not requests["test"] & requests["train"] - {"Hello!", "Thank you!", "Bye!"}
 
 
 def test_the_teacher_of_the_example_is_right():
