@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from minitrain.errors import DataError
 
-from .messages import Message, Messages, split_reasoning
+from .messages import THINK_END, Message, Messages, split_reasoning
 from .rendering import Rendering
 
 # Characters of private use, which no text of a data set should have: the borders of a content, and special tokens that
@@ -230,13 +230,16 @@ def _span_by_prefix(
 
 def _span_by_mark(rendering: Rendering, messages: Messages, i: int, prompt: str, ends: Ends) -> tuple[int, int] | None:
     content = messages[i]["content"]
-    marked = [*messages[:i], messages[i] | {"content": OPEN + content + CLOSE}, *messages[i + 1 :]]
-    text = rendering.prompt(marked)
-    start, end = text.find(OPEN), text.find(CLOSE) - 1
-    if start < 0 or end < start or text.replace(OPEN, "").replace(CLOSE, "") != prompt:
-        return None
-    following = ends.start.match(prompt, end)
-    return start, following.end() if following else end
+    answer = content.rpartition(THINK_END)[2].strip()
+    for part in dict.fromkeys((content, answer)):  # of earlier turns, templates may leave out the rest
+        n = content.rindex(part)
+        marked = messages[i] | {"content": content[:n] + OPEN + part + CLOSE + content[n + len(part) :]}
+        text = rendering.prompt([*messages[:i], marked, *messages[i + 1 :]])
+        start, end = text.find(OPEN), text.find(CLOSE) - 1
+        if 0 <= start <= end and text.replace(OPEN, "").replace(CLOSE, "") == prompt:
+            following = ends.start.match(prompt, end)
+            return start, following.end() if following else end
+    return None
 
 
 def _span_of_calls(rendering: Rendering, messages: Messages, i: int, prompt: str, ends: Ends) -> tuple[int, int] | None:

@@ -62,6 +62,16 @@ def test_a_lost_field_is_counted(name):
     assert set(counts) == {key} and "⟦It is warm<|im_end|>⟧" in text
 
 
+@pytest.mark.parametrize("content", ["<think>\nI think.\n</think>\n\nIt is warm", "\n It is warm\n"])
+def test_an_earlier_turn_of_which_the_template_writes_the_answer(content):
+    """Its answer is trained on; it is the reasoning that is lost, not the content."""
+    source = FULL.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] | trim }}")
+    turns = user("q"), answer(content), user("q"), answer("It is cold")
+    ((text, counts),) = documents(source, *turns, on_missing="warn")
+    assert "⟦It is warm<|im_end|>⟧" in text and "⟦It is cold<|im_end|>⟧" in text
+    assert {key for key in counts if key != "other-prompts"} == ({"lost:reasoning"} if "think" in content else set())
+
+
 def test_reasoning_that_is_there_twice():
     """As where a template writes it from two keys (trl#6361)."""
     thought = "{{ '<think>' + m.reasoning_content + '</think>' }}"
