@@ -54,7 +54,7 @@ from .source import DataSource, open_source, row_name
 from .template import Template
 from .text_encoder import Tokens
 
-FORMAT = 15  # raise it when the same inputs give other tokens; the code of row formats is in the key already
+FORMAT = 16  # raise it when the same inputs give other tokens; the code of row formats is in the key already
 CHUNK_ROWS = 256
 SMALL_FILE_BYTES = 4 << 20  # for smaller files, starting processes takes longer than it saves
 

@@ -23,10 +23,12 @@ class Needles(NamedTuple):
 
     Attributes:
         on_missing: The option of the config: error or warn.
+        train_on_reasoning: That of the config. Reasoning that is not trained on may be left out of the history.
         knows_enable_thinking: Whether the chat template reads this variable.
     """
 
     on_missing: str
+    train_on_reasoning: bool
     knows_enable_thinking: bool
 
     def check(
@@ -47,7 +49,10 @@ class Needles(NamedTuple):
         for i in trained:
             where, is_last = f"turn {i + 1} of {len(messages)}", i == len(messages) - 1
             for lost in lost_fields(messages[i], parts.get(i, "")):
-                self._report_lost(where, lost, not is_last, counts)
+                if lost.field == "reasoning" and not self.train_on_reasoning:
+                    counts[LOST + lost.field] += 1
+                else:
+                    self._report_lost(where, lost, not is_last, counts)
             if i in answers:
                 counts += self._check_prompt(messages[i], found.text, answers[i], where, is_last)
         context = {i: message for i, message in enumerate(messages) if i not in trained}
@@ -59,7 +64,7 @@ class Needles(NamedTuple):
         if self.on_missing == "warn":
             counts[LOST + lost.field] += 1
             return
-        fix = "train_on=each_turn trains on each answer as it is given, last_turn on the last one only"
+        fix = "Set train_on=each_turn to train on each response as it is given, or last_turn for the last one only"
         if not is_earlier:
             fix = "Use a chat_template that writes it, or remove it from the row"
         raise DataError(

@@ -120,7 +120,7 @@ class Template:
         self.encoder = TextEncoder(tokenizer)
         self.ends = self.encoder.ends
         self.ends.appends_eos = self._appends_eos()
-        self.needles = Needles(on_missing, "enable_thinking" in self.renderer.words)
+        self.needles = Needles(on_missing, train_on_reasoning, "enable_thinking" in self.renderer.words)
 
     def _try_out(self) -> None:
         try:
@@ -235,7 +235,10 @@ class Template:
     def count_prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> Counter:
         """Return what becomes of the fields of a prompt, as counts like those of training data."""
         variables, messages = variables or {}, self._checked(messages)
-        text = self.renderer.bind(variables).prompt(messages)
+        try:
+            text = self.renderer.bind(variables).prompt(messages)
+        except jinja2.TemplateError as error:
+            raise _refused(error) from None
         uses = self._uses(messages, {}, text) | {(-1, name): key for name, key in uses_of_variables(variables, text)}
         keys = [f"{LOST}{lost}" for lost in lost_context(dict(enumerate(messages)), [], text)]
         keys += [UNREAD_ROW + name for name in self.renderer.unread_variables(variables)]

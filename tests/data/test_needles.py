@@ -7,6 +7,7 @@ from minitrain.errors import DataError
 from tests.chat_templates import TOOLS, call, turn
 from tests.data.test_families import answer, documents, make_template, user
 from tests.messages import raises
+from tests.small_templates import QWEN3
 
 CALL = "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ '<call>' + c.function | tojson }}{% endfor %}{% endif %}"
 FULL = (
@@ -139,3 +140,12 @@ def test_keys_that_the_template_reads_are_used():
     """The others are counted as unread, each with the turns that have it."""
     renderer = make_template(FULL.replace("{{ m.content }}", "{{ m.content }}{{ m.mood }}")).renderer
     assert [*renderer.unread_keys(user("q") | {"mood": "good", "speaker": "ann"})] == ["speaker"]
+
+
+def test_reasoning_that_is_not_trained_on_may_be_left_out():
+    """A history without thoughts is refused only where the thoughts are to be trained on."""
+    turns = [user("q"), answer("a", reasoning_content="I think so."), user("r"), answer("b", reasoning_content="So.")]
+    ((_, counts),) = documents(QWEN3, *turns, train_on_reasoning=False)
+    assert counts["lost:reasoning"] == 1
+    with raises(DataError, "lost-field", "reasoning"):
+        documents(QWEN3, *turns)
