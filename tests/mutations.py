@@ -378,7 +378,7 @@ BUGS = {
             file="minitrain/model/logprobs.py",
             line="weights = settings.detached_weight_fn(logps[rows])",
             replacement="weights = settings.detached_weight_fn(logps[rows]) * (len(states) == settings.chunk)",
-            test="tests/training/test_each_turn.py::test_a_last_turn_has_the_gradient_of_a_plain_loop",
+            test="tests/training/test_each_turn_numbers.py::test_a_last_turn_has_the_gradient_of_a_plain_loop",
         ),
     ],
     "losses": [

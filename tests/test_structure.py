@@ -29,3 +29,9 @@ def test_one_step_can_be_followed_in_five_files():
     """config, trainer, loader, policy and sft are under 1,800 lines together."""
     names = ("config/load.py", "trainer.py", "data/loader.py", "model/policy.py", "losses/sft.py")
     assert sum((ROOT / "minitrain" / name).read_text().count("\n") for name in names) < 1800
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports test files by their name alone, so two of the same name are an error of the full run only."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -66,4 +66,4 @@ def test_ranks_with_other_options_or_data(lab, rows_file):
     data = f"datasets=['{lab.folder}/rows-${{oc.env:RANK}}.jsonl']"
     for override, key in (("seed=${oc.decode:${oc.env:RANK}}", "seed"), (data, "datasets")):
         output = launch(2, [lab.job(2, override)], lab.folder / "other", expect=2)
-        assert reports(output, "mismatch", f"{key}: rank 1")
+        assert reports(output, "mismatch", f"{key}: the value of rank 1 ")

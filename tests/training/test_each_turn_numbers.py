@@ -73,7 +73,7 @@ def test_outputs_of_a_teacher_that_are_in_a_file(turns, tmp_path):
 
 
 def test_commands_on_documents_of_different_numbers(tmp_path, llama_folder, capsys):
-    """inspect names the documents of an example and shows each token once; validate counts and estimates memory."""
+    """inspect names the turns that documents are trained on and shows each token once; validate counts and estimates memory."""
     file = written(tmp_path / "rows.jsonl", conversations(6, weights=(0.5, 2)))
     (tmp_path / "thinking.jinja").write_text(THINKING)
     config = {"datasets": [str(file)], "model": {"name_or_path": str(llama_folder)}, "output_dir": str(tmp_path)}
@@ -88,8 +88,8 @@ def test_commands_on_documents_of_different_numbers(tmp_path, llama_folder, caps
         arguments = [str(tmp_path / "c.yml"), "--overrides", f"packing={packing}"]
         assert main(["inspect", *arguments, "--rows", "3"]) == 0
         out = capsys.readouterr().out
-        names = re.findall(r"rows.jsonl:(\d+)(?:, document (\d) of (\d))?: tokens", out)
-        assert names == [("2", "1", "2"), ("2", "2", "2"), ("6", "1", "2"), ("6", "2", "2"), ("5", "", "")]
+        names = re.findall(r"rows.jsonl:(\d+), (turns? .*) of \d+: tokens", out)
+        assert names == [("2", "turn 4"), ("2", "turn 2"), ("6", "turn 4"), ("6", "turn 2"), ("5", "turn 2")]
         assert out.count("after the shared tokens") == (2 if packing == "true" else 0)
         assert ("8 other documents" in out) == (packing == "true") and "target_weights 0.5" in out
         assert main(["validate", *arguments]) == 0
