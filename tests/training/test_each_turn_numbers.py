@@ -73,7 +73,7 @@ def test_outputs_of_a_teacher_that_are_in_a_file(turns, tmp_path):
 
 
 def test_commands_on_documents_of_different_numbers(tmp_path, llama_folder, capsys):
-    """inspect names the turns that documents are trained on and shows each token once; validate counts and estimates memory."""
+    """inspect names the turns of documents and shows each token once; validate counts and estimates memory."""
     file = written(tmp_path / "rows.jsonl", conversations(6, weights=(0.5, 2)))
     (tmp_path / "thinking.jinja").write_text(THINKING)
     config = {"datasets": [str(file)], "model": {"name_or_path": str(llama_folder)}, "output_dir": str(tmp_path)}
