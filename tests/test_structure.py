@@ -35,3 +35,11 @@ def test_files_of_tests_have_names_of_their_own():
     """pytest imports test files by their name alone, so two of the same name are an error of the full run only."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_every_module_is_imported():
+    """A module that nothing imports is dead; the losses are imported as a folder."""
+    text = "\n".join(file.read_text() for file in SOURCES)
+    for file in SOURCES:
+        if file.stem not in ("__init__", "__main__") and file.parent.name != "losses":
+            assert re.search(rf"(from|import) [^\n]*\b{file.stem}\b", text), file
