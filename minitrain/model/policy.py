@@ -1,18 +1,16 @@
 """The policy: a causal language model of transformers that returns logps of targets instead of logits."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minitrain.batch import IGNORE_INDEX, Batch, Distillation, PolicyOutput
+from minitrain.batch import Batch, Distillation, PolicyOutput
 from minitrain.errors import ConfigError
 
 from . import attention
-from .diagnostics import first_line
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
 from .positions import position_limit, rotary_limit
@@ -145,16 +143,6 @@ class Policy(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())[:, 0]
 
-    def check(self, ids: Tensor, packing: bool, gathered: Callable[[], AbstractContextManager]) -> None:
-        """Compare the logps with the model's own on a few tokens [n]; see `check_policy`."""
-        _check_head(self, ids, gathered)
-        if packing:
-            check_packing(self, ids)
-
-    def score_second_document(self, scores: PolicyOutput) -> Tensor:
-        """Return a scalar that depends on the second document."""
-        return scores.per_document(scores.logps)[1]
-
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """Return the transformer blocks: the longest ModuleList that is not inside another one."""
@@ -172,134 +160,3 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Save only the input of each block and recompute the rest in the backward pass (non-reentrant)."""
     for block in find_blocks(model.base_model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def check_policy(
-    policy: Policy,
-    packing: bool,
-    device: torch.device | str = "cpu",
-    gathered: Callable[[], AbstractContextManager] = nullcontext,
-) -> None:
-    """Check the assumptions of minitrain about an architecture on a few tokens.
-
-    Args:
-        policy: The loaded policy.
-        packing: Also check that documents of a packed row are independent.
-        device: Device of the tokens.
-        gathered: Context in which modules of a sharded policy can be called.
-
-    Raises:
-        ConfigError: The logps differ from the model's own, or documents of a packed row attend to each other.
-    """
-    training = policy.training
-    policy.eval()
-    ids = torch.arange(3, 15, device=device) % policy.model.config.get_text_config().vocab_size  # [12]
-    policy.check(ids, packing, gathered)
-    policy.train(training)
-
-
-LARGE_LOGIT = 30.0  # large enough that a softcap, a scale or a multiplier changes the logps
-
-
-def _check_head(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager]) -> None:
-    """Compare the logps, then those of hidden states that are scaled until the largest logit is `LARGE_LOGIT`.
-
-    The logits of a new model are so small that rounding would hide a softcap or a scale.
-    """
-    largest = _compare_logps(policy, ids, gathered, 1.0)
-    if largest > 0:
-        _compare_logps(policy, ids, gathered, LARGE_LOGIT / largest)
-
-
-@torch.no_grad()
-def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractContextManager], scale: float) -> float:
-    """Compare the policy with its model on the last hidden states times `scale`; return the largest logit."""
-    has_soft_prompt = policy.has_soft_prompt
-    policy.has_soft_prompt = False  # the model's own logits do not include the prompt
-    with _scaled_states(policy.model, scale) as calls:
-        actual = policy(make_row(ids, [12])).logps  # [11]
-        policy.has_soft_prompt = has_soft_prompt
-        with gathered():
-            logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
-    if len(calls) != 2:
-        return 0.0  # the model calls its decoder without its hooks
-    if not logits.isfinite().all():
-        raise ConfigError(
-            "model.name_or_path: the model outputs NaN or infinity: its weights are damaged, or too large "
-            "for policy_dtype. Download it again, or set policy_dtype=float32.",
-            "not-finite",
-        )
-    expected = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
-    largest = float(logits.abs().max())
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2 + largest / 64
-    relative = tolerance if scale == 1.0 else min(tolerance, 1e-2)
-    if not torch.allclose(expected, actual, rtol=relative, atol=tolerance):
-        raise ConfigError(
-            f"model.name_or_path: the output layer of {type(policy.model).__name__} is not supported: its "
-            "log-probabilities would be wrong. Please report this architecture.",
-            "unsupported-model",
-        )
-    return largest
-
-
-@contextmanager
-def _scaled_states(model: nn.Module, scale: float) -> Iterator[list]:
-    """Within the context, multiply the last hidden states of a model by `scale`; yield the list of calls.
-
-    Some models, such as OPT, call their decoder directly, not through its parent.
-    """
-    calls, body = [], model.get_decoder()
-
-    def scaled(module, inputs, outputs):
-        calls.append(module)
-        outputs.last_hidden_state = outputs.last_hidden_state * scale
-        return outputs
-
-    hook = (model.base_model if body in (None, model) else body).register_forward_hook(scaled)
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def check_packing(policy: Policy, ids: Tensor) -> None:
-    """Check that the output for the second document does not depend on the embeddings of the first.
-
-    Raises:
-        ConfigError: It does, or the model cannot read packed rows.
-    """
-    embeddings = []
-    embedding = policy.model.get_input_embeddings()
-
-    def record(module, args, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_())  # [1, 12, H]
-        return embeddings[-1].clone()  # a model may change the clone in place
-
-    hook = embedding.register_forward_hook(record)
-    try:
-        with torch.enable_grad():
-            score = policy.score_second_document(policy(make_row(ids, [5, len(ids) - 5])))  # []
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
-        raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        name, reason = type(policy.model).__name__, first_line(error)
-        raise ConfigError(
-            f"packing: {name} cannot read packed rows ({reason}). Set packing=false.", "conflict"
-        ) from None
-    finally:
-        hook.remove()
-    gradient = torch.autograd.grad(score, embeddings[0])[0]  # [1, 12, H]
-    if gradient[0, :5].any():
-        raise ConfigError(
-            f"packing: {type(policy.model).__name__} lets documents of a packed row attend to each other. "
-            "Set packing=false (group_by_length=true also saves padding).",
-            "conflict",
-        )
-
-
-def make_row(ids: Tensor, lengths: list[int]) -> Batch:
-    """Return a batch of one row with documents of these lengths; all tokens but the first of each are targets."""
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
-    doc_ids = (positions == 0).cumsum(0) - 1  # [T]
-    labels = torch.where(positions == 0, IGNORE_INDEX, ids)  # [T]
-    return Batch(ids[None], positions[None], labels[None], doc_ids[None], n_docs=len(lengths))

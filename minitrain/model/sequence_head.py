@@ -1,6 +1,5 @@
 """Policies with a scalar head instead of an LM head: reward models, value models and classifiers."""
 
-import contextlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from minitrain.batch import Batch, PolicyOutput
 from minitrain.errors import ConfigError
 
-from .policy import Policy, check_packing, find_blocks, make_row
+from .policy import Policy, find_blocks
 from .positions import UNLIMITED, n_positions
 
 
@@ -54,15 +53,6 @@ class Scorer(Policy):
             bias = head.bias.float() if head.bias is not None else None
             return F.linear(hidden.float(), head.weight.float(), bias)
 
-    def check(self, ids: Tensor, packing: bool, gathered) -> None:
-        pad = self.model.config.get_text_config().pad_token_id
-        _check_scores(self, ids[ids != pad], gathered)
-        if packing:
-            check_packing(self, ids)
-
-    def score_second_document(self, scores: PolicyOutput) -> Tensor:
-        return scores.scores[1].sum()
-
 
 class EncoderScorer(Policy):
     """An encoder such as BERT with the head of transformers; one document per batch row, padded on the right."""
@@ -88,9 +78,6 @@ class EncoderScorer(Policy):
     @property
     def position_limit(self) -> int:
         return self.n_positions
-
-    def check(self, ids: Tensor, packing: bool, gathered) -> None:
-        """Compare nothing: the head is that of transformers."""
 
 
 def make_policy(model: nn.Module) -> Policy:
@@ -163,22 +150,3 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
 def heads_of(model: nn.Module) -> Heads:
     """Return the head modules of a loaded model; empty for a causal LM."""
     return Heads([], []) if model.get_output_embeddings() is not None else model.heads
-
-
-@torch.no_grad()
-def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
-    """Compare the scores of one document [n] with the model's own. Raises ConfigError."""
-    has_soft_prompt = policy.has_soft_prompt
-    policy.has_soft_prompt = False  # the model's own logits do not include the prompt
-    actual = policy(make_row(ids, [len(ids)])).scores[0]  # [L]
-    policy.has_soft_prompt = has_soft_prompt
-    base = policy.model.get_input_embeddings().weight.dtype  # the head may be float32
-    mixed = contextlib.nullcontext() if base == torch.float32 else torch.autocast(ids.device.type, base)
-    with gathered(), mixed:
-        expected = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L]
-    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2 + float(expected.abs().max()) / 64):
-        raise ConfigError(
-            f"model.name_or_path: the head of {type(policy.model).__name__} is not supported: its "
-            "scores would be wrong. Please report this architecture.",
-            "unsupported-model",
-        )

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from minitrain.errors import ConfigError
 
 from .diagnostics import first_line
-from .policy import Policy, check_packing, check_policy, find_blocks
+from .load_check import check_packing, check_policy
+from .policy import Policy, find_blocks
 from .sequence_head import is_encoder
 
 SPREAD = 0.05  # standard deviation of the values: gradients are not 0, and nothing overflows

@@ -36,8 +36,9 @@ from minitrain.losses import Loss, Models
 from minitrain.model.adapter_config import has_adapter
 from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.load import DTYPES, build_frozen, load_tokenizer
+from minitrain.model.load_check import check_policy
 from minitrain.model.logprobs import LMHead
-from minitrain.model.policy import Policy, check_policy, find_blocks
+from minitrain.model.policy import Policy, find_blocks
 from minitrain.model.vocabulary import count_ids
 
 from .setup import check_lengths

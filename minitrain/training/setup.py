@@ -17,7 +17,8 @@ from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, add_features, create_loss
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
-from minitrain.model.policy import Policy, check_policy, checkpoint_activations, find_blocks
+from minitrain.model.load_check import check_policy
+from minitrain.model.policy import Policy, checkpoint_activations, find_blocks
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
 

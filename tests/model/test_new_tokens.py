@@ -13,8 +13,8 @@ from minitrain.data.template import Template
 from minitrain.inference.generate import find_model, model_config
 from minitrain.losses.kd import forward_kl
 from minitrain.model.load import build_policy, load_merged, load_model, load_tokenizer
+from minitrain.model.load_check import check_policy
 from minitrain.model.logprobs import LMHead
-from minitrain.model.policy import check_policy
 from minitrain.model.save import save_model
 from tests.conftest import byte_tokenizer
 from tests.messages import raises

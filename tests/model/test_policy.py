@@ -17,7 +17,8 @@ from minitrain.config.schema import Config
 from minitrain.config.sections import ModelConfig
 from minitrain.model import attention
 from minitrain.model.load import build_policy, freeze_layers, load_model, load_tokenizer
-from minitrain.model.policy import Policy, check_policy, find_blocks
+from minitrain.model.load_check import check_policy
+from minitrain.model.policy import Policy, find_blocks
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.model.vocabulary import resize_embeddings
