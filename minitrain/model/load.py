@@ -20,6 +20,7 @@ from .diagnostics import describe_head, model_load_error, tokenizer_load_error
 from .dtypes import DtypePlan
 from .given import check_head, is_built_here, meta_copy
 from .lora import merge_lora_weights
+from .matrices import describe_matrices, matrix_sizes, quantized_names
 from .policy import Policy, find_blocks
 from .pretrained import attention_of, from_pretrained, read_model_config
 from .quantize import dequantize_model, quantize_model
@@ -173,6 +174,7 @@ def build_policy(
     sharded: bool = False,
     outputs: list[str] | None = None,
     value_head: bool = False,
+    quantized: bool = True,
 ) -> tuple[Policy, Weights | None]:
     """Build the policy: the model with its adapter and frozen layers.
 
@@ -183,6 +185,7 @@ def build_policy(
         sharded: Keep parameters on the meta device if the files allow it, so that each rank reads only its shards.
         outputs: Labels of a scalar head; None builds a causal LM.
         value_head: Add a value head next to the LM head.
+        quantized: Quantize the model if the config says so.
 
     Returns:
         The policy, and its weights if `sharded` has put it on the meta device, else None.
@@ -197,8 +200,9 @@ def build_policy(
         model, weights = _open_model(config.model, tokenizer, dtype)
     if weights is None:
         model = load_model(config.model, tokenizer, config.seed, dtype, outputs, device)
+    sizes, packed = matrix_sizes(model), set() if config.model.quantization == "none" else quantized_names(model)
     with parameters_on(device):
-        if config.model.quantization != "none":
+        if packed and quantized:
             quantize_model(model, config.model.quantization, frozen_dtype, device)
         if has_adapter(config):
             model.adapter = adapt_model(config, model, tokenizer, weights)
@@ -212,6 +216,7 @@ def build_policy(
     if value_head and weights is not None:
         weights.replace(policy.value_head.state_dict(prefix=f"{VALUE_HEAD}."))
     freeze_layers(model, config.freeze_layers, frozen_dtype, weights)
+    model.matrices = describe_matrices(model, sizes, packed)
     if config.packing:
         attention.attend_by_document(model)
     return policy, weights

@@ -22,12 +22,12 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
         device: Device of the layers; moving them packs the weights. On the meta device, tensors have the right sizes.
     """
     if device.type == "meta":
-        for module in _quantizable(model).values():
+        for module in quantizable(model).values():
             _quantize_on_meta(module, bits, dtype)
         return
     import bitsandbytes as bnb
 
-    for name, module in _quantizable(model).items():
+    for name, module in quantizable(model).items():
         layer = QuantizedLinear(module.in_features, module.out_features, bias=False, device="meta")
         if bits == "4bit":
             packed = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
@@ -73,7 +73,7 @@ class _QuantizedProduct(torch.autograd.Function):
         return grad @ ctx.layer.dense(grad.dtype), None
 
 
-def _quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers by name, except the head."""
     excluded = {module for name in heads_of(model).trained for module in model.get_submodule(name).modules()}
     excluded.add(model.get_output_embeddings())

@@ -41,6 +41,7 @@ def load_parts(trainer: "Trainer") -> None:
     trainer.template, trainer.tokenizer = run.template, run.template.tokenizer
     new = describe_new_tokens(run.policy.model, trainer.tokenizer)
     trainer.notes = [*run.data.summary, *([f"new tokens: {new}"] if new else [])]
+    trainer.notes.append(f"matrices: {run.policy.model.matrices}")
     trainer.warnings = run.data.warnings
     trainer.train_loader, trainer.eval_loader, trainer.warmup = run.train_loader, run.eval_loader, run.warmup
     trainer.total_steps = trainer.train_loader.total_steps

@@ -47,8 +47,8 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     """Write the current model with its tokenizer and model card. All ranks must call it."""
     results = {f"eval {k}": v for k, v in trainer.eval_metrics.items()}
     results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
-    card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step)
     model, parallel = trainer.generator.model, trainer.parallel
+    card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step, model.matrices)
     tensors = full_tensors(model, parallel.full_tensor)
     head = trainer.policy.value_head
     head_parameters = head.named_parameters() if head is not None else ()
@@ -180,7 +180,7 @@ class SaveSchedule:
         return f"{self.count} checkpoint{'s' * (self.count != 1)} took {self.seconds:.1f} s ({share:.1%} of the time)"
 
 
-def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int) -> str:
+def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int, matrices: str) -> str:
     """Return README.md of a saved model: its data, results and options."""
     options = saved_options(config)
     base = _named(options["model"], "name_or_path")
@@ -196,7 +196,7 @@ tags: [minitrain, {config.loss["name"]}]
 # {config.exp_name}
 
 `{base}` trained with the loss `{config.loss["name"]}` by minitrain {__version__},
-{steps} optimizer steps over {n_examples} examples.
+{steps} optimizer steps over {n_examples} examples. Of the weights in its matrices: {matrices}.
 
 ## Data
 

@@ -103,9 +103,7 @@ def dry_run(config: Config) -> Preparation:
 def _build_policy(
     config: Config, loss: Loss, tokenizer, device: torch.device, sharded: bool = False, quantized: bool = True
 ) -> tuple[Policy, Weights | None]:
-    if not quantized:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
-    return build_policy(config, tokenizer, device, sharded, loss.head_labels, "values" in loss.requires)
+    return build_policy(config, tokenizer, device, sharded, loss.head_labels, "values" in loss.requires, quantized)
 
 
 def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:

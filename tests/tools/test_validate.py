@@ -147,6 +147,7 @@ def test_parameters_are_those_of_the_training(write, report, rows, options, llam
     code, found, err = report(path, *bare)
     assert code == 0, err
     assert found["parameters"] == f"{trained:,} of {total:,} trained"
+    assert found["matrices"] == trainer.policy.model.matrices
 
 
 # ----------------------------------------------------------------------------------------------------------- faults

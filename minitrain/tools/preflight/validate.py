@@ -229,6 +229,7 @@ def _report(run: Preparation) -> dict[str, str]:
         "padding": _padding(run, 1 - tokens / cells),
         **({"new tokens": new} if new else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
+        "matrices": run.policy.model.matrices,
     }
 
 
