@@ -323,9 +323,9 @@ def _peft_name(name: str, adapter: Adapter) -> str:
 
 
 def _short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
-    """Return target_modules: the last parts of the layer names if they match no other layers, else the full names."""
+    """Return target_modules: the last parts of the layer names if they match no other modules, else the full names."""
     suffixes = {name.rpartition(".")[2] for name in adapter.layers}
-    matching = [n for n, m in model.named_modules() if n.rpartition(".")[2] in suffixes and lora.is_adaptable(m)]
+    matching = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes]
     return sorted(suffixes) if len(matching) == len(adapter.layers) else sorted(adapter.layers)
 
 

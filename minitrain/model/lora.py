@@ -6,6 +6,7 @@ A and B are parameters of the layer that they adapt. So no parameter is renamed,
 together with the weight.
 """
 
+import copy
 import functools
 import hashlib
 import math
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import token_rows
 from .logprobs import LMHead, autocast_dtype
-from .quantize import dequantized
+from .quantize import QuantizedLinear, dequantized
 
 MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -50,7 +51,35 @@ def adapt(module: nn.Module, settings: LoRASettings) -> None:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    """Return whether LoRA can be added to a layer: an embedding, or one that computes x W^T + b."""
+    if isinstance(module, (nn.Embedding, QuantizedLinear)):
+        return True
+    layer = original_class(module)
+    return layer in (nn.Linear, Conv1D) or (issubclass(layer, (nn.Linear, Conv1D)) and _is_affine(module, layer))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer without its LoRA and trained rows."""
+    mixins = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
+    return next(base for base in type(module).__mro__ if not issubclass(base, mixins))
+
+
+def _is_affine(module: nn.Module, layer: type[nn.Module]) -> bool:
+    """Return whether the forward pass of a subclass of Linear computes x W^T + b, on a copy with a small weight.
+
+    Others return the routing of experts (Llama 4, PhiMoE) or multiply groups of features (DeepSeek V4).
+    """
+    copied, size = copy.copy(module), 8
+    weight = torch.linspace(-1, 1, size * size, device="cpu").view(size, size).sin()
+    bias = None if module.bias is None else nn.Parameter(weight[0].exp())
+    copied._parameters = {"weight": nn.Parameter(weight), "bias": bias}
+    x = (torch.arange(2 * 3 * size, device="cpu").view(2, 3, size) * 0.7).cos()
+    try:
+        y = layer.forward(copied, x)
+    except Exception:
+        return False
+    expected = F.linear(x, weight.T if issubclass(layer, Conv1D) else weight, bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -196,7 +225,7 @@ class _LoRALinear(torch.autograd.Function):
         y.addmm_(low, b.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling, ctx.dtype = scaling, dtype
-        return y.view(*x.shape[:-1], -1)
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], -1])  # autograd lets no model change a view in place
 
     @staticmethod
     def backward(ctx, grad):
@@ -227,8 +256,7 @@ def merge_lora_weights(module: nn.Module) -> None:
         for name in MATRICES:
             module._parameters.pop(name, None)
         del module.lora
-    mixins = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
-    module.__class__ = next(base for base in type(module).__mro__ if not issubclass(base, mixins))
+    module.__class__ = original_class(module)
 
 
 def dense_weight(module: nn.Module) -> Tensor:

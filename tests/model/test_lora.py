@@ -406,7 +406,7 @@ def test_a_wrong_value_in_an_adapters_config_is_one_error(folders, tmp_path, key
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
 def test_an_expression_that_never_ends_is_stopped(folders, tmp_path, monkeypatch, key):
     """Matching is cut off after a time, and the error says by which expression."""
-    monkeypatch.setattr("minitrain.model.adapter.MATCH_SECONDS", 0.2)
+    monkeypatch.setattr("minitrain.model.adapter_targets.MATCH_SECONDS", 0.2)
     save_model(adapted(folders["llama"], target_modules=["q_proj"]), _Tokens(), tmp_path, torch.float32)
     file = tmp_path / "adapter_config.json"
     endless = r"(.|\w)*(?=\d\d\d)"

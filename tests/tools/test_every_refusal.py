@@ -143,8 +143,8 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     ),
     "takes seconds: tests/config/test_config.py and tests/model/test_lora.py": (
         "config/load:_in_bounds: too-large",
-        "model/adapter:_full_match: invalid-value",
-        "model/adapter:_full_match: invalid-value (2)",
+        "model/adapter_targets:_full_match: invalid-value",
+        "model/adapter_targets:_full_match: invalid-value (2)",
     ),
     "tests/config/test_config.py and tests/cli/test_bad_input.py": (
         "config/load:_guarded: invalid-yaml (2)",
