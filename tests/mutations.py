@@ -637,6 +637,15 @@ BUGS = {
             test="tests/model/test_dequantize.py::test_what_is_trained_is_what_is_saved",
         ),
         Bug(
+            number=66,
+            title="The biases and gates of routers, which a model keeps in float32, were rounded when it was saved in bfloat16.",
+            reported_in="minitrain 0.1.0",
+            file="minitrain/model/save.py",
+            line="name: tensor.to(plan(name, tensor)) for name, tensor in tensors",
+            replacement="name: tensor.to(dtype) for name, tensor in tensors",
+            test="tests/model/test_dtypes.py::test_logits_after_training_at_lr_0_are_those_before",
+        ),
+        Bug(
             number=74,
             title="Rotary frequencies of type dynamic or longrope followed the longest sequence of a batch, so a loss depended on the batch.",
             reported_in="huggingface/transformers#25104",

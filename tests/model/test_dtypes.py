@@ -3,10 +3,18 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    Glm4MoeConfig,
+    HunYuanMoEV1Config,
+    OlmoHybridConfig,
+)
 
 from minitrain.config.schema import Config
 from minitrain.config.sections import LoRAConfig, ModelConfig
+from minitrain.inference.merge import merge_adapters
 from minitrain.model.dtypes import DtypePlan
 from minitrain.model.load import build_policy, load_model
 from minitrain.model.save import save_model
@@ -17,23 +25,23 @@ SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads
 SIZES |= {"pad_token_id": 1, "bos_token_id": 0}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2} | GROUPS
+DEEPSEEK, GLM = DeepseekV3Config(**SIZES, **LATENT, **EXPERTS), Glm4MoeConfig(**SIZES, **EXPERTS)
+BIAS = "e_score_correction_bias"
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+HYBRID |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DENSE = {key: value for key, value in SIZES.items() if key != "moe_intermediate_size"}
 MODELS = {
-    "a buffer": (
-        DeepseekV3Config(
-            **SIZES,
-            **LATENT,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=1,
-        ),
-        "e_score_correction_bias",
-    ),
+    "a buffer": (DEEPSEEK, BIAS),
     "a parameter": (
         Ernie4_5_MoeConfig(**SIZES, moe_num_experts=4, moe_k=2, moe_layer_start_index=1, moe_num_shared_experts=1),
         "gate.weight",
     ),
+    "a linear layer that is made in float32": (
+        HunYuanMoEV1Config(**DENSE, head_dim=16, num_experts=4, moe_topk=2),
+        "gate.wg.weight",
+    ),
+    "a vector that is made in float32": (OlmoHybridConfig(**DENSE, **HYBRID), "A_log"),
 }
 
 
@@ -91,3 +99,31 @@ def test_the_plan_of_a_plain_model():
         "running_var": torch.float32,
         "num_batches_tracked": torch.int64,
     }
+
+
+@pytest.mark.parametrize("config", [DEEPSEEK, GLM], ids=["deepseek", "glm"])
+@pytest.mark.parametrize("merged", [False, True], ids=["trained", "merged"])
+def test_logits_after_training_at_lr_0_are_those_before(config, merged, make_trainer, tmp_path):
+    """To the last bit, also where the router of a bfloat16 run has biases that bfloat16 would round."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if BIAS in name:
+            buffer.copy_(7 + torch.rand_like(buffer) / 32)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    options = ["lora.rank=2", "lora.target_modules=[o_proj]", "lora.modules_to_save=[lm_head]"] if merged else []
+    trainer = make_trainer(
+        f"model.name_or_path={tmp_path / 'base'}", "model.policy_dtype=bfloat16", "lr=0", "n_steps=1", *options
+    )
+    trainer.train()
+    final = trainer.run.final
+    if merged:
+        final = tmp_path / "merged"
+        merge_adapters([str(trainer.run.final)], final)
+    ids = torch.arange(3, 40)[None]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()(input_ids=ids).logits
+        for folder in (tmp_path / "base", final)
+    )
+    assert torch.equal(before, after)
