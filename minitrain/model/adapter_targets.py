@@ -13,7 +13,7 @@ from torch import nn
 from minitrain.errors import ConfigError
 
 from . import lora
-from .policy import find_blocks
+from .decoder import find_blocks
 
 MATCH_SECONDS = 2
 
@@ -65,7 +65,7 @@ def target_layers(
 
 def _filter_by_block(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:
     """Return the names in the blocks with these numbers."""
-    blocks = find_blocks(model.base_model)
+    blocks = find_blocks(model)
     path = next(name for name, module in modules.items() if module is blocks)
     outside = [number for number in layers if not 0 <= number < len(blocks)]
     if outside:

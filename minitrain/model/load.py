@@ -16,12 +16,13 @@ from . import attention
 from .adapter import train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
+from .decoder import find_blocks
 from .diagnostics import describe_head, model_load_error, tokenizer_load_error
 from .dtypes import DtypePlan
 from .given import check_head, is_built_here, meta_copy
 from .lora import merge_lora_weights
 from .matrices import describe_matrices, matrix_sizes, quantized_names
-from .policy import Policy, find_blocks
+from .policy import Policy
 from .pretrained import attention_of, from_pretrained, read_model_config
 from .quantize import dequantize_model, quantize_model
 from .save import VALUE_HEAD_FILE
@@ -292,7 +293,7 @@ def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: 
     Raises:
         ConfigError: A block does not exist, or no parameter is left to train.
     """
-    blocks, plan = find_blocks(model.base_model), DtypePlan(model, dtype)
+    blocks, plan = find_blocks(model), DtypePlan(model, dtype)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for entry in map(str, entries):
         if entry == "embeddings":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.errors import ConfigError
 
+from .decoder import decoder_of
 from .diagnostics import first_line
 from .policy import Policy
 from .sequence_head import EncoderScorer, Scorer
@@ -91,18 +92,15 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
 
 @contextmanager
 def _scaled_states(model: nn.Module, scale: float) -> Iterator[list]:
-    """Within the context, multiply the last hidden states of a model by `scale`; yield the list of calls.
-
-    Some models, such as OPT, call their decoder directly, not through its parent.
-    """
-    calls, body = [], model.get_decoder()
+    """Within the context, multiply the last hidden states of a model by `scale`; yield the list of calls."""
+    calls = []
 
     def scaled(module, inputs, outputs):
         calls.append(module)
         outputs.last_hidden_state = outputs.last_hidden_state * scale
         return outputs
 
-    hook = (model.base_model if body in (None, model) else body).register_forward_hook(scaled)
+    hook = decoder_of(model).register_forward_hook(scaled)
     try:
         yield calls
     finally:

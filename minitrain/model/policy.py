@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minitrain.batch import Batch, Distillation, PolicyOutput
-from minitrain.errors import ConfigError
 
 from . import attention
+from .decoder import decoder_of, find_blocks
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
 from .positions import position_limit, rotary_limit
@@ -49,7 +49,7 @@ class Policy(nn.Module):
             n_before = prompt.n_before
             first = torch.arange(n_before, device=positions.device)[None]  # [1, n]
             positions = torch.cat([first, positions + prompt.n_tokens], 1)
-        outputs = self.model.base_model(
+        outputs = decoder_of(self.model)(
             **inputs,
             attention_mask=attention.as_mask(batch.layout) if by_document else None,
             position_ids=positions,
@@ -144,19 +144,7 @@ class Policy(nn.Module):
             return self.value_head(hidden.float())[:, 0]
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the transformer blocks: the longest ModuleList that is not inside another one."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    inner = {id(sub) for outer in lists for sub in outer.modules() if sub is not outer}
-    outermost = [module for module in lists if id(module) not in inner]
-    if not outermost:
-        raise ConfigError(
-            f"{type(model).__name__} is not supported: it has no ModuleList of transformer blocks.", "unsupported-model"
-        )
-    return max(outermost, key=len)
-
-
 def checkpoint_activations(model: nn.Module) -> None:
     """Save only the input of each block and recompute the rest in the backward pass (non-reentrant)."""
-    for block in find_blocks(model.base_model):
+    for block in find_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

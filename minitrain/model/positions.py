@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .decoder import decoder_of
+
 UNLIMITED = 1 << 62
 MAX_OFFSET = 8  # rows of a position table before position 0; OPT and BART have 2
 
@@ -29,10 +31,10 @@ def position_limit(model: nn.Module) -> int:
     n = n_positions(model)
     if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
         return n
-    vocabulary = model.get_input_embeddings()
-    embeddings = [m for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not vocabulary]
+    decoder, vocabulary = decoder_of(model), model.get_input_embeddings()
+    embeddings = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not vocabulary]
     tables = [m for m in embeddings if n <= m.num_embeddings <= n + MAX_OFFSET]
-    buffers = [b for b in model.base_model.buffers() if b.ndim >= 2 and n in b.shape]
+    buffers = [b for b in decoder.buffers() if b.ndim >= 2 and n in b.shape]
     return n if tables or buffers else UNLIMITED
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from minitrain.batch import Batch, PolicyOutput
 from minitrain.errors import ConfigError
 
-from .policy import Policy, find_blocks
+from .decoder import find_blocks
+from .policy import Policy
 from .positions import UNLIMITED, n_positions
 
 
@@ -135,7 +136,7 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     if not is_encoder(model):  # RoBERTa counts positions from its own pad token id
         config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
     new = sorted({name.rpartition(".")[0] for name in missing})
-    body = set(find_blocks(model.base_model).modules()) | {model.get_input_embeddings()}
+    body = set(find_blocks(model).modules()) | {model.get_input_embeddings()}
     if missing_modules := [name for name in new if model.get_submodule(name) in body]:
         raise ConfigError(
             f"model.name_or_path: weights are missing in its files: {missing_modules[0]} and "

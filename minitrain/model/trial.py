@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
 
+from .decoder import find_blocks
 from .diagnostics import first_line
 from .load_check import check_packing, check_policy
-from .policy import Policy, find_blocks
+from .policy import Policy
 from .sequence_head import is_encoder
 
 SPREAD = 0.05  # standard deviation of the values: gradients are not 0, and nothing overflows
@@ -28,7 +29,7 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
     """
     _fill_values(policy)
     warnings = []
-    for _ in _fewer_blocks(policy.model.base_model):
+    for _ in _fewer_blocks(policy.model):
         try:
             check_policy(policy, packing=False)
             warnings = []
@@ -38,7 +39,7 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
     if packing and not is_encoder(policy.model):
         policy.eval()
         last_error = None
-        for _ in _fewer_blocks(policy.model.base_model):
+        for _ in _fewer_blocks(policy.model):
             try:
                 check_packing(policy, torch.arange(3, 15))
                 return warnings

@@ -34,11 +34,12 @@ from minitrain.io.temp_files import new_file
 from minitrain.io.tensor_files import save_file
 from minitrain.losses import Loss, Models
 from minitrain.model.adapter_config import has_adapter
+from minitrain.model.decoder import find_blocks
 from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.load import DTYPES, build_frozen, load_tokenizer
 from minitrain.model.load_check import check_policy
 from minitrain.model.logprobs import LMHead
-from minitrain.model.policy import Policy, find_blocks
+from minitrain.model.policy import Policy
 from minitrain.model.vocabulary import count_ids
 
 from .setup import check_lengths
@@ -88,7 +89,7 @@ class FrozenModel:
     """A frozen model, sharded like the policy, with its own dtype."""
 
     def __init__(self, policy: Policy, parallel: SingleDevice, dtype: torch.dtype):
-        self.policy = parallel.wrap(policy, find_blocks(policy.model.base_model), dtype)
+        self.policy = parallel.wrap(policy, find_blocks(policy.model), dtype)
         self.precision = Precision(dtype, parallel.device)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -16,9 +16,10 @@ from minitrain.data.template import Template, make_template
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, add_features, create_loss
+from minitrain.model.decoder import find_blocks
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
 from minitrain.model.load_check import check_policy
-from minitrain.model.policy import Policy, checkpoint_activations, find_blocks
+from minitrain.model.policy import Policy, checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
 
@@ -139,7 +140,7 @@ def prepare_policy(
     Raises:
         ConfigError: The architecture is not supported.
     """
-    blocks = find_blocks(policy.model.base_model)
+    blocks = find_blocks(policy.model)
     if config.activation_checkpointing:
         checkpoint_activations(policy.model)
     if config.compile:

@@ -16,9 +16,10 @@ from minitrain.batch import Document, collate
 from minitrain.config.schema import Config
 from minitrain.config.sections import ModelConfig
 from minitrain.model import attention
+from minitrain.model.decoder import find_blocks
 from minitrain.model.load import build_policy, freeze_layers, load_model, load_tokenizer
 from minitrain.model.load_check import check_policy
-from minitrain.model.policy import Policy, find_blocks
+from minitrain.model.policy import Policy
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.model.vocabulary import resize_embeddings
@@ -229,7 +230,7 @@ def test_freezing_blocks_and_embeddings():
 def test_blocks_are_found_in_every_architecture():
     """Two blocks in each."""
     for make in MODELS.values():
-        assert len(find_blocks(make().base_model)) == 2
+        assert len(find_blocks(make())) == 2
 
 
 def test_an_archive_loads_over_the_model(tmp_path, llama_folder):

@@ -91,7 +91,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "training/aux_models:_check_reference_matches_policy: mismatch",
         "model/policy:_compare_logps: not-finite",
         "model/policy:_compare_logps: unsupported-model",
-        "model/policy:find_blocks: unsupported-model",
+        "model/decoder:find_blocks: unsupported-model",
         "model/sequence_head:_check_scores: unsupported-model",
         "model/dequantize:_scale_blocks: mismatch",
         "model/dequantize:dequantized: unsupported-model (2)",
