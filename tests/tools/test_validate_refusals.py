@@ -228,10 +228,10 @@ def test_a_model_that_cannot_read_packed_rows(monkeypatch):
     with parameters_on_meta():
         outline = make_policy(tf.AutoModelForCausalLM.from_config(MODELS["llama"]()))
 
-    def broken(scores):
+    def broken(batch):
         raise RuntimeError("The size of tensor a (12) must match\nmore")
 
-    monkeypatch.setattr(outline, "score_second_document", broken)
+    monkeypatch.setattr(outline, "forward", broken)
     told = refused(lambda: check_meta_policy(outline, True))
     assert reports(told, "conflict", "packing: LlamaForCausalLM ", "The size of tensor a (12) must match")
 
