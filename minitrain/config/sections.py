@@ -99,6 +99,11 @@ class LoRAConfig:
         "Layers that get LoRA matrices: a list of names, a regular expression, or all-linear for all linear layers "
         "except the LM head.",
     )
+    target_parameters: Any = option(
+        [],
+        "Parameters that are no layer and get LoRA matrices: a list of names such as mlp.experts.gate_up_proj, or "
+        "all-experts.",
+    )
     exclude_modules: list[str] = option([], "Layers to exclude from target_modules.")
     layers_to_transform: list[int] = option([], "Numbers of the blocks that get LoRA matrices; [] is all blocks.")
     modules_to_save: list[str] = option([], "Modules to train in full and to save with the adapter.")

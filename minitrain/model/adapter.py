@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
 
-from . import lora, token_rows
-from .adapter_targets import pattern_value, target_layers, unknown_module
+from . import experts, lora, token_rows
+from .adapter_targets import pattern_value, target_layers, target_parameters, unknown_module
 from .dtypes import DtypePlan
-from .quantize import is_quantized
+from .packed import is_quantized
 from .vocabulary import embedding_layers, embedding_parameters
 from .weights import Weights
 
@@ -25,6 +25,7 @@ class Adapter:
     Attributes:
         config: Its adapter_config.json.
         layers: Layers with LoRA by name.
+        experts: Modules with LoRA on a parameter, by name of the parameter.
         subtracted_init: Initial A and B by layer, whose product was subtracted from the base weight (pissa, olora).
         modules_to_save: Names of modules that are trained and saved in full.
         extra_tensors: Names of frozen tensors that are saved with the adapter.
@@ -32,6 +33,7 @@ class Adapter:
 
     config: dict[str, Any]
     layers: dict[str, nn.Module]
+    experts: dict[str, nn.Module] = field(default_factory=dict)
     subtracted_init: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
     extra_tensors: list[str] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Adapter:
             in_saved_module = any(name.startswith(f"{path}.") for path in self.modules_to_save)
             if (
                 last in (*lora.MATRICES, token_rows.NAME)
+                or experts.is_matrix_name(last)
                 or in_saved_module
                 or name in biases
                 or (bias == "all" and last == "bias")
@@ -97,9 +100,10 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
         adapter.modules_to_save = _add_tied(model, adapter.modules_to_save)
     untied = _untie(model, adapter.modules_to_save, weights, keep_tied)
     rows = train_new_rows(model, config.get("trainable_token_indices"), adapter.modules_to_save, weights)
-    adapter.layers |= {
-        name: modules[name] for name in target_layers(model, modules, config, adapter.modules_to_save, strict)
-    }
+    adapter.experts = target_parameters(model, modules, config, adapter.modules_to_save, strict)
+    if config["target_modules"] or not adapter.experts:
+        names = target_layers(model, modules, config, adapter.modules_to_save, strict)
+        adapter.layers |= {name: modules[name] for name in names}
     if keep_tied and (tied := _add_tied(model, adapter.layers)[len(adapter.layers) :]):
         raise ConfigError(
             f"ensure_weight_tying: LoRA on a layer that is tied to {tied[0]} is not supported. Train it in full "
@@ -109,12 +113,20 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
     adapter.extra_tensors += [name for name in rows if untied or not _is_storable(model, name, adapter)]
     adapter.extra_tensors += new_biases(model, adapter)
     for name, module in adapter.layers.items():
-        rank = pattern_value(config, "rank_pattern", name, config["r"])
-        alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"])
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        dropout, dora = config.get("lora_dropout", 0.0), bool(config.get("use_dora"))
-        lora.adapt(module, lora.LoRASettings(rank, scaling, 0.0 if isinstance(module, nn.Embedding) else dropout, dora))
+        settings = _settings(config, name)
+        settings.dropout = 0.0 if isinstance(module, nn.Embedding) else config.get("lora_dropout", 0.0)
+        settings.dora = bool(config.get("use_dora"))
+        lora.adapt(module, settings)
+    for name, module in adapter.experts.items():
+        experts.adapt_parameter(module, name.rpartition(".")[2], _settings(config, name))
     return adapter
+
+
+def _settings(config: dict[str, Any], name: str) -> lora.LoRASettings:
+    """Return rank and scaling of a layer or a parameter."""
+    rank = pattern_value(config, "rank_pattern", name, config["r"])
+    alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"])
+    return lora.LoRASettings(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _is_storable(model: nn.Module, weight: str, adapter: Adapter) -> bool:

@@ -16,12 +16,12 @@ from .soft_prompt import PEFT_TYPES
 
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # keys of the last layer of a scalar head
-REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "PROMPT": ("num_virtual_tokens",)}  # keys without default
+REQUIRED = {"LORA": ("r", "lora_alpha"), "PROMPT": ("num_virtual_tokens",)}  # keys without default
 MAX_RANK = 1 << 15  # a larger rank or number of vectors is a typo that would fill the memory
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 # Unsupported features of PEFT.
 UNSUPPORTED = (
-    *("layer_replication", "lora_bias", "target_parameters", "use_qalora"),
+    *("layer_replication", "lora_bias", "use_qalora"),
     *("alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "velora_config", "monteclora_config"),
 )
 
@@ -48,9 +48,10 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "target_modules": (
-        lambda value: bool(value) and (isinstance(value, str) or _are_names(value)),
+        lambda value: isinstance(value, str) or _are_names(value),
         "a list of layer names, or a regular expression",
     ),
+    "target_parameters": (_are_names, "a list of parameter names"),
     "exclude_modules": (
         lambda value: isinstance(value, str) or _are_names(value),
         "a list of names, or a regular expression",
@@ -87,8 +88,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_FILE}: peft_type must be LORA, {' or '.join(PEFT_TYPES.values())}, got {peft_type!r}.",
             "unsupported-model",
         )
-    required = REQUIRED["LORA" if peft_type == "LORA" else "PROMPT"]
-    if missing := [key for key in required if config.get(key) is None]:
+    missing = [key for key in REQUIRED["LORA" if peft_type == "LORA" else "PROMPT"] if config.get(key) is None]
+    if peft_type == "LORA" and not (config.get("target_modules") or config.get("target_parameters")):
+        missing.append("target_modules")
+    if missing:
         raise ConfigError(
             f"{folder / CONFIG_FILE}: missing {', '.join(missing)}. Save the adapter again.", "invalid-value"
         )
@@ -96,7 +99,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if config.get(key) is not None and not is_valid(config[key]):
             value = repr(config[key])[:100]
             raise ConfigError(f"{folder / CONFIG_FILE}: {key} must be {expected}, got {value}.", "invalid-value")
-    for key in UNSUPPORTED:
+    unsupported = [*UNSUPPORTED, *(("lora_dropout", "use_dora") if config.get("target_parameters") else ())]
+    for key in unsupported:
         if config.get(key):
             raise ConfigError(
                 f"{folder / CONFIG_FILE}: {key} is not supported. Retrain the adapter without it.", "unsupported-model"
@@ -107,7 +111,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             "Save it with path_initial_model_for_weight_conversion, which converts it to an ordinary LoRA.",
             "unsupported-model",
         )
-    return {"bias": "none"} | config  # torchtune writes only the required keys
+    # torchtune writes only the required keys; with target_parameters, PEFT accepts no target_modules.
+    return {"bias": "none"} | config | {"target_modules": config.get("target_modules") or []}
 
 
 def read_adapter_outputs(folder: Path) -> list[str] | None:
@@ -152,6 +157,7 @@ def new_config(config: Config, model: nn.Module) -> dict[str, Any]:
         "lora_alpha": options.alpha,
         "lora_dropout": options.dropout,
         "target_modules": options.target_modules,
+        "target_parameters": options.target_parameters or None,
         "exclude_modules": options.exclude_modules,
         "layers_to_transform": options.layers_to_transform,
         "modules_to_save": modules_to_save or None,

@@ -16,7 +16,7 @@ from minitrain.config.sections import SoftPromptConfig
 from minitrain.errors import ConfigError
 from minitrain.io.tensor_files import save_file
 
-from . import lora, token_rows
+from . import experts, lora, token_rows
 from .adapter import Adapter, init_rows, inject, new_biases, parse_token_indices, train_new_rows
 from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
 from .sequence_head import heads_of, is_encoder
@@ -46,6 +46,8 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
     adapter = inject(model, new_config(config, model), weights)
     for name, module in adapter.layers.items():
         _init_lora(adapter, name, module, config, weights)
+    for name, module in adapter.experts.items():
+        _init_experts(name, module, config, weights)
     return adapter
 
 
@@ -163,6 +165,8 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
     peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in by_name.items()}
     config = adapter.config | {"target_modules": _short_targets(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    if adapter.experts:
+        config["target_parameters"] = experts.shortest_targets(model, list(adapter.experts))
     config["modules_to_save"] = adapter.modules_to_save or None  # full names: PEFT matches the ends of names
     config["trainable_token_indices"] = _saved_rows(model, adapter) or None
     config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
@@ -303,6 +307,19 @@ def _init_lora(adapter: Adapter, name: str, module: nn.Module, config: Config, w
                 module.weight.copy_(module.weight.float() - (left @ right).to(module.weight.device))
 
 
+def _init_experts(name: str, module: nn.Module, config: Config, weights: Weights | None) -> None:
+    """Initialize the LoRA matrices of a parameter, unless the model has no weights; B stays zero."""
+    path, _, last = name.rpartition(".")
+    for suffix in (experts.A, experts.B):
+        parameter = module.get_parameter(f"{last}{suffix}")
+        if parameter.is_meta and weights is None:
+            return
+        value = torch.zeros(parameter.shape)
+        if suffix == experts.A:
+            value = experts.initial_a(module, last, config.lora.init, lora.seeded_generator(config.seed, name))
+        _set(f"{path}.{last}{suffix}", parameter, value, weights)
+
+
 def _set(name: str, parameter: nn.Parameter, value: Tensor, weights: Weights | None) -> None:
     if weights is not None:
         weights.replace({name: value})
@@ -318,6 +335,8 @@ def _peft_name(name: str, adapter: Adapter) -> str:
         return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
     if last in ("lora_A", "lora_B"):
         return f"{PREFIX}{name}.weight"
+    if experts.is_matrix_name(last):
+        return experts.peft_key(f"{PREFIX}{module}", adapter.experts[f"{module}.{last[: -len(experts.A)]}"], last)
     inner = ".base_layer" if module in adapter.layers and last not in lora.MATRICES else ""
     return f"{PREFIX}{module}{inner}.{last}"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from minitrain.errors import ConfigError
 
-from . import lora
+from . import experts, lora
 from .decoder import find_blocks
 
 MATCH_SECONDS = 2
@@ -61,6 +61,28 @@ def target_layers(
             "conflict",
         )
     return _filter_by_block(model, modules, names, layers) if layers else names
+
+
+def target_parameters(
+    model: nn.Module, modules: dict[str, nn.Module], config: dict[str, Any], modules_to_save: list[str], strict: bool
+) -> dict[str, nn.Module]:
+    """Return the modules of the parameters to adapt by name, without modules that are trained in full.
+
+    PEFT ignores layers_to_transform for parameters, so only new adapters (`strict`) use it.
+    """
+    if not (targets := config.get("target_parameters")):
+        return {}
+    matching = experts.find_parameters(model, targets)
+    names = [name for name in matching if not any(name.startswith(f"{path}.") for path in modules_to_save)]
+    if not names:
+        raise ConfigError(
+            f"lora.target_parameters: all matching parameters, such as {matching[0]}, are in modules_to_save. "
+            "Remove them from one of both.",
+            "conflict",
+        )
+    if strict and (layers := config.get("layers_to_transform")):
+        names = _filter_by_block(model, modules, names, layers)
+    return {name: modules[name.rpartition(".")[0]] for name in names}
 
 
 def _filter_by_block(model: nn.Module, modules: dict[str, nn.Module], names: list[str], layers: list[int]) -> list[str]:

@@ -76,6 +76,7 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
         message = "has no effect without lora.rank. Set it, for example lora.rank=16."
         issues.add("lora", "no-effect", message, "lora.rank")
     _check_target_modules(config, issues)
+    _check_target_parameters(config, issues)
     has_adapter = config.lora.rank > 0 or config.soft_prompt.num_virtual_tokens > 0 or model.adapter is not None
     if has_adapter and config.freeze_layers:
         message = "has no effect with an adapter, which freezes the full model. See lora.layers_to_transform."
@@ -95,10 +96,23 @@ def _check_target_modules(config: Config, issues: ConfigIssues) -> None:
     is_list = isinstance(targets, list) and all(isinstance(entry, str) for entry in targets)
     if not isinstance(targets, str) and not is_list:
         issues.add(key, "wrong-type", "expected a list of names, a regular expression, or all-linear.")
-    elif config.lora.rank and not targets:
+    elif config.lora.rank and not targets and not config.lora.target_parameters:
         issues.add(key, "invalid-value", "is empty, so nothing would be trained. Name layers, or remove it.")
     elif isinstance(targets, str) and (error := _regex_error(targets)):
         issues.add(key, "invalid-value", f"{targets!r} is not a valid regular expression: {error}.")
+
+
+def _check_target_parameters(config: Config, issues: ConfigIssues) -> None:
+    key, lora = "lora.target_parameters", config.lora
+    is_list = isinstance(lora.target_parameters, list) and all(isinstance(e, str) for e in lora.target_parameters)
+    if not is_list and lora.target_parameters != "all-experts":
+        issues.add(key, "wrong-type", "expected a list of names, or all-experts.")
+    if not lora.target_parameters:
+        return
+    conflicts = {"dropout": lora.dropout > 0, "use_dora": lora.use_dora, "init": lora.init in ("pissa", "olora")}
+    for name in (name for name, conflicting in conflicts.items() if conflicting):
+        message = f"has no form for parameters that are no layer. Remove it, or {key}."
+        issues.add(f"lora.{name}", "conflict", message, key)
 
 
 def _check_quantization(config: Config, has_adapter: bool, issues: ConfigIssues) -> None:

@@ -12,7 +12,7 @@ from minitrain.config.sections import ModelConfig
 from minitrain.errors import ConfigError, is_failure
 from minitrain.io.hub import check_hub
 
-from . import attention
+from . import attention, experts
 from .adapter import train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
@@ -279,6 +279,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     for module in list(model.modules()):
         if hasattr(module, "lora") or has_rows(module):
             merge_lora_weights(module)
+        elif experts.is_wrapped(module):
+            experts.merge_experts(module)
 
 
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: Weights | None = None) -> None:

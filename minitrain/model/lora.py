@@ -88,7 +88,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    return tuple(module.weight.shape[::-1])  # GPT-2's Conv1D has [in, out]
+    return module.nf, module.nx  # GPT-2's Conv1D, whose weight is [in, out]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -132,8 +132,7 @@ def initial_values(
         seed: Seed of the run.
     """
     rank, (rows, columns) = module.lora.rank, shape_of(module)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = seeded_generator(seed, name)
     if isinstance(module, nn.Embedding):
         return torch.zeros(rank, columns), torch.randn(rows, rank, generator=generator)
     if method == "pissa":
@@ -152,6 +151,12 @@ def initial_values(
     return a, torch.zeros(rows, rank)
 
 
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """Return a generator of random values that depend only on a seed and a name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 # -------------------------------------------------------------------------------------------------- forward passes
 
 
@@ -162,7 +167,7 @@ def _adapted(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 class _AdaptedLinear:
-    """Mixin of adapted layers, before Linear, Conv1D or QuantizedLinear in their bases."""
+    """Mixin of adapted layers, before Linear, Conv1D or a quantized layer in their bases."""
 
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from . import experts
 from .quantize import quantizable
 from .sequence_head import heads_of
 
@@ -29,7 +30,7 @@ def matrix_sizes(model: nn.Module) -> dict[str, int]:
 
 def quantized_names(model: nn.Module) -> set[str]:
     """Return the names of the parameters that `quantize_model` packs."""
-    return {f"{name}.weight" for name in quantizable(model)}
+    return set(quantizable(model))
 
 
 def describe_matrices(model: nn.Module, sizes: dict[str, int], quantized: set[str]) -> str:
@@ -42,7 +43,9 @@ def describe_matrices(model: nn.Module, sizes: dict[str, int], quantized: set[st
     """
     adapter = getattr(model, "adapter", None)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad} & sizes.keys()
-    adapted = set() if adapter is None else {f"{name}.weight" for name in adapter.layers} - trained
+    adapted = set()
+    if adapter is not None:
+        adapted = {*(f"{name}.weight" for name in adapter.layers), *adapter.experts} - trained
     frozen = [name for name in sizes if name not in adapted and name not in trained]
     parts = [
         _share("adapted", adapted, sizes),
@@ -50,7 +53,10 @@ def describe_matrices(model: nn.Module, sizes: dict[str, int], quantized: set[st
         _share("frozen", frozen, sizes, frozen),
         _share("quantized", quantized, sizes, [name for name in sizes if name not in quantized]),
     ]
-    return ", ".join(filter(None, parts))
+    hint = ""
+    if adapted and set(experts.find_experts(model)) & set(frozen):
+        hint = f"; lora.target_parameters={experts.ALL} adapts the experts"
+    return ", ".join(filter(None, parts)) + hint
 
 
 def _share(verb: str, names: Iterable[str], sizes: dict[str, int], listed: Iterable[str] = ()) -> str:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minitrain.batch import Batch, Distillation, PolicyOutput
 
-from . import attention
+from . import attention, experts
 from .decoder import decoder_of, find_blocks
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
@@ -147,4 +147,5 @@ class Policy(nn.Module):
 def checkpoint_activations(model: nn.Module) -> None:
     """Save only the input of each block and recompute the rest in the backward pass (non-reentrant)."""
     for block in find_blocks(model):
+        experts.mark_recomputed(block)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

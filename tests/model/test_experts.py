@@ -1,16 +1,23 @@
 """Experts, which transformers stores as 3-D parameters: how much of a model an option reaches is reported."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 
 from minitrain.config.schema import Config
 from minitrain.config.sections import LoRAConfig, ModelConfig
-from minitrain.model.load import CPU, META, build_policy
+from minitrain.model.adapter_files import load_adapter
+from minitrain.model.load import CPU, META, build_policy, load_merged, load_model
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
+from tests.tensors import close, shaken
 
 pytestmark = pytest.mark.numeric
+
+peft = pytest.importorskip("peft")
 
 SHAPE = dict(
     hidden_size=32,
@@ -53,6 +60,10 @@ MODELS = {
     "gpt2": lambda **k: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, **k)),
 }
 
+EXPERTS = ["mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3"]
+HINT = "; lora.target_parameters=all-experts adapts the experts"
+IDS = torch.arange(3, 35).view(2, 16) * 3 % 128  # [2, 16]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -81,7 +92,7 @@ def test_a_lora_on_all_linear_layers_says_how_much_it_reaches(folders, name):
     attention, experts, router = 32 * 32 * 2 + 2 * 16 * 32, 4 * 3 * 48 * 32, 4 * 32
     share = attention / (attention + experts + router)
     kinds = "mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp." + {"mixtral": "gate", "gpt-oss": "router"}[name]
-    assert model.matrices == f"{share:.1%} adapted, {1 - share:.1%} frozen ({kinds})"
+    assert model.matrices == f"{share:.1%} adapted, {1 - share:.1%} frozen ({kinds}){HINT}"
     assert build(folders[name], META).matrices == model.matrices
 
 
@@ -92,3 +103,77 @@ def test_full_training_and_frozen_layers(folders):
     config.freeze_layers = [0]
     words = build_policy(config, tiny_tokenizer())[0].model.matrices
     assert words == "50.0% trained, 50.0% frozen (mlp.c_fc, mlp.c_proj, attn.c_attn, attn.c_proj)"
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def logits(model):
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def base(folder):
+    return load_model(ModelConfig(str(folder)), tiny_tokenizer(), 0).eval()
+
+
+def exact(model):
+    """Logits in float64, where the order of sums no longer shows."""
+    model = copy.deepcopy(model).double()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.set_experts_implementation("eager")  # products of groups have no float64
+    return logits(model)
+
+
+def expert_gradients(model) -> dict[str, torch.Tensor]:
+    """Of the mean of the squared logits, by our names: PEFT's wrappers are named by what they wrap."""
+    logits(model).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_peft_agrees_on_experts(folders, tmp_path, name, implementation):
+    """The start is the base; with random matrices, PEFT computes the same logits and gradients from our file."""
+    model = build(folders[name], target_modules=[], target_parameters="all-experts", alpha=8.0)
+    model.set_experts_implementation(implementation)
+    close(exact(model), exact(base(folders[name])), 1e-6)
+    ours = expert_gradients(shaken(model))
+    save_model(model, tiny_tokenizer(), tmp_path / "ours", torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base(folders[name]), tmp_path / "ours", is_trainable=True)
+    close(exact(model), exact(theirs), 1e-5)
+    close(logits(model), logits(theirs), 1e-3)
+    assert set(expert_gradients(theirs)) == {
+        key.replace(".weight", ".default.weight") for key in load_file(tmp_path / "ours/adapter_model.safetensors")
+    }
+    norms = [sorted(float(grad.norm()) for grad in each.values()) for each in (ours, expert_gradients(theirs))]
+    close(torch.tensor(norms[0]), torch.tensor(norms[1]) / 2, 1e-4)  # theirs were added up twice
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_peft_adapters_of_experts_are_loaded_and_merged(folders, tmp_path, name):
+    """With ranks and alphas by name, rsLoRA, a router and a layer; ours and the merged model compute the same."""
+    router = "router.weight" if name == "gpt-oss" else "gate.weight"
+    attention = "kv_a_proj_with_mqa" if name == "deepseek-v3" else "k_proj"
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=[attention],
+        target_parameters=["experts.down_proj", "experts.gate_up_proj", router],
+        rank_pattern={r".*1\.mlp\.experts\.down_proj": 3, attention: 4},
+        alpha_pattern={"experts.gate_up_proj": 5},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(base(folders[name]), config)
+    theirs.save_pretrained(tmp_path)
+    ours = base(folders[name])
+    ours.adapter = load_adapter(ours, tmp_path)
+    close(exact(ours), exact(theirs), 1e-5)
+    assert ours.adapter.experts["model.layers.1.mlp.experts.down_proj"].lora_parameters["down_proj"].rank == 3
+    save_model(ours, tiny_tokenizer(), tmp_path / "again", torch.float32)
+    close(exact(peft.PeftModel.from_pretrained(base(folders[name]), tmp_path / "again")), exact(theirs), 1e-5)
+    merged = load_merged(ModelConfig(str(folders[name]), adapter=str(tmp_path)), tiny_tokenizer())
+    close(exact(merged), exact(theirs), 1e-4)
+    assert type(merged) is type(ours) and type(merged.model.layers[1].mlp.experts).__name__.endswith("Experts")
+    assert {name for name, _ in merged.named_parameters()} == {n for n, _ in base(folders[name]).named_parameters()}
