@@ -16,7 +16,7 @@ from .soft_prompt import PEFT_TYPES
 
 FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 HEADS = ("score.weight", ".classifier.weight", "classifier.out_proj.weight")  # keys of the last layer of a scalar head
-REQUIRED = {"LORA": ("r", "lora_alpha"), "PROMPT": ("num_virtual_tokens",)}  # keys without default
+REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "PROMPT": ("num_virtual_tokens",)}  # keys without default
 MAX_RANK = 1 << 15  # a larger rank or number of vectors is a typo that would fill the memory
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 # Unsupported features of PEFT.
@@ -48,7 +48,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "target_modules": (
-        lambda value: isinstance(value, str) or _are_names(value),
+        lambda value: bool(value) and (isinstance(value, str) or _are_names(value)),
         "a list of layer names, or a regular expression",
     ),
     "target_parameters": (_are_names, "a list of parameter names"),
@@ -88,10 +88,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_FILE}: peft_type must be LORA, {' or '.join(PEFT_TYPES.values())}, got {peft_type!r}.",
             "unsupported-model",
         )
-    missing = [key for key in REQUIRED["LORA" if peft_type == "LORA" else "PROMPT"] if config.get(key) is None]
-    if peft_type == "LORA" and not (config.get("target_modules") or config.get("target_parameters")):
-        missing.append("target_modules")
-    if missing:
+    required = list(REQUIRED["LORA" if peft_type == "LORA" else "PROMPT"])
+    if config.get("target_parameters") and not config.get("target_modules"):  # PEFT writes [] or null
+        config.pop("target_modules", None)
+        required.remove("target_modules")
+    if missing := [key for key in required if config.get(key) is None]:
         raise ConfigError(
             f"{folder / CONFIG_FILE}: missing {', '.join(missing)}. Save the adapter again.", "invalid-value"
         )
@@ -111,8 +112,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "Save it with path_initial_model_for_weight_conversion, which converts it to an ordinary LoRA.",
             "unsupported-model",
         )
-    # torchtune writes only the required keys; with target_parameters, PEFT accepts no target_modules.
-    return {"bias": "none"} | config | {"target_modules": config.get("target_modules") or []}
+    return {"bias": "none", "target_modules": []} | config  # torchtune writes only the required keys
 
 
 def read_adapter_outputs(folder: Path) -> list[str] | None:
