@@ -1,18 +1,21 @@
 """Experts, which transformers stores as 3-D parameters: how much of a model an option reaches is reported."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from minitrain import ConfigError
 from minitrain.config.schema import Config
 from minitrain.config.sections import LoRAConfig, ModelConfig
 from minitrain.model.adapter_files import load_adapter
 from minitrain.model.load import CPU, META, build_policy, load_merged, load_model
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
+from tests.messages import raises
 from tests.tensors import close, shaken
 
 pytestmark = pytest.mark.numeric
@@ -177,3 +180,56 @@ def test_peft_adapters_of_experts_are_loaded_and_merged(folders, tmp_path, name)
     close(exact(merged), exact(theirs), 1e-4)
     assert type(merged) is type(ours) and type(merged.model.layers[1].mlp.experts).__name__.endswith("Experts")
     assert {name for name, _ in merged.named_parameters()} == {n for n, _ in base(folders[name]).named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "code", "about"),
+    [
+        ("mixtral", {"target_parameters": ["experts.gate_up"]}, "not-a-choice", "mean experts.gate_up_proj"),
+        ("mixtral", {"target_parameters": ["q_proj.weight"]}, "not-a-choice", "target_modules"),
+        ("gpt2", {"target_parameters": "all-experts"}, "not-a-choice", "GPT2LMHeadModel"),
+        (
+            "mixtral",
+            {"target_parameters": "all-experts", "modules_to_save": ["experts"]},
+            "conflict",
+            "model.layers.0.mlp.experts.gate_up_proj",
+        ),
+        ("mixtral", {"target_parameters": "all-experts", "layers_to_transform": [2]}, "out-of-range", "0-1"),
+    ],
+)
+def test_wrong_targets_are_refused(folders, name, options, code, about):
+    """With the nearest names, on the meta device as in training."""
+    for device in (CPU, META):
+        with raises(ConfigError, code, "lora.", about):
+            build(folders[name], device, **options)
+
+
+def test_an_adapter_of_peft_that_computes_something_else_is_refused(folders, tmp_path):
+    """PEFT has neither dropout nor DoRA on parameters, so such files are not its."""
+    model = build(folders["mixtral"], target_parameters="all-experts")
+    save_model(model, tiny_tokenizer(), tmp_path, torch.float32)
+    file = tmp_path / "adapter_config.json"
+    for change in ({"lora_dropout": 0.1}, {"use_dora": True}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.0, "use_dora": False} | change))
+        with raises(ConfigError, "unsupported-model", next(iter(change))):
+            load_adapter(base(folders["mixtral"]), tmp_path)
+
+
+def test_chosen_blocks_and_names_are_saved_as_they_were_chosen(folders, tmp_path):
+    """PEFT adapts the same parameters; a target that reaches more than was adapted is written in full."""
+    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "layers_to_transform": [1]}
+    model = shaken(build(folders["qwen3-moe"], **options))
+    save_model(model, tiny_tokenizer(), tmp_path, torch.float32)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_parameters"] == ["model.layers.1.mlp.experts.down_proj"]
+    close(exact(model), exact(peft.PeftModel.from_pretrained(base(folders["qwen3-moe"]), tmp_path)), 1e-5)
+    save_model(build(folders["gpt-oss"], target_parameters="all-experts"), tiny_tokenizer(), tmp_path, torch.float32)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+
+
+def test_experts_can_be_trained_in_full(folders, tmp_path):
+    """With modules_to_save beside a LoRA; PEFT loads them."""
+    model = build(folders["mixtral"], target_modules=["q_proj"], modules_to_save=["layers.1.mlp.experts"])
+    save_model(shaken(model), tiny_tokenizer(), tmp_path, torch.float32)
+    close(logits(model), logits(peft.PeftModel.from_pretrained(base(folders["mixtral"]), tmp_path)), 1e-4)

@@ -146,6 +146,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/adapter_targets:_full_match: invalid-value",
         "model/adapter_targets:_full_match: invalid-value (2)",
     ),
+    "the model needs experts: tests/model/test_experts.py": ("model/adapter_targets:target_parameters: conflict",),
     "tests/config/test_config.py and tests/cli/test_bad_input.py": (
         "config/load:_guarded: invalid-yaml (2)",
         "config/load:_read_text: wrong-path",
@@ -403,6 +404,8 @@ MORE = [
     rows("{name: policy, advantages: given}", ROLLOUT),
     rows("{name: policy, kl_coef: 0.1, kl_in: reward}", ROLLOUT, ROLLOUT),
     model(test_bad_model.changed("model/config.json", quantization_config={"quant_method": "gptq"})),
+    lambda: ["lora={rank: 2, target_parameters: all-experts}"],
+    lambda: ["lora={rank: 2, target_parameters: [experts.gate_up_proj]}"],
 ]
 
 
