@@ -25,6 +25,7 @@ from .matrices import describe_matrices, matrix_sizes, quantized_names
 from .policy import Policy
 from .pretrained import attention_of, from_pretrained, read_model_config
 from .quantize import dequantize_model, quantize_model
+from .router import make_routing
 from .save import VALUE_HEAD_FILE
 from .sequence_head import check_can_pack, make_policy, name_outputs
 from .state_dict import load_archive, read_archive
@@ -209,6 +210,7 @@ def build_policy(
             model.adapter = adapt_model(config, model, tokenizer, weights)
             model.adapter.freeze(model, frozen_dtype)
         policy = make_policy(model)
+        policy.routing = make_routing(model, config.model.router_aux_loss_coef)
         check_can_pack(model, config.packing)
         if value_head:
             policy.add_value_head()
