@@ -157,6 +157,33 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def add_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add tensors to the saved weights of a model, in more files, with at most one file in memory."""
+    files = shard_names(folder / INDEX) if (folder / INDEX).is_file() else ["model.safetensors"]
+    file_tensors, file_bytes, stream = {}, 0, iter(tensors)
+    while item := next(stream, None):
+        if file_tensors and file_bytes + item[1].nbytes > SHARD_BYTES:
+            files.append(_save_more(file_tensors, folder, len(files)))
+            file_tensors, file_bytes = {}, 0
+        file_tensors[item[0]], file_bytes = item[1].contiguous(), file_bytes + item[1].nbytes
+    files.append(_save_more(file_tensors, folder, len(files)))
+    index = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for number, file in enumerate(files, 1):
+        path = folder / f"model-{number:05}-of-{len(files):05}.safetensors"
+        (folder / file).rename(path)
+        for key, opened in open_files([path]).items():
+            index["weight_map"][key] = path.name
+            index["metadata"]["total_size"] += opened.get_tensor(key).nbytes
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_more(tensors: dict[str, Tensor], folder: Path, number: int) -> str:
+    """Save one more file, and return its name."""
+    name = f"other-{number}.safetensors"
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    return name
+
+
 def _count_per_file(sizes: list[int]) -> list[int]:
     """Return how many tensors go into each file."""
     counts, file_bytes = [0], 0
@@ -210,6 +237,8 @@ def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     unused = set(keys) - used - set(tied) - dict(model.named_buffers()).keys()
+    if other := getattr(model, "other_tensors", None):
+        unused = {key for key in unused if not other.has(key)}
     return [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)]
 
 
