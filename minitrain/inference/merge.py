@@ -103,11 +103,8 @@ def _add_changes(model: nn.Module, configs: Sequence[ModelConfig], weights: Sequ
     for config, weight in zip(configs, weights, strict=True):
         adapter = merge_adapter(model, Path(config.adapter))
         if adapter.other_tensors:
-            key = next(iter(adapter.other_tensors))
-            raise ConfigError(
-                f"{config.adapter}: {key} adapts a layer outside the text part, which is not merged. Merge it with PEFT.",
-                "unsupported-model",
-            )
+            reason = f"{next(iter(adapter.other_tensors))} adapts a layer outside the text part, which is not merged"
+            raise ConfigError(f"{config.adapter}: {reason}. Merge it with PEFT.", "unsupported-model")
         with torch.no_grad():
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 change = parameter - before[name]

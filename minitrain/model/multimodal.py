@@ -210,7 +210,7 @@ def split_adapter(
 
 
 def describe_text_part(model: nn.Module) -> str | None:
-    """Return a line about the modules that are not trained because text does not pass through them; None without any."""
+    """Return a line about the modules that text does not pass through; None without any."""
     other = getattr(model, "other_tensors", None)
     if other is None or not other.prefixes:
         return None

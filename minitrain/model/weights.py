@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -61,31 +61,53 @@ class LowRankDifference:
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
     """Open the safetensors files of a model; return None if keys, shapes or dtypes differ from `model`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if get_model_conversion_mapping(model, add_legacy=False):
-        return None
-    files = open_files(weight_files(name, revision))
+    files = _renamed_files(model, open_files(weight_files(name, revision)))
     sources, sizes, used = {}, {}, {}
     for parameter, value in model.named_parameters():
         key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
         if key not in files:
             return None
         used[parameter] = key
-        sources[parameter] = files[key].get_slice(key)
+        sources[parameter] = files[key].slice()
         sizes[parameter] = sources[parameter].get_shape()
         if sizes[parameter][1:] != list(value.shape[1:]) or sources[parameter].get_dtype() not in FLOATS:
             return None
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # name -> the name that it is tied to
     for parameter in tied.keys() & files.keys():
         key = used.get(tied[parameter])
-        if key is None or not torch.equal(files[parameter].get_tensor(parameter), files[key].get_tensor(key)):
+        if key is None or not torch.equal(files[parameter].tensor(), files[key].tensor()):
             return None  # tied in the config, but different in the files: transformers loads both
     for buffer, value in model.named_buffers():
         if buffer in files:
-            value.copy_(files[buffer].get_tensor(buffer))
+            value.copy_(files[buffer].tensor())
     log_model_warnings(name, describe_unused(_unused(files.keys(), set(used.values()), model)))
     return Weights(sources, sizes)
+
+
+class _FileTensor(NamedTuple):
+    """A tensor in an open safetensors file."""
+
+    file: Any
+    key: str
+
+    def slice(self) -> Any:
+        return self.file.get_slice(self.key)
+
+    def tensor(self) -> Tensor:
+        return self.file.get_tensor(self.key)
+
+
+def _renamed_files(model: nn.Module, files: dict[str, Any]) -> dict[str, _FileTensor]:
+    """Return the tensors of files by their names in the model; empty if transformers does more than rename them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    if not all(isinstance(entry, WeightRenaming) for entry in mapping):
+        return {}
+    renamed = {rename_source_key(key, mapping, [])[0]: _FileTensor(file, key) for key, file in files.items()}
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # they restore the names on saving
+    return renamed
 
 
 def parameters_on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -265,6 +265,7 @@ def test_responses_are_those_of_the_base_class(folders):
 
 def test_a_multimodal_encoder_decoder_is_refused(tmp_path, make_trainer):
     tf.T5Gemma2Config().save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     tiny_tokenizer().save_pretrained(tmp_path)
     with raises(ConfigError, "unsupported-model", "encoder-decoder"):
         make_trainer(f"model.name_or_path={tmp_path}")
