@@ -97,6 +97,10 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/dequantize:dequantized: unsupported-model (2)",
         "model/dequantize:dequantized: unsupported-model",
     ),
+    "the model is multimodal: tests/model/test_multimodal.py": (
+        "model/multimodal:is_multimodal: unsupported-model",
+        "model/multimodal:check_text_part: unsupported-model",
+    ),
     "after the first step, or while a model is saved": (
         "training/atomic_dir:atomic_folder: write_error_code(error)",
         "training/checkpoint:_check_free_space: no-space",
