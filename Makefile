@@ -12,7 +12,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # Of tests/processors.py.
 PROCESSORS := sse avx2 bfloat16 amx
 
-.PHONY: demo test test-all test-processors test-pythons faults lint bench docs clean
+.PHONY: demo test test-all test-processors test-pythons architectures faults lint bench docs clean
 
 $(VENV)/ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ test-pythons:  ## the tests under every Python from 3.10 on that this machine ha
 		$(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	done
 
+architectures: $(VENV)/ready  ## every model type of transformers, about 15 minutes; writes docs/architectures.md
+	$(BIN)/python -m tests.architectures --update
+	$(BIN)/python docs/generate_architectures.py
+
 faults: $(VENV)/ready  ## runs that are killed, stopped and starved, all of them
 	$(BIN)/python -m pytest -m "" tests/faults -v
 
@@ -73,6 +77,7 @@ docs: $(VENV)/docs-ready  ## the generated pages, and the site in site/
 	$(BIN)/python docs/generate_migrating.py
 	$(BIN)/python docs/generate_mutations.py
 	$(BIN)/python docs/generate_templates.py
+	$(BIN)/python docs/generate_architectures.py
 	$(BIN)/python docs/generate_api.py > docs/api.md
 	$(BIN)/python docs/generate_errors.py > docs/errors.md
 	$(BIN)/mkdocs build --strict

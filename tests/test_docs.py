@@ -32,6 +32,7 @@ GENERATED = {
     "migrating.md": "generate_migrating.py",
     "api.md": "generate_api.py",
     "errors.md": "generate_errors.py",
+    "architectures.md": "generate_architectures.py",
 }
 BY_NAME = {"ids": lambda page: page.name}
 LOSS_OPTIONS = {name: [f.name for f in fields(loss.options_class)] for name, loss in registered().items()}
