@@ -195,6 +195,7 @@ class Trainer:
             for batch, computed in zip(batches, output.outputs):
                 self.window.update(batch)
                 self.totals.add(computed)
+            self.totals.add_load(output.load)
             self.consumed += len(indices)
             self.indices = indices
             tokens = functools.partial(self.train_loader.examples.digest, indices)

@@ -48,8 +48,8 @@ BUGS = {
             title="Gradient accumulation averaged the means of micro-batches, so a token in a short micro-batch weighed more.",
             reported_in="huggingface/transformers#34191, meta-pytorch/torchtune#1875",
             file="minitrain/training/step.py",
-            line="precision.backward(output.loss_sum / weight)",
-            replacement="precision.backward(output.loss_sum / output.num_items / len(batches))",
+            line="precision.backward(output.loss_sum / weight + router.add(output))",
+            replacement="precision.backward(output.loss_sum / output.num_items / len(batches) + router.add(output))",
             test="tests/training/test_loop.py::test_ten_steps_equal_a_plain_loop",
         ),
         Bug(
@@ -75,8 +75,8 @@ BUGS = {
             title="The loss was divided by the number of micro-batches a second time.",
             reported_in="huggingface/transformers#35078",
             file="minitrain/training/step.py",
-            line="precision.backward(output.loss_sum / weight)",
-            replacement="precision.backward(output.loss_sum / weight / len(batches))",
+            line="precision.backward(output.loss_sum / weight + router.add(output))",
+            replacement="precision.backward(output.loss_sum / weight / len(batches) + router.add(output))",
             test="tests/training/test_loop.py::test_the_logged_loss_is_the_same_for_every_accumulation",
         ),
         Bug(
@@ -671,7 +671,7 @@ EXERCISES = [
     Mutation(
         number=1,
         file="minitrain/training/step.py",
-        line="precision.backward(output.loss_sum / weight)",
+        line="precision.backward(output.loss_sum / weight + router.add(output))",
         replacement="precision.backward(output.loss_sum / output.num_items)",
         test="tests/training/test_loop.py::test_the_logged_loss_is_the_same_for_every_accumulation",
     ),

@@ -85,6 +85,14 @@ class ModelConfig:
         "Attention implementation of transformers. auto: sdpa, or eager for models without sdpa.",
         choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
     )
+    router_aux_loss_coef: float | None = option(
+        None,
+        "Coefficient of the auxiliary loss that balances the experts of a mixture of experts; 0 is off (default: that "
+        "of the model's config if its output_router_logits is true, else 0). With gradient_accumulation_steps, each "
+        "micro-batch needs one more forward pass.",
+        ge=0,
+        le=1000,
+    )
     trust_remote_code: bool = option(False, "Run code that comes with the model. Use it only for models you trust.")
 
 

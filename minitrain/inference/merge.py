@@ -101,7 +101,10 @@ def _add_changes(model: nn.Module, configs: Sequence[ModelConfig], weights: Sequ
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     total = {}
     for config, weight in zip(configs, weights, strict=True):
-        merge_adapter(model, Path(config.adapter))
+        adapter = merge_adapter(model, Path(config.adapter))
+        if adapter.other_tensors:
+            reason = f"{next(iter(adapter.other_tensors))} adapts a layer outside the text part, which is not merged"
+            raise ConfigError(f"{config.adapter}: {reason}. Merge it with PEFT.", "unsupported-model")
         with torch.no_grad():
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 change = parameter - before[name]

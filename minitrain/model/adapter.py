@@ -29,6 +29,7 @@ class Adapter:
         subtracted_init: Initial A and B by layer, whose product was subtracted from the base weight (pissa, olora).
         modules_to_save: Names of modules that are trained and saved in full.
         extra_tensors: Names of frozen tensors that are saved with the adapter.
+        other_tensors: Tensors in its file for modules of a multimodal model that are not loaded, by key.
     """
 
     config: dict[str, Any]
@@ -37,6 +38,7 @@ class Adapter:
     subtracted_init: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
     extra_tensors: list[str] = field(default_factory=list)
+    other_tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""

@@ -19,6 +19,7 @@ from minitrain.io.tensor_files import save_file
 from . import experts, lora, token_rows
 from .adapter import Adapter, init_rows, inject, new_biases, parse_token_indices, train_new_rows
 from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
+from .multimodal import all_module_names, split_adapter
 from .sequence_head import heads_of, is_encoder
 from .soft_prompt import PEFT_TYPES, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .vocabulary import count_ids
@@ -53,17 +54,20 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
 
 def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None) -> Adapter:
     """Add the adapter in a folder to a model. Raises ConfigError if they do not match."""
-    config = _resolve_modules(read_config(folder), model, folder)
+    config = read_config(folder)
     try:
         tensors = load_file(folder / FILE)
     except Exception as error:
         raise ConfigError(f"{folder / FILE}: cannot be read: {error}", "unreadable") from None
+    config, tensors, other_tensors = split_adapter(model, config, tensors, PREFIX)
+    config = _resolve_modules(config, model, folder)
     if config["peft_type"] != "LORA":
         return _load_prompt(model, config, tensors, folder, weights)
     try:
         adapter = inject(model, config, weights, strict=False)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error.message.removeprefix('lora.')}", error.code) from None
+    adapter.other_tensors = other_tensors
     named = _rename_keys(model, adapter, tensors, folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -162,7 +166,7 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
         _write(folder, peft_tensors | {TENSOR: vectors_of(by_name)}, adapter.config)
         return
     by_name |= {name: by_name[owner].clone() for name, owner in _tied_names(model, adapter).items()}
-    peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in by_name.items()}
+    peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in by_name.items()} | adapter.other_tensors
     config = adapter.config | {"target_modules": _short_targets(adapter, model)}
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     if adapter.experts:
@@ -344,8 +348,11 @@ def _peft_name(name: str, adapter: Adapter) -> str:
 def _short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
     """Return target_modules: the last parts of the layer names if they match no other modules, else the full names."""
     suffixes = {name.rpartition(".")[2] for name in adapter.layers}
-    matching = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes]
-    return sorted(suffixes) if len(matching) == len(adapter.layers) else sorted(adapter.layers)
+    matching = [name for name in all_module_names(model) if name.rpartition(".")[2] in suffixes]
+    if len(matching) == len(adapter.layers):
+        return sorted(suffixes)
+    other = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter.other_tensors}
+    return sorted(adapter.layers.keys() | other)
 
 
 def _restore_base(adapter: Adapter, peft_tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -35,11 +35,14 @@ def _made_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
     """Return the parameters that the model's class makes in float32 whatever the default dtype is."""
     if dtype == torch.float32 or not hasattr(model, "_get_dtype_plan"):
         return set()
-    default = torch.get_default_dtype()
+    default, config = torch.get_default_dtype(), copy.deepcopy(model.config)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype  # a multimodal class makes its parts in the dtype of their configs
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            empty = type(model)(copy.deepcopy(model.config))
+            empty = type(model)(config)
     finally:
         torch.set_default_dtype(default)
     named = empty.named_parameters(remove_duplicate=False)

@@ -128,7 +128,7 @@ def _unknown(target: str, model: nn.Module, candidates: dict[str, Any]) -> str:
 
 def adapt_parameter(module: nn.Module, name: str, settings: "LoRASettings") -> None:
     """Add LoRA matrices of zeros in float32 for a parameter of a module."""
-    device = module._parameters[name].device if name in module._parameters else torch.device("meta")
+    device = getattr(module, name).device
     shape = _shapes(module)[name]
     n, (rows, columns) = shape[0] if len(shape) == 3 else 1, _matrix_shape(module, shape)
     _wrap(module)

@@ -13,7 +13,7 @@ from minitrain.errors import ConfigError, is_failure
 from minitrain.io.hub import check_hub
 
 from . import attention, experts
-from .adapter import train_new_rows
+from .adapter import Adapter, train_new_rows
 from .adapter_config import has_adapter, read_adapter_outputs
 from .adapter_files import adapt_model, load_adapter
 from .decoder import find_blocks
@@ -22,15 +22,17 @@ from .dtypes import DtypePlan
 from .given import check_head, is_built_here, meta_copy
 from .lora import merge_lora_weights
 from .matrices import describe_matrices, matrix_sizes, quantized_names
+from .multimodal import read_other_tensors
 from .policy import Policy
 from .pretrained import attention_of, from_pretrained, read_model_config
 from .quantize import dequantize_model, quantize_model
+from .router import make_routing
 from .save import VALUE_HEAD_FILE
 from .sequence_head import check_can_pack, make_policy, name_outputs
 from .state_dict import load_archive, read_archive
 from .token_rows import has_rows
 from .vocabulary import count_ids, embedding_layers, mark_known, resize_embeddings
-from .weights import Weights, open_weights, parameters_on
+from .weights import Weights, open_weights, parameters_on, weight_files
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 VALUE_HEAD = "value_head"
@@ -139,7 +141,7 @@ def _pretrained(
     else:
         model, missing = from_pretrained(config, dtype, outputs, seed, device)
     if is_built_here(config):
-        model.load_notes = []
+        model.load_notes, model.other_tensors = [], None
         if attention_of(config) is not None:
             model.set_attn_implementation(config.attn_implementation)
     if outputs is not None:
@@ -161,6 +163,7 @@ def _open_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> tuple[nn.
         except Exception as error:
             raise model_load_error(config, describe_head(None), error) from None
         if weights is not None:
+            read_other_tensors(model, weight_files(config.name_or_path, config.revision), {})
             resize_embeddings(model, tokenizer, weights)
     if weights is not None and config.archive:
         state = read_archive(model, Path(config.archive))
@@ -209,6 +212,7 @@ def build_policy(
             model.adapter = adapt_model(config, model, tokenizer, weights)
             model.adapter.freeze(model, frozen_dtype)
         policy = make_policy(model)
+        policy.routing = make_routing(model, config.model.router_aux_loss_coef)
         check_can_pack(model, config.packing)
         if value_head:
             policy.add_value_head()
@@ -273,14 +277,15 @@ def load_merged(config: ModelConfig, tokenizer) -> nn.Module:
     return model
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> None:
-    """Merge the adapter in a folder into the weights of its base model."""
-    load_adapter(model, folder)
+def merge_adapter(model: nn.Module, folder: Path) -> Adapter:
+    """Merge the adapter in a folder into the weights of its base model, and return it."""
+    adapter = load_adapter(model, folder)
     for module in list(model.modules()):
         if hasattr(module, "lora") or has_rows(module):
             merge_lora_weights(module)
         elif experts.is_wrapped(module):
             experts.merge_experts(module)
+    return adapter
 
 
 def freeze_layers(model: nn.Module, entries: list, dtype: torch.dtype, weights: Weights | None = None) -> None:

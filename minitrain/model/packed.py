@@ -46,13 +46,13 @@ def pack_on_meta(module: nn.Module, name: str, bits: str) -> None:
     """Replace a parameter with empty buffers of the sizes that bitsandbytes uses."""
     weight = module._parameters.pop(name)
     n, n_rows = weight.numel(), weight.numel() // weight.shape[-1]
-    tensors = {"packed": (n, torch.int8), "scales": (n_rows, torch.float32)}
+    tensors = {"": (n, torch.int8), "_scales": (n_rows, torch.float32)}
     if bits == "4bit":  # 8-bit scales of 64 weights each, one scale per 256 scales, and both code books
         n_scales = math.ceil(n / 64)
-        tensors = {"packed": (math.ceil(n / 2), torch.uint8), "scales": (n_scales, torch.uint8)}
-        tensors["more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
+        tensors = {"": (math.ceil(n / 2), torch.uint8), "_scales": (n_scales, torch.uint8)}
+        tensors["_more"] = math.ceil(n_scales / 256) + 256 + 16 + 1, torch.float32
     for suffix, (size, dtype) in tensors.items():
-        module.register_buffer(f"{name}_{suffix}", torch.empty(size, dtype=dtype, device="meta"))
+        module.register_buffer(f"{name}{suffix}", torch.empty(size, dtype=dtype, device="meta"))
 
 
 def unpack_on_meta(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from .decoder import decoder_of, find_blocks
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
 from .positions import position_limit, rotary_limit
+from .router import Routing
 
 
 class Policy(nn.Module):
@@ -28,6 +29,7 @@ class Policy(nn.Module):
         self.training = model.training
         self.has_soft_prompt = hasattr(model, "soft_prompt")  # trained vectors come before each document
         self.value_head: nn.Linear | None = None
+        self.routing: Routing | None = None  # of a mixture of experts in training
         config = model.config
         # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -49,7 +51,10 @@ class Policy(nn.Module):
             n_before = prompt.n_before
             first = torch.arange(n_before, device=positions.device)[None]  # [1, n]
             positions = torch.cat([first, positions + prompt.n_tokens], 1)
-        outputs = decoder_of(self.model)(
+        decoder = decoder_of(self.model)
+        if self.routing is not None:
+            decoder = self.routing.through(decoder, batch, n_before)
+        outputs = decoder(
             **inputs,
             attention_mask=attention.as_mask(batch.layout) if by_document else None,
             position_ids=positions,

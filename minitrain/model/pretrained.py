@@ -20,16 +20,17 @@ from .diagnostics import (
     log_model_warnings,
     model_load_error,
 )
+from .multimodal import is_multimodal, keep_text_part, read_other_tensors
 from .weights import find_gaps, parameters_on_meta, weight_files
 
 
-def auto_class(outputs: list[str] | None) -> tuple[type, dict[str, int]]:
-    """Return the class of transformers for a causal LM or a model with a scalar head, and its keyword arguments."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def auto_class(hf_config, outputs: list[str] | None) -> type:
+    """Return the class of transformers that loads a causal LM or a model with a scalar head."""
+    import transformers
 
-    if outputs is None:
-        return AutoModelForCausalLM, {}
-    return AutoModelForSequenceClassification, {"num_labels": len(outputs)}
+    if outputs is not None:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForMultimodalLM if is_multimodal(hf_config) else transformers.AutoModelForCausalLM
 
 
 def read_model_config(config: ModelConfig, **changes):
@@ -91,10 +92,10 @@ def from_pretrained(
     Raises:
         ConfigError: The model cannot be loaded.
     """
-    model_class, class_kwargs = auto_class(outputs)
     options = {"attn_implementation": attention_of(config), "trust_remote_code": config.trust_remote_code}
     try:
-        hf_config = read_model_config(config, **class_kwargs)
+        hf_config = read_model_config(config, **({} if outputs is None else {"num_labels": len(outputs)}))
+        model_class = auto_class(hf_config, outputs)
         if outputs is None:
             check_is_decoder(hf_config)
         quantization = _pop_quantization(hf_config)
@@ -113,6 +114,10 @@ def from_pretrained(
                     model, loading_info = _dequantized(config, model, quantization, dtype)
                 else:
                     model, loading_info = _read_model(config, hf_config, dtype, model_class, options)
+        removed = keep_text_part(model) if outputs is None else {}
+        if removed and device.type != "meta":
+            files = [] if quantization else weight_files(config.name_or_path, config.revision)
+            read_other_tensors(model, files, removed)
         vars(model).pop("generate", None)  # custom code of a repository ignores our sampling options
     except Exception as error:
         raise model_load_error(config, describe_head(outputs), error) from None

@@ -15,7 +15,7 @@ from .adapter_files import save_adapter
 from .diagnostics import first_line
 from .dtypes import DtypePlan
 from .pretrained import no_progress_bar
-from .weights import full_tensors, save_weights
+from .weights import add_weights, full_tensors, save_weights
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -52,6 +52,8 @@ def save_model(
     else:
         save_weights(model, tensors, folder, dtype)
         _mark_untied(model)
+    if (other := getattr(model, "other_tensors", None)) is not None and other.sources:
+        add_weights(folder, other)
     _save_configs(model, folder, dtype)
 
 
@@ -107,6 +109,9 @@ def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
+    for nested in config.values():
+        if isinstance(nested, dict) and "dtype" in nested:  # a text_config
+            nested["dtype"] = config["dtype"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

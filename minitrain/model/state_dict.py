@@ -1,5 +1,6 @@
 """Load weights that replace those of a model: a state dict in a file, or the files of a model's folder."""
 
+import functools
 import pickle
 import re
 from pathlib import Path
@@ -45,6 +46,10 @@ def read_archive(model: nn.Module, path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ConfigError(f"model.archive: {path} cannot be loaded: {first_line(error)}", "unreadable") from None
     state = _rename_keys(model, state)
+    if (other := getattr(model, "other_tensors", None)) is not None:
+        state = {other.own_name(name): tensor for name, tensor in state.items()}
+        replaced = {name: functools.partial(torch.clone, state.pop(name)) for name in list(state) if other.has(name)}
+        other.sources = replaced or other.sources
     _check_keys(model, state, path)
     return state
 

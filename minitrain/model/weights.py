@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -61,31 +61,53 @@ class LowRankDifference:
 
 def open_weights(name: str, revision: str | None, model: nn.Module) -> Weights | None:
     """Open the safetensors files of a model; return None if keys, shapes or dtypes differ from `model`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if get_model_conversion_mapping(model, add_legacy=False):
-        return None
-    files = open_files(weight_files(name, revision))
+    files = _renamed_files(model, open_files(weight_files(name, revision)))
     sources, sizes, used = {}, {}, {}
     for parameter, value in model.named_parameters():
         key = parameter if parameter in files else parameter.removeprefix(f"{model.base_model_prefix}.")
         if key not in files:
             return None
         used[parameter] = key
-        sources[parameter] = files[key].get_slice(key)
+        sources[parameter] = files[key].slice()
         sizes[parameter] = sources[parameter].get_shape()
         if sizes[parameter][1:] != list(value.shape[1:]) or sources[parameter].get_dtype() not in FLOATS:
             return None
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # name -> the name that it is tied to
     for parameter in tied.keys() & files.keys():
         key = used.get(tied[parameter])
-        if key is None or not torch.equal(files[parameter].get_tensor(parameter), files[key].get_tensor(key)):
+        if key is None or not torch.equal(files[parameter].tensor(), files[key].tensor()):
             return None  # tied in the config, but different in the files: transformers loads both
     for buffer, value in model.named_buffers():
         if buffer in files:
-            value.copy_(files[buffer].get_tensor(buffer))
+            value.copy_(files[buffer].tensor())
     log_model_warnings(name, describe_unused(_unused(files.keys(), set(used.values()), model)))
     return Weights(sources, sizes)
+
+
+class _FileTensor(NamedTuple):
+    """A tensor in an open safetensors file."""
+
+    file: Any
+    key: str
+
+    def slice(self) -> Any:
+        return self.file.get_slice(self.key)
+
+    def tensor(self) -> Tensor:
+        return self.file.get_tensor(self.key)
+
+
+def _renamed_files(model: nn.Module, files: dict[str, Any]) -> dict[str, _FileTensor]:
+    """Return the tensors of files by their names in the model; empty if transformers does more than rename them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    if not all(isinstance(entry, WeightRenaming) for entry in mapping):
+        return {}
+    renamed = {rename_source_key(key, mapping, [])[0]: _FileTensor(file, key) for key, file in files.items()}
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # they restore the names on saving
+    return renamed
 
 
 def parameters_on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -157,6 +179,33 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def add_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add tensors to the saved weights of a model, in more files, with at most one file in memory."""
+    files = shard_names(folder / INDEX) if (folder / INDEX).is_file() else ["model.safetensors"]
+    file_tensors, file_bytes, stream = {}, 0, iter(tensors)
+    while item := next(stream, None):
+        if file_tensors and file_bytes + item[1].nbytes > SHARD_BYTES:
+            files.append(_save_more(file_tensors, folder, len(files)))
+            file_tensors, file_bytes = {}, 0
+        file_tensors[item[0]], file_bytes = item[1].contiguous(), file_bytes + item[1].nbytes
+    files.append(_save_more(file_tensors, folder, len(files)))
+    index = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for number, file in enumerate(files, 1):
+        path = folder / f"model-{number:05}-of-{len(files):05}.safetensors"
+        (folder / file).rename(path)
+        for key, opened in open_files([path]).items():
+            index["weight_map"][key] = path.name
+            index["metadata"]["total_size"] += opened.get_tensor(key).nbytes
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_more(tensors: dict[str, Tensor], folder: Path, number: int) -> str:
+    """Save one more file, and return its name."""
+    name = f"other-{number}.safetensors"
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    return name
+
+
 def _count_per_file(sizes: list[int]) -> list[int]:
     """Return how many tensors go into each file."""
     counts, file_bytes = [0], 0
@@ -210,6 +259,8 @@ def _unused(keys: Collection[str], used: set[str], model: nn.Module) -> list[str
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     unused = set(keys) - used - set(tied) - dict(model.named_buffers()).keys()
+    if other := getattr(model, "other_tensors", None):
+        unused = {key for key in unused if not other.has(key)}
     return [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)]
 
 

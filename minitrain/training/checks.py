@@ -71,6 +71,9 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples:
         message = f"{loss.example_type} rows have no correct responses to compare with. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
+    if loss.head_labels is not None and config.model.router_aux_loss_coef:
+        message = f"has no effect with {name}, whose model has no LM head. Remove it."
+        issues.add("model.router_aux_loss_coef", "no-effect", message, "loss.name")
     if loss.head_labels is not None and config.eval_generate.n_examples:
         message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")

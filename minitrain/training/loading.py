@@ -9,6 +9,8 @@ from minitrain.config.schema import Config
 from minitrain.data.loader import Data
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.model.load import DTYPES
+from minitrain.model.multimodal import describe_text_part
+from minitrain.model.router import describe_aux_loss
 from minitrain.model.vocabulary import describe_new_tokens
 
 from .aux_models import build_aux_models
@@ -42,6 +44,10 @@ def load_parts(trainer: "Trainer") -> None:
     new = describe_new_tokens(run.policy.model, trainer.tokenizer)
     trainer.notes = [*run.data.summary, *([f"new tokens: {new}"] if new else [])]
     trainer.notes.append(f"matrices: {run.policy.model.matrices}")
+    if aux_loss := describe_aux_loss(run.policy.routing):
+        trainer.notes.append(f"router: {aux_loss}")
+    if text_part := describe_text_part(run.policy.model):
+        trainer.notes.append(f"model: {text_part}")
     trainer.warnings = run.data.warnings
     trainer.train_loader, trainer.eval_loader, trainer.warmup = run.train_loader, run.eval_loader, run.warmup
     trainer.total_steps = trainer.train_loader.total_steps

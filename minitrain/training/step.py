@@ -20,6 +20,7 @@ from minitrain.errors import ConfigError, RunError
 from minitrain.losses import Loss, LossOutput, Models
 
 from .failpoints import failpoint
+from .router_step import RouterStep, load_metrics
 
 FIRST_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000  # clean steps before the scale is doubled
@@ -85,6 +86,7 @@ class MetricAccumulator:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums: dict[str, torch.Tensor] = {}  # name -> [2] (sum, weight)
         self.samples: dict[str, list[float]] = {}
+        self.load: torch.Tensor | None = None  # [L, E] tokens of each expert
 
     def add(self, output: LossOutput) -> None:
         for name, (total, weight) in {"loss": (output.loss_sum, output.num_items), **output.metrics}.items():
@@ -95,15 +97,21 @@ class MetricAccumulator:
         for name, tensor in output.samples.items():
             self.samples.setdefault(name, []).extend(tensor.tolist())
 
+    def add_load(self, load: Tensor | None) -> None:
+        """Add the load of the experts on this rank; None for a dense model."""
+        if load is not None:
+            self.load = load if self.load is None else self.load + load
+
     def means(self, parallel: SingleDevice) -> dict[str, float]:
-        """Return the mean of each metric over all ranks. A metric that no rank has is left out."""
+        """Return the mean of each metric over all ranks, and metrics of the load. One that no rank has is left out."""
         # Some ranks may have no value of a metric, and all ranks must sum in the same order.
         names = dict.fromkeys(name for known in parallel.gather(list(self.sums)) for name in known)
         if not names:
             return {}
         zero = torch.zeros(2, dtype=self.dtype, device=self.device)
         totals = parallel.sum(torch.stack([self.sums.get(name, zero) for name in names])).tolist()  # [M, 2]
-        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+        means = {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+        return means if self.load is None else means | load_metrics(parallel.sum(self.load))
 
     def all_samples(self, parallel: SingleDevice) -> dict[str, list[float]]:
         """Return the samples of all ranks."""
@@ -119,14 +127,17 @@ class StepOutput:
     """What `forward_backward` computed.
 
     Attributes:
-        loss: Mean loss over all micro-batches and ranks, shape [], the same on every rank.
+        loss: Mean loss over all micro-batches and ranks, with the router's auxiliary loss; shape [], the same on every
+            rank.
         outputs: The detached output of the loss for each micro-batch of this rank.
         parallel: The ranks that computed it.
+        load: Tokens that each expert computed on this rank, int64, shape [L, E]; None for a dense model.
     """
 
     loss: Tensor
     outputs: list[LossOutput]
     parallel: SingleDevice
+    load: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"<StepOutput: loss {float(self.loss):.4g}, micro-batches {len(self.outputs)}>"
@@ -136,6 +147,7 @@ class StepOutput:
         totals = MetricAccumulator(self.loss.device)
         for output in self.outputs:
             totals.add(output)
+        totals.add_load(self.load)
         return totals.means(self.parallel)
 
 
@@ -177,19 +189,20 @@ def forward_backward(
     outputs = []
     with precision.autocast():
         share_step_statistics(loss, batches, models, parallel)
+        router = RouterStep(models.policy, batches, parallel)
     for i, batch in enumerate(batches):
         batch = batch.to(parallel.device)
         failpoint("step.batch")
         with parallel.backward_context(models.policy, last=i == len(batches) - 1):
-            with precision.autocast():
+            with precision.autocast(), router.recording():
                 output = loss(batch, models)
             output.loss_sum = failpoint("step.loss", output.loss_sum)
             failpoint("step.backward")
-            precision.backward(output.loss_sum / weight)
+            precision.backward(output.loss_sum / weight + router.add(output))
         total = total + output.loss_sum.detach()
         outputs.append(_detached(output))
     failpoint("step.reduce")
-    return StepOutput(parallel.sum(total) / weight, outputs, parallel)
+    return StepOutput(parallel.sum(total) / weight + router.loss(), outputs, parallel, router.load)
 
 
 def optim_step(

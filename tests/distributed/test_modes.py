@@ -15,6 +15,7 @@ from tests.losses.test_rollouts import rows
 from tests.messages import reports
 from tests.model.test_dequantize import as_fp8
 from tests.model.test_policy import MODELS
+from tests.model.test_router import MODELS as MOE
 
 EVERYTHING = pytest.mark.slow
 
@@ -50,6 +51,28 @@ def test_other_architectures(job, scratch, tmp_path, names):
         assert all(torch.equal(tensor, saved[key]) for key, tensor in trained.items() if not key.startswith("moments/"))
         kept = load_file(final / "model.safetensors")
         assert ("lm_head.weight" in kept) == (name in ("phi-bias", "mistral-window"))
+
+
+def test_router_auxiliary_loss(job, scratch, tmp_path):
+    """The choices of a step are those of all micro-batches and ranks, and so are the metrics of the load."""
+    torch.manual_seed(0)
+    folder = tmp_path / "moe"
+    MOE["qwen3-moe"]().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    settings = (f"model.name_or_path={folder}", "model.router_aux_loss_coef=0.5")
+    changes = {"": (), "-parts": ("gradient_accumulation_steps=2",)}
+    changes["-recomputed"] = ("activation_checkpointing=true", "packing=true")
+    alone = {name: job(f"alone{name}", *settings, *more) for name, more in changes.items()}
+    ranked = {name: job(f"ranks{name}", *settings, *more, fsdp="full") for name, more in changes.items()}
+    ranked[""]["config"]["fsdp"] = {"shard": "grad"}
+    launch(0, list(alone.values()), scratch / "alone")
+    launch(2, list(ranked.values()), scratch / "ranks")
+    for name, ours in ranked.items():
+        for wanted in (alone[name], alone[""]):
+            same_training(ours, wanted)
+            for mine, theirs in zip(figures(ours), figures(wanted), strict=True):
+                for key in ("router/aux_loss", "router/max_violation", "router/unused_experts"):
+                    assert mine[key] == pytest.approx(theirs[key], rel=1e-5), key
 
 
 def test_quantized_base(job, scratch, tmp_path):

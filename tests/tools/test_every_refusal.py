@@ -97,6 +97,10 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/dequantize:dequantized: unsupported-model (2)",
         "model/dequantize:dequantized: unsupported-model",
     ),
+    "the model is multimodal: tests/model/test_multimodal.py": (
+        "model/multimodal:is_multimodal: unsupported-model",
+        "model/multimodal:check_text_part: unsupported-model",
+    ),
     "after the first step, or while a model is saved": (
         "training/atomic_dir:atomic_folder: write_error_code(error)",
         "training/checkpoint:_check_free_space: no-space",
@@ -159,6 +163,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/save:check_saving: unsupported-model",
         "model/vocabulary:count_ids: unsupported-model",
     ),
+    "tests/model/test_router.py": ("model/router:_aux_loss: unsupported-model (2)",),
     "tests/losses/test_kd.py": (
         "losses/kd:read_outputs: mismatch (2)",
         "losses/kd:read_outputs: mismatch",
@@ -328,6 +333,8 @@ MORE = [
     options("eval_datasets=[rows.jsonl]", "eval_generate={n_examples: 1, match: '('}"),
     options("eval_datasets=[rows.jsonl]", "eval_generate={n_examples: 1, match: 'a'}"),
     options("loss=classify", "train_on=last_turn"),
+    options("loss=classify", "model.router_aux_loss_coef=0.1"),
+    options("model.router_aux_loss_coef=0.1"),
     options("loss=dpo", "mask_truncated=true"),
     options("loss=policy", "truncation=end"),
     options("loss=policy", "eval_datasets=[rows.jsonl]", "eval_generate.n_examples=1"),

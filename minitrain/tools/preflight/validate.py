@@ -19,6 +19,8 @@ from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
 from minitrain.model.load import META, build_frozen
+from minitrain.model.multimodal import describe_text_part
+from minitrain.model.router import describe_aux_loss
 from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
 from minitrain.model.trial import check_meta_policy
@@ -216,6 +218,7 @@ def _report(run: Preparation) -> dict[str, str]:
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
     parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    aux_loss = describe_aux_loss(run.policy.routing)
     return {
         "examples": f"{len(train):,} to train on" + (f", {len(evaluation):,} to evaluate on" if evaluation else ""),
         "left out": _left_out(train.caches),
@@ -228,8 +231,10 @@ def _report(run: Preparation) -> dict[str, str]:
         f"{_percent(n_targets, tokens)} targets",
         "padding": _padding(run, 1 - tokens / cells),
         **({"new tokens": new} if new else {}),
+        **({"model": text_part} if (text_part := describe_text_part(run.policy.model)) else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
         "matrices": run.policy.model.matrices,
+        **({"router": aux_loss} if aux_loss else {}),
     }
 
 
