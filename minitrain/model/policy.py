@@ -13,6 +13,7 @@ from . import attention, experts
 from .decoder import decoder_of, find_blocks
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
+from .output_layer import measure_output
 from .positions import position_limit, rotary_limit
 from .router import Routing
 
@@ -30,10 +31,7 @@ class Policy(nn.Module):
         self.has_soft_prompt = hasattr(model, "soft_prompt")  # trained vectors come before each document
         self.value_head: nn.Linear | None = None
         self.routing: Routing | None = None  # of a mixture of experts in training
-        config = model.config
-        # Cohere multiplies its logits, Granite divides them; Gemma 2 caps them.
-        self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.output_form = measure_output(model) if model.get_output_embeddings() is not None else None
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states, shape [R, T, H].
@@ -92,10 +90,14 @@ class Policy(nn.Module):
 
         With LoRA on the head, both are widened (see `lora`), so the input is [N, H + r].
         """
-        head = self.model.get_output_embeddings()
+        head, form = self.model.get_output_embeddings(), self.output_form
+        for module in form.layers:
+            hidden = module(hidden)
         rows, row_ids = getattr(head, "token_rows", None), getattr(head, "token_ids", None)
-        layer = LMHead(head.weight, getattr(head, "bias", None), self.scale, self.softcap, rows, row_ids)
-        return head.as_output(hidden, layer) if hasattr(head, "lora") else (hidden, layer)
+        layer = LMHead(head.weight, getattr(head, "bias", None), form.scale, form.softcap, rows, row_ids)
+        if hasattr(head, "lora"):
+            hidden, layer = head.as_output(hidden, layer)
+        return hidden, layer if form.n_tokens is None else layer.first(form.n_tokens)
 
     def forward(
         self,

@@ -92,7 +92,7 @@ def test_scores_equal_those_of_the_models_own_logits(name, packing):
 def test_an_unknown_output_layer_is_refused():
     """A head that does more than minitrain knows is found before training, not by a strange loss."""
     model = random_llama()
-    model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    model.lm_head.register_forward_hook(lambda module, args, out: out + out.sin())
     with raises(ConfigError, "unsupported-model", "model.name_or_path: "):
         check_policy(Policy(model), packing=False)
 
@@ -107,10 +107,12 @@ def test_an_output_layer_is_checked_on_large_logits(change, dtype):
         "multiplier": lambda logits: logits * 0.9,
     }
     model = random_llama(initializer_range=0.002).to(dtype).eval()
-    check_policy(Policy(model), packing=False)
+    policy = Policy(model)
+    check_policy(policy, packing=False)
     model.lm_head.register_forward_hook(lambda module, args, out: changes[change](out))
     with raises(ConfigError, "unsupported-model", "model.name_or_path: "):
-        check_policy(Policy(model), packing=False)
+        check_policy(policy, packing=False)
+    check_policy(Policy(model), packing=False)
 
 
 def test_a_model_that_leaks_between_packed_documents_is_refused():
