@@ -105,6 +105,22 @@ class Batch:
         """Return the number of tokens that are not padding. Call it before `to`: later it would wait for the device."""
         return int((self.doc_ids >= 0).sum())
 
+    def with_row_per_document(self, positions: Tensor, lengths: Tensor) -> "Batch":
+        """Return the tokens at flat positions as rows of one document each; it has no targets of its own.
+
+        Args:
+            positions: Flat positions of the G documents' tokens, then padding, shape [G, t].
+            lengths: Number of tokens of each document, shape [G].
+        """
+        part = copy.copy(self)
+        steps = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)  # [G, t]
+        numbers = torch.arange(len(positions), device=positions.device)[:, None]  # [G, 1]
+        part.input_ids = self.input_ids.view(-1)[positions]
+        part.position_ids = steps
+        part.doc_ids = torch.where((steps < lengths[:, None]) & (self.doc_ids.view(-1)[positions] >= 0), numbers, -1)
+        part.n_docs, part.prefixes = len(positions), None
+        return part
+
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on a device; `spans` and `prefixes` stay on the CPU."""
         moved = copy.copy(self)

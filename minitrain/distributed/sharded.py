@@ -89,6 +89,7 @@ class FullySharded(SingleDevice):
         for module in _sharded_modules(policy):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        policy.max_over_ranks = self.max
         return policy
 
     def load_shards(self, policy: nn.Module, read: Read) -> None:

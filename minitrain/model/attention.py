@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 NAME = "sdpa_documents"
-MIN_LENGTH_RATIO = 0.7  # of the shortest to the longest document in a group
+MIN_LENGTH_RATIO = 0.85  # of the shortest to the longest document in a group, unless there is
+MAX_PADDING = 1 / 64  # of all tokens, at most this much padding in the group
 
 
 class Group(NamedTuple):
     """Documents of similar length."""
 
     positions: Tensor  # [G, t] flat positions in the batch; shorter documents are padded with their last position
+    lengths: Tensor  # [G] number of tokens of each document
     valid: Tensor  # [tokens] flat positions in [G, t] without padding and shared prefixes
 
 
@@ -73,30 +75,46 @@ def documents_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, _, columns, _ = query.shape
-    spans = tuple(map(tuple, attention_mask[0, 0].tolist()))
-    groups, inverse = _groups(spans, rows, columns, query.device)
+    groups, inverse = group_documents(attention_mask[0, 0], rows, columns, query.device)
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [R * T, heads, d] each
     outputs = []
-    for positions, valid in groups:
+    for positions, _, valid in groups:
         q, k, v = (t.index_select(0, positions.view(-1)).unflatten(0, positions.shape).transpose(1, 2) for t in flat)
         # Padding at the end needs no mask: in causal attention, earlier tokens do not attend to it.
         mask = _window(kwargs.get("sliding_window"), q)
         attended, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # [G, t, heads, d]
         outputs.append(attended.flatten(0, 1).index_select(0, valid))
-    outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))  # the output at padding
-    return torch.cat(outputs).index_select(0, inverse).unflatten(0, (rows, columns)), None
+    return scatter_documents(outputs, inverse, rows), None
+
+
+def group_documents(spans: Tensor, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
+    """Return groups of documents of similar length, and the index that `scatter_documents` takes.
+
+    Args:
+        spans: As in `as_mask`, shape [D, 3 or 5].
+        rows: R, the number of batch rows.
+        columns: T, the number of tokens of a row.
+        device: Device of the result.
+    """
+    return _groups(tuple(map(tuple, spans.tolist())), rows, columns, device)
+
+
+def scatter_documents(outputs: list[Tensor], inverse: Tensor, rows: int) -> Tensor:
+    """Return the outputs of each group at `valid` in the layout of the batch, shape [R, T, ...]; 0 at padding."""
+    padding = outputs[0].new_zeros(1, *outputs[0].shape[1:])
+    return torch.cat([*outputs, padding]).index_select(0, inverse).unflatten(0, (rows, -1))
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a model pass the same arguments
 def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
-    """Return the groups, and for each position of the batch the index of its output in their concatenated outputs."""
     groups, order = [], []
     remaining = torch.tensor([(*span, 0, 0)[:5] for span in spans])  # [D, 5]
     length = _lengths(remaining)  # [D]
     remaining = remaining[length.argsort(descending=True, stable=True)]
     while len(remaining):
         lengths = _lengths(remaining)
-        size = int((lengths >= MIN_LENGTH_RATIO * lengths[0]).sum())
+        padding = (lengths[0] - lengths).cumsum(0)  # [D] of a group up to each document
+        size = int(((lengths >= MIN_LENGTH_RATIO * lengths[0]) | (padding <= MAX_PADDING * length.sum())).sum())
         row, start, _, prefix, prefix_stop = remaining[:size, :, None].unbind(1)  # [G, 1] each
         lengths, remaining = lengths[:size, None], remaining[size:]
         shared = prefix_stop - prefix
@@ -105,7 +123,7 @@ def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tupl
         is_own = (torch.arange(int(lengths[0])) < lengths) & (steps >= shared)  # [G, t]
         valid = is_own.view(-1).nonzero()[:, 0]  # [tokens]
         order.append(positions.view(-1)[valid])
-        groups.append(Group(positions.to(device), valid.to(device)))
+        groups.append(Group(positions.to(device), lengths[:, 0].to(device), valid.to(device)))
     order = torch.cat(order)
     inverse = torch.full((rows * columns,), len(order))  # [R * T]
     inverse[order] = torch.arange(len(order))

@@ -32,9 +32,35 @@ class Policy(nn.Module):
         self.value_head: nn.Linear | None = None
         self.routing: Routing | None = None  # of a mixture of experts in training
         self.output_form = measure_output(model) if model.get_output_embeddings() is not None else None
+        self.groups_documents = False  # set for a model that cannot separate the documents of a row
+        self.max_over_ranks: Callable[[int], float] = float
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Return the last hidden states, shape [R, T, H].
+        """Return the last hidden states, shape [R, T, H]."""
+        return self._hidden_states_by_group(batch) if self.groups_documents else self._hidden_states_by_row(batch)
+
+    def _hidden_states_by_group(self, batch: Batch) -> Tensor:
+        """Run the backbone on groups of documents of similar length, with a padded row for each document.
+
+        Recurrent states, convolutions and masks that know nothing of packing then cannot mix documents.
+        """
+        rows, columns = batch.input_ids.shape
+        layout = batch.layout if batch.n_docs else torch.tensor([[0, 0, columns]])  # a batch of padding
+        groups, inverse = attention.group_documents(layout, rows, columns, batch.input_ids.device)
+        # All ranks of a sharded model must make the same number of calls, in the backward pass too.
+        n_calls = int(self.max_over_ranks(len(groups)))
+        parts = [batch.with_row_per_document(group.positions, group.lengths) for group in groups]
+        outputs = [
+            self._hidden_states_by_row(part).flatten(0, 1).index_select(0, group.valid)  # [tokens, H]
+            for part, group in zip(parts, groups, strict=True)
+        ]
+        padding = batch.with_row_per_document(groups[-1].positions[:1], groups[-1].lengths[:1] * 0)
+        for _ in range(len(groups), n_calls):
+            outputs[-1] = outputs[-1] + self._hidden_states_by_row(padding)[:, :0].sum()
+        return attention.scatter_documents(outputs, inverse, rows)
+
+    def _hidden_states_by_row(self, batch: Batch) -> Tensor:
+        """Run the backbone on all rows.
 
         Without a mask and a cache, transformers infers document boundaries from position_ids. `attention` receives them
         as the mask. Batch rows of one document each share their positions.

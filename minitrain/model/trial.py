@@ -5,11 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minitrain.errors import ConfigError
-
 from .decoder import find_blocks
 from .diagnostics import first_line
-from .load_check import check_packing, check_policy
+from .load_check import check_policy, select_packing
 from .policy import Policy
 from .sequence_head import is_encoder
 
@@ -24,8 +22,6 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
     Returns:
         Warnings: a failed check with random values can be a false alarm.
 
-    Raises:
-        ConfigError: With `packing`, documents of a row attend to each other. This is certain with any values.
     """
     _fill_values(policy)
     warnings = []
@@ -38,14 +34,10 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
             warnings = [f"a check with random values failed: {first_line(error)}"]
     if packing and not is_encoder(policy.model):
         policy.eval()
-        last_error = None
         for _ in _fewer_blocks(policy.model):
-            try:
-                check_packing(policy, torch.arange(3, 15))
-                return warnings
-            except ConfigError as error:
-                last_error = error
-        raise last_error
+            select_packing(policy, torch.arange(3, 15))
+            if not policy.groups_documents:
+                break
     return warnings
 
 

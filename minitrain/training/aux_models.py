@@ -254,6 +254,7 @@ def _load_reference(
     residual = policy.model.get_input_embeddings().weight.dtype
     with parallel.local_rank0_first():
         frozen = load(config.model, tokenizer, dtype, config.packing, residual)
+    frozen.groups_documents = policy.groups_documents
     # Compute like the policy, except that weights in 16 bits need inputs of their dtype.
     return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)
 

@@ -153,6 +153,7 @@ def prepare_policy(
     is_mixed = parallel.loads_shards or len({parameter.dtype for parameter in policy.parameters()}) > 1
     with precision.autocast() if is_mixed else contextlib.nullcontext():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.unsharded(policy))
+    parallel.reshard(policy)
     return policy.train(dropout)
 
 
