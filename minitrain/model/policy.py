@@ -17,6 +17,8 @@ from .output_layer import measure_output
 from .positions import position_limit, rotary_limit
 from .router import Routing
 
+GROUPS_NOTE = "the model cannot separate documents of a row, so they run in groups of similar length"
+
 
 class Policy(nn.Module):
     """A backbone with a chunked LM head, which runs only on the targets.

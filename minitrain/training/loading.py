@@ -10,6 +10,7 @@ from minitrain.data.loader import Data
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.model.load import DTYPES
 from minitrain.model.multimodal import describe_text_part
+from minitrain.model.policy import GROUPS_NOTE
 from minitrain.model.router import describe_aux_loss
 from minitrain.model.vocabulary import describe_new_tokens
 
@@ -54,6 +55,8 @@ def load_parts(trainer: "Trainer") -> None:
     trainer.policy = prepare_policy(
         run.policy, run.weights, config, trainer.parallel, trainer.precision, trainer.loss.dropout
     )
+    if trainer.policy.groups_documents:
+        trainer.notes.append(f"packing: {GROUPS_NOTE}")
     failpoint("load.weights")
     trainer.models = build_aux_models(
         trainer.loss, config, trainer.policy, trainer.tokenizer, trainer.parallel, trainer.precision, run.loaders

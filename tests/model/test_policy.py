@@ -115,14 +115,6 @@ def test_an_output_layer_is_checked_on_large_logits(change, dtype):
     check_policy(Policy(model), packing=False)
 
 
-def test_a_model_that_leaks_between_packed_documents_is_refused():
-    """Bloom has no position ids and so cannot tell documents apart."""
-    model = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4))
-    with raises(ConfigError, "conflict", "packing: "):
-        check_policy(Policy(model), packing=True)
-    check_policy(Policy(model), packing=False)
-
-
 def test_checking_leaves_modes_and_gradients_alone():
     """check_policy restores training mode and leaves no gradient."""
     model = random_llama().train()

@@ -182,7 +182,6 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "data/template:_check_no_lost_characters: invalid-text",
         "data/template:_split_at_mark: invalid-template",
     ),
-    "packed rows that crash: tests/tools/test_validate_refusals.py": ("model/load_check:check_packing: conflict",),
     "tests/losses/test_rollouts.py": (
         "data/formats_preference:_make_rollout: invalid-row",
         "losses/advantages:rewards: invalid-row",

@@ -14,6 +14,7 @@ from minitrain import Trainer, load_config
 from minitrain.cli.main import main
 from minitrain.errors import MinitrainError
 from minitrain.losses import create_loss, registered
+from minitrain.model.policy import GROUPS_NOTE
 from minitrain.model.positions import UNLIMITED, position_limit, rotary_limit
 from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_tokenizer
@@ -199,7 +200,7 @@ def test_encoders_count_positions_otherwise(write, tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_outline_is_tried_as_the_model_is(kind, packing):
-    """Without weights the verdict on packed rows is that of the loaded model, and nothing else is warned of."""
+    """Without weights the verdict on packed rows is that of the loaded model, and nothing is warned of."""
     from minitrain.model import attention
 
     with parameters_on_meta():
@@ -208,32 +209,20 @@ def test_an_outline_is_tried_as_the_model_is(kind, packing):
         attention.attend_by_document(outline.model)
     told = []
     error = refused(lambda: told.extend(check_meta_policy(outline, packing)))
-    if packing and kind in LEAKY:
-        assert reports(error, "conflict", "packing: ", type(outline.model).__name__)
-    else:
-        assert error is None and (told == [] or kind == "falcon_h1")
+    assert error is None and (told == [] or kind == "falcon_h1")
+    assert outline.groups_documents == (packing and kind in LEAKY)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bamba", "mixtral", "gpt2"])
-@pytest.mark.parametrize("packing", [False, True])
-def test_packed_rows_of_each_kind(write, kind, packing, tmp_path):
-    """`validate` and training agree, with the model's own files."""
-    path = write(ROWS["conversation"], model={"name_or_path": saved_model(kind, tmp_path / kind)}, packing=packing)
-    told = both_refuse(path)
-    assert reports(told, "conflict", "packing: ") == (packing and kind in LEAKY)
-
-
-def test_a_model_that_cannot_read_packed_rows(monkeypatch):
-    """What it raises is told in one line, in training as in `validate`."""
-    with parameters_on_meta():
-        outline = make_policy(tf.AutoModelForCausalLM.from_config(MODELS["llama"]()))
-
-    def broken(batch):
-        raise RuntimeError("The size of tensor a (12) must match\nmore")
-
-    monkeypatch.setattr(outline, "forward", broken)
-    told = refused(lambda: check_meta_policy(outline, True))
-    assert reports(told, "conflict", "packing: LlamaForCausalLM ", "The size of tensor a (12) must match")
+def test_packed_rows_of_each_kind(write, kind, tmp_path):
+    """`validate` and training read them with the model's own files, and report groups of documents."""
+    path = write(ROWS["conversation"], model={"name_or_path": saved_model(kind, tmp_path / kind)}, packing=True)
+    assert both_refuse(path) is None
+    config = load_config(path)
+    lines, trainer = validate(config, with_memory=True), Trainer(config)
+    assert lines["padding"].endswith(GROUPS_NOTE) == (kind in LEAKY) == trainer.policy.groups_documents
+    assert f"packing: {GROUPS_NOTE}" in trainer.notes or kind not in LEAKY
+    assert "MiB" in lines["peak memory"] or kind not in LEAKY
 
 
 # --------------------------------------------------------------------------------------------- pairs of texts
@@ -390,12 +379,6 @@ def short_teacher(write, folder, llama):
     return write(rows, loss={"name": "kd", "teacher": model}), "too-large GPT2LMHeadModel"
 
 
-def packed_teacher(write, folder, llama):
-    model = saved_model("mamba", folder / "mamba")
-    path = write(ROWS["conversation"], loss={"name": "kd", "teacher": model}, packing=True)
-    return path, "conflict packing: MambaForCausalLM "
-
-
 def unfit_adapter(write, folder, llama):
     Trainer(load_config(write(ROWS["conversation"], lora={"rank": 2}, exp_name="a"))).train()
     shutil.copytree(folder / "runs" / "a" / "final", folder / "adapter")
@@ -522,7 +505,6 @@ CASES = {
     "another archive": another_archive,
     "another teacher": another_teacher,
     "a teacher's positions": short_teacher,
-    "a teacher of packed rows": packed_teacher,
     "an adapter that does not fit": unfit_adapter,
     "a damaged adapter": damaged_adapter,
     "a missing weight": weights_that_lack_one,

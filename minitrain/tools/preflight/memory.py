@@ -283,6 +283,7 @@ def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode,
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
     policy = _to_fake(run.meta_policy(quantized=True), fake)
+    policy.groups_documents = run.policy.groups_documents
     loaders = [
         make_loader(examples, config, tokenizer, policy, parallel.rank, parallel.world_size)
         for examples in (run.data.train, run.data.eval)

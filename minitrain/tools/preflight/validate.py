@@ -20,6 +20,7 @@ from minitrain.errors import DataError, MinitrainError
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
 from minitrain.model.load import META, build_frozen
 from minitrain.model.multimodal import describe_text_part
+from minitrain.model.policy import GROUPS_NOTE
 from minitrain.model.router import describe_aux_loss
 from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
@@ -79,7 +80,9 @@ def _try_out(run: Preparation) -> list[str]:
     log_model_warnings(config.model.name_or_path, run.policy.model.load_notes)
     if config.model.archive:
         read_archive(run.policy.model, Path(config.model.archive))
-    warnings = check_meta_policy(run.meta_policy(), config.packing)
+    policy = run.meta_policy()
+    warnings = check_meta_policy(policy, config.packing)
+    run.policy.groups_documents = policy.groups_documents
     if "teacher" in run.loss.requires:
         teacher = teacher_config(run.loss, config)
         teacher_policy = build_teacher(teacher, tokenizer, config.packing, functools.partial(build_frozen, device=META))
@@ -271,7 +274,8 @@ def _padding(run: Preparation, fraction: float) -> str:
         config, policy = dataclasses.replace(run.config, packing=not packing), run.meta_policy(packing=not packing)
         tokens, cells = _batch_sizes(make_loader(run.data.train, config, run.template.tokenizer, policy))
         percent[not packing] = _percent(cells - tokens, cells)
-    return f"{percent[False]} without packing" + (f", {percent[True]} with it" if True in percent else "")
+    groups = f"; {GROUPS_NOTE}" if run.policy.groups_documents else ""
+    return f"{percent[False]} without packing" + (f", {percent[True]} with it{groups}" if True in percent else "")
 
 
 def _batch_sizes(loader: MicrobatchLoader) -> tuple[int, int]:
