@@ -136,9 +136,6 @@ def _check_prompt(config: Config, issues: ConfigIssues) -> None:
         issues.add("soft_prompt", "no-effect", message, "soft_prompt.num_virtual_tokens")
     if config.lora.rank:
         issues.add("soft_prompt", "conflict", "conflicts with lora. Set only one.", "lora.rank")
-    if config.packing:
-        message = "conflicts with soft_prompt, which needs one document per row. Use packing=false and group_by_length."
-        issues.add("packing", "conflict", message, "soft_prompt")
     if prompt.method == "prefix" and prompt.init_text:
         issues.add("soft_prompt.init_text", "no-effect", "has no effect without soft_prompt.method=prompt.")
     if prompt.method == "prompt" and prompt.prefix_projection:

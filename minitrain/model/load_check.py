@@ -131,9 +131,10 @@ def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
 def select_packing(policy: Policy, ids: Tensor) -> None:
     """Set `groups_documents` of a policy that cannot separate the documents of a packed row."""
     policy.groups_documents = False
-    # Attention by document has no chunks, and no document here is longer than one.
+    # Attention by document has no chunks, and no document here is longer than one. Soft prompts come before a row.
     is_chunked = getattr(policy.model.config.get_text_config(), "attention_chunk_size", None) is not None
-    policy.groups_documents = bool(policy.max_over_ranks(is_chunked or not _separates_documents(policy, ids)))
+    needs_groups = is_chunked or policy.has_soft_prompt or not _separates_documents(policy, ids)
+    policy.groups_documents = bool(policy.max_over_ranks(needs_groups))
 
 
 def _separates_documents(policy: Policy, ids: Tensor) -> bool:

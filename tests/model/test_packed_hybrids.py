@@ -207,11 +207,15 @@ def hybrid_folder(tmp_path) -> str:
     return str(tmp_path / "hybrid")
 
 
-def test_packed_steps_are_padded_ones(make_trainer, hybrid_folder):
-    """SFT of a hybrid from its files."""
-    losses = []
+PREFIX = "soft_prompt={num_virtual_tokens: 4, method: prefix}"
+
+
+@pytest.mark.parametrize("options", [("model.name_or_path=HYBRID",), ("soft_prompt.num_virtual_tokens=4",), (PREFIX,)])
+def test_packed_steps_are_padded_ones(make_trainer, hybrid_folder, options):
+    """SFT of a hybrid from its files, and soft prompts, of which each document has its own."""
+    losses, options = [], [option.replace("HYBRID", hybrid_folder) for option in options]
     for packing in ("true", "false"):
-        trainer = make_trainer(f"model.name_or_path={hybrid_folder}", f"packing={packing}", f"exp_name=run-{packing}")
+        trainer = make_trainer(*options, f"packing={packing}", f"exp_name=run-{packing}")
         trainer.train()
         losses.append([row["loss"] for row in metrics(trainer)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -268,9 +268,7 @@ def _padding(run: Preparation, fraction: float) -> str:
     """Return the fraction of padding without and with packing; `fraction` is that of the config."""
     packing, percent = run.config.packing, {}
     percent[packing] = f"{100 * fraction:.1f} %"
-    if packing or not (
-        run.policy.has_soft_prompt or is_encoder(run.policy.model)
-    ):  # these need a row for each document
+    if packing or not is_encoder(run.policy.model):  # an encoder needs a row for each document
         config, policy = dataclasses.replace(run.config, packing=not packing), run.meta_policy(packing=not packing)
         tokens, cells = _batch_sizes(make_loader(run.data.train, config, run.template.tokenizer, policy))
         percent[not packing] = _percent(cells - tokens, cells)
