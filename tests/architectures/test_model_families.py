@@ -57,16 +57,17 @@ CLASSIFIERS = [kind for kind in FAMILIES if kind in GROUPS["classifiers"].kinds]
 
 
 def assert_outcomes(group: str, kind: str, folder, checks: tuple[str, ...] = ()) -> None:
-    """Compare with the table. Another version of transformers may have other outcomes, but no wrong one."""
+    """Each outcome is ok or the one in the table. Another version of transformers may refuse other things."""
     outcomes = run_checks(group, kind, folder, checks)
     assert outcomes.pop(BUILT) == OK
     if transformers.__version__ == TABLE.transformers:
         expected = {check: TABLE.outcome(group, kind, check) for check in outcomes}
-        assert {c: (o.word, o.code) for c, o in outcomes.items()} == {
-            c: (o.word, o.code) for c, o in expected.items()
-        }, outcomes
+        others = [
+            c for c, o in outcomes.items() if o != OK and (o.word, o.code) != (expected[c].word, expected[c].code)
+        ]
     else:
-        assert not [outcome for outcome in outcomes.values() if outcome.word in ("wrong", "crash")]
+        others = [check for check, outcome in outcomes.items() if outcome.word in ("wrong", "crash")]
+    assert not others, {check: outcomes[check] for check in others}
 
 
 @pytest.mark.parametrize("kind", QUICK)

@@ -14,6 +14,7 @@ from tests.distributed.test_fsdp import figures, same_training
 from tests.losses.test_rollouts import rows
 from tests.messages import reports
 from tests.model.test_dequantize import as_fp8
+from tests.model.test_dtypes import MODELS as MADE_IN_FLOAT32
 from tests.model.test_policy import MODELS
 from tests.model.test_router import MODELS as MOE
 
@@ -233,3 +234,19 @@ def test_a_mistake_is_told_once_and_before_the_model(job, scratch):
     rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     output = launch(2, [job("row", f"datasets=[{rows}]", fsdp="full")], scratch / "row", expect=2)
     assert reports(output, "invalid-row", f"{rows}:2: ") and "Traceback" not in output
+
+
+def test_shards_keep_what_transformers_keeps_in_float32(job, scratch, tmp_path):
+    """A router that the class makes in float32: at lr 0, ranks save what transformers loads in bfloat16."""
+    config, _ = MADE_IN_FLOAT32["a linear layer that is made in float32"]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    options = (f"model.name_or_path={tmp_path / 'base'}", "model.policy_dtype=bfloat16", "lr=0", "n_steps=1")
+    launch(2, [job("sharded", *options, fsdp="full")], scratch)
+    base, saved = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+        for folder in (tmp_path / "base", tmp_path / "runs" / "sharded" / "final")
+    )
+    assert torch.float32 in {tensor.dtype for tensor in saved.values()}
+    assert all(torch.equal(saved[name], tensor) for name, tensor in base.items())
