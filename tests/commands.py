@@ -51,6 +51,7 @@ CASES = {
     "merge": CommandCase(
         ["merge", "runs/lora", "--output", "merged"], "inference.merge:merge_adapter", writes="merged"
     ),
+    "check": CommandCase(["check", "runs/lora"], "inference.check:_check_adapter", quiet_output=None),
     "plot": CommandCase(["plot", "runs/lora"], "tools.analysis.plot:plot", writes="runs/lora/metrics.png"),
     "doctor": CommandCase(["doctor", "runs/lora"], "tools.analysis.doctor:run_checks"),
     "compare": CommandCase(["compare", "runs/lora", "runs/labels"], "tools.analysis.compare:compare"),

@@ -18,7 +18,8 @@ from .registry import COMMANDS, Command, find_command
 
 EXIT_CODES = """exit codes:
   0    done
-  1    training failed (repeated non-finite losses, a full disk or memory); compare: the runs differ
+  1    training failed (repeated non-finite losses, a full disk or memory); compare: the runs differ;
+       check: the model differs
   2    invalid command, config or data
   3    validate: no problem was found, but a model or data set on the Hub could not be reached
   130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first; rerun the same command to resume

@@ -324,6 +324,32 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR", help="a run directory, or the folder of a model or an adapter")
+    about = "the base model; default: that of the adapter. For a model, its tensors must have the names of B's"
+    parser.add_argument("--base", metavar="B", help=about)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+@command(
+    _check_arguments,
+    "check that transformers and PEFT alone load a saved model or adapter",
+    usage="DIR [--base B]",
+    example="minitrain check runs/lora-sft",
+    docs="adapters.md#checking",
+)
+def check(arguments: argparse.Namespace) -> int:
+    from minitrain.inference.resolve import find_model
+
+    find_model(arguments.model)
+    with exiting_on_signal():
+        from minitrain.inference.check import check_model
+    report = check_model(arguments.model, arguments.base, arguments.trust_remote_code)
+    width = max(map(len, report.lines))
+    print("\n".join(f"{topic:<{width}}  {line}" for topic, line in report.lines.items()))
+    return 0 if report.passed else 1
+
+
 def _load_generator(arguments: argparse.Namespace):
     if arguments.top_p < 1 and arguments.temperature == 0:
         raise ConfigError("--top-p: has no effect with temperature 0. Set --temperature above 0.", "no-effect")

@@ -1,0 +1,178 @@
+"""Check that transformers and PEFT alone load a saved model or adapter: `minitrain check`."""
+
+import dataclasses
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from minitrain.config.sections import ModelConfig
+from minitrain.errors import ConfigError
+from minitrain.io.paths import looks_local
+from minitrain.model.adapter_config import FILE, read_config
+from minitrain.model.adapter_files import PREFIX, load_adapter
+from minitrain.model.diagnostics import describe_head, model_load_error
+from minitrain.model.load import load_base, load_merged, load_model, load_tokenizer, trained_outputs
+from minitrain.model.pretrained import auto_class, no_progress_bar, quantization_of, read_model_config
+from minitrain.model.weights import open_files, weight_files
+
+from .generate import model_config
+from .resolve import find_model
+
+TOLERANCE = 1e-3  # of logits in float32, relative to the largest one if that exceeds 1
+N_TOKENS = 16
+LAYER = re.compile(r"\.(lora_|token_adapter|base_layer|modules_to_save)")  # what follows a module in PEFT's keys
+
+
+@dataclasses.dataclass
+class Check:
+    """Lines of the report by topic, and whether everything was reached and equal."""
+
+    lines: dict[str, str] = dataclasses.field(default_factory=dict)
+    passed: bool = True
+
+    def count(self, topic: str, names: set[str], missing: set[str], unused: set[str] = frozenset()) -> None:
+        """Report how many of the names were reached."""
+        parts = [f"{len(names) - len(missing)} of {len(names)} reached"]
+        parts += [f"not reached: {_first(missing)}"] if missing else []
+        parts += [f"not used: {_first(unused)}"] if unused else []
+        self.lines[topic], self.passed = "; ".join(parts), self.passed and not missing and not unused
+
+    def compare(self, topic: str, actual: Tensor, expected: Tensor) -> None:
+        """Report the largest difference of logits."""
+        difference, largest = float((actual - expected).abs().max()), float(expected.abs().max())
+        is_close = difference <= TOLERANCE * max(1.0, largest)  # False if it is NaN
+        verdict = "equal" if is_close else "different"
+        self.lines[topic] = f"{verdict}, largest difference {difference:.2g} of logits up to {largest:.2g}"
+        self.passed = self.passed and is_close
+
+
+def check_model(source: str, base: str | None = None, trust_remote_code: bool = False) -> Check:
+    """Load a saved model or adapter with the class of its files, and compare its logits with those of minitrain.
+
+    Args:
+        source: A run directory, or the folder of a model or of an adapter.
+        base: The base model (default: that of the adapter, or the model itself).
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ConfigError: A model cannot be loaded, or is of a kind that cannot be checked.
+    """
+    config = model_config(find_model(source), trust_remote_code)
+    if base is not None and looks_local(base) and not Path(base).is_dir():
+        raise ConfigError(f"--base: {base} does not exist (relative to {Path.cwd()}). Check the path.", "not-found")
+    if config.adapter is None:
+        return _check_full(config, ModelConfig(base or config.name_or_path, trust_remote_code=trust_remote_code))
+    if read_config(Path(config.adapter))["peft_type"] != "LORA":
+        raise ConfigError(f"{source}: is a soft prompt, which adapts no modules. Check LoRA only.", "unsupported-model")
+    if base is not None:
+        config = dataclasses.replace(config, name_or_path=base, revision=None)
+    return _check_adapter(config)
+
+
+def _check_full(config: ModelConfig, base: ModelConfig) -> Check:
+    outputs, check = trained_outputs(config), Check()
+    tokenizer = load_tokenizer(config, scores=outputs is not None)
+    expected = _logits(load_model(config, tokenizer, 0, torch.float32, outputs))
+    model, info = _load_alone(config, outputs)
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    check.lines["class"] = type(model).__name__
+    check.count("tensors", set(model.state_dict()), missing, set(info["unexpected_keys"]))
+    if base.name_or_path != config.name_or_path:
+        own_class = (_read_config(base).architectures or [""])[0]
+        if own_class != type(model).__name__:
+            check.lines["class"], check.passed = f"{type(model).__name__}; the base model is {own_class}", False
+        names, saved = _names_in_files(base), _names_in_files(config)
+        check.count("names of the base model", names, names - saved)
+    check.compare("logits", _logits(model), expected)
+    return check
+
+
+def _check_adapter(config: ModelConfig) -> Check:
+    folder, outputs, check = Path(config.adapter), trained_outputs(config), Check()
+    tokenizer = load_tokenizer(config, scores=outputs is not None)
+    adapted = load_base(config, tokenizer)
+    load_adapter(adapted, folder)
+    expected, n_rows = _logits(adapted), adapted.get_input_embeddings().weight.shape[0]
+    model, _ = _load_alone(config, outputs)
+    check.lines["class"] = type(model).__name__
+    with safe_open(folder / FILE, "pt") as file:
+        layers = {_layer(key) for key in file.keys()}  # noqa: SIM118
+    check.count("modules", layers, layers - dict(model.named_modules()).keys())
+    if model.get_input_embeddings().weight.shape[0] < n_rows:
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
+    if find_spec("peft") is not None and config.quantization == "none":
+        _compare_peft(check, model, folder, expected)
+    merged = load_merged(config, tokenizer).state_dict()
+    unused = model.load_state_dict(merged, strict=False).unexpected_keys
+    check.count("merged weights", set(merged), set(unused))
+    check.compare("logits when merged", _logits(model), expected)
+    return check
+
+
+def _compare_peft(check: Check, model: nn.Module, folder: Path, expected: Tensor) -> None:
+    """Compare with the logits in PEFT, and restore the model."""
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, folder)
+    check.compare("logits in PEFT", _logits(adapted), expected)
+    adapted.unload()
+
+
+def _read_config(config: ModelConfig, **changes):
+    try:
+        return read_model_config(config, **changes)
+    except Exception as error:
+        raise model_load_error(config, "model", error) from None
+
+
+def _load_alone(config: ModelConfig, outputs: list[str] | None) -> tuple[nn.Module, dict]:
+    """Return the model in a folder, loaded by transformers with the class that its config.json names."""
+    import transformers
+
+    hf_config = _read_config(config, **({} if outputs is None else {"num_labels": len(outputs)}))
+    if quantization_of(hf_config) is not None:
+        reason = f"{config.name_or_path}: its weights are quantized. Merge the adapter, and check the merged model"
+        raise ConfigError(f"{reason}.", "unsupported-model")
+    name = (hf_config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    try:
+        if model_class is None or (outputs is not None and not name.endswith("ForSequenceClassification")):
+            model_class = auto_class(hf_config, outputs)
+        with no_progress_bar():
+            model, info = model_class.from_pretrained(
+                config.name_or_path,
+                config=hf_config,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:
+        raise model_load_error(config, describe_head(outputs), error) from None
+    return model, info
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> Tensor:
+    """Return the logits of a few tokens, float32, shape [1, T, V], or [1, L] of a scalar head."""
+    ids = torch.arange(3, 3 + N_TOKENS) % model.config.get_text_config().vocab_size
+    return model.eval()(input_ids=ids[None]).logits.float()
+
+
+def _layer(key: str) -> str:
+    name = key.removeprefix(PREFIX)
+    return LAYER.split(name, maxsplit=1)[0] if LAYER.search(name) else name.rpartition(".")[0]
+
+
+def _names_in_files(config: ModelConfig) -> set[str]:
+    return set(open_files(weight_files(config.name_or_path, config.revision)))
+
+
+def _first(names: set[str]) -> str:
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return f"{min(names)}{others}"
