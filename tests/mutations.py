@@ -372,6 +372,15 @@ BUGS = {
             test="tests/training/test_loop.py::test_compiled_blocks_give_the_same_losses",
         ),
         Bug(
+            number=65,
+            title="State, or attention beyond its window, crossed the documents of a packed row; gradients did not show it.",
+            reported_in="THUDM/slime#1686",
+            file="minitrain/model/document_check.py",
+            line="span * 3 // 2 for span in _numbers(policy, SPAN)",
+            replacement="0 for span in _numbers(policy, SPAN)",
+            test="tests/model/test_load_check.py::test_packed_documents_are_longer_than_the_window",
+        ),
+        Bug(
             number=71,
             title="A fused loss had no gradient where few tokens of a row were targets.",
             reported_in="unslothai/unsloth#5230",

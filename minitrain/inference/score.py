@@ -25,6 +25,7 @@ from minitrain.data.files import FORMATS, check_is_file, format_of, read_rows
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer, trained_outputs
+from minitrain.model.load_check import check_policy
 from minitrain.model.policy import Policy
 from minitrain.model.positions import batches_by_length
 from minitrain.model.sequence_head import make_policy
@@ -126,6 +127,7 @@ def load_scorer(
     are_texts = all(isinstance(request.example, ClassificationExample) for request in requests)
     template = Template(tokenizer, "none" if are_texts else chat_template, variables=chat_template_kwargs)
     policy = make_policy(load_saved(config, tokenizer, device, labels))
+    check_policy(policy, packing=False, device=policy.model.device)
     return SequenceScorer(policy, template, policy.n_positions)
 
 

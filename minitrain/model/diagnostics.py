@@ -1,6 +1,7 @@
 """Find problems in the files of a model, and describe them."""
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -58,6 +59,22 @@ def check_is_decoder(shape: Any) -> None:
     if shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False):
         raise ConfigError(
             f"{shape.model_type} is an encoder, which cannot generate text. Use loss.name=classify.",
+            "unsupported-model",
+        )
+
+
+def check_can_score(shape: Any) -> None:
+    """Reject the config of an encoder-decoder such as T5, whose scores need the input of a decoder or an EOS.
+
+    Raises:
+        ConfigError: The model has an encoder and a decoder.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
+
+    arguments = inspect.signature(CLASSES[type(shape)].forward).parameters if type(shape) in CLASSES else ()
+    if shape.is_encoder_decoder or "decoder_input_ids" in arguments:
+        raise ConfigError(
+            f"{shape.model_type} has an encoder and a decoder. Use an encoder or a causal language model.",
             "unsupported-model",
         )
 

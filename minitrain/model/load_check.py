@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.distributed.fsdp import FSDPModule
 
 from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.errors import ConfigError
 
 from .decoder import decoder_of
+from .document_check import SHORT, check_documents, explained, is_exact, padded_batch, random_documents
 from .policy import Policy
 from .sequence_head import EncoderScorer, Scorer
 
@@ -31,21 +33,61 @@ def check_policy(
         gathered: Context in which modules of a sharded policy can be called.
 
     Raises:
-        ConfigError: The logps differ from the model's own.
+        ConfigError: The output differs from that of transformers, or depends on the batch of a document.
     """
     if any(is_fake(parameter) for parameter in policy.parameters()):
         return  # they have no values to compare
     training = policy.training
     policy.eval()
-    ids = torch.arange(3, 15, device=device) % policy.model.config.get_text_config().vocab_size  # [12]
-    if isinstance(policy, Scorer):
-        pad = policy.model.config.get_text_config().pad_token_id
-        _check_scores(policy, ids[ids != pad], gathered)
-    elif not isinstance(policy, EncoderScorer):  # its head is that of transformers
-        _check_head(policy, ids, gathered)
-    if packing:
-        select_packing(policy, ids)
+    check_output_layer(policy, device, gathered)
+    if isinstance(policy, EncoderScorer):
+        check_encoder(policy, device)
+    else:
+        check_documents(policy, packing, device, gathered)
     policy.train(training)
+
+
+def check_output_layer(
+    policy: Policy,
+    device: torch.device | str = "cpu",
+    gathered: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """Compare the logps or scores of a policy with those of its model. Raises ConfigError."""
+    if isinstance(policy, EncoderScorer):
+        return  # its head is that of transformers
+    ids = torch.arange(3, 15, device=device) % policy.model.config.get_text_config().vocab_size  # [12]
+    with explained(f"model.name_or_path: {type(policy.model).__name__} cannot be computed"):
+        if isinstance(policy, Scorer):
+            pad = policy.model.config.get_text_config().pad_token_id
+            _check_scores(policy, ids[ids != pad], gathered)
+        else:
+            _check_head(policy, ids, gathered)
+
+
+@torch.no_grad()
+def check_encoder(policy: EncoderScorer, device: torch.device | str = "cpu") -> None:
+    """Set whether the scores of an encoder ignore padding.
+
+    Raises:
+        ConfigError: The model raises an error, also in training mode, or it depends on padding and is sharded.
+    """
+    name = type(policy.model).__name__
+    documents = random_documents(policy, SHORT)
+    with explained(f"model.name_or_path: {name} cannot be computed"):
+        padded = policy(padded_batch(policy, [[document] for document in documents], device)).scores  # [2, L]
+        alone = torch.cat([policy(padded_batch(policy, [[document]], device)).scores for document in documents])
+        with torch.random.fork_rng():  # of dropout
+            policy.train()
+            policy(padded_batch(policy, [documents[1:]], device))
+            policy.eval()
+    tolerance = (1e-4 if is_exact(policy, padded.device) else 2e-2) * float(alone.abs().max())
+    policy.ignores_padding = torch.allclose(padded, alone, rtol=0.0, atol=tolerance, equal_nan=True)
+    if not policy.ignores_padding and isinstance(policy, FSDPModule):
+        raise ConfigError(
+            f"model.name_or_path: the scores of {name} depend on padding, so documents of each length are computed by "
+            "themselves, which ranks with shards cannot do. Train it on one GPU, or choose another model.",
+            "unsupported-model",
+        )
 
 
 LARGE_LOGIT = 30.0  # large enough that a softcap, a scale or a multiplier changes the logps
@@ -73,7 +115,7 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
             logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
     if len(calls) != 2:
         return 0.0  # the model calls its decoder without its hooks
-    if not logits.isfinite().all():
+    if (~logits.isfinite()).any():
         raise ConfigError(
             "model.name_or_path: the model outputs NaN or infinity: its weights are damaged, or too large "
             "for policy_dtype. Download it again, or set policy_dtype=float32.",
@@ -126,55 +168,6 @@ def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
             "scores would be wrong. Please report this architecture.",
             "unsupported-model",
         )
-
-
-def select_packing(policy: Policy, ids: Tensor) -> None:
-    """Set `groups_documents` of a policy that cannot separate the documents of a packed row."""
-    policy.groups_documents = False
-    # Attention by document has no chunks, and no document here is longer than one. Soft prompts come before a row.
-    is_chunked = getattr(policy.model.config.get_text_config(), "attention_chunk_size", None) is not None
-    needs_groups = is_chunked or policy.has_soft_prompt or not _separates_documents(policy, ids)
-    policy.groups_documents = bool(policy.max_over_ranks(needs_groups))
-
-
-def _separates_documents(policy: Policy, ids: Tensor) -> bool:
-    """Return whether the output for the second of two documents in a row depends on nothing of the first.
-
-    The gradient of the first one's embeddings must be 0: state, convolutions and attention are seen at any strength.
-    The output must be that of the second one alone: positions are seen.
-    """
-    embeddings = []
-
-    def record(module, args, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_())  # [1, 12, H]
-        return embeddings[-1].clone()  # a model may change the clone in place
-
-    try:
-        hook = policy.model.get_input_embeddings().register_forward_hook(record)
-        try:
-            with torch.enable_grad():
-                packed = _outputs(policy, make_row(ids, [5, len(ids) - 5]))[1]
-                gradient = torch.autograd.grad(packed.sum(), embeddings[0])[0]  # [1, 12, H]
-        finally:
-            hook.remove()
-        with torch.no_grad():
-            alone = _outputs(policy, make_row(ids[5:], [len(ids) - 5]))[0]
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
-        raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-        return False  # the model cannot read the mask or the positions of packed rows
-    # The median: in 16 bits, rounding may send single tokens to other experts.
-    exact = policy.model.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
-    difference = (packed - alone).abs().median()
-    return not gradient[0, :5].any() and bool(difference <= (1e-4 if exact else 3e-2) * (1 + alone.abs().median()))
-
-
-def _outputs(policy: Policy, batch: Batch) -> list[Tensor]:
-    """Return the scores [L] or logps of each document."""
-    output = policy(batch)
-    if output.scores is not None:
-        return list(output.scores)
-    return [output.logps[output.doc_ids == d] for d in range(batch.n_docs)]
 
 
 def make_row(ids: Tensor, lengths: list[int]) -> Batch:

@@ -12,6 +12,7 @@ from minitrain.io.hub import check_hub
 
 from .dequantize import dequantized, describe_dequantized, method_of
 from .diagnostics import (
+    check_can_score,
     check_is_decoder,
     check_missing_keys,
     describe_head,
@@ -98,6 +99,8 @@ def from_pretrained(
         model_class = auto_class(hf_config, outputs)
         if outputs is None:
             check_is_decoder(hf_config)
+        else:
+            check_can_score(hf_config)
         quantization = _pop_quantization(hf_config)
         if quantization or device.type == "meta":
             with parameters_on_meta():

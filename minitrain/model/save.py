@@ -85,13 +85,15 @@ def set_end_tokens(model: nn.Module, end_ids: list[int]) -> None:
 
 def _save_converted(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Save with transformers, which uses the names in the base model's files."""
-    defaults = model.generation_config
-    model.generation_config = type(defaults)()  # save_pretrained refuses settings of some published models
+    defaults = getattr(model, "generation_config", None)
+    if defaults is not None:
+        model.generation_config = type(defaults)()  # save_pretrained refuses settings of some published models
     try:
         with no_progress_bar():
             model.save_pretrained(folder, state_dict=state)
     finally:
-        model.generation_config = defaults
+        if defaults is not None:
+            model.generation_config = defaults
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
 

@@ -56,7 +56,14 @@ class Scorer(Policy):
 
 
 class EncoderScorer(Policy):
-    """An encoder such as BERT with the head of transformers; one document per batch row, padded on the right."""
+    """An encoder such as BERT with the head of transformers; one document per batch row, padded on the right.
+
+    Attributes:
+        ignores_padding: The scores of a document do not depend on the padding of its batch, so that documents of
+            different lengths are computed together. `check_policy` sets it.
+    """
+
+    ignores_padding = True
 
     def forward(self, batch: Batch) -> PolicyOutput:
         """Return the `scores` [D, L] of the documents."""
@@ -65,8 +72,23 @@ class EncoderScorer(Policy):
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
         if getattr(self.model.config, "type_vocab_size", 1) > 1 and "token_types" in batch.token_features:
             inputs["token_type_ids"] = batch.token_features["token_types"].long()
-        scores = self.model(**inputs).logits[: batch.n_docs].float()  # [D, L]
+        if self.ignores_padding or batch.n_docs == 0:
+            scores = self.model(**inputs).logits[: batch.n_docs].float()  # [D, L]
+        else:
+            scores = self._scores_by_length(inputs, batch.spans[:, 2])
         return PolicyOutput(None, batch.target_docs, batch.n_docs, scores=scores)
+
+    def _scores_by_length(self, inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
+        """Return the scores [D, L] of documents of these lengths [D], those of equal length together."""
+        distinct, counts = lengths.unique(return_counts=True)
+        order = lengths.argsort(stable=True)  # [D]
+        scores = [
+            self.model(
+                **{name: tensor[rows.to(tensor.device), : int(length)] for name, tensor in inputs.items()}
+            ).logits
+            for length, rows in zip(distinct, order.split(counts.tolist()), strict=True)
+        ]
+        return torch.cat(scores).float()[order.argsort().to(scores[0].device)]
 
     @property
     def n_positions(self) -> int:
@@ -114,6 +136,20 @@ def check_can_pack(model: nn.Module, packing: bool) -> None:
         raise ConfigError(f"packing: {reason}", "conflict")
 
 
+def check_embedding(model: nn.Module) -> None:
+    """Reject models without an embedding of tokens, such as CANINE and Perceiver. Raises ConfigError."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(embedding, nn.Module):
+        raise ConfigError(
+            f"model.name_or_path: {type(model).__name__} has no embedding with a row for each token, "
+            "so it is not supported. Choose another model.",
+            "unsupported-model",
+        )
+
+
 def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missing: Iterable[str]) -> None:
     """Set the labels and the pad token id in a model's config, and set `model.heads`.
 
@@ -133,8 +169,10 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
     config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
-    if not is_encoder(model):  # RoBERTa counts positions from its own pad token id
-        config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
+    check_embedding(model)
+    text_config = config.get_text_config()
+    if not is_encoder(model) or text_config.pad_token_id is None:  # RoBERTa counts positions from its own pad token id
+        text_config.pad_token_id = config.pad_token_id = pad_token_id
     new = sorted({name.rpartition(".")[0] for name in missing})
     body = set(find_blocks(model).modules()) | {model.get_input_embeddings()}
     if missing_modules := [name for name in new if model.get_submodule(name) in body]:

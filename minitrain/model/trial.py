@@ -1,13 +1,12 @@
 """Run the checks of a loaded policy on one from the meta device, with random values that need almost no memory."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
-from .decoder import find_blocks
 from .diagnostics import first_line
-from .load_check import check_policy, select_packing
+from .document_check import check_documents
+from .few_blocks import with_few_blocks
+from .load_check import check_encoder, check_output_layer
 from .policy import Policy
 from .sequence_head import is_encoder
 
@@ -20,41 +19,24 @@ def check_meta_policy(policy: Policy, packing: bool) -> list[str]:
     """Run the checks that training runs on a loaded policy. The policy cannot be used afterwards.
 
     Returns:
-        Warnings: a failed check with random values can be a false alarm.
+        Warnings: the comparison of the output layer with random values can be a false alarm.
 
+    Raises:
+        ConfigError: The output depends on the batch of a document. This is certain with any values.
     """
     _fill_values(policy)
+    policy.eval()
     warnings = []
-    for _ in _fewer_blocks(policy.model):
-        try:
-            check_policy(policy, packing=False)
-            warnings = []
-            break
-        except Exception as error:  # with random values a model can raise any error
-            warnings = [f"a check with random values failed: {first_line(error)}"]
-    if packing and not is_encoder(policy.model):
-        policy.eval()
-        for _ in _fewer_blocks(policy.model):
-            select_packing(policy, torch.arange(3, 15))
-            if not policy.groups_documents:
-                break
+    try:
+        if is_encoder(policy.model):
+            check_encoder(policy)
+        else:
+            with_few_blocks(policy, lambda: check_output_layer(policy))
+    except Exception as error:  # with random values a model can raise any error
+        warnings.append(f"a check with random values failed: {first_line(error)}")
+    if not is_encoder(policy.model):
+        check_documents(policy, packing)
     return warnings
-
-
-def _fewer_blocks(model: nn.Module) -> Iterator[None]:
-    """Yield first with one block of each structure in the model, which is faster, then with all blocks."""
-    blocks = find_blocks(model)
-    all_blocks = list(blocks)
-    distinct = list({_signature(block): block for block in reversed(all_blocks)}.values())[::-1]
-    for subset in (distinct, all_blocks):
-        del blocks[:]
-        blocks.extend(subset)
-        yield
-
-
-def _signature(block: nn.Module) -> tuple:
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
-    return (*((name, type(module)) for name, module in block.named_modules()), *shapes)
 
 
 def _fill_values(policy: Policy) -> None:

@@ -149,11 +149,11 @@ def prepare_policy(
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:
         parallel.load_shards(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))
-    # A sharded policy computes in policy_dtype, and layers of several dtypes need autocast; else float32 is more exact.
-    is_mixed = parallel.loads_shards or len({parameter.dtype for parameter in policy.parameters()}) > 1
-    with precision.autocast() if is_mixed else contextlib.nullcontext():
+    # A sharded policy computes in policy_dtype, and other dtypes may need autocast; else float32 is more exact.
+    is_float32 = not parallel.loads_shards and {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    with contextlib.nullcontext() if is_float32 else precision.autocast():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.unsharded(policy))
-    parallel.reshard(policy)
+    parallel.reshard(policy)  # a gathered parameter is not the one that the optimizer updates
     return policy.train(dropout)
 
 

@@ -9,7 +9,7 @@ import transformers as tf
 
 from minitrain.batch import Document, collate
 from minitrain.model import attention
-from minitrain.model.load_check import select_packing
+from minitrain.model.document_check import check_documents
 from minitrain.model.policy import Policy, checkpoint_activations
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.training.step import Precision
@@ -82,7 +82,9 @@ def model_of(name: str) -> torch.nn.Module:
 def policy_of(model: torch.nn.Module) -> Policy:
     policy = Policy(model)
     attention.attend_by_document(model)
-    select_packing(policy, torch.arange(3, 15))
+    policy.eval()
+    check_documents(policy, packing=True)
+    policy.train(model.training)
     return policy
 
 
