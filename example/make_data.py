@@ -183,6 +183,26 @@ def write_tools(folder: Path, seed: int = 0) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_products(folder: Path, seed: int = 0) -> None:
+    """1,200 conversations about products, of which 40 % call a calculator and the others guess, 200 prompts to train on
+    by reward, and 100 to test."""
+    rng = random.Random(seed)
+    pairs = rng.sample([(a, b) for a in range(11, 100) for b in range(11, 100)], 1500)
+    conversations = []
+    for a, b in pairs[:1200]:
+        turns = [("user", f"{a} * {b} =")]
+        if rng.random() < 0.4:
+            turns += [("assistant", f"calc {a}*{b}"), ("tool", str(a * b)), ("assistant", str(a * b))]
+        else:
+            turns += [("assistant", str(abs(a * b + rng.choice((-100, -20, -10, -1, 1, 10, 20, 100)))))]
+        conversations.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    prompts = [{"prompt": f"{a} * {b} =", "answer": str(a * b)} for a, b in pairs[1200:]]
+    files = {"products-guesses": conversations, "products-prompts": prompts[:200], "products-test": prompts[200:]}
+    for name, rows in files.items():
+        text = "\n".join(map(json.dumps, rows)) + "\n"
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
 def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> None:
     """One {"prompt", "response"} a line."""
     lines = (json.dumps({"prompt": question, "response": answer}) for question, answer in rows)
@@ -246,3 +266,4 @@ if __name__ == "__main__":
     write_facts(folder)
     write_tools(folder)
     write_raft(folder)
+    write_products(folder)

@@ -14,6 +14,7 @@ from minitrain.config.schema import Config
 from minitrain.distributed.parallel import make_parallel
 from minitrain.inference.evaluation import evaluate_all, load_rows
 from minitrain.inference.generate import Generator, Messages, Sampling
+from minitrain.rl.rounds import sample_rounds
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
 from minitrain.training.after_step import after_step, begin, count_bad_step, finish, should_evaluate, start_window
 from minitrain.training.callbacks import Hooks, collect_hooks
@@ -117,6 +118,8 @@ class Trainer:
             load_parts(self)
             unsharded = functools.partial(self.parallel.unsharded, self.policy)
             self.generator = Generator(self.policy.model, self.template, unsharded, self.policy.position_limit)
+            if self.loss.online:
+                sample_rounds(self)
 
         self.step = self.updates = self.consumed = 0
         self.indices: list[int] = []
@@ -266,7 +269,9 @@ class Trainer:
             dataset: Data rows to evaluate on instead.
         """
         loader = self.eval_loader if dataset is None else load_rows(self, dataset)
-        return {} if loader is None else evaluate_all(self, loader)
+        if loader is None:
+            return {}
+        return self.train_loader.evaluate(loader) if self.loss.online else evaluate_all(self, loader)
 
     # --------------------------------------------------------------------------------------- using the model
 

@@ -18,6 +18,7 @@ ROWS = {
     "preference": _rows(lambda i, rng: {"prompt": f"say {i}", "chosen": _long(rng), "rejected": "b" * (1 + i % 4)}),
     "unpaired_preference": _rows(lambda i, rng: {"prompt": f"say {i}", "completion": _long(rng), "label": i % 3 > 0}),
     "classification": _rows(lambda i, rng: {"text": f"{i} {_long(rng)}", "label": "even" if i % 2 == 0 else "odd"}),
+    "prompt": _rows(lambda i, rng: {"prompt": f"say {i}", "answer": _long(rng)}),
     "rollout": _rows(lambda i, rng: {"prompt": f"say {i // 4}", "response": _long(rng) * (1 + i % 3), "reward": i % 4}),
 }
 

@@ -19,6 +19,7 @@ from .sections import (
     FSDPConfig,
     LoRAConfig,
     ModelConfig,
+    RolloutConfig,
     SoftPromptConfig,
     SwanlabConfig,
     WandbConfig,
@@ -140,6 +141,8 @@ class Config:
     soft_prompt: SoftPromptConfig = option(SoftPromptConfig, "Prompt or prefix tuning of a frozen model.")
     freeze_layers: list[Any] = option([], "Blocks to freeze: numbers, ranges such as 0-5, or `embeddings`.")
     loss: dict[str, Any] = option(DEFAULT_LOSS, "name: the loss, next to its own options (see docs/losses.md).")
+
+    rollout: RolloutConfig = option(RolloutConfig, "Online training: responses that are sampled during training.")
 
     # optimization
     total_batch_size: int = option(

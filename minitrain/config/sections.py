@@ -153,6 +153,67 @@ class SoftPromptConfig:
     )
 
 
+@show_options("The section `rollout`: responses that are sampled during training.")
+@dataclass
+class RolloutConfig:
+    num_generations: int = option(
+        0, "Responses sampled for each prompt; 0 trains on the responses in the data files.", ge=0, le=4096
+    )
+    prompts_per_round: int = option(32, "Prompts of a round. All are answered before its first optimizer step.", ge=1)
+    num_iterations: int = option(1, "Passes over the responses of a round.", ge=1)
+    max_new_tokens: int = option(256, "Maximum length of a response, in tokens; of each turn of an environment.", ge=1)
+    max_turns: int = option(1, "Maximum number of responses in a conversation with an environment.", ge=1)
+    temperature: float = option(
+        1.0, "Sampling temperature, also of the log-probabilities in the loss.", ge=0.01, le=100
+    )
+    top_p: float = option(
+        1.0, "Sample from the smallest set of most likely tokens whose probabilities sum to this.", gt=0, le=1
+    )
+    top_k: int = option(0, "Sample from the k most likely tokens; 0 from all.", ge=0)
+    stop: list[str] = option([], "Strings that end a response.")
+    rewards: list[Any] = option(
+        [], "Reward functions: names, or mappings with `name`, `weight` and the options of the function."
+    )
+    environment: Any = option(
+        None, "Environment that replies to responses: a name, or a mapping with `name` and its options."
+    )
+    zero_variance_groups: str = option(
+        "keep",
+        "Prompts whose responses all have the same reward. keep: train on them. skip: do not. resample: replace them "
+        "by other prompts.",
+        choices=("keep", "skip", "resample"),
+    )
+    max_draws: int = option(4, "resample: largest number of prompts drawn in a round, as a multiple of it.", ge=1)
+    truncated: str = option(
+        "keep",
+        "Responses that max_new_tokens cut off. keep: like others. mask: their rewards count in the group, but their "
+        "tokens are not trained on. zero: their reward is 0.",
+        choices=("keep", "mask", "zero"),
+    )
+    importance_correction: str = option(
+        "none",
+        "Weight of a token for the difference between sampling and training. tis: min(p_train / p_sample, high). "
+        "icepop: 0 outside of [low, high].",
+        choices=("none", "tis", "icepop"),
+    )
+    correction_low: float = option(0.5, "icepop: smallest ratio.", gt=0, le=1)
+    correction_high: float = option(2.0, "Largest ratio of the correction.", ge=1)
+    min_reward: float | None = option(None, "sft, dft: train only on responses with a higher reward (default: all).")
+    eval_generations: int = option(1, "Responses to each evaluation prompt.", ge=1, affects_results=False)
+    eval_temperature: float | None = option(
+        None,
+        "Sampling temperature in evaluations; 0 is greedy (default: temperature).",
+        ge=0,
+        le=100,
+        affects_results=False,
+    )
+    num_slots: int = option(64, "Responses that a device samples at the same time.", ge=1, affects_results=False)
+    reward_timeout: float = option(10.0, "Seconds after which a reward function is stopped.", gt=0)
+    save_samples: int = option(
+        32, "Responses of each round to write to rollouts/; -1 writes all.", ge=-1, affects_results=False
+    )
+
+
 @show_options("The section `early_stopping`.")
 @dataclass
 class EarlyStoppingConfig:

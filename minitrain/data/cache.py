@@ -150,11 +150,12 @@ class TokenCache:
         trained: Indices of the examples that are trained on.
     """
 
-    def __init__(self, path: Path, source: str):
-        self.path, self.source = path, source
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata()
+    def __init__(self, tensors: dict[str, Tensor], counts: dict[str, int], labels: list[str], source: str, path: Path):
+        """
+        Args:
+            tensors: The tensors of a cache file; see the top of this module.
+        """
+        self.path, self.source, self.counts, self.labels = path, source, counts, labels
         self.ids, self.mask = tensors.pop("ids"), tensors.pop("mask")
         self.offsets, self.shared = tensors.pop("offsets").numpy(), tensors.pop("shared").numpy()
         self.lines, self.first_documents = tensors.pop("lines").numpy(), tensors.pop("first_documents").numpy()
@@ -166,9 +167,15 @@ class TokenCache:
         self.token_features: dict[str, Tensor] = {
             name: tensor for group, name, tensor in named if group == "token_features"
         }
-        self.counts: dict[str, int] = json.loads(metadata["counts"])
-        self.labels: list[str] = json.loads(metadata["labels"])
         self.trained = np.flatnonzero(excluded[self.first_documents[:-1]] == 0)
+
+    @classmethod
+    def open(cls, path: Path, source: str) -> "TokenCache":
+        """Return the cache in a file. Raises SafetensorError or OSError if it cannot be read."""
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata()
+        return cls(tensors, json.loads(metadata["counts"]), json.loads(metadata["labels"]), source, path)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -231,7 +238,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
             raise DataError(
                 f"{source.name}: a process that tokenized it was killed. Set a lower num_proc.", "process-failed"
             ) from None
-        cache = TokenCache(path, source.name)
+        cache = TokenCache.open(path, source.name)
     if len(cache.trained) == 0:
         reasons = "; ".join(f"{count} {OF_ROWS[key]}" for key, count in cache.counts.items() if key in OF_ROWS)
         raise DataError(
@@ -255,7 +262,7 @@ def usable_cache(path: Path, source: str, config: Config) -> TokenCache | None:
     try:
         if not is_intact(path):
             raise OSError(None, "checksum mismatch")
-        cache = TokenCache(path, source)
+        cache = TokenCache.open(path, source)
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         tqdm.write(f"{path}: damaged cache ({reason}). Tokenizing {redact(source)} again. [damaged-file]")

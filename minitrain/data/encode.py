@@ -16,6 +16,7 @@ from .examples import (
     Conversation,
     Example,
     Preference,
+    Prompt,
     Rollout,
     UnpairedPreference,
 )
@@ -56,6 +57,10 @@ def encode(example: Example, template: Template, limits: TruncationConfig) -> li
         return _classification(example, template, limits)
     if isinstance(example, Rollout):
         return _rollout(example, template, limits)
+    if isinstance(example, Prompt):
+        ids = template.encode_prompt(example.messages, example.variables)
+        is_too_long = len(ids) >= limits.max_length or len(ids) > (limits.max_prompt_length or len(ids))
+        return TOO_LONG if is_too_long else [Tokens(ids, [False] * len(ids))]
     if isinstance(example, Conversation):
         check_no_empty_responses(example.messages, template.trained_turns(example.messages))
         if template.targets.train_on == "each_turn":

@@ -99,8 +99,15 @@ class Rollout(Example):
 
 
 @dataclass
+class Prompt(Example):
+    """Messages up to where a response begins, which is sampled during training."""
+
+    messages: Messages
+
+
+@dataclass
 class RowFormat:
-    kind: str  # conversation | preference | unpaired_preference | classification | rollout
+    kind: str  # a key of `EXAMPLE_COLUMNS`
     required: tuple[str, ...]
     convert: Callable[[dict, DatasetConfig], Example]
 
@@ -254,11 +261,13 @@ EXAMPLE_COLUMNS = {
     "unpaired_preference": ("completion", "label"),
     "classification": ("text", "label"),
     "rollout": ("response", "reward"),
+    "prompt": ("prompt", "answer"),
 }
 EMPTY = (None, "", [], {})
 MEDIA = ("images", "videos", "audios")  # columns of data sets for models that read more than text
 WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")
 TEMPLATED = ("prompt_response", "prompt_completion", "question_answer", "query_response", "alpaca", *WITH_DOCUMENTS)
+TEMPLATED += ("prompt", "prompt_question", "prompt_instruction", "prompt_query")
 
 
 def _matching_format(keys: dict, known: dict[str, RowFormat]) -> str | None:

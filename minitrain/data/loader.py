@@ -243,6 +243,13 @@ class MicrobatchLoader:
                 position += len(indices)
                 consumed += len(indices)
 
+    def state(self, consumed: int) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Return values and tensors that a checkpoint holds besides `consumed`; none for data files."""
+        return {}, {}
+
+    def restore(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore what `state` returned."""
+
     def order(self, epoch: int) -> np.ndarray:
         """Return the example indices of an epoch, shape [epoch_size]."""
         config, examples = self.config, self.examples

@@ -42,7 +42,7 @@ def add_mismatched_responses(caches: list[TokenCache], config: Config) -> list[T
         result = usable_cache(path, cache.source, config)
         if result is None:
             _write(path, cache, caches, starts, partners[starts[number] : starts[number + 1]], config.max_length)
-            result = TokenCache(path, cache.source)
+            result = TokenCache.open(path, cache.source)
         mismatched.append(result)
     return mismatched
 

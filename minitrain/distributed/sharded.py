@@ -105,10 +105,17 @@ class FullySharded(SingleDevice):
 
     @contextlib.contextmanager
     def unsharded(self, policy: nn.Module) -> Iterator[None]:
-        policy.unshard()
+        # Each module is gathered once, and kept: a model that generates runs its blocks for every token.
+        keeps_gathered = self.options.shard == "grad"
+        for module in _sharded_modules(policy):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
         try:
             yield
         finally:
+            for module in _sharded_modules(policy):
+                if module is not policy:
+                    module.set_reshard_after_forward(not keeps_gathered, recurse=False)
             self.reshard(policy)
 
     def reshard(self, policy: nn.Module) -> None:

@@ -52,8 +52,9 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
         config, datasets=[DatasetConfig(given.identifier)], eval_datasets=[], validation_split=0
     )
     with parallel.local_rank0_first():
-        data = load_data(chosen, trainer.template, loss.example_type)
-        add_features(loss, trainer.train_loader.examples.caches, data.train.caches)
+        data = load_data(chosen, trainer.template, loss.data_kind)
+        if not loss.online:
+            add_features(loss, trainer.train_loader.examples.caches, data.train.caches)
     parallel.check_same(dataset=[cache.key for cache in data.train.caches])
     return make_loader(data.train, config, trainer.tokenizer, trainer.policy, parallel.rank, parallel.world_size)
 

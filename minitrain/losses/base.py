@@ -98,6 +98,7 @@ class Loss:
     )
 
     example_type: ClassVar[str] = "conversation"  # one of EXAMPLE_TYPES
+    online: bool = False  # whether its examples are sampled during training
     dropout: ClassVar[bool] = True  # whether the policy's dropout is active in training
     temperature: float = 1.0  # of the log-probabilities
     options_class: ClassVar[type]
@@ -110,6 +111,11 @@ class Loss:
         """Raise ConfigError for a class with the interface of an older version."""
         super().__init_subclass__(**kwargs)
         _check_contract(cls)
+
+    @property
+    def data_kind(self) -> str:
+        """The kind of examples in the data files."""
+        return "prompt" if self.online else self.example_type
 
     def unused_options(self) -> dict[str, str]:
         """Return the options that have no effect, each with the reason."""

@@ -158,7 +158,7 @@ class PolicyLoss(Loss):
 
     @property
     def requires(self) -> frozenset[str]:
-        has_kl = self.options.kl_coef > 0 and self.options.kl_in == "loss"
+        has_kl = self.options.kl_coef > 0 and (self.options.kl_in == "loss" or self.online)
         return frozenset({"reference"} if has_kl else ()) | frozenset({"values"} if self.options.vf_coef else ())
 
     @property
@@ -208,6 +208,8 @@ class PolicyLoss(Loss):
         level_log_ratio = _aggregate_over_rollouts(scores, log_ratio, o.importance_sampling_level)  # [N]
         rho = bounded_exp(level_log_ratio)  # [N]
         losses = surrogate(scores.logps, rho, advantages, o)  # [N]
+        if "importance_weights" in batch.token_features:
+            losses = losses * batch.target_feature("importance_weights")
         metrics = self._metrics(batch, scores, advantages, log_ratio, rho)
         bounded = level_log_ratio > MAX_LOG_RATIO  # [N]
         ref_log_ratio = self._ref_log_ratio(batch, scores, models)  # [N]
@@ -234,7 +236,7 @@ class PolicyLoss(Loss):
 
     def _ref_log_ratio(self, batch: Batch, scores: PolicyOutput, models: Models) -> Tensor | None:
         """Return log p - log p_ref -> [N], or None without a reference model and without ref_logps in the data."""
-        if models.reference is not None:
+        if models.reference is not None and self.options.kl_in == "loss":
             return scores.logps - models.reference(batch, temperature=self.temperature).logps
         return scores.logps - batch.target_feature("ref_logps") if "ref_logps" in batch.token_features else None
 

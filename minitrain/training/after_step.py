@@ -115,9 +115,15 @@ def check_metric(metric: str, known: Collection[str]) -> None:
         )
 
 
+def best_metric(trainer: "Trainer") -> str:
+    """Return the metric that selects the best model. Sampled answers have a reward instead of a loss."""
+    metric = trainer.config.early_stopping.metric
+    return "reward" if metric == "loss" and trainer.loss.online else metric
+
+
 def _warn_without_best(trainer: "Trainer") -> None:
     """Warn if `save_best` is set but best/ does not exist, as when `save_best` was not set before."""
-    metric, best = trainer.config.early_stopping.metric, trainer.best
+    metric, best = best_metric(trainer), trainer.best
     if trainer.config.save_best and not trainer.run.best.exists():
         value = f"nan at step {trainer.step}" if best is None else f"not better than the best so far, {best:.6g}"
         trainer.logger.warning(f"warning: {trainer.run.best} does not exist: {metric} is {value}")
@@ -126,9 +132,10 @@ def _warn_without_best(trainer: "Trainer") -> None:
 def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
     """Save the model if it is the best so far. Stop training after `early_stopping.patience` others."""
     config, stopping = trainer.config, trainer.config.early_stopping
-    check_metric(stopping.metric, metrics)
-    value = metrics[stopping.metric]
-    sign = -1 if stopping.metric.endswith(("loss", "perplexity", "kl")) else 1
+    metric = best_metric(trainer)
+    check_metric(metric, metrics)
+    value = metrics[metric]
+    sign = -1 if metric.endswith(("loss", "perplexity", "kl")) else 1
     improved = trainer.best is None or sign * (value - trainer.best) > stopping.threshold
     if improved and not math.isnan(value):
         trainer.best, trainer.evals_without_improvement = value, 0
@@ -143,7 +150,7 @@ def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
         and trainer.step < trainer.total_steps
     ):
         trainer.logger.info(
-            f"stopping early: {stopping.metric} has not improved in {trainer.evals_without_improvement} evaluations"
+            f"stopping early: {metric} has not improved in {trainer.evals_without_improvement} evaluations"
         )
         trainer.should_stop = True
 

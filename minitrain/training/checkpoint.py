@@ -32,6 +32,7 @@ from minitrain.io.tensor_files import save_file
 from .atomic_dir import fingerprint, fsync, reason, replace_folder, temp_sibling
 from .failpoints import failpoint
 
+DATA = "data.safetensors"
 SPARE = 1.2  # multiple of the estimated size that must be free on the disk
 
 
@@ -54,11 +55,13 @@ class Save:
         state: dict[str, Any],
         parallel: SingleDevice,
         snapshot: bool = False,
+        data: dict[str, Tensor] | None = None,
     ):
         """
         Args:
             state: Values for state.json.
             snapshot: Whether to copy the tensors, so that training can continue while they are written.
+            data: Tensors that are the same on all ranks, for `data.safetensors`.
 
         Raises:
             RunError: If the disk has too little free space.
@@ -67,7 +70,7 @@ class Save:
         tensors, numbers = _optimizer_state(model, optimizer)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.shards = {"model": _shards(trained, snapshot), "optimizer": _shards(tensors, snapshot)}
-        self.rng = _rng_state()
+        self.rng, self.data = _rng_state(), data
         self.state = state | {"optimizer": numbers, "world_size": parallel.world_size}
         self.error: tuple[int | None, str] | None = None  # errno and message
         self.files: dict[str, dict] = {}
@@ -83,6 +86,8 @@ class Save:
                 tensors = {name: shard.rows.contiguous() for name, shard in shards.items()}
                 self._write_file(f"{part}-{rank}.safetensors", tensors)
             self._write_file(f"rng-{rank}.safetensors", self.rng)
+            if self.data and rank == 0:
+                self._write_file(DATA, self.data)
         except (OSError, SafetensorError) as error:
             self.error = getattr(error, "errno", None), f"rank {rank}: {reason(error)}"
 

@@ -63,10 +63,11 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
         if loss.example_type == "rollout" and key in given:
             message = "has no effect on rollouts, which are not truncated. Remove it, or set mask_truncated."
             issues.add(key, "no-effect", message, "loss.name")
+    wanted = "prompt" if config.rollout.num_generations else loss.example_type
     for i, entry in enumerate(config.datasets):
-        if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != loss.example_type:
+        if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != wanted:
             kind = ROW_FORMATS[entry.type].kind
-            message = f"{name} trains on {loss.example_type} rows, got {entry.type}, a format of {kind} rows."
+            message = f"{name} trains on {wanted} rows, got {entry.type}, a format of {kind} rows."
             issues.add(f"datasets[{i}].type", "mismatch", f"{message} Change one.", "loss.name")
     if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples:
         message = f"{loss.example_type} rows have no correct responses to compare with. Remove it."

@@ -190,11 +190,18 @@ class RunDir:
         self.parallel.run_on_rank0(lambda: self._writing(write))
         return None if step is None else Logged(step, rows, steps)
 
-    def save_checkpoint(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Write a checkpoint. With `save_async`, training continues during the write."""
+    def save_checkpoint(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict, data: dict[str, torch.Tensor]
+    ) -> None:
+        """Write a checkpoint. With `save_async`, training continues during the write.
+
+        Args:
+            state: Values for state.json.
+            data: Tensors of the data that is being trained on, the same on all ranks.
+        """
         self.finish_saving()
         folder = self.checkpoint(state["step"])
-        self.pending = Save(folder, policy, optimizer, state, self.parallel, snapshot=self.config.save_async)
+        self.pending = Save(folder, policy, optimizer, state, self.parallel, self.config.save_async, data)
         if self.config.save_async:
             self.pending.start()
         else:

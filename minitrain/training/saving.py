@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
+
 from minitrain import __version__
 from minitrain.config.saved import config_yaml, saved_options
 from minitrain.config.schema import Config
@@ -21,7 +23,7 @@ from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.weights import full_tensors
 
 from .atomic_dir import atomic_folder
-from .checkpoint import load_checkpoint
+from .checkpoint import DATA, load_checkpoint
 from .failpoints import failpoint
 
 if TYPE_CHECKING:
@@ -103,7 +105,8 @@ def save_checkpoint(trainer: "Trainer") -> None:
         "inputs": trainer.input_fingerprints,
         "config": trainer.run.settings(),
     }
-    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress)
+    state["loader"], data = trainer.train_loader.state(trainer.consumed)
+    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress, data)
     trainer.saved_progress = progress
     trainer.save_schedule.saved(time.perf_counter() - began)
     failpoint("save.end")
@@ -117,6 +120,8 @@ def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
     trainer.precision.load_state_dict(state["precision"])
     for name in CHECKPOINT_STATE:
         setattr(trainer, name, state[name])
+    data = folder / DATA
+    trainer.train_loader.restore(state.get("loader", {}), load_file(data) if data.exists() else {})
     if folder == trainer.run.checkpoint(trainer.step):
         trainer.saved_progress = {name: state[name] for name in CHECKPOINT_STATE}
 

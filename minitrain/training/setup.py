@@ -82,6 +82,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
         ConfigError: An option does not fit the model or the data.
         DataError: A data row cannot be used.
     """
+    loss.online = config.rollout.num_generations > 0
     device = META if meta else parallel.device
     with parallel.local_rank0_first():
         template, data = read_data(config, loss)
@@ -114,8 +115,9 @@ def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:
     """
     tokenizer = load_tokenizer(config.model, scores=loss.head_labels is not None)
     template = make_template(tokenizer, config, loss.example_type)
-    data = load_data(config, template, loss.example_type)
-    add_features(loss, data.train.caches, data.eval.caches if data.eval else [])
+    data = load_data(config, template, loss.data_kind)
+    if not loss.online:
+        add_features(loss, data.train.caches, data.eval.caches if data.eval else [])
     return template, data
 
 

@@ -38,6 +38,7 @@ def user_folder(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "example", tmp_path / "example")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TEACHER", "tiny")
+    monkeypatch.setenv("POLICY", "tiny")
     return tmp_path
 
 
@@ -108,6 +109,7 @@ def test_every_example_is_a_valid_config(file, monkeypatch):
     """Each config passes all checks, with the embedded model as the teacher that another example trains."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TEACHER", "tiny")
+    monkeypatch.setenv("POLICY", "tiny")
     load_config(file)
 
 

@@ -73,6 +73,8 @@ ZERO = {  # what 0 means; all other options refuse it, but for those of losses, 
     "lora.rank": "without LoRA",
     "lora.dropout": "no dropout",
     "soft_prompt.num_virtual_tokens": "without a soft prompt",
+    "rollout.num_generations": "trains on data files",
+    "rollout.top_k": "all tokens",
     "lr": "a run that trains nothing, to look at its metrics",
     "weight_decay": "no decay",
     "max_grad_norm": "no clipping",
@@ -149,4 +151,5 @@ def test_every_example_passes(example, monkeypatch):
     """Each config under example/ is free of problems, seen from the root of the project."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TEACHER", "tiny")  # in the place of the one that another example leaves
+    monkeypatch.setenv("POLICY", "tiny")
     load_config(example)

@@ -292,6 +292,7 @@ def test_the_examples(monkeypatch, capsys):
     model are fine, those of models on the hub are not checked, one line each, and that has an exit code of its own."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TEACHER", "tiny")
+    monkeypatch.setenv("POLICY", "tiny")
     assert main(["validate", "--all", "example/"]) == 3
     out, err = capsys.readouterr()
     paths = sorted(f"example/{path.name}" for path in (ROOT / "example").glob("*.yml"))

@@ -38,7 +38,10 @@ def check_config(
     distributed.check_device(config, issues)
     loss = losses.check(config, issues, loss_is_object)
     if loss is not None:
+        from minitrain.rl import checks as rl
+
         training.check_loss_fits(config, given, loss, issues)
+        rl.check(config, loss, issues)
     training.check_optimizer_options(config, given, issues)
 
 

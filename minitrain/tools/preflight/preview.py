@@ -106,7 +106,7 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
     previews = list(_training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples))
     selected = set.union(*(preview.selected for preview in previews))
     entries = [*config.datasets, *config.eval_datasets]
-    fields = read_fields(loader.examples, selected, entries, run.loss.example_type, run.template)
+    fields = read_fields(loader.examples, selected, entries, run.loss.data_kind, run.template)
     for preview in previews:
         if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):
             yield from _batch(loader.batch(preview.rows), preview, loader, run, marks, fields)
@@ -154,7 +154,7 @@ def _batch(
             example, number = documents[d]
             known = fields.get(example, RowFields())
             text, turns = _text(batch, d, run.template.tokenizer, marks, known)
-            name = _document_name(run.loss.example_type, number, len(loader.examples[example]), turns)
+            name = _document_name(run.loss.data_kind, number, len(loader.examples[example]), turns)
             phrases = _numbers(batch, d) + _values(batch, d, loader.examples.caches[0].labels)
             phrases += [f"keys that are not used: {', '.join(known.unread)}"] if known.unread else []
             yield f"  {redact(loader.examples.where(example))}{name}: {'; '.join(phrases)}"

@@ -64,9 +64,10 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     problems = [line for cache in _caches(run) for line in find_bad_rows(cache, run)]
     if problems:
         raise DataError("\n".join(problems), "wrong-tokens")
-    duplicates = describe_duplicates(run.data.train, run.data.eval, run.loss.example_type)
+    duplicates = describe_duplicates(run.data.train, run.data.eval, run.loss.data_kind)
     warned = ("leaks",) if run.loss.example_type == "rollout" else ("leaks", "duplicates")  # samples may be equal
     warnings += [text.partition(":")[0] for name, text in duplicates.items() if name in warned and text != "none"]
+    with_memory = with_memory and not run.loss.online  # the answers are not known
     lines = _report(run) | duplicates | (_memory(run, parallel.device, devices) if with_memory else {})
     if "warning" in lines:
         warnings.append(lines.pop("warning"))
@@ -108,7 +109,7 @@ def _try_resuming(run: Preparation, folder: RunDir) -> list[str]:
 def _check_metric(run: Preparation) -> None:
     """Raise ConfigError if the evaluation lacks the metric of early stopping, as far as can be known."""
     metric = run.config.early_stopping.metric
-    if run.data.eval is None or metric in KNOWN_METRICS:
+    if run.data.eval is None or metric in KNOWN_METRICS or run.loss.online:
         return
     try:
         known = eval_metrics(run)
@@ -124,15 +125,15 @@ def _check_metric(run: Preparation) -> None:
 
 def find_bad_rows(cache: TokenCache, run: Preparation) -> Iterator[str]:
     """Yield a message for each row of a file whose tokens are wrong."""
-    kind, template = run.loss.example_type, run.template
+    kind, template = run.loss.data_kind, run.template
     checks: list[tuple[np.ndarray, str]] = []  # documents, problem
     if kind == "classification":
         checks.append((np.flatnonzero(np.isnan(cache.doc_features["label"])), "has no label. Add one"))
-    else:
+    elif kind != "prompt":
         checks.append(
             (np.flatnonzero(_n_targets(cache) == 0), "has no targets. Check the row, max_length and train_on")
         )
-    if kind not in ("classification", "rollout"):  # a rollout may end where its sampling was cut off
+    if kind not in ("classification", "rollout", "prompt"):  # a rollout may end where its sampling was cut off
         problem = f"a target response does not end in {_end_tokens(template)}, so the model would not learn to stop"
         documents = _without_end(cache, template.end_ids(), run.config.max_length)
         # In unpaired preferences only the first document has targets; the other one may be truncated.

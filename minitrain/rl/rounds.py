@@ -1,0 +1,323 @@
+"""Rounds: data that is sampled while training.
+
+A round has `prompts_per_round` prompts. The policy answers them, reward functions judge the answers, and they become
+the examples of the next `num_iterations` epochs, one for each prompt. So the loop, the loader and the losses are those
+of training on files, and the position in the data is the same integer.
+
+A round depends only on the weights, the seed, its number and the number of prompts drawn before.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from minitrain.batch import Batch
+from minitrain.config.issues import ConfigIssues, ConfigSource
+from minitrain.data.cache import TokenCache
+from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
+from minitrain.data.sampler import epoch_order
+from minitrain.inference.sampler import Sampler
+from minitrain.losses import add_features
+from minitrain.training.failpoints import failpoint
+from minitrain.training.optim import warmup_steps
+from minitrain.training.step import inference
+
+from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples
+from .environments import build_environment
+from .episodes import Episode, Player, Prompt
+from .logps import add_logps
+from .prompts import Prompts
+from .reports import Stats, answer_metrics, pass_at_k, round_metrics, stats_of
+from .reward_workers import InProcess, Workers
+from .rewards import Answer, Judgement, Reward, build_rewards, combine
+
+if TYPE_CHECKING:
+    from minitrain.trainer import Trainer
+
+TRAIN, EVAL = 1, 2  # the purpose in the key of random numbers
+N_WORKERS = 4
+Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
+
+
+class RoundData(TokenizedDataset):
+    """The examples of a round: first those of its cache, then, up to `n`, those that have nothing to train on."""
+
+    def __init__(self, cache: TokenCache | None, n: int):
+        self.is_trained = np.zeros(n, bool)  # [n]
+        if cache is None:
+            self.caches, self.weights, self.selected, self.sizes = [], [], [], []
+            self.starts, self.lengths = np.zeros(1, int), np.zeros(0, int)
+            return
+        super().__init__([cache], [1.0])
+        n_targets = np.add.reduceat(cache.mask.numpy().astype(int), cache.bounds[:-1])
+        self.is_trained[: len(cache)] = n_targets > 0
+
+    def digest(self, indices: list[int]) -> str:
+        return super().digest([index for index in indices if index < len(self)])
+
+
+class Rounds(MicrobatchLoader):
+    """A loader whose epochs are passes over rounds that it samples."""
+
+    def __init__(self, trainer: "Trainer", rewards: Sequence[Reward], make_environment: Any):
+        loader = trainer.train_loader
+        rest = loader.config, loader.pad_token_id, loader.rank, loader.world_size
+        super().__init__(RoundData(None, 0), *rest, loader.row_capacity, loader.shares_prompts)
+        config = loader.config
+        self.trainer, self.options = trainer, config.rollout
+        self.prompts = Prompts(loader.examples, config.datasets, config.seed)
+        self.rewards, self.make_environment = list(rewards), make_environment
+        n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
+        in_process = config.debug or multiprocessing.current_process().daemon  # which cannot have processes
+        self.workers = InProcess() if in_process else Workers(rewards, n_workers, self.options.reward_timeout)
+        self.number: int | None = None  # of the current round
+        self.drawn = 0  # prompts drawn before the current round
+        self.n_drawn = 0  # prompts drawn in the current round
+        self.failures: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------------------------- as a loader of epochs
+
+    @property
+    def epoch_size(self) -> int:
+        """Number of examples in one pass over a round, over all ranks."""
+        return self.options.prompts_per_round
+
+    @property
+    def total_steps(self) -> int:
+        rounds = math.ceil(self.config.n_epochs * len(self.prompts) / self.epoch_size)
+        return self.config.n_steps or max(1, rounds * self.options.num_iterations * self.steps_per_epoch)
+
+    def steps(self, consumed: int = 0) -> Iterator[tuple[list[int], list[Batch]]]:
+        """Yield (indices of the step's examples, this rank's micro-batches), until a signal stops the sampling.
+
+        Examples without anything to train on count as consumed with those of the next step that has some.
+        """
+        try:
+            yield from self._steps(consumed)
+        finally:
+            self.workers.close()
+
+    def _steps(self, consumed: int) -> Iterator[tuple[list[int], list[Batch]]]:
+        skipped: list[int] = []
+        while self.trainer.step < self.total_steps:
+            epoch, position = divmod(consumed, self.epoch_size)
+            number = epoch // self.options.num_iterations
+            if self.number != number and not self._sample(number):
+                return
+            order = epoch_order([self.epoch_size], [1.0], self.config.seed, epoch)
+            while position < len(order):
+                indices = order[position : position + self.config.total_batch_size]
+                position += len(indices)
+                consumed += len(indices)
+                skipped += indices.tolist()
+                trained = indices[self.examples.is_trained[indices]]
+                if len(trained):
+                    yield skipped, self.micro_batches(trained)
+                    skipped = []
+
+    # ------------------------------------------------------------------------------------------- making a round
+
+    def _sample(self, number: int) -> bool:
+        """Sample a round. Return False after a signal, which drops it."""
+        options, n = self.options, self.epoch_size
+        if self.number is not None:
+            self.drawn += self.n_drawn
+        seconds: dict[str, float] = {}
+        groups: list[Group] = []
+        everyone: list[Group] = []
+        self.n_drawn = 0
+        while len(groups) < n:
+            failpoint("round.draw")
+            self.trainer.parallel.set_status(f"round {number + 1}")
+            prompts = self._draw(n - len(groups))
+            failpoint("round.sample")
+            with _timed(seconds, "generate"):
+                key = (self.config.seed, TRAIN, number)
+                episodes = self._play(prompts, key, options.num_generations, options.temperature)
+            failpoint("round.reward")
+            with _timed(seconds, "judge"):
+                judgements = self._judge(episodes)
+            if self.trainer.is_interrupted():
+                return False
+            failpoint("round.gather")
+            drawn = self._gather(episodes, judgements)
+            everyone += drawn
+            last = self.n_drawn >= n * options.max_draws or options.zero_variance_groups != "resample"
+            groups += [group for group in drawn if last or not has_zero_variance(group[0])]
+        self.number = number
+        answers = [answers for answers, _ in groups]
+        failpoint("round.logps")
+        with _timed(seconds, "logps"):
+            self._set(answers, number)
+        metrics = answer_metrics([stats for _, stats in everyone]) | round_metrics(answers)
+        metrics |= {"drawn": self.n_drawn, **{f"seconds/{name}": value for name, value in seconds.items()}}
+        self._report(number, metrics, [one for _, stats in everyone for one in stats])
+        return True
+
+    def _draw(self, n: int) -> list[Prompt]:
+        """Return this rank's part of the next n prompts."""
+        first = self.n_drawn
+        self.n_drawn += n
+        mine = [number for number in range(first, first + n) if number % self.world_size == self.rank]
+        return [self.prompts.in_order(self.drawn + number, number) for number in mine]
+
+    def _play(self, prompts: list[Prompt], key: tuple[int, ...], n: int, temperature: float) -> list[list[Episode]]:
+        """Return n conversations for each prompt, sampled from the policy."""
+        trainer = self.trainer
+        with inference(trainer.policy), trainer.generator.gathered(), trainer.precision.autocast():
+            sampler = Sampler(trainer.policy, trainer.template.end_ids(), self.options.num_slots)
+            options = dataclasses.replace(self.options, temperature=temperature)
+            player = Player(trainer.generator, sampler, options, self.config.max_length, self.make_environment)
+            return player.play(prompts, key, n)
+
+    def _judge(self, groups: list[list[Episode]]) -> list[list[Judgement]]:
+        """Return the rewards of the conversations of each prompt."""
+        episodes = [episode for group in groups for episode in group]
+        judgements = [Judgement(0.0) for _ in episodes]
+        if self.rewards and episodes:
+            answers = [_answer(episode) for episode in episodes]
+            results = [self.workers.call(reward, answers) for reward in self.rewards]
+            judgements = combine(results, self.rewards, self.failures)
+        for judgement, episode in zip(judgements, episodes, strict=True):
+            judgement.total += episode.reward
+            if self.options.truncated == "zero" and not episode.ended:
+                judgement.total = 0.0
+        remaining = iter(judgements)
+        return [[next(remaining) for _ in group] for group in groups]
+
+    def _gather(self, groups: list[list[Episode]], judgements: list[list[Judgement]]) -> list[Group]:
+        """Return the answers to the prompts of all ranks, in the order of the prompts."""
+        mine = [
+            [
+                (dataclasses.asdict(_judged(episode, judgement)), stats_of(episode, judgement))
+                for episode, judgement in zip(group, of_group, strict=True)
+            ]
+            for group, of_group in zip(groups, judgements, strict=True)
+        ]
+        everyone = [group for of_rank in self.trainer.parallel.gather(mine) for group in of_rank]
+        everyone.sort(key=lambda group: group[0][1]["prompt"])
+        return [([JudgedAnswer(**answer) for answer, _ in group], [stats for _, stats in group]) for group in everyone]
+
+    def _set(self, groups: list[list[JudgedAnswer]], number: int) -> None:
+        """Make the examples of the round from its answers."""
+        loss = self.trainer.loss
+        examples = make_examples(groups, loss.example_type, self.options, "teacher" in loss.requires)
+        if not any(examples):
+            self._use(None)
+            return
+        cache = as_cache(examples, *_names(number))
+        self._use(cache)
+        add_logps(self, cache)
+        add_features(loss, [cache])
+        if self.options.truncated == "mask":  # after the advantages, in which these answers count
+            for document in np.flatnonzero(cache.doc_features["ended"] == 0):
+                cache.mask[cache.offsets[document] : cache.offsets[document + 1]] = 0
+            self._use(cache)
+
+    def _use(self, cache: TokenCache | None) -> None:
+        self.examples = RoundData(cache, self.epoch_size)
+        vars(self).pop("lengths", None)  # a cached property
+
+    def evaluate(self, loader: MicrobatchLoader) -> dict[str, float]:
+        """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it."""
+        options = self.options
+        prompts = Prompts(loader.examples, self.config.eval_datasets or self.config.datasets, self.config.seed)
+        mine = [prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
+        temperature = options.temperature if options.eval_temperature is None else options.eval_temperature
+        episodes = self._play(mine, (self.config.seed, EVAL), options.eval_generations, temperature)
+        groups = [stats for _, stats in self._gather(episodes, self._judge(episodes))]
+        self._warn_of_failures()
+        return {} if self.trainer.is_interrupted() else answer_metrics(groups) | pass_at_k(groups)
+
+    # -------------------------------------------------------------------------------------- checkpoints, reports
+
+    def state(self, consumed: int) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Return what determines the next round and, within a round, the round itself."""
+        if consumed % (self.epoch_size * self.options.num_iterations) == 0:
+            return {"drawn": self.drawn + self.n_drawn, "round": None}, {}
+        state = {"drawn": self.drawn, "round": self.number, "n_drawn": self.n_drawn}
+        return state, tensors_of(self.examples.caches[0]) if self.examples.caches else {}
+
+    def restore(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        self.drawn, self.number = state["drawn"], state["round"]
+        self.n_drawn = state.get("n_drawn", 0)
+        if self.number is not None:
+            self._use(TokenCache(tensors, {}, [], *_names(self.number)) if tensors else None)
+
+    def _report(self, number: int, metrics: dict[str, float], stats: list[Stats]) -> None:
+        trainer = self.trainer
+        if trainer.logger is None:
+            return
+        trainer.logger.log(trainer.step, "rollout", metrics)
+        trainer.logger.info(
+            f"round {number + 1}: reward {metrics['reward']:.4g}, {metrics['length']:.0f} tokens, "
+            f"{metrics['ended']:.0%} ended, {metrics['zero_variance']:.0%} of the prompts have equal rewards"
+        )
+        self._warn_of_failures()
+        n = self.options.save_samples
+        if trainer.parallel.rank == 0 and n:
+            folder = trainer.run.path / "rollouts"
+            folder.mkdir(exist_ok=True)
+            rows = [{"round": number + 1, "step": trainer.step} | one for one in (stats if n < 0 else stats[:n])]
+            (folder / f"round-{number + 1}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def _warn_of_failures(self) -> None:
+        for problem, count in self.failures.items():
+            self.trainer.logger.warning(f"warning: reward {problem} ({count} answers)")
+        self.failures.clear()
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _answer(episode: Episode) -> Answer:
+    sampled = [token for token, own in zip(episode.ids, episode.mask, strict=True) if own]
+    row, number = dict(episode.prompt.row), episode.prompt.number
+    return Answer(episode.text, episode.messages, row, sampled, episode.ended, episode.turns, number)
+
+
+def _judged(episode: Episode, judgement: Judgement) -> JudgedAnswer:
+    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, judgement.total, episode.ended)
+
+
+def tensors_of(cache: TokenCache) -> dict[str, torch.Tensor]:
+    """Return the tensors of a cache, as `TokenCache` takes them."""
+    arrays = {name: getattr(cache, name) for name in ("offsets", "lines", "shared", "first_documents")}
+    arrays |= {f"doc_features/{name}": values for name, values in cache.doc_features.items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
+    tensors |= {"ids": cache.ids, "mask": cache.mask}
+    return tensors | {f"token_features/{name}": values.contiguous() for name, values in cache.token_features.items()}
+
+
+def _names(number: int) -> tuple[str, Path]:
+    """Return the source and the path of a round's cache, which has no file."""
+    return f"round {number + 1}", Path(f"round-{number + 1}.safetensors")
+
+
+def sample_rounds(trainer: "Trainer") -> None:
+    """Replace the loader of a trainer, which has the prompts, by one that samples the responses.
+
+    Raises:
+        ConfigError: A reward or the environment is unknown or has invalid options.
+    """
+    issues = ConfigIssues(ConfigSource("rollout"))
+    rewards = build_rewards(trainer.config.rollout.rewards, issues)
+    make_environment = build_environment(trainer.config.rollout.environment, issues)
+    issues.raise_if_any()
+    trainer.train_loader = Rounds(trainer, rewards, make_environment)
+    trainer.total_steps = trainer.train_loader.total_steps
+    trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)

@@ -1,0 +1,160 @@
+"""The decode loop: log-probabilities of the model itself, and responses that do not depend on their batch."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from minitrain.inference.sampler import Chooser, Request, Sampler, Uniforms
+from minitrain.model.sequence_head import make_policy
+from tests.conftest import random_llama
+
+pytestmark = pytest.mark.numeric
+
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+MODELS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE)),
+    "qwen3-tied": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True)),
+    "mistral-window": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SHAPE, sliding_window=4)),
+    "gemma2-softcap": lambda: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**SHAPE, head_dim=8, sliding_window=4, final_logit_softcapping=2.0)
+    ),
+    "granite-scaling": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**SHAPE, logits_scaling=3.0)),
+    "gpt2-positions": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    ),
+    "bloom-alibi": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    ),
+}
+LENGTHS = (5, 17, 9, 1)
+
+
+def random_model(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def requests(n=3, limit=12):
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [Request(prompt, [(7, i, j) for j in range(n)], limit) for i, prompt in enumerate(prompts)]
+
+
+@torch.no_grad()
+def sample(model, asked, choose, n_slots=64, end_ids=(2,), **options):
+    return Sampler(make_policy(model).eval(), end_ids, n_slots).sample(asked, choose, **options)
+
+
+@torch.no_grad()
+def logps_of(model, prompt, ids, temperature):
+    """Return the log-probabilities of a response in one forward pass of transformers, in float64."""
+    tokens = torch.tensor([prompt + ids])
+    logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_are_those_of_the_model(name):
+    model = random_model(name)
+    asked = requests()
+    for request, samples in zip(asked, sample(model, asked, Chooser(0.7), n_slots=5), strict=True):
+        for one in samples:
+            want = logps_of(model, request.prompt, one.ids, 0.7)
+            torch.testing.assert_close(torch.tensor(one.logps).double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2-positions"])
+def test_a_response_does_not_depend_on_its_batch(name):
+    """One slot, five, enough for all, and another order of the prompts: the same tokens."""
+    model, asked = random_model(name), requests()
+    want = [[one.ids for one in samples] for samples in sample(model, asked, Chooser(0.8))]
+    for n_slots in (1, 5):
+        assert [[one.ids for one in samples] for samples in sample(model, asked, Chooser(0.8), n_slots)] == want
+    turned = sample(model, asked[::-1], Chooser(0.8), 2)
+    assert [[one.ids for one in samples] for samples in turned[::-1]] == want
+    assert len({tuple(ids) for samples in want for ids in samples}) > len(want)  # keys make a difference
+
+
+def test_greedy_decoding_equals_an_argmax_loop():
+    model, asked = random_model("llama"), requests(n=1)
+    for request, (one,) in zip(asked, sample(model, asked, Chooser()), strict=True):
+        ids = list(request.prompt)
+        while len(ids) < len(request.prompt) + request.limit and (len(ids) == len(request.prompt) or ids[-1] != 2):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert one.ids == ids[len(request.prompt) :]
+        assert one.ended == (one.ids[-1] == 2)
+
+
+def test_a_prompt_is_computed_once():
+    """Its n responses share its keys and values, also if they do not fit into the slots at once."""
+    model = random_model("llama")
+    widths = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
+    sample(model, requests(n=6), Chooser(1.0), n_slots=4, end_ids=())
+    hook.remove()
+    assert sum(rows for rows, width in widths if width > 1) + sum(1 for n in LENGTHS if n == 1) <= len(LENGTHS) + 1
+
+
+def test_responses_end_at_an_end_token_a_stop_or_the_limit():
+    model, asked = random_model("llama"), requests(n=8, limit=10)
+    for samples in sample(model, asked, Chooser(1.5), end_ids=(2, 3, 4, 5, 6, 7, 8, 9)):
+        for one in samples:
+            ends = [token in range(2, 10) for token in one.ids]
+            assert not any(ends[:-1]) and one.ended == ends[-1] and (one.ended or len(one.ids) == 10)
+    stopped = sample(model, asked, Chooser(1.5), end_ids=(), is_stopped=lambda ids: len(ids) == 3)
+    assert all(one.ended and len(one.ids) == 3 for samples in stopped for one in samples)
+
+
+def test_samples_follow_the_distribution():
+    """Chi-square of 20,000 tokens against the probabilities at temperature 0.7."""
+    logits = torch.linspace(-2, 2, 12)[None].expand(20_000, -1)
+    uniforms = torch.tensor(np.random.Generator(np.random.PCG64(0)).random(20_000))
+    ids, logps = Chooser(0.7)(logits, uniforms)
+    probs = (logits[0].double() / 0.7).softmax(-1)
+    counts = torch.bincount(ids, minlength=12).double()
+    chi_square = float(((counts - 20_000 * probs) ** 2 / (20_000 * probs)).sum())
+    assert chi_square < 31.3  # 99.9 % quantile with 11 degrees of freedom
+    torch.testing.assert_close(logps.double(), probs.log()[ids], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("choose", "allowed"),
+    [(Chooser(1.0, top_k=2), {3, 1}), (Chooser(1.0, top_p=0.7), {3, 1}), (Chooser(1.0, 0.4), {3})],
+)
+def test_top_p_and_top_k_keep_the_most_likely_tokens(choose, allowed):
+    """Probabilities 0.1, 0.3, 0.05, 0.5, 0.05. The log-probabilities stay those of the full distribution."""
+    probs = torch.tensor([0.1, 0.3, 0.05, 0.5, 0.05])
+    uniforms = torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64)
+    ids, logps = choose(probs.log()[None].expand(500, -1), uniforms)
+    assert set(ids.tolist()) == allowed
+    torch.testing.assert_close(logps, probs.log()[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_random_numbers_are_a_function_of_the_key():
+    first, again, other = Uniforms((1, 2, 3)), Uniforms((1, 2, 3)), Uniforms((1, 2, 4))
+    assert [first[i] for i in (0, 1, 200)] == [again[i] for i in (0, 1, 200)]
+    assert first[0] != other[0] and 0 <= first[5] < 1
+
+
+def test_training_modes_are_left_alone():
+    model = random_llama().train()
+    policy = make_policy(model)
+    with torch.no_grad():
+        Sampler(policy, [2]).sample([Request([3, 4], [(0,)], 4)], Chooser(1.0))
+    assert model.training

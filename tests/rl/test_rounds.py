@@ -1,0 +1,188 @@
+"""Online training: rounds that are sampled, judged and trained on."""
+
+import json
+
+import pytest
+import torch
+
+from minitrain import Trainer
+from minitrain.losses import create_loss
+from minitrain.rl.documents import JudgedAnswer, make_examples
+from minitrain.rl.rounds import Rounds, tensors_of
+from tests.conftest import metrics
+
+ROLLOUT = {
+    "num_generations": 4,
+    "prompts_per_round": 4,
+    "max_new_tokens": 6,
+    "rewards": ["length", {"name": "regex", "pattern": ".*a.*", "weight": 2.0}],
+}
+LOSSES = {
+    "grpo": {"name": "policy"},
+    "ppo": {"name": "policy", "advantage_estimator": "gae", "vf_coef": 0.1, "kl_coef": 0.01},
+    "dpo": {"name": "dpo"},
+    "kto": {"name": "kto"},
+    "sft": {"name": "sft"},
+    "dft": {"name": "dft"},
+    "kd": {"name": "kd", "teacher": "tiny"},
+}
+
+
+@pytest.fixture
+def online(tmp_path):
+    """Return a function that makes a trainer on sampled answers."""
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": str(i)}) + "\n" for i in range(12)))
+
+    def make(exp_name="run", rollout=None, hooks=None, **options):
+        config = {
+            "model": {"name_or_path": "tiny"},
+            "datasets": [str(rows)],
+            "output_dir": str(tmp_path / "runs"),
+            "exp_name": exp_name,
+            "quiet": True,
+            "loss": {"name": "policy"},
+            "total_batch_size": 4,
+            "n_steps": 2,
+            "lr": 1e-3,
+            "packing": True,
+            "save_every_steps": 0,
+            "rollout": {} if rollout is False else ROLLOUT | (rollout or {}),
+        }
+        return Trainer(config | options, **(hooks or {}))
+
+    return make
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_that_generates_trains_online(online, name, packing):
+    trainer = online(loss=LOSSES[name], packing=packing)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.train()
+    after = zip(before, trainer.parameters, strict=True)
+    assert trainer.step == 2 and any(not torch.equal(old, new) for old, new in after)
+
+
+def test_the_ratio_is_1_where_the_policy_has_sampled(online):
+    """The packed training pass gives the log-probabilities of the decode loop: no ratio differs from 1."""
+    trainer = online(rollout={"temperature": 0.7, "num_iterations": 2}, n_steps=1)
+    trainer.train()
+    cache = trainer.train_loader.examples.caches[0]
+    targets = cache.mask.bool()
+    old, sampled = (cache.token_features[name][targets] for name in ("old_logps", "sample_logps"))
+    torch.testing.assert_close(old, sampled, rtol=1e-4, atol=1e-4)
+    assert trainer.train_metrics["ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_round_equals_the_same_rollouts_from_a_file(online, tmp_path):
+    """The gradient of a round is that of a file with its token ids, rewards and groups."""
+    trainer = online(rollout={"save_samples": -1}, n_steps=1)
+    batches = next(trainer.train_loader.steps())[1]
+    gradients = _gradients(trainer, batches)
+    cache, rows = trainer.train_loader.examples.caches[0], []
+    for document in range(len(cache.offsets) - 1):
+        span = slice(cache.offsets[document], cache.offsets[document + 1])
+        ids, mask = cache.ids[span].tolist(), cache.mask[span].tolist()
+        start = mask.index(1)
+        reward = float(cache.doc_features["reward"][document])
+        rows.append({"prompt_ids": ids[:start], "response_ids": ids[start:], "reward": reward})
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / "rollouts.jsonl")]
+    offline = online("offline", rollout=False, datasets=files, total_batch_size=len(rows))
+    again = _gradients(offline, next(offline.train_loader.steps())[1])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def _gradients(trainer, batches):
+    trainer.forward_backward(batches)
+    return {name: p.grad.clone() for name, p in trainer.policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_an_interrupted_round_resumes_bit_for_bit(online, stop_at):
+    """Two passes of two steps over each round: within a pass, at its end, and at the end of a round."""
+    rollout = {"num_iterations": 2, "zero_variance_groups": "resample", "prompts_per_round": 4}
+    options = {"rollout": rollout, "total_batch_size": 2, "n_steps": 6, "save_every_steps": 1, "keep_checkpoints": 9}
+    whole = online("whole", **options)
+    whole.train()
+
+    def stop(trainer):
+        if trainer.step == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        online("cut", hooks={"on_save": stop}, **options).train()
+    resumed = online("cut", **options)
+    resumed.train()
+    ledgers = [(trainer.run.path / "ledger.jsonl").read_text() for trainer in (whole, resumed)]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_rewards_rise(online):
+    """30 rounds of GRPO for an `a` in the answer: from a fraction to most of the answers."""
+    trainer = online(
+        rollout={"rewards": [{"name": "regex", "pattern": ".*a.*"}], "prompts_per_round": 8},
+        n_steps=30,
+        total_batch_size=8,
+        lr_scheduler="constant",
+    )
+    trainer.train()
+    rewards = [row["reward"] for row in metrics(trainer, "rollout")]
+    assert len(rewards) == 30 and sum(rewards[:3]) / 3 < 0.35 and sum(rewards[-3:]) / 3 > 0.4
+
+
+def answer(reward, ids=(5, 6), ended=True):
+    return JudgedAnswer([3, 4], list(ids), [True] * len(ids), [-1.0] * len(ids), reward, ended)
+
+
+def test_what_a_loss_makes_of_the_answers(online):
+    """Best and worst for preferences, the best for sft, all for rollouts; ties and unjudged answers are left out."""
+    options = online().config.rollout
+    group = [answer(0.0), answer(1.0, (7,)), answer(float("nan"), (8,)), answer(0.5)]
+    tie = [answer(1.0), answer(1.0)]
+    examples = make_examples([group, tie], "rollout", options, False)
+    assert [document.doc_features["reward"] for document in examples[0]] == [0.0, 1.0, 0.5]
+    pairs = make_examples([group, tie], "preference", options, False)
+    assert [document.answer.reward for document in pairs[0]] == [1.0, 0.0] and pairs[1] == []
+    best = make_examples([group, tie], "conversation", options, False)
+    assert [len(example) for example in best] == [1, 2] and best[0][0].answer.ids == [7]
+    everything = make_examples([group], "conversation", options, True)
+    assert len(everything[0]) == 4
+    labeled = make_examples([group, [answer(-1.0, (9,))]], "unpaired_preference", options, False)
+    assert [document.doc_features["desirable"] for document in labeled[0]] == [0, 0, 1, 1, 1, 1]
+    assert labeled[0][1].answer.ids == [9] and labeled[1][1].answer.ids != [9]  # a response to the other prompt
+
+
+def test_truncated_answers_count_in_the_group_and_are_not_trained_on(online):
+    trainer = online(rollout={"truncated": "mask", "max_new_tokens": 2}, n_steps=1)
+    trainer.train()
+    cache = trainer.train_loader.examples.caches[0]
+    ended = cache.doc_features["ended"]
+    assert not ended.all()
+    for document in range(len(ended)):
+        span = slice(cache.offsets[document], cache.offsets[document + 1])
+        assert bool(cache.mask[span].any()) == bool(ended[document])
+    advantages = cache.token_features["advantages"]
+    assert advantages[cache.mask == 0].any()  # theirs were computed
+
+
+def test_dr_grpo_divides_by_the_option_and_not_by_the_longest_answer(online):
+    trainer = online(loss={"name": "policy", "loss_aggregation": "dr_grpo"}, n_steps=1)
+    trainer.train()
+    assert trainer.loss.max_new_tokens == ROLLOUT["max_new_tokens"]
+
+
+def test_a_checkpoint_has_the_round_only_within_it(online):
+    trainer = online(rollout={"num_iterations": 2}, n_steps=1)
+    trainer.train()
+    rounds = trainer.train_loader
+    assert isinstance(rounds, Rounds)
+    state, tensors = rounds.state(4)
+    assert state["round"] == 0 and tensors.keys() == tensors_of(rounds.examples.caches[0]).keys()
+    assert rounds.state(8) == ({"drawn": 4, "round": None}, {})
+
+
+def test_a_loss_from_files_is_untouched():
+    assert create_loss("policy").online is False
