@@ -123,7 +123,7 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
         )
     expected = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]  # [11]
     largest = float(logits.abs().max())
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 1e-2 + largest / 64
+    tolerance = 1e-3 if is_exact(policy, ids.device) else 1e-2 + largest / 64
     relative = tolerance if scale == 1.0 else min(tolerance, 1e-2)
     if not torch.allclose(expected, actual, rtol=relative, atol=tolerance):
         raise ConfigError(

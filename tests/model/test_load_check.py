@@ -82,6 +82,13 @@ def test_good_models_pass(kind, packing, dtype):
     assert not policy.groups_documents
 
 
+def test_logits_that_are_cast_to_float32_have_the_rounding_of_bfloat16():
+    """Mamba casts the logits that it computes in bfloat16."""
+    policy = policy_of(tf.MambaForCausalLM(tf.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        check_policy(policy.bfloat16(), packing=False)
+
+
 @pytest.mark.parametrize("kind", NOT_CAUSAL)
 def test_models_that_are_not_causal_are_refused(kind):
     """Packed or not: logps of earlier tokens would depend on later ones."""
