@@ -655,6 +655,15 @@ BUGS = {
             test="tests/model/test_dtypes.py::test_logits_after_training_at_lr_0_are_those_before",
         ),
         Bug(
+            number=70,
+            title="PEFT took layers with the names of experts for experts, and dropped their LoRA.",
+            reported_in="PEFT",
+            file="minitrain/model/peft_rules.py",
+            line="taken = expert_names(hf_config)",
+            replacement="taken = set()",
+            test="tests/model/test_lora_targets.py::test_an_adapter_of_all_linear_layers_is_the_same_everywhere",
+        ),
+        Bug(
             number=74,
             title="Rotary frequencies of type dynamic or longrope followed the longest sequence of a batch, so a loss depended on the batch.",
             reported_in="huggingface/transformers#25104",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minitrain.errors import ConfigError
 
 from . import experts, lora, token_rows
-from .adapter_targets import pattern_value, target_layers, target_parameters, unknown_module
+from .adapter_targets import DROPOUT, layer_weights, rank_and_alpha, target_layers, target_parameters, unknown_module
 from .dtypes import DtypePlan
 from .packed import is_quantized
 from .vocabulary import embedding_layers, embedding_parameters
@@ -103,7 +103,7 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
     untied = _untie(model, adapter.modules_to_save, weights, keep_tied)
     rows = train_new_rows(model, config.get("trainable_token_indices"), adapter.modules_to_save, weights)
     adapter.experts = target_parameters(model, modules, config, adapter.modules_to_save, strict)
-    if config["target_modules"] or not adapter.experts:
+    if config["target_modules"] or layer_weights(config, modules) or not adapter.experts:
         names = target_layers(model, modules, config, adapter.modules_to_save, strict)
         adapter.layers |= {name: modules[name] for name in names}
     if keep_tied and (tied := _add_tied(model, adapter.layers)[len(adapter.layers) :]):
@@ -116,7 +116,8 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
     adapter.extra_tensors += new_biases(model, adapter)
     for name, module in adapter.layers.items():
         settings = _settings(config, name)
-        settings.dropout = 0.0 if isinstance(module, nn.Embedding) else config.get("lora_dropout", 0.0)
+        dropout = config.get(DROPOUT, config.get("lora_dropout", 0.0))
+        settings.dropout = 0.0 if isinstance(module, nn.Embedding) else dropout
         settings.dora = bool(config.get("use_dora"))
         lora.adapt(module, settings)
     for name, module in adapter.experts.items():
@@ -126,8 +127,7 @@ def inject(model: nn.Module, config: dict[str, Any], weights: Weights | None = N
 
 def _settings(config: dict[str, Any], name: str) -> lora.LoRASettings:
     """Return rank and scaling of a layer or a parameter."""
-    rank = pattern_value(config, "rank_pattern", name, config["r"])
-    alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"])
+    rank, alpha = rank_and_alpha(config, name)
     return lora.LoRASettings(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 

@@ -19,13 +19,15 @@ from minitrain.io.tensor_files import save_file
 from . import experts, lora, token_rows
 from .adapter import Adapter, init_rows, inject, new_biases, parse_token_indices, train_new_rows
 from .adapter_config import CONFIG_FILE, FILE, base_config, new_config, read_config
-from .multimodal import all_module_names, split_adapter
+from .adapter_names import check_loadable, peft_name, target_options
+from .multimodal import split_adapter
+from .peft_rules import PREFIX, loaded_keys, saved_keys
 from .sequence_head import heads_of, is_encoder
 from .soft_prompt import PEFT_TYPES, TENSOR, PromptAdapter, SoftPrompt, prompt_config, vectors_of
 from .vocabulary import count_ids
 from .weights import LowRankDifference, Weights
 
-PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."  # of keys in PEFT's files, with LoRA and a soft prompt
+PROMPT_PREFIX = "base_model."  # of keys in PEFT's files with a soft prompt
 
 
 def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | None) -> Adapter:
@@ -41,10 +43,14 @@ def adapt_model(config: Config, model: nn.Module, tokenizer, weights: Weights | 
         ConfigError: The adapter does not match the model.
     """
     if config.model.adapter:
-        return load_adapter(model, Path(config.model.adapter), weights)
+        adapter = load_adapter(model, Path(config.model.adapter), weights)
+        if not isinstance(adapter, PromptAdapter):
+            check_loadable(model, adapter, "model.adapter", "Merge it, and train the merged model")
+        return adapter
     if config.soft_prompt.num_virtual_tokens:
         return _new_prompt(config, model, tokenizer, weights)
     adapter = inject(model, new_config(config, model), weights)
+    check_loadable(model, adapter, "lora.target_modules", "Add it to lora.exclude_modules")
     for name, module in adapter.layers.items():
         _init_lora(adapter, name, module, config, weights)
     for name, module in adapter.experts.items():
@@ -88,16 +94,18 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
 
 def _rename_keys(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file by parameter name. Raises ConfigError if keys do not match."""
-    names = {_peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = {peft_name(name, adapter): name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, module in model.named_modules():  # PEFT's key of resized embeddings
         if token_rows.has_rows(module):
             names[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = f"{name}.weight"
+    loaded = loaded_keys(model, [key for key in tensors if key not in names])
+    tensors = {loaded.get(key, key): tensor for key, tensor in tensors.items()}
     token_indices = parse_token_indices(model, adapter.config.get("trainable_token_indices"))
     missing = []
     for name in adapter.parameters(model):
         module, _, last = name.rpartition(".")
-        if _peft_name(name, adapter) not in tensors and (last != token_rows.NAME or module in token_indices):
-            missing.append(_peft_name(name, adapter))
+        if peft_name(name, adapter) not in tensors and (last != token_rows.NAME or module in token_indices):
+            missing.append(peft_name(name, adapter))
     unknown = [key for key in tensors if key not in names]
     if missing or unknown:
         base = adapter.config.get("base_model_name_or_path")
@@ -166,17 +174,15 @@ def save_adapter(model: nn.Module, adapter: Adapter, tensors: Iterable[tuple[str
         _write(folder, peft_tensors | {TENSOR: vectors_of(by_name)}, adapter.config)
         return
     by_name |= {name: by_name[owner].clone() for name, owner in _tied_names(model, adapter).items()}
-    peft_tensors = {_peft_name(name, adapter): tensor for name, tensor in by_name.items()} | adapter.other_tensors
-    config = adapter.config | {"target_modules": _short_targets(adapter, model)}
-    config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    if adapter.experts:
-        config["target_parameters"] = experts.shortest_targets(model, list(adapter.experts))
+    peft_tensors = {peft_name(name, adapter): tensor for name, tensor in by_name.items()} | adapter.other_tensors
+    config = adapter.config | target_options(model, adapter)
     config["modules_to_save"] = adapter.modules_to_save or None  # full names: PEFT matches the ends of names
     config["trainable_token_indices"] = _saved_rows(model, adapter) or None
     config["fan_in_fan_out"] = any(lora.is_transposed(m) and not isinstance(m, nn.Embedding) for m in model.modules())
     if adapter.subtracted_init:
         _restore_base(adapter, peft_tensors, config)
-    _write(folder, peft_tensors, config)
+    keys = saved_keys(model, [key for key in peft_tensors if ".lora_" in key])
+    _write(folder, {keys.get(key, key): tensor for key, tensor in peft_tensors.items()}, config)
 
 
 def _tied_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
@@ -330,29 +336,6 @@ def _set(name: str, parameter: nn.Parameter, value: Tensor, weights: Weights | N
     else:
         with torch.no_grad():
             parameter.copy_(value)
-
-
-def _peft_name(name: str, adapter: Adapter) -> str:
-    """`model.layers.0.q_proj.lora_A` -> `base_model.model.model.layers.0.q_proj.lora_A.weight`."""
-    module, _, last = name.rpartition(".")
-    if last == token_rows.NAME:
-        return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
-    if last in ("lora_A", "lora_B"):
-        return f"{PREFIX}{name}.weight"
-    if experts.is_matrix_name(last):
-        return experts.peft_key(f"{PREFIX}{module}", adapter.experts[f"{module}.{last[: -len(experts.A)]}"], last)
-    inner = ".base_layer" if module in adapter.layers and last not in lora.MATRICES else ""
-    return f"{PREFIX}{module}{inner}.{last}"
-
-
-def _short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
-    """Return target_modules: the last parts of the layer names if they match no other modules, else the full names."""
-    suffixes = {name.rpartition(".")[2] for name in adapter.layers}
-    matching = [name for name in all_module_names(model) if name.rpartition(".")[2] in suffixes]
-    if len(matching) == len(adapter.layers):
-        return sorted(suffixes)
-    other = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter.other_tensors}
-    return sorted(adapter.layers.keys() | other)
 
 
 def _restore_base(adapter: Adapter, peft_tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

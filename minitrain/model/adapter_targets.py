@@ -14,8 +14,10 @@ from minitrain.errors import ConfigError
 
 from . import experts, lora
 from .decoder import find_blocks
+from .peft_rules import find_unloadable
 
 MATCH_SECONDS = 2
+DROPOUT = "minitrain_lora_dropout"  # in adapter_config.json if PEFT requires lora_dropout=0, which target_parameters do
 
 
 def target_layers(
@@ -29,9 +31,11 @@ def target_layers(
     trained_modules = {module for name in modules_to_save for module in modules[name].modules()}
     adaptable = {name: module for name, module in modules.items() if lora.is_adaptable(module)}
     if targets == "all-linear":
-        matching = [n for n, module in adaptable.items() if not isinstance(module, nn.Embedding) and module is not head]
+        linear = [n for n, module in adaptable.items() if not isinstance(module, nn.Embedding) and module is not head]
+        unloadable = find_unloadable(model, linear)
+        matching = [name for name in linear if name not in unloadable]
     else:
-        matching = [name for name in adaptable if _matches(targets, name)]
+        matching = [name for name in adaptable if _matches(targets, name) or _is_parameter_target(config, name)]
     missing = (
         [target for target in targets if not any(_matches([target], name) for name in matching)]
         if _is_list(targets)
@@ -71,6 +75,8 @@ def target_parameters(
     PEFT ignores layers_to_transform for parameters, so only new adapters (`strict`) use it.
     """
     if not (targets := config.get("target_parameters")):
+        return {}
+    if not strict and not (targets := [one for one in targets if one not in layer_weights(config, modules)]):
         return {}
     matching = experts.find_parameters(model, targets)
     names = [name for name in matching if not any(name.startswith(f"{path}.") for path in modules_to_save)]
@@ -158,7 +164,27 @@ def unknown_module(pattern: str, modules: dict[str, nn.Module]) -> str:
     return f"no module is named {pattern!r}.{hint} The model has {', '.join(available)}."
 
 
-def pattern_value(config: dict[str, Any], patterns: str, name: str, default: Any) -> Any:
+def layer_weights(config: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:
+    """Return the names in target_parameters that are weights of linear layers, on which LoRA is that of the layer."""
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and lora.is_adaptable(module)]
+    targets = config.get("target_parameters") or []
+    return [one for one in targets if any(_matches([one], f"{name}.weight") for name in linear)]
+
+
+def _is_parameter_target(config: dict[str, Any], name: str) -> bool:
+    """Return whether the weight of a layer is in target_parameters."""
+    targets = config.get("target_parameters") or []
+    return _is_list(targets) and _matches(targets, f"{name}.weight")
+
+
+def rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
+    """Return the rank and the alpha of a layer or a parameter; patterns match the names of target_parameters."""
+    key = f"{name}.weight" if _is_parameter_target(config, name) else name
+    rank = _pattern_value(config, "rank_pattern", key, config["r"])
+    return rank, _pattern_value(config, "alpha_pattern", key, config["lora_alpha"])
+
+
+def _pattern_value(config: dict[str, Any], patterns: str, name: str, default: Any) -> Any:
     for key, value in (config.get(patterns) or {}).items():
         if _full_match(rf"(.*\.)?({key})", name, patterns):
             return value

@@ -198,7 +198,8 @@ def split_adapter(
     if other is None:
         return config, tensors, {}
     config = dict(config)
-    for option in ("target_modules", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern"):
+    named = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
+    for option in (*named, "rank_pattern", "alpha_pattern"):
         if isinstance(value := config.get(option), dict):
             config[option] = {other.own_name(name): entry for name, entry in value.items()}
         elif isinstance(value, list) and all(isinstance(name, str) for name in value):
