@@ -29,6 +29,7 @@ from workload import Setting, build  # noqa: E402
 
 SMALL = Setting(vocab=8192, dtype="float32", steps=2, warmup=0, batch=8, hidden=512, intermediate=1408, layers=4)
 LARGE = replace(SMALL, vocab=128_256, hidden=256, intermediate=704, layers=2)
+EXPERTS = replace(SMALL, hidden=256, intermediate=512, experts=8)
 BF16, PACKED, LORA = "model.policy_dtype=bfloat16", "packing=true", "lora.rank=16"
 DPO, ACCUMULATE = "loss.name=dpo", "gradient_accumulation_steps=4"
 SHARDED, RANKS = "trainer=FSDPTrainer", 2
@@ -53,10 +54,15 @@ SETTINGS = [  # model, overrides
     (LARGE, [LORA, PACKED]),
     (LARGE, [DPO, PACKED]),
     (LARGE, [SHARDED, "fsdp.shard=grad"]),
+    (EXPERTS, []),
+    (EXPERTS, [PACKED, BF16]),
+    (EXPERTS, [BF16, "model.master_dtype=bfloat16"]),
+    (EXPERTS, [LORA, PACKED]),
 ]
 NOTE = """\
 A Llama with random weights and tied embeddings: 512 wide, 4 layers, 8,192 tokens; or 256 wide, 2 layers, 128,256
-tokens. AdamW and sft but where another is named; 8 examples a step of up to 512 tokens, for two steps. `estimated`
+tokens; or a Mixtral, 256 wide, 4 layers of 8 experts.
+AdamW and sft but where another is named; 8 examples a step of up to 512 tokens, for two steps. `estimated`
 is what `minitrain validate` tells. `measured` is the peak of the resident memory of the process above what it was with
 all libraries loaded, so it has data, loading and all that libraries allocate in it. FSDPTrainer is on two ranks, of
 which the larger one's is told. Nothing was adjusted to these figures."""
@@ -77,8 +83,8 @@ def main() -> None:
     lines += ["| tokens | options | estimated, MiB | measured, MiB | error | apart, MiB |"]
     lines += ["|---:|---|---:|---:|---:|---:|"]
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {id(model): Path(scratch) / str(model.vocab) for model in (SMALL, LARGE)}
-        for model in (SMALL, LARGE):
+        folders = {id(model): Path(scratch) / f"{model.vocab}-{model.experts}" for model in (SMALL, LARGE, EXPERTS)}
+        for model in (SMALL, LARGE, EXPERTS):
             build(model, folders[id(model)])
             write_pairs(model, folders[id(model)])
         for model, overrides in SETTINGS:
@@ -105,7 +111,8 @@ def row(model: Setting, overrides: list[str], folder: Path) -> str:
         told = [json.loads(file.read_text()) for file in Path(scratch).glob("*.json")]
     measured, estimated = max(one["measured"] for one in told), told[0]["estimated"]
     figures = f"{estimated:,.0f} | {measured:,.0f} | {estimated / measured - 1:+.0%} | {estimated - measured:+,.0f}"
-    return f"| {model.vocab:,} | {', '.join(overrides)} | {figures} |"
+    experts = f" ({model.experts} experts)" if model.experts else ""
+    return f"| {model.vocab:,}{experts} | {', '.join(overrides)} | {figures} |"
 
 
 def work(folder: Path, scratch: Path, overrides: list[str]) -> None:

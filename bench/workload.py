@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 SEED = 0
@@ -29,6 +29,7 @@ class Setting:
     warmup: int = 2
     lr: float = 5e-4
     lora: int = 0  # rank; 0 trains all weights
+    experts: int = 0  # of a Mixtral, two for each token; 0 is a Llama
 
     @property
     def name(self) -> str:
@@ -69,8 +70,8 @@ def build_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(setting: Setting) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def build_model(setting: Setting) -> LlamaForCausalLM | MixtralForCausalLM:
+    shape = dict(
         vocab_size=setting.vocab,
         hidden_size=setting.hidden,
         intermediate_size=setting.intermediate,
@@ -85,7 +86,9 @@ def build_model(setting: Setting) -> LlamaForCausalLM:
         pad_token_id=SPECIAL.index("<pad>"),
     )
     torch.manual_seed(SEED)
-    return LlamaForCausalLM(config)
+    if setting.experts:
+        return MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=setting.experts, num_experts_per_tok=2))
+    return LlamaForCausalLM(LlamaConfig(**shape))
 
 
 def build_adapter(setting: Setting, folder: Path) -> None:

@@ -115,7 +115,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tol
 @pytest.mark.parametrize("layout", layouts([None] * 4))
 @pytest.mark.parametrize("name", MODELS)
 def test_the_auxiliary_loss_is_that_of_transformers_on_the_full_step(name, layout):
-    """Its value, the loss and all gradients, however the step is split, and without the padding (ms-swift#3870)."""
+    """Its value, the loss and all gradients, however the step is split, and without the padding."""
     model, docs = model_of(name), documents()
     aux_loss, loss, want = theirs(model, docs)
     if "packed" in layout:

@@ -4,9 +4,11 @@ import gc
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import DbrxConfig, DbrxForCausalLM
 
 from minitrain import Trainer, load_config
 from minitrain.errors import ConfigError
@@ -16,21 +18,31 @@ from minitrain.model.logprobs import CHUNK_BYTES, LMHead
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.memory import (
-    MemoryTracker,
     StepInputs,
     _head_chunks_of,
     _largest_batch,
     estimate_memory,
     simulate_step,
 )
+from minitrain.tools.preflight.memory_tracker import MemoryTracker
 from minitrain.training.setup import dry_run
 from tests.chats import THINKING, conversations, written
 from tests.conftest import random_llama
 from tests.messages import raises
+from tests.model.test_router import MODELS
 from tests.rows import REQUIRED, ROWS
 from tests.scorers import random_base
 
 CPU = torch.device("cpu")
+DBRX = DbrxConfig(
+    d_model=32,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=256,
+    vocab_size=288,
+    attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+)
 OPTIONS = REQUIRED | {  # and what makes a loss compute more
     "kd": {"teacher": "tiny", "top_k": 5},
     "policy": {"advantages": "reinforce++", "kl_coef": 0.1, "kl_in": "loss", "vf_coef": 0.1},
@@ -170,6 +182,41 @@ def test_an_encoder(config, tmp_path):
     """Of BERT's kind, whose head is its own."""
     made = config(loss="classify", model=random_base("bert", tmp_path / "bert"))
     assert estimate_memory(dry_run(made), CPU).parts == dict(taken(made).peaks)
+
+
+def experts_folder(name: str, folder: Path) -> Path:
+    """A saved mixture of experts: one that multiplies its experts at once, or DBRX, which loops over them."""
+    torch.manual_seed(0)
+    (DbrxForCausalLM(DBRX) if name == "dbrx" else MODELS[name]()).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("mixtral", ()),
+        ("mixtral", ("model.policy_dtype=bfloat16", "activation_checkpointing=true")),
+        ("mixtral", ("model.policy_dtype=bfloat16", "model.master_dtype=bfloat16")),
+        ("qwen3-moe", ("model.router_aux_loss_coef=0.1", "packing=true", "gradient_accumulation_steps=2")),
+        ("gpt-oss", ("lora.rank=4",)),
+    ],
+    ids=str,
+)
+def test_experts_that_are_multiplied_at_once(config, tmp_path, name, overrides):
+    """What they take does not depend on the load of each."""
+    made = config(*overrides, model=experts_folder(name, tmp_path / name))
+    found, real = estimate_memory(dry_run(made), CPU), taken(made)
+    assert found.parts == {part: size for part, size in real.peaks.items() if size}
+    assert found.peak == real.peak
+
+
+def test_experts_in_a_loop(config, tmp_path):
+    """The estimate is that of an even load, so it is near the memory of a real step."""
+    made = config(model=experts_folder("dbrx", tmp_path / "dbrx"))
+    found, real = estimate_memory(dry_run(made), CPU), taken(made)
+    assert found.peak == pytest.approx(real.peak, rel=0.1)
+    assert found.parts["activations"] == pytest.approx(real.peaks["activations"], rel=0.2)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
