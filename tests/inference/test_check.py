@@ -111,3 +111,17 @@ def test_a_tensor_that_the_class_lacks_fails(base, tmp_path, capsys):
     save_file(state | {"model.extra.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     found = check_model(str(tmp_path))
     assert not found.passed and "model.extra.weight" in found.lines["tensors"]
+
+
+def test_an_adapter_that_peft_refuses_fails(base, make_trainer, monkeypatch):
+    """PEFT refuses some layers of some models with errors of its own; the rest is checked nevertheless."""
+    trainer = make_trainer(f"model.name_or_path={base}", "n_steps=1", *LORA)
+    trainer.train()
+
+    def refuse(model, folder):
+        raise ValueError("out_proj is incompatible")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", refuse)
+    check = check_model(str(trainer.run.final))
+    assert not check.passed and "out_proj is incompatible" in check.lines["logits in PEFT"]
+    assert check.lines["logits when merged"].startswith("equal")
