@@ -170,6 +170,16 @@ def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
         )
 
 
+@torch.no_grad()
+def check_autocast(policy: Policy, autocast: torch.autocast) -> None:
+    """Check that a model can be run in policy_dtype. Raises ConfigError."""
+    ids = torch.arange(3, 15, device=policy.model.get_input_embeddings().weight.device)  # [12]
+    dtype = str(autocast.fast_dtype).removeprefix("torch.")
+    reason = f"model.policy_dtype: {type(policy.model).__name__} cannot be computed in {dtype}"
+    with autocast, explained(reason, "Set model.policy_dtype=float32."):
+        policy(make_row(ids, [12]))
+
+
 def make_row(ids: Tensor, lengths: list[int]) -> Batch:
     """Return a batch of one row with documents of these lengths; all tokens but the first of each are targets."""
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]

@@ -47,7 +47,7 @@ def measure_output(model: nn.Module) -> OutputForm:
     """
     decoder, head = decoder_of(model), model.get_output_embeddings()
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    ones = torch.ones(1, 1, model.config.get_text_config().hidden_size, dtype=torch.float64, device="cpu")
+    ones = torch.ones(1, 1, head.weight.shape[-1], dtype=torch.float64, device="cpu")  # [1, 1, H]
     products = torch.full((len(head.weight),), LARGE, dtype=torch.float64, device="cpu")
     products[0] = SMALL
     between, called = _modules_between(model, decoder, head), []

@@ -18,7 +18,7 @@ from minitrain.errors import ConfigError
 from minitrain.losses import Loss, add_features, create_loss
 from minitrain.model.decoder import find_blocks
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
-from minitrain.model.load_check import check_policy
+from minitrain.model.load_check import check_autocast, check_policy
 from minitrain.model.policy import Policy, checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
@@ -155,6 +155,8 @@ def prepare_policy(
     is_float32 = not parallel.loads_shards and {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     with contextlib.nullcontext() if is_float32 else precision.autocast():
         check_policy(policy, config.packing, parallel.device, lambda: parallel.unsharded(policy))
+    if is_float32 and precision.dtype != torch.float32:
+        check_autocast(policy, precision.autocast())
     parallel.reshard(policy)  # a gathered parameter is not the one that the optimizer updates
     return policy.train(dropout)
 

@@ -169,13 +169,13 @@ class Causal:
 
     def float32(self):
         """At lr 0, final/ of a bfloat16 run is the base in bfloat16, with what transformers keeps in float32."""
+        _, final = self.trained("model.policy_dtype=bfloat16", "n_steps=1", "lr=0.0")
         base = self.load(self.base, torch.bfloat16)
         try:
             expected = logits_of(base)
         except RuntimeError as error:
             raise NotApplicableError("transformers cannot compute it in bfloat16") from error
         base.save_pretrained(self.folder / "bfloat16")
-        _, final = self.trained("model.policy_dtype=bfloat16", "n_steps=1", "lr=0.0")
         dtypes = dtypes_of(final)
         rounded = [n for n, t in dtypes_of(self.folder / "bfloat16").items() if t == "F32" and dtypes.get(n, t) != t]
         assert not rounded, f"{sorted(rounded)[0]} is rounded"

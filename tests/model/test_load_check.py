@@ -13,7 +13,7 @@ from minitrain.model.decoder import find_blocks
 from minitrain.model.document_check import check_documents, packed_lengths
 from minitrain.model.few_blocks import distinct_blocks, with_few_blocks
 from minitrain.model.load import build_policy
-from minitrain.model.load_check import check_policy
+from minitrain.model.load_check import check_autocast, check_policy
 from minitrain.model.policy import Policy
 from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_tokenizer
@@ -242,3 +242,15 @@ def test_classifiers_of_other_kinds_are_refused(kind, tmp_path):
     config = Config(model=ModelConfig(str(tmp_path)))
     with raises(ConfigError, "unsupported-model", kind.capitalize() if kind == "perceiver" else kind):
         build_policy(config, tiny_tokenizer(), torch.device("meta"), outputs=["no", "yes"])
+
+
+def test_a_model_that_bfloat16_breaks_is_refused():
+    """Before the first step. DBRX adds experts in bfloat16 to a float32 tensor under autocast."""
+    shape = {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 64, "max_seq_len": 64, "num_key_value_heads": 2}
+    attention_config = {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}
+    experts = {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1}
+    model = tf.DbrxForCausalLM(tf.DbrxConfig(**shape, attn_config=attention_config, ffn_config=experts))
+    policy = policy_of(model, packing=False)
+    check_autocast(policy, torch.autocast("cpu", torch.float32, enabled=False))
+    with raises(ConfigError, "unsupported-model", "model.policy_dtype: ", "bfloat16"):
+        check_autocast(policy, torch.autocast("cpu", torch.bfloat16))

@@ -18,7 +18,9 @@ from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
-from minitrain.model.load import META, build_frozen
+from minitrain.model.few_blocks import with_few_blocks
+from minitrain.model.load import CPU, DTYPES, META, build_frozen
+from minitrain.model.load_check import check_autocast
 from minitrain.model.multimodal import describe_text_part
 from minitrain.model.policy import GROUPS_NOTE
 from minitrain.model.router import describe_aux_loss
@@ -32,6 +34,7 @@ from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
+from minitrain.training.step import Precision
 
 from .duplicates import describe_duplicates
 from .load import check_python_config
@@ -83,6 +86,9 @@ def _try_out(run: Preparation) -> list[str]:
         read_archive(run.policy.model, Path(config.model.archive))
     policy = run.meta_policy()
     warnings = check_meta_policy(policy, config.packing)
+    precision = Precision(DTYPES[config.model.policy_dtype], CPU)
+    if precision.dtype != torch.float32:
+        with_few_blocks(policy, lambda: check_autocast(policy, precision.autocast()))
     run.policy.groups_documents = policy.groups_documents
     if "teacher" in run.loss.requires:
         teacher = teacher_config(run.loss, config)
