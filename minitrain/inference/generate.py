@@ -1,4 +1,4 @@
-"""Generate responses in left-padded batches, with the chat template and end tokens of training."""
+"""Generate responses in batches with the chat template and end tokens of training."""
 
 import contextlib
 import functools
@@ -27,6 +27,7 @@ from minitrain.model.positions import batches_by_length, n_positions, restoring_
 from minitrain.model.pretrained import read_model_config
 from minitrain.training.step import inference
 
+from .batching import is_unchanged_in_batch
 from .parse import THINK, Response, ResponseParser
 from .prompts import python_variables
 from .resolve import find_model
@@ -104,6 +105,20 @@ class Generator:
             raise ConfigError("the model returns scores, not text. Use `minitrain score`.", "unsupported-model")
         return self.template.end_ids()
 
+    @functools.cached_property
+    def can_pad(self) -> bool:
+        """Whether left padding changes no response. It does if a model ignores the mask, or counts positions itself."""
+        return is_unchanged_in_batch(self._run_trial, self.n_positions, self.model.dtype, padded=True)
+
+    @functools.cached_property
+    def can_batch(self) -> bool:
+        """Whether a batch of prompts of one length changes no response. In RWKV it does (transformers 5.23)."""
+        return self.can_pad or is_unchanged_in_batch(self._run_trial, self.n_positions, self.model.dtype, padded=False)
+
+    def _run_trial(self, prompts: list[list[int]], n_steps: int) -> Sequence[torch.Tensor]:
+        options = {"output_logits": True, "return_dict_in_generate": True}
+        return self._run(prompts, Sampling(n_steps), **options)[0].logits
+
     def generate_from_ids(
         self,
         prompts: list[list[int]],
@@ -123,6 +138,8 @@ class Generator:
         """
         # The longest prompt of a batch limits its responses, so prompts near the limit are batched by equal length.
         limit = self.batch_limit - sampling.max_new_tokens
+        if min(batch_size, len(prompts)) > 1:
+            batch_size, limit = batch_size if self.can_batch else 1, limit if self.can_pad else 0
         responses: list[Response] = [Response("", {})] * len(prompts)
         with tqdm(total=len(prompts), unit=" prompts", disable=None if progress else True, leave=False) as bar:
             for chosen in batches_by_length([len(ids) for ids in prompts], batch_size, limit):
@@ -221,6 +238,12 @@ class Generator:
 
     def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
         """Generate from a left-padded batch, and return the ids of the responses, shape [B, <= max_new_tokens]."""
+        output, width = self._run(prompts, sampling, streamer)
+        self.calls += 1
+        return output[:, width:]
+
+    def _run(self, prompts: list[list[int]], sampling: Sampling, streamer=None, **options) -> tuple[Any, int]:
+        """Return the output of `model.generate` for a left-padded batch, and where the response begins in it."""
         from transformers import GenerationConfig
 
         end_ids, width = self.end_ids, max(map(len, prompts))
@@ -231,18 +254,17 @@ class Generator:
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, T]
             if sampling.temperature > 0:  # `inference` restores the random state, so each call needs its own seed
                 torch.manual_seed(sampling.seed + self.calls)
-            self.calls += 1
             inputs, width = self._inputs(ids, mask)
-            options = GenerationConfig(
+            generation_config = GenerationConfig(
                 max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - ids.shape[1])),
                 eos_token_id=end_ids,
                 pad_token_id=pad,
                 use_cache=True,
                 **sampling.arguments(),
+                **options,
             )
             with _without_defaults(self.model), restoring_rotary(self.model):
-                output = self.model.generate(**inputs, generation_config=options, streamer=streamer)
-        return output[:, width:]
+                return self.model.generate(**inputs, generation_config=generation_config, streamer=streamer), width
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, int]:
         """Return the inputs of `model.generate` for ids [B, T], and where the response begins in its output."""

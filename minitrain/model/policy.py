@@ -70,12 +70,13 @@ class Policy(nn.Module):
         by_document = batch.packed and self.supports_document_masking
         # In packed rows, positions that continue into the padding could exceed the model's position table.
         positions = batch.position_ids * (batch.doc_ids >= 0) if batch.packed else batch.position_ids[:1]
+        positions = positions.expand(len(batch.input_ids), -1)  # [R, T]; Qwen 4 reads them of each row
         inputs, n_before = {"input_ids": batch.input_ids}, 0
         if self.has_soft_prompt:
             prompt = self.model.soft_prompt
             inputs = prompt(batch.input_ids, self.model.get_input_embeddings(), self.model.dtype)
             n_before = prompt.n_before
-            first = torch.arange(n_before, device=positions.device)[None]  # [1, n]
+            first = torch.arange(n_before, device=positions.device).expand(len(positions), -1)  # [R, n]
             positions = torch.cat([first, positions + prompt.n_tokens], 1)
         decoder = decoder_of(self.model)
         if self.routing is not None:

@@ -12,25 +12,25 @@ from torch import nn
 from .decoder import decoder_of
 
 UNLIMITED = 1 << 62
+N_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # options of a config
 MAX_OFFSET = 8  # rows of a position table before position 0; OPT and BART have 2
 
 
 def n_positions(model: nn.Module) -> int:
     """Return the longest document, in tokens, that a decoder's config allows."""
     config = model.config.get_text_config()
-    # MPT has biases for max_seq_len tokens.
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or UNLIMITED
+    return next((n for name in N_POSITIONS if (n := getattr(config, name, None))), UNLIMITED)
 
 
 def position_limit(model: nn.Module) -> int:
     """Return the longest document, in tokens, that the model can read; `UNLIMITED` without a position table.
 
-    A table is an embedding, or a buffer of two or more dimensions, with a row for each of max_position_embeddings. The
-    model can be on the meta device.
+    A table is an embedding, or a buffer of two or more dimensions, with a row for each position. The model can be on
+    the meta device.
     """
     n = n_positions(model)
-    if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
-        return n
+    if not any(getattr(model.config.get_text_config(), name, None) for name in N_POSITIONS[:-1]):
+        return n  # MPT has no table, but biases for max_seq_len tokens
     decoder, vocabulary = decoder_of(model), model.get_input_embeddings()
     embeddings = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not vocabulary]
     tables = [m for m in embeddings if n <= m.num_embeddings <= n + MAX_OFFSET]

@@ -65,6 +65,47 @@ def test_answers_near_the_end_of_what_a_model_reads(kind):
     assert generator.tokenizer.decode(expected, skip_special_tokens=True) == alone[0].text
 
 
+BART = dict(decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, d_model=32, bos_token_id=1, eos_token_id=2)
+RNN = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2}
+PADDED = {
+    "llama": (tf.LlamaConfig, WIDE),
+    "bloom": (tf.BloomConfig, {"vocab_size": 259, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mamba": (tf.MambaConfig, {**RNN, "state_size": 8}),
+    "bart": (tf.BartConfig, {"vocab_size": 259, "max_position_embeddings": 64, "pad_token_id": 0, **BART}),
+    "rwkv": (tf.RwkvConfig, {**RNN, "context_length": 64}),
+}
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_prompts_are_not_padded_where_that_changes_responses(kind, monkeypatch):
+    """BART counts positions from the first token, padding or not, and RWKV reads padding."""
+    make, options = PADDED[kind]
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(make(**options)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    model.generation_config = tf.GenerationConfig()  # BART's forces the last token
+    generator, widths = Generator(model, Template(tiny_tokenizer(), "chatml")), []
+    generator.end_ids = [258]
+    run = generator._run
+
+    def recorded(batch, *rest, **options):
+        widths.append([len(ids) for ids in batch])
+        return run(batch, *rest, **options)
+
+    monkeypatch.setattr(generator, "_run", recorded)
+    asked = prompts(10, 7, 15, 7)
+    found = [response.text for response in generator.generate_from_ids(asked, Sampling(8))]
+    for ids, text in zip(asked, found, strict=True):
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=258, pad_token_id=0, use_cache=True
+        )[0, len(ids) :]
+        assert generator.tokenizer.decode(expected, skip_special_tokens=True) == text
+    assert generator.can_pad is (kind not in ("bart", "rwkv"))
+    batches = {"bart": [[15], [10], [7, 7]], "rwkv": [[15], [10], [7], [7]]}.get(kind, [[15, 10, 7, 7]])
+    assert widths[-len(batches) :] == batches
+
+
 def test_trained_vectors_take_room(tmp_path, make_trainer):
     """GPT-2 looks up the positions of soft prompts, too: an answer ends where its table does."""
     random_model("gpt2").save_pretrained(tmp_path / "gpt2")

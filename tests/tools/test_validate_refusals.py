@@ -42,6 +42,9 @@ MODELS = {
     "biogpt": lambda: tf.BioGptConfig(**WIDE),
     "ctrl": lambda: tf.CTRLConfig(**GPT2, dff=64),
     "mpt": lambda: tf.MptConfig(vocab_size=259, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "whisper": lambda: tf.WhisperConfig(
+        vocab_size=259, d_model=32, decoder_layers=2, decoder_attention_heads=4, max_target_positions=64, pad_token_id=0
+    ),
     "qwen2": lambda: tf.Qwen2Config(**WIDE, num_key_value_heads=2),
     "mistral": lambda: tf.MistralConfig(**WIDE, num_key_value_heads=2, sliding_window=8),
     "mamba": lambda: tf.MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8),
@@ -53,7 +56,7 @@ MODELS = {
     ),
     "mixtral": lambda: tf.MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=4),
 }
-LIMITED = ("gpt2", "gpt_neo", "gptj", "codegen", "opt", "biogpt", "ctrl", "mpt")
+LIMITED = ("gpt2", "gpt_neo", "gptj", "codegen", "opt", "biogpt", "ctrl", "mpt", "whisper")
 LEAKY = ("mamba", "falcon_h1", "bamba", "mpt")  # states, and distances that count from the row
 
 
