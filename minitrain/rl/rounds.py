@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, Document, collate
 from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.data.cache import TokenCache
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.data.sampler import epoch_order
-from minitrain.inference.sampler import Sampler
+from minitrain.errors import ConfigError
+from minitrain.inference.sampler import Chooser, Request, Sampler
 from minitrain.losses import add_features
 from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 TRAIN, EVAL = 1, 2  # the purpose in the key of random numbers
 N_WORKERS = 4
+N_TRIED = 8  # tokens that are sampled to check the sampler
 Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
 
 
@@ -308,16 +310,51 @@ def _names(number: int) -> tuple[str, Path]:
     return f"round {number + 1}", Path(f"round-{number + 1}.safetensors")
 
 
+def check_sampler(trainer: "Trainer") -> None:
+    """Compare the log-probabilities of a few sampled tokens with those of the policy.
+
+    Raises:
+        ConfigError: They differ, or the model has no keys and values that rows can exchange.
+    """
+    policy, name = trainer.policy, type(trainer.policy.model).__name__
+    if not Sampler.supports(policy):
+        raise ConfigError(
+            f"rollout.num_generations: {name} has layers without keys and values, from which minitrain cannot sample. "
+            "Train on rollouts from files.",
+            "unsupported-model",
+        )
+    generator = torch.Generator().manual_seed(0)
+    size = min(policy.model.config.get_text_config().vocab_size, len(trainer.tokenizer))
+    prompts = [torch.randint(size, (n,), generator=generator).tolist() for n in (5, 9)]
+    with inference(policy), trainer.precision.autocast():
+        with trainer.generator.gathered():
+            requests = [Request(prompt, [(0,)], N_TRIED) for prompt in prompts]
+            samples = Sampler(policy, []).sample(requests, Chooser(1.0))
+        for prompt, (sample,) in zip(prompts, samples, strict=True):
+            mask = torch.tensor([0] * len(prompt) + [1] * N_TRIED, dtype=torch.uint8)
+            document = Document(torch.tensor(prompt + sample.ids, dtype=torch.int32), mask)
+            logps = policy(collate([[document]], 0).to(trainer.device)).logps.float().cpu()  # [8]
+            difference = float((logps - torch.tensor(sample.logps)).abs().mean())
+            if trainer.parallel.max(difference) > (1e-3 if trainer.precision.dtype == torch.float32 else 0.1):
+                raise ConfigError(
+                    f"rollout.num_generations: log-probabilities of {name} in sampling and in training differ by "
+                    f"{difference:.2g} per token. Train on rollouts from files, and report this architecture.",
+                    "unsupported-model",
+                )
+    trainer.parallel.reshard(policy)
+
+
 def sample_rounds(trainer: "Trainer") -> None:
     """Replace the loader of a trainer, which has the prompts, by one that samples the responses.
 
     Raises:
-        ConfigError: A reward or the environment is unknown or has invalid options.
+        ConfigError: A reward or the environment is unknown or has invalid options, or the model cannot be sampled from.
     """
     issues = ConfigIssues(ConfigSource("rollout"))
     rewards = build_rewards(trainer.config.rollout.rewards, issues)
     make_environment = build_environment(trainer.config.rollout.environment, issues)
     issues.raise_if_any()
+    check_sampler(trainer)
     trainer.train_loader = Rounds(trainer, rewards, make_environment)
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)

@@ -4,12 +4,17 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 
-from minitrain import Trainer
+from minitrain import ConfigError, Trainer
+from minitrain.inference import sampler
 from minitrain.losses import create_loss
+from minitrain.model.logprobs import logits_of
+from minitrain.model.tiny import tiny_tokenizer
 from minitrain.rl.documents import JudgedAnswer, make_examples
 from minitrain.rl.rounds import Rounds, tensors_of
 from tests.conftest import metrics
+from tests.messages import raises
 
 ROLLOUT = {
     "num_generations": 4,
@@ -186,3 +191,27 @@ def test_a_checkpoint_has_the_round_only_within_it(online):
 
 def test_a_loss_from_files_is_untouched():
     assert create_loss("policy").online is False
+
+
+def test_a_model_without_keys_and_values_is_refused(online, tmp_path):
+    config = tf.Mamba2Config(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=1,
+        state_size=8,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+        chunk_size=8,
+    )
+    tf.Mamba2ForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
+    with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
+        online(model={"name_or_path": str(tmp_path / "mamba")}, packing=False)
+
+
+def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
+    """Here it forgets the scale of the logits, as one that calls the LM head itself would."""
+    monkeypatch.setattr(sampler, "logits_of", lambda *args: (3 * logits_of(*args)[0], None))
+    with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
+        online()
