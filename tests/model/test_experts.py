@@ -12,7 +12,9 @@ from minitrain import ConfigError
 from minitrain.config.schema import Config
 from minitrain.config.sections import LoRAConfig, ModelConfig
 from minitrain.model.adapter_files import load_adapter
-from minitrain.model.load import CPU, META, build_policy, load_merged, load_model
+from minitrain.model.decoder import find_blocks
+from minitrain.model.experts import mark_recomputed
+from minitrain.model.load import CPU, META, build_policy, load_base, load_merged, load_model
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.messages import raises
@@ -233,3 +235,91 @@ def test_experts_can_be_trained_in_full(folders, tmp_path):
     model = build(folders["mixtral"], target_modules=["q_proj"], modules_to_save=["layers.1.mlp.experts"])
     save_model(shaken(model), tiny_tokenizer(), tmp_path, torch.float32)
     close(logits(model), logits(peft.PeftModel.from_pretrained(base(folders["mixtral"]), tmp_path)), 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- quantization
+
+BITS = pytest.mark.parametrize("bits", ["4bit", "8bit"])
+
+
+def trained_gradients(model) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits(model).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@BITS
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_and_conv1d_layers_are_quantized(folders, name, bits):
+    """All matrices but routers; the shares are the same on the meta device."""
+    pytest.importorskip("bitsandbytes")
+    lora = {"target_modules": "all-linear"} | ({} if name == "gpt2" else {"target_parameters": "all-experts"})
+    model = build(folders[name], quantization=bits, **lora)
+    router = {"gpt2": "", "gpt-oss": "mlp.router"}.get(name, "mlp.gate")
+    assert "100.0% quantized" in model.matrices if name == "gpt2" else f"quantized (not {router})" in model.matrices
+    assert ("frozen" in model.matrices) == (name != "gpt2")
+    assert build(folders[name], META, quantization=bits, **lora).matrices == model.matrices
+
+
+@BITS
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("with_experts", [True, False])
+def test_quantized_models_compute_with_their_rounded_weights(folders, tmp_path, name, bits, with_experts):
+    """Logits and gradients are those of the merged base with the same LoRA, and merging gives the same logits."""
+    pytest.importorskip("bitsandbytes")
+    reached = {"target_parameters": "all-experts"} if with_experts and name != "gpt2" else {}
+    model = shaken(build(folders[name], quantization=bits, **reached))
+    save_model(model, tiny_tokenizer(), tmp_path, torch.float32)
+    rounded = load_base(ModelConfig(str(folders[name]), quantization=bits), tiny_tokenizer())
+    assert {type(m) for m in rounded.modules()} == {type(m) for m in base(folders[name]).modules()}
+    assert not torch.equal(logits(rounded), logits(base(folders[name])))
+    rounded.adapter = load_adapter(rounded, tmp_path)
+    rounded.adapter.freeze(rounded, torch.float32)
+    close(logits(model), logits(rounded), 1e-3)
+    ours, theirs = trained_gradients(model), trained_gradients(rounded)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        close(ours[key], theirs[key], 1e-2)
+    for block in find_blocks(model):
+        mark_recomputed(block)
+    for key, gradient in trained_gradients(model).items():
+        close(gradient, ours[key], 1e-4)
+    merged = load_merged(ModelConfig(str(folders[name]), quantization=bits, adapter=str(tmp_path)), tiny_tokenizer())
+    close(logits(merged), logits(rounded), 1e-3)
+
+
+@BITS
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "gpt2"])
+def test_packed_experts_have_the_sizes_of_the_meta_device(folders, name, bits):
+    """So that the memory that `validate` estimates is right."""
+    pytest.importorskip("bitsandbytes")
+    real, meta = (build(folders[name], device, quantization=bits) for device in (CPU, META))
+    taken = [tensor for p in real.parameters() for tensor in packed_tensors(p)] + list(real.buffers())
+    held = sum(tensor.numel() * tensor.element_size() for tensor in taken)
+    estimated = sum(t.numel() * t.element_size() for t in (*meta.parameters(), *meta.buffers()))
+    assert estimated == held
+
+
+def packed_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What a packed or an ordinary parameter consists of."""
+    if type(parameter).__name__ == "Int8Params":
+        return [parameter.data, parameter.SCB]
+    if type(parameter).__name__ == "Params4bit":
+        state = parameter.quant_state
+        return [parameter.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return [parameter]
+
+
+def test_unpacked_experts_are_not_kept_for_the_backward_pass(folders):
+    """Only packed weights and activations are alive between the passes."""
+    pytest.importorskip("bitsandbytes")
+    model = build(folders["mixtral"], quantization="4bit")
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits(model)
+    assert kept and not any(len(shape) == 3 and shape[0] == 4 and shape[1] in (32, 96) for shape in kept)
