@@ -323,3 +323,37 @@ def test_unpacked_experts_are_not_kept_for_the_backward_pass(folders):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits(model)
     assert kept and not any(len(shape) == 3 and shape[0] == 4 and shape[1] in (32, 96) for shape in kept)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_resumed_run_ends_with_the_same_experts(make_trainer, capsys, folders, quantization, checkpointing):
+    """Every matrix of LoRA moves, packed rows or not; the first lines and the card say what is reached."""
+    if quantization == "4bit":
+        pytest.importorskip("bitsandbytes")
+    options = [
+        "n_steps=4",
+        "save_every_steps=2",
+        f"model={{name_or_path: {folders['qwen3-moe']}, quantization: {quantization}}}",
+        "lora={rank: 2, target_parameters: all-experts}",
+        f"activation_checkpointing={str(checkpointing).lower()}",
+        f"packing={str(not checkpointing).lower()}",
+    ]
+    trained = make_trainer("exp_name=whole", *options)
+    trained.train()
+    make_trainer(*options, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 2 else None).train()
+    resumed = make_trainer(*options)
+    resumed.train()
+    line = trained.policy.model.matrices
+    assert f"matrices: {line}" in capsys.readouterr().out
+    assert f"{line}." in (trained.run.final / "README.md").read_text()
+    first = make_trainer("exp_name=start", *options)
+    starts = dict(first.policy.named_parameters())
+    ends = dict(resumed.policy.named_parameters())
+    for name, parameter in trained.policy.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, ends[name]), name
+            assert not torch.equal(parameter, starts[name]), name
