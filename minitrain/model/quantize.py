@@ -11,6 +11,9 @@ from .packed import is_quantized, pack, pack_on_meta, unpack, unpack_on_meta
 from .sequence_head import heads_of
 
 
+MAX_WEIGHTS = 1 << 31  # kernels of bitsandbytes count the weights of a tensor with 32 bits
+
+
 def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torch.device) -> None:
     """Quantize all linear layers except the head, and the experts.
 
@@ -90,7 +93,8 @@ def quantizable(model: nn.Module) -> list[str]:
     excluded.add(model.get_output_embeddings())
     modules = {name: module for name, module in model.named_modules() if module not in excluded}
     layers = [f"{name}.weight" for name, module in modules.items() if type(module) in QUANTIZED]
-    return [*layers, *experts.find_experts(model)]
+    stacks = [name for name in experts.find_experts(model) if model.get_parameter(name).numel() < MAX_WEIGHTS]
+    return [*layers, *stacks]
 
 
 def dequantize_model(model: nn.Module) -> None:
