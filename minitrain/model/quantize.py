@@ -1,5 +1,9 @@
 """Quantize frozen weights to 4 or 8 bits with bitsandbytes (the extra `quant`)."""
 
+import functools
+import inspect
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from . import experts
 from .packed import is_quantized, pack, pack_on_meta, unpack, unpack_on_meta
 from .sequence_head import heads_of
-
 
 MAX_WEIGHTS = 1 << 31  # kernels of bitsandbytes count the weights of a tensor with 32 bits
 
@@ -88,13 +91,31 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """Return the names of the weights to quantize: those of linear layers except the head, and experts."""
+    """Return the names of the weights to quantize: those of linear layers except the head, and experts.
+
+    Weights that the module around a layer reads itself must stay as they are (Jamba's dt_proj).
+    """
     excluded = {module for name in heads_of(model).trained for module in model.get_submodule(name).modules()}
     excluded.add(model.get_output_embeddings())
     modules = {name: module for name, module in model.named_modules() if module not in excluded}
-    layers = [f"{name}.weight" for name, module in modules.items() if type(module) in QUANTIZED]
+    layers = [f"{n}.weight" for n, m in modules.items() if type(m) in QUANTIZED and not _is_read_by_parent(modules, n)]
     stacks = [name for name in experts.find_experts(model) if model.get_parameter(name).numel() < MAX_WEIGHTS]
     return [*layers, *stacks]
+
+
+def _is_read_by_parent(modules: dict[str, nn.Module], name: str) -> bool:
+    """Return whether the class of the module around a layer computes with the layer's weight."""
+    path, _, last = name.rpartition(".")
+    code = _source(type(modules.get(path)))
+    return re.search(rf"\b{re.escape(last)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # without a file
+        return ""
 
 
 def dequantize_model(model: nn.Module) -> None:

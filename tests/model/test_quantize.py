@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 
 from minitrain.inference.generate import Sampling
-from minitrain.model.quantize import QuantizedLinear, dequantized, is_quantized, quantize_model
+from minitrain.model.quantize import QuantizedLinear, dequantize_model, dequantized, is_quantized, quantize_model
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import random_llama
@@ -132,3 +133,17 @@ def test_a_packed_weight_stays_as_it_was_made(make_trainer, rows_file, biased, m
         for old, new in zip(before[name], held(layer), strict=True):
             assert torch.equal(old, new), name
     assert all(p.dtype == torch.float32 for p in trained)
+
+
+@BITS
+def test_a_weight_that_another_module_reads_is_not_packed(bits):
+    """Mamba's mixer multiplies by `self.dt_proj.weight`, which would be bytes."""
+    config = tf.MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=1, use_mambapy=False)
+    model = tf.MambaForCausalLM(config).eval()
+    model.heads = None
+    quantize_model(model, bits, torch.float32, torch.device("cpu"))
+    assert list(quantized_layers(model)) == ["backbone.layers.0.mixer.in_proj"]
+    ids = torch.arange(3, 23)[None]
+    packed_logits = model(input_ids=ids, use_cache=False).logits
+    dequantize_model(model)
+    close(packed_logits, model(input_ids=ids, use_cache=False).logits, 1e-4)
