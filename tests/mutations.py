@@ -673,6 +673,15 @@ BUGS = {
             test="tests/model/test_experts.py::test_experts_and_conv1d_layers_are_quantized",
         ),
         Bug(
+            number=69,
+            title="An adapter of a multimodal model had the names of the text class, which match no layer of the class that is served.",
+            reported_in="vllm-project/vllm#34186",
+            file="minitrain/model/pretrained.py",
+            line="transformers.AutoModelForMultimodalLM if is_multimodal(hf_config) else transformers.AutoModelForCausalLM",
+            replacement="transformers.AutoModelForCausalLM",
+            test="tests/model/test_multimodal.py::test_an_adapter_loads_in_peft_on_the_class_of_the_base",
+        ),
+        Bug(
             number=70,
             title="PEFT took layers with the names of experts for experts, and dropped their LoRA.",
             reported_in="PEFT",
