@@ -20,6 +20,7 @@ from .policy import Policy
 from .sequence_head import Scorer
 
 SHORT = 32, 21  # tokens of two documents
+DIVIDES_ROWS = re.compile("attention_chunk_size|index.*topk|budget|keep_window")  # chunks, or top-k of the keys
 SPAN = re.compile("window|chunk|topk|top_k|budget|block_size|local_attention")  # options: keys that a token attends to
 HEADS = re.compile("heads?$")
 MAX_FLOPS = {"cuda": 4e13, "cpu": 4e9}  # of the comparison of packed rows; less than a second
@@ -75,9 +76,11 @@ def check_documents(
 def _select_packing(policy: Policy, check_packed: Callable[[], None]) -> None:
     """Set `groups_documents` of a policy that cannot separate the documents of a packed row."""
     policy.groups_documents = False
-    # Attention by document has no chunks, and a chunk can be too long for the check. Soft prompts come before a row.
-    is_chunked = getattr(policy.model.config.get_text_config(), "attention_chunk_size", None) is not None
-    needs_groups = is_chunked or policy.has_soft_prompt
+    # Attention by document has no chunks and selects no keys, and the check can be too short for both. Soft prompts
+    # come before a row.
+    options = vars(policy.model.config.get_text_config()).items()
+    divides_rows = any(DIVIDES_ROWS.search(name) and isinstance(value, int) for name, value in options)
+    needs_groups = divides_rows or policy.has_soft_prompt
     try:
         if not needs_groups:
             with_few_blocks(policy, check_packed)

@@ -6,7 +6,6 @@ A and B are parameters of the layer that they adapt. So no parameter is renamed,
 together with the weight.
 """
 
-import copy
 import functools
 import hashlib
 import math
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import token_rows
+from .affine import affine_class
 from .logprobs import LMHead, autocast_dtype
 from .quantize import QuantizedLinear, dequantized
 
@@ -54,32 +54,13 @@ def is_adaptable(module: nn.Module) -> bool:
     """Return whether LoRA can be added to a layer: an embedding, or one that computes x W^T + b."""
     if isinstance(module, (nn.Embedding, QuantizedLinear)):
         return True
-    layer = original_class(module)
-    return layer in (nn.Linear, Conv1D) or (issubclass(layer, (nn.Linear, Conv1D)) and _is_affine(module, layer))
+    return affine_class(module, original_class(module)) is not None
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a layer without its LoRA and trained rows."""
     mixins = (_AdaptedLinear, _AdaptedEmbedding, *token_rows.MIXINS)
     return next(base for base in type(module).__mro__ if not issubclass(base, mixins))
-
-
-def _is_affine(module: nn.Module, layer: type[nn.Module]) -> bool:
-    """Return whether the forward pass of a subclass of Linear computes x W^T + b, on a copy with a small weight.
-
-    Others return the routing of experts (Llama 4, PhiMoE) or multiply groups of features (DeepSeek V4).
-    """
-    copied, size = copy.copy(module), 8
-    weight = torch.linspace(-1, 1, size * size, device="cpu").view(size, size).sin()
-    bias = None if module.bias is None else nn.Parameter(weight[0].exp())
-    copied._parameters = {"weight": nn.Parameter(weight), "bias": bias}
-    x = (torch.arange(2 * 3 * size, device="cpu").view(2, 3, size) * 0.7).cos()
-    try:
-        y = layer.forward(copied, x)
-    except Exception:
-        return False
-    expected = F.linear(x, weight.T if issubclass(layer, Conv1D) else weight, bias)
-    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

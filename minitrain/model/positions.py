@@ -19,7 +19,8 @@ MAX_OFFSET = 8  # rows of a position table before position 0; OPT and BART have 
 def n_positions(model: nn.Module) -> int:
     """Return the longest document, in tokens, that a decoder's config allows."""
     config = model.config.get_text_config()
-    return next((n for name in N_POSITIONS if (n := getattr(config, name, None))), UNLIMITED)
+    limits = (getattr(config, name, None) for name in N_POSITIONS)
+    return next((n for n in limits if n and n > 0), UNLIMITED)  # -1 in XLNet
 
 
 def position_limit(model: nn.Module) -> int:

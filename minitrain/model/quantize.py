@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, which impo
 from transformers.pytorch_utils import Conv1D
 
 from . import experts
+from .affine import affine_class
 from .packed import is_quantized, pack, pack_on_meta, unpack, unpack_on_meta
 from .sequence_head import heads_of
 
@@ -29,14 +30,15 @@ def quantize_model(model: nn.Module, bits: str, dtype: torch.dtype, device: torc
     for name in quantizable(model):
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
-        if not isinstance(module, tuple(QUANTIZED)):
+        kind = affine_class(module, type(module))
+        if kind is None:
             experts.pack_experts(module, last, bits, dtype, device)
         elif device.type == "meta":
             pack_on_meta(module, "weight", bits)
-            module.__class__, module.dtype = QUANTIZED[type(module)], dtype
+            module.__class__, module.dtype = QUANTIZED[kind], dtype
         else:
             module.weight, module.dtype = pack(module.weight, bits, device), dtype
-            module.__class__ = QUANTIZED[type(module)]
+            module.__class__ = QUANTIZED[kind]
             if module.bias is not None:
                 module.bias.data = module.bias.data.to(device)
 
@@ -98,7 +100,8 @@ def quantizable(model: nn.Module) -> list[str]:
     excluded = {module for name in heads_of(model).trained for module in model.get_submodule(name).modules()}
     excluded.add(model.get_output_embeddings())
     modules = {name: module for name, module in model.named_modules() if module not in excluded}
-    layers = [f"{n}.weight" for n, m in modules.items() if type(m) in QUANTIZED and not _is_read_by_parent(modules, n)]
+    linear = [name for name, module in modules.items() if affine_class(module, type(module)) is not None]
+    layers = [f"{name}.weight" for name in linear if not _is_read_by_parent(modules, name)]
     stacks = [name for name in experts.find_experts(model) if model.get_parameter(name).numel() < MAX_WEIGHTS]
     return [*layers, *stacks]
 
