@@ -12,6 +12,7 @@ from minitrain.data.messages import Message, Messages
 from minitrain.errors import ConfigError, short
 
 from .calculator import calculate
+from .rewards import regex_error
 
 
 class Reply(NamedTuple):
@@ -94,7 +95,25 @@ def build_environment(entry: Any, issues: ConfigIssues) -> Callable[[], Environm
     options = check_types(known.options_class, {k: v for k, v in entry.items() if k != "name"}, f"{key}.", issues)
     if issues:
         return None
+    if name == "tools":
+        _check_tools(ToolsOptions(**options), key, issues)
     return lambda: known.make(known.options_class(**options))
+
+
+def _check_tools(options: "ToolsOptions", key: str, issues: ConfigIssues) -> None:
+    """Check the tools of the built-in environment."""
+    for tool in options.tools:
+        if tool not in TOOLS:
+            message = f"unknown tool {tool!r}. Use one of {', '.join(TOOLS)}, or register it with --plugin."
+            issues.add(f"{key}.tools", "not-a-choice", message)
+    if options.pattern is None:
+        return
+    if error := regex_error(options.pattern):
+        message = f"{options.pattern!r} is not a valid regular expression: {error}."
+        issues.add(f"{key}.pattern", "invalid-value", message)
+    elif len(options.tools) != 1 or re.compile(options.pattern).groups < 1:
+        message = "needs one tool, and one group for its argument, such as `calc (.+)`. Change it."
+        issues.add(f"{key}.pattern", "invalid-value", message)
 
 
 @dataclass
@@ -113,7 +132,7 @@ class Tools:
 
     def __init__(self, options: ToolsOptions):
         self.options = options
-        self.tools = {name: TOOLS[name] for name in options.tools if name in TOOLS}
+        self.tools = {name: TOOLS[name] for name in options.tools}
 
     def begin(self, row: Mapping[str, Any], messages: Messages, seed: int) -> Messages:
         return messages

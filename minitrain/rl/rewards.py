@@ -1,6 +1,7 @@
 """The registry of reward functions, and the rewards of a round of answers."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,11 +126,23 @@ def build_rewards(entries: Sequence[Any], issues: ConfigIssues) -> list[Reward]:
         own = {k: v for k, v in entry.items() if k not in ("name", "weight")}
         options_class = _REGISTRY[name].options_class
         options = check_types(options_class, own, f"{key}.", issues)
+        if name == "regex" and "pattern" in options and (error := regex_error(options["pattern"])):
+            message = f"{options['pattern']!r} is not a valid regular expression: {error}."
+            issues.add(f"{key}.pattern", "invalid-value", message)
         n_same = sum(reward.name == name for reward in rewards)
         if not issues:
             unique = name if not n_same else f"{name}_{n_same + 1}"
             rewards.append(Reward(name, unique, common.get("weight", 1.0), options_class(**options)))
     return rewards
+
+
+def regex_error(expression: str) -> str | None:
+    """Return the error in a regular expression, or None."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 @dataclass

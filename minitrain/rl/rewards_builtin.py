@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from minitrain.config.option import option
@@ -45,7 +45,7 @@ def reference_of(row: Any, key: str | None) -> str | None:
 
 @dataclass
 class RegexOptions:
-    pattern: str = option("", "Regular expression.")
+    pattern: str = option(MISSING, "Regular expression.")
     full: bool = option(True, "Match the full response, not a part of it.")
 
 

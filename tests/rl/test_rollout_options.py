@@ -1,0 +1,69 @@
+"""Options of rollouts that conflict, have no effect, or are missing."""
+
+import pytest
+
+from minitrain import ConfigError, load_config
+from minitrain.rl import environments, rewards
+from minitrain.rl.environments import register_environment
+from minitrain.rl.rewards import NoOptions, register_reward
+from tests.messages import raises
+
+ROLLOUT = {"num_generations": 4, "rewards": ["length"]}
+CASES = [
+    ({"num_generations": 0}, {}, "no-effect", "rollout.rewards"),
+    ({"rewards": []}, {}, "missing-option", "rollout.rewards"),
+    ({"num_generations": 1}, {}, "conflict", "rollout.num_generations"),
+    ({"num_generations": 1}, {"loss": {"name": "dpo"}}, "conflict", "rollout.num_generations"),
+    ({}, {"loss": {"name": "pairwise"}}, "conflict", "rollout.num_generations"),
+    ({}, {"loss": {"name": "value"}}, "conflict", "rollout.num_generations"),
+    ({}, {"loss": {"name": "policy", "advantage_estimator": "given"}}, "conflict", "loss.advantage_estimator"),
+    ({}, {"loss": {"name": "policy", "temperature": 0.5}}, "conflict", "loss.temperature"),
+    ({}, {"loss": {"name": "dpo", "reference": "precomputed"}}, "conflict", "loss.reference"),
+    ({"top_p": 0.9}, {}, "conflict", "rollout.top_p"),
+    ({"top_k": 5}, {}, "conflict", "rollout.top_k"),
+    ({"prompts_per_round": 33}, {}, "mismatch", "rollout.prompts_per_round"),
+    (
+        {"prompts_per_round": 1},
+        {"loss": {"name": "kto"}, "total_batch_size": 1},
+        "conflict",
+        "rollout.prompts_per_round",
+    ),
+    ({"max_new_tokens": 64}, {"max_length": 64}, "too-large", "rollout.max_new_tokens"),
+    ({"max_draws": 2}, {}, "no-effect", "rollout.max_draws"),
+    ({"max_turns": 2}, {}, "no-effect", "rollout.max_turns"),
+    ({"min_reward": 0.5}, {}, "no-effect", "rollout.min_reward"),
+    ({"correction_high": 3.0}, {}, "no-effect", "rollout.correction_high"),
+    ({"importance_correction": "tis", "correction_low": 0.2}, {}, "no-effect", "rollout.correction_low"),
+    ({"importance_correction": "tis"}, {"loss": {"name": "sft"}}, "no-effect", "rollout.importance_correction"),
+    ({"zero_variance_groups": "skip"}, {"loss": {"name": "sft"}}, "no-effect", "rollout.zero_variance_groups"),
+    ({"environment": "tool"}, {}, "not-a-choice", "rollout.environment"),
+    ({"environment": 3}, {}, "wrong-type", "rollout.environment"),
+    ({"environment": {"name": "tools", "tool": 1}}, {}, "unknown-option", "rollout.environment.tool"),
+    ({"environment": {"name": "tools", "tools": ["calculater"]}}, {}, "not-a-choice", "rollout.environment.tools"),
+    ({"environment": {"name": "tools", "pattern": "("}}, {}, "invalid-value", "rollout.environment.pattern"),
+    ({"rewards": [{"name": "regex", "pattern": "("}]}, {}, "invalid-value", "rollout.rewards[0].pattern"),
+    ({"rewards": [{"name": "regex"}]}, {}, "missing-option", "rollout.rewards[0].pattern"),
+]
+
+
+@pytest.mark.parametrize(("rollout", "options", "code", "key"), CASES)
+def test_what_is_refused(rollout, options, code, key, rows_file):
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)], "loss": {"name": "policy"}}
+    with raises(ConfigError, code, key):
+        load_config(base | options | {"rollout": ROLLOUT | rollout})
+
+
+def test_the_temperature_of_sampling_is_that_of_the_loss(rows_file):
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)], "loss": {"name": "policy"}}
+    assert load_config(base | {"rollout": ROLLOUT | {"temperature": 0.7}}).loss["temperature"] == 0.7
+
+
+def test_two_functions_of_one_name_are_refused(monkeypatch):
+    monkeypatch.setattr(rewards, "_REGISTRY", dict(rewards._REGISTRY))
+    monkeypatch.setattr(environments, "_REGISTRY", dict(environments._REGISTRY))
+    with pytest.raises(ConfigError) as error:
+        register_reward("length")(lambda answer, options: 0.0)
+    assert error.value.code == "already-exists"
+    with pytest.raises(ConfigError) as error:
+        register_environment("tools", NoOptions)(type("Other", (), {}))
+    assert error.value.code == "already-exists"
