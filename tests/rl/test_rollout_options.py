@@ -9,6 +9,7 @@ from minitrain.rl.rewards import NoOptions, register_reward
 from tests.messages import raises
 
 ROLLOUT = {"num_generations": 4, "rewards": ["length"]}
+KTO = {"loss": {"name": "kto"}}
 CASES = [
     ({"num_generations": 0}, {}, "no-effect", "rollout.rewards"),
     ({"rewards": []}, {}, "missing-option", "rollout.rewards"),
