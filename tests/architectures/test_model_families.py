@@ -99,6 +99,15 @@ def test_the_table_has_all_model_types():
     assert {group: [*TABLE.rows[group]] for group in GROUPS} == {name: group.kinds for name, group in GROUPS.items()}
 
 
+def test_nothing_is_wrong_or_crashes():
+    """Each outcome of the table is ok, n/a, or a refusal with a code."""
+    outcomes = [
+        (kind, check, o) for rows in TABLE.rows.values() for kind, row in rows.items() for check, o in row.items()
+    ]
+    assert [one for one in outcomes if one[2].word not in ("ok", "n/a", "refused")] == []
+    assert [one for one in outcomes if one[2].word == "refused" and not one[2].code] == []
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path):
     """With all outcomes and their reasons."""
     TABLE.write(tmp_path / "table.json")

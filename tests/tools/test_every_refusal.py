@@ -28,7 +28,9 @@ OTHER_COMMANDS = (  # no training goes through these
     "cli/",
     "tools/analysis/",
     "tools/preflight/preview.py",
+    "inference/check.py",
     "inference/generate.py",
+    "inference/prompts.py",
     "inference/score.py",
     "inference/merge.py",
     "inference/teacher_cache.py",
@@ -63,7 +65,6 @@ PYTHON_ONLY = (
 )  # tests/training/test_python_api
 UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     "Python alone can give it": (
-        "config/load:_set_options: wrong-type",
         "training/checks:check_optimizer_options: no-effect",
         "training/checks:check_optimizer_options: optimizer not-found",
         "training/optim:_call_factory: invalid-value",
@@ -77,22 +78,29 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "inference/evaluation:load_rows: conflict",
         "losses/base:_check_contract: usage",
         "model/checks:_check_model: model. not-found",
-        "trainer:generate: wrong-type",
         "training/checks:check_loss_fits: loss.reference conflict",
         "losses/base:create_loss: unknown-option",
         "losses/base:create_loss: not-a-choice",
         "losses/base:register_loss.register: already-exists",
-        "config/load:_merge_loss: conflict",
+        "config/load:_apply_keywords: wrong-type",
         "config/load:check_writable: invalid-value",
+        "config/load:merge_loss: conflict",
+        "config/schema:_missing_model: missing-option",
+        "distributed/parallel:pick_device: not-a-choice",
+        "losses/base:register_loss.register: wrong-type",
+        "losses/base:register_loss.register: wrong-type (2)",
+        "training/step:forward_backward: wrong-type",
         "trainer:optim_step: usage",
     ),
     "it depends on the values of weights, and validate reads none": (
         "model/adapter_files:_init_lora: conflict",
         "training/aux_models:_check_reference_matches_policy: mismatch",
-        "model/policy:_compare_logps: not-finite",
-        "model/policy:_compare_logps: unsupported-model",
+        "model/load_check:_compare_logps: not-finite",
+        "model/load_check:_compare_logps: unsupported-model",
         "model/decoder:find_blocks: unsupported-model",
-        "model/sequence_head:_check_scores: unsupported-model",
+        "model/load_check:_check_scores: unsupported-model",
+        "rl/rounds:check_sampler: unsupported-model",
+        "rl/rounds:check_sampler: unsupported-model (2)",
         "model/dequantize:_scale_blocks: mismatch",
         "model/dequantize:dequantized: unsupported-model (2)",
         "model/dequantize:dequantized: unsupported-model",
@@ -127,7 +135,6 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "inference/resolve:find_model: wrong-path",
         "inference/resolve:find_model: not-found",
         "inference/resolve:find_model: unfinished-run",
-        "data/template:encode_prompt: invalid-template",
         "model/adapter_config:read_adapter_outputs: mismatch",
     ),
     "validate alone says it of rows: tests/tools/test_validate.py": (
@@ -146,13 +153,13 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "data/tables:rows_of: unreadable",
     ),
     "takes seconds: tests/config/test_config.py and tests/model/test_lora.py": (
-        "config/load:_in_bounds: too-large",
         "model/adapter_targets:_full_match: invalid-value",
         "model/adapter_targets:_full_match: invalid-value (2)",
     ),
     "the model needs experts: tests/model/test_experts.py": ("model/adapter_targets:target_parameters: conflict",),
     "tests/config/test_config.py and tests/cli/test_bad_input.py": (
-        "config/load:_guarded: invalid-yaml (2)",
+        "config/load:_convert_errors: invalid-yaml (2)",
+        "config/load:_limit_calls: too-large",
         "config/load:_read_text: wrong-path",
     ),
     "tests/model/test_new_tokens.py and tests/model/test_savable.py": (
@@ -169,23 +176,65 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/adapter_names:check_loadable: unsupported-model (2)",
         "model/adapter_names:check_loadable: unsupported-model (3)",
     ),
+    "tests/rl/test_rollout_options.py and tests/rl/test_rewards.py": (
+        "rl/checks:_check_loss: loss.advantage_estimator conflict",
+        "rl/checks:_check_loss: loss.reference conflict",
+        "rl/checks:_check_loss: loss.temperature conflict",
+        "rl/checks:_check_loss: rollout. conflict",
+        "rl/checks:_check_loss: rollout.num_generations conflict",
+        "rl/checks:_check_loss: rollout.prompts_per_round conflict",
+        "rl/checks:_check_loss: rollout.rewards missing-option",
+        "rl/checks:_check_sizes: rollout.max_new_tokens too-large",
+        "rl/checks:_check_sizes: rollout.prompts_per_round mismatch",
+        "rl/checks:check: rollout. no-effect",
+        "rl/checks:check: rollout. no-effect (2)",
+        "rl/checks:check: rollout.num_generations conflict",
+        "rl/environments:_check_tools: .pattern invalid-value",
+        "rl/environments:_check_tools: .pattern invalid-value (2)",
+        "rl/environments:_check_tools: .tools not-a-choice",
+        "rl/environments:build_environment: not-a-choice",
+        "rl/environments:build_environment: wrong-type",
+        "rl/environments:register_environment.register: already-exists",
+        "rl/rewards:build_rewards: .pattern invalid-value",
+        "rl/rewards:build_rewards: not-a-choice",
+        "rl/rewards:build_rewards: wrong-type",
+        "rl/rewards:register_reward.register: already-exists",
+    ),
     "tests/losses/test_kd.py": (
         "losses/kd:read_outputs: mismatch (2)",
         "losses/kd:read_outputs: mismatch",
         "losses/kd:read_outputs: damaged-file",
     ),
-    "tests/data": (
+    "tests/data, tests/inference/test_tools.py and tests/losses/test_weights.py": (
+        "data/answers:_split_at_mark: invalid-template",
+        "data/encode:_encode_pair: no-effect",
+        "data/examples:to_example: invalid-row (3)",
+        "data/formats_preference:openai_preference_of: invalid-row",
+        "data/messages:_answer_fields: invalid-row",
+        "data/messages:_answer_fields: invalid-row (2)",
+        "data/messages:_call: invalid-row",
+        "data/messages:_call: invalid-row (2)",
+        "data/messages:_parts: invalid-row (2)",
+        "data/messages:_tool: invalid-row",
+        "data/messages:_weight: invalid-row",
+        "data/messages:parse_message: invalid-row (3)",
+        "data/messages:parse_tools: invalid-row",
+        "data/needles:_check_prompt: other-prompt",
+        "data/needles:_report_lost: lost-field",
+        "data/rendering:check_variables: no-effect",
+        "data/rendering:check_variables: unknown-option",
+        "data/rendering:check_variables: wrong-type",
+        "data/template:encode_prompt: lost-field",
+        "data/text_encoder:_encode: invalid-text",
+        "data/text_encoder:_refuse_lost: invalid-text",
+        "data/text_encoder:join: invalid-text",
+        "losses/base:add_features: no-effect",
         "data/encode:_preference: same-answers",
         "data/files:_lines: too-large",
         "model/load:load_tokenizer: unsupported-model",
         "data/tables:_row: invalid-row",
         "data/tables:load_table: unreadable",
         "data/template:__init__: invalid-template",
-        "data/template:_encode: invalid-text",
-        "data/template:_join: invalid-text",
-        "data/template:_marked: invalid-template",
-        "data/template:_check_no_lost_characters: invalid-text",
-        "data/template:_split_at_mark: invalid-template",
     ),
     "tests/model/test_load_check.py": (
         "model/diagnostics:check_can_score: unsupported-model",
@@ -262,6 +311,15 @@ def rows(loss: str, *lines, **entry):
     def prepare():
         write("bad.jsonl", *lines)
         return [f"datasets=[{json.dumps({'path': 'bad.jsonl'} | entry)}]", f"loss={loss}"]
+
+    return prepare
+
+
+def prompts(*lines):
+    def prepare():
+        write("bad.jsonl", *lines)
+        rollout = "rollout={num_generations: 2, rewards: [length], prompts_per_round: 8}"
+        return ["datasets=[{path: bad.jsonl}]", "loss=policy", rollout]
 
     return prepare
 
@@ -383,6 +441,11 @@ MORE = [
     adapter(target_modules="(a+)+b"),
     rows("sft", {"messages": [TURN, {"role": "assistant", "content": [{"type": "image"}]}]}),
     rows("sft", {"messages": ["a"]}),
+    rows("sft", {"messages": [TURN, {"role": "assistant", "content": "b", "weight": 1, "train": False}]}),
+    rows("sft", {"messages": [TURN, {"role": "assistant", "content": "b", "weight": 0}]}),
+    rows("sft", {"prompt": "a", "response": "b", "chat_template_kwargs": 3}),
+    rows("sft", {"prompt": "a", "response": "b"}, tools="missing.json"),
+    prompts({"messages": [{"role": "assistant", "content": "b"}]}),
     rows(
         "sft", {"messages": [TURN, {"role": "assistant", "content": ""}, TURN, {"role": "assistant", "content": "b"}]}
     ),
