@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.distributed.fsdp import FSDPModule
 
 from minitrain.batch import IGNORE_INDEX, Batch
 from minitrain.errors import ConfigError
@@ -82,12 +81,18 @@ def check_encoder(policy: EncoderScorer, device: torch.device | str = "cpu") -> 
             policy.eval()
     tolerance = (1e-4 if is_exact(policy, padded.device) else 2e-2) * float(alone.abs().max())
     policy.ignores_padding = torch.allclose(padded, alone, rtol=0.0, atol=tolerance, equal_nan=True)
-    if not policy.ignores_padding and isinstance(policy, FSDPModule):
+    if not policy.ignores_padding and _is_sharded(policy):
         raise ConfigError(
             f"model.name_or_path: the scores of {name} depend on padding, so documents of each length are computed by "
             "themselves, which ranks with shards cannot do. Train it on one GPU, or choose another model.",
             "unsupported-model",
         )
+
+
+def _is_sharded(policy: Policy) -> bool:
+    from torch.distributed.fsdp import FSDPModule  # takes half a second to import
+
+    return isinstance(policy, FSDPModule)
 
 
 LARGE_LOGIT = 30.0  # large enough that a softcap, a scale or a multiplier changes the logps

@@ -1,6 +1,7 @@
 """The run directory: its former contents, whether this config may resume it, and what is written at the start."""
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -9,7 +10,6 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from minitrain.config.aliases import resolve_aliases
 from minitrain.config.issues import keys_overlap
-from minitrain.config.saved import config_yaml, without_passwords
+from minitrain.config.saved import config_yaml, to_plain, without_passwords
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import RunDirError, write_error_code
@@ -362,15 +362,23 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _changes(saved: Any, new: Any, schema: Any, path: str = ""):
-    """Yield (key, ``old -> new``) for each changed option that affects results."""
+    """Yield (key, ``old -> new``) for each changed option that affects results.
+
+    A run of an older version lacks newer options, and did what they do at their default.
+    """
     for f in option_fields(schema):
         if not f.metadata["affects_results"]:
             continue
-        old, current, value = without_passwords(saved.get(f.name)), new.get(f.name), getattr(schema, f.name)
-        if is_dataclass(value) and isinstance(old, dict):
+        old = saved[f.name] if f.name in saved else to_plain(_default(f))
+        old, current, value = without_passwords(old), new.get(f.name), getattr(schema, f.name)
+        if dataclasses.is_dataclass(value) and isinstance(old, dict):
             yield from _changes(old, current, value, f"{path}{f.name}.")
         elif old != current:
             yield f"{path}{f.name}", f"{_short(old)} -> {_short(current)}"
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _short(value: Any) -> str:

@@ -121,7 +121,6 @@ def test_a_prompt_starts_from_a_text(make_trainer):
 @pytest.mark.parametrize(
     "overrides, code, key",
     [
-        (["packing=true"], "conflict", "packing"),
         (["lora.rank=4"], "conflict", "soft_prompt"),
         (["soft_prompt.method=prefix", "soft_prompt.init_text=a"], "no-effect", "soft_prompt.init_text"),
         (["soft_prompt.prefix_projection=true"], "no-effect", "soft_prompt.prefix_projection"),

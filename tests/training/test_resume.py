@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from minitrain import RunError
@@ -185,6 +186,21 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(make_trainer, caps
     whole = make_trainer(*options, "n_steps=5", "exp_name=whole")
     whole.train()
     assert all(torch.equal(p, weights(longer)[name]) for name, p in weights(whole).items())
+
+
+def test_a_run_of_an_older_version_is_resumed(make_trainer):
+    """Its config.yml and its checkpoint lack newer options, which are at their default; other values are refused."""
+    trainer = make_trainer("save_every_steps=2", "n_steps=2")
+    trainer.train()
+    for file in (trainer.run.path / "config.yml", trainer.run.checkpoint(2) / "state.json"):
+        content = yaml.safe_load(file.read_text())
+        for saved in (content, content.get("config", {})):
+            saved.pop("rollout", None)
+            saved.get("lora", {}).pop("target_parameters", None)
+        file.write_text(yaml.safe_dump(content) if file.suffix == ".yml" else json.dumps(content))
+    make_trainer("save_every_steps=2", "n_steps=2")
+    with raises(RunError, "other-run", "allow_changes=[lora.rank]"):
+        make_trainer("save_every_steps=2", "n_steps=2", "lora.rank=2")
 
 
 def test_other_options_are_refused_with_the_difference(make_trainer):
