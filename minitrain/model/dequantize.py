@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minitrain.errors import ConfigError
 
+from .packed import bitsandbytes
 from .weights import open_files
 
 Read = Callable[[str], Tensor]  # key -> tensor
@@ -119,8 +120,7 @@ def _mxfp4(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tupl
 
 def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterator[tuple[str, Tensor]]:
     """Dequantize bitsandbytes: 4-bit NAME has a state in NAME.absmax and others, 8-bit M.weight has scales in M.SCB."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
+    functional = bitsandbytes().functional
     states: dict[str, dict[str, str]] = {
         key.partition(".quant_state.")[0]: {} for key in keys if ".quant_state." in key
     }
@@ -134,9 +134,9 @@ def _bitsandbytes(keys: Iterable[str], read: Read, quantization: dict) -> Iterat
         if key in state_keys or key.endswith((".SCB", ".weight_format")):
             continue
         if key in states:
-            state = QuantState.from_dict({k: read(v) for k, v in states[key].items()}, torch.device("cpu"))
+            state = functional.QuantState.from_dict({k: read(v) for k, v in states[key].items()}, torch.device("cpu"))
             state.dtype = torch.float32
-            yield key, dequantize_4bit(read(key), state)
+            yield key, functional.dequantize_4bit(read(key), state)
         elif scales in keys:
             yield key, read(key).float() * (read(scales).float() / 127)[:, None]
         else:

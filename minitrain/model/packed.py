@@ -1,10 +1,19 @@
 """Weights packed in 4 or 8 bits with bitsandbytes, and the sizes of their tensors on the meta device."""
 
 import copy
+import logging
 import math
 
 import torch
 from torch import Tensor, nn
+
+
+def bitsandbytes():
+    """Import and return bitsandbytes, without its warning about a kernel that it does not need here."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    return bitsandbytes
 
 
 def pack(weight: Tensor, bits: str, device: torch.device) -> nn.Parameter:
@@ -13,9 +22,7 @@ def pack(weight: Tensor, bits: str, device: torch.device) -> nn.Parameter:
     `4bit` is NF4 with double quantization (QLoRA, arXiv 2305.14314). `8bit` has one scale per row, as in LLM.int8()
     (arXiv 2208.07339).
     """
-    import bitsandbytes as bnb
-
-    rows = weight.detach().reshape(-1, weight.shape[-1])
+    bnb, rows = bitsandbytes(), weight.detach().reshape(-1, weight.shape[-1])
     if bits == "4bit":
         packed = bnb.nn.Params4bit(rows, requires_grad=False, quant_type="nf4")
     else:
@@ -27,12 +34,10 @@ def unpack(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a weight of this shape, unpacked if it is packed."""
     type_name = type(weight).__name__
     if type_name == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
         # As one row: the CPU kernel of bitsandbytes uses a wrong scale for some row lengths (16 n, but not 64 n).
         state = copy.copy(weight.quant_state)
         state.shape = (1, weight.quant_state.shape.numel())
-        return dequantize_4bit(weight.data, state).view(shape)
+        return bitsandbytes().functional.dequantize_4bit(weight.data, state).view(shape)
     if type_name == "Int8Params":
         return (weight.data.float() * (weight.SCB / 127)[:, None]).view(shape)
     return weight
