@@ -294,7 +294,7 @@ def _used_name(raw: DictConfig, names: list[str]) -> str:
     """Return the name under which a config sets an option, or the first name if it does not."""
     given = OmegaConf.to_container(raw)
     loss = given.get("loss")
-    used = {*given, *(f"loss.{name}" for name in loss if isinstance(loss, dict))} if loss else set(given)
+    used = {*given, *(f"loss.{name}" for name in (loss if isinstance(loss, dict) else ()))}
     return next((name for name in names if name in used), names[0])
 
 

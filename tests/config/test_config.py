@@ -350,3 +350,10 @@ def test_a_pipe_is_no_config(tmp_path):
     os.mkfifo(tmp_path / "c.yml")
     with raises(ConfigError, "wrong-path", "c.yml"):
         load_config(tmp_path / "c.yml")
+
+
+def test_a_loss_that_is_a_number_is_refused_beside_other_overrides():
+    """`loss=2` after `loss.name=sft`, and more overrides after it, was a traceback."""
+    config = {"model": {"name_or_path": "tiny"}, "datasets": ["a.jsonl"]}
+    with raises(ConfigError, "wrong-type", "loss"):
+        load_config(config, ["loss.name=sft", "loss=2", "max_bad_rows=1"])
