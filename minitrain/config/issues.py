@@ -1,6 +1,7 @@
 """Conversion of values to the types of the schema, and the issues of a config, which are reported together."""
 
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -98,6 +99,15 @@ def format_value(value: Any) -> str:
         text = "a number with thousands of digits"
     text = redact(text)  # before it is shortened, because `redact` does not recognize a part of a secret
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def regex_error(expression: str) -> str | None:
+    """Return the error in a regular expression, or None."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 # -------------------------------------------------------------------------------------------- types and limits

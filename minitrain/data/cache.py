@@ -148,7 +148,10 @@ class TokenCache:
         labels: Label names; doc_features["label"] has indices into them.
         first_documents: Index of each example's first document, and the number of documents, shape [E + 1].
         trained: Indices of the examples that are trained on.
+        dataset: The entry of the config with the data file; None if there is no file.
     """
+
+    dataset: DatasetConfig | None = None
 
     def __init__(self, tensors: dict[str, Tensor], counts: dict[str, int], labels: list[str], source: str, path: Path):
         """
@@ -246,6 +249,7 @@ def load_cache(dataset: DatasetConfig, template: Template, config: Config, kind:
             "Name a file with usable rows, or change the options that limit them.",
             "no-data",
         )
+    cache.dataset = dataset
     return cache
 
 

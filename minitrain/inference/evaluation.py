@@ -56,7 +56,9 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
         if not loss.online:
             add_features(loss, trainer.train_loader.examples.caches, data.train.caches)
     parallel.check_same(dataset=[cache.key for cache in data.train.caches])
-    return make_loader(data.train, config, trainer.tokenizer, trainer.policy, parallel.rank, parallel.world_size)
+    loader = make_loader(data.train, config, trainer.tokenizer, trainer.policy, parallel.rank, parallel.world_size)
+    loader.given = given  # the rows stay readable while the loader is in use
+    return loader
 
 
 # 1,234.50 or .5 or 3/4 or 2e-3. A minus after a word or a parenthesis is an operator.

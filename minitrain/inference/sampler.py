@@ -210,7 +210,6 @@ class Sampler:
         requests: Sequence[Request],
         choose: Chooser,
         is_stopped: Callable[[list[int]], bool] | None = None,
-        on_token: Callable[[int], None] | None = None,
     ) -> list[list[Sample]]:
         """Return the responses to each request, in the order of its keys.
 
@@ -218,7 +217,6 @@ class Sampler:
             requests: The prompts.
             choose: Chooses the tokens.
             is_stopped: Called with the ids of a response so far; True ends it.
-            on_token: Called with each token of the first response.
         """
         self.requests, self.head = requests, _Head(self.policy)
         self.computed: dict[int, tuple[_Slots, int]] = {}  # request -> its prompt, while some of its responses wait
@@ -241,8 +239,6 @@ class Sampler:
                 active = [row for row in active if not row.done] + new
                 self._forget({row.request for row in waiting})
             ids = self._choose(slots, active, choose, is_stopped)
-            if on_token is not None:
-                on_token(active[0].sample.ids[-1])
             if not all(row.done for row in active):
                 slots = self._decode(slots, active, ids)
         return [[row.sample for row in of_request] for of_request in rows]

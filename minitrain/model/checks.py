@@ -4,7 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from minitrain.config.issues import ConfigIssues
+from minitrain.config.issues import ConfigIssues, regex_error
 from minitrain.config.python_objects import is_lost
 from minitrain.config.schema import Config
 from minitrain.io.paths import looks_local, near_file
@@ -98,7 +98,7 @@ def _check_target_modules(config: Config, issues: ConfigIssues) -> None:
         issues.add(key, "wrong-type", "expected a list of names, a regular expression, or all-linear.")
     elif config.lora.rank and not targets and not config.lora.target_parameters:
         issues.add(key, "invalid-value", "is empty, so nothing would be trained. Name layers, or remove it.")
-    elif isinstance(targets, str) and (error := _regex_error(targets)):
+    elif isinstance(targets, str) and (error := regex_error(targets)):
         issues.add(key, "invalid-value", f"{targets!r} is not a valid regular expression: {error}.")
 
 
@@ -177,12 +177,3 @@ def check_archive(path: Path, issues: ConfigIssues) -> None:
     elif not archive_files(path):
         message = f"expected a .safetensors, .pt or .bin file, or a folder with model.safetensors, got {path}."
         issues.add("model.archive", "not-found", message + near_file(path))
-
-
-def _regex_error(expression: str) -> str | None:
-    """Return the error in a regular expression, or None."""
-    try:
-        re.compile(expression)
-    except re.error as error:
-        return str(error)
-    return None

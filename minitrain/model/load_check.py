@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from minitrain.batch import IGNORE_INDEX, Batch
+from minitrain.batch import Batch, Document, collate
 from minitrain.errors import ConfigError
 
 from .decoder import decoder_of
@@ -114,7 +114,7 @@ def _compare_logps(policy: Policy, ids: Tensor, gathered: Callable[[], AbstractC
     has_soft_prompt = policy.has_soft_prompt
     policy.has_soft_prompt = False  # the model's own logits do not include the prompt
     with _scaled_states(policy.model, scale) as calls:
-        actual = policy(make_row(ids, [12])).logps  # [11]
+        actual = policy(_one_row(ids)).logps  # [11]
         policy.has_soft_prompt = has_soft_prompt
         with gathered():
             logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]  # [11, V]
@@ -161,7 +161,7 @@ def _check_scores(policy: Scorer, ids: Tensor, gathered) -> None:
     """Compare the scores of one document [n] with the model's own. Raises ConfigError."""
     has_soft_prompt = policy.has_soft_prompt
     policy.has_soft_prompt = False  # the model's own logits do not include the prompt
-    actual = policy(make_row(ids, [len(ids)])).scores[0]  # [L]
+    actual = policy(_one_row(ids)).scores[0]  # [L]
     policy.has_soft_prompt = has_soft_prompt
     base = policy.model.get_input_embeddings().weight.dtype  # the head may be float32
     mixed = contextlib.nullcontext() if base == torch.float32 else torch.autocast(ids.device.type, base)
@@ -182,12 +182,10 @@ def check_autocast(policy: Policy, autocast: torch.autocast) -> None:
     dtype = str(autocast.fast_dtype).removeprefix("torch.")
     reason = f"model.policy_dtype: {type(policy.model).__name__} cannot be computed in {dtype}"
     with autocast, explained(reason, "Set model.policy_dtype=float32."):
-        policy(make_row(ids, [12]))
+        policy(_one_row(ids))
 
 
-def make_row(ids: Tensor, lengths: list[int]) -> Batch:
-    """Return a batch of one row with documents of these lengths; all tokens but the first of each are targets."""
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [T]
-    doc_ids = (positions == 0).cumsum(0) - 1  # [T]
-    labels = torch.where(positions == 0, IGNORE_INDEX, ids)  # [T]
-    return Batch(ids[None], positions[None], labels[None], doc_ids[None], n_docs=len(lengths))
+def _one_row(ids: Tensor) -> Batch:
+    """Return a batch of one document [n]; all tokens but the first are targets."""
+    mask = (torch.arange(len(ids)) > 0).to(torch.uint8)
+    return collate([[Document(ids.cpu().int(), mask)]], 0).to(ids.device)

@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from minitrain.config.issues import ConfigIssues, check_types
+from minitrain.config.issues import ConfigIssues, check_types, regex_error
 from minitrain.config.option import option
 from minitrain.config.suggest import hint_for_value
 from minitrain.data.messages import Message, Messages
 from minitrain.errors import ConfigError, short
 
 from .calculator import calculate
-from .rewards import regex_error
 
 
 class Reply(NamedTuple):

@@ -1,8 +1,5 @@
 """The prompts of data files, with their rows."""
 
-from collections.abc import Sequence
-
-from minitrain.config.sections import DatasetConfig
 from minitrain.data.examples import to_example
 from minitrain.data.loader import TokenizedDataset
 from minitrain.data.sampler import epoch_order, epoch_size
@@ -16,17 +13,16 @@ class Prompts:
 
     Args:
         examples: The tokenized prompts.
-        datasets: The entries of the config that they are from.
         seed: Seed of the order.
     """
 
-    def __init__(self, examples: TokenizedDataset, datasets: Sequence[DatasetConfig], seed: int):
+    def __init__(self, examples: TokenizedDataset, seed: int):
         self.examples, self.seed = examples, seed
-        self.datasets = {cache.path: entry for cache, entry in zip(examples.caches, datasets, strict=False)}
         self.rows = {
-            path: {line: row for line, row in open_source(entry).rows() if isinstance(row, dict)}
-            for path, entry in self.datasets.items()
+            cache.path: {line: row for line, row in open_source(cache.dataset).rows() if isinstance(row, dict)}
+            for cache in examples.caches
         }
+        self.epoch, self.order = None, None  # the order of the last epoch
 
     def __len__(self) -> int:
         return epoch_size(self.examples.sizes, self.examples.weights)
@@ -39,12 +35,14 @@ class Prompts:
             number: Its number in the round.
         """
         epoch, index = divmod(position, len(self))
-        order = epoch_order(self.examples.sizes, self.examples.weights, self.seed, epoch)
-        return self.get(int(order[index]), number)
+        if self.epoch != epoch:
+            self.order = epoch_order(self.examples.sizes, self.examples.weights, self.seed, epoch)
+            self.epoch = epoch
+        return self.get(int(self.order[index]), number)
 
     def get(self, index: int, number: int) -> Prompt:
         """Return an example as a prompt with a number."""
         cache, example = self.examples.locate(index)
         row = self.rows[cache.path][int(cache.lines[example])]
-        parsed = to_example(row, self.datasets[cache.path], "prompt")
+        parsed = to_example(row, cache.dataset, "prompt")
         return Prompt(number, cache[example][0].ids.tolist(), row, parsed.messages, parsed.variables)

@@ -1,13 +1,12 @@
 """The registry of reward functions, and the rewards of a round of answers."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minitrain.config.issues import ConfigIssues, check_types
+from minitrain.config.issues import ConfigIssues, check_types, regex_error
 from minitrain.config.option import option
 from minitrain.config.suggest import hint_for_value
 from minitrain.data.messages import Messages
@@ -78,11 +77,6 @@ def register_reward(name: str, options_class: type = NoOptions, whole_round: boo
     return register
 
 
-def registered_rewards() -> dict[str, RewardFunction]:
-    """Return the reward functions by name."""
-    return dict(_REGISTRY)
-
-
 @dataclass
 class _Common:
     name: str = option("", "")
@@ -134,15 +128,6 @@ def build_rewards(entries: Sequence[Any], issues: ConfigIssues) -> list[Reward]:
             unique = name if not n_same else f"{name}_{n_same + 1}"
             rewards.append(Reward(name, unique, common.get("weight", 1.0), options_class(**options)))
     return rewards
-
-
-def regex_error(expression: str) -> str | None:
-    """Return the error in a regular expression, or None."""
-    try:
-        re.compile(expression)
-    except re.error as error:
-        return str(error)
-    return None
 
 
 @dataclass

@@ -77,7 +77,8 @@ class Rounds(MicrobatchLoader):
         super().__init__(RoundData(None, 0), *rest, loader.row_capacity, loader.shares_prompts)
         config = loader.config
         self.trainer, self.options = trainer, config.rollout
-        self.prompts = Prompts(loader.examples, config.datasets, config.seed)
+        self.prompts = Prompts(loader.examples, config.seed)
+        self.eval_prompts: Prompts | None = None  # of the last evaluation
         self.rewards, self.make_environment = list(rewards), make_environment
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
         in_process = config.debug or multiprocessing.current_process().daemon  # which cannot have processes
@@ -233,8 +234,9 @@ class Rounds(MicrobatchLoader):
     def evaluate(self, loader: MicrobatchLoader) -> dict[str, float]:
         """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it."""
         options = self.options
-        prompts = Prompts(loader.examples, self.config.eval_datasets or self.config.datasets, self.config.seed)
-        mine = [prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
+        if self.eval_prompts is None or self.eval_prompts.examples is not loader.examples:
+            self.eval_prompts = Prompts(loader.examples, self.config.seed)
+        mine = [self.eval_prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
         temperature = options.temperature if options.eval_temperature is None else options.eval_temperature
         episodes = self._play(mine, (self.config.seed, EVAL), options.eval_generations, temperature)
         groups = [stats for _, stats in self._gather(episodes, self._judge(episodes))]

@@ -3,12 +3,10 @@
 An outcome is "ok", "refused", "n/a", "wrong" or "crash", all but the first with a reason.
 """
 
-import contextlib
 import json
 import re
-import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ from minitrain.errors import MinitrainError
 from tests.architectures import causal, classifiers
 from tests.architectures.oracle import NotApplicableError
 from tests.architectures.sizes import NOT_OF_TOKENS
+from tests.shapes import time_limit
 
 FILE = Path(__file__).parents[2] / "docs" / "architectures.json"
 BUILT = "built"  # the outcome of making the model
@@ -109,22 +108,6 @@ def _general(outcome: Outcome, names: dict[str, str]) -> Outcome:
     if len(reason) > LONGEST:
         reason = f"{reason[: LONGEST - len(code)]}...{code}"
     return Outcome(outcome.word, reason)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError if the block takes longer."""
-
-    def stop(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 class Table:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from minitrain.cli.main import main
 from tests.conftest import furnish
 from tests.rows import ROWS
+from tests.shapes import time_limit
 
 SECONDS = 60  # for a command that takes one; none of them may hang
 ODD_TEXTS = [
@@ -64,20 +64,6 @@ RECORDS = {
 
 class Hang(BaseException):
     """A command takes too long."""
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    def stop(number, frame):
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def changed_value(value, rng: random.Random):
@@ -316,7 +302,7 @@ def fuzz(kind: str, seeds: range, folder: Path, capfd) -> None:
             command = KINDS[kind](random.Random(f"{kind} {seed}"))
             told = f"{kind} {seed}: minitrain {' '.join(command)[:300]!r}"
             try:
-                with bounded():
+                with time_limit(SECONDS, Hang):
                     code = main(command)
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):

@@ -8,21 +8,11 @@ import transformers as tf
 from minitrain.inference.sampler import Chooser, Request, Sampler, Uniforms
 from minitrain.model.sequence_head import make_policy
 from tests.conftest import random_llama
+from tests.shapes import SHAPE as TINY
 
 pytestmark = pytest.mark.numeric
 
-SHAPE = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SHAPE = TINY | {"vocab_size": 96}
 MODELS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE)),
     "qwen3-tied": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True)),

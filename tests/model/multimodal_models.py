@@ -3,19 +3,9 @@
 import torch
 import transformers as tf
 
-TEXT = dict(
-    vocab_size=288,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+from tests.shapes import SHAPE
+
+TEXT = SHAPE | {"vocab_size": 288, "intermediate_size": 48, "head_dim": 8}
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
 IDS = dict(image_token_id=280, video_token_id=281, vision_start_token_id=282, vision_end_token_id=283)

@@ -9,20 +9,9 @@ from minitrain.model.decoder import decoder_of, find_blocks
 from minitrain.model.load import freeze_layers
 from minitrain.model.load_check import check_policy
 from minitrain.model.policy import Policy, checkpoint_activations
+from tests.shapes import SHAPE
 
-TEXT = dict(
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+TEXT = SHAPE | {"head_dim": 8}
 VISION = dict(
     hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
 )

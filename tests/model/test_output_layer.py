@@ -11,19 +11,8 @@ from minitrain.model.policy import Policy
 from minitrain.model.trial import check_meta_policy
 from minitrain.model.weights import parameters_on_meta
 from tests.conftest import random_llama
+from tests.shapes import SHAPE
 
-SHAPE = dict(
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 MAMBA = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
 GRIFFIN = dict(lru_width=32, attention_window_size=16, block_types=["recurrent", "attention"])
 XLSTM = dict(vocab_size=128, hidden_size=64, num_heads=4, num_hidden_layers=2, qk_dim_factor=0.5, v_dim_factor=1.0)

@@ -25,21 +25,10 @@ from minitrain.model.tiny import tiny_tokenizer
 from minitrain.model.vocabulary import resize_embeddings
 from tests.conftest import SHARED, random_llama
 from tests.messages import raises
+from tests.shapes import SHAPE
 
 pytestmark = pytest.mark.numeric
 
-SHAPE = dict(
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 MODELS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE)),
     "qwen2-tied": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SHAPE, tie_word_embeddings=True)),

@@ -215,3 +215,12 @@ def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
     monkeypatch.setattr(sampler, "logits_of", lambda *args: (3 * logits_of(*args)[0], None))
     with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
         online()
+
+
+def test_rows_from_python_are_evaluated(online):
+    """The answers are judged by these rows, not by those of the config's files."""
+    trainer = online(n_steps=1, rollout={"rewards": [{"name": "exact_match", "key": "right"}], "eval_temperature": 0.0})
+    trainer.train()
+    said = trainer.predict(["a new prompt"], max_new_tokens=6)[0]
+    for right, reward in ((said, 1.0), (f"{said} not", 0.0)):
+        assert trainer.evaluate([{"prompt": "a new prompt", "right": right}])["reward"] == reward

@@ -9,6 +9,7 @@ from minitrain.config.issues import ConfigIssues
 from minitrain.config.load import check_writable, default_config, parse_config, parse_python_config
 from minitrain.config.saved import to_plain
 from minitrain.config.schema import Config, option_fields
+from minitrain.config.sections import RolloutConfig
 from minitrain.data import checks as data
 from minitrain.distributed import checks as distributed
 from minitrain.model import checks as model
@@ -38,10 +39,11 @@ def check_config(
     distributed.check_device(config, issues)
     loss = losses.check(config, issues, loss_is_object)
     if loss is not None:
-        from minitrain.rl import checks as rl
-
         training.check_loss_fits(config, given, loss, issues)
-        rl.check(config, loss, issues)
+        if config.rollout != RolloutConfig():
+            from minitrain.rl import checks as rl  # imports transformers
+
+            rl.check(config, loss, issues)
     training.check_optimizer_options(config, given, issues)
 
 
