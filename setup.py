@@ -31,6 +31,7 @@ setup(
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff>=0.11"],
         "dev": [
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.11",
             "mypy>=1.10",

@@ -7,6 +7,9 @@ import pytest
 
 @pytest.hookimpl(trylast=True)  # after the tests that -m and -k leave out are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if (minutes := _minutes(item)) is not None:
+            item.add_marker(pytest.mark.timeout(60 * max(30, 5 * minutes)))
     n_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if n_processes > 1:
         items[:] = deal(items, n_processes)
