@@ -56,6 +56,10 @@ class SingleDevice:
         """Return the values of all ranks, in rank order. Values must be JSON-serializable."""
         return [value]
 
+    def gather_tensors(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of all ranks on the CPU, in rank order. Their first dimensions can differ."""
+        return [values]
+
     def check_same(self, **values: Any) -> None:
         """Raise ConfigError on all ranks if a value differs from that of rank 0, which would lead to a deadlock."""
 

@@ -140,11 +140,17 @@ class FullySharded(SingleDevice):
 
     def gather(self, value: Any) -> list[Any]:
         encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        padded = torch.zeros(int(self.max(len(encoded))), dtype=torch.uint8)
-        padded[: len(encoded)] = encoded
+        return [json.loads(one.numpy().tobytes()) for one in self.gather_tensors(encoded)]
+
+    def gather_tensors(self, values: torch.Tensor) -> list[torch.Tensor]:
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)  # [ranks]
+        lengths[self.rank] = len(values)
+        lengths = self.sum(lengths)
+        padded = values.new_zeros(max(1, int(lengths.max())), *values.shape[1:])
+        padded[: len(values)] = values
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(gathered, padded)
-        return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in gathered]
+        return [one[:n] for one, n in zip(gathered, lengths.tolist(), strict=True)]
 
     def check_same(self, **values: Any) -> None:
         ranks = self.gather(values)

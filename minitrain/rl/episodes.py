@@ -12,8 +12,9 @@ from minitrain.config.sections import RolloutConfig
 from minitrain.data.messages import Message, Messages
 from minitrain.data.template import Template
 from minitrain.inference.generate import Generator
-from minitrain.inference.sampler import Chooser, Request, Sample, Sampler
+from minitrain.inference.sampler import Chooser, Request, Sample
 
+from .engine import Engine
 from .environments import Environment
 
 PLACEHOLDER = "minitrain placeholder of a response"
@@ -79,7 +80,7 @@ class Player:
 
     Args:
         generator: The policy's model with its template.
-        sampler: Samples from the policy.
+        engine: Samples from the policy.
         options: The options of rollouts.
         max_length: Maximum length of a conversation, in tokens.
         make_environment: Makes the environment of a conversation.
@@ -88,12 +89,12 @@ class Player:
     def __init__(
         self,
         generator: Generator,
-        sampler: Sampler,
+        engine: Engine,
         options: RolloutConfig,
         max_length: int,
         make_environment: Callable[[], Environment] | None = None,
     ):
-        self.template, self.parser, self.sampler, self.options = generator.template, generator.parser, sampler, options
+        self.template, self.parser, self.engine, self.options = generator.template, generator.parser, engine, options
         self.max_length = min(max_length, generator.n_positions)
         self.make_environment = make_environment
         self.choose = Chooser(options.temperature, options.top_p, options.top_k)
@@ -111,7 +112,7 @@ class Player:
         for turn in range(self.options.max_turns):
             by_context = [list(same) for _, same in itertools.groupby(active, lambda e: (e.prompt.number, e.ids))]
             requests = [self._request(episodes, turn) for episodes in by_context]
-            samples = self.sampler.sample(requests, self.choose, self._stopping())
+            samples = self.engine.sample(requests, self.choose, self.template.end_ids(), self.options.stop)
             pairs = zip(itertools.chain(*by_context), itertools.chain(*samples), strict=True)
             active = [episode for episode, sample in pairs if self._continues(episode, sample)]
             if not active:
@@ -133,14 +134,6 @@ class Player:
         context = episodes[0].prompt.ids + episodes[0].ids
         limit = min(self.options.max_new_tokens, self.max_length - len(context))
         return Request(context, [(*episode.key, turn) for episode in episodes], limit)
-
-    def _stopping(self) -> Callable[[list[int]], bool] | None:
-        stop = self.options.stop
-        if not stop:
-            return None
-        longest = max(map(len, stop)) + 8  # tokens have at least one character, but for some special ones
-        tokenizer = self.template.tokenizer
-        return lambda ids: any(string in tokenizer.decode(ids[-longest:]) for string in stop)
 
     def _continues(self, episode: Episode, sample: Sample) -> bool:
         """Append a response and the reply to it; return whether another response follows."""

@@ -9,6 +9,7 @@ A round depends only on the weights, the seed, its number and the number of prom
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,21 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minitrain.batch import Batch, Document, collate
+from minitrain.batch import Batch
 from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.data.cache import TokenCache
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.data.sampler import epoch_order
-from minitrain.errors import ConfigError
-from minitrain.inference.sampler import Chooser, Request, Sampler
 from minitrain.losses import add_features
 from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
-from minitrain.training.step import inference
 
 from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples
+from .engine import Engine, build_engine, refreshed
 from .environments import build_environment
 from .episodes import Episode, Player, Prompt
+from .exchange import gather_groups
 from .logps import add_logps
 from .prompts import Prompts
 from .reports import Stats, answer_metrics, pass_at_k, round_metrics, stats_of
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 TRAIN, EVAL = 1, 2  # the purpose in the key of random numbers
 N_WORKERS = 4
-N_TRIED = 8  # tokens that are sampled to check the sampler
 Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
 
 
@@ -71,12 +70,12 @@ class RoundData(TokenizedDataset):
 class Rounds(MicrobatchLoader):
     """A loader whose epochs are passes over rounds that it samples."""
 
-    def __init__(self, trainer: "Trainer", rewards: Sequence[Reward], make_environment: Any):
+    def __init__(self, trainer: "Trainer", engine: Engine, rewards: Sequence[Reward], make_environment: Any):
         loader = trainer.train_loader
         rest = loader.config, loader.pad_token_id, loader.rank, loader.world_size
         super().__init__(RoundData(None, 0), *rest, loader.row_capacity, loader.shares_prompts)
         config = loader.config
-        self.trainer, self.options = trainer, config.rollout
+        self.trainer, self.engine, self.options = trainer, engine, config.rollout
         self.prompts = Prompts(loader.examples, config.seed)
         self.eval_prompts: Prompts | None = None  # of the last evaluation
         self.rewards, self.make_environment = list(rewards), make_environment
@@ -177,10 +176,9 @@ class Rounds(MicrobatchLoader):
     def _play(self, prompts: list[Prompt], key: tuple[int, ...], n: int, temperature: float) -> list[list[Episode]]:
         """Return n conversations for each prompt, sampled from the policy."""
         trainer = self.trainer
-        with inference(trainer.policy), trainer.generator.gathered(), trainer.precision.autocast():
-            sampler = Sampler(trainer.policy, trainer.template.end_ids(), self.options.num_slots)
-            options = dataclasses.replace(self.options, temperature=temperature)
-            player = Player(trainer.generator, sampler, options, self.config.max_length, self.make_environment)
+        options = dataclasses.replace(self.options, temperature=temperature)
+        player = Player(trainer.generator, self.engine, options, self.config.max_length, self.make_environment)
+        with refreshed(self.engine):
             return player.play(prompts, key, n)
 
     def _judge(self, groups: list[list[Episode]]) -> list[list[Judgement]]:
@@ -200,16 +198,12 @@ class Rounds(MicrobatchLoader):
 
     def _gather(self, groups: list[list[Episode]], judgements: list[list[Judgement]]) -> list[Group]:
         """Return the answers to the prompts of all ranks, in the order of the prompts."""
-        mine = [
-            [
-                (dataclasses.asdict(_judged(episode, judgement)), stats_of(episode, judgement))
-                for episode, judgement in zip(group, of_group, strict=True)
-            ]
-            for group, of_group in zip(groups, judgements, strict=True)
-        ]
-        everyone = [group for of_rank in self.trainer.parallel.gather(mine) for group in of_rank]
-        everyone.sort(key=lambda group: group[0][1]["prompt"])
-        return [([JudgedAnswer(**answer) for answer, _ in group], [stats for _, stats in group]) for group in everyone]
+        pairs = [list(zip(group, of_group, strict=True)) for group, of_group in zip(groups, judgements, strict=True)]
+        answers = gather_groups([[_judged(*pair) for pair in group] for group in pairs], self.trainer.parallel)
+        of_ranks = self.trainer.parallel.gather([[stats_of(*pair) for pair in group] for group in pairs])
+        everyone = list(zip(answers, itertools.chain(*of_ranks), strict=True))
+        everyone.sort(key=lambda group: group[1][0]["prompt"])
+        return everyone
 
     def _set(self, groups: list[list[JudgedAnswer]], number: int) -> None:
         """Make the examples of the round from its answers."""
@@ -312,40 +306,6 @@ def _names(number: int) -> tuple[str, Path]:
     return f"round {number + 1}", Path(f"round-{number + 1}.safetensors")
 
 
-def check_sampler(trainer: "Trainer") -> None:
-    """Compare the log-probabilities of a few sampled tokens with those of the policy.
-
-    Raises:
-        ConfigError: They differ, or the model has no keys and values that rows can exchange.
-    """
-    policy, name = trainer.policy, type(trainer.policy.model).__name__
-    if not Sampler.supports(policy):
-        raise ConfigError(
-            f"rollout.num_generations: {name} has layers without keys and values, from which minitrain cannot sample. "
-            "Train on rollouts from files.",
-            "unsupported-model",
-        )
-    generator = torch.Generator().manual_seed(0)
-    size = min(policy.model.config.get_text_config().vocab_size, len(trainer.tokenizer))
-    prompts = [torch.randint(size, (n,), generator=generator).tolist() for n in (5, 9)]
-    with inference(policy), trainer.precision.autocast():
-        with trainer.generator.gathered():
-            requests = [Request(prompt, [(0,)], N_TRIED) for prompt in prompts]
-            samples = Sampler(policy, []).sample(requests, Chooser(1.0))
-        for prompt, (sample,) in zip(prompts, samples, strict=True):
-            mask = torch.tensor([0] * len(prompt) + [1] * N_TRIED, dtype=torch.uint8)
-            document = Document(torch.tensor(prompt + sample.ids, dtype=torch.int32), mask)
-            logps = policy(collate([[document]], 0).to(trainer.device)).logps.float().cpu()  # [8]
-            difference = float((logps - torch.tensor(sample.logps)).abs().mean())
-            if trainer.parallel.max(difference) > (1e-3 if trainer.precision.dtype == torch.float32 else 0.1):
-                raise ConfigError(
-                    f"rollout.num_generations: log-probabilities of {name} in sampling and in training differ by "
-                    f"{difference:.2g} per token. Train on rollouts from files, and report this architecture.",
-                    "unsupported-model",
-                )
-    trainer.parallel.reshard(policy)
-
-
 def sample_rounds(trainer: "Trainer") -> None:
     """Replace the loader of a trainer, which has the prompts, by one that samples the responses.
 
@@ -356,7 +316,6 @@ def sample_rounds(trainer: "Trainer") -> None:
     rewards = build_rewards(trainer.config.rollout.rewards, issues)
     make_environment = build_environment(trainer.config.rollout.environment, issues)
     issues.raise_if_any()
-    check_sampler(trainer)
-    trainer.train_loader = Rounds(trainer, rewards, make_environment)
+    trainer.train_loader = Rounds(trainer, build_engine(trainer), rewards, make_environment)
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)
