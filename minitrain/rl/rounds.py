@@ -27,6 +27,7 @@ from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.data.cache import TokenCache
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.data.sampler import epoch_order
+from minitrain.errors import DataError
 from minitrain.losses import add_features
 from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 TRAIN, EVAL = 1, 2  # the purpose in the key of random numbers
 N_WORKERS = 4
+MAX_EMPTY_ROUNDS = 10  # in a row
 Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
 
 
@@ -111,11 +113,19 @@ class Rounds(MicrobatchLoader):
 
     def _steps(self, consumed: int) -> Iterator[tuple[list[int], list[Batch]]]:
         skipped: list[int] = []
+        n_empty = 0  # rounds in a row
         while self.trainer.step < self.total_steps:
             epoch, position = divmod(consumed, self.epoch_size)
             number = epoch // self.options.num_iterations
             if self.number != number and not self._sample(number):
                 return
+            n_empty = 0 if self.examples.is_trained.any() else n_empty + 1
+            if n_empty == MAX_EMPTY_ROUNDS * self.options.num_iterations:
+                raise DataError(
+                    f"rollout: {MAX_EMPTY_ROUNDS} rounds in a row had nothing to train on. Read the warnings about "
+                    "rewards and rollouts/ in the run directory, and check rollout.rewards.",
+                    "unsuitable-data",
+                )
             order = epoch_order([self.epoch_size], [1.0], self.config.seed, epoch)
             while position < len(order):
                 indices = order[position : position + self.config.total_batch_size]

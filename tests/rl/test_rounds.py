@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers as tf
 
-from minitrain import ConfigError, Trainer
+from minitrain import ConfigError, DataError, Trainer
 from minitrain.inference import sampler
 from minitrain.losses import create_loss
 from minitrain.model.logprobs import logits_of
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.rl.documents import JudgedAnswer, make_examples
-from minitrain.rl.rounds import Rounds, tensors_of
+from minitrain.rl.rounds import MAX_EMPTY_ROUNDS, Rounds, tensors_of
 from tests.conftest import metrics
 from tests.messages import raises
 
@@ -219,8 +219,20 @@ def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
 
 def test_rows_from_python_are_evaluated(online):
     """The answers are judged by these rows, not by those of the config's files."""
-    trainer = online(n_steps=1, rollout={"rewards": [{"name": "exact_match", "key": "right"}], "eval_temperature": 0.0})
+    rewards = [{"name": "exact_match", "key": "right"}, "length"]
+    trainer = online(n_steps=1, rollout={"rewards": rewards, "eval_temperature": 0.0})
     trainer.train()
     said = trainer.predict(["a new prompt"], max_new_tokens=6)[0]
     for right, reward in ((said, 1.0), (f"{said} not", 0.0)):
-        assert trainer.evaluate([{"prompt": "a new prompt", "right": right}])["reward"] == reward
+        found = trainer.evaluate([{"prompt": "a new prompt", "right": right}])
+        assert found["reward/exact_match"] == reward
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_a_run_ends_that_has_nothing_to_train_on(online, num_iterations):
+    """No row has the key, so no answer is judged, and no round has an example."""
+    rewards = [{"name": "exact_match", "key": "missing"}]
+    trainer = online(debug=True, rollout={"rewards": rewards, "num_iterations": num_iterations})
+    with raises(DataError, "unsuitable-data", "rollout"):
+        trainer.train()
+    assert trainer.train_loader.number == MAX_EMPTY_ROUNDS - 1

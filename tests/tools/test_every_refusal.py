@@ -176,6 +176,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/adapter_names:check_loadable: unsupported-model (2)",
         "model/adapter_names:check_loadable: unsupported-model (3)",
     ),
+    "tests/rl/test_rounds.py": ("rl/rounds:_steps: unsuitable-data",),
     "tests/rl/test_rollout_options.py and tests/rl/test_rewards.py": (
         "rl/checks:_check_loss: loss.advantage_estimator conflict",
         "rl/checks:_check_loss: loss.reference conflict",
