@@ -1,6 +1,6 @@
-"""Write the tables of docs/migrating.md from minitrain/config/other_tools.txt: ``make docs``.
+"""Write the tables of docs/migrating*.md from minitrain/config/other_tools.txt: ``make docs``.
 
-A table is between ``<!-- generated: NAME -->`` and ``<!-- end -->``. The rest of the page is written by hand.
+A table is between ``<!-- generated: NAME -->`` and ``<!-- end -->``. The rest of a page is written by hand.
 """
 
 import itertools
@@ -13,17 +13,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minitrain.config.suggest import KeyMapping, read_tables
 
-PAGE = Path(__file__).with_name("migrating.md")
+PAGES = sorted(Path(__file__).parent.glob("migrating*.md"))
 REGION = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.S)
 HEADER = ["| there | here | notes |", "|---|---|---|"]
 
 
-def document() -> str:
-    """Return the page with up-to-date tables."""
+def document(page: Path) -> str:
+    """Return a page with up-to-date tables."""
     tables = read_tables()
     return REGION.sub(
         lambda found: "\n".join([f"<!-- generated: {found[1]} -->", *section(tables[found[1]]), "", "<!-- end -->"]),
-        PAGE.read_text(encoding="utf-8"),
+        page.read_text(encoding="utf-8"),
     )
 
 
@@ -54,4 +54,5 @@ def code(words: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(document(), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(document(page), encoding="utf-8")

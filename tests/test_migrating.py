@@ -2,10 +2,13 @@
 
 import ast
 import functools
+import importlib
+import json
 import re
 from dataclasses import fields
 
 import pytest
+import transformers
 import yaml
 
 from minitrain import ConfigError, load_config
@@ -15,7 +18,7 @@ from minitrain.losses import registered
 from tests.conftest import ROOT
 from tests.test_docs import problems_of, problems_of_items, tables
 
-PAGE = ROOT / "docs" / "migrating.md"
+PAGES = [ROOT / "docs" / name for name in ("migrating.md", "migrating-grpo.md")]
 
 TABLES = read_tables()
 ROWS = [(name, row) for name, rows in TABLES.items() for row in rows]
@@ -91,6 +94,44 @@ def test_switches_are_off_by_default():
         assert str(default).lower() != value.lower(), key
 
 
+TRL_KEYS = json.loads((ROOT / "tests" / "config" / "trl_keys.json").read_text())  # without those of TrainingArguments
+ONLINE_TRAINERS = ("trl.GRPOConfig", "trl.RLOOConfig")
+
+
+@pytest.mark.parametrize("config_class", TRL_KEYS)
+def test_every_key_of_trl_is_answered(config_class):
+    """Each option of TRL's trainers, with those of TrainingArguments, is ours or has a hint that is not a guess."""
+    exact = {key.partition("=")[0] for _, row in ROWS for key in row.keys}
+    prefixes = tuple(key[:-1] for key in exact if key.endswith("*"))
+    inherited = [f.name for f in fields(transformers.TrainingArguments)]
+    unanswered = [
+        key
+        for key in (*inherited, *TRL_KEYS[config_class])
+        if key not in OWN | exact
+        and not key.startswith(prefixes)
+        and "Did you mean" not in hint_for_key(key, 1, []).text
+    ]
+    assert unanswered == []
+
+
+def test_the_page_about_grpo_has_every_key():
+    """Keys of the trainers that sample are on their own page, not only somewhere in the tables."""
+    keys = re.findall(r"`([\w*]+)(?:: [\w.]+)?`", PAGES[1].read_text())
+    prefixes = tuple(key[:-1] for key in keys if key.endswith("*"))
+    for name in ONLINE_TRAINERS:
+        assert [key for key in TRL_KEYS[name] if key not in keys and not key.startswith(prefixes)] == []
+
+
+@pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental")
+@pytest.mark.parametrize("config_class", TRL_KEYS)
+def test_the_keys_are_those_of_trl(config_class):
+    """The list above has every option of the installed TRL, if there is one."""
+    pytest.importorskip("trl")
+    module, _, name = config_class.rpartition(".")
+    theirs = {f.name for f in fields(getattr(importlib.import_module(module), name))}
+    assert sorted(theirs - {f.name for f in fields(transformers.TrainingArguments)} - {*TRL_KEYS[config_class]}) == []
+
+
 def test_nothing_ends_in_a_traceback_by_an_odd_value():
     """Hints are made of any value that YAML has."""
     for key in ("validation_split_percentage", "report_to", "datasets", "optimizer", "peft", "training", "model"):
@@ -107,17 +148,18 @@ def test_every_option_with_choices_is_known_by_a_hint():
                 load_config({"model": {"name_or_path": "tiny"}, f.name: f"{choice}x"})
 
 
-# --------------------------------------------------------------------------------------------- docs/migrating.md
+# -------------------------------------------------------------------------------------------- docs/migrating*.md
 
 
-def test_the_page_has_every_table():
-    """Each section of the table is in it, but for values of our own options."""
-    assert {*re.findall(r"<!-- generated: (\S+) -->", PAGE.read_text())} == TABLES.keys() - {"values"}
+def test_the_pages_have_every_table():
+    """Each section of the table is in one, but for values of our own options."""
+    text = "".join(page.read_text() for page in PAGES)
+    assert sorted(re.findall(r"<!-- generated: (\S+) -->", text)) == sorted(TABLES.keys() - {"values"})
 
 
 def test_commands_and_options_of_the_page_exist():
     """The second column of the tables that are written by hand holds commands, overrides, and Python."""
-    rows = tables(PAGE, ["there", "here"])
+    rows = [row for page in PAGES for row in tables(page, ["there", "here"])]
     assert len(rows) > 40
     for place, here in rows:
         python = [item for item in here if re.match(r"trainer\.|Trainer\(", item)]
@@ -134,7 +176,7 @@ def leaves(value, path: str) -> list[str]:
     return [leaf for name, inner in value.items() for leaf in leaves(inner, f"{path}.{name}".lstrip("."))]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n# there: (.*?)```", PAGE.read_text(), re.S))
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n# there: (.*?)```", PAGES[0].read_text(), re.S))
 def test_a_file_of_another_tool_is_translated(block):
     """One error has a suggestion for each key that minitrain has not, and complains about nothing else."""
     theirs = yaml.safe_load(block.partition("\n")[2])
