@@ -1,17 +1,38 @@
-"""Call reward functions in processes with a time limit, so that one that hangs or dies does not stop the run."""
+"""Call reward functions in processes with a time limit, so that one that hangs or dies does not stop the run.
 
-import multiprocessing
+The main process never waits without a limit: a worker that does not read or send in time is killed.
+"""
+
+import contextlib
+import ctypes
+import gc
 import os
+import pickle
 import signal
+import socket
+import struct
+import sys
 import time
+import traceback
+import weakref
 from collections import deque
-from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from typing import Any
+
+import torch
+
+from minitrain.errors import RunError
 
 from .rewards import Answer, Failed, Reward, read_result
 
 GRACE = 2.0  # seconds after the time limit in which a worker can report it, before it is killed
+START_SECONDS = 60.0  # for a worker to start
+N_RESTARTS = 8  # of workers that ended between calls, in a row
+N_LATE = 64  # calls in a row that take too long; then the others of the round are not made
+PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_sockets: set[socket.socket] = set()  # of this process to its workers
 
 
 class InProcess:
@@ -37,106 +58,199 @@ class Workers:
     def __init__(self, rewards: Sequence[Reward], n_workers: int, timeout: float):
         self.rewards, self.n_workers, self.timeout = list(rewards), n_workers, timeout
         self.workers: list[_Worker] = []
+        self.n_restarts = 0  # since the last call
+        weakref.finalize(self, _stop, self.workers)
 
     def call(self, reward: Reward, answers: Sequence[Answer]) -> list[Any]:
         """Return the result of a reward function for each answer; `Failed` where it failed."""
         number = self.rewards.index(reward)
-        if reward.function.whole_round:
-            results = self._call_all(number, [list(answers)])[0]
-            if isinstance(results, Failed):
-                return [results] * len(answers)
-            return results
-        return self._call_all(number, answers)
+        if not reward.function.whole_round:
+            return self._call_all(number, answers)
+        results = self._call_all(number, [list(answers)])[0]
+        return [results] * len(answers) if isinstance(results, Failed) else results
 
     def _call_all(self, number: int, arguments: Sequence[Any]) -> list[Any]:
-        waiting, results = deque(enumerate(arguments)), [None] * len(arguments)
+        results: list[Any] = [None] * len(arguments)
+        waiting, n_late = deque(range(len(arguments))), 0
         if not self.workers:
-            self.workers = [_Worker(self.rewards, self.timeout) for _ in range(self.n_workers)]
+            self.workers += [_Worker(self.rewards, self.timeout) for _ in range(self.n_workers)]
         while waiting or any(worker.index is not None for worker in self.workers):
             for worker in self.workers:
-                if worker.index is None and waiting:
-                    index, argument = waiting.popleft()
-                    worker.send(number, index, argument)
-            busy = {worker.connection: worker for worker in self.workers if worker.index is not None}
-            ready = wait(
-                list(busy), timeout=max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
-            )
-            for connection in ready:
-                index = busy[connection].index
-                results[index] = self._receive(busy[connection])
-            for worker in busy.values():
-                if worker.index is not None and time.monotonic() > worker.deadline:
-                    results[worker.index] = Failed(f"took more than {self.timeout:g} seconds")
-                    worker.restart()
+                if waiting and not worker.is_busy:
+                    index = waiting.popleft()
+                    try:
+                        worker.send(index, pickle.dumps((number, arguments[index])))
+                    except OSError:  # it ended after its last call
+                        self._restart(worker)
+                        waiting.appendleft(index)
+                    except Exception as error:
+                        results[index] = Failed(f"cannot get this answer and its row ({_describe(error)})")
+            busy = [worker for worker in self.workers if worker.is_busy]
+            seconds = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
+            ready = wait([worker.socket for worker in busy], max(0.0, seconds))
+            for worker in busy:
+                if worker.socket in ready or time.monotonic() > worker.deadline:
+                    index, result = worker.index, self._receive(worker)
+                    if index is not None:
+                        results[index] = result
+                        n_late = n_late + 1 if result == _took_more_than(self.timeout) else 0
+            while waiting and n_late >= N_LATE:
+                results[waiting.popleft()] = Failed(f"was not called after {n_late} calls in a row that took too long")
         return results
 
     def _receive(self, worker: "_Worker") -> Any:
+        """Return the result of a worker, or what is wrong with it."""
+        if worker.index is not None:
+            self.n_restarts = 0
         try:
-            result = worker.connection.recv()
-        except Exception as error:  # the worker died, or its result cannot be read
-            worker.restart()
+            return worker.receive()
+        except Exception as error:
+            self._restart(worker)
+            if isinstance(error, TimeoutError):
+                return _took_more_than(self.timeout)
             return Failed("ended its process" if isinstance(error, (EOFError, OSError)) else _describe(error))
-        worker.index = None
-        return result
+
+    def _restart(self, worker: "_Worker") -> None:
+        self.n_restarts += 1
+        if self.n_restarts > N_RESTARTS:
+            raise RunError(
+                "rollout.rewards: the processes of the reward functions end before they are called. Set debug=true to "
+                "call the functions in the main process.",
+                "process-failed",
+            )
+        worker.stop()
+        worker.start()
 
     def close(self) -> None:
         """End the processes. A later call starts others."""
-        for worker in self.workers:
-            worker.stop()
-        self.workers = []
+        _stop(self.workers)
 
 
 class _Worker:
-    """A process, and the index of the call that it works on."""
+    """A process, and the index of the call that it works on.
+
+    It is forked, because functions of a plugin or a notebook cannot be pickled.
+    """
 
     def __init__(self, rewards: list[Reward], timeout: float):
         self.rewards, self.timeout = rewards, timeout
-        self.restart(first=True)
+        self.start()
 
-    def restart(self, first: bool = False) -> None:
-        if not first:
-            self.stop()
-        self.index: int | None = None
-        self.deadline = 0.0
-        context = multiprocessing.get_context("fork")  # functions of a plugin or a notebook cannot be pickled
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, self.rewards, self.timeout), daemon=True)
-        self.process.start()
+    def start(self) -> None:
+        self.socket, other = socket.socketpair()
+        _sockets.add(self.socket)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _work(other, parent, self.rewards, self.timeout)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         other.close()
+        self.index: int | None = None
+        self.is_busy, self.deadline = True, time.monotonic() + START_SECONDS
 
-    def send(self, number: int, index: int, argument: Any) -> None:
-        self.index, self.deadline = index, time.monotonic() + self.timeout + GRACE
-        self.connection.send((number, argument))
+    def send(self, index: int, call: bytes) -> None:
+        self.deadline = time.monotonic() + self.timeout + GRACE
+        self.socket.settimeout(self.timeout + GRACE)
+        self.is_busy, self.index = True, index
+        with contextlib.suppress(TimeoutError):  # `receive` reports it
+            _send(self.socket, call)
+
+    def receive(self) -> Any:
+        result = pickle.loads(_receive(self.socket, max(self.deadline, time.monotonic() + 0.1)))
+        self.is_busy, self.index = False, None
+        return result
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
+        """Kill the process and those that reward functions have started."""
+        for kill in (os.killpg, os.kill):  # it has no group before it calls setsid
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.pid, signal.SIGKILL)
+        _sockets.discard(self.socket)
+        self.socket.close()
+        end = time.monotonic() + GRACE
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(self.pid, os.WNOHANG) == (0, 0) and time.monotonic() < end:
+                time.sleep(0.001)
+
+
+def _stop(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.stop()
+    workers.clear()
+
+
+def _send(connection: socket.socket, message: bytes) -> None:
+    connection.sendall(struct.pack("Q", len(message)) + message)
+
+
+def _receive(connection: socket.socket, deadline: float | None = None) -> bytes:
+    """Return a message.
+
+    Raises:
+        EOFError: The other process has ended.
+        TimeoutError: The message is not complete at the deadline.
+    """
+
+    def read(n: int) -> bytes:
+        data = bytearray()
+        while len(data) < n:
+            if deadline is not None:
+                seconds = deadline - time.monotonic()
+                if seconds <= 0:
+                    raise TimeoutError
+                connection.settimeout(seconds)
+            part = connection.recv(min(n - len(data), 1 << 20))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+    return read(*struct.unpack("Q", read(8)))
+
+
+# ------------------------------------------------------------------------------------------------ in a worker
 
 
 class _TimeIsUp(BaseException):
     pass
 
 
-def _work(connection: Connection, rewards: list[Reward], timeout: float) -> None:
-    """Answer calls until the connection is closed."""
+def _work(connection: socket.socket, parent: int, rewards: list[Reward], timeout: float) -> None:
+    """Answer calls until the main process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C does
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setsid()  # a group, which is killed with the processes that functions start
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        return
+    for inherited in _sockets:  # a worker reads the end of its socket when only the main process has the other one
+        inherited.close()
+    gc.freeze()  # objects of the main process, whose finalizers belong there
+    torch.set_num_threads(1)  # threads of the main process do not exist here
     os.environ["OMP_NUM_THREADS"] = "1"
-    parent = os.getppid()
-    while True:
-        try:
-            while not connection.poll(1.0):
-                if os.getppid() != parent:  # other workers hold the other end of the connection, too
-                    return
-            number, argument = connection.recv()
-        except (EOFError, OSError):
-            return
-        result = _limited(rewards[number], argument, timeout)
-        try:
-            connection.send(result)
-        except Exception as error:  # it cannot be pickled
-            connection.send(Failed(f"returned {type(result).__name__}, which cannot be sent ({_describe(error)})"))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    pid = os.getpid()
+    result: Any = None  # the first message says that it has started
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            try:
+                message = pickle.dumps(result)
+            except Exception as error:
+                message = pickle.dumps(
+                    Failed(f"returned {type(result).__name__}, which cannot be sent ({_describe(error)})")
+                )
+            _send(connection, message)
+            number, argument = pickle.loads(_receive(connection))
+            result = _limited(rewards[number], argument, timeout)
+            if os.getpid() != pid:  # a fork of the function, whose result is not that of the call
+                return
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
 
 
 def _limited(reward: Reward, argument: Any, timeout: float) -> Any:
@@ -146,29 +260,43 @@ def _limited(reward: Reward, argument: Any, timeout: float) -> Any:
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
-        return _call_whole(reward, argument) if reward.function.whole_round else _call(reward, argument)
+        try:
+            return _call_whole(reward, argument) if reward.function.whole_round else _call(reward, argument)
+        finally:  # in which the time can be up, too
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
     except _TimeIsUp:
-        return Failed(f"took more than {timeout:g} seconds")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        return _took_more_than(timeout)
+
+
+def _took_more_than(timeout: float) -> Failed:
+    return Failed(f"took more than {timeout:g} seconds")
 
 
 def _call(reward: Reward, answer: Answer) -> Any:
-    try:
-        return _plain(reward.function.function(answer, reward.options))
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
-        return Failed(_describe(error))
+    return _guarded(lambda: _plain(reward.function.function(answer, reward.options)))
 
 
 def _call_whole(reward: Reward, answers: Sequence[Answer]) -> list[Any]:
-    try:
+    def call() -> Any:
         results = reward.function.function(list(answers), reward.options)
         if not isinstance(results, (list, tuple)) or len(results) != len(answers):
             n = len(results) if isinstance(results, (list, tuple)) else type(results).__name__
-            return [Failed(f"returned {n} results for {len(answers)} answers")] * len(answers)
+            return Failed(f"returned {n} results for {len(answers)} answers")
         return [_plain(result) for result in results]
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
-        return [Failed(_describe(error))] * len(answers)
+
+    results = _guarded(call)
+    return [results] * len(answers) if isinstance(results, Failed) else results
+
+
+def _guarded(call: Callable[[], Any]) -> Any:
+    """Return what a call returns, or `Failed` if it raises."""
+    try:
+        return call()
+    except (_TimeIsUp, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        return Failed(_describe(error))
 
 
 def _plain(result: Any) -> Any:
@@ -178,5 +306,8 @@ def _plain(result: Any) -> Any:
 
 
 def _describe(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    try:
+        text = str(error).strip().splitlines()
+    except Exception:  # of the error's own method
+        text = []
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -82,8 +81,7 @@ class Rounds(MicrobatchLoader):
         self.eval_prompts: Prompts | None = None  # of the last evaluation
         self.rewards, self.make_environment = list(rewards), make_environment
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
-        in_process = config.debug or multiprocessing.current_process().daemon  # which cannot have processes
-        self.workers = InProcess() if in_process else Workers(rewards, n_workers, self.options.reward_timeout)
+        self.workers = InProcess() if config.debug else Workers(rewards, n_workers, self.options.reward_timeout)
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
         self.n_drawn = 0  # prompts drawn in the current round

@@ -117,7 +117,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "training/step:update: not-finite",
         "training/after_step:count_bad_step: not-finite",
     ),
-    "other processes: tests/distributed and tests/faults": (
+    "other processes: tests/distributed, tests/faults and tests/rl/test_reward_workers.py": (
         "distributed/checks:check_processes: trainer conflict",
         "data/cache:load_cache: process-failed",
         "tools/preflight/memory:_check_devices: conflict (2)",
@@ -125,6 +125,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "training/run_dir:_take_lock: locked",
         "distributed/sharded:check_same: mismatch",
         "distributed/sharded:naming_failures: process-failed",
+        "rl/reward_workers:_restart: process-failed",
         "distributed/sharded:local_rank0_first: process-failed",
     ),
     "another command says it": (
