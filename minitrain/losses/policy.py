@@ -170,7 +170,7 @@ class PolicyLoss(Loss):
         common_columns([*train, *eval])
         rollouts, estimator = Rollouts(train), self.options.advantage_estimator
         self.max_new_tokens = self.options.max_new_tokens or int(rollouts.lengths.max())
-        if estimator in ("grpo", "rloo") and int(rollouts.groups().bincount().max()) < 2:
+        if not self.online and estimator in ("grpo", "rloo") and int(rollouts.groups().bincount().max()) < 2:
             raise DataError(
                 f"{train[0].source}: no prompt has two rollouts, and loss.advantage_estimator={estimator} compares the "
                 "rollouts of a prompt. Sample several for each prompt, or set loss.advantage_estimator=reinforce++.",

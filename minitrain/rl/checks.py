@@ -8,7 +8,6 @@ from minitrain.config.sections import RolloutConfig
 from minitrain.losses import Loss
 
 from .environments import build_environment
-from .prompts import check_rows
 from .rewards import build_rewards
 
 DEFAULTS = RolloutConfig()
@@ -41,10 +40,8 @@ def check(config: Config, loss: Loss, issues: ConfigIssues) -> None:
     for key, reason in _unused(options, loss).items():
         if key in changed:
             issues.add(f"rollout.{key}", "no-effect", f"has no effect: {reason}")
-    rewards = build_rewards(options.rewards, issues)
+    build_rewards(options.rewards, issues)
     build_environment(options.environment, issues)
-    if not issues:
-        check_rows(rewards, config.datasets, issues)
 
 
 def _check_loss(config: Config, loss: Loss, issues: ConfigIssues) -> None:

@@ -1,4 +1,4 @@
-"""What is logged about the answers of a round or of an evaluation."""
+"""Metrics of the answers of a round or of an evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,16 @@ from .episodes import Episode
 from .rewards import Judgement
 
 Stats = dict[str, Any]  # what is logged about an answer, as JSON
+Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
 
 
 def stats_of(episode: Episode, judgement: Judgement) -> Stats:
     return {
-        "prompt": episode.prompt.number,
-        "messages": episode.messages,
+        "source": episode.prompt.source,
+        "line": episode.prompt.line,
+        "group": episode.prompt.number,
+        "prompt": episode.prompt.messages,
+        "messages": episode.messages[len(episode.prompt.messages) :],
         "reward": judgement.total,
         "parts": judgement.parts | judgement.extra,
         "ended": episode.ended,
@@ -37,20 +41,40 @@ def answer_metrics(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
         "length_max": max((one["tokens"] for one in stats), default=0),
         "turns": _mean([one["turns"] for one in stats]),
         "unjudged": 1 - len(rewards) / max(1, len(stats)),
-        "distinct": _mean([len({str(one["messages"]) for one in group}) / len(group) for group in groups]),
     }
     for name in sorted({name for one in stats for name in one["parts"]}):
         metrics[f"reward/{name}"] = _mean([one["parts"][name] for one in stats if name in one["parts"]])
     return metrics
 
 
-def round_metrics(answers: Sequence[Sequence[JudgedAnswer]]) -> dict[str, float]:
-    """Return the metrics of the rewards within the groups of a round."""
-    rewards = [[answer.reward for answer in judged(group)] for group in answers]
-    return {
-        "reward_std": _mean([float(np.std(group)) for group in rewards if group]),
-        "zero_variance": _mean([has_zero_variance(group) for group in answers]),
+def group_metrics(groups: Sequence[Group], keys: Sequence[str]) -> dict[str, float]:
+    """Return the metrics of how the answers to a prompt differ.
+
+    Args:
+        groups: The answers to each prompt.
+        keys: Names of the reward functions. The first decides which answers are right, if it gives only 0 and 1.
+    """
+    metrics = {
+        "reward_std": _mean([float(np.std([a.reward for a in judged(group)])) for group, _ in groups if judged(group)]),
+        "zero_variance": _mean([has_zero_variance(group) for group, _ in groups]),
+        "distinct": _mean([len({str(one["messages"]) for one in stats}) / len(stats) for _, stats in groups]),
     }
+    first = [[_first_reward(one, keys) for one in stats] for _, stats in groups]
+    numbers = [[value for value in group if value is not None] for group in first]
+    if all(value in (0.0, 1.0) for group in numbers for value in group):
+        metrics["solved"] = _mean([min(group, default=0.0) == 1.0 for group in numbers])
+        metrics["failed"] = _mean([max(group, default=1.0) == 0.0 for group in numbers])
+    if len(keys) > 1:
+        every = [one["parts"] for _, stats in groups for one in stats]
+        metrics |= {f"unjudged/{key}": _mean([key not in parts for parts in every]) for key in keys}
+    return metrics
+
+
+def _first_reward(stats: Stats, keys: Sequence[str]) -> float | None:
+    """Return the result of the first reward function, or the reward if there is only an environment."""
+    if keys:
+        return stats["parts"].get(keys[0])
+    return None if math.isnan(stats["reward"]) else stats["reward"]
 
 
 def pass_at_k(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:

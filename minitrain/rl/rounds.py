@@ -10,7 +10,6 @@ A round depends only on the weights, the seed, its number and the number of prom
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections import Counter
@@ -38,10 +37,10 @@ from .episodes import Episode, Player, Prompt
 from .exchange import gather_groups
 from .logps import add_logps
 from .prompts import Prompts
-from .reports import Stats, answer_metrics, pass_at_k, round_metrics, stats_of
-from .reward_models import build_judge
+from .reports import Group, answer_metrics, pass_at_k, stats_of
 from .reward_workers import InProcess, Workers
 from .rewards import Answer, Judgement, Reward, build_rewards, combine
+from .round_log import RoundLog
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 TRAIN, EVAL = 1, 2  # the purpose in the key of random numbers
 N_WORKERS = 4
 MAX_EMPTY_ROUNDS = 10  # in a row
-Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
 
 
 class RoundData(TokenizedDataset):
@@ -81,13 +79,14 @@ class Rounds(MicrobatchLoader):
         self.prompts = Prompts(loader.examples, config.seed)
         self.eval_prompts: Prompts | None = None  # of the last evaluation
         self.rewards, self.make_environment = list(rewards), make_environment
-        self.judges = [build_judge(reward, trainer) for reward in rewards]
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
         self.workers = InProcess() if config.debug else Workers(rewards, n_workers, self.options.reward_timeout)
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
         self.n_drawn = 0  # prompts drawn in the current round
         self.failures: Counter[str] = Counter()
+        self.seconds_trained = 0.0  # since the current round was sampled, without evaluations
+        self.log = RoundLog(self)
 
     # ------------------------------------------------------------------------------------- as a loader of epochs
 
@@ -134,7 +133,9 @@ class Rounds(MicrobatchLoader):
                 skipped += indices.tolist()
                 trained = indices[self.examples.is_trained[indices]]
                 if len(trained):
-                    yield skipped, self.micro_batches(trained)
+                    batches, began = self.micro_batches(trained), time.perf_counter()
+                    yield skipped, batches
+                    self.seconds_trained += time.perf_counter() - began
                     skipped = []
 
     # ------------------------------------------------------------------------------------------- making a round
@@ -144,7 +145,8 @@ class Rounds(MicrobatchLoader):
         options, n = self.options, self.epoch_size
         if self.number is not None:
             self.drawn += self.n_drawn
-        seconds: dict[str, float] = {}
+        seconds = {"train": self.seconds_trained} if self.seconds_trained > 0 else {}  # on the round before
+        self.seconds_trained = 0.0
         groups: list[Group] = []
         everyone: list[Group] = []
         self.n_drawn = 0
@@ -171,9 +173,7 @@ class Rounds(MicrobatchLoader):
         failpoint("round.logps")
         with _timed(seconds, "logps"):
             self._set(answers, number)
-        metrics = answer_metrics([stats for _, stats in everyone]) | round_metrics(answers)
-        metrics |= {"drawn": self.n_drawn, **{f"seconds/{name}": value for name, value in seconds.items()}}
-        self._report(number, metrics, [one for _, stats in everyone for one in stats])
+        self.log(groups, everyone, seconds, {})
         return True
 
     def _draw(self, n: int) -> list[Prompt]:
@@ -195,18 +195,14 @@ class Rounds(MicrobatchLoader):
         """Return the rewards of the conversations of each prompt."""
         episodes = [episode for group in groups for episode in group]
         judgements = [Judgement(0.0) for _ in episodes]
-        if self.rewards:
+        if self.rewards and episodes:
             answers = [_answer(episode) for episode in episodes]
-            results = [
-                judge(episodes) if judge else self.workers.call(reward, answers)
-                for reward, judge in zip(self.rewards, self.judges, strict=True)
-            ]
+            results = [self.workers.call(reward, answers) for reward in self.rewards]
             judgements = combine(results, self.rewards, self.failures)
         for judgement, episode in zip(judgements, episodes, strict=True):
-            judgement.total += sum(episode.token_rewards)
+            judgement.total += episode.reward
             if self.options.truncated == "zero" and not episode.ended:
-                judgement.total, judgement.tokens = 0.0, []
-                episode.token_rewards = [0.0] * len(episode.ids)
+                judgement.total = 0.0
         remaining = iter(judgements)
         return [[next(remaining) for _ in group] for group in groups]
 
@@ -216,7 +212,7 @@ class Rounds(MicrobatchLoader):
         answers = gather_groups([[_judged(*pair) for pair in group] for group in pairs], self.trainer.parallel)
         of_ranks = self.trainer.parallel.gather([[stats_of(*pair) for pair in group] for group in pairs])
         everyone = list(zip(answers, itertools.chain(*of_ranks), strict=True))
-        everyone.sort(key=lambda group: group[1][0]["prompt"])
+        everyone.sort(key=lambda group: group[1][0]["group"])
         return everyone
 
     def _set(self, groups: list[list[JudgedAnswer]], number: int) -> None:
@@ -241,17 +237,18 @@ class Rounds(MicrobatchLoader):
 
     def evaluate(self, loader: MicrobatchLoader) -> dict[str, float]:
         """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it."""
-        options = self.options
+        began, options = time.perf_counter(), self.options
         if self.eval_prompts is None or self.eval_prompts.examples is not loader.examples:
             self.eval_prompts = Prompts(loader.examples, self.config.seed)
         mine = [self.eval_prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
         temperature = options.temperature if options.eval_temperature is None else options.eval_temperature
         episodes = self._play(mine, (self.config.seed, EVAL), options.eval_generations, temperature)
         groups = [stats for _, stats in self._gather(episodes, self._judge(episodes))]
-        self._warn_of_failures()
+        self.log.warn_of_failures()
+        self.seconds_trained -= time.perf_counter() - began
         return {} if self.trainer.is_interrupted() else answer_metrics(groups) | pass_at_k(groups)
 
-    # -------------------------------------------------------------------------------------- checkpoints, reports
+    # ----------------------------------------------------------------------------------------------- checkpoints
 
     def state(self, consumed: int) -> tuple[dict, dict[str, torch.Tensor]]:
         """Return what determines the next round and, within a round, the round itself."""
@@ -265,28 +262,6 @@ class Rounds(MicrobatchLoader):
         self.n_drawn = state.get("n_drawn", 0)
         if self.number is not None:
             self._use(TokenCache(tensors, {}, [], *_names(self.number)) if tensors else None)
-
-    def _report(self, number: int, metrics: dict[str, float], stats: list[Stats]) -> None:
-        trainer = self.trainer
-        if trainer.logger is None:
-            return
-        trainer.logger.log(trainer.step, "rollout", metrics)
-        trainer.logger.info(
-            f"round {number + 1}: reward {metrics['reward']:.4g}, {metrics['length']:.0f} tokens, "
-            f"{metrics['ended']:.0%} ended, {metrics['zero_variance']:.0%} of the prompts have equal rewards"
-        )
-        self._warn_of_failures()
-        n = self.options.save_samples
-        if trainer.parallel.rank == 0 and n:
-            folder = trainer.run.path / "rollouts"
-            folder.mkdir(exist_ok=True)
-            rows = [{"round": number + 1, "step": trainer.step} | one for one in (stats if n < 0 else stats[:n])]
-            (folder / f"round-{number + 1}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def _warn_of_failures(self) -> None:
-        for problem, count in self.failures.items():
-            self.trainer.logger.warning(f"warning: reward {problem} ({count} answers)")
-        self.failures.clear()
 
 
 @contextlib.contextmanager
@@ -303,13 +278,7 @@ def _answer(episode: Episode) -> Answer:
 
 
 def _judged(episode: Episode, judgement: Judgement) -> JudgedAnswer:
-    of_sampled = iter(judgement.tokens)
-    of_tokens = [
-        reward + (next(of_sampled, 0.0) if own else 0.0)
-        for reward, own in zip(episode.token_rewards, episode.mask, strict=True)
-    ]
-    total, ended = judgement.total, episode.ended
-    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, total, ended, of_tokens)
+    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, judgement.total, episode.ended)
 
 
 def tensors_of(cache: TokenCache) -> dict[str, torch.Tensor]:

@@ -199,9 +199,13 @@ def _description(trainer: "Trainer") -> str:
     total = sum(p.numel() for p in trainer.policy.parameters())
     trained = sum(p.numel() for p in trainer.parameters)
     eval_examples = f", {len(trainer.eval_loader.examples):,} for evaluation" if trainer.eval_loader else ""
+    examples, of_step = f"{len(trainer.train_loader.examples):,} examples", f"{config.total_batch_size}"
+    if trainer.loss.online:
+        examples = f"{len(trainer.train_loader.prompts):,} prompts"
+        of_step += f" prompts with {config.rollout.num_generations} answers each"
     ranks = f"{trainer.parallel.world_size} x " if trainer.parallel.world_size > 1 else ""
     return (
         f"{config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{trainer.device} in "
-        f"{config.model.policy_dtype}; {len(trainer.train_loader.examples):,} examples{eval_examples}; "
-        f"{trainer.total_steps} steps of {config.total_batch_size}; loss {config.loss['name']}"
+        f"{config.model.policy_dtype}; {examples}{eval_examples}; {trainer.total_steps} steps of {of_step}; "
+        f"loss {config.loss['name']}"
     )

@@ -95,7 +95,7 @@ class MetricLogger:
             self._open("swanlab", lambda: _swanlab(config, folder, settings, logged))
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
-        """Send metrics to all trackers as `kind/name`, where `kind` is train or eval."""
+        """Send metrics to all trackers as `kind/name`, where `kind` is train, eval or rollout."""
         for name, (log, _) in list(self.backends.items()):
             if name != LEDGER:
                 self._guard(name, lambda log=log: log(step, kind, metrics))

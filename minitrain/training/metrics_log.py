@@ -17,7 +17,8 @@ from minitrain.errors import ConfigError, RunDirError
 
 from .atomic_dir import replace_file
 
-KINDS = ("train", "eval")
+KINDS = ("train", "eval", "rollout")
+ROLLOUTS = "rollouts"  # the folder of sampled answers, with a file for each round
 NOT_METRICS = ("step", "kind")
 LARGEST_STEP = 2**53  # a float represents integers exactly up to this one
 LARGEST = 1e100  # the squares of larger values overflow
@@ -35,7 +36,7 @@ class Point(NamedTuple):
 
 @dataclass
 class History:
-    """Metrics of a run by `train/NAME` and `eval/NAME`, in the order in which they were logged."""
+    """Metrics of a run by `train/NAME`, `eval/NAME` and `rollout/NAME`, in the order in which they were logged."""
 
     folder: Path
     metrics: dict[str, list[Point]] = field(default_factory=dict)
@@ -162,6 +163,18 @@ def truncate_log(file: Path, is_kept: Callable[[dict], bool]) -> list[int]:
 
     replace_file(file, kept())
     return damaged
+
+
+def round_file(folder: Path, number: int) -> Path:
+    """Return the file with the answers of a round, whose numbers start at 1."""
+    return folder / ROLLOUTS / f"round-{number}.jsonl"
+
+
+def drop_rounds(folder: Path, step: int) -> None:
+    """Remove the answers of rounds that were sampled at a step or later."""
+    for file in (folder / ROLLOUTS).glob("round-*.jsonl"):
+        if last_step(file) >= step:
+            file.unlink()
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes, dict | None]]:

@@ -42,8 +42,10 @@ from .checkpoint import Save
 from .metric_logger import LEDGER, METRICS, RUN_ID, Logged
 from .metrics_log import (
     KINDS,
+    ROLLOUTS,
     UNREADABLE,
     damaged_lines_message,
+    drop_rounds,
     last_step,
     last_steps,
     read_end,
@@ -53,7 +55,8 @@ from .metrics_log import (
 
 LOGS = (METRICS, LEDGER)
 FILES = (*LOGS, RUN_ID)
-WRITTEN_BY_STEPS = (*FILES, "tensorboard", "models", "best", "final")  # what a restart from step 0 would overwrite
+# What a restart from step 0 would overwrite.
+WRITTEN_BY_STEPS = (*FILES, "tensorboard", ROLLOUTS, "models", "best", "final")
 INPUTS = {
     "datasets": "other data: the files, the tokenizer or their options have changed",
     "model": "another base model: the files of model.name_or_path have changed",
@@ -166,7 +169,8 @@ class RunDir:
         rows, steps = [], {}
 
         def is_kept(row: dict) -> bool:
-            if row["step"] != step or (evaluates and row.get("kind") == "eval"):
+            again = row.get("kind") == "rollout" or (evaluates and row.get("kind") == "eval")
+            if row["step"] != step or again:
                 return row["step"] < step
             if row.get("kind") in KINDS:
                 rows.append(row)
@@ -181,6 +185,7 @@ class RunDir:
             drop_after(self.models, step or 0)
             if step is None:
                 return
+            drop_rounds(self.path, step)
             if (self.path / METRICS).is_file() and (self.path / RUN_ID).is_file():
                 steps.update(last_steps(self.path / METRICS))
             for file in (self.path / name for name in LOGS):
@@ -275,7 +280,7 @@ class RunDir:
                 raise RunDirError(
                     f"{self.path / name}: is a folder, but training writes a file. Remove it.", "wrong-path"
                 )
-        for name in ("checkpoints", "models", "tensorboard"):
+        for name in ("checkpoints", "models", "tensorboard", ROLLOUTS):
             if (self.path / name).is_file():
                 raise RunDirError(
                     f"{self.path / name}: is a file, but training creates a folder. Remove it.", "wrong-path"

@@ -178,7 +178,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/adapter_names:check_loadable: unsupported-model (3)",
     ),
     "tests/rl/test_rounds.py": ("rl/rounds:_steps: unsuitable-data",),
-    "tests/rl": (
+    "tests/rl/test_rollout_options.py and tests/rl/test_rewards.py": (
         "rl/checks:_check_loss: loss.advantage_estimator conflict",
         "rl/checks:_check_loss: loss.reference conflict",
         "rl/checks:_check_loss: loss.temperature conflict",
@@ -197,10 +197,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "rl/environments:build_environment: not-a-choice",
         "rl/environments:build_environment: wrong-type",
         "rl/environments:register_environment.register: already-exists",
-        "rl/prompts:check_rows: rollout.rewards[] wrong-column",
-        "rl/reward_models:_find: unsupported-model",
-        "rl/reward_models:_label: not-a-choice",
-        "rl/rewards:build_rewards: . code",
+        "rl/rewards:build_rewards: .pattern invalid-value",
         "rl/rewards:build_rewards: not-a-choice",
         "rl/rewards:build_rewards: wrong-type",
         "rl/rewards:register_reward.register: already-exists",
