@@ -27,6 +27,7 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["bitsandbytes>=0.48"],
         "data": ["datasets>=3"],
+        "vllm": ["vllm>=0.17"],  # the server of rollout.engine=vllm
         "plot": ["matplotlib>=3.8"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff>=0.11"],
         "dev": [

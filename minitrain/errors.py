@@ -30,7 +30,7 @@ CODES = {
     "os-error": "The operating system cannot read or write a file.",
     "already-exists": "An output or name already exists.",
     "not-installed": "An optional package is not installed.",
-    "unreachable": "A model or dataset is on the Hub, and the Hub is unreachable.",
+    "unreachable": "The Hub with a model or dataset, or a server, is unreachable.",
     "plugin-failed": "The file of --plugin is not valid Python, or raises an error.",
     # data
     "no-data": "No data rows exist, or none has targets.",
@@ -59,7 +59,7 @@ CODES = {
     "no-space": "The disk is full.",
     "out-of-memory": "The device or machine ran out of memory.",
     "not-finite": "A loss, gradient or weight is NaN or infinity.",
-    "process-failed": "Another process of the run failed or was killed.",
+    "process-failed": "Another process of the run failed or was killed, or a server failed.",
 }
 
 

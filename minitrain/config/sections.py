@@ -207,7 +207,20 @@ class RolloutConfig:
         le=100,
         affects_results=False,
     )
-    num_slots: int = option(64, "Responses that a device samples at the same time.", ge=1, affects_results=False)
+    num_slots: int = option(
+        64,
+        "Responses that a device samples at the same time; vllm: prompts that a rank sends at the same time.",
+        ge=1,
+        affects_results=False,
+    )
+    engine: str = option(
+        "local",
+        "What samples the responses. local: the model in training. vllm: a server, see docs/online.md.",
+        choices=("local", "vllm"),
+    )
+    engine_args: dict[str, Any] = option(
+        {}, "vllm: `url`, `weights_dir`, `timeout`, `retries` and `sleep`.", affects_results=False
+    )
     reward_timeout: float = option(10.0, "Seconds after which a reward function is stopped.", gt=0)
     save_samples: int = option(
         32, "Responses of each round to write to rollouts/; -1 writes all.", ge=-1, affects_results=False

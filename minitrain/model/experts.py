@@ -165,14 +165,21 @@ def peft_key(path: str, module: nn.Module, name: str) -> str:
 
 def merge_experts(module: nn.Module) -> None:
     """Merge the LoRA of a module's parameters, in float32 and cast once, and restore the ordinary module."""
-    for name, settings in module.lora_parameters.items():
-        weight = module._parameters[name].detach()
-        left, right = _factors(module, name, settings, torch.float32)
-        merged = (weight.float() + (left @ right).detach()).to(weight.dtype)
+    for name in module.lora_parameters:
+        merged = merged_parameter(module, name).to(module._parameters[name].dtype)
         module._parameters[name] = nn.Parameter(merged, requires_grad=False)
         for suffix in (A, B):
             del module._parameters[f"{name}{suffix}"]
     _unwrap(module)
+
+
+def merged_parameter(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer of a module, unpacked and with its LoRA, in float32 if it has one."""
+    weight = unpack(getattr(module, name), module.shapes.get(name)).detach()
+    if name not in module.lora_parameters:
+        return weight
+    left, right = _factors(module, name, module.lora_parameters[name], torch.float32)
+    return weight.float() + (left @ right).detach()
 
 
 def _matrix_shape(module: nn.Module, shape: torch.Size) -> tuple[int, int]:

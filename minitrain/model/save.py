@@ -15,7 +15,7 @@ from .adapter_files import save_adapter
 from .diagnostics import first_line
 from .dtypes import DtypePlan
 from .pretrained import no_progress_bar
-from .weights import add_weights, full_tensors, save_weights
+from .weights import add_weights, by_file, full_tensors, save_weights
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -47,14 +47,33 @@ def save_model(
         save_adapter(model, model.adapter, tensors, folder)
         return
     if getattr(model, "_weight_conversions", None):  # transformers converts the names in its files
-        plan = DtypePlan(model, dtype)
-        _save_converted(model, {name: tensor.to(plan(name, tensor)) for name, tensor in tensors}, folder)
+        _save_converted(model, tensors, folder, dtype)
     else:
         save_weights(model, tensors, folder, dtype)
         _mark_untied(model)
     if (other := getattr(model, "other_tensors", None)) is not None and other.sources:
         add_weights(folder, other)
     _save_configs(model, folder, dtype)
+
+
+def save_merged(
+    model: nn.Module, folder: Path, dtype: torch.dtype, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Save the weights of a model with its adapter merged, for a program that has its config and tokenizer.
+
+    Args:
+        model: The transformers model.
+        folder: Folder for the files.
+        dtype: Dtype of the saved weights.
+        tensors: Its `merged_tensors`.
+    """
+    if getattr(model, "_weight_conversions", None):
+        _save_converted(model, tensors, folder, dtype)
+        return
+    plan = DtypePlan(model, dtype)
+    in_dtype = ((name, tensor.to("cpu", plan(name, tensor))) for name, tensor in tensors)
+    for number, file_tensors in enumerate(by_file(in_dtype), 1):
+        save_file(file_tensors, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
 
 
 def check_saving(model: nn.Module, tokenizer) -> None:
@@ -83,8 +102,12 @@ def set_end_tokens(model: nn.Module, end_ids: list[int]) -> None:
         model.generation_config.eos_token_id = model.config.eos_token_id = ends
 
 
-def _save_converted(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _save_converted(
+    model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype
+) -> None:
     """Save with transformers, which uses the names in the base model's files."""
+    plan = DtypePlan(model, dtype)
+    state = {name: tensor.to("cpu", plan(name, tensor)) for name, tensor in tensors}
     defaults = getattr(model, "generation_config", None)
     if defaults is not None:
         model.generation_config = type(defaults)()  # save_pretrained refuses settings of some published models

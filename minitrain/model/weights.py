@@ -143,7 +143,7 @@ def full_tensors(model: nn.Module, full_tensor: Callable[[Tensor], Tensor]) -> I
     """
     adapter = getattr(model, "adapter", None)
     if adapter is None:
-        tensors = _tensors(model)
+        tensors = state_tensors(model)
     else:
         all_parameters = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: all_parameters[name] for name in adapter.names(model)}
@@ -165,7 +165,7 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
         dtype: Dtype of the saved weights; see `DtypePlan` for exceptions.
     """
     plan = DtypePlan(model, dtype)
-    sizes = [tensor.numel() * plan(name, tensor).itemsize for name, tensor in _tensors(model).items()]
+    sizes = [tensor.numel() * plan(name, tensor).itemsize for name, tensor in state_tensors(model).items()]
     counts, stream, files = _count_per_file(sizes), iter(tensors), {}
     for number, count in enumerate(counts, 1):
         file_tensors = {}
@@ -182,13 +182,7 @@ def save_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder
 def add_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Add tensors to the saved weights of a model, in more files, with at most one file in memory."""
     files = shard_names(folder / INDEX) if (folder / INDEX).is_file() else ["model.safetensors"]
-    file_tensors, file_bytes, stream = {}, 0, iter(tensors)
-    while item := next(stream, None):
-        if file_tensors and file_bytes + item[1].nbytes > SHARD_BYTES:
-            files.append(_save_more(file_tensors, folder, len(files)))
-            file_tensors, file_bytes = {}, 0
-        file_tensors[item[0]], file_bytes = item[1].contiguous(), file_bytes + item[1].nbytes
-    files.append(_save_more(file_tensors, folder, len(files)))
+    files += [_save_more(file_tensors, folder, len(files) + i) for i, file_tensors in enumerate(by_file(tensors))]
     index = {"metadata": {"total_size": 0}, "weight_map": {}}
     for number, file in enumerate(files, 1):
         path = folder / f"model-{number:05}-of-{len(files):05}.safetensors"
@@ -197,6 +191,17 @@ def add_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             index["weight_map"][key] = path.name
             index["metadata"]["total_size"] += opened.get_tensor(key).nbytes
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def by_file(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each file, up to `SHARD_BYTES` or one tensor."""
+    file_tensors, file_bytes = {}, 0
+    for name, tensor in tensors:
+        if file_tensors and file_bytes + tensor.nbytes > SHARD_BYTES:
+            yield file_tensors
+            file_tensors, file_bytes = {}, 0
+        file_tensors[name], file_bytes = tensor.contiguous(), file_bytes + tensor.nbytes
+    yield file_tensors
 
 
 def _save_more(tensors: dict[str, Tensor], folder: Path, number: int) -> str:
@@ -218,7 +223,7 @@ def _count_per_file(sizes: list[int]) -> list[int]:
     return counts
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model, with tied parameters once under the name that transformers saves."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     owners: dict[int, str] = {}

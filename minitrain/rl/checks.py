@@ -7,6 +7,7 @@ from minitrain.config.schema import Config
 from minitrain.config.sections import RolloutConfig
 from minitrain.losses import Loss
 
+from .engine import check_engine
 from .environments import build_environment
 from .rewards import build_rewards
 
@@ -40,6 +41,7 @@ def check(config: Config, loss: Loss, issues: ConfigIssues) -> None:
     for key, reason in _unused(options, loss).items():
         if key in changed:
             issues.add(f"rollout.{key}", "no-effect", f"has no effect: {reason}")
+    check_engine(options, config.soft_prompt.num_virtual_tokens, issues)
     build_rewards(options.rewards, issues)
     build_environment(options.environment, issues)
 

@@ -1,20 +1,28 @@
-"""Where the responses of rounds are sampled. An engine has three methods; `LocalEngine` samples in this process."""
+"""Engines, which sample the responses of rounds: in this process, or on a vLLM server."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 import torch
 
 from minitrain.batch import Document, collate
+from minitrain.config.issues import ConfigIssues, check_types
+from minitrain.config.sections import RolloutConfig
 from minitrain.errors import ConfigError
 from minitrain.inference.sampler import Chooser, Request, Sample, Sampler
 from minitrain.training.step import inference
+
+from .vllm import VLLMEngine, VLLMOptions
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 N_TRIED = 8  # tokens that are sampled to check an engine
+MAX_MISMATCH = 0.05  # mean difference of log-probabilities between a server and the policy
+MAX_CORRECTED = 0.5  # the same if it is corrected, or if the loss has no probability ratios
 
 
 class Engine(Protocol):
@@ -82,9 +90,15 @@ def build_engine(trainer: "Trainer") -> Engine:
     """Return the engine of a run.
 
     Raises:
-        ConfigError: The model cannot be sampled from, or its log-probabilities differ from those of the policy.
+        ConfigError: The engine cannot sample from the model, or its log-probabilities differ from those of the policy.
+        RunError: The server of the engine fails.
     """
-    name = type(trainer.policy.model).__name__
+    options, name = trainer.config.rollout, type(trainer.policy.model).__name__
+    if options.engine == "vllm":
+        engine = VLLMEngine(trainer, VLLMOptions(**options.engine_args))
+        corrected = trainer.loss.example_type != "rollout" or options.importance_correction != "none"
+        _check_server(mismatch(trainer, engine), MAX_CORRECTED if corrected else MAX_MISMATCH, engine)
+        return engine
     if not Sampler.supports(trainer.policy):
         raise ConfigError(
             f"rollout.num_generations: {name} has layers without keys and values, from which minitrain cannot sample. "
@@ -100,6 +114,36 @@ def build_engine(trainer: "Trainer") -> Engine:
             "unsupported-model",
         )
     return engine
+
+
+def _check_server(difference: float, limit: float, engine: VLLMEngine) -> None:
+    if difference > limit:
+        correct = " or set rollout.importance_correction" * (limit == MAX_MISMATCH)
+        raise ConfigError(
+            f"rollout.engine: log-probabilities of {engine.options.url} and of the policy differ by {difference:.2g} "
+            f"per token, more than {limit}. Serve the model of model.name_or_path with "
+            f"--logprobs-mode processed_logprobs,{correct}, or use rollout.engine=local.",
+            "mismatch",
+        )
+
+
+def check_engine(options: RolloutConfig, n_virtual_tokens: int, issues: ConfigIssues) -> None:
+    """Add the problems of `rollout.engine` and `rollout.engine_args` to `issues`."""
+    key = "rollout.engine_args"
+    if options.engine == "local":
+        if options.engine_args:
+            issues.add(key, "no-effect", "has no effect: it needs rollout.engine=vllm.")
+        return
+    if n_virtual_tokens:
+        message = "vllm conflicts with a soft prompt, which the server does not have. Use local."
+        issues.add("rollout.engine", "conflict", message, "soft_prompt.num_virtual_tokens")
+    values = check_types(VLLMOptions, options.engine_args, f"{key}.", issues)
+    url = values.get("url", "")
+    if url and urlsplit(url).scheme not in ("http", "https"):
+        issues.add(f"{key}.url", "invalid-value", f"must begin with http:// or https://, got {url!r}.")
+    folder = values.get("weights_dir")
+    if folder and not Path(folder).is_dir():
+        issues.add(f"{key}.weights_dir", "not-found", f"is not a folder, got {folder!r}. Create it.")
 
 
 def mismatch(trainer: "Trainer", engine: Engine) -> float:
