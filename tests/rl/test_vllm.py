@@ -103,10 +103,10 @@ def test_a_server_that_computes_otherwise_is_refused(make, server):
     torch.testing.assert_close(
         weights[trainer.train_loader.examples.caches[0].mask.bool()].mean().item(), 1.105, atol=2e-3, rtol=0
     )
-    make(loss={"name": "dpo"})
+    make(exp_name="other", loss={"name": "dpo"})
     server.logps = lambda logps: [logp - 1 for logp in logps]
     with raises(ConfigError, "mismatch", "rollout.engine: ", "0.5"):
-        make({"importance_correction": "tis"})
+        make({"importance_correction": "tis"}, exp_name="wrong")
 
 
 def test_the_server_sleeps_while_the_policy_is_trained(make, server):

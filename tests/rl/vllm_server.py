@@ -1,8 +1,8 @@
 """A stand-in for `vllm serve`: its HTTP interface, with minitrain's sampler on the weights that it is sent.
 
 Like vLLM, it has some routes only with VLLM_SERVER_DEV_MODE, reads the weights at the path that it gets, keeps its
-prefix cache until it is reset, takes missing sampling options from the generation_config.json of the model, samples once
-for greedy requests, and returns the end token.
+prefix cache until it is reset, takes missing sampling options from generation_config.json, samples once for greedy
+requests, and returns the end token.
 """
 
 import copy
