@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minitrain.config.schema import Config, option_fields
 from minitrain.losses import registered
+from minitrain.rl.rewards import registered as rewards
 
 HEAD = """\
 # Options
@@ -46,6 +47,8 @@ def document() -> str:
                 parts.append(section(f"`{f.name}`{also}{entry}", schema))
     for name, loss in registered().items():
         parts.append(section(f"`loss`, with `name: {name}`", loss.options_class))
+    for name, reward in rewards().items():
+        parts.append(section(f"`rollout.rewards`, each with `name: {name}` and `weight`", reward.options_class))
     return "\n".join(parts)
 
 

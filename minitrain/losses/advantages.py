@@ -197,6 +197,8 @@ def split_held_out(train: Sequence[DataFile], evaluation: Sequence[DataFile]) ->
 def penalized_rewards(rollouts: Rollouts, kl_coef: float, estimator: str) -> Tensor:
     """Return token rewards minus the KL of the sampling policy to the reference, from the files' columns -> [n].
 
+    What a file's column `token_rewards` does not give to a token of a rollout belongs to its last one.
+
     Raises:
         DataError: If kl_coef is above 0 and a file has no old_logps or ref_logps.
     """
@@ -204,7 +206,11 @@ def penalized_rewards(rollouts: Rollouts, kl_coef: float, estimator: str) -> Ten
     if kl_coef > 0:
         old, ref = (rollouts.column(name, "a KL penalty in the rewards") for name in ("old_logps", "ref_logps"))
         kl = kl_estimate(old - ref, estimator)
-    return token_rewards(rollouts.rewards(), rollouts.stops, kl, kl_coef)
+    rewards = rollouts.rewards()
+    if all("token_rewards" in file.token_features for file in rollouts.files):
+        of_tokens = rollouts.column("token_rewards", "token_rewards")
+        return of_tokens + token_rewards(rewards - rollouts.sums(of_tokens), rollouts.stops, kl, kl_coef)
+    return token_rewards(rewards, rollouts.stops, kl, kl_coef)
 
 
 def estimate(

@@ -1,5 +1,5 @@
 """Online training: rounds of responses that are sampled, judged and trained on in the same process."""
 
-from . import rewards_builtin  # imported to register its rewards
+from . import reward_models, rewards_builtin  # imported to register their rewards
 
-__all__ = ["rewards_builtin"]
+__all__ = ["reward_models", "rewards_builtin"]

@@ -9,6 +9,7 @@ from minitrain.losses import Loss
 
 from .engine import check_engine
 from .environments import build_environment
+from .prompts import check_rows
 from .rewards import build_rewards
 
 DEFAULTS = RolloutConfig()
@@ -42,8 +43,10 @@ def check(config: Config, loss: Loss, issues: ConfigIssues) -> None:
         if key in changed:
             issues.add(f"rollout.{key}", "no-effect", f"has no effect: {reason}")
     check_engine(options, config.soft_prompt.num_virtual_tokens, issues)
-    build_rewards(options.rewards, issues)
+    rewards = build_rewards(options.rewards, issues)
     build_environment(options.environment, issues)
+    if not issues:
+        check_rows(rewards, config.datasets, issues)
 
 
 def _check_loss(config: Config, loss: Loss, issues: ConfigIssues) -> None:

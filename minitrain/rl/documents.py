@@ -26,6 +26,7 @@ class JudgedAnswer:
         logps: Their log-probabilities when they were sampled.
         reward: NaN if it could not be judged.
         ended: Whether it ended by itself.
+        token_rewards: The part of the reward that belongs to each token.
     """
 
     prompt: list[int]
@@ -34,6 +35,7 @@ class JudgedAnswer:
     logps: list[float]
     reward: float
     ended: bool
+    token_rewards: list[float]
 
 
 @dataclass
@@ -86,7 +88,9 @@ def unpaired(groups: Sequence[Sequence[JudgedAnswer]]) -> list[list[Document]]:
     examples: list[list[Document]] = [[] for _ in groups]
     for i, (number, answer) in enumerate(flat if partners is not None else []):
         other = flat[partners[i]][1]
-        mismatched = JudgedAnswer(answer.prompt, other.ids, other.mask, other.logps, 0.0, other.ended)
+        mismatched = JudgedAnswer(
+            answer.prompt, other.ids, other.mask, other.logps, 0.0, other.ended, other.token_rewards
+        )
         desirable = float(answer.reward > 0)
         examples[number] += [Document(one, {"desirable": desirable}) for one in (answer, mismatched)]
     return examples
@@ -121,7 +125,7 @@ def as_cache(examples: Sequence[Sequence[Document]], source: str, path: Path) ->
     """Return a token cache of the examples that have documents. Documents of an example share its prompt."""
     examples = [example for example in examples if example]
     documents = [document for example in examples for document in example]
-    ids, mask, logps, shared = [], [], [], []
+    ids, mask, logps, token_rewards, shared = [], [], [], [], []
     for example in examples:
         for number, document in enumerate(example):
             answer = document.answer
@@ -129,6 +133,7 @@ def as_cache(examples: Sequence[Sequence[Document]], source: str, path: Path) ->
             ids += answer.prompt + answer.ids
             mask += [False] * n + answer.mask
             logps += [0.0] * n + answer.logps
+            token_rewards += [0.0] * n + answer.token_rewards
             shared.append(n if number and answer.prompt == example[0].answer.prompt else 0)
     sizes = [len(document.answer.prompt) + len(document.answer.ids) for document in documents]
     tensors = {
@@ -141,6 +146,8 @@ def as_cache(examples: Sequence[Sequence[Document]], source: str, path: Path) ->
         "token_features/sample_logps": torch.tensor(logps, dtype=torch.float32),
         "doc_features/ended": torch.tensor([float(d.answer.ended) for d in documents], dtype=torch.float64),
     }
+    if any(token_rewards):
+        tensors["token_features/token_rewards"] = torch.tensor(token_rewards, dtype=torch.float32)
     for name in documents[0].doc_features:
         values = [document.doc_features[name] for document in documents]
         tensors[f"doc_features/{name}"] = torch.tensor(values, dtype=torch.float64)

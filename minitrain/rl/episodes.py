@@ -54,10 +54,10 @@ class Episode:
         ids: Token ids after the prompt.
         mask: Which of them were sampled.
         logps: Their log-probabilities; 0 for others.
+        token_rewards: The reward of the environment at each token.
         text: The last response.
         ended: Whether the last response ended by itself.
         turns: Number of responses.
-        reward: Sum of the rewards of the environment.
     """
 
     prompt: Prompt
@@ -67,16 +67,17 @@ class Episode:
     ids: list[int] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    token_rewards: list[float] = field(default_factory=list)
     text: str = ""
     ended: bool = False
     turns: int = 0
-    reward: float = 0.0
 
     def append(self, ids: Sequence[int], logps: Sequence[float] | None = None) -> None:
         """Append sampled tokens with their log-probabilities, or tokens of a reply."""
         self.ids += ids
         self.mask += [logps is not None] * len(ids)
         self.logps += logps if logps is not None else [0.0] * len(ids)
+        self.token_rewards += [0.0] * len(ids)
 
 
 class Player:
@@ -149,7 +150,7 @@ class Player:
         if episode.environment is None or not sample.ended:
             return False
         reply = episode.environment.reply(response.message)
-        episode.reward += reply.reward
+        episode.token_rewards[-1] += reply.reward
         if not reply.messages or episode.turns == self.options.max_turns:
             return False
         end = self.template.tokenizer.decode(sample.ids[-1:])

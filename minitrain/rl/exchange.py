@@ -10,7 +10,7 @@ from minitrain.distributed.parallel import SingleDevice
 from .documents import JudgedAnswer
 
 # The fields of `JudgedAnswer` besides its prompt, which the answers of a group share.
-OF_TOKENS = {"ids": torch.int32, "mask": torch.bool, "logps": torch.float32}
+OF_TOKENS = {"ids": torch.int32, "mask": torch.bool, "logps": torch.float32, "token_rewards": torch.float32}
 OF_ANSWERS = {"reward": torch.float64, "ended": torch.bool}
 
 

@@ -1,11 +1,20 @@
 """The prompts of data files, with their rows."""
 
+import itertools
+from collections.abc import Sequence
+
+from minitrain.config.issues import ConfigIssues
+from minitrain.config.sections import DatasetConfig
 from minitrain.data.examples import to_example
 from minitrain.data.loader import TokenizedDataset
 from minitrain.data.sampler import epoch_order, epoch_size
-from minitrain.data.source import open_source
+from minitrain.data.source import is_file, open_source
+from minitrain.errors import MinitrainError
 
 from .episodes import Prompt
+from .rewards import Reward
+
+N_CHECKED = 1000  # rows of a file
 
 
 class Prompts:
@@ -48,3 +57,20 @@ class Prompts:
         parsed = to_example(row, cache.dataset, "prompt")
         ids = cache[example][0].ids.tolist()
         return Prompt(number, ids, row, cache.source, line, parsed.messages, parsed.variables)
+
+
+def check_rows(rewards: Sequence[Reward], datasets: Sequence[DatasetConfig], issues: ConfigIssues) -> None:
+    """Add to `issues` the rewards that cannot judge any answer, because the first data rows lack what they read."""
+    if not all(map(is_file, datasets)):
+        return
+    try:
+        sources = [open_source(dataset).rows() for dataset in datasets]
+        rows = [row for source in sources for _, row in itertools.islice(source, N_CHECKED) if isinstance(row, dict)]
+    except (MinitrainError, OSError):  # reading the data reports it
+        return
+    for number, reward in enumerate(rewards):
+        if rows and not any(reward.function.reads(row, reward.options) for row in rows):
+            message = (
+                f"no data row has what {reward.name} compares with. Add the column, or set the option `key` to it."
+            )
+            issues.add(f"rollout.rewards[{number}]", "wrong-column", message)

@@ -3,9 +3,11 @@
 The main process never waits without a limit: a worker that does not read or send in time is killed.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import pickle
 import signal
@@ -29,6 +31,7 @@ from .rewards import Answer, Failed, Reward, read_result
 GRACE = 2.0  # seconds after the time limit in which a worker can report it, before it is killed
 START_SECONDS = 60.0  # for a worker to start
 N_RESTARTS = 8  # of workers that ended between calls, in a row
+N_CONCURRENT = 64  # calls of an async function at the same time
 N_LATE = 64  # calls in a row that take too long; then the others of the round are not made
 PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -40,8 +43,8 @@ class InProcess:
 
     def call(self, reward: Reward, answers: Sequence[Answer]) -> list[Any]:
         """Return the result of a reward function for each answer; `Failed` where it failed."""
-        if reward.function.whole_round:
-            return _call_whole(reward, answers)
+        if reward.judges_together:
+            return _call_together(reward, answers, None)
         return [_call(reward, answer) for answer in answers]
 
     def close(self) -> None:
@@ -63,23 +66,23 @@ class Workers:
 
     def call(self, reward: Reward, answers: Sequence[Answer]) -> list[Any]:
         """Return the result of a reward function for each answer; `Failed` where it failed."""
-        number = self.rewards.index(reward)
-        if not reward.function.whole_round:
-            return self._call_all(number, answers)
-        results = self._call_all(number, [list(answers)])[0]
+        if not reward.judges_together or not answers:
+            return self._call_all(reward, answers, self.timeout)
+        results = self._call_all(reward, [list(answers)], _limit(reward, len(answers), self.timeout))[0]
         return [results] * len(answers) if isinstance(results, Failed) else results
 
-    def _call_all(self, number: int, arguments: Sequence[Any]) -> list[Any]:
-        results: list[Any] = [None] * len(arguments)
+    def _call_all(self, reward: Reward, arguments: Sequence[Any], limit: float) -> list[Any]:
+        """Return the result of each call. `limit` is the time of a call, in seconds."""
+        number, results = self.rewards.index(reward), [None] * len(arguments)
         waiting, n_late = deque(range(len(arguments))), 0
-        if not self.workers:
+        if arguments and not self.workers:
             self.workers += [_Worker(self.rewards, self.timeout) for _ in range(self.n_workers)]
         while waiting or any(worker.index is not None for worker in self.workers):
             for worker in self.workers:
                 if waiting and not worker.is_busy:
                     index = waiting.popleft()
                     try:
-                        worker.send(index, pickle.dumps((number, arguments[index])))
+                        worker.send(index, pickle.dumps((number, arguments[index])), limit)
                     except OSError:  # it ended after its last call
                         self._restart(worker)
                         waiting.appendleft(index)
@@ -90,15 +93,15 @@ class Workers:
             ready = wait([worker.socket for worker in busy], max(0.0, seconds))
             for worker in busy:
                 if worker.socket in ready or time.monotonic() > worker.deadline:
-                    index, result = worker.index, self._receive(worker)
+                    index, result = worker.index, self._receive(worker, limit)
                     if index is not None:
                         results[index] = result
-                        n_late = n_late + 1 if result == _took_more_than(self.timeout) else 0
+                        n_late = n_late + 1 if result == _took_more_than(limit) else 0
             while waiting and n_late >= N_LATE:
                 results[waiting.popleft()] = Failed(f"was not called after {n_late} calls in a row that took too long")
         return results
 
-    def _receive(self, worker: "_Worker") -> Any:
+    def _receive(self, worker: "_Worker", limit: float) -> Any:
         """Return the result of a worker, or what is wrong with it."""
         if worker.index is not None:
             self.n_restarts = 0
@@ -107,7 +110,7 @@ class Workers:
         except Exception as error:
             self._restart(worker)
             if isinstance(error, TimeoutError):
-                return _took_more_than(self.timeout)
+                return _took_more_than(limit)
             return Failed("ended its process" if isinstance(error, (EOFError, OSError)) else _describe(error))
 
     def _restart(self, worker: "_Worker") -> None:
@@ -152,9 +155,9 @@ class _Worker:
         self.index: int | None = None
         self.is_busy, self.deadline = True, time.monotonic() + START_SECONDS
 
-    def send(self, index: int, call: bytes) -> None:
-        self.deadline = time.monotonic() + self.timeout + GRACE
-        self.socket.settimeout(self.timeout + GRACE)
+    def send(self, index: int, call: bytes, limit: float) -> None:
+        self.deadline = time.monotonic() + limit + GRACE
+        self.socket.settimeout(limit + GRACE)
         self.is_busy, self.index = True, index
         with contextlib.suppress(TimeoutError):  # `receive` reports it
             _send(self.socket, call)
@@ -257,16 +260,22 @@ def _limited(reward: Reward, argument: Any, timeout: float) -> Any:
     def stop(number, frame):
         raise _TimeIsUp
 
+    limit = _limit(reward, len(argument), timeout) if reward.judges_together else timeout
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         try:
-            return _call_whole(reward, argument) if reward.function.whole_round else _call(reward, argument)
+            return _call_together(reward, argument, timeout) if reward.judges_together else _call(reward, argument)
         finally:  # in which the time can be up, too
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
     except _TimeIsUp:
-        return _took_more_than(timeout)
+        return _took_more_than(limit)
+
+
+def _limit(reward: Reward, n_answers: int, timeout: float) -> float:
+    """Return the time of a call for all answers, in seconds: async calls are made `N_CONCURRENT` at a time."""
+    return timeout if reward.function.whole_round else timeout * math.ceil(n_answers / N_CONCURRENT) + GRACE
 
 
 def _took_more_than(timeout: float) -> Failed:
@@ -274,19 +283,42 @@ def _took_more_than(timeout: float) -> Failed:
 
 
 def _call(reward: Reward, answer: Answer) -> Any:
-    return _guarded(lambda: _plain(reward.function.function(answer, reward.options)))
+    return _guarded(lambda: _plain(reward.function.function(answer, reward.options), answer))
 
 
-def _call_whole(reward: Reward, answers: Sequence[Answer]) -> list[Any]:
+def _call_together(reward: Reward, answers: Sequence[Answer], timeout: float | None) -> list[Any]:
     def call() -> Any:
-        results = reward.function.function(list(answers), reward.options)
+        if reward.is_async:
+            loop = asyncio.new_event_loop()  # asyncio.run would wait for threads that hang
+            results = loop.run_until_complete(_await_all(reward, answers, timeout))
+            loop.close()
+        else:
+            results = reward.function.function(list(answers), reward.options)
         if not isinstance(results, (list, tuple)) or len(results) != len(answers):
             n = len(results) if isinstance(results, (list, tuple)) else type(results).__name__
             return Failed(f"returned {n} results for {len(answers)} answers")
-        return [_plain(result) for result in results]
+        return [_plain(result, answer) for result, answer in zip(results, answers, strict=True)]
 
     results = _guarded(call)
     return [results] * len(answers) if isinstance(results, Failed) else results
+
+
+async def _await_all(reward: Reward, answers: Sequence[Answer], timeout: float | None) -> Any:
+    """Return the results of an async function, each within the time limit."""
+    function, gate = reward.function.function, asyncio.Semaphore(N_CONCURRENT)
+    if reward.function.whole_round:
+        return await function(list(answers), reward.options)
+
+    async def judge(answer: Answer) -> Any:
+        async with gate:
+            call = asyncio.ensure_future(function(answer, reward.options))
+            done, _ = await asyncio.wait([call], timeout=timeout)
+            if not done:
+                call.cancel()
+                return _took_more_than(timeout)
+            return _guarded(call.result)
+
+    return await asyncio.gather(*map(judge, answers))
 
 
 def _guarded(call: Callable[[], Any]) -> Any:
@@ -299,10 +331,10 @@ def _guarded(call: Callable[[], Any]) -> Any:
         return Failed(_describe(error))
 
 
-def _plain(result: Any) -> Any:
+def _plain(result: Any, answer: Answer) -> Any:
     """Return a result that another process can read; one that is invalid as its description."""
-    number, extra, problem = read_result(result)
-    return Failed(problem) if problem else {"reward": number, **extra}
+    read = read_result(result, len(answer.ids))
+    return Failed(read.problem) if read.problem else {**read.extra, "reward": list(read.tokens) or read.number}
 
 
 def _describe(error: BaseException) -> str:

@@ -1,12 +1,14 @@
 """The registry of reward functions, and the rewards of a round of answers."""
 
+import inspect
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minitrain.config.issues import ConfigIssues, check_types, regex_error
+from minitrain.config.issues import ConfigIssues, check_types
 from minitrain.config.option import option
 from minitrain.config.suggest import hint_for_value
 from minitrain.data.messages import Messages
@@ -44,37 +46,51 @@ class RewardFunction(NamedTuple):
     """A registered reward function.
 
     Attributes:
-        function: Maps (answer, options) to a number, to None if it cannot judge the answer, or to a dict with the
-            number as `reward` next to others to log.
+        function: Maps (answer, options) to a number, to a list with a number for each sampled token, to None if it
+            cannot judge the answer, or to a dict with one of these as `reward` next to numbers to log. It can be an
+            `async` function.
         options_class: The dataclass of its options.
         whole_round: Whether it maps (answers, options) to a list of these instead.
+        is_model: Whether it maps (options, trainer) to an object that maps conversations to such a list, in the main
+            process.
+        check: Returns (option, code, message) for each problem of the options.
+        reads: Whether a data row has what the function needs, given (row, options).
     """
 
     function: Callable[..., Any]
     options_class: type
-    whole_round: bool
+    whole_round: bool = False
+    is_model: bool = False
+    check: Callable[[Any], Sequence[tuple[str, str, str]]] = lambda options: ()
+    reads: Callable[[Mapping[str, Any], Any], bool] = lambda row, options: True
 
 
 _REGISTRY: dict[str, RewardFunction] = {}
 
 
-def register_reward(name: str, options_class: type = NoOptions, whole_round: bool = False) -> Callable:
+def register_reward(name: str, options_class: type = NoOptions, whole_round: bool = False, **details: Any) -> Callable:
     """Register the decorated function as a reward.
 
     Args:
         name: Its name in `rollout.rewards`.
         options_class: A dataclass of its options.
         whole_round: Call it once for all answers of a round.
+        details: The other attributes of `RewardFunction`.
     """
 
     def register(function: Callable) -> Callable:
         known = _REGISTRY.get(name)
         if known is not None and known.function.__qualname__ != function.__qualname__:
             raise ConfigError(f"a reward named {name!r} is already registered. Use another name.", "already-exists")
-        _REGISTRY[name] = RewardFunction(function, options_class, whole_round)
+        _REGISTRY[name] = RewardFunction(function, options_class, whole_round, **details)
         return function
 
     return register
+
+
+def registered() -> dict[str, RewardFunction]:
+    """Return the registered rewards by name."""
+    return dict(_REGISTRY)
 
 
 @dataclass
@@ -100,6 +116,15 @@ class Reward:
     def function(self) -> RewardFunction:
         return _REGISTRY[self.name]
 
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function.function)
+
+    @property
+    def judges_together(self) -> bool:
+        """Whether one call judges all answers of a round: of a function of the round, or of an async function."""
+        return self.function.whole_round or self.is_async
+
 
 def build_rewards(entries: Sequence[Any], issues: ConfigIssues) -> list[Reward]:
     """Return the rewards of `rollout.rewards`, and add their problems to `issues`."""
@@ -120,13 +145,13 @@ def build_rewards(entries: Sequence[Any], issues: ConfigIssues) -> list[Reward]:
         own = {k: v for k, v in entry.items() if k not in ("name", "weight")}
         options_class = _REGISTRY[name].options_class
         options = check_types(options_class, own, f"{key}.", issues)
-        if name == "regex" and "pattern" in options and (error := regex_error(options["pattern"])):
-            message = f"{options['pattern']!r} is not a valid regular expression: {error}."
-            issues.add(f"{key}.pattern", "invalid-value", message)
+        if issues:
+            continue
         n_same = sum(reward.name == name for reward in rewards)
-        if not issues:
-            unique = name if not n_same else f"{name}_{n_same + 1}"
-            rewards.append(Reward(name, unique, common.get("weight", 1.0), options_class(**options)))
+        unique = name if not n_same else f"{name}_{n_same + 1}"
+        rewards.append(Reward(name, unique, common.get("weight", 1.0), options_class(**options)))
+        for option_name, code, message in rewards[-1].function.check(rewards[-1].options):
+            issues.add(f"{key}.{option_name}", code, message)
     return rewards
 
 
@@ -136,11 +161,13 @@ class Judgement:
 
     Attributes:
         total: The weighted sum of the rewards; NaN if no function could judge the answer.
+        tokens: The part of it that belongs to each sampled token; empty if no function gives rewards to tokens.
         parts: The result of each function by its key, without those that could not judge.
         extra: Other numbers to log.
     """
 
     total: float = math.nan
+    tokens: list[float] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
 
@@ -156,14 +183,17 @@ def combine(results: Sequence[Sequence[Any]], rewards: Sequence[Reward], failure
     judgements = [Judgement() for _ in results[0]]
     for reward, of_reward in zip(rewards, results, strict=True):
         for judgement, result in zip(judgements, of_reward, strict=True):
-            number, extra, problem = read_result(result)
-            if problem:
-                failures[f"{reward.key}: {problem}"] += 1
-            if number is not None:
-                judgement.parts[reward.key] = number
-                weighted = reward.weight * number
+            read = read_result(result)
+            if read.problem:
+                failures[f"{reward.key}: {read.problem}"] += 1
+            if read.number is not None:
+                judgement.parts[reward.key] = read.number
+                weighted = reward.weight * read.number
                 judgement.total = weighted if math.isnan(judgement.total) else judgement.total + weighted
-            judgement.extra |= {f"{reward.key}/{name}": value for name, value in extra.items()}
+            if read.tokens:
+                before = judgement.tokens or [0.0] * len(read.tokens)
+                judgement.tokens = [a + reward.weight * b for a, b in zip(before, read.tokens, strict=True)]
+            judgement.extra |= {f"{reward.key}/{name}": value for name, value in read.extra.items()}
     return judgements
 
 
@@ -174,22 +204,42 @@ class Failed:
     problem: str
 
 
-def read_result(result: Any) -> tuple[float | None, dict[str, float], str]:
-    """Return the number, other numbers to log, and the problem of a reward function's result."""
+class Result(NamedTuple):
+    """The result of a reward function for an answer.
+
+    Attributes:
+        number: The reward, which is the sum of `tokens` if there are some; None if it could not judge.
+        tokens: The reward of each sampled token.
+        extra: Other numbers to log.
+        problem: What is wrong with the result.
+    """
+
+    number: float | None = None
+    tokens: Sequence[float] = ()
+    extra: Mapping[str, float] = {}
+    problem: str = ""
+
+
+def read_result(result: Any, n_tokens: int | None = None) -> Result:
+    """Return what a reward function returned for an answer, which has `n_tokens` sampled tokens."""
     extra: dict[str, float] = {}
     if isinstance(result, Failed):
-        return None, {}, result.problem
+        return Result(problem=result.problem)
     if isinstance(result, Mapping):
         extra = {str(key): float(value) for key, value in result.items() if key != "reward" and _is_number(value)}
         if "reward" not in result:
-            return None, extra, "returned a dict without `reward`"
+            return Result(extra=extra, problem="returned a dict without `reward`")
         result = result["reward"]
     if result is None:
-        return None, extra, ""
+        return Result(extra=extra)
+    if isinstance(result, (list, tuple)) and all(map(_is_number, result)):
+        if n_tokens is not None and len(result) != n_tokens:
+            return Result(extra=extra, problem=f"returned {len(result)} numbers for {n_tokens} sampled tokens")
+        return Result(float(sum(result)), [float(number) for number in result], extra)
     if not _is_number(result):
-        return None, extra, f"returned {short(result)!r}, not a finite number"
-    return float(result), extra, ""
+        return Result(extra=extra, problem=f"returned {short(result)!r}, not a finite number or a list of them")
+    return Result(float(result), extra=extra)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

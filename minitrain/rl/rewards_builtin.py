@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import MISSING, dataclass
 from typing import Any
 
+from minitrain.config.issues import regex_error
 from minitrain.config.option import option
 from minitrain.inference.evaluation import final_answer
 
@@ -21,14 +22,35 @@ class ExactMatchOptions:
     )
 
 
-@register_reward("exact_match", ExactMatchOptions)
+def _check_match(options: ExactMatchOptions) -> list[tuple[str, str, str]]:
+    error = None if options.match in ("text", "number") else regex_error(options.match)
+    return [("match", "invalid-value", _not_regex(options.match, error))] if error else []
+
+
+def _not_regex(pattern: str, error: str) -> str:
+    return f"{pattern!r} is not a valid regular expression: {error}."
+
+
+@register_reward(
+    "exact_match",
+    ExactMatchOptions,
+    check=_check_match,
+    reads=lambda row, options: reference_of(row, options.key) is not None,
+)
 def exact_match(answer: Answer, options: ExactMatchOptions) -> float | None:
     """Return 1 if the final answer equals that of the row, else 0; None if the row has no reference."""
     reference = reference_of(answer.row, options.key)
     expected = None if reference is None else final_answer(reference, options.match)
     if expected in (None, ""):
         return None
-    return float(final_answer(answer.text, options.match) == expected)
+    return float(not says_nothing(answer) and final_answer(answer.text, options.match) == expected)
+
+
+def says_nothing(answer: Answer) -> bool:
+    """Return whether a response is empty or repeats the turn before it."""
+    before = answer.messages[-2].get("content") if len(answer.messages) > 1 else None
+    text = answer.text.strip()
+    return not text or (isinstance(before, str) and text == before.strip())
 
 
 def reference_of(row: Any, key: str | None) -> str | None:
@@ -49,11 +71,16 @@ class RegexOptions:
     full: bool = option(True, "Match the full response, not a part of it.")
 
 
-@register_reward("regex", RegexOptions)
+def _check_pattern(options: RegexOptions) -> list[tuple[str, str, str]]:
+    error = regex_error(options.pattern)
+    return [("pattern", "invalid-value", _not_regex(options.pattern, error))] if error else []
+
+
+@register_reward("regex", RegexOptions, check=_check_pattern)
 def regex(answer: Answer, options: RegexOptions) -> float:
-    """Return 1 if the response matches a regular expression, else 0."""
+    """Return 1 if the response matches a regular expression, else 0; 0 if it is empty or repeats the prompt."""
     match = re.fullmatch if options.full else re.search
-    return float(match(options.pattern, answer.text, re.DOTALL) is not None)
+    return float(not says_nothing(answer) and match(options.pattern, answer.text, re.DOTALL) is not None)
 
 
 @dataclass

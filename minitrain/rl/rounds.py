@@ -38,6 +38,7 @@ from .exchange import gather_groups
 from .logps import add_logps
 from .prompts import Prompts
 from .reports import Group, answer_metrics, pass_at_k, stats_of
+from .reward_models import build_judge
 from .reward_workers import InProcess, Workers
 from .rewards import Answer, Judgement, Reward, build_rewards, combine
 from .round_log import RoundLog
@@ -79,6 +80,7 @@ class Rounds(MicrobatchLoader):
         self.prompts = Prompts(loader.examples, config.seed)
         self.eval_prompts: Prompts | None = None  # of the last evaluation
         self.rewards, self.make_environment = list(rewards), make_environment
+        self.judges = [build_judge(reward, trainer) for reward in rewards]
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
         self.workers = InProcess() if config.debug else Workers(rewards, n_workers, self.options.reward_timeout)
         self.number: int | None = None  # of the current round
@@ -195,14 +197,18 @@ class Rounds(MicrobatchLoader):
         """Return the rewards of the conversations of each prompt."""
         episodes = [episode for group in groups for episode in group]
         judgements = [Judgement(0.0) for _ in episodes]
-        if self.rewards and episodes:
+        if self.rewards:
             answers = [_answer(episode) for episode in episodes]
-            results = [self.workers.call(reward, answers) for reward in self.rewards]
+            results = [
+                judge(episodes) if judge else self.workers.call(reward, answers)
+                for reward, judge in zip(self.rewards, self.judges, strict=True)
+            ]
             judgements = combine(results, self.rewards, self.failures)
         for judgement, episode in zip(judgements, episodes, strict=True):
-            judgement.total += episode.reward
+            judgement.total += sum(episode.token_rewards)
             if self.options.truncated == "zero" and not episode.ended:
-                judgement.total = 0.0
+                judgement.total, judgement.tokens = 0.0, []
+                episode.token_rewards = [0.0] * len(episode.ids)
         remaining = iter(judgements)
         return [[next(remaining) for _ in group] for group in groups]
 
@@ -278,7 +284,13 @@ def _answer(episode: Episode) -> Answer:
 
 
 def _judged(episode: Episode, judgement: Judgement) -> JudgedAnswer:
-    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, judgement.total, episode.ended)
+    of_sampled = iter(judgement.tokens)
+    of_tokens = [
+        reward + (next(of_sampled, 0.0) if own else 0.0)
+        for reward, own in zip(episode.token_rewards, episode.mask, strict=True)
+    ]
+    total, ended = judgement.total, episode.ended
+    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, total, ended, of_tokens)
 
 
 def tensors_of(cache: TokenCache) -> dict[str, torch.Tensor]:

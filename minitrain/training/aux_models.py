@@ -218,9 +218,11 @@ def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, 
     return Teacher(policy, parallel, DTYPES[teacher.policy_dtype], count_ids(tokenizer), config.packing)
 
 
-def build_teacher(teacher: ModelConfig, tokenizer, packing: bool, load: Load = build_frozen) -> Policy:
-    """Build the policy of a teacher. Raises ConfigError if its tokenizer differs."""
-    check_teacher_tokenizer(teacher, tokenizer)
+def build_teacher(
+    teacher: ModelConfig, tokenizer, packing: bool, load: Load = build_frozen, key: str = "loss.teacher"
+) -> Policy:
+    """Build the policy of a teacher, which the option `key` names. Raises ConfigError if its tokenizer differs."""
+    check_teacher_tokenizer(teacher, tokenizer, key)
     return load(teacher, tokenizer, DTYPES[teacher.policy_dtype], packing, torch.float32)
 
 
@@ -234,13 +236,13 @@ def teacher_config(loss: Loss, config: Config) -> ModelConfig:
     )
 
 
-def check_teacher_tokenizer(teacher: ModelConfig, tokenizer) -> None:
+def check_teacher_tokenizer(teacher: ModelConfig, tokenizer, key: str = "loss.teacher") -> None:
     """Raise ConfigError if the teacher's tokenizer has other tokens or ids than the policy's."""
     ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
     if differing := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
         token = differing[0]
         raise ConfigError(
-            f"loss.teacher: {teacher.name_or_path} has another tokenizer: {len(differing)} tokens differ. For example, "
+            f"{key}: {teacher.name_or_path} has another tokenizer: {len(differing)} tokens differ. For example, "
             f"{token!r} has the id {ours.get(token)} in the model's and {theirs.get(token)} in the teacher's. Choose a "
             "teacher with the model's tokenizer.",
             "mismatch",

@@ -311,10 +311,13 @@ def test_ctrl_c_while_training(config_file, capsys):
     runs = config_file.parent / "runs"
     command = [sys.executable, "train.py", str(config_file)]
     training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
-    while "step " not in training.stdout.readline():
-        assert training.poll() is None
-    training.send_signal(signal.SIGINT)
-    out = training.communicate(timeout=DEADLINE)[0]
+    try:
+        while "step " not in training.stdout.readline():
+            assert training.poll() is None
+        training.send_signal(signal.SIGINT)
+        out = training.communicate(timeout=DEADLINE)[0]
+    finally:
+        training.kill()  # it would go on for 100,000 steps, and keep the output of the tests open
     assert training.returncode == 130 and "stopped by SIGINT at step " in out
     step = int(re.search(r"SIGINT at step (\d+)", out)[1])
     for told in (f"resuming from {runs}/x/checkpoints/step-{step}", f"is finished: {step + 2} steps"):

@@ -8,24 +8,25 @@ from itertools import pairwise
 import pytest
 
 from minitrain import Trainer
+from minitrain.rl import rewards as registry
 from minitrain.rl.documents import JudgedAnswer
 from minitrain.rl.reports import group_metrics
-from minitrain.rl.rewards import register_reward
+from minitrain.rl.rewards import NoOptions, RewardFunction
 from tests.conftest import metrics
 
 NAN = math.nan
 N, PROMPTS = 4, 4
 
 
-@register_reward("odd")
 def odd(answer, options) -> float | None:
     """Judge only answers whose first token has an odd id; different rewards for these."""
     return len(answer.ids) if answer.ids[0] % 2 else None
 
 
 @pytest.fixture
-def online(tmp_path):
+def online(tmp_path, monkeypatch):
     """Return a function that makes a trainer on sampled answers, whose rounds are single steps."""
+    monkeypatch.setitem(registry._REGISTRY, "odd", RewardFunction(odd, NoOptions))
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": str(i)}) + "\n" for i in range(12)))
 
@@ -61,7 +62,7 @@ def saved(trainer, number: int) -> list[dict]:
 def group(*parts: dict[str, float], rewards=None):
     """The answers to a prompt by the results of the reward functions; without a reward of its own, that of `right`."""
     rewards = [one.get("right", NAN) for one in parts] if rewards is None else rewards
-    answers = [JudgedAnswer([1], [2], [True], [-1.0], reward, True) for reward in rewards]
+    answers = [JudgedAnswer([1], [2], [True], [-1.0], reward, True, [0.0]) for reward in rewards]
     stats = [{"parts": one, "reward": r, "messages": [r], "tokens": 1} for one, r in zip(parts, rewards, strict=True)]
     return answers, stats
 

@@ -11,7 +11,9 @@ from minitrain.inference import sampler
 from minitrain.losses import create_loss
 from minitrain.model.logprobs import logits_of
 from minitrain.model.tiny import tiny_tokenizer
+from minitrain.rl import rewards as registry
 from minitrain.rl.documents import JudgedAnswer, make_examples
+from minitrain.rl.rewards import NoOptions, RewardFunction
 from minitrain.rl.rounds import MAX_EMPTY_ROUNDS, Rounds, tensors_of
 from tests.conftest import metrics
 from tests.messages import raises
@@ -139,7 +141,7 @@ def test_rewards_rise(online):
 
 
 def answer(reward, ids=(5, 6), ended=True):
-    return JudgedAnswer([3, 4], list(ids), [True] * len(ids), [-1.0] * len(ids), reward, ended)
+    return JudgedAnswer([3, 4], list(ids), [True] * len(ids), [-1.0] * len(ids), reward, ended, [0.0] * len(ids))
 
 
 def test_what_a_loss_makes_of_the_answers(online):
@@ -158,6 +160,21 @@ def test_what_a_loss_makes_of_the_answers(online):
     labeled = make_examples([group, [answer(-1.0, (9,))]], "unpaired_preference", options, False)
     assert [document.doc_features["desirable"] for document in labeled[0]] == [0, 0, 1, 1, 1, 1]
     assert labeled[0][1].answer.ids == [9] and labeled[1][1].answer.ids != [9]  # a response to the other prompt
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_answer_keeps_its_own_reward(online, packing, monkeypatch):
+    """In the round and in the batches of a step, packed or not, it is that of its own tokens (silent RL bug R13)."""
+    checksum = RewardFunction(lambda one, options: float(sum(one.ids) % 97), NoOptions)
+    monkeypatch.setitem(registry._REGISTRY, "checksum", checksum)
+    trainer = online(rollout={"rewards": ["checksum"]}, n_steps=1, packing=packing)
+    batches = next(trainer.train_loader.steps())[1]
+    rewards = []
+    for batch in batches:
+        sums = torch.zeros(batch.n_docs, dtype=torch.int64).index_add(0, batch.target_docs, batch.targets)
+        assert batch.doc_feature("reward").tolist() == (sums % 97).tolist()
+        rewards += sums.tolist()
+    assert len(rewards) == 16 and len(set(rewards)) > 4
 
 
 def test_truncated_answers_count_in_the_group_and_are_not_trained_on(online):
@@ -217,22 +234,30 @@ def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
         online()
 
 
+@pytest.mark.parametrize("entry", [{"name": "exact_match", "key": "right"}, "exact_match"])
+def test_a_reward_without_its_column_is_refused_before_a_model_is_loaded(online, tmp_path, monkeypatch, entry):
+    (tmp_path / "no-answers.jsonl").write_text(json.dumps({"prompt": "say 1"}) + "\n")
+    monkeypatch.setattr("minitrain.trainer.load_parts", None)
+    with raises(ConfigError, "wrong-column", "rollout.rewards[0]: "):
+        online(datasets=[str(tmp_path / "no-answers.jsonl")], rollout={"rewards": [entry]})
+
+
 def test_rows_from_python_are_evaluated(online):
     """The answers are judged by these rows, not by those of the config's files."""
-    rewards = [{"name": "exact_match", "key": "right"}, "length"]
+    rewards = ["exact_match", "length"]
     trainer = online(n_steps=1, rollout={"rewards": rewards, "eval_temperature": 0.0})
     trainer.train()
     said = trainer.predict(["a new prompt"], max_new_tokens=6)[0]
     for right, reward in ((said, 1.0), (f"{said} not", 0.0)):
-        found = trainer.evaluate([{"prompt": "a new prompt", "right": right}])
+        found = trainer.evaluate([{"prompt": "a new prompt", "answer": right}])
         assert found["reward/exact_match"] == reward
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
-def test_a_run_ends_that_has_nothing_to_train_on(online, num_iterations):
-    """No row has the key, so no answer is judged, and no round has an example."""
-    rewards = [{"name": "exact_match", "key": "missing"}]
-    trainer = online(debug=True, rollout={"rewards": rewards, "num_iterations": num_iterations})
+def test_a_run_ends_that_has_nothing_to_train_on(online, num_iterations, monkeypatch):
+    """No answer is judged, so no round has an example."""
+    monkeypatch.setitem(registry._REGISTRY, "silent", RewardFunction(lambda one, options: None, NoOptions))
+    trainer = online(debug=True, rollout={"rewards": ["silent"], "num_iterations": num_iterations})
     with raises(DataError, "unsuitable-data", "rollout"):
         trainer.train()
     assert trainer.train_loader.number == MAX_EMPTY_ROUNDS - 1

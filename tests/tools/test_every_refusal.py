@@ -188,7 +188,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "rl/vllm:model_name: process-failed",
     ),
     "tests/rl/test_rounds.py": ("rl/rounds:_steps: unsuitable-data",),
-    "tests/rl/test_rollout_options.py and tests/rl/test_rewards.py": (
+    "tests/rl": (
         "rl/checks:_check_loss: loss.advantage_estimator conflict",
         "rl/checks:_check_loss: loss.reference conflict",
         "rl/checks:_check_loss: loss.temperature conflict",
@@ -211,7 +211,10 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "rl/environments:build_environment: not-a-choice",
         "rl/environments:build_environment: wrong-type",
         "rl/environments:register_environment.register: already-exists",
-        "rl/rewards:build_rewards: .pattern invalid-value",
+        "rl/prompts:check_rows: rollout.rewards[] wrong-column",
+        "rl/reward_models:_find: unsupported-model",
+        "rl/reward_models:_label: not-a-choice",
+        "rl/rewards:build_rewards: . code",
         "rl/rewards:build_rewards: not-a-choice",
         "rl/rewards:build_rewards: wrong-type",
         "rl/rewards:register_reward.register: already-exists",
