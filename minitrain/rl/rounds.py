@@ -164,6 +164,7 @@ class Rounds(MicrobatchLoader):
             with _timed(seconds, "judge"):
                 judgements = self._judge(episodes)
             if self.trainer.is_interrupted():
+                self.n_drawn = 0  # the dropped round draws its prompts again
                 return False
             failpoint("round.gather")
             drawn = self._gather(episodes, judgements)
