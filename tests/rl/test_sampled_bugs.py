@@ -58,14 +58,13 @@ def test_generation_config_changes_nothing(online):  # noqa: F811
 
 
 def test_the_output_layer_of_sampling_is_that_of_training_in_bfloat16(online):  # noqa: F811
-    """R6: an output layer in bfloat16 on one side alone gives differences of nats, with logits of this size."""
-    trainer = online(
-        rollout={"num_iterations": 2, "temperature": 0.1},
-        n_steps=1,
-        model={"name_or_path": "tiny", "policy_dtype": "bfloat16"},
-    )
+    """R6: logits in bfloat16 on one side alone would differ by 0.1 here, where all of them are about 30."""
+    model = {"name_or_path": "tiny", "policy_dtype": "bfloat16"}
+    trainer = online(rollout={"num_iterations": 2, "temperature": 0.3}, n_steps=1, model=model)
+    with torch.no_grad():
+        trainer.policy.model.lm_head.weight.add_(0.5)
     trainer.train()
-    assert differences(trainer).mean() < 0.05
+    assert differences(trainer).mean() < 0.02
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
