@@ -26,7 +26,7 @@ class JudgedAnswer:
         logps: Their log-probabilities when they were sampled.
         reward: NaN if it could not be judged.
         ended: Whether it ended by itself.
-        token_rewards: The part of the reward that belongs to each token.
+        token_rewards: The part of the reward that belongs to each token (default: 0).
     """
 
     prompt: list[int]
@@ -35,7 +35,10 @@ class JudgedAnswer:
     logps: list[float]
     reward: float
     ended: bool
-    token_rewards: list[float]
+    token_rewards: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.token_rewards = self.token_rewards or [0.0] * len(self.ids)
 
 
 @dataclass

@@ -68,7 +68,7 @@ def test_what_a_tool_said_is_not_the_answer():
 
 def test_an_answer_of_the_end_token_alone():
     """Its reward belongs to that token, not to padding or to the prompt (silent RL bug R18)."""
-    empty = JudgedAnswer([5, 6, 7], [2], [True], [-1.0], 3.0, True, [0.0])
+    empty = JudgedAnswer([5, 6, 7], [2], [True], [-1.0], 3.0, True)
     cache = as_cache([[Document(empty, {"reward": 3.0, "group": 0.0})]], "round", Path("round"))
     assert penalized_rewards(Rollouts([cache]), 0.0, "k1").tolist() == [3.0]
     assert cache.mask.tolist() == [0, 0, 0, 1]
@@ -77,7 +77,7 @@ def test_an_answer_of_the_end_token_alone():
 def test_equal_rewards_that_are_no_binary_fractions_give_no_advantage():
     """0.95 eight times, and 0.3 as a sum (silent RL bug R44): the group has no variance, its advantages are 0."""
     for rewards in ([0.95] * 8, [0.3, 0.1 + 0.2, 0.3, 0.3]):
-        group = [JudgedAnswer([3], [4], [True], [-1.0], reward, True, [0.0]) for reward in rewards]
+        group = [JudgedAnswer([3], [4], [True], [-1.0], reward, True) for reward in rewards]
         assert has_zero_variance(group)
         scores, groups = torch.tensor(rewards, dtype=torch.float64), torch.zeros(len(rewards), dtype=torch.int64)
         assert float(group_relative(scores, groups, True).abs().max()) < 1e-8
@@ -86,7 +86,7 @@ def test_equal_rewards_that_are_no_binary_fractions_give_no_advantage():
 def test_an_answer_without_a_reward_changes_no_other():
     """It is not among the rollouts, from which the means of its group are computed (silent RL bug R15)."""
     rewards = (1.0, math.nan, 0.0, 0.5)
-    group = [JudgedAnswer([3], [4], [True], [-1.0], reward, True, [0.0]) for reward in rewards]
+    group = [JudgedAnswer([3], [4], [True], [-1.0], reward, True) for reward in rewards]
     assert [document.doc_features["reward"] for document in rollouts(group, 0)] == [1.0, 0.0, 0.5]
 
 

@@ -62,7 +62,7 @@ def saved(trainer, number: int) -> list[dict]:
 def group(*parts: dict[str, float], rewards=None):
     """The answers to a prompt by the results of the reward functions; without a reward of its own, that of `right`."""
     rewards = [one.get("right", NAN) for one in parts] if rewards is None else rewards
-    answers = [JudgedAnswer([1], [2], [True], [-1.0], reward, True, [0.0]) for reward in rewards]
+    answers = [JudgedAnswer([1], [2], [True], [-1.0], reward, True) for reward in rewards]
     stats = [{"parts": one, "reward": r, "messages": [r], "tokens": 1} for one, r in zip(parts, rewards, strict=True)]
     return answers, stats
 

@@ -141,7 +141,7 @@ def test_rewards_rise(online):
 
 
 def answer(reward, ids=(5, 6), ended=True):
-    return JudgedAnswer([3, 4], list(ids), [True] * len(ids), [-1.0] * len(ids), reward, ended, [0.0] * len(ids))
+    return JudgedAnswer([3, 4], list(ids), [True] * len(ids), [-1.0] * len(ids), reward, ended)
 
 
 def test_what_a_loss_makes_of_the_answers(online):
