@@ -179,9 +179,11 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
         formats = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
         first, second = EXAMPLE_COLUMNS[kind]
         example = f"{{{first}: my_column, {second}: my_other_column}}"
+        is_prompt = kind != "classification" and _matching_format(row, row_formats_of("prompt"))
+        online = ", or set rollout.num_generations to sample responses during training" if is_prompt else ""
         raise DataError(
             f"expected the keys of a {kind} format ({formats}), got {keys_of(row)}. "
-            f"Map your columns, for example columns: {example}{_header_hint(dataset.path)}",
+            f"Map your columns, for example columns: {example}{online}{_header_hint(dataset.path)}",
             "invalid-row",
         )
     templated = dataset.prompt_template or dataset.response_template

@@ -176,6 +176,7 @@ def test_text_of_the_data_is_no_template():
         ),
         ({"prompt": "x", "response": "y", "z": None}, {"prompt_template": "{z}"}, "invalid-row", "z: "),
         (ROWS["messages"], {"prompt_template": "{prompt}"}, "no-effect", "prompt_template"),
+        ({"prompt": "x"}, {}, "invalid-row", "rollout.num_generations"),
     ],
 )
 def test_bad_rows(row, options, code, part, wording):
