@@ -32,7 +32,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="FILE.py",
-        help="run a file that registers losses or row formats",
+        help="run a file that registers losses, row formats, rewards or environments",
     )
     add_quiet(parser)
 

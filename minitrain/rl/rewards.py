@@ -178,12 +178,14 @@ def combine(results: Sequence[Sequence[Any]], rewards: Sequence[Reward], failure
     Args:
         results: What each function returned for each answer.
         rewards: The functions.
-        failures: Counts invalid results and failures by their description.
+        failures: Counts invalid results, failures and rounds without a result by their description.
     """
     judgements = [Judgement() for _ in results[0]]
     for reward, of_reward in zip(rewards, results, strict=True):
-        for judgement, result in zip(judgements, of_reward, strict=True):
-            read = read_result(result)
+        results_read = [read_result(result) for result in of_reward]
+        if all(read.number is None and not read.problem for read in results_read):
+            failures[f"{reward.key}: judged none of the answers"] += len(of_reward)
+        for judgement, read in zip(judgements, results_read, strict=True):
             if read.problem:
                 failures[f"{reward.key}: {read.problem}"] += 1
             if read.number is not None:

@@ -169,8 +169,17 @@ def test_a_function_that_cannot_judge_counts_in_no_mean():
     register_reward("silent")(lambda one, options: None)
     failures = Counter()
     rewards = build("silent")
-    judged = combine([InProcess().call(rewards[0], [answer()])], rewards, failures)
-    assert math.isnan(judged[0].total) and not failures
+    judged = combine([[None, 1.0]], rewards, failures)
+    assert math.isnan(judged[0].total) and judged[1].total == 1 and not failures
+
+
+def test_a_function_that_judges_nothing_is_counted():
+    """As exact_match for rows without a reference."""
+    failures = Counter()
+    rewards = build("exact_match", "length")
+    answers = [answer(row={"prompt": "x"})] * 3
+    combine([InProcess().call(reward, answers) for reward in rewards], rewards, failures)
+    assert [(problem.partition(":")[0], count) for problem, count in failures.items()] == [("exact_match", 3)]
 
 
 @pytest.mark.parametrize(
