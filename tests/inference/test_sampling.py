@@ -70,7 +70,7 @@ def test_log_probabilities_are_those_of_the_model(name):
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2-positions"])
 def test_a_response_does_not_depend_on_its_batch(name):
-    """One slot, five, enough for all, and another order of the prompts: the same tokens."""
+    """One slot, five, enough for all, and another order of the prompts: the same tokens (silent RL bug R32)."""
     model, asked = random_model(name), requests()
     want = [[one.ids for one in samples] for samples in sample(model, asked, Chooser(0.8))]
     for n_slots in (1, 5):
