@@ -8,6 +8,7 @@ import torch
 
 from minitrain.cli.main import main
 from minitrain.tools.analysis.compare import LedgerStep, read_ledger
+from minitrain.tools.analysis.compare import compare as report_on
 from tests.conftest import metrics
 from tests.messages import reports
 
@@ -210,3 +211,18 @@ def test_an_older_name_of_an_option_is_no_difference(train, compare, tmp_path):
     config.write_text(text.replace("total_batch_size: 8", "batch_size: 8"))
     code, told = compare("a", "b")
     assert code == 0 and "options: the same" in told
+
+
+def test_rewards_of_online_runs(tmp_path):
+    """Those of the first and the last third, where both runs have rounds."""
+    for name, gain in (("a", 0.1), ("b", 0.0)):
+        (tmp_path / name).mkdir()
+        ledger = {"step": 1, "tokens": "x", "loss": 1.0, "grad_norm": 1.0}
+        (tmp_path / name / "ledger.jsonl").write_text(json.dumps(ledger) + "\n")
+        rounds = [{"step": i, "kind": "rollout", "reward": 0.25 + gain * i} for i in range(6)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
+    lines, _ = report_on(tmp_path / "a", tmp_path / "b")
+    (line,) = (line for line in lines if "reward" in line)
+    assert "a 0.3 to 0.7 in 6 rounds; b 0.25 to 0.25 in 6 rounds" in line
+    (tmp_path / "b" / "metrics.jsonl").unlink()
+    assert not any("reward" in line for line in report_on(tmp_path / "a", tmp_path / "b")[0])

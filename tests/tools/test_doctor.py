@@ -41,10 +41,31 @@ def preferences(i: int) -> dict:
 
 def rollouts(i: int) -> dict:
     clips = {"clip_fraction/high": 0.05 + 0.02 * wobble(i), "clip_fraction/low": 0.05, "bounded_fraction": 0.0}
-    return common(i) | clips | {"loss": 0.1 * wobble(i), "ratio": 1 + 0.05 * wobble(i)}
+    return common(i) | clips | {"loss": 0.1 * wobble(i), "ratio": 1 + 0.05 * wobble(i), "advantage": 0.0}
 
 
-HEALTHY = {"sft": common, "dpo": preferences, "policy": rollouts}
+def online(i: int) -> dict:
+    entropy = 0.2 + 0.8 * math.exp(-i / 10) + 0.02 * wobble(i)
+    return common(i) | {"loss": 0.1 * wobble(i), "advantage": 0.0, "entropy": entropy}
+
+
+def round_of(i: int) -> dict:
+    """The metrics of a round: the reward rises from 0.2 to 0.7, and zero_variance to 0.5."""
+    reward = 0.7 - 0.5 * math.exp(-i / 8) + 0.02 * wobble(i)
+    return {
+        "round": i + 1,
+        "reward": reward,
+        "zero_variance": 0.2 + 0.4 * reward,
+        "solved": 0.5 * reward,
+        "failed": 0.2 - 0.2 * reward,
+        "ended": 0.95 + 0.02 * wobble(i + 1),
+        "length": 100 + i + 5 * wobble(i + 2),
+        "unjudged": 0.0,
+        "mismatch": 1e-6,
+    }
+
+
+HEALTHY = {"sft": common, "dpo": preferences, "policy": rollouts, "online": online}
 SETTINGS = {"max_grad_norm": 1.0, "packing": False, "eval_datasets": ["a.jsonl"], "validation_split": 0.0}
 
 
@@ -52,13 +73,16 @@ SETTINGS = {"max_grad_norm": 1.0, "packing": False, "eval_datasets": ["a.jsonl"]
 def make_run(tmp_path):
     """``make_run("sft", {"lr": lambda i: 0})``: a run with 30 train and 6 eval lines, some figures changed."""
 
-    def make(kind="sft", train=None, evals=None, settings=None, finished=True):
+    def make(kind="sft", train=None, evals=None, rounds=None, settings=None, finished=True):
         folder = tmp_path / "run"
         folder.mkdir()
         lines = []
         for i in range(LINES):
             row = HEALTHY[kind](i) | {name: curve(i) for name, curve in (train or {}).items()}
             lines.append({"step": 10 * (i + 1), "kind": "train"} | row)
+            if kind == "online":
+                changed = {name: curve(i) for name, curve in (rounds or {}).items()}
+                lines.append({"step": 10 * i, "kind": "rollout"} | round_of(i) | changed)
             if evals is not None or i % 10 in (0, 9):
                 usual = {"loss": 0.7 + 2.5 * math.exp(-i / 8)}
                 own = {name: curve(i) for name, curve in (evals or {}).items()}
@@ -197,6 +221,86 @@ CASES = {
         "slower",
         ["tokens per second"],
     ),
+    "equal rewards at the start": (
+        dict(kind="online", rounds={"zero_variance": lambda i: 1.0 if i < 3 else 0.3, "failed": lambda i: 0.9}),
+        "equal-rewards",
+        ["first 3 rounds", "0.256", "easier prompts"],
+    ),
+    "solved at the start": (
+        dict(kind="online", rounds={"zero_variance": lambda i: 1.0 if i < 3 else 0.3, "failed": lambda i: 0.0}),
+        "equal-rewards",
+        ["harder prompts"],
+    ),
+    "most prompts fail": (
+        dict(
+            kind="online",
+            rounds={"zero_variance": lambda i: 0.9, "solved": lambda i: 0.05, "failed": lambda i: 0.85},
+        ),
+        "zero-variance",
+        ["90%", "5% all right, 85% all wrong", "resample"],
+    ),
+    "two answers to a prompt": (
+        dict(
+            kind="online",
+            rounds={"zero_variance": lambda i: 0.7, "solved": lambda i: 0.35, "failed": lambda i: 0.35},
+            settings={"rollout": {"num_generations": 2}},
+        ),
+        "zero-variance",
+        ["70%", "With 2 answers", "num_generations=8"],
+    ),
+    "the reward stays": (
+        dict(kind="online", rounds={"reward": lambda i: 0.3 + 0.03 * wobble(i)}),
+        "flat-reward",
+        ["first third", "rollouts/"],
+    ),
+    "the reward falls again": (
+        dict(kind="online", rounds={"reward": lambda i: 0.2 + 0.04 * min(i, 15) - 0.04 * max(0, i - 20)}),
+        "falling-reward",
+        ["0.8", "step 150", "step 290"],
+    ),
+    "the reward is hacked": (
+        dict(kind="online", evals={"exact_match": lambda i: 0.5 - 0.01 * i}),
+        "reward-hacking",
+        ["eval/exact_match from 0.5 to 0.21", "early_stopping.metric"],
+    ),
+    "overfitting to the prompts": (
+        dict(kind="online", evals={"reward": lambda i: 0.5 - 0.01 * i}),
+        "reward-hacking",
+        ["eval/reward from 0.5"],
+    ),
+    "answers are cut off": (
+        dict(kind="online", rounds={"ended": lambda i: 0.3 - 0.01 * i}, settings={"rollout": {"max_new_tokens": 256}}),
+        "truncated-answers",
+        ["26%", "6%", "max_new_tokens=256"],
+    ),
+    "answers grow": (
+        dict(kind="online", rounds={"length": lambda i: 100 + 10 * i, "ended": lambda i: 1 - 0.01 * i}),
+        "length-grows",
+        ["145 tokens", "345", "96%", "76%"],
+    ),
+    "entropy": (
+        dict(kind="online", train={"entropy": lambda i: math.exp(-i / 3)}),
+        "entropy-collapse",
+        ["from 1 to 0.000433 nats"],
+    ),
+    "sampling differs": (
+        dict(kind="online", rounds={"mismatch": lambda i: 0.01 + 0.005 * i}),
+        "mismatch",
+        ["0.01 per token at step 0", "0.15", "step 290", "importance_correction"],
+    ),
+    "sampling differs in training": (
+        dict(kind="online", rounds={"mismatch": lambda i: math.nan}, train={"mismatch": lambda i: 0.2 * (i == 7)}),
+        "mismatch",
+        ["0.2 at step 80"],
+    ),
+    "functions fail": (
+        dict(
+            kind="online",
+            rounds={"unjudged": lambda i: 0.0, "unjudged/judge": lambda i: 0.4, "unjudged/length": lambda i: 0.0},
+        ),
+        "unjudged-answers",
+        ["40%", "by judge", "reward_timeout"],
+    ),
     "unfinished": (
         dict(finished=False),
         "unfinished",
@@ -268,6 +372,24 @@ UNSUSPICIOUS = {
         train={"tokens_per_second": lambda i: 1000.0 if i in (1, 2, 3, 4, 5, 10, 12, 14, 16, 18, 21, 24, 27) else 100.0}
     ),
     "lr ends with 0": dict(train={"lr": lambda i: 0.0 if i == LINES - 1 else 1e-3}),
+    "most prompts are solved in the end": dict(
+        kind="online",
+        rounds={"zero_variance": lambda i: 0.1 + 0.03 * i, "solved": lambda i: 0.03 * i, "reward": lambda i: 0.9},
+        train={"entropy": lambda i: math.exp(-i / 3)},
+    ),
+    "the reward rose at once": dict(
+        kind="online", rounds={"reward": lambda i: 0.7 + 0.02 * wobble(i) - 0.5 * (i == 0)}
+    ),
+    "longer answers that are worth more": dict(kind="online", rounds={"length": lambda i: 100 + 10 * i}),
+    "the evaluation wobbles": dict(kind="online", evals={"reward": lambda i: 0.5 + 0.02 * wobble(i)}),
+    "all right answers are kept": dict(
+        kind="online", rounds={"zero_variance": lambda i: 1.0}, settings={"loss": {"name": "sft"}}
+    ),
+    "a critic needs no group": dict(
+        kind="online",
+        rounds={"zero_variance": lambda i: 1.0},
+        settings={"loss": {"name": "policy", "advantage_estimator": "gae"}},
+    ),
     "train noise hides in evaluations": dict(
         kind="dpo",
         train={"logps/chosen": lambda i: -80 - i},

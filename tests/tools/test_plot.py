@@ -163,3 +163,18 @@ def test_broken_lines_are_said(run, capsys):
         file.write('{"step": 40, "ki')
     assert main(["plot", str(run)]) == 0
     assert "metrics.jsonl:6: an unreadable line is skipped" in capsys.readouterr().err
+
+
+def test_the_answers_of_an_online_run_come_first(picture, tmp_path):
+    """Rounds, evaluations and steps share the panels; times, zeros and what is there twice are left out."""
+    step = {"loss": 0.1, "reward": 0.5, "entropy": 1.0, "lr": 1e-3, "tokens_per_second": 9.0}
+    of_round = {"round": 1, "reward": 0.25, "reward/exact_match": 0.25, "ended": 0.5, "unjudged": 0.0, "drawn": 4}
+    of_round |= {"seconds/judge": 1.0, "tokens_per_second": 99.0, "zero_variance": 0.5, "turns": 1.0}
+    lines = [{"step": 10, "kind": "train"} | step, {"step": 5, "kind": "rollout"} | of_round]
+    lines += [{"step": 10, "kind": "eval", "reward": 0.75, "reward/exact_match": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, panels = picture(tmp_path)
+    assert list(panels) == ["reward", "zero_variance", "ended", "entropy", "turns", "loss", "lr", "tokens_per_second"]
+    assert data_of(panels["reward"]) == [([5], [0.25]), ([10], [0.75])]
+    assert data_of(panels["tokens_per_second"]) == [([10], [9.0]), ([5], [99.0])]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["train", "rollout", "eval"]

@@ -6,7 +6,16 @@ from typing import NamedTuple
 
 from minitrain.config.aliases import resolve_aliases
 from minitrain.errors import ConfigError, RunDirError
-from minitrain.training.metrics_log import damaged_lines_message, parse_line, read_lines, read_settings, warn_damaged
+from minitrain.training.metrics_log import (
+    damaged_lines_message,
+    parse_line,
+    read_history,
+    read_lines,
+    read_settings,
+    warn_damaged,
+)
+
+from .findings import trend_of
 
 FILE = "ledger.jsonl"
 RUN_OPTIONS = ("exp_name", "output_dir")  # always differ
@@ -53,7 +62,7 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
         )
     a, b = ([ledger[step] for step in steps] for ledger in ledgers)
     lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in zip("ab", (first, second), ledgers)]
-    lines += ["", *_options(first, second), ""]
+    lines += ["", *_options(first, second), *_rewards((first, second)), ""]
     differences = {}
     for name in LedgerStep._fields:
         sides = [[getattr(step, name) for step in steps_of] for steps_of in (a, b)]
@@ -107,6 +116,21 @@ def _options(first: Path, second: Path) -> list[str]:
         "options that differ:",
         *(f"  {key:<{width}}  {_format_option(a, key)} -> {_format_option(b, key)}" for key in keys),
     ]
+
+
+def _rewards(folders: tuple[Path, Path]) -> list[str]:
+    """Return a line with the rewards of two runs that sample answers."""
+    parts = []
+    for name, folder in zip("ab", folders, strict=True):
+        try:
+            rewards = read_history(folder).values("rollout/reward")
+        except ConfigError:
+            return []
+        if not rewards:
+            return []
+        trend = trend_of(rewards)
+        parts.append(f"{name} {trend.first:.4g} to {trend.last:.4g} in {len(rewards)} rounds")
+    return [f"reward in the first and the last third: {'; '.join(parts)}"]
 
 
 def _loss_options(name: str) -> type | None:

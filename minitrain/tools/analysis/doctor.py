@@ -7,18 +7,15 @@ import math
 import shutil
 import textwrap
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from statistics import fmean, median, pstdev
-from typing import NamedTuple
 
 from minitrain.training.atomic_dir import checkpoints, step_of
-from minitrain.training.metrics_log import History, Point
+from minitrain.training.metrics_log import KINDS, History
 
-MIN_LINES = 6  # fewest lines from which a trend is derived
-MAX_STEPS = 5  # most steps listed
-FLAT = 0.02  # smallest relative change that counts
-RISE = 0.3  # fraction of the gain, or of the loss, that a diverging run loses again
+from .doctor_rollouts import ROLLOUT_CHECKS
+from .findings import FLAT, MIN_LINES, RISE, Check, Finding, change, format_steps, trend_of
+
 SPIKE = 8  # times the running median
 CLIPPED = 2  # times max_grad_norm: median norm of a run whose gradients are always clipped
 CLIP_FRACTION = 0.3
@@ -26,49 +23,6 @@ RATIOS = (0.8, 1.25)
 PADDING = 0.3
 SLOWER = 0.7
 WIDTH = 100
-
-
-class Finding(NamedTuple):
-    """What looks wrong, the evidence, and what to try."""
-
-    problem: str
-    evidence: str
-    advice: str
-
-
-class Check(NamedTuple):
-    """A check of the metrics of a run.
-
-    Attributes:
-        code: The name of its finding; it stays when the wording changes.
-        name: What is checked.
-        find: Returns the finding, if there is one.
-        requires: Metrics without which the check is skipped.
-        skipped_with: A metric with which the check is skipped.
-    """
-
-    code: str
-    name: str
-    find: Callable[[History], Finding | None]
-    requires: tuple[str, ...] = ()
-    skipped_with: str = ""
-
-    def applies(self, run: History) -> bool:
-        return all(map(run.values, self.requires)) and self.skipped_with not in run.metrics
-
-
-class Trend(NamedTuple):
-    """The change of a metric over a run.
-
-    Attributes:
-        first: Mean at the start.
-        last: Mean at the end.
-        threshold: Smallest difference that is neither small nor noise.
-    """
-
-    first: float
-    last: float
-    threshold: float
 
 
 def run_checks(run: History) -> tuple[dict[str, Finding], list[str]]:
@@ -88,8 +42,14 @@ def run_checks(run: History) -> tuple[dict[str, Finding], list[str]]:
 def report(run: History) -> str:
     """Return the full report, wrapped for the terminal."""
     findings, passed = run_checks(run)
-    lines = [len(run.metrics.get(f"{split}/loss", [])) for split in ("train", "eval")]
-    paragraphs = [_wrap(f"{run.folder}: {lines[0]} train and {lines[1]} eval lines, up to step {run.last_step}")]
+    n = {
+        kind: max((len(p) for name, p in run.metrics.items() if name.startswith(f"{kind}/")), default=0)
+        for kind in KINDS
+    }
+    rounds = f", {n['rollout']} rounds" if n["rollout"] else ""
+    paragraphs = [
+        _wrap(f"{run.folder}: {n['train']} train and {n['eval']} eval lines{rounds}, up to step {run.last_step}")
+    ]
     for code, (problem, evidence, advice) in findings.items():
         paragraphs.append(
             "\n".join([_wrap(f"{problem} [{code}]"), _wrap(evidence, "  "), _wrap(f"Try: {advice}", "  ")])
@@ -108,7 +68,7 @@ def flat_loss(run: History) -> Finding | None:
     values, evals = run.values(f"train/{name}"), run.values(f"eval/{name}")
     if len(values) < MIN_LINES:
         return None
-    trend = _trend(values)
+    trend = trend_of(values)
     in_first_line = abs(values[0] - trend.last) > max(FLAT * abs(values[0]), 2 * pstdev(values[1:]))
     in_evals = len(evals) > 1 and evals[0] - evals[-1] > FLAT * abs(evals[0])
     if abs(trend.first - trend.last) > trend.threshold or in_first_line or in_evals:
@@ -147,7 +107,7 @@ def not_finite(run: History) -> Finding | None:
     scaled = run.setting("model.policy_dtype", str) == "float16"
     names = ["train/loss", "eval/loss"] + ([] if scaled else ["train/grad_norm"])
     bad = {name: [p for p in run.metrics.get(name, []) if not p.finite] for name in names}
-    steps_by_metric = "; ".join(f"{name} at {_steps(points)}" for name, points in bad.items() if points)
+    steps_by_metric = "; ".join(f"{name} at {format_steps(points)}" for name, points in bad.items() if points)
     if not steps_by_metric:
         return None
     return Finding(
@@ -170,7 +130,7 @@ def gradient_spikes(run: History) -> Finding | None:
     return Finding(
         "The gradient norm has spikes.",
         f"It was {worst.value:.3g} at step {worst.step}, {times:.0f} times the median of the lines before. Above "
-        f"{SPIKE} times: {_steps([point for _, point in spikes])}.",
+        f"{SPIKE} times: {format_steps([point for _, point in spikes])}.",
         "a lower lr, a longer warmup_ratio, or a max_grad_norm near the usual norm; check the examples of these steps.",
     )
 
@@ -212,7 +172,7 @@ def chosen_falls(run: History) -> Finding | None:
     split = "eval" if all(len(run.values(f"eval/{name}")) > 1 for name in names) else "train"
     if split == "train" and len(run.values("train/logps/chosen")) < MIN_LINES:
         return None
-    chosen, margins = (_change(run, f"{split}/{name}") for name in names)
+    chosen, margins = (change(run, f"{split}/{name}") for name in names)
     if chosen.first - chosen.last <= chosen.threshold or margins.last - margins.first <= margins.threshold:
         return None
     return Finding(
@@ -225,7 +185,7 @@ def chosen_falls(run: History) -> Finding | None:
 
 def high_clip_fraction(run: History) -> Finding | None:
     sides = [run.values(f"train/clip_fraction/{side}") for side in ("high", "low")]
-    fractions = [_trend(values).last for values in sides if values]
+    fractions = [trend_of(values).last for values in sides if values]
     if sum(fractions) <= CLIP_FRACTION:
         return None
     return Finding(
@@ -243,7 +203,7 @@ def bounded_ratios(run: History) -> Finding | None:
     return Finding(
         "Some log-ratios are so large that they were bounded.",
         f"At step {worst.step} {worst.value:.1%} of the tokens had no gradient (bounded_fraction). "
-        f"It is above 0 at {_steps(bounded)}.",
+        f"It is above 0 at {format_steps(bounded)}.",
         "a lower lr; check that old_logps and ref_logps were computed with this model, template and loss.temperature.",
     )
 
@@ -257,7 +217,7 @@ def far_ratio(run: History) -> Finding | None:
     at_once = far[0].step == run.points("train/ratio")[0].step
     return Finding(
         "The policy is far from the one that sampled.",
-        f"The mean ratio was {worst.value:.3g} at step {worst.step}; outside {low} to {high}: {_steps(far)}.",
+        f"The mean ratio was {worst.value:.3g} at step {worst.step}; outside {low} to {high}: {format_steps(far)}.",
         "old_logps of this model, template and loss.temperature, since the ratio is far off from the first line on."
         if at_once
         else "a lower lr, fewer epochs over the same rollouts, or fresh rollouts.",
@@ -279,7 +239,7 @@ def slower(run: History) -> Finding | None:
     speeds = run.values("train/tokens_per_second")[1:]  # the first line includes the start
     if len(speeds) < MIN_LINES:
         return None
-    before, after, threshold = _trend(speeds)
+    before, after, threshold = trend_of(speeds)
     if after >= SLOWER * before or before - after <= threshold:
         return None
     memory = run.values("train/memory_gb")
@@ -338,12 +298,12 @@ def unfinished(run: History) -> Finding | None:
 CHECKS = [
     Check("zero-lr", "lr", zero_lr, ("train/lr",)),
     # The value of a policy loss means nothing.
-    Check("flat-loss", "the loss moves", flat_loss, ("train/loss",), skipped_with="train/ratio"),
-    Check("rising-loss", "the loss does not rise", diverging_loss, ("train/loss",), skipped_with="train/ratio"),
+    Check("flat-loss", "the loss moves", flat_loss, ("train/loss",), skipped_with="train/advantage"),
+    Check("rising-loss", "the loss does not rise", diverging_loss, ("train/loss",), skipped_with="train/advantage"),
     Check("not-finite", "finite metrics", not_finite),
     Check("gradient-spikes", "gradient spikes", gradient_spikes, ("train/grad_norm",)),
     Check("clipped-gradients", "gradient clipping", always_clipped, ("train/grad_norm",)),
-    Check("overfitting", "overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/ratio"),
+    Check("overfitting", "overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/advantage"),
     Check(
         "chosen-falls",
         "log-probabilities of chosen responses",
@@ -353,6 +313,7 @@ CHECKS = [
     Check("clip-fraction", "clip fractions", high_clip_fraction, ("train/clip_fraction/high",)),
     Check("bounded-ratios", "bounded log-ratios", bounded_ratios, ("train/bounded_fraction",)),
     Check("off-policy", "distance from the sampling policy", far_ratio, ("train/ratio",)),
+    *ROLLOUT_CHECKS,
     Check("padding", "padding", much_padding, ("train/padding",)),
     Check("slower", "speed", slower, ("train/tokens_per_second",)),
     Check("no-evaluation", "evaluations", never_evaluated),
@@ -366,26 +327,6 @@ CHECKS = [
 def _loss_metric(run: History) -> str:
     """Return the metric that falls while a model learns; the loss of dft can rise."""
     return "perplexity" if "train/dft_alpha" in run.metrics else "loss"
-
-
-def _trend(values: list[float]) -> Trend:
-    """Return the trend from the mean of the first third to that of the last; the noise excludes the first third."""
-    third = max(len(values) // 3, 1)
-    noise = pstdev(values[third:] or values) / math.sqrt(third)
-    first, last = fmean(values[:third]), fmean(values[-third:])
-    return Trend(first, last, max(FLAT * abs(first), 2 * noise))
-
-
-def _change(run: History, name: str) -> Trend:
-    """Return the change from the first to the last evaluation, which has no noise, or the trend of a train metric."""
-    values = run.values(name)
-    return Trend(values[0], values[-1], FLAT * abs(values[0])) if name.startswith("eval/") else _trend(values)
-
-
-def _steps(points: list[Point]) -> str:
-    steps = ", ".join(str(point.step) for point in points[:MAX_STEPS])
-    more = f" and {len(points) - MAX_STEPS} more" if len(points) > MAX_STEPS else ""
-    return f"{'step' if len(points) == 1 else 'steps'} {steps}{more}"
 
 
 def _wrap(text: str, indent: str = "") -> str:

@@ -9,12 +9,18 @@ from minitrain.io.temp_files import new_file
 from minitrain.training.metrics_log import History, Point
 
 # Counters, times and options, whose curves are not useful.
-EXCLUDED = {"epoch", "tokens", "eta_seconds", "seconds", "dft_alpha"}
+EXCLUDED = {"epoch", "tokens", "eta_seconds", "seconds", "dft_alpha", "round", "drawn"}
+# Metrics of sampled answers, or what their names begin with, in the order of the panels.
+OF_ANSWERS = ("reward", "reward/", "pass@", "solved", "failed", "zero_variance", "ended", "length", "kl", "entropy")
 COMMON = ("lr", "grad_norm", "tokens_per_second", "padding", "memory_gb")  # metrics of every loss, shown after its own
 POSITIVE = ("loss", "perplexity", "kl", "grad_norm")  # suffixes of metrics that can have a logarithmic axis
 TWO_DECADES = 100
 MAX_MARKERS = 60  # largest number of points with markers
-STYLES = {"train": {"linestyle": "-", "marker": "."}, "eval": {"linestyle": "--", "marker": "o"}}
+STYLES = {
+    "train": {"linestyle": "-", "marker": "."},
+    "rollout": {"linestyle": "-", "marker": "."},
+    "eval": {"linestyle": "--", "marker": "o"},
+}
 PANEL = (4.2, 2.7)  # inches
 DESCRIPTION_KEY = "Description"
 
@@ -78,10 +84,29 @@ def run_names(histories: list[History]) -> list[str]:
 
 
 def panel_names(histories: Iterable[History]) -> list[str]:
-    """Return the names of the metrics without train/ and eval/: the loss, its own metrics, those of every loss."""
+    """Return the names of the metrics without their kind: the loss, its own metrics, those of every loss.
+
+    In runs that sample answers, those of the answers come first. Others that are always 0 are left out, and the
+    result of the only reward function, which is the reward.
+    """
     names = dict.fromkeys(name.partition("/")[2] for history in histories for name in history.metrics)
     specific = [name for name in names if name not in EXCLUDED and name not in (*COMMON, "loss")]
-    return [name for name in ("loss", *specific, *COMMON) if name in names]
+    specific = [name for name in specific if not name.startswith("seconds/")]
+    if not any(name.startswith("rollout/") for history in histories for name in history.metrics):
+        return [name for name in ("loss", *specific, *COMMON) if name in names]
+    rewards = _all_values(histories, "reward", ("rollout", "eval"))
+    specific = [n for n in specific if not n.startswith("reward/") or _all_values(histories, n) != rewards]
+    first = [name for start in OF_ANSWERS for name in specific if name == start or name.startswith(_prefix(start))]
+    others = [name for name in specific if name not in first and any(_all_values(histories, name))]
+    return [name for name in (*dict.fromkeys(first), *others, "loss", *COMMON) if name in names]
+
+
+def _prefix(start: str) -> tuple[str, ...]:
+    return (start,) if start.endswith(("/", "@")) else ()
+
+
+def _all_values(histories: Iterable[History], name: str, kinds: Iterable[str] = tuple(STYLES)) -> list[float]:
+    return [value for history in histories for kind in kinds for value in history.values(f"{kind}/{name}")]
 
 
 def uses_log_scale(name: str, values: list[float]) -> bool:
@@ -92,9 +117,9 @@ def uses_log_scale(name: str, values: list[float]) -> bool:
 
 
 def _colors(histories: list[History]) -> list[dict[str, str]]:
-    """Return the colors of train and eval curves of each run; with several runs, each run has one color."""
+    """Return the colors of the curves of each run; with several runs, each run has one color."""
     if len(histories) == 1:
-        return [{"train": "C0", "eval": "C1"}]
+        return [{"train": "C0", "eval": "C1", "rollout": "C2"}]
     return [dict.fromkeys(STYLES, f"C{number % 10}") for number in range(len(histories))]
 
 
@@ -102,8 +127,10 @@ def _draw(axis, name: str, histories: list[History], colors: list[dict[str, str]
     for history, color in zip(histories, colors, strict=True):
         for split, style in STYLES.items():
             points = history.metrics.get(f"{split}/{name}", [])
-            _curve(axis, points, style | {"color": color[split]})
-    values = [value for history in histories for split in STYLES for value in history.values(f"{split}/{name}")]
+            same_answers = split == "train" and name == "reward" and "rollout/reward" in history.metrics
+            if points and not same_answers:
+                _curve(axis, points, style | {"color": color[split]})
+    values = _all_values(histories, name)
     if uses_log_scale(name, values):
         axis.set_yscale("log")
     last = max(history.last_step for history in histories)
@@ -133,7 +160,7 @@ def _legend(histories: list[History], names: list[str], colors: list[dict[str, s
     several = len(histories) > 1
     splits = {split for history in histories for split in STYLES if any(n.startswith(split) for n in history.metrics)}
     handles = [Line2D([], [], color=color["train"], label=name) for name, color in zip(names, colors) if several]
-    for split in sorted(splits, reverse=True):  # train before eval
+    for split in sorted(splits, reverse=True):  # train, rollout, eval
         color = "0.3" if several else colors[0][split]
         handles.append(Line2D([], [], color=color, label=split, markersize=4, **STYLES[split]))
     if any(not point.finite for history in histories for points in history.metrics.values() for point in points):
