@@ -55,7 +55,7 @@ def test_only_truncated_answers_lose_their_reward(online):  # noqa: F811
     """`truncated: zero` changes no reward of an answer that has ended (R36)."""
     found = {}
     for truncated in ("keep", "zero"):
-        rollout = {"truncated": truncated, "max_new_tokens": 20, "rewards": ["length"], "save_samples": -1}
+        rollout = {"truncated": truncated, "max_new_tokens": 4, "rewards": [{"name": "length", "target": 100}]}
         trainer = online(truncated, n_steps=1, rollout=rollout)
         trainer.template.end_ids = lambda: list(range(3, 30))
         trainer.train()
