@@ -40,8 +40,11 @@ def clipped(rho: Tensor, advantages: Tensor, o: "PolicyOptions") -> Tensor:
 
 def sapo(rho: Tensor, advantages: Tensor, o: "PolicyOptions") -> Tensor:
     """Return -f(rho) A, f(rho) = 4 / tau sigmoid(tau (rho - 1)), whose slope at rho = 1 is 1 (arXiv 2511.20347)."""
-    tau = torch.where(advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
-    return -4 / tau * torch.sigmoid(tau * (rho - 1)) * advantages
+
+    def gain(tau: float) -> Tensor:
+        return 4 / tau * torch.sigmoid(tau * (rho - 1))
+
+    return -torch.where(advantages > 0, gain(o.sapo_temperature_pos), gain(o.sapo_temperature_neg)) * advantages
 
 
 def gmpo(scores: PolicyOutput, log_ratio: Tensor, advantages: Tensor, o: "PolicyOptions") -> Tensor:
@@ -53,11 +56,13 @@ def gmpo(scores: PolicyOutput, log_ratio: Tensor, advantages: Tensor, o: "Policy
 
 def vespo(scores: PolicyOutput, log_ratio: Tensor, advantages: Tensor, o: "PolicyOptions") -> Tensor:
     """Return -sg(phi(w)) A log p, phi(w) = w^k exp(lambda (1 - w)), w the ratio of a rollout (arXiv 2602.10693)."""
-    is_good = advantages >= 0
-    k = torch.where(is_good, o.vespo_k_pos, o.vespo_k_neg)
-    decay = torch.where(is_good, o.vespo_lambda_pos, o.vespo_lambda_neg)
     log_w = aggregate_over_rollouts(scores, log_ratio.detach(), "product").clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return -(k * log_w + decay * (1 - log_w.exp())).exp() * advantages * scores.logps
+
+    def phi(k: float, decay: float) -> Tensor:
+        return bounded_exp(k * log_w + decay * (1 - log_w.exp()))
+
+    good, bad = phi(o.vespo_k_pos, o.vespo_lambda_pos), phi(o.vespo_k_neg, o.vespo_lambda_neg)  # [N], [N]
+    return -torch.where(advantages >= 0, good, bad) * advantages * scores.logps
 
 
 def lengths(scores: PolicyOutput) -> Tensor:

@@ -170,13 +170,14 @@ def test_estimators_of_kl(estimator):
 
 
 def test_the_default_penalty_is_k1_in_rewards_and_k3_in_the_loss():
-    """PPO's and GRPO's; the place follows the advantages."""
+    """PPO's and GRPO's; the place follows the advantages, and so does whitening."""
     found = [
         create_loss("policy", advantage_estimator=kind).options
         for kind in ("gae", "reinforce++", "reinforce++-baseline", "grpo", "rloo", "given")
     ]
     assert [o.kl_in for o in found] == ["reward", "reward", "loss", "loss", "loss", "loss"]
     assert [o.kl_estimator for o in found] == ["k1", "k1", "k3", "k3", "k3", "k3"]
+    assert [o.whiten for o in found] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("garbage", [1e6, float("nan")])

@@ -22,7 +22,7 @@ from tests.examples import LENGTHS, N, collated, prepared, step
 from tests.messages import raises
 
 EPS = {"clip_eps_low": 0.2, "clip_eps_high": 0.4}
-CLIPS = {"cispo": {"clip_eps_high": 1.1}, "sapo": {}, "vespo": {}}  # instead of EPS
+CLIPS = {"cispo": {"clip_eps_high": 1.1}, "sapo": {}, "vespo": {}, "dr_grpo": EPS | {"max_new_tokens": 50}}
 AGGREGATIONS = ("dapo", "grpo", "dr_grpo", "cispo", "sapo", "gmpo", "luspo", "vespo")
 
 
