@@ -63,6 +63,7 @@ bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/run.py --lora 16
 	$(BIN)/python bench/ranks.py
 	$(BIN)/python bench/dpo.py
+	$(BIN)/python bench/rl.py
 	$(BIN)/python bench/divergence.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/head.py

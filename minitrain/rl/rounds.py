@@ -98,11 +98,6 @@ class Rounds(MicrobatchLoader):
         return self.options.prompts_per_round
 
     @property
-    def is_one_step(self) -> bool:
-        """Whether a round is one optimizer step, so that every ratio to the policy that sampled is 1."""
-        return self.steps_per_epoch * self.options.num_iterations == 1
-
-    @property
     def total_steps(self) -> int:
         rounds = math.ceil(self.config.n_epochs * len(self.prompts) / self.epoch_size)
         return self.config.n_steps or max(1, rounds * self.options.num_iterations * self.steps_per_epoch)
@@ -180,8 +175,8 @@ class Rounds(MicrobatchLoader):
         answers = [answers for answers, _ in groups]
         failpoint("round.logps")
         with _timed(seconds, "logps"):
-            mismatch = self._set(answers, number)
-        self.log(groups, everyone, seconds, mismatch)
+            self._set(answers, number)
+        self.log(groups, everyone, seconds, {})
         return True
 
     def _draw(self, n: int) -> list[Prompt]:
@@ -227,24 +222,21 @@ class Rounds(MicrobatchLoader):
         everyone.sort(key=lambda group: group[1][0]["group"])
         return everyone
 
-    def _set(self, groups: list[list[JudgedAnswer]], number: int) -> dict[str, float]:
-        """Make the examples of the round from its answers, and return the metrics of their log-probabilities."""
+    def _set(self, groups: list[list[JudgedAnswer]], number: int) -> None:
+        """Make the examples of the round from its answers."""
         loss = self.trainer.loss
         examples = make_examples(groups, loss.example_type, self.options, "teacher" in loss.requires)
         if not any(examples):
             self._use(None)
-            return {}
+            return
         cache = as_cache(examples, *_names(number))
         self._use(cache)
-        mismatch = add_logps(self, cache)
+        add_logps(self, cache)
         add_features(loss, [cache])
-        if self.is_one_step:  # they were needed for the KL in the rewards or the correction
-            cache.token_features.pop("old_logps", None)
         if self.options.truncated == "mask":  # after the advantages, in which these answers count
             for document in np.flatnonzero(cache.doc_features["ended"] == 0):
                 cache.mask[cache.offsets[document] : cache.offsets[document + 1]] = 0
             self._use(cache)
-        return mismatch
 
     def _use(self, cache: TokenCache | None) -> None:
         self.examples = RoundData(cache, self.epoch_size)
