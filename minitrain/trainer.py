@@ -116,8 +116,7 @@ class Trainer:
         self.device = self.parallel.device
         with self.parallel.naming_failures():
             load_parts(self)
-            unsharded = functools.partial(self.parallel.unsharded, self.policy)
-            self.generator = Generator(self.policy.model, self.template, unsharded, self.policy.position_limit)
+            self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)
             if self.loss.online:
                 sample_rounds(self)
 

@@ -94,6 +94,9 @@ class SingleDevice:
     def set_status(self, status: str) -> None:
         """Set what the run is doing, which is reported if it hangs."""
 
+    def keep_alive(self) -> None:
+        """Report progress of this rank alone, without a collective."""
+
     def monitor_ranks(self) -> contextlib.AbstractContextManager:
         """Do as `naming_failures`, and end all ranks if one of them hangs."""
         return contextlib.nullcontext()

@@ -214,6 +214,10 @@ class FullySharded(SingleDevice):
         if self.watchdog is not None:
             self.watchdog.status = status
 
+    def keep_alive(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.keep_alive()
+
     @contextlib.contextmanager
     def monitor_ranks(self) -> Iterator[None]:
         if self.watchdog is not None:

@@ -40,6 +40,9 @@ class Watchdog:
 
     def beat(self) -> None:
         self.beats += 1
+        self.keep_alive()
+
+    def keep_alive(self) -> None:
         self.last = time.monotonic()
 
     def _watch(self) -> None:

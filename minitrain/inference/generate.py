@@ -3,10 +3,10 @@
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,20 +17,26 @@ from minitrain.config.option import MAX_SEED, option
 from minitrain.config.sections import ModelConfig
 from minitrain.data.messages import Message, Messages, parse_messages, user
 from minitrain.data.template import Template
-from minitrain.distributed.parallel import pick_device
+from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import ConfigError, DataError
 from minitrain.io.paths import looks_local
 from minitrain.model.adapter_config import CONFIG_FILE, read_config
 from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from minitrain.model.logprobs import cpu_has_bfloat16
-from minitrain.model.positions import batches_by_length, n_positions, restoring_rotary, rotary_limit
+from minitrain.model.policy import Policy
+from minitrain.model.positions import n_positions
 from minitrain.model.pretrained import read_model_config
+from minitrain.model.sequence_head import make_policy
 from minitrain.training.step import inference
 
-from .batching import is_unchanged_in_batch
+from .choice import Chooser, IsStopped, Request, stopping
 from .parse import THINK, Response, ResponseParser
 from .prompts import python_variables
 from .resolve import find_model
+from .sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import TextStreamer
 
 
 @dataclass
@@ -42,23 +48,21 @@ class Sampling:
         temperature: Divides the logits. 0 is greedy decoding.
         top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this.
         seed: Seed for sampling.
+        top_k: Sample from the k most likely tokens; 0 from all.
+        stop: Strings that end a response. The response has the string at its end.
     """
 
     max_new_tokens: int = option(256, "", ge=1)
     temperature: float = option(0.0, "", ge=0)
     top_p: float = option(1.0, "", gt=0, le=1)
     seed: int = option(0, "", ge=0, le=MAX_SEED)
+    top_k: int = option(0, "", ge=0)
+    stop: list[str] = option([], "")
 
     def __post_init__(self):
         issues = ConfigIssues(ConfigSource("Sampling"))
         check_types(Sampling, vars(self), "", issues)
         issues.raise_if_any()
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments for a `GenerationConfig`."""
-        if self.temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 class Generator:
@@ -71,28 +75,23 @@ class Generator:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        template: Template,
-        gathered: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        position_limit: int | None = None,
+        self, model: nn.Module, template: Template, policy: Policy | None = None, parallel: SingleDevice | None = None
     ):
         """
         Args:
             model: The model, in evaluation mode.
             template: The chat template with the tokenizer.
-            gathered: Context in which a sharded model has its full weights. All ranks must generate from the same
-                prompts.
-            position_limit: Maximum number of tokens of a prompt with its response (default: from the model's config).
+            policy: The policy of the model in training (default: a new one).
+            parallel: The ranks that share the prompts (default: one). All must make the same calls.
         """
-        self.model, self.template, self.gathered = model, template, gathered
+        self.model, self.template = model, template
         self.tokenizer, self.parser = template.tokenizer, ResponseParser(template)
         self.counts: Counter[str] = Counter()
+        self.is_checked = policy is not None
+        self.policy = make_policy(model) if policy is None else policy
+        self.parallel = parallel or SingleDevice(torch.device("cpu"))
         n_virtual = model.soft_prompt.n_tokens if hasattr(model, "soft_prompt") else 0
-        self.n_positions = n_positions(model) - n_virtual if position_limit is None else position_limit
-        self.batch_limit = min(
-            self.n_positions, rotary_limit(model) - n_virtual
-        )  # above it, a batch has prompts of one length
+        self.n_positions = n_positions(model) - n_virtual if policy is None else policy.position_limit
         self.calls = 0
 
     def __repr__(self) -> str:
@@ -106,18 +105,12 @@ class Generator:
         return self.template.end_ids()
 
     @functools.cached_property
-    def can_pad(self) -> bool:
-        """Whether left padding changes no response. It does if a model ignores the mask, or counts positions itself."""
-        return is_unchanged_in_batch(self._run_trial, self.n_positions, self.model.dtype, padded=True)
+    def sampler(self) -> Sampler:
+        return Sampler(self.policy, self.end_ids, is_checked=self.is_checked)
 
-    @functools.cached_property
-    def can_batch(self) -> bool:
-        """Whether a batch of prompts of one length changes no response. In RWKV it does (transformers 5.23)."""
-        return self.can_pad or is_unchanged_in_batch(self._run_trial, self.n_positions, self.model.dtype, padded=False)
-
-    def _run_trial(self, prompts: list[list[int]], n_steps: int) -> Sequence[torch.Tensor]:
-        options = {"output_logits": True, "return_dict_in_generate": True}
-        return self._run(prompts, Sampling(n_steps), **options)[0].logits
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """Return a context in which a sharded model has its full weights."""
+        return self.parallel.unsharded(self.policy)
 
     def generate_from_ids(
         self,
@@ -132,21 +125,48 @@ class Generator:
         Args:
             prompts: Token ids of each prompt.
             sampling: Sampling options.
-            batch_size: Number of prompts per batch.
+            batch_size: Number of responses that are generated at the same time.
             progress: Show a progress bar.
             tools: The tools of each prompt, by which a tokenizer's response template reads calls.
         """
-        # The longest prompt of a batch limits its responses, so prompts near the limit are batched by equal length.
-        limit = self.batch_limit - sampling.max_new_tokens
-        if min(batch_size, len(prompts)) > 1:
-            batch_size, limit = batch_size if self.can_batch else 1, limit if self.can_pad else 0
-        responses: list[Response] = [Response("", {})] * len(prompts)
-        with tqdm(total=len(prompts), unit=" prompts", disable=None if progress else True, leave=False) as bar:
-            for chosen in batches_by_length([len(ids) for ids in prompts], batch_size, limit):
-                ids = self._generate([prompts[i] for i in chosen], sampling).tolist()
-                for i, response in zip(chosen, ids, strict=True):
-                    responses[i] = self._parse(prompts[i], response, tools[i] if tools else None)
-                bar.update(len(chosen))
+        responses = self._generate(prompts, sampling, batch_size, progress)
+        rest = tools or [None] * len(prompts)
+        return [self.parser.parse(*one) for one in zip(prompts, responses, rest, strict=True)]
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        batch_size: int = 16,
+        progress: bool = False,
+        streamer: "TextStreamer | None" = None,
+    ) -> list[list[int]]:
+        """Return the token ids of the responses. Each rank generates a part of them."""
+        chooser = Chooser(sampling.temperature, sampling.top_p, sampling.top_k)
+        limits = [max(1, min(sampling.max_new_tokens, self.n_positions - len(ids))) for ids in prompts]
+        keys = [[(sampling.seed, self.calls, i)] for i in range(len(prompts))]
+        requests = [Request(*one) for one in zip(prompts, keys, limits, strict=True)]
+        self.calls += 1
+        rank, world_size = self.parallel.rank, self.parallel.world_size
+        mine, self.sampler.n_slots = requests[rank::world_size], batch_size
+        is_stopped = stopping(self.tokenizer, sampling.stop)
+        if streamer is not None:
+            is_stopped = _streaming(streamer, is_stopped)
+        shows = progress and rank == 0
+        with (
+            inference(self.policy),
+            self.gathered(),
+            tqdm(total=len(mine), unit=" prompts", disable=None if shows else True, leave=False) as bar,
+        ):
+
+            def on_step(n_ended: int) -> None:
+                bar.update(n_ended)
+                self.parallel.keep_alive()
+
+            samples = self.sampler.sample(mine, chooser, is_stopped, on_step)
+        responses: list[list[int]] = [[]] * len(prompts)
+        for first, of_rank in enumerate(self.parallel.gather([sample.ids for (sample,) in samples])):
+            responses[first::world_size] = of_rank
         return responses
 
     def generate(
@@ -207,12 +227,13 @@ class Generator:
         """Return the response, and print it while it is generated."""
         from transformers import TextStreamer
 
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True)
         prompt = self.encode(messages, variables)
         if self.parser.opens_thought(prompt):
             print(THINK)
-        ids = self._generate([prompt], sampling, streamer).tolist()
-        return self._parse(prompt, ids[0], (variables or {}).get("tools"))
+        (ids,) = self._generate([prompt], sampling, streamer=streamer)
+        streamer.end()
+        return self.parser.parse(prompt, ids, (variables or {}).get("tools"))
 
     def encode(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, up to where the response begins.
@@ -231,53 +252,15 @@ class Generator:
             raise DataError(f"{message} Shorten it to leave some for the response.", "too-large")
         return ids
 
-    def _parse(self, prompt: list[int], ids: list[int], tools: list[dict] | None) -> Response:
-        """Return a response from its ids, which end at its end token or are padded after it."""
-        stop = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
-        return self.parser.parse(prompt, ids[: stop + 1], tools)
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, streamer=None) -> torch.Tensor:
-        """Generate from a left-padded batch, and return the ids of the responses, shape [B, <= max_new_tokens]."""
-        output, width = self._run(prompts, sampling, streamer)
-        self.calls += 1
-        return output[:, width:]
+def _streaming(streamer: "TextStreamer", is_stopped: IsStopped | None) -> IsStopped:
+    """Return `is_stopped`, which also prints each token."""
 
-    def _run(self, prompts: list[list[int]], sampling: Sampling, streamer=None, **options) -> tuple[Any, int]:
-        """Return the output of `model.generate` for a left-padded batch, and where the response begins in it."""
-        from transformers import GenerationConfig
+    def show(ids: list[int]) -> bool:
+        streamer.put(torch.tensor(ids[-1:]))
+        return is_stopped is not None and is_stopped(ids)
 
-        end_ids, width = self.end_ids, max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        with inference(self.model), self.gathered():
-            device = self.model.get_input_embeddings().weight.device
-            ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # [B, T]
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, T]
-            if sampling.temperature > 0:  # `inference` restores the random state, so each call needs its own seed
-                torch.manual_seed(sampling.seed + self.calls)
-            inputs, width = self._inputs(ids, mask)
-            generation_config = GenerationConfig(
-                max_new_tokens=max(1, min(sampling.max_new_tokens, self.n_positions - ids.shape[1])),
-                eos_token_id=end_ids,
-                pad_token_id=pad,
-                use_cache=True,
-                **sampling.arguments(),
-                **options,
-            )
-            with _without_defaults(self.model), restoring_rotary(self.model):
-                return self.model.generate(**inputs, generation_config=generation_config, streamer=streamer), width
-
-    def _inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict, int]:
-        """Return the inputs of `model.generate` for ids [B, T], and where the response begins in its output."""
-        prompt = getattr(self.model, "soft_prompt", None)
-        if prompt is None:
-            return {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
-        inputs = prompt(ids, self.model.get_input_embeddings(), self.model.dtype, fixed=False)
-        virtual = mask.new_ones(len(ids), prompt.n_tokens)  # [B, n]
-        inputs["attention_mask"] = torch.cat([virtual, mask], 1)
-        if prompt.method == "prompt":
-            return inputs, 0
-        inputs["input_ids"] = torch.cat([virtual, ids], 1)  # `generate` drops as many ids as the cache holds
-        return inputs, inputs["input_ids"].shape[1]
+    return show
 
 
 def _conversation(prompt: str | Messages, index: int) -> Messages:
@@ -291,20 +274,6 @@ def _conversation(prompt: str | Messages, index: int) -> Messages:
             f"prompts[{index}]: expected a string or a list of messages, got {kind}. {advice}", "wrong-type"
         )
     return parse_messages(prompt, f"prompts[{index}]")
-
-
-@contextlib.contextmanager
-def _without_defaults(model: nn.Module) -> Iterator[None]:
-    """Make `model.generate` ignore the model's generation_config.json.
-
-    transformers takes from it every option that a call omits, such as a repetition penalty, even for greedy decoding.
-    """
-    defaults = model.generation_config
-    model.generation_config = type(defaults)()
-    try:
-        yield
-    finally:
-        model.generation_config = defaults
 
 
 def load_generator(

@@ -1,7 +1,7 @@
 """Engines, which sample the responses of rounds: in this process, or on a vLLM server."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -12,7 +12,8 @@ from minitrain.batch import Document, collate
 from minitrain.config.issues import ConfigIssues, check_types
 from minitrain.config.sections import RolloutConfig
 from minitrain.errors import ConfigError
-from minitrain.inference.sampler import Chooser, Request, Sample, Sampler
+from minitrain.inference.choice import Chooser, Request, Sample, stopping
+from minitrain.inference.sampler import Sampler, SlotLoop
 from minitrain.training.step import inference
 
 from .vllm import VLLMEngine, VLLMOptions
@@ -62,6 +63,7 @@ class LocalEngine:
 
     def __init__(self, trainer: "Trainer"):
         self.trainer = trainer
+        self.sampler = Sampler(trainer.policy, (), trainer.config.rollout.num_slots)
 
     def refresh(self) -> None:
         trainer = self.trainer
@@ -72,18 +74,12 @@ class LocalEngine:
     def sample(
         self, requests: Sequence[Request], choose: Chooser, end_ids: Sequence[int], stop: Sequence[str] = ()
     ) -> list[list[Sample]]:
-        sampler = Sampler(self.trainer.policy, end_ids, self.trainer.config.rollout.num_slots)
-        return sampler.sample(requests, choose, self._stopping(stop))
+        self.sampler.end_ids = set(end_ids)
+        is_stopped = stopping(self.trainer.template.tokenizer, stop)
+        return self.sampler.sample(requests, choose, is_stopped, lambda _: self.trainer.parallel.keep_alive())
 
     def rest(self) -> None:
         self.contexts.close()
-
-    def _stopping(self, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:
-        if not stop:
-            return None
-        longest = max(map(len, stop)) + 8  # tokens have at least one character, but for some special ones
-        tokenizer = self.trainer.template.tokenizer
-        return lambda ids: any(string in tokenizer.decode(ids[-longest:]) for string in stop)
 
 
 def build_engine(trainer: "Trainer") -> Engine:
@@ -99,12 +95,6 @@ def build_engine(trainer: "Trainer") -> Engine:
         corrected = trainer.loss.example_type != "rollout" or options.importance_correction != "none"
         _check_server(mismatch(trainer, engine), MAX_CORRECTED if corrected else MAX_MISMATCH, engine)
         return engine
-    if not Sampler.supports(trainer.policy):
-        raise ConfigError(
-            f"rollout.num_generations: {name} has layers without keys and values, from which minitrain cannot sample. "
-            "Train on rollouts from files.",
-            "unsupported-model",
-        )
     engine = LocalEngine(trainer)
     difference = mismatch(trainer, engine)
     if difference > (1e-3 if trainer.precision.dtype == torch.float32 else 0.1):
@@ -113,6 +103,8 @@ def build_engine(trainer: "Trainer") -> Engine:
             f"{difference:.2g} per token. Train on rollouts from files, and report this architecture.",
             "unsupported-model",
         )
+    if engine.sampler.trial.make_loop is not SlotLoop:
+        trainer.notes.append(f"rollout: the layers of {name} need the slow loop of transformers to sample responses")
     return engine
 
 

@@ -8,7 +8,10 @@ from minitrain.cli.main import main
 from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
 from minitrain.inference.generate import Generator, Sampling
+from minitrain.inference.plain_loop import PlainLoop
+from minitrain.inference.sampler import one_at_a_time
 from minitrain.inference.score import ScoringRequest, load_scorer
+from minitrain.inference.slots import SlotLoop
 from minitrain.model.positions import batches_by_length
 from minitrain.model.sequence_head import name_outputs
 from minitrain.model.tiny import tiny_tokenizer
@@ -68,32 +71,25 @@ def test_answers_near_the_end_of_what_a_model_reads(kind):
 BART = dict(decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, d_model=32, bos_token_id=1, eos_token_id=2)
 RNN = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2}
 PADDED = {
-    "llama": (tf.LlamaConfig, WIDE),
-    "bloom": (tf.BloomConfig, {"vocab_size": 259, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "mamba": (tf.MambaConfig, {**RNN, "state_size": 8}),
-    "bart": (tf.BartConfig, {"vocab_size": 259, "max_position_embeddings": 64, "pad_token_id": 0, **BART}),
-    "rwkv": (tf.RwkvConfig, {**RNN, "context_length": 64}),
+    "llama": (tf.LlamaConfig, WIDE, SlotLoop),
+    "bloom": (tf.BloomConfig, {"vocab_size": 259, "hidden_size": 32, "n_layer": 2, "n_head": 4}, SlotLoop),
+    "mamba": (tf.MambaConfig, {**RNN, "state_size": 8}, PlainLoop),
+    "bart": (tf.BartConfig, {"vocab_size": 259, "max_position_embeddings": 64, "pad_token_id": 0, **BART}, PlainLoop),
+    "rwkv": (tf.RwkvConfig, {**RNN, "context_length": 64}, one_at_a_time),
 }
 
 
 @pytest.mark.parametrize("kind", PADDED)
-def test_prompts_are_not_padded_where_that_changes_responses(kind, monkeypatch):
-    """BART counts positions from the first token, padding or not, and RWKV reads padding."""
-    make, options = PADDED[kind]
+def test_the_fastest_loop_that_gives_the_responses_of_the_model(kind):
+    """BART counts positions from the first token, padding or not; Mamba has no keys; a batch of RWKV mixes its rows."""
+    make, options, loop = PADDED[kind]
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(make(**options)).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape)
     model.generation_config = tf.GenerationConfig()  # BART's forces the last token
-    generator, widths = Generator(model, Template(tiny_tokenizer(), "chatml")), []
+    generator = Generator(model, Template(tiny_tokenizer(), "chatml"))
     generator.end_ids = [258]
-    run = generator._run
-
-    def recorded(batch, *rest, **options):
-        widths.append([len(ids) for ids in batch])
-        return run(batch, *rest, **options)
-
-    monkeypatch.setattr(generator, "_run", recorded)
     asked = prompts(10, 7, 15, 7)
     found = [response.text for response in generator.generate_from_ids(asked, Sampling(8))]
     for ids, text in zip(asked, found, strict=True):
@@ -101,9 +97,7 @@ def test_prompts_are_not_padded_where_that_changes_responses(kind, monkeypatch):
             torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=258, pad_token_id=0, use_cache=True
         )[0, len(ids) :]
         assert generator.tokenizer.decode(expected, skip_special_tokens=True) == text
-    assert generator.can_pad is (kind not in ("bart", "rwkv"))
-    batches = {"bart": [[15], [10], [7, 7]], "rwkv": [[15], [10], [7], [7]]}.get(kind, [[15, 10, 7, 7]])
-    assert widths[-len(batches) :] == batches
+    assert generator.sampler.trial.make_loop is loop and generator.sampler.trial.agrees
 
 
 def test_trained_vectors_take_room(tmp_path, make_trainer):
@@ -115,7 +109,7 @@ def test_trained_vectors_take_room(tmp_path, make_trainer):
         trainer = make_trainer("soft_prompt.num_virtual_tokens=10", "max_length=54", *options)
         for generator in (trainer.generator, Generator(trainer.policy.model, trainer.template)):
             generator.end_ids = [258]
-            assert generator._generate(prompts(50), Sampling(ROOM)).shape[1] == 64 - 10 - 50
+            assert len(generator._generate(prompts(50), Sampling(ROOM))[0]) == 64 - 10 - 50
 
 
 def test_answers_while_training_reach_as_far_as_training(tmp_path, make_trainer):
@@ -129,7 +123,7 @@ def test_answers_while_training_reach_as_far_as_training(tmp_path, make_trainer)
     expected = model.generate(
         torch.tensor([ids]), max_new_tokens=ROOM, do_sample=False, eos_token_id=258, pad_token_id=0
     )[0, 70:]
-    assert trainer.generator._generate([ids], Sampling(ROOM))[0].tolist() == expected.tolist()
+    assert trainer.generator._generate([ids], Sampling(ROOM))[0] == expected.tolist()
     assert len(expected) == ROOM
 
 
@@ -142,7 +136,7 @@ def test_a_long_answer_changes_no_later_text(tmp_path, make_trainer):
     model, (text, prompt) = trainer.policy.model.eval(), prompts(64, 60)
     with torch.no_grad():
         before = model(torch.tensor([text])).logits
-        assert trainer.generator._generate([prompt], Sampling(ROOM)).shape[1] == ROOM  # 8 tokens beyond
+        assert len(trainer.generator._generate([prompt], Sampling(ROOM))[0]) == ROOM  # 8 tokens beyond
         torch.testing.assert_close(model(torch.tensor([text])).logits, before)
 
 

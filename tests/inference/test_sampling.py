@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers as tf
 
-from minitrain.inference.sampler import Chooser, Request, Sampler, Uniforms
+from minitrain.inference.choice import Chooser, Request, Uniforms
+from minitrain.inference.sampler import Sampler
 from minitrain.model.sequence_head import make_policy
 from tests.conftest import random_llama
 from tests.shapes import SHAPE as TINY
@@ -91,12 +92,14 @@ def test_greedy_decoding_equals_an_argmax_loop():
         assert one.ended == (one.ids[-1] == 2)
 
 
+@torch.no_grad()
 def test_a_prompt_is_computed_once():
     """Its n responses share its keys and values, also if they do not fit into the slots at once."""
-    model = random_model("llama")
-    widths = []
+    model, widths = random_model("llama"), []
+    sampler = Sampler(make_policy(model).eval(), (), 4)
+    assert sampler.trial.agrees
     hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
-    sample(model, requests(n=6), Chooser(1.0), n_slots=4, end_ids=())
+    sampler.sample(requests(n=6), Chooser(1.0))
     hook.remove()
     assert sum(rows for rows, width in widths if width > 1) + sum(1 for n in LENGTHS if n == 1) <= len(LENGTHS) + 1
 

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from minitrain.cli.main import main
 from minitrain.config.sections import DatasetConfig
@@ -283,10 +282,10 @@ def command(tmp_path, llama_folder, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("tools.json").write_text(json.dumps([TOOL["function"]]))
 
-    def _generate(self, prompts, *_):
+    def _generate(self, prompts, *_, **__):
         command.prompts += [self.tokenizer.decode(prompt) for prompt in prompts]
         says = self.tokenizer(command.says.pop(0) if len(command.says) > 1 else command.says[0])["input_ids"]
-        return torch.tensor([[*says, *self.end_ids[:1], 0, 0]] * len(prompts))
+        return [[*says, *self.end_ids[:1]]] * len(prompts)
 
     monkeypatch.setattr(Generator, "_generate", _generate)
 
@@ -442,8 +441,7 @@ def test_exact_match_of_rows_with_tools(make_trainer, tmp_path, monkeypatch, tra
 
     def _generate(self, given, *_):
         prompts.extend(given)
-        ids = [*self.tokenizer(CALL_TEXT)["input_ids"], self.end_ids[0]]
-        return torch.tensor([ids] * len(given))
+        return [[*self.tokenizer(CALL_TEXT)["input_ids"], self.end_ids[0]]] * len(given)
 
     monkeypatch.setattr(Generator, "_generate", _generate)
     options = [f"eval_datasets=[{tmp_path}/eval.jsonl]", "eval_generate.n_examples=2"]

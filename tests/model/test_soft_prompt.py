@@ -100,7 +100,7 @@ def test_generation_is_that_of_the_training_forward(make_trainer, method):
     trainer = make_trainer("soft_prompt.num_virtual_tokens=4", f"soft_prompt.method={method}", "n_steps=8", "lr=0.1")
     trainer.train()
     ids = trainer.generator.encode([{"role": "user", "content": "say 7"}])
-    answer = trainer.generator._generate([ids], Sampling(max_new_tokens=1))[0, 0]
+    answer = trainer.generator._generate([ids], Sampling(max_new_tokens=1))[0][0]
     scores = []
     for token in range(len(tiny_tokenizer())):
         row = torch.tensor([[*ids, token]])

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from minitrain import ConfigError, DataError, Trainer
-from minitrain.inference import sampler
+from minitrain.inference import choice
 from minitrain.losses import create_loss
 from minitrain.model.logprobs import logits_of
 from minitrain.model.tiny import tiny_tokenizer
@@ -17,6 +17,7 @@ from minitrain.rl.rewards import NoOptions, RewardFunction
 from minitrain.rl.rounds import MAX_EMPTY_ROUNDS, Rounds, tensors_of
 from tests.conftest import metrics
 from tests.messages import raises
+from tests.shapes import SHAPE as TINY
 
 ROLLOUT = {
     "num_generations": 4,
@@ -210,26 +211,36 @@ def test_a_loss_from_files_is_untouched():
     assert create_loss("policy").online is False
 
 
-def test_a_model_without_keys_and_values_is_refused(online, tmp_path):
-    config = tf.Mamba2Config(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=1,
-        state_size=8,
-        num_heads=8,
-        head_dim=8,
-        n_groups=1,
-        chunk_size=8,
-    )
-    tf.Mamba2ForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
-    with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
-        online(model={"name_or_path": str(tmp_path / "mamba")}, packing=False)
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+HYBRIDS = {
+    "mamba2": lambda: tf.Mamba2ForCausalLM(
+        tf.Mamba2Config(**SMALL, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8)
+    ),
+    "lfm2": lambda: tf.Lfm2ForCausalLM(
+        tf.Lfm2Config(**SMALL | TINY | {"vocab_size": 300}, layer_types=["conv", "full_attention"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_model_without_plain_keys_and_values_trains_online(online, tmp_path, name):
+    """A slower loop samples, which the run says once; its log-probabilities are those of the policy."""
+    torch.manual_seed(0)
+    HYBRIDS[name]().save_pretrained(tmp_path / name)
+    tiny_tokenizer().save_pretrained(tmp_path / name)
+    model = {"name_or_path": str(tmp_path / name)}
+    trainer = online(model=model, packing=False, rollout={"temperature": 0.7, "num_iterations": 2}, n_steps=1)
+    assert len([note for note in trainer.notes if note.startswith("rollout: ")]) == 1
+    trainer.train()
+    cache = trainer.train_loader.examples.caches[0]
+    targets = cache.mask.bool()
+    old, sampled = (cache.token_features[column][targets] for column in ("old_logps", "sample_logps"))
+    torch.testing.assert_close(old, sampled, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
     """Here it forgets the scale of the logits, as one that calls the LM head itself would."""
-    monkeypatch.setattr(sampler, "logits_of", lambda *args: (3 * logits_of(*args)[0], None))
+    monkeypatch.setattr(choice, "logits_of", lambda *args: (3 * logits_of(*args)[0], None))
     with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
         online()
 

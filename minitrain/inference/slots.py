@@ -1,0 +1,230 @@
+"""Sample responses with a decode loop: each prompt is computed once, and responses that end leave the batch.
+
+All rows of the batch write their next key and value in the same column. So rows are aligned on the right: a row of n
+tokens occupies the last n columns, and its attention mask hides the others. A response that waits takes the row of one
+that ended, with the keys and values of its prompt in front of the current column.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from minitrain.model.decoder import decoder_of
+from minitrain.model.policy import Policy
+
+from .choice import Row, TokenChoice
+
+PREFILL_TOKENS = 1 << 14  # tokens of the prompts that are computed at once
+REFILL_FRACTION = 8  # the batch is rebuilt when an eighth of its rows has ended
+BLOCK = 64  # columns are allocated in blocks
+
+
+class _Columns(CacheLayerMixin):
+    """Keys and values of one layer, [S, heads, columns, d], of which the first n columns are used."""
+
+    is_sliding = False  # the attention mask has the window
+    n = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Add columns. Those of a prompt are a tensor of their own, to which one can add again."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self.n = key_states, value_states, key_states.shape[2]
+            return key_states, value_states
+        stop = self.n + key_states.shape[2]
+        if stop > self.keys.shape[2]:
+            self.keys, self.values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        else:
+            self.keys[:, :, self.n : stop], self.values[:, :, self.n : stop] = key_states, value_states
+        self.n = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def fill(self, sources: "list[tuple[_Columns, Tensor]]", width: int, capacity: int) -> None:
+        """Take rows of other layers, aligned on the right in the first `width` of `capacity` columns."""
+
+        def joined(name: str) -> Tensor:
+            tensors = [(getattr(layer, name), layer.n, indices) for layer, indices in sources]
+            _, heads, _, size = tensors[0][0].shape
+            n_rows = sum(len(indices) for _, _, indices in tensors)
+            space, row = tensors[0][0].new_zeros(n_rows, heads, capacity, size), 0
+            for tensor, n, indices in tensors:
+                used = min(n, width)
+                space[row : row + len(indices), :, width - used : width] = tensor[indices, :, n - used : n]
+                row += len(indices)
+            return space
+
+        keys, values = joined("keys"), joined("values")
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.n = keys, values, width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.n + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.n
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Slots(NamedTuple):
+    """The state of S rows, which are aligned on the right in the columns of `cache`."""
+
+    cache: Cache
+    starts: Tensor  # [S] first column of each row
+    hidden: Tensor  # [S, H] last hidden states
+
+    @property
+    def columns(self) -> int:
+        return self.cache.get_seq_length()
+
+    @property
+    def is_full(self) -> bool:
+        return any(isinstance(layer, _Columns) and layer.n == layer.keys.shape[2] for layer in self.cache.layers)
+
+
+class SlotLoop:
+    """Samples tokens in a batch whose rows are exchanged.
+
+    Args:
+        policy: The policy, in eval mode.
+        n_slots: Maximum number of rows of the batch.
+    """
+
+    def __init__(self, policy: Policy, n_slots: int):
+        self.policy, self.n_slots = policy, n_slots
+        self.device = policy.model.get_input_embeddings().weight.device
+        self.n_virtual = policy.model.soft_prompt.n_tokens if policy.has_soft_prompt else 0
+        self.prompts: dict[int, list[int]] = {}  # request -> token ids
+        self.computed: dict[int, tuple[_Slots, int]] = {}  # request -> its prompt, while some of its responses wait
+
+    @staticmethod
+    def supports(policy: Policy) -> bool:
+        """Return whether all layers of a model keep plain keys and values, so that rows can be exchanged."""
+        kinds = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+        return all(type(layer) in kinds for layer in DynamicCache(config=policy.model.config).layers)
+
+    def run(self, rows: Sequence[Row], choice: TokenChoice) -> None:
+        """Sample all tokens of rows."""
+        self.prompts = {row.request: row.prompt for row in rows}
+        waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
+        active: list[Row] = []
+        slots = None
+        while waiting or not all(row.done for row in active):
+            n_ended = sum(row.done for row in active)
+            free = self.n_slots - len(active) + n_ended
+            has_news = n_ended * REFILL_FRACTION > len(active) or (waiting and free * REFILL_FRACTION >= self.n_slots)
+            if slots is None or has_news or slots.is_full:
+                new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                slots = self._rebuild(slots, active, new)
+                active = [row for row in active if not row.done] + new
+                self._forget({row.request for row in waiting})
+            ids = choice.from_states(slots.hidden, active)
+            if not all(row.done for row in active):
+                slots = self._decode(slots, active, ids)
+
+    def _decode(self, slots: _Slots, active: list[Row], ids: Tensor) -> _Slots:
+        """Append the chosen tokens [S] to the rows. Those that have ended repeat their last position."""
+        columns = torch.arange(slots.columns + 1, device=self.device)
+        mask = columns >= slots.starts[:, None]  # [S, columns]
+        before = [self.n_virtual + len(row.prompt) for row in active]
+        lasts = [[n + len(row.sample.ids) - 1] for n, row in zip(before, active, strict=True)]
+        positions = torch.tensor(lasts, device=self.device)  # [S, 1]
+        hidden = self._forward({"input_ids": ids[:, None]}, mask, positions, slots.cache)  # [S, 1, H]
+        return slots._replace(hidden=hidden[:, -1])
+
+    def _forward(self, inputs: dict, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        outputs = decoder_of(self.policy.model)(
+            **inputs,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return outputs.last_hidden_state
+
+    # ------------------------------------------------------------------------------------------ rows in and out
+
+    def _rebuild(self, slots: _Slots | None, active: list[Row], new: list[Row]) -> _Slots:
+        """Return the rows that have not ended, and after them new rows, in as few columns as they need."""
+        self._compute_prompts(dict.fromkeys(row.request for row in new))
+        parts = []  # (rows, their indices)
+        if kept := [i for i, row in enumerate(active) if not row.done]:
+            parts.append((slots, kept))
+        for row in new:
+            source, index = self.computed[row.request]
+            if parts and parts[-1][0] is source:
+                parts[-1][1].append(index)
+            else:
+                parts.append((source, [index]))
+        return _concatenate(parts, self._new_cache())
+
+    def _forget(self, waiting: set[int]) -> None:
+        """Drop the prompts of which no response waits."""
+        self.computed = {request: prompt for request, prompt in self.computed.items() if request in waiting}
+
+    def _compute_prompts(self, requests: Iterable[int]) -> None:
+        """Compute the prompts that are not computed yet, in batches of similar lengths."""
+        missing = [i for i in requests if i not in self.computed]
+        while missing:
+            length = len(self.prompts[missing[0]])
+            n = max(1, PREFILL_TOKENS // length)
+            if self.policy.has_soft_prompt:  # virtual tokens come before the padding
+                n = min(n, sum(len(self.prompts[i]) == length for i in missing))
+            chosen, missing = missing[:n], missing[n:]
+            prompts = self._prefill([self.prompts[i] for i in chosen])
+            self.computed |= {request: (prompts, index) for index, request in enumerate(chosen)}
+
+    def _prefill(self, prompts: list[list[int]]) -> _Slots:
+        """Return the rows of prompts, the longest first."""
+        width = len(prompts[0])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # [P]
+        padded = [[prompt[0]] * (width - len(prompt)) + prompt for prompt in prompts]
+        inputs, cache = {"input_ids": torch.tensor(padded, device=self.device)}, self._new_cache()  # [P, W]
+        starts, n_before, width_before = width - lengths, 0, 0  # [P]
+        if self.policy.has_soft_prompt:
+            model = self.policy.model
+            prompt = model.soft_prompt
+            inputs = prompt(inputs["input_ids"], model.get_input_embeddings(), model.dtype, fixed=False)
+            n_before, width_before = prompt.n_tokens, prompt.n_before
+            for i, layer in enumerate(getattr(inputs.pop("past_key_values", None), "layers", ())):
+                cache.layers[i].update(layer.keys, layer.values)
+        columns = torch.arange(n_before + width, device=self.device)  # [n + W]
+        mask = columns >= starts[:, None]  # [P, n + W]
+        positions = (columns - starts[:, None]).clamp(min=0)[:, n_before - width_before :]
+        hidden = self._forward(inputs, mask, positions, cache)  # [P, W, H]
+        return _Slots(cache, starts, hidden[:, -1])
+
+    def _new_cache(self) -> Cache:
+        layers = DynamicCache(config=self.policy.model.config).layers
+        return Cache(layers=[layer if type(layer) is DummyLayer else _Columns() for layer in layers])
+
+
+def _concatenate(parts: list[tuple[_Slots, list[int]]], cache: Cache) -> _Slots:
+    """Return the chosen rows of several batches in one, with space for more columns."""
+    chosen = [(part, torch.tensor(indices, device=part.starts.device)) for part, indices in parts]
+    lengths = torch.cat([part.columns - part.starts[indices] for part, indices in chosen])  # [S]
+    width = int(lengths.max())
+    capacity = width + BLOCK * (1 + width // (4 * BLOCK))
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, _Columns):
+            sources = [(part.cache.layers[number], indices) for part, indices in chosen]
+            if sources[0][0].is_initialized:  # a layer can use the keys of another one
+                layer.fill(sources, width, capacity)
+    return _Slots(cache, width - lengths, torch.cat([part.hidden[indices] for part, indices in chosen]))
