@@ -85,6 +85,10 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
         "--top-p", type=number(float, 0, 1), default=1.0, metavar="P", help="sample from the likeliest tokens only"
     )
     group.add_argument(
+        "--top-k", type=number(int, 0), default=0, metavar="K", help="sample from the K likeliest tokens; 0: from all"
+    )
+    group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end a response")
+    group.add_argument(
         "--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="sampling seed; default %(default)s"
     )
 

@@ -351,8 +351,9 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _load_generator(arguments: argparse.Namespace):
-    if arguments.top_p < 1 and arguments.temperature == 0:
-        raise ConfigError("--top-p: has no effect with temperature 0. Set --temperature above 0.", "no-effect")
+    if arguments.temperature == 0 and (arguments.top_p < 1 or arguments.top_k):
+        name = "--top-p" if arguments.top_p < 1 else "--top-k"
+        raise ConfigError(f"{name}: has no effect with temperature 0. Set --temperature above 0.", "no-effect")
     with exiting_on_signal():
         from minitrain.inference.generate import Sampling, load_generator
     generator = load_generator(
@@ -362,4 +363,5 @@ def _load_generator(arguments: argparse.Namespace):
         arguments.trust_remote_code,
         dict(arguments.chat_template_kwargs),
     )
-    return generator, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "top_k", "stop")
+    return generator, Sampling(*(getattr(arguments, name) for name in names))

@@ -62,6 +62,8 @@ class Sampling:
     def __post_init__(self):
         issues = ConfigIssues(ConfigSource("Sampling"))
         check_types(Sampling, vars(self), "", issues)
+        if "" in self.stop:
+            issues.add("stop", "invalid-value", "has an empty string, which ends every response. Remove it.")
         issues.raise_if_any()
 
 

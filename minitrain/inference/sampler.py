@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -34,20 +33,6 @@ def one_at_a_time(policy: Policy, n_slots: int) -> PlainLoop:
 def by_own_logits(policy: Policy, n_slots: int) -> PlainLoop:
     """Return a loop for models that the policy does not compute as transformers does."""
     return PlainLoop(policy, 1, own_logits=True)
-
-
-class Trial(NamedTuple):
-    """Which loop samples from a policy.
-
-    Attributes:
-        make_loop: Makes the loop.
-        difference: Mean difference per token between its log-probabilities and those of the policy.
-        agrees: Whether this is only rounding.
-    """
-
-    make_loop: MakeLoop
-    difference: float
-    agrees: bool
 
 
 class Sampler:
@@ -78,8 +63,9 @@ class Sampler:
             is_stopped: Called with the ids of a response after each of its tokens; True ends it.
             on_step: Called after each token of a batch with the number of responses that have ended.
         """
-        make_loop = self.trial.make_loop
-        return self._sample(make_loop, requests, TokenChoice(self.policy, choose, self.end_ids, is_stopped, on_step))
+        return self._sample(
+            self.make_loop, requests, TokenChoice(self.policy, choose, self.end_ids, is_stopped, on_step)
+        )
 
     def _sample(self, make_loop: MakeLoop, requests: Sequence[Request], choice: TokenChoice) -> list[list[Sample]]:
         rows = choice.rows(requests)
@@ -95,17 +81,15 @@ class Sampler:
         return [[row.sample for row in of_request] for of_request in rows]
 
     @functools.cached_property
-    def trial(self) -> Trial:
-        """Try the loops, the fastest first, on a few tokens. All ranks must call it."""
+    def make_loop(self) -> MakeLoop:
+        """The first loop that samples a few tokens with the log-probabilities of the policy. All ranks must call it."""
         exact = self.policy.model.dtype == torch.float32 and not torch.is_autocast_enabled(self._device.type)
         tolerance = 1e-3 if exact else 0.1  # per token
-        difference = math.inf
         if self.is_checked or self._has_own_logits():
             for make_loop in (SlotLoop, PlainLoop, one_at_a_time):
-                difference = self._difference(make_loop)
-                if difference <= tolerance:
-                    return Trial(make_loop, difference, True)
-        return Trial(by_own_logits, difference, False)
+                if self._difference(make_loop) <= tolerance:
+                    return make_loop
+        return by_own_logits
 
     @property
     def _device(self) -> torch.device:

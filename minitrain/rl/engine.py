@@ -103,7 +103,7 @@ def build_engine(trainer: "Trainer") -> Engine:
             f"{difference:.2g} per token. Train on rollouts from files, and report this architecture.",
             "unsupported-model",
         )
-    if engine.sampler.trial.make_loop is not SlotLoop:
+    if engine.sampler.make_loop is not SlotLoop:
         trainer.notes.append(f"rollout: the layers of {name} need the slow loop of transformers to sample responses")
     return engine
 

@@ -11,8 +11,8 @@ from typing import Any
 from minitrain.config.sections import RolloutConfig
 from minitrain.data.messages import Message, Messages
 from minitrain.data.template import Template
+from minitrain.inference.choice import Chooser, Request, Sample
 from minitrain.inference.generate import Generator
-from minitrain.inference.sampler import Chooser, Request, Sample
 
 from .engine import Engine
 from .environments import Environment

@@ -25,7 +25,7 @@ import torch
 
 from minitrain.config.option import option
 from minitrain.errors import ConfigError, RunError, short
-from minitrain.inference.sampler import Chooser, Request, Sample
+from minitrain.inference.choice import Chooser, Request, Sample
 from minitrain.model.merged import merged_tensors
 from minitrain.model.save import save_merged
 from minitrain.model.vocabulary import embedding_layers

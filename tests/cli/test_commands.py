@@ -106,6 +106,7 @@ def test_version(capsys):
         (["generate", "m", "--prompt", "a", "--temperature", "nan"], "usage", "'nan'"),
         (["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], "usage", "--max-new-tokens: "),
         (["generate", "m", "--prompt", "a", "--top-p", "0.5"], "no-effect", "--top-p"),
+        (["generate", "m", "--prompt", "a", "--top-k", "5"], "no-effect", "--top-k"),
         (["generate", "./nowhere", "--prompt", "a"], "not-found", "./nowhere: "),
         (["generate", "a/b/c", "--prompt", "a"], "not-found", "a/b/c: "),
         (["generate", "docs", "--prompt", "a"], "wrong-path", "docs: "),

@@ -1,11 +1,13 @@
 """A training under torchrun (or alone) that writes down what it did; started by the tests.
 
     driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
-                            "began": file, "ended": file, "stop": [rank, step], "in_python": true}, ...]
+                            "began": file, "ended": file, "stop": [rank, step], "in_python": true,
+                            "answers": file}, ...]
 
 Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
 get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
-At `stop` a hook of that rank wants training to end. With `in_python`, `Trainer` gets the model and the rows as objects.
+`answers` gets responses, and how often parameters were gathered for them. At `stop` a hook of that rank wants training
+to end. With `in_python`, `Trainer` gets the model and the rows as objects.
 """
 
 import dataclasses
@@ -16,9 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitrain import Config, MinitrainError, Trainer, load_config
+from minitrain import Config, MinitrainError, Sampling, Trainer, load_config
 from minitrain.model.weights import full_tensors
 
 torch.set_num_threads(1)
@@ -67,6 +70,27 @@ def note_step(trainer: Trainer, job: dict) -> None:
             opened.write(json.dumps([trainer.step, trainer.indices, loss, weights]) + "\n")
 
 
+class Gathers(TorchDispatchMode):
+    """Counts how often FSDP gathers parameters."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += "_allgather_base_" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def write_answers(trainer: Trainer, file: str) -> None:
+    prompts = ["a", "what is 1 + 1?", "b c", "a longer prompt than the others", "d"]
+    answers = []
+    for sampling in (Sampling(4), Sampling(24), Sampling(12, temperature=1.0, seed=5)):
+        with Gathers() as gathers:
+            texts = trainer.generate(prompts, sampling)
+        answers.append({"texts": texts, "gathers": trainer.parallel.gather(gathers.n)})
+    if trainer.parallel.rank == 0:
+        Path(file).write_text(json.dumps(answers))
+
+
 def main() -> int:
     codes = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
     if len(codes) > 1:
@@ -105,6 +129,8 @@ def run(job: dict) -> int:
     if "gradients" in job:
         write_gradients(trainer, job["gradients"])
     trainer.train()
+    if "answers" in job:
+        write_answers(trainer, job["answers"])
     if "ended" in job:
         write_state(trainer, job["ended"])
     trainer.parallel.store = trainer.parallel.watchdog = None  # as `close` does, but for the group, which is kept

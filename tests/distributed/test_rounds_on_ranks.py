@@ -12,6 +12,7 @@ from minitrain.model.tiny import tiny_scorer, tiny_tokenizer
 from minitrain.tools.analysis.compare import read_ledger
 from tests.conftest import random_llama
 from tests.distributed.launch import launch
+from tests.distributed.test_fsdp import figures
 
 SETTINGS = {
     "grpo": ("packing=true",),
@@ -36,6 +37,21 @@ def prompts(tmp_path):
 def rollouts(job):
     folder = Path(job["config"]["output_dir"]) / job["config"]["exp_name"] / "rollouts"
     return [json.loads(line) for file in sorted(folder.iterdir()) for line in file.read_text().splitlines()]
+
+
+def test_ranks_share_the_prompts_of_trainer_generate(job, scratch, tmp_path):
+    """The responses of one process, in order; the two blocks and the rest are gathered once, however long they are."""
+    settings = ("eval_generate={n_examples: 5, max_new_tokens: 8}", "validation_split=6", "lr=1e-4")
+    alone = job("alone", *settings, answers=str(tmp_path / "alone"))
+    ranked = job("ranks", *settings, fsdp="full", answers=str(tmp_path / "ranks"))
+    launch(0, [alone], scratch / "alone")
+    launch(2, [ranked], scratch / "ranks")
+    found, wanted = (json.loads((tmp_path / name).read_text()) for name in ("ranks", "alone"))
+    assert len(set(wanted[2]["texts"])) == 5
+    assert [one["texts"] for one in found] == [one["texts"] for one in wanted]
+    assert [one["gathers"] for one in found] == [[3, 3]] * 3
+    found, wanted = (figures(one, "eval") for one in (ranked, alone))
+    assert [row["exact_match"] for row in found] == [row["exact_match"] for row in wanted]
 
 
 def test_two_ranks_sample_and_train_as_one_process(job, scratch, prompts, tmp_path):

@@ -6,7 +6,9 @@ import torch
 import transformers as tf
 
 from minitrain.inference.choice import Chooser, Request, Uniforms
-from minitrain.inference.sampler import Sampler
+from minitrain.inference.plain_loop import PlainLoop
+from minitrain.inference.sampler import Sampler, by_own_logits, one_at_a_time
+from minitrain.inference.slots import SlotLoop
 from minitrain.model.sequence_head import make_policy
 from tests.conftest import random_llama
 from tests.shapes import SHAPE as TINY
@@ -29,12 +31,18 @@ MODELS = {
         tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     ),
 }
+RECURRENT = {
+    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)),
+    "lfm2-hybrid": lambda: tf.Lfm2ForCausalLM(tf.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])),
+    "rwkv": lambda: tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)),
+}
+SLOWER = {"rwkv": one_at_a_time}  # a batch mixes its rows in transformers 5.23
 LENGTHS = (5, 17, 9, 1)
 
 
 def random_model(name):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = (MODELS | RECURRENT)[name]().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -59,11 +67,13 @@ def logps_of(model, prompt, ids, temperature):
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS | RECURRENT)
 def test_log_probabilities_are_those_of_the_model(name):
-    model = random_model(name)
-    asked = requests()
-    for request, samples in zip(asked, sample(model, asked, Chooser(0.7), n_slots=5), strict=True):
+    model, asked = random_model(name), requests()
+    sampler = Sampler(make_policy(model).eval(), (2,), 5)
+    assert sampler.make_loop is (SlotLoop if name in MODELS else SLOWER.get(name, PlainLoop))
+    for request, samples in zip(asked, sampler.sample(asked, Chooser(0.7)), strict=True):
         for one in samples:
             want = logps_of(model, request.prompt, one.ids, 0.7)
             torch.testing.assert_close(torch.tensor(one.logps).double(), want, rtol=1e-4, atol=1e-4)
@@ -79,6 +89,24 @@ def test_a_response_does_not_depend_on_its_batch(name):
     turned = sample(model, asked[::-1], Chooser(0.8), 2)
     assert [[one.ids for one in samples] for samples in turned[::-1]] == want
     assert len({tuple(ids) for samples in want for ids in samples}) > len(want)  # keys make a difference
+
+
+@torch.no_grad()
+def test_a_response_does_not_depend_on_the_loop():
+    """Ended by a stop, an end token or its own limit, with the same log-probabilities."""
+    asked = [request._replace(limit=5 + i) for i, request in enumerate(requests())]
+    found = []
+    for make_loop in (SlotLoop, PlainLoop, one_at_a_time, by_own_logits):
+        sampler, counts = Sampler(make_policy(random_model("llama")).eval(), (2, 3, 4), 5), []
+        sampler.make_loop = make_loop
+        samples = sampler.sample(asked, Chooser(1.2, 0.95), lambda ids: sum(ids) % 7 == 0, counts.append)
+        found.append([one for of_request in samples for one in of_request])
+        assert sum(counts) == 12
+    assert len({len(one.ids) for one in found[0]}) > 3
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert (one.ids, one.ended) == (other.ids, other.ended)
+            assert one.logps == pytest.approx(other.logps, abs=1e-4)
 
 
 def test_greedy_decoding_equals_an_argmax_loop():
@@ -97,7 +125,7 @@ def test_a_prompt_is_computed_once():
     """Its n responses share its keys and values, also if they do not fit into the slots at once."""
     model, widths = random_model("llama"), []
     sampler = Sampler(make_policy(model).eval(), (), 4)
-    assert sampler.trial.agrees
+    assert sampler.make_loop is SlotLoop
     hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
     sampler.sample(requests(n=6), Chooser(1.0))
     hook.remove()

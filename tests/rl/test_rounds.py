@@ -8,6 +8,7 @@ import transformers as tf
 
 from minitrain import ConfigError, DataError, Trainer
 from minitrain.inference import choice
+from minitrain.inference.sampler import by_own_logits
 from minitrain.losses import create_loss
 from minitrain.model.logprobs import logits_of
 from minitrain.model.tiny import tiny_tokenizer
@@ -238,9 +239,23 @@ def test_a_model_without_plain_keys_and_values_trains_online(online, tmp_path, n
     torch.testing.assert_close(old, sampled, rtol=1e-4, atol=1e-4)
 
 
-def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
+def test_a_loop_that_differs_from_the_policy_does_not_sample(online, monkeypatch):
     """Here it forgets the scale of the logits, as one that calls the LM head itself would."""
     monkeypatch.setattr(choice, "logits_of", lambda *args: (3 * logits_of(*args)[0], None))
+    trainer = online(n_steps=1)
+    assert trainer.train_loader.engine.sampler.make_loop is by_own_logits
+    assert any(note.startswith("rollout: ") for note in trainer.notes)
+
+
+def test_a_sampler_that_differs_from_the_policy_is_refused(online, monkeypatch):
+    """Here it reports log-probabilities at another temperature."""
+    choose = choice.Chooser.__call__
+
+    def hotter(self, logits, uniforms):
+        ids, logps = choose(self, logits, uniforms)
+        return ids, 0.9 * logps
+
+    monkeypatch.setattr(choice.Chooser, "__call__", hotter)
     with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
         online()
 

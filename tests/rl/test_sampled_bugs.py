@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitrain.inference.sampler import Uniforms
+from minitrain.inference.choice import Uniforms
 from tests.rl.test_rounds import ROLLOUT, online  # noqa: F401 (a fixture)
 from tests.rl.test_vllm import ADAPTERS, differences
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minitrain import ConfigError, RunError
-from minitrain.inference.sampler import Chooser, Request
+from minitrain.inference.choice import Chooser, Request
 from minitrain.model.tiny import tiny_model, tiny_tokenizer
 from minitrain.rl import vllm
 from minitrain.rl.vllm import Server, VLLMOptions

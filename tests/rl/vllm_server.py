@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from minitrain.inference.sampler import Chooser, Request, Sampler
+from minitrain.inference.choice import Chooser, Request
+from minitrain.inference.sampler import Sampler
 from minitrain.model.policy import Policy
 from minitrain.training.step import inference
 

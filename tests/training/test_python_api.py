@@ -229,6 +229,7 @@ def test_a_loss_can_be_defined_again(own_registry):
         (lambda t: t.generate([{"role": "user", "content": "a"}]), "prompts[0]: expected a string or a list"),
         (lambda t: t.generate(["a"], {"max_new_tokens": 3}), "sampling: expected a Sampling"),
         (lambda t: Sampling(temperature=-1), "temperature: must be 0 or more"),
+        (lambda t: Sampling(stop=["\n", ""]), "stop: has an empty string"),
         (lambda t: t.forward_backward(next(iter(t.train_loader.steps()))[1][0]), "batches: expected a list"),
         (lambda t: load_config(t.config), "Change it with dataclasses.replace"),
         (lambda t: load_generator("tiny", device="gpu"), "device: "),
