@@ -631,7 +631,7 @@ BUGS = {
             number=53,
             title="Greedy responses had the repetition penalty of the base model's generation_config.json.",
             reported_in="PrimeIntellect-ai/prime-rl#886, volcengine/verl#7270",
-            file="minitrain/inference/generate.py",
+            file="minitrain/inference/plain_loop.py",
             line="model.generation_config = type(defaults)()",
             replacement="pass",
             test="tests/inference/test_greedy.py::test_greedy_answers_are_those_of_an_argmax_loop",

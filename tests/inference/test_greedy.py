@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minitrain.inference.generate import Generator, Sampling, load_generator
+from minitrain.inference.plain_loop import PlainLoop
 
 PROMPTS = ["a", "what is 1 + 1?", "a prompt that is longer than the others by far", "b"]
 N_NEW = 12
@@ -101,6 +102,8 @@ def test_greedy_answers_are_those_of_an_argmax_loop(knob, base, greedy):
     with redirect_stdout(io.StringIO()) as printed:
         assert generator.stream(conversations(PROMPTS[1])[0], Sampling(N_NEW)).text == greedy[1]
     assert printed.getvalue().strip("\n") == greedy[1].strip("\n")
+    generator.sampler.make_loop = PlainLoop  # which calls `generate` of transformers
+    assert generator.generate(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
 
 
 def test_a_repository_does_not_bring_its_own_generate(base, greedy):
