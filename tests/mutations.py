@@ -499,6 +499,15 @@ BUGS = {
             replacement="return log_ratio.exp()",
             test="tests/losses/test_rollouts.py::test_a_far_off_token_has_the_gradient_of_the_clip",
         ),
+        Bug(
+            number=73,
+            title="Answers were sampled with top_p, but their log-probabilities were those of the full softmax.",
+            reported_in="huggingface/trl#6789, modelscope/ms-swift#8442",
+            file="minitrain/rl/checks.py",
+            line='if loss.example_type == "rollout" and (options.top_p < 1 or options.top_k):',
+            replacement="if False:",
+            test="tests/rl/test_rollout_options.py::test_truncated_distributions_are_for_losses_without_ratios",
+        ),
     ],
     "weights": [
         Bug(
@@ -650,8 +659,8 @@ BUGS = {
             title="The biases and gates of routers, which a model keeps in float32, were rounded when it was saved in bfloat16.",
             reported_in="minitrain 0.1.0",
             file="minitrain/model/save.py",
-            line="name: tensor.to(plan(name, tensor)) for name, tensor in tensors",
-            replacement="name: tensor.to(dtype) for name, tensor in tensors",
+            line='state = {name: tensor.to("cpu", plan(name, tensor)) for name, tensor in tensors}',
+            replacement='state = {name: tensor.to("cpu", dtype) for name, tensor in tensors}',
             test="tests/model/test_dtypes.py::test_logits_after_training_at_lr_0_are_those_before",
         ),
         Bug(

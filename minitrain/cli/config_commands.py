@@ -65,7 +65,7 @@ def validate(arguments: argparse.Namespace) -> int:
             with exiting_on_signal():
                 config = _parse_config(path, arguments)
                 from minitrain.tools.preflight.validate import validate
-            report = validate(config, devices, with_memory=full)
+            report = validate(config, devices, with_memory=full, marks=_marks())
         except UnreachableError as error:
             print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED
@@ -117,11 +117,18 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def inspect(arguments: argparse.Namespace) -> int:
     with exiting_on_signal():
         config = _load_config(arguments)
-        from minitrain.tools.preflight.preview import BRACKETS, COLORS, inspect
-    use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
-    for line in inspect(config, arguments.rows, arguments.split, COLORS if use_color else BRACKETS):
+        from minitrain.tools.preflight.preview import inspect
+    for line in inspect(config, arguments.rows, arguments.split, _marks()):
         print(line)
     return 0
+
+
+def _marks():
+    """Return how to mark text: by colors on a terminal."""
+    from minitrain.tools.preflight.preview import BRACKETS, COLORS
+
+    use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
+    return COLORS if use_color else BRACKETS
 
 
 def _cache_teacher_arguments(parser: argparse.ArgumentParser) -> None:

@@ -236,9 +236,9 @@ class EarlyStoppingConfig:
     threshold: float = option(0.0, "Improvement of `metric` that an evaluation must exceed to count.", ge=0)
     metric: str = option(
         "loss",
-        "Evaluation metric that selects the best model, also for save_best. Lower is better for losses, perplexity "
-        "and kl. For metrics other than loss and exact_match, an evaluation before the first step checks that the "
-        "metric exists.",
+        "Evaluation metric that selects the best model, also for save_best; of sampled answers, loss stands for "
+        "reward. Lower is better for losses, perplexity and kl, and for length, turns and unjudged. For metrics other "
+        "than loss, exact_match and reward, an evaluation before the first step checks that the metric exists.",
     )
 
 

@@ -96,10 +96,17 @@ def exact_match(
         prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
         expected = final_answer(references[i].message["content"], settings.match)
         expected = json.dumps(references[i].functions) if references[i].functions else str(expected)
-        result = "right" if matches[i] else f"wrong, expected {_short(expected)}"
-        shown = _short(responses[i].text.strip(), from_end=settings.match != "text")
-        log(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
+        log_answer(log, prompt, responses[i].text, expected, matches[i], settings)
     return sum(matches) / len(matches)
+
+
+def log_answer(
+    log: Callable[[str], None], prompt: str, answer: str, expected: str, is_right: bool, settings: EvalGenerateConfig
+) -> None:
+    """Log a prompt with its greedy answer, and with the expected final answer if that differs."""
+    result = "right" if is_right else f"wrong, expected {_short(expected)}"
+    shown = _short(answer.strip(), from_end=settings.match != "text")
+    log(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
 
 
 def response_start(document: Document, template: Template) -> int:

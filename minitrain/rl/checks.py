@@ -1,5 +1,6 @@
 """Check the options of rollouts."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 from minitrain.config.issues import ConfigIssues
@@ -13,13 +14,21 @@ from .prompts import check_rows
 from .rewards import build_rewards
 
 DEFAULTS = RolloutConfig()
+UNUSED_OUTSIDE = {  # options of other sections
+    "mask_truncated": "Set rollout.truncated=mask.",
+    "truncation": "Remove it: prompts that are too long are left out.",
+    "train_on": "Remove it: all of them are trained on.",
+    "train_on_reasoning": "Remove it: all of their tokens are trained on.",
+    "eval_batch_size": "Set rollout.num_slots.",
+}
 
 
-def check(config: Config, loss: Loss, issues: ConfigIssues) -> None:
+def check(config: Config, given: set[str], loss: Loss, issues: ConfigIssues) -> None:
     """Add the problems of the section `rollout` to `issues`, and give the loss its sampling temperature.
 
     Args:
         config: The full config.
+        given: Names of the options that are set explicitly or differ from their default.
         loss: The loss.
         issues: Receives the problems.
     """
@@ -38,10 +47,14 @@ def check(config: Config, loss: Loss, issues: ConfigIssues) -> None:
         issues.add("rollout.num_generations", "conflict", message, "loss.name")
         return
     _check_loss(config, loss, issues)
-    _check_sizes(config, loss, issues)
-    for key, reason in _unused(options, loss).items():
+    _check_loss_options(config, loss, issues)
+    _check_sampling(config, issues)
+    for key, reason in _unused(config, loss).items():
         if key in changed:
             issues.add(f"rollout.{key}", "no-effect", f"has no effect: {reason}")
+    for key, reason in UNUSED_OUTSIDE.items():
+        if key in given:
+            issues.add(key, "no-effect", f"has no effect on sampled answers. {reason}", "rollout.num_generations")
     check_engine(options, config.soft_prompt.num_virtual_tokens, issues)
     rewards = build_rewards(options.rewards, issues)
     build_environment(options.environment, issues)
@@ -59,29 +72,42 @@ def _check_loss(config: Config, loss: Loss, issues: ConfigIssues) -> None:
     if options.num_generations == 1 and compares:
         message = "must be at least 2, because the answers to a prompt are compared, got 1. Set 8."
         issues.add("rollout.num_generations", "conflict", message, "loss.name")
-    if getattr(loss.options, "advantage_estimator", "") == "given":
-        message = "sampled answers have no given advantages. Use grpo, rloo, reinforce++ or gae."
-        issues.add("loss.advantage_estimator", "conflict", message)
     if loss.example_type == "rollout" and (options.top_p < 1 or options.top_k):
         key = "top_p" if options.top_p < 1 else "top_k"
         message = "conflicts with a loss of probability ratios, which are those of the full distribution. Remove it."
         issues.add(f"rollout.{key}", "conflict", message, "loss.name")
-    if getattr(loss.options, "reference", "") == "precomputed":
-        message = "conflicts with rollout.num_generations: sampled answers are not known before training. Use auto."
-        issues.add("loss.reference", "conflict", message)
-    if hasattr(loss.options, "temperature"):
-        if config.loss.get("temperature", options.temperature) != options.temperature:
-            message = f"must be rollout.temperature={options.temperature:g}. Remove it."
-            issues.add("loss.temperature", "conflict", message)
-        config.loss["temperature"] = loss.options.temperature = options.temperature
-    if getattr(loss.options, "loss_aggregation", "") == "dr_grpo" and loss.options.max_new_tokens is None:
-        config.loss["max_new_tokens"] = loss.options.max_new_tokens = options.max_new_tokens
     if loss.example_type == "unpaired_preference" and options.prompts_per_round == 1:
         message = f"must be at least 2 with {name}, which compares answers to different prompts, got 1."
         issues.add("rollout.prompts_per_round", "conflict", message, "loss.name")
 
 
-def _check_sizes(config: Config, loss: Loss, issues: ConfigIssues) -> None:
+def _check_loss_options(config: Config, loss: Loss, issues: ConfigIssues) -> None:
+    """Check the options of the loss, and set those that follow from `rollout`."""
+    options = config.rollout
+    if getattr(loss.options, "advantage_estimator", "") == "given":
+        message = "sampled answers have no given advantages. Use grpo, rloo, reinforce++ or gae."
+        issues.add("loss.advantage_estimator", "conflict", message)
+    if getattr(loss.options, "advantage_estimator", "") == "gae" and "values" not in loss.requires:
+        message = "gae needs the values of sampled answers from a value head. Set it, for example to 0.1."
+        issues.add("loss.vf_coef", "missing-option", message, "loss.advantage_estimator")
+    if getattr(loss.options, "reference", "") == "precomputed":
+        message = "conflicts with rollout.num_generations: sampled answers are not known before training. Use auto."
+        issues.add("loss.reference", "conflict", message)
+    if getattr(loss.options, "teacher_outputs", None) is not None:
+        message = "conflicts with rollout.num_generations: sampled answers are not known before training. Set "
+        issues.add("loss.teacher_outputs", "conflict", message + "loss.teacher.")
+    if hasattr(loss.options, "temperature"):
+        temperature = config.loss.get("temperature", options.temperature)
+        if loss.example_type == "rollout" and temperature != options.temperature:
+            message = f"must be rollout.temperature={options.temperature:g}. Remove it."
+            issues.add("loss.temperature", "conflict", message)
+        config.loss["temperature"] = loss.options.temperature = temperature
+    if getattr(loss.options, "loss_aggregation", "") == "dr_grpo" and loss.options.max_new_tokens is None:
+        config.loss["max_new_tokens"] = loss.options.max_new_tokens = options.max_new_tokens
+
+
+def _check_sampling(config: Config, issues: ConfigIssues) -> None:
+    """Check the sizes of a round and how its answers are sampled."""
     options = config.rollout
     if options.prompts_per_round % config.total_batch_size:
         message = (
@@ -92,11 +118,20 @@ def _check_sizes(config: Config, loss: Loss, issues: ConfigIssues) -> None:
     if options.max_new_tokens >= config.max_length:
         message = f"leaves no space for a prompt in max_length={config.max_length}. Raise max_length."
         issues.add("rollout.max_new_tokens", "too-large", message, "max_length")
+    if options.eval_generations > 1 and options.eval_temperature == 0:
+        message = "conflicts with rollout.eval_temperature=0: greedy answers to a prompt are equal. Change one."
+        issues.add("rollout.eval_generations", "conflict", message, "rollout.eval_temperature")
+    name = options.environment.get("name") if isinstance(options.environment, Mapping) else options.environment
+    if name == "tools" and options.max_turns == 1:
+        message = "must be at least 2 with tools, which reply to an answer, got 1. Raise it."
+        issues.add("rollout.max_turns", "conflict", message, "rollout.environment")
 
 
-def _unused(options: RolloutConfig, loss: Loss) -> dict[str, str]:
+def _unused(config: Config, loss: Loss) -> dict[str, str]:
     """Return the options that have no effect, each with the reason."""
-    unused = {}
+    options, unused = config.rollout, {}
+    if not config.eval_datasets and not config.validation_split:
+        unused |= dict.fromkeys(("eval_generations", "eval_temperature"), "it needs eval_datasets or validation_split.")
     if options.zero_variance_groups != "resample":
         unused["max_draws"] = "it needs rollout.zero_variance_groups=resample."
     if options.environment is None:
@@ -113,4 +148,6 @@ def _unused(options: RolloutConfig, loss: Loss) -> dict[str, str]:
         unused["min_reward"] = "it needs loss.name=sft or dft."
     if not options.rewards:
         unused["reward_timeout"] = "it needs rollout.rewards."
+        if options.environment is None and options.truncated == "zero":
+            unused["truncated"] = "answers have no reward without rollout.rewards. Set mask, or remove it."
     return unused

@@ -1,6 +1,7 @@
 """Environments: what replies to a response, and so makes a conversation of several turns."""
 
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +10,7 @@ from minitrain.config.issues import ConfigIssues, check_types, regex_error
 from minitrain.config.option import option
 from minitrain.config.suggest import hint_for_value
 from minitrain.data.messages import Message, Messages
-from minitrain.errors import ConfigError, short
+from minitrain.errors import ConfigError, MinitrainError, RunError, short
 
 from .calculator import calculate
 
@@ -42,6 +43,25 @@ class Environment(Protocol):
     def reply(self, response: Message) -> Reply:
         """Return the reply to a response, with its `content` and, if it has some, `tool_calls`."""
         ...
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of an environment.
+
+    Raises:
+        RunError: It raises an error.
+    """
+    try:
+        return function(*arguments)
+    except MinitrainError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RunError(
+            f"rollout.environment: {function.__qualname__} failed at {frame.filename}:{frame.lineno}: "
+            f"{type(error).__name__}: {error}. Correct the environment.",
+            "plugin-failed",
+        ) from error
 
 
 class EnvironmentClass(NamedTuple):

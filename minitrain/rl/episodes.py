@@ -10,12 +10,13 @@ from typing import Any
 
 from minitrain.config.sections import RolloutConfig
 from minitrain.data.messages import Message, Messages
+from minitrain.data.source import row_name
 from minitrain.data.template import Template
 from minitrain.inference.choice import Chooser, Request, Sample
 from minitrain.inference.generate import Generator
 
 from .engine import Engine
-from .environments import Environment
+from .environments import Environment, call
 
 PLACEHOLDER = "minitrain placeholder of a response"
 
@@ -41,6 +42,11 @@ class Prompt:
     line: int = 0
     messages: Messages = field(default_factory=list)
     variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """`file:line` of its row."""
+        return row_name(self.source, self.line)
 
 
 @dataclass
@@ -129,7 +135,7 @@ class Player:
             return Episode(prompt, key, list(prompt.messages))
         environment = self.make_environment()
         seed = hash((key[:-1], prompt.number)) & 0x7FFFFFFF
-        messages = environment.begin(prompt.row, prompt.messages, seed)
+        messages = call(environment.begin, prompt.row, prompt.messages, seed)
         if messages != prompt.messages:
             prompt.messages = messages
             prompt.ids = self.template.encode_prompt(messages, prompt.variables)
@@ -149,7 +155,7 @@ class Player:
         episode.text, episode.ended, episode.turns = response.text, sample.ended, episode.turns + 1
         if episode.environment is None or not sample.ended:
             return False
-        reply = episode.environment.reply(response.message)
+        reply = call(episode.environment.reply, response.message)
         episode.token_rewards[-1] += reply.reward
         if not reply.messages or episode.turns == self.options.max_turns:
             return False

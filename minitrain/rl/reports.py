@@ -81,16 +81,16 @@ def pass_at_k(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
     """Return pass@k of each reward function whose values are 0 and 1, for k = 1, 2, 4, ... up to the group size.
 
     The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, eq. 1): the mean of 1 - C(n - c, k) / C(n, k), where c
-    of n answers are right.
+    of n answers are right. Answers that a function could not judge are left out.
     """
-    n = min((len(group) for group in groups), default=0)
     names = sorted({name for group in groups for one in group for name in one["parts"]})
     metrics: dict[str, float] = {}
-    for name in names if n > 1 else ():
-        values = [[one["parts"].get(name, 0.0) for one in group] for group in groups]
-        if any(value not in (0.0, 1.0) for group in values for value in group):
+    for name in names:
+        judged_ones = [[one["parts"][name] for one in group if name in one["parts"]] for group in groups]
+        values = [group for group in judged_ones if group]
+        n, k = min(map(len, values)), 1
+        if n == 1 or any(value not in (0.0, 1.0) for group in values for value in group):
             continue
-        k = 1
         while k <= n:
             passed = [1 - math.comb(len(g) - int(sum(g)), k) / math.comb(len(g), k) for g in values]
             metrics[f"pass@{k}/{name}"] = _mean(passed)

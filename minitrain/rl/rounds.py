@@ -22,6 +22,7 @@ import torch
 
 from minitrain.batch import Batch
 from minitrain.config.issues import ConfigIssues, ConfigSource
+from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.data.sampler import epoch_order
@@ -34,6 +35,7 @@ from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples
 from .engine import Engine, build_engine, refreshed
 from .environments import build_environment
 from .episodes import Episode, Player, Prompt
+from .evaluation import exact_match, references
 from .exchange import gather_groups
 from .logps import add_logps
 from .prompts import Prompts
@@ -99,8 +101,7 @@ class Rounds(MicrobatchLoader):
 
     @property
     def total_steps(self) -> int:
-        rounds = math.ceil(self.config.n_epochs * len(self.prompts) / self.epoch_size)
-        return self.config.n_steps or max(1, rounds * self.options.num_iterations * self.steps_per_epoch)
+        return count_steps(self.config, len(self.prompts))
 
     def steps(self, consumed: int = 0) -> Iterator[tuple[list[int], list[Batch]]]:
         """Yield (indices of the step's examples, this rank's micro-batches), until a signal stops the sampling.
@@ -155,14 +156,14 @@ class Rounds(MicrobatchLoader):
         while len(groups) < n:
             failpoint("round.draw")
             self.trainer.parallel.set_status(f"round {number + 1}")
-            prompts = self._draw(n - len(groups))
+            prompts = self.draw(n - len(groups))
             failpoint("round.sample")
             with _timed(seconds, "generate"):
                 key = (self.config.seed, TRAIN, number)
-                episodes = self._play(prompts, key, options.num_generations, options.temperature)
+                episodes = self.play(prompts, key, options.num_generations)
             failpoint("round.reward")
             with _timed(seconds, "judge"):
-                judgements = self._judge(episodes)
+                judgements = self.judge(episodes)
             if self.trainer.is_interrupted():
                 self.n_drawn = 0  # the dropped round draws its prompts again
                 return False
@@ -179,22 +180,28 @@ class Rounds(MicrobatchLoader):
         self.log(groups, everyone, seconds, {})
         return True
 
-    def _draw(self, n: int) -> list[Prompt]:
+    def draw(self, n: int) -> list[Prompt]:
         """Return this rank's part of the next n prompts."""
         first = self.n_drawn
         self.n_drawn += n
         mine = [number for number in range(first, first + n) if number % self.world_size == self.rank]
         return [self.prompts.in_order(self.drawn + number, number) for number in mine]
 
-    def _play(self, prompts: list[Prompt], key: tuple[int, ...], n: int, temperature: float) -> list[list[Episode]]:
-        """Return n conversations for each prompt, sampled from the policy."""
-        trainer = self.trainer
-        options = dataclasses.replace(self.options, temperature=temperature)
-        player = Player(trainer.generator, self.engine, options, self.config.max_length, self.make_environment)
+    def play(self, prompts: list[Prompt], key: tuple[int, ...], n: int, **changes: Any) -> list[list[Episode]]:
+        """Return n conversations for each prompt, sampled from the policy.
+
+        Args:
+            prompts: The prompts.
+            key: Integers that determine the random numbers, together with the numbers of prompt and response.
+            n: Conversations for each prompt.
+            changes: Options of rollouts that differ.
+        """
+        options = dataclasses.replace(self.options, **changes)
+        player = Player(self.trainer.generator, self.engine, options, self.config.max_length, self.make_environment)
         with refreshed(self.engine):
             return player.play(prompts, key, n)
 
-    def _judge(self, groups: list[list[Episode]]) -> list[list[Judgement]]:
+    def judge(self, groups: list[list[Episode]]) -> list[list[Judgement]]:
         """Return the rewards of the conversations of each prompt."""
         episodes = [episode for group in groups for episode in group]
         judgements = [Judgement(0.0) for _ in episodes]
@@ -243,17 +250,32 @@ class Rounds(MicrobatchLoader):
         vars(self).pop("lengths", None)  # a cached property
 
     def evaluate(self, loader: MicrobatchLoader) -> dict[str, float]:
-        """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it."""
-        began, options = time.perf_counter(), self.options
+        """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it.
+
+        The random numbers are the same in each evaluation, so that differences are those of the policy.
+        """
+        began, options, key = time.perf_counter(), self.options, (self.config.seed, EVAL)
+        prompts = self._eval_prompts(loader)
+        mine = [prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
+        temperature = options.temperature if options.eval_temperature is None else options.eval_temperature
+        episodes = self.play(mine, key, options.eval_generations, temperature=temperature)
+        groups = [stats for _, stats in self._gather(episodes, self.judge(episodes))]
+        self.log.warn_of_failures()
+        metrics = answer_metrics(groups) | pass_at_k(groups)
+        if self.config.eval_generate.n_examples:
+            metrics["exact_match"] = exact_match(self, prompts, key)
+        self.seconds_trained -= time.perf_counter() - began
+        return {} if self.trainer.is_interrupted() else metrics
+
+    def _eval_prompts(self, loader: MicrobatchLoader) -> Prompts:
         if self.eval_prompts is None or self.eval_prompts.examples is not loader.examples:
             self.eval_prompts = Prompts(loader.examples, self.config.seed)
-        mine = [self.eval_prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
-        temperature = options.temperature if options.eval_temperature is None else options.eval_temperature
-        episodes = self._play(mine, (self.config.seed, EVAL), options.eval_generations, temperature)
-        groups = [stats for _, stats in self._gather(episodes, self._judge(episodes))]
-        self.log.warn_of_failures()
-        self.seconds_trained -= time.perf_counter() - began
-        return {} if self.trainer.is_interrupted() else answer_metrics(groups) | pass_at_k(groups)
+        return self.eval_prompts
+
+    def check_references(self, loader: MicrobatchLoader | None) -> None:
+        """Raise DataError if an evaluation compares greedy answers with those of the rows, and a row has none."""
+        if loader is not None and self.config.eval_generate.n_examples:
+            references(self._eval_prompts(loader), self.config.eval_generate.n_examples)
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 
@@ -308,16 +330,34 @@ def _names(number: int) -> tuple[str, Path]:
     return f"round {number + 1}", Path(f"round-{number + 1}.safetensors")
 
 
+def count_steps(config: Config, n_prompts: int) -> int:
+    """Return the number of optimizer steps of a run on rounds of `n_prompts` prompts."""
+    options = config.rollout
+    n_rounds = math.ceil(config.n_epochs * n_prompts / options.prompts_per_round)
+    steps_per_pass = math.ceil(options.prompts_per_round / config.total_batch_size)
+    return config.n_steps or max(1, n_rounds * options.num_iterations * steps_per_pass)
+
+
+def make_rounds(trainer: "Trainer", engine: Engine) -> Rounds:
+    """Return the loader of a run's rounds, with its rewards and its environment.
+
+    Raises:
+        ConfigError: A reward or the environment is unknown or has invalid options.
+    """
+    issues = ConfigIssues(ConfigSource("rollout"))
+    rewards = build_rewards(trainer.config.rollout.rewards, issues)
+    make_environment = build_environment(trainer.config.rollout.environment, issues)
+    issues.raise_if_any()
+    return Rounds(trainer, engine, rewards, make_environment)
+
+
 def sample_rounds(trainer: "Trainer") -> None:
     """Replace the loader of a trainer, which has the prompts, by one that samples the responses.
 
     Raises:
         ConfigError: A reward or the environment is unknown or has invalid options, or the model cannot be sampled from.
     """
-    issues = ConfigIssues(ConfigSource("rollout"))
-    rewards = build_rewards(trainer.config.rollout.rewards, issues)
-    make_environment = build_environment(trainer.config.rollout.environment, issues)
-    issues.raise_if_any()
-    trainer.train_loader = Rounds(trainer, build_engine(trainer), rewards, make_environment)
+    trainer.train_loader = make_rounds(trainer, build_engine(trainer))
+    trainer.train_loader.check_references(trainer.eval_loader)
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)

@@ -21,6 +21,7 @@ from .step import MetricAccumulator
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
+LOWER_IS_BETTER = ("loss", "perplexity", "kl", "length", "length_max", "turns", "unjudged")
 KNOWN_METRICS = ("loss", "exact_match")  # of every loss; the check of the config knows whether exact_match is on
 
 
@@ -82,7 +83,8 @@ def should_evaluate(trainer: "Trainer") -> bool:
     """Return whether an evaluation of this step is due, which includes one that a signal interrupted."""
     config, every = trainer.config, trainer.config.eval_every_steps
     if trainer.step == 0:  # an unknown metric should not be reported only after hours
-        is_due = config.do_first_eval or config.early_stopping.metric not in KNOWN_METRICS
+        known = (*KNOWN_METRICS, *(["reward"] if trainer.loss.online else []))
+        is_due = config.do_first_eval or config.early_stopping.metric not in known
     else:
         is_due = every > 0 and trainer.step % every == 0 and trainer.step < trainer.total_steps
     return is_due and trainer.evaluated_step != trainer.step
@@ -121,6 +123,11 @@ def best_metric(trainer: "Trainer") -> str:
     return "reward" if metric == "loss" and trainer.loss.online else metric
 
 
+def is_lower_better(metric: str) -> bool:
+    """Return whether lower values of a metric are better. Higher rewards are, whatever their functions are named."""
+    return not metric.startswith(("reward", "pass@")) and metric.endswith(LOWER_IS_BETTER)
+
+
 def _warn_without_best(trainer: "Trainer") -> None:
     """Warn if `save_best` is set but best/ does not exist, as when `save_best` was not set before."""
     metric, best = best_metric(trainer), trainer.best
@@ -135,7 +142,7 @@ def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
     metric = best_metric(trainer)
     check_metric(metric, metrics)
     value = metrics[metric]
-    sign = -1 if metric.endswith(("loss", "perplexity", "kl")) else 1
+    sign = -1 if is_lower_better(metric) else 1
     improved = trainer.best is None or sign * (value - trainer.best) > stopping.threshold
     if improved and not math.isnan(value):
         trainer.best, trainer.evals_without_improvement = value, 0

@@ -59,17 +59,18 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     if loss.example_type != "rollout" and config.mask_truncated:
         message = f"has no effect with {name}, which does not train on rollouts. Remove it."
         issues.add("mask_truncated", "no-effect", message, "loss.name")
+    is_online = config.rollout.num_generations > 0
     for key in ("truncation", "max_prompt_length"):
-        if loss.example_type == "rollout" and key in given:
+        if loss.example_type == "rollout" and not is_online and key in given:
             message = "has no effect on rollouts, which are not truncated. Remove it, or set mask_truncated."
             issues.add(key, "no-effect", message, "loss.name")
-    wanted = "prompt" if config.rollout.num_generations else loss.example_type
+    wanted = "prompt" if is_online else loss.example_type
     for i, entry in enumerate(config.datasets):
         if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != wanted:
             kind = ROW_FORMATS[entry.type].kind
             message = f"{name} trains on {wanted} rows, got {entry.type}, a format of {kind} rows."
             issues.add(f"datasets[{i}].type", "mismatch", f"{message} Change one.", "loss.name")
-    if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples:
+    if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples and not is_online:
         message = f"{loss.example_type} rows have no correct responses to compare with. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
     if loss.head_labels is not None and config.model.router_aux_loss_coef:

@@ -60,8 +60,8 @@ def test_a_conversation_of_two_turns_is_trained_as_it_was_sampled(online):  # no
     trainer = online(rollout=rollout, n_steps=1)
     trainer.template.end_ids = lambda: list(range(3, 100))
     seen = []
-    judge = trainer.train_loader._judge
-    trainer.train_loader._judge = lambda groups: seen.extend(one for g in groups for one in g) or judge(groups)
+    judge = trainer.train_loader.judge
+    trainer.train_loader.judge = lambda groups: seen.extend(one for g in groups for one in g) or judge(groups)
     trainer.train()
     assert max(episode.turns for episode in seen) == 3
     cache = trainer.train_loader.examples.caches[0]

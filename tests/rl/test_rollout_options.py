@@ -20,6 +20,31 @@ CASES = [
     ({}, {"loss": {"name": "policy", "advantage_estimator": "given"}}, "conflict", "loss.advantage_estimator"),
     ({}, {"loss": {"name": "policy", "temperature": 0.5}}, "conflict", "loss.temperature"),
     ({}, {"loss": {"name": "dpo", "reference": "precomputed"}}, "conflict", "loss.reference"),
+    ({}, {"loss": {"name": "policy", "advantage_estimator": "gae"}}, "missing-option", "loss.vf_coef"),
+    ({}, {"loss": {"name": "policy", "kl_coef": 0.1, "kl_estimator": "k1"}}, "conflict", "loss.kl_estimator"),
+    ({}, {"loss": {"name": "policy", "kl_coef": 0.1, "reference": "precomputed"}}, "conflict", "loss.reference"),
+    ({}, {"loss": {"name": "kd", "teacher_outputs": __file__}}, "conflict", "loss.teacher_outputs"),
+    ({}, {"mask_truncated": True}, "no-effect", "mask_truncated"),
+    ({}, {"truncation": "end"}, "no-effect", "truncation"),
+    ({}, {"train_on": "last_turn"}, "no-effect", "train_on"),
+    ({}, {"train_on_reasoning": False}, "no-effect", "train_on_reasoning"),
+    ({}, {"eval_batch_size": 8, "validation_split": 2}, "no-effect", "eval_batch_size"),
+    ({"eval_generations": 4}, {}, "no-effect", "rollout.eval_generations"),
+    ({"eval_temperature": 0.5}, {}, "no-effect", "rollout.eval_temperature"),
+    (
+        {"eval_generations": 4, "eval_temperature": 0.0},
+        {"validation_split": 2},
+        "conflict",
+        "rollout.eval_generations",
+    ),
+    ({"environment": {"name": "tools", "tools": ["calculator"]}}, {}, "conflict", "rollout.max_turns"),
+    ({"environment": "tools"}, {}, "conflict", "rollout.max_turns"),
+    (
+        {"rewards": [], "truncated": "zero"},
+        {"loss": {"name": "kd", "teacher": "tiny"}},
+        "no-effect",
+        "rollout.truncated",
+    ),
     ({"top_p": 0.9}, {}, "conflict", "rollout.top_p"),
     ({"top_k": 5}, {}, "conflict", "rollout.top_k"),
     ({"prompts_per_round": 33}, {}, "mismatch", "rollout.prompts_per_round"),
@@ -44,9 +69,19 @@ CASES = [
     ({"engine": "vllm"}, {"soft_prompt": {"num_virtual_tokens": 2}}, "conflict", "rollout.engine"),
     ({"environment": "tool"}, {}, "not-a-choice", "rollout.environment"),
     ({"environment": 3}, {}, "wrong-type", "rollout.environment"),
-    ({"environment": {"name": "tools", "tool": 1}}, {}, "unknown-option", "rollout.environment.tool"),
-    ({"environment": {"name": "tools", "tools": ["calculater"]}}, {}, "not-a-choice", "rollout.environment.tools"),
-    ({"environment": {"name": "tools", "pattern": "("}}, {}, "invalid-value", "rollout.environment.pattern"),
+    ({"max_turns": 2, "environment": {"name": "tools", "tool": 1}}, {}, "unknown-option", "rollout.environment.tool"),
+    (
+        {"max_turns": 2, "environment": {"name": "tools", "tools": ["calculater"]}},
+        {},
+        "not-a-choice",
+        "rollout.environment.tools",
+    ),
+    (
+        {"max_turns": 2, "environment": {"name": "tools", "pattern": "("}},
+        {},
+        "invalid-value",
+        "rollout.environment.pattern",
+    ),
     ({"rewards": [{"name": "regex", "pattern": "("}]}, {}, "invalid-value", "rollout.rewards[0].pattern"),
     ({"rewards": [{"name": "regex"}]}, {}, "missing-option", "rollout.rewards[0].pattern"),
 ]
@@ -60,8 +95,28 @@ def test_what_is_refused(rollout, options, code, key, rows_file):
 
 
 def test_the_temperature_of_sampling_is_that_of_the_loss(rows_file):
+    """A distillation may have another one: there it softens both distributions."""
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)], "rollout": ROLLOUT | {"temperature": 0.7}}
+    assert load_config(base | {"loss": {"name": "policy"}}).loss["temperature"] == 0.7
+    distillation = {"name": "kd", "teacher": "tiny"}
+    assert load_config(base | {"loss": distillation}).loss["temperature"] == 0.7
+    assert load_config(base | {"loss": distillation | {"temperature": 2.0}}).loss["temperature"] == 2.0
+
+
+@pytest.mark.parametrize("key", ["top_p", "top_k"])
+def test_truncated_distributions_are_for_losses_without_ratios(rows_file, key):
+    """Ratios are those of the full softmax, from which such answers were not sampled (silent RL bug R2)."""
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)]}
+    rollout = {"rollout": ROLLOUT | {key: {"top_p": 0.9, "top_k": 5}[key]}}
+    with raises(ConfigError, "conflict", f"rollout.{key}"):
+        load_config(base | {"loss": {"name": "policy"}} | rollout)
+    for loss in ("sft", "dpo", "kto"):
+        load_config(base | {"loss": {"name": loss}} | rollout)
+
+
+def test_a_limit_of_prompts_is_for_sampled_answers_too(rows_file):
     base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)], "loss": {"name": "policy"}}
-    assert load_config(base | {"rollout": ROLLOUT | {"temperature": 0.7}}).loss["temperature"] == 0.7
+    assert load_config(base | {"rollout": ROLLOUT, "max_prompt_length": 9}).max_prompt_length == 9
 
 
 def test_two_functions_of_one_name_are_refused(monkeypatch):

@@ -270,8 +270,8 @@ def test_a_reward_without_its_column_is_refused_before_a_model_is_loaded(online,
 
 def test_rows_from_python_are_evaluated(online):
     """The answers are judged by these rows, not by those of the config's files."""
-    rewards = ["exact_match", "length"]
-    trainer = online(n_steps=1, rollout={"rewards": rewards, "eval_temperature": 0.0})
+    rollout = {"rewards": ["exact_match", "length"], "eval_temperature": 0.0}
+    trainer = online(n_steps=1, rollout=rollout, validation_split=2)
     trainer.train()
     said = trainer.predict(["a new prompt"], max_new_tokens=6)[0]
     for right, reward in ((said, 1.0), (f"{said} not", 0.0)):

@@ -43,7 +43,7 @@ def check_config(
         if config.rollout != RolloutConfig():
             from minitrain.rl import checks as rl  # imports transformers
 
-            rl.check(config, loss, issues)
+            rl.check(config, given, loss, issues)
     training.check_optimizer_options(config, given, issues)
 
 

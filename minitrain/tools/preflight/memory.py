@@ -32,9 +32,11 @@ from minitrain.training.optim import build_optimizer
 from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
+from .memory_rounds import PARTS as SAMPLING
+from .memory_rounds import conversation_limit, longest_round, simulate_sampling
 from .memory_tracker import MemoryTracker
 
-PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", "activations", "head", "gathered")
+PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", *SAMPLING, "activations", "head", "gathered")
 OFFLOADED = frozenset({"weights", "gradients", "optimizer"})  # by fsdp.cpu_offload
 
 # -------------------------------------------------------------------------------------------------------- one step
@@ -114,6 +116,7 @@ class MemoryEstimate:
     parts: dict[str, int]  # of each part, not necessarily at the same time
     peak: int  # of all parts on the device together
     elsewhere: frozenset[str]  # parts that are not on the device
+    sampling: "MemoryEstimate | None" = None  # while answers are sampled
 
 
 def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) -> MemoryEstimate:
@@ -128,10 +131,19 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
     fake = FakeTensorMode()
     tracker = MemoryTracker(fake, OFFLOADED if offloads else frozenset())
     with _parallel(run.config, devices, fake) as parallel, _head_chunks_of(device.type):
-        simulate_step(_step_inputs(run, parallel, fake, tracker), tracker)
-    return MemoryEstimate(
-        {part: tracker.peaks[part] for part in PARTS if tracker.peaks[part]}, tracker.peak, tracker.elsewhere
-    )
+        step = _step_inputs(run, parallel, fake, tracker)
+        simulate_step(step, tracker)
+        estimate = _estimate(tracker)
+        if run.loss.online and run.config.rollout.engine == "local":
+            precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
+            simulate_sampling(step.policy, run.data.train, run.config, parallel, precision, tracker)
+            estimate.sampling = _estimate(tracker)
+    return estimate
+
+
+def _estimate(tracker: MemoryTracker) -> MemoryEstimate:
+    parts = {part: tracker.peaks[part] for part in PARTS if tracker.peaks[part]}
+    return MemoryEstimate(parts, tracker.peak, tracker.elsewhere)
 
 
 def eval_metrics(run: Preparation) -> list[str]:
@@ -156,12 +168,13 @@ def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode,
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
     policy = _to_fake(run.meta_policy(quantized=True), fake)
     policy.groups_documents = run.policy.groups_documents
-    loaders = [
-        make_loader(examples, config, tokenizer, policy, parallel.rank, parallel.world_size)
-        for examples in (run.data.train, run.data.eval)
-        if examples
-    ]
-    batches = [_largest_batch(loader, eval_batch) for loader, eval_batch in zip(loaders, (False, True))]
+    rest = config, tokenizer, policy, parallel.rank, parallel.world_size
+    loaders = [make_loader(examples, *rest) for examples in (run.data.train, run.data.eval) if examples]
+    if loss.online:
+        answered = longest_round(run.data.train, config, loss, conversation_limit(config, policy))
+        batches = [_largest_batch(make_loader(answered, *rest), False)]
+    else:
+        batches = [_largest_batch(loader, eval_batch) for loader, eval_batch in zip(loaders, (False, True))]
 
     def load(*args) -> nn.Module:
         return _to_fake(build_frozen(*args, META), fake)

@@ -216,10 +216,10 @@ def _text(batch: Batch, d: int, tokenizer, marks: Marks, known: RowFields) -> tu
     row, start, stop = batch.spans[d].tolist()
     before = batch.input_ids[row, slice(*batch.prefixes[d].tolist())].tolist() if batch.prefixes is not None else []
     ids = before + batch.input_ids[row, start:stop].tolist()
-    spans, turns = find_document(known, _decode(tokenizer, ids), tokenizer.bos_token)
-    text, read = "", _decode(tokenizer, before)
+    spans, turns = find_document(known, decode(tokenizer, ids), tokenizer.bos_token)
+    text, read = "", decode(tokenizer, before)
     for end, weight in _runs(batch, row, start, stop):
-        until = _decode(tokenizer, ids[: len(before) + end])
+        until = decode(tokenizer, ids[: len(before) + end])
         left, right = marks.runs[weight > 0]
         number = f"×{weight:g} " if weight not in (0, 1) else ""
         text += left + number + _mark_fields(until, len(read), weight > 0, spans, marks) + right
@@ -235,7 +235,7 @@ def _mark_fields(text: str, start: int, is_target: bool, spans: list[Span], mark
     for a, b in itertools.pairwise(borders):
         kind = next((span.kind for span in spans if span.start <= a < span.stop), None)
         left, right = marks.fields[kind, is_target]
-        marked += left + _escape(text[a:b]) + right
+        marked += left + escape(text[a:b]) + right
     return marked
 
 
@@ -248,10 +248,10 @@ def _runs(batch: Batch, row: int, start: int, stop: int) -> list[tuple[int, floa
     return [(end, float(weights[end - 1])) for end in ends]
 
 
-def _decode(tokenizer, ids: list[int]) -> str:
+def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Mark ends of lines, and escape characters that cannot be printed, since they could move a terminal's cursor."""
     return "".join("↵\n" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

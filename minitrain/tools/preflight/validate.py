@@ -38,18 +38,22 @@ from minitrain.training.step import Precision
 
 from .duplicates import describe_duplicates
 from .load import check_python_config
-from .memory import estimate_memory, eval_metrics
+from .memory import MemoryEstimate, estimate_memory, eval_metrics
+from .memory_rounds import describe_slots
+from .online import Trial, describe_round, describe_rounds, play_round
+from .preview import BRACKETS, Marks
 
 MAX_REPORTED = 3  # rows per problem and file
 
 
-def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict[str, str]:
+def validate(config: Config, devices: int = 1, with_memory: bool = True, marks: Marks = BRACKETS) -> dict[str, str]:
     """Return a report of a training, from every row of its files and its model's config.
 
     Args:
         config: The config.
         devices: Number of devices for the estimate of memory.
         with_memory: Estimate the peak memory too, which simulates a step.
+        marks: Marks around the sampled tokens of a round.
 
     Returns:
         The lines of the report by name.
@@ -63,15 +67,20 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True) -> dict
     folder = RunDir(config, parallel)
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
-    _check_metric(run)
+    trial = play_round(run) if run.loss.online else None
+    _check_metric(run, trial)
     problems = [line for cache in _caches(run) for line in find_bad_rows(cache, run)]
     if problems:
         raise DataError("\n".join(problems), "wrong-tokens")
     duplicates = describe_duplicates(run.data.train, run.data.eval, run.loss.data_kind)
     warned = ("leaks",) if run.loss.example_type == "rollout" else ("leaks", "duplicates")  # samples may be equal
     warnings += [text.partition(":")[0] for name, text in duplicates.items() if name in warned and text != "none"]
-    with_memory = with_memory and not run.loss.online  # the answers are not known
-    lines = _report(run) | duplicates | (_memory(run, parallel.device, devices) if with_memory else {})
+    lines = _report(run) | duplicates
+    if trial is not None:
+        lines["round"] = describe_round(trial, run.template, marks)
+        warnings += trial.warnings()
+    if with_memory:
+        lines |= _memory(run, parallel.device, devices)
     if "warning" in lines:
         warnings.append(lines.pop("warning"))
     return lines | ({"warning": "; ".join(warnings)} if warnings else {})
@@ -112,10 +121,14 @@ def _try_resuming(run: Preparation, folder: RunDir) -> list[str]:
     return folder.messages
 
 
-def _check_metric(run: Preparation) -> None:
+def _check_metric(run: Preparation, trial: Trial | None) -> None:
     """Raise ConfigError if the evaluation lacks the metric of early stopping, as far as can be known."""
     metric = run.config.early_stopping.metric
-    if run.data.eval is None or metric in KNOWN_METRICS or run.loss.online:
+    if run.data.eval is None or metric in KNOWN_METRICS:
+        return
+    if trial is not None:
+        if not metric.startswith("reward/"):  # a function can return other numbers besides
+            check_metric(metric, trial.metrics())
         return
     try:
         known = eval_metrics(run)
@@ -220,11 +233,7 @@ def _document_of(cache: TokenCache, positions: np.ndarray) -> np.ndarray:
 
 def _report(run: Preparation) -> dict[str, str]:
     train, evaluation = run.data.train, run.data.eval
-    loader = run.train_loader
-    n_steps, epoch = loader.total_steps, loader.epoch_size
-    tokens, cells = _batch_sizes(loader)
     lengths = train.per_example(lambda cache: np.diff(cache.offsets), np.maximum)  # [E]
-    n_targets = train.per_example(_n_targets, np.add)[loader.order(0)].sum()
     half, most, nearly_all = (int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99))
     parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -235,16 +244,27 @@ def _report(run: Preparation) -> dict[str, str]:
         **_fields(_caches(run)),
         "lengths": f"median {half:,} tokens, 90 % up to {most:,}, 99 % up to {nearly_all:,}, "
         f"longest {lengths.max():,}; max_length {run.config.max_length:,}",
-        "steps": f"{n_steps:,} of {run.config.total_batch_size:,} examples, "
-        f"{n_steps / loader.steps_per_epoch:.2f} epochs of {epoch:,} examples",
-        "tokens": f"{tokens / loader.steps_per_epoch:,.0f} per step, {tokens:,} per epoch; "
-        f"{_percent(n_targets, tokens)} targets",
-        "padding": _padding(run, 1 - tokens / cells),
+        **(describe_rounds(run) if run.loss.online else _steps(run)),
         **({"new tokens": new} if new else {}),
         **({"model": text_part} if (text_part := describe_text_part(run.policy.model)) else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
         "matrices": run.policy.model.matrices,
         **({"router": aux_loss} if aux_loss else {}),
+    }
+
+
+def _steps(run: Preparation) -> dict[str, str]:
+    """Return lines about the steps on data files, and the tokens and padding of their batches."""
+    loader = run.train_loader
+    n_steps, epoch = loader.total_steps, loader.epoch_size
+    tokens, cells = _batch_sizes(loader)
+    n_targets = run.data.train.per_example(_n_targets, np.add)[loader.order(0)].sum()
+    return {
+        "steps": f"{n_steps:,} of {run.config.total_batch_size:,} examples, "
+        f"{n_steps / loader.steps_per_epoch:.2f} epochs of {epoch:,} examples",
+        "tokens": f"{tokens / loader.steps_per_epoch:,.0f} per step, {tokens:,} per epoch; "
+        f"{_percent(n_targets, tokens)} targets",
+        "padding": _padding(run, 1 - tokens / cells),
     }
 
 
@@ -304,17 +324,25 @@ def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[st
         raise
     except Exception as error:  # a model may need the values of its tensors
         return {"peak memory": f"unknown, since the model cannot run without values: {first_line(error)}"}
-    each = f" on each of {devices}" if devices > 1 else ""
+    where = device.type + (f" on each of {devices}" if devices > 1 else "")
+    lines, peak = {"peak memory": _describe_memory(memory, where)}, memory.peak
+    if memory.sampling is not None:
+        sampling = _describe_memory(memory.sampling, where)
+        lines["sampling"] = f"{sampling}; {describe_slots(run.data.train, run.config, run.policy)}"
+        peak = max(peak, memory.sampling.peak)
+    available, name = _capacity(device)
+    needed = peak * (devices if device.type != "cuda" else 1)
+    if needed > available:
+        lines["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(available)} MiB of {name}"
+    return lines
+
+
+def _describe_memory(memory: MemoryEstimate, where: str) -> str:
     parts = ", ".join(
         f"{part} {_mib(size)}{' (on the CPU)' if part in memory.elsewhere else ''}"
         for part, size in memory.parts.items()
     )
-    lines = {"peak memory": f"{_mib(memory.peak)} MiB on {device.type}{each}; peak of each part: {parts}"}
-    available, name = _capacity(device)
-    needed = memory.peak * (devices if device.type != "cuda" else 1)
-    if needed > available:
-        lines["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(available)} MiB of {name}"
-    return lines
+    return f"{_mib(memory.peak)} MiB on {where}; peak of each part: {parts}"
 
 
 def _capacity(device: torch.device) -> tuple[int, str]:

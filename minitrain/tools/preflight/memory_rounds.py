@@ -1,0 +1,157 @@
+"""Estimate the memory of rounds: of the largest step on sampled answers, and of the sampling itself.
+
+The lengths of answers are not known before they are sampled. So every answer is as long as it can be.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitrain.config.schema import Config
+from minitrain.data.loader import TokenizedDataset
+from minitrain.distributed.parallel import SingleDevice
+from minitrain.inference.sampler import Chooser, Request, Sampler
+from minitrain.losses import Loss, add_features
+from minitrain.model.policy import Policy
+from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
+from minitrain.training.step import Precision, inference
+
+from .memory_tracker import MemoryTracker
+
+KEYS_AND_VALUES, PROMPTS = "keys and values", "prompts"
+PARTS = (KEYS_AND_VALUES, PROMPTS)
+EIGHTH = 8  # the sampler exchanges its rows when an eighth of them has ended
+
+
+def longest_round(prompts: TokenizedDataset, config: Config, loss: Loss, limit: int) -> TokenizedDataset:
+    """Return the examples of a round of the prompts with the longest answers, which all reach their limit.
+
+    Args:
+        limit: Maximum length of a conversation, in tokens.
+    """
+    n, options = config.rollout.num_generations, config.rollout
+    rewards, groups = _rewards(loss.example_type, n, options.min_reward), []
+    n_new = _n_new(config, prompts.lengths, limit)  # [E]
+    order = np.argsort(-(prompts.lengths + n * n_new), kind="stable")
+    for index in order[: options.prompts_per_round].tolist():
+        prompt, k = prompts[index][0].ids.tolist(), int(n_new[index])
+        groups.append([JudgedAnswer(prompt, [0] * k, [True] * k, [-1.0] * k, reward, True) for reward in rewards])
+    examples = make_examples(groups, loss.example_type, options, "teacher" in loss.requires)
+    cache = as_cache(examples, "round 1", Path("round-1"))
+    zeros = torch.zeros(len(cache.ids))
+    cache.token_features |= {name: zeros.clone() for name in _columns(config, loss)}
+    add_features(loss, [cache])
+    return TokenizedDataset([cache], [1.0])
+
+
+def _n_new(config: Config, n_prompt: np.ndarray, limit: int) -> np.ndarray:
+    """Return the largest number of tokens that can be sampled after a prompt of each length."""
+    return np.minimum(config.rollout.max_turns * config.rollout.max_new_tokens, limit - n_prompt)
+
+
+def _longest_conversation(prompts: TokenizedDataset, config: Config, limit: int) -> int:
+    return int((prompts.lengths + _n_new(config, prompts.lengths, limit)).max())
+
+
+def _rewards(kind: str, n: int, min_reward: float | None) -> list[float]:
+    """Return rewards with which as many answers as possible are trained on."""
+    if kind == "conversation":
+        return [1.0 if min_reward is None else min_reward + 1.0] * n
+    return [float(i % 2) for i in range(n)]
+
+
+def _columns(config: Config, loss: Loss) -> list[str]:
+    if loss.example_type != "rollout":
+        return []
+    correction = ["importance_weights"] if config.rollout.importance_correction != "none" else []
+    return ["old_logps", "ref_logps", *correction, *(["values"] if "values" in loss.requires else [])]
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+class _TrackedSampler(Sampler):
+    """A sampler whose tensors belong to parts: the prompts, the keys and values of the slots, and the head."""
+
+    def __init__(self, policy: Policy, n_slots: int, tracker: MemoryTracker):
+        super().__init__(policy, [], n_slots)
+        self.tracker = tracker
+
+    def _compute_prompts(self, requests) -> None:
+        self.tracker.part = PROMPTS
+        super()._compute_prompts(requests)
+        self.tracker.part = KEYS_AND_VALUES
+
+    def _choose(self, *args) -> Tensor:
+        self.tracker.part = "head"
+        return super()._choose(*args)
+
+    def _decode(self, *args):
+        self.tracker.part = "activations"
+        return super()._decode(*args)
+
+
+class _FirstToken(Chooser):
+    """Chooses as `Chooser` does, and returns the first token, since fake logits have no values."""
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        super().__call__(logits, uniforms)
+        return torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits))
+
+
+def simulate_sampling(
+    policy: Policy,
+    prompts: TokenizedDataset,
+    config: Config,
+    parallel: SingleDevice,
+    precision: Precision,
+    tracker: MemoryTracker,
+) -> None:
+    """Sample the first and the last tokens of the longest answers, and leave the peaks in the tracker."""
+    options, limit = config.rollout, conversation_limit(config, policy)
+    choose = _FirstToken(options.temperature, options.top_p, options.top_k)
+    last = _last_requests(_longest_conversation(prompts, config, limit), config, parallel.world_size)
+    tracker.reset_peaks()
+    for requests in (_first_requests(prompts, config), last):
+        with tracker, inference(policy), parallel.unsharded(policy), precision.autocast():
+            _TrackedSampler(policy, options.num_slots, tracker).sample(requests, choose)
+    parallel.reshard(policy)
+
+
+def conversation_limit(config: Config, policy: Policy) -> int:
+    """Return the maximum length of a conversation, in tokens."""
+    return min(config.max_length, policy.position_limit)
+
+
+def _first_requests(prompts: TokenizedDataset, config: Config) -> list[Request]:
+    """Return the longest prompts, as many as their answers fill the slots."""
+    options, free = config.rollout, config.rollout.num_slots
+    requests = []
+    for index in np.argsort(-prompts.lengths, kind="stable")[: options.prompts_per_round].tolist():
+        n = min(free, options.num_generations)
+        if n:
+            requests.append(Request(prompts[index][0].ids.tolist(), [(i,) for i in range(n)], 1))
+        free -= n
+    return requests
+
+
+def _last_requests(length: int, config: Config, world_size: int) -> list[Request]:
+    """Return requests that fill the slots near their longest length, and exchange rows there: both batches are held."""
+    options = config.rollout
+    n_answers = -(-options.prompts_per_round // world_size) * options.num_generations
+    n_slots = min(options.num_slots, n_answers)
+    n_ending = n_slots // EIGHTH + 1
+    n_waiting = min(n_ending, n_answers - n_slots)
+    requests = [(length - 3, n_slots - n_ending, 3), (length - 4, n_ending + n_waiting, 1)]
+    return [
+        Request([0] * max(1, n), [(i,) for i in range(n_keys)], limit) for n, n_keys, limit in requests if n_keys > 0
+    ]
+
+
+def describe_slots(prompts: TokenizedDataset, config: Config, policy: Policy) -> str:
+    """Return the number and the length of the slots, in words."""
+    n_answers = config.rollout.prompts_per_round * config.rollout.num_generations
+    length = _longest_conversation(prompts, config, conversation_limit(config, policy))
+    return f"{min(config.rollout.num_slots, n_answers)} slots of {length:,} tokens"

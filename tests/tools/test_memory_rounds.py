@@ -1,0 +1,121 @@
+"""The estimate of the memory of rounds against rounds that are sampled and trained on."""
+
+import gc
+import json
+
+import pytest
+import torch
+
+from minitrain import Trainer, load_config
+from minitrain.data.loader import TokenizedDataset
+from minitrain.model import attention
+from minitrain.tools.preflight.memory import StepInputs, _estimate, _largest_batch, estimate_memory, simulate_step
+from minitrain.tools.preflight.memory_rounds import (
+    KEYS_AND_VALUES,
+    conversation_limit,
+    longest_round,
+    simulate_sampling,
+)
+from minitrain.tools.preflight.memory_tracker import MemoryTracker
+from minitrain.tools.preflight.validate import validate
+from minitrain.training.setup import dry_run, make_loader
+from tests.scorers import random_base
+
+CPU = torch.device("cpu")
+ROLLOUT = {"num_generations": 6, "prompts_per_round": 8, "max_new_tokens": 30, "num_slots": 16, "rewards": ["length"]}
+PPO = {"name": "policy", "advantage_estimator": "gae", "vf_coef": 0.1, "kl_coef": 0.1}
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "say " * (1 + i), "answer": "a"}) + "\n" for i in range(12)))
+
+    def make(model="tiny", rollout=None, dtype="float32", **options):
+        base = {
+            "model": {"name_or_path": str(model), "policy_dtype": dtype},
+            "datasets": [str(rows)],
+            "output_dir": str(tmp_path / "runs"),
+        }
+        base |= {"loss": {"name": "policy"}, "total_batch_size": 4, "rollout": ROLLOUT | (rollout or {})}
+        return load_config(base | {"exp_name": "run", "quiet": True} | options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packing": True, "loss": PPO},
+        {"loss": {"name": "dpo"}, "dtype": "bfloat16"},
+        {"loss": {"name": "kd", "teacher": "tiny"}},
+        {"loss": {"name": "kto"}, "lora": {"rank": 2}},
+        {"loss": {"name": "sft"}, "rollout": {"num_slots": 2, "top_p": 0.9, "top_k": 20}},
+        {"soft_prompt": {"num_virtual_tokens": 3, "method": "prefix"}},
+    ],
+    ids=str,
+)
+def test_parts_are_those_of_a_real_model(config, options):
+    """The same step and the same sampling with real tensors: every part to the byte."""
+    config = config(**options)
+    found = estimate_memory(dry_run(config), CPU)
+    trainer, tracker = Trainer(config), MemoryTracker()
+    prompts = trainer.train_loader.prompts.examples
+    limit = conversation_limit(config, trainer.policy)
+    data = longest_round(prompts, config, trainer.loss, limit)
+    loader = make_loader(data, config, trainer.tokenizer, trainer.policy)
+    attention._groups.cache_clear()
+    gc.collect()
+    batches = [_largest_batch(loader, False)]
+    simulate_step(StepInputs(config, trainer.loss, trainer.policy, trainer.models, trainer.parallel, batches), tracker)
+    step = _estimate(tracker)
+    simulate_sampling(trainer.policy, prompts, config, trainer.parallel, trainer.precision, tracker)
+    assert found.parts == step.parts and found.peak == step.peak
+    sampling = _estimate(tracker)
+    assert found.sampling.parts == sampling.parts and found.sampling.peak == sampling.peak
+
+
+@pytest.mark.parametrize("kind", ["tiny", "gpt2", "qwen2", "bfloat16"])
+@pytest.mark.parametrize("n_slots", [5, 16, 64])
+def test_a_round_that_is_sampled_stays_within_the_estimate(config, tmp_path, kind, n_slots):
+    """All answers reach the limit, at the same time, so with 64 slots no rows are exchanged: half of the estimate."""
+    dtype = {"dtype": kind} if kind == "bfloat16" else {}
+    model = "tiny" if kind in ("tiny", "bfloat16") else random_base(kind, tmp_path / kind)
+    config = config(model, rollout={"num_slots": n_slots}, **dtype)
+    sampling = estimate_memory(dry_run(config), CPU).sampling
+    estimate = sampling.peak - sampling.parts["weights"] - sampling.parts["optimizer"]
+    trainer, tracker = Trainer(config), MemoryTracker()
+    trainer.template.end_ids = list
+    rounds = trainer.train_loader
+    prompts = [rounds.prompts.get(int(i), n) for n, i in enumerate(range(4, 12))]
+    with tracker:
+        episodes = rounds.play(prompts, (0,), 6)
+    assert {len(episode.ids) for group in episodes for episode in group} <= {29, 30}  # gpt2 has 96 positions
+    assert (0.45 if n_slots == 64 else 0.66) * estimate < tracker.peak <= estimate
+
+
+def test_keys_and_values_by_hand(config):
+    """2 layers of 2 x 64 float32 in 16 slots. Two batches of rows are held while some of them are exchanged."""
+    run = dry_run(config())
+    length = int(run.data.train.lengths.max()) + 30
+    found = estimate_memory(run, CPU).sampling.parts[KEYS_AND_VALUES]
+    capacity = [width + 64 * (1 + width // 256) for width in (length - 3, length - 2)]
+    copied = 64 * 4 * 13 * (length - 2)  # of one tensor: the rows that have not ended
+    assert found == pytest.approx(2 * 2 * 64 * 4 * 16 * sum(capacity) + copied, rel=0.001)
+
+
+def test_every_answer_of_the_longest_round_has_its_longest_length(config):
+    config = config(rollout={"max_turns": 3, "environment": {"name": "tools", "tools": ["calculator"]}}, max_length=80)
+    run = dry_run(config)
+    data = longest_round(run.data.train, config, run.loss, conversation_limit(config, run.policy))
+    assert isinstance(data, TokenizedDataset) and len(data) == 8
+    lengths = run.data.train.lengths
+    assert data.lengths.tolist() == sorted((n + 6 * min(90, 80 - n) for n in lengths), reverse=True)[:8]
+
+
+def test_both_are_reported(config):
+    report = validate(config())
+    assert "activations" in report["peak memory"] and "gradients" in report["peak memory"]
+    assert "keys and values" in report["sampling"] and "16 slots of " in report["sampling"]
+    assert "gradients" not in report["sampling"] and "optimizer" in report["sampling"]
