@@ -136,9 +136,10 @@ def models_for(loss: Loss, implementation: str = "sdpa") -> Models:
     )
 
 
-def step(loss: Loss, batches: list[Batch], implementation: str = "sdpa"):
+def step(loss: Loss, batches: list[Batch], implementation: str = "sdpa", models: Models | None = None):
     """(loss value, gradients) of one optimizer step over micro-batches, as the trainer does it."""
-    models = models_for(loss, implementation)
+    models = models or models_for(loss, implementation)
+    models.policy.zero_grad()
     parallel = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
     weight = sum(loss.num_items(batch) for batch in batches)
     share_step_statistics(loss, batches, models, parallel)

@@ -178,8 +178,8 @@ def _leaf(hint: Any, value: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and types.NoneType in args):
         return value
-    if origin is types.UnionType:  # X | None
-        return _leaf(args[0], value)
+    if origin is types.UnionType:  # X | None, or X | bool
+        return value if isinstance(value, bool) and bool in args else _leaf(args[0], value)
     if origin is list and isinstance(value, list):
         return [_leaf(args[0], entry) for entry in value]
     if origin is dict and isinstance(value, dict):
@@ -214,7 +214,7 @@ def check_limits(meta: dict, value: Any) -> None:
     """Raise _InvalidValue for a value that is not a choice of its option, or outside its limits."""
     if value is None or not meta:  # a field without `option` has no limits
         return
-    if meta["choices"] and value not in meta["choices"]:
+    if meta["choices"] and not isinstance(value, bool) and value not in meta["choices"]:
         hint = suggest(value, meta["choices"])
         raise _InvalidValue(f"expected one of {', '.join(meta['choices'])}, got {value!r}.{hint}", "not-a-choice")
     if value == "":

@@ -196,6 +196,11 @@ class RolloutConfig:
         "icepop: 0 outside of [low, high].",
         choices=("none", "tis", "icepop"),
     )
+    correction_level: str = option(
+        "token",
+        "Level of the correction's ratio. token: each token. sequence: geometric mean over a response.",
+        choices=("token", "sequence"),
+    )
     correction_low: float = option(0.5, "icepop: smallest ratio.", gt=0, le=1)
     correction_high: float = option(2.0, "Largest ratio of the correction.", ge=1)
     min_reward: float | None = option(None, "sft, dft: train only on responses with a higher reward (default: all).")

@@ -13,7 +13,8 @@ from minitrain.errors import DataError
 
 from .base import AddedFeatures, DataFile
 
-ADVANTAGES = ("grpo", "rloo", "reinforce++", "gae", "given")
+ADVANTAGES = ("grpo", "rloo", "reinforce++", "reinforce++-baseline", "gae", "given")
+GROUPED = ("grpo", "rloo", "reinforce++-baseline")  # estimators that compare the rollouts of a prompt
 DISCOUNTED = ("gae", "reinforce++")  # estimators whose advantages differ between the tokens of a rollout
 ESTIMATORS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0  # in nats; exp overflows float32 at 88, and then makes a gradient of 0 * inf = NaN (trl#6637)
@@ -147,12 +148,20 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, stops: Tensor, gamma: 
     return discounted(rewards + gamma * following - values, lengths, stops, gamma * lam)
 
 
-def group_relative(scores: Tensor, groups: Tensor, scale: bool) -> Tensor:
-    """Return (R - group mean) / group standard deviation (n - 1) -> [D]; 0 in a group of one (arXiv 2402.03300)."""
+def group_relative(scores: Tensor, groups: Tensor, scale: str = "none") -> Tensor:
+    """Return (R - group mean) / standard deviation (n - 1) -> [D]; 0 in a group of one (arXiv 2402.03300).
+
+    Args:
+        scores: R of each rollout, [D].
+        groups: Index of the prompt of each rollout, [D].
+        scale: group: the deviation within the group. batch: that of all R (arXiv 2508.08221). none: 1.
+    """
     sums, counts = _per_group(scores, groups)
     centered = scores - (sums / counts)[groups]
-    if not scale:
+    if scale == "none":
         return centered
+    if scale == "batch":
+        return centered / (scores.std(correction=min(1, len(scores) - 1)) + 1e-6)
     squares, _ = _per_group(centered**2, groups)
     return centered / ((squares / (counts - 1).clamp_min(1)).sqrt() + 1e-6)[groups]
 
@@ -214,14 +223,14 @@ def penalized_rewards(rollouts: Rollouts, kl_coef: float, estimator: str) -> Ten
 
 
 def estimate(
-    rollouts: Rollouts, rewards: Tensor, estimator: str, gamma: float, lam: float, scale: bool
+    rollouts: Rollouts, rewards: Tensor, estimator: str, gamma: float, lam: float, scale: str
 ) -> tuple[Tensor, Tensor]:
     """Compute advantages and returns.
 
     Args:
         rewards: Reward of each token, [n].
         estimator: One of `ADVANTAGES`, but not "given".
-        scale: Whether grpo divides by the standard deviation of the group.
+        scale: The standard deviation that grpo divides by: group, batch or none.
 
     Returns:
         Advantages [n] and returns [n]. The returns are A + V with gae, else the discounted sum of later rewards.
@@ -237,5 +246,6 @@ def estimate(
     if estimator == "reinforce++":  # arXiv 2501.03262, eq. 5
         return returns, returns
     scores, groups = rollouts.sums(rewards), rollouts.groups()  # [D], [D]
-    relative = group_relative(scores, groups, scale) if estimator == "grpo" else leave_one_out(scores, groups)
-    return rollouts.per_token(relative), returns
+    if estimator == "rloo":
+        return rollouts.per_token(leave_one_out(scores, groups)), returns
+    return rollouts.per_token(group_relative(scores, groups, scale if estimator == "grpo" else "none")), returns

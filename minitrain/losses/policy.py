@@ -1,7 +1,7 @@
 """Policy-gradient losses over rollouts from data files: PPO, GRPO and related methods."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .advantages import (
     ADVANTAGES,
     DISCOUNTED,
     ESTIMATORS,
+    GROUPED,
     MAX_LOG_RATIO,
     Rollouts,
     bounded_exp,
@@ -26,9 +27,13 @@ from .advantages import (
 )
 from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
 from .dpo import REFERENCE
+from .surrogates import aggregate_over_rollouts, lengths, surrogate
 from .value import EPS_VALUE, GAE_LAMBDA, GAMMA, value_losses, value_metrics, with_explained_variance
 
 EPS_HIGH = {"dapo": 0.28, "cispo": 5.0}  # from the papers, or common in practice
+PER_TOKEN = ("dapo", "cispo", "vespo")  # the unit is the token
+ROLLOUT_MEANS = ("grpo", "sapo", "gmpo")  # the unit is the rollout, whose tokens are averaged
+SOFT = ("sapo", "vespo")  # without clipping
 
 
 @dataclass
@@ -41,16 +46,22 @@ class PolicyOptions:
     )
     gamma: float = GAMMA
     gae_lambda: float = GAE_LAMBDA
-    scale_rewards: bool = option(True, "grpo: divide by the standard deviation of the group's rewards.")
+    scale_rewards: str | bool = option(
+        "group",
+        "grpo: divide by the standard deviation of the rewards of the group (group, or true), of all rewards of the "
+        "round or the files (batch), or not at all (none, or false).",
+        choices=("group", "batch", "none"),
+    )
     whiten: bool | None = option(
         None,
-        "Scale advantages to mean 0 and standard deviation 1 over all tokens of the files (default: true with gae and "
-        "reinforce++).",
+        "Scale advantages to mean 0 and standard deviation 1 over all tokens of the files (default: true with gae, "
+        "reinforce++ and reinforce++-baseline).",
     )
     loss_aggregation: str = option(
         "dapo",
-        "What the loss sum of a step is divided by (see docs/losses.md). cispo also replaces the clipped term.",
-        choices=("dapo", "grpo", "dr_grpo", "cispo"),
+        "What the loss sum of a step is divided by (see docs/losses.md). cispo, sapo, gmpo and vespo also replace the "
+        "clipped term.",
+        choices=("dapo", "grpo", "dr_grpo", "cispo", "sapo", "gmpo", "luspo", "vespo"),
         alias=("loss_type", "normaliser"),
     )
     max_new_tokens: int | None = option(
@@ -58,10 +69,10 @@ class PolicyOptions:
         "dr_grpo: largest number of tokens of a response (default: of the longest one in the training files).",
         ge=1,
     )
-    importance_sampling_level: str = option(
-        "token",
+    importance_sampling_level: str | None = option(
+        None,
         "Level of the probability ratio. token: each token. sequence: geometric mean over a response (GSPO). product: "
-        "full response (RLOO).",
+        "full response (RLOO). Default: sequence with luspo, else token.",
         choices=("token", "sequence", "product"),
         alias="ratio",
     )
@@ -76,6 +87,12 @@ class PolicyOptions:
         alias=("epsilon_high", "eps_high"),
     )
     dual_clip: float | None = option(None, "Largest ratio where the advantage is negative (default: no limit).", gt=1)
+    sapo_temperature_pos: float = option(1.0, "sapo: temperature where the advantage is positive.", gt=0)
+    sapo_temperature_neg: float = option(1.05, "sapo: temperature elsewhere.", gt=0)
+    vespo_k_pos: float = option(2.0, "vespo: k where the advantage is not negative.", ge=0)
+    vespo_lambda_pos: float = option(3.0, "vespo: lambda where the advantage is not negative.", ge=0)
+    vespo_k_neg: float = option(3.0, "vespo: k where the advantage is negative.", ge=0)
+    vespo_lambda_neg: float = option(2.0, "vespo: lambda where the advantage is negative.", ge=0)
     temperature: float = option(
         1.0, "Sampling temperature of the responses; old_logps are computed at it, too.", ge=0.01, le=100
     )
@@ -106,15 +123,21 @@ class PolicyOptions:
         if self.clip_eps_high is None:
             self.clip_eps_high = EPS_HIGH.get(self.loss_aggregation, self.clip_eps_low)
         if self.whiten is None:
-            self.whiten = self.advantage_estimator in DISCOUNTED
+            self.whiten = self.advantage_estimator in (*DISCOUNTED, "reinforce++-baseline")
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if self.importance_sampling_level is None:
+            self.importance_sampling_level = "sequence" if self.loss_aggregation == "luspo" else "token"
 
 
 @register_loss("policy", PolicyOptions)
 class PolicyLoss(Loss):
     """-min(rho A, clip(rho, 1 - eps_l, 1 + eps_h) A) of each token, rho = p / p_old (arXiv 1707.06347, eq. 7).
 
-    With dapo (arXiv 2503.14476) and cispo (arXiv 2506.13585) the unit is the token. With grpo (arXiv 2402.03300) it is
-    the rollout, whose tokens are averaged. With dr_grpo (arXiv 2503.20783) a rollout counts as max_new_tokens units.
+    With dapo (arXiv 2503.14476), cispo (arXiv 2506.13585) and vespo (arXiv 2602.10693) the unit is the token. With
+    grpo (arXiv 2402.03300), sapo (arXiv 2511.20347) and gmpo (arXiv 2507.20673) it is the rollout, whose tokens are
+    averaged. With luspo (arXiv 2602.05261) it is the rollout, whose tokens are summed. With dr_grpo (arXiv 2503.20783)
+    a rollout counts as max_new_tokens units.
     KL, entropy and value terms are summed the same way. Rollouts without old_logps count as sampled from the current
     policy: rho is 1, and the gradient is that of -A log p.
     """
@@ -136,8 +159,7 @@ class PolicyLoss(Loss):
             unused["scale_rewards"] = "it needs loss.advantage_estimator=grpo."
         if o.loss_aggregation != "dr_grpo":
             unused["max_new_tokens"] = "it needs loss.loss_aggregation=dr_grpo."
-        if o.loss_aggregation == "cispo":
-            unused |= dict.fromkeys(("clip_eps_low", "dual_clip"), "cispo clips at clip_eps_high alone.")
+        unused |= self._unused_in_surrogate()
         if not o.kl_coef:
             unused |= dict.fromkeys(("kl_in", "kl_estimator", "kl_times_ratio", "reference"), "it needs loss.kl_coef.")
         elif o.kl_in == "reward":
@@ -147,6 +169,22 @@ class PolicyLoss(Loss):
                 unused["kl_in"] = "given advantages are not computed from rewards."
         if not o.vf_coef:
             unused["eps_value"] = "it needs loss.vf_coef."
+        return unused
+
+    def _unused_in_surrogate(self) -> dict[str, str]:
+        name, unused = self.options.loss_aggregation, {}
+        for other in SOFT:
+            if name != other:
+                keys = [f.name for f in fields(PolicyOptions) if f.name.startswith(f"{other}_")]
+                unused |= dict.fromkeys(keys, f"it needs loss.loss_aggregation={other}.")
+        if name == "cispo":
+            unused |= dict.fromkeys(("clip_eps_low", "dual_clip"), "cispo clips at clip_eps_high alone.")
+        if name in SOFT:
+            unused |= dict.fromkeys(("clip_eps_low", "clip_eps_high", "dual_clip"), f"{name} does not clip.")
+        if name == "gmpo":
+            unused["dual_clip"] = "gmpo bounds the ratio at clip_eps_low and clip_eps_high."
+        if name in ("gmpo", "vespo"):
+            unused["importance_sampling_level"] = f"{name} computes its own ratio of a rollout."
         return unused
 
     def conflicts(self) -> dict[str, str]:
@@ -170,7 +208,7 @@ class PolicyLoss(Loss):
         common_columns([*train, *eval])
         rollouts, estimator = Rollouts(train), self.options.advantage_estimator
         self.max_new_tokens = self.options.max_new_tokens or int(rollouts.lengths.max())
-        if not self.online and estimator in ("grpo", "rloo") and int(rollouts.groups().bincount().max()) < 2:
+        if not self.online and estimator in GROUPED and int(rollouts.groups().bincount().max()) < 2:
             raise DataError(
                 f"{train[0].source}: no prompt has two rollouts, and loss.advantage_estimator={estimator} compares the "
                 "rollouts of a prompt. Sample several for each prompt, or set loss.advantage_estimator=reinforce++.",
@@ -194,7 +232,7 @@ class PolicyLoss(Loss):
         return rollouts.as_features(**columns, **({"returns": returns} if o.vf_coef else {}))
 
     def num_items(self, batch: Batch) -> Tensor:
-        if self.options.loss_aggregation in ("dapo", "cispo"):
+        if self.options.loss_aggregation in PER_TOKEN:
             return torch.tensor(float(batch.n_targets), device=batch.targets.device)
         rollouts = batch.docs_with_targets.sum().float()
         return rollouts * self.max_new_tokens if self.options.loss_aggregation == "dr_grpo" else rollouts
@@ -205,22 +243,23 @@ class PolicyLoss(Loss):
         advantages = batch.target_feature("advantages")  # [N]
         old = batch.target_feature("old_logps") if "old_logps" in batch.token_features else scores.logps.detach()  # [N]
         log_ratio = scores.logps - old  # [N]
-        level_log_ratio = _aggregate_over_rollouts(scores, log_ratio, o.importance_sampling_level)  # [N]
+        level_log_ratio = aggregate_over_rollouts(scores, log_ratio, o.importance_sampling_level)  # [N]
         rho = bounded_exp(level_log_ratio)  # [N]
-        losses = surrogate(scores.logps, rho, advantages, o)  # [N]
+        losses = surrogate(scores, log_ratio, rho, advantages, o)  # [N]
         if "importance_weights" in batch.token_features:
             losses = losses * batch.target_feature("importance_weights")
-        metrics = self._metrics(batch, scores, advantages, log_ratio, rho)
+        metrics = self._metrics(batch, scores, advantages, old, rho)
+        n = metrics["entropy"][1]
         bounded = level_log_ratio > MAX_LOG_RATIO  # [N]
         ref_log_ratio = self._ref_log_ratio(batch, scores, models)  # [N]
         if ref_log_ratio is not None:
             kl = kl_estimate(ref_log_ratio, o.kl_estimator)
-            metrics["kl"] = kl.detach().sum(), metrics["ratio"][1]
+            metrics["kl"] = kl.detach().sum(), n
             if o.kl_estimator == "k3":
                 bounded = bounded | (ref_log_ratio < -MAX_LOG_RATIO)
             if o.kl_in == "loss":
                 losses = losses + o.kl_coef * (kl * rho if o.kl_times_ratio else kl)
-        metrics["bounded_fraction"] = bounded.float().sum(), metrics["ratio"][1]
+        metrics["bounded_fraction"] = bounded.float().sum(), n
         if o.entropy_coef:
             losses = losses - o.entropy_coef * scores.entropy
         if o.vf_coef:
@@ -228,10 +267,10 @@ class PolicyLoss(Loss):
             old_values = batch.target_feature("values") if "values" in batch.token_features else None  # [N]
             errors = value_losses(scores.values, returns, old_values, o.eps_value)
             losses = losses + o.vf_coef * errors
-            metrics["value_loss"] = errors.detach().sum(), metrics["ratio"][1]
+            metrics["value_loss"] = errors.detach().sum(), n
             metrics |= value_metrics(scores.values, returns, old_values, o.eps_value)
-        if o.loss_aggregation == "grpo":
-            losses = losses / _lengths(scores)
+        if o.loss_aggregation in ROLLOUT_MEANS:
+            losses = losses / lengths(scores)
         return LossOutput(losses.sum(), self.num_items(batch), metrics)
 
     def _ref_log_ratio(self, batch: Batch, scores: PolicyOutput, models: Models) -> Tensor | None:
@@ -242,21 +281,21 @@ class PolicyLoss(Loss):
 
     @torch.no_grad()
     def _metrics(
-        self, batch: Batch, scores: PolicyOutput, advantages: Tensor, log_ratio: Tensor, rho: Tensor
+        self, batch: Batch, scores: PolicyOutput, advantages: Tensor, old: Tensor, rho: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         o, n = self.options, scores.logps.new_tensor(float(len(scores.logps)))
         good, bad = (advantages > 0).float(), (advantages < 0).float()  # [N], [N]
-        per_token = {
-            "ratio": rho,
-            "approx_kl": kl_estimate(-log_ratio, "k3"),  # from the sampling policy to this one
-            "entropy": scores.entropy,
-            "advantage": advantages,
-        }
-        if o.loss_aggregation == "cispo":
-            per_token["clip_fraction/high"] = (rho > o.clip_eps_high).float()
-        else:
-            per_token["clip_fraction/high"] = good * (rho > 1 + o.clip_eps_high)
-            per_token["clip_fraction/low"] = bad * (rho < 1 - o.clip_eps_low)
+        per_token = {"entropy": scores.entropy, "advantage": advantages}
+        if "sample_logps" in batch.token_features:
+            per_token["mismatch"] = (old - batch.target_feature("sample_logps")).abs()
+        if "old_logps" in batch.token_features:  # else the ratio is 1 by construction
+            per_token["ratio"] = rho
+            per_token["approx_kl"] = kl_estimate(old - scores.logps, "k3")  # from the sampling policy to this one
+            if o.loss_aggregation == "cispo":
+                per_token["clip_fraction/high"] = (rho > o.clip_eps_high).float()
+            elif o.loss_aggregation not in SOFT:
+                per_token["clip_fraction/high"] = good * (rho > 1 + o.clip_eps_high)
+                per_token["clip_fraction/low"] = bad * (rho < 1 - o.clip_eps_low)
         metrics = {name: (values.sum(), n) for name, values in per_token.items()}
         metrics["logps/positive"] = (scores.logps * good).sum(), good.sum()
         metrics["logps/negative"] = (scores.logps * bad).sum(), bad.sum()
@@ -268,29 +307,3 @@ class PolicyLoss(Loss):
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Add the explained variance of a value head."""
         return with_explained_variance(means)
-
-
-def surrogate(logps: Tensor, rho: Tensor, advantages: Tensor, o: PolicyOptions) -> Tensor:
-    """Return -min(rho A, clip(rho) A), at most -dual_clip A where A < 0 (arXiv 1912.09729).
-
-    cispo: -sg(min(rho, eps)) A logp. All tensors are [N].
-    """
-    if o.loss_aggregation == "cispo":
-        return -rho.detach().clamp(max=o.clip_eps_high) * advantages * logps
-    losses = torch.maximum(-rho * advantages, -rho.clamp(1 - o.clip_eps_low, 1 + o.clip_eps_high) * advantages)
-    if o.dual_clip is None:
-        return losses
-    return torch.where(advantages < 0, torch.minimum(losses, -o.dual_clip * advantages), losses)
-
-
-def _lengths(scores: PolicyOutput) -> Tensor:
-    """Return the number of tokens of each token's rollout -> [N]."""
-    return scores.per_document(torch.ones_like(scores.logps))[scores.doc_ids]
-
-
-def _aggregate_over_rollouts(scores: PolicyOutput, log_ratio: Tensor, level: str) -> Tensor:
-    """Return the log-ratio of each token at an importance-sampling level, [N] -> [N]."""
-    if level == "token":
-        return log_ratio
-    sums = scores.per_document(log_ratio)[scores.doc_ids]  # [N]
-    return sums if level == "product" else sums / _lengths(scores)

@@ -59,7 +59,7 @@ class Value(Loss):
         for files in split_held_out(train, eval):
             rollouts = Rollouts(files)
             rewards = penalized_rewards(rollouts, o.kl_coef, o.kl_estimator)
-            _, returns = estimate(rollouts, rewards, estimator, o.gamma, o.gae_lambda, False)
+            _, returns = estimate(rollouts, rewards, estimator, o.gamma, o.gae_lambda, "none")
             added += rollouts.as_features(returns=returns)
         return added
 

@@ -7,6 +7,7 @@ from minitrain.config.issues import ConfigIssues
 from minitrain.config.schema import Config
 from minitrain.config.sections import RolloutConfig
 from minitrain.losses import Loss
+from minitrain.losses.advantages import GROUPED
 
 from .engine import check_engine
 from .environments import build_environment
@@ -68,7 +69,7 @@ def _check_loss(config: Config, loss: Loss, issues: ConfigIssues) -> None:
     if not options.rewards and options.environment is None and not is_distillation:
         message = "is empty, but the answers need rewards. Name a function, such as exact_match."
         issues.add("rollout.rewards", "missing-option", message)
-    compares = loss.example_type == "preference" or getattr(loss.options, "advantage_estimator", "") in ("grpo", "rloo")
+    compares = loss.example_type == "preference" or getattr(loss.options, "advantage_estimator", "") in GROUPED
     if options.num_generations == 1 and compares:
         message = "must be at least 2, because the answers to a prompt are compared, got 1. Set 8."
         issues.add("rollout.num_generations", "conflict", message, "loss.name")
@@ -141,7 +142,7 @@ def _unused(config: Config, loss: Loss) -> dict[str, str]:
         if loss.example_type != "preference":
             unused["zero_variance_groups"] = "it needs a loss that compares the answers to a prompt."
     if options.importance_correction == "none":
-        unused["correction_high"] = "it needs rollout.importance_correction."
+        unused |= dict.fromkeys(("correction_high", "correction_level"), "it needs rollout.importance_correction.")
     if options.importance_correction != "icepop":
         unused["correction_low"] = "it needs rollout.importance_correction=icepop."
     if loss.example_type != "conversation" or "teacher" in loss.requires:

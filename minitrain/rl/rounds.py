@@ -100,6 +100,11 @@ class Rounds(MicrobatchLoader):
         return self.options.prompts_per_round
 
     @property
+    def is_one_step(self) -> bool:
+        """Whether a round is one optimizer step, so that every ratio to the policy that sampled is 1."""
+        return self.steps_per_epoch * self.options.num_iterations == 1
+
+    @property
     def total_steps(self) -> int:
         return count_steps(self.config, len(self.prompts))
 
@@ -176,8 +181,8 @@ class Rounds(MicrobatchLoader):
         answers = [answers for answers, _ in groups]
         failpoint("round.logps")
         with _timed(seconds, "logps"):
-            self._set(answers, number)
-        self.log(groups, everyone, seconds, {})
+            mismatch = self._set(answers, number)
+        self.log(groups, everyone, seconds, mismatch)
         return True
 
     def draw(self, n: int) -> list[Prompt]:
@@ -229,21 +234,24 @@ class Rounds(MicrobatchLoader):
         everyone.sort(key=lambda group: group[1][0]["group"])
         return everyone
 
-    def _set(self, groups: list[list[JudgedAnswer]], number: int) -> None:
-        """Make the examples of the round from its answers."""
+    def _set(self, groups: list[list[JudgedAnswer]], number: int) -> dict[str, float]:
+        """Make the examples of the round from its answers, and return the metrics of their log-probabilities."""
         loss = self.trainer.loss
         examples = make_examples(groups, loss.example_type, self.options, "teacher" in loss.requires)
         if not any(examples):
             self._use(None)
-            return
+            return {}
         cache = as_cache(examples, *_names(number))
         self._use(cache)
-        add_logps(self, cache)
+        mismatch = add_logps(self, cache)
         add_features(loss, [cache])
+        if self.is_one_step:  # they were needed for the KL in the rewards or the correction
+            cache.token_features.pop("old_logps", None)
         if self.options.truncated == "mask":  # after the advantages, in which these answers count
             for document in np.flatnonzero(cache.doc_features["ended"] == 0):
                 cache.mask[cache.offsets[document] : cache.offsets[document + 1]] = 0
             self._use(cache)
+        return mismatch
 
     def _use(self, cache: TokenCache | None) -> None:
         self.examples = RoundData(cache, self.epoch_size)

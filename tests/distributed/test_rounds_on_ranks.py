@@ -18,6 +18,7 @@ SETTINGS = {
     "grpo": ("packing=true",),
     "iterations": ("rollout.num_iterations=2", "total_batch_size=2", "n_steps=8"),
     "lora": ("lora.rank=4", "lora.init=gaussian", "loss.kl_coef=0.1"),
+    "whiten": ("loss.advantage_estimator=reinforce++-baseline", "loss.loss_aggregation=grpo", "total_batch_size=2"),
     "resample": ("rollout.zero_variance_groups=resample", "rollout.rewards=[{name: regex, pattern: '.*[a-f].*'}]"),
 }
 FROZEN = (
@@ -55,7 +56,8 @@ def test_ranks_share_the_prompts_of_trainer_generate(job, scratch, tmp_path):
 
 
 def test_two_ranks_sample_and_train_as_one_process(job, scratch, prompts, tmp_path):
-    """The same answers to the same prompts, each rank its own groups, and the same gradients.
+    """The same answers to the same prompts, each rank its own groups, and the same gradients: means and deviations are
+    those of all ranks (silent RL bug R22).
 
     A reward model and a teacher are sharded, and score the answers of a rank in as many batches as the other has.
     """

@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from minitrain import DataError, create_loss
+from minitrain import DataError, create_loss, load_config
 from minitrain.losses import add_features
-from minitrain.losses.advantages import Rollouts, estimate, gae, kl_estimate, penalized_rewards, split_held_out, whiten
+from minitrain.losses.advantages import (
+    ADVANTAGES,
+    GROUPED,
+    Rollouts,
+    estimate,
+    gae,
+    kl_estimate,
+    penalized_rewards,
+    split_held_out,
+    whiten,
+)
+from minitrain.losses.policy import PolicyOptions
 from tests.messages import raises
 
 COLUMNS = ("values", "old_logps", "ref_logps")
@@ -62,6 +73,8 @@ def plain(rows: list[dict], kind: str, gamma: float, lam: float, kl_coef: float 
             to_go = [x + y for x, y in zip(a, v)]
         elif kind == "reinforce++":
             a = to_go
+        elif kind == "reinforce++-baseline":
+            a = [sum(s) - (sum(others) + sum(s)) / (len(others) + 1)] * n
         elif kind == "rloo":
             a = [sum(s) - sum(others) / len(others) if others else 0.0] * n
         else:
@@ -86,7 +99,7 @@ def close(found: list[list[float]], wanted: list[list[float]]) -> None:
 
 def test_gae_by_hand_on_four_tokens():
     """gamma 1/2, lambda 1/2, KL weight 1/10: the reward comes at the last token of the response, and what follows it
-    is worth nothing, not the first value of the next rollout (trl#3750).
+    is worth nothing, not the first value of the next rollout (trl#3750, silent RL bug R20).
 
     s = [-.1, 0, .2, 2 - .1]; V = [1, 2, 3, 4]; delta = s + V'/2 - V = [-.1, -.5, -.8, -2.1];
     A_4 = -2.1, A_3 = -.8 - 2.1/4 = -1.325, A_2 = -.5 - 1.325/4 = -.83125, A_1 = -.1 - .83125/4 = -.3078125.
@@ -104,7 +117,7 @@ def test_gae_by_hand_on_four_tokens():
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 @pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.parametrize("kind", ["gae", "reinforce++", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["gae", "reinforce++", "reinforce++-baseline", "grpo", "rloo"])
 def test_advantages_equal_their_formulas(kind, whiten, kl_coef):
     """Over two files, whose rollouts of one prompt are one group; returns are those before whitening."""
     rows = rollouts()
@@ -118,10 +131,30 @@ def test_advantages_equal_their_formulas(kind, whiten, kl_coef):
 
 
 def test_grpo_without_scaling():
-    """scale_rewards=false leaves the deviation out (Dr. GRPO)."""
+    """scale_rewards=none leaves the deviation out (Dr. GRPO)."""
     given = file(rollouts())
-    add_features(create_loss("policy", scale_rewards=False), [given])
+    add_features(create_loss("policy", scale_rewards="none"), [given])
     close(kept(given, "advantages"), plain(rollouts(), "grpo", 1.0, 1.0, scale=False)[0])
+
+
+def test_grpo_scaled_over_the_batch():
+    """scale_rewards=batch: the mean is that of the group, the deviation that of all rewards, as in TRL; equal rewards
+    give 0."""
+    given = file(rollouts())
+    add_features(create_loss("policy", scale_rewards="batch"), [given])
+    spread = np.array([row["reward"] for row in rollouts()]).std(ddof=1)
+    centered = plain(rollouts(), "grpo", 1.0, 1.0, scale=False)[0]
+    close(kept(given, "advantages"), [[x / spread for x in row] for row in centered])
+    same = file([row | {"reward": 0.95} for row in rollouts()])
+    add_features(create_loss("policy", scale_rewards="batch"), [same])
+    assert np.abs(np.concatenate(kept(same, "advantages"))).max() < 1e-8
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "group"), (False, "none")])
+def test_the_values_of_scale_rewards_of_older_versions(old, new, rows_file):
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)]}
+    config = load_config(base | {"loss": {"name": "policy", "scale_rewards": old}})
+    assert create_loss(**config.loss).options.scale_rewards == PolicyOptions(scale_rewards=old).scale_rewards == new
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -137,17 +170,18 @@ def test_estimators_of_kl(estimator):
 
 
 def test_the_default_penalty_is_k1_in_rewards_and_k3_in_the_loss():
-    """PPO's and GRPO's; the place follows the advantages."""
+    """PPO's and GRPO's; the place follows the advantages, and so does whitening."""
     found = [
         create_loss("policy", advantage_estimator=kind).options
-        for kind in ("gae", "reinforce++", "grpo", "rloo", "given")
+        for kind in ("gae", "reinforce++", "reinforce++-baseline", "grpo", "rloo", "given")
     ]
-    assert [o.kl_in for o in found] == ["reward", "reward", "loss", "loss", "loss"]
-    assert [o.kl_estimator for o in found] == ["k1", "k1", "k3", "k3", "k3"]
+    assert [o.kl_in for o in found] == ["reward", "reward", "loss", "loss", "loss", "loss"]
+    assert [o.kl_estimator for o in found] == ["k1", "k1", "k3", "k3", "k3", "k3"]
+    assert [o.whiten for o in found] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("garbage", [1e6, float("nan")])
-@pytest.mark.parametrize("kind", ["gae", "reinforce++", "grpo", "rloo", "given"])
+@pytest.mark.parametrize("kind", [*ADVANTAGES])
 def test_what_stands_outside_of_the_response_does_not_matter(kind, garbage):
     """1e6 or NaN there: advantages and returns are the same to the last bit, whitened or not (AReaL#1346)."""
     for white in (False, True):
@@ -167,7 +201,7 @@ def test_whitening_has_mean_0_and_deviation_1():
     assert not whiten(torch.full((3,), 7.0)).any() and whiten(torch.tensor([7.0])).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", GROUPED)
 def test_groups_of_one_and_of_equal_rewards_teach_nothing(kind):
     """Their advantages are 0; when no prompt has two rollouts, that is an error that names the file."""
     row = {"group": 0, "reward": 0.1, "values": [0.0, 0.0]}
@@ -243,7 +277,7 @@ def test_lambda_1_is_monte_carlo():
     """A + V with lambda 1 is what was earned, whatever the values say; lambda 0 looks one token ahead."""
     made = Rollouts([file(rollouts())])
     rewards, values = penalized_rewards(made, 0.0, "k1"), made.column("values", "this")
-    want = estimate(made, rewards, "reinforce++", 0.9, 1.0, True)[1]
+    want = estimate(made, rewards, "reinforce++", 0.9, 1.0, "none")[1]
     torch.testing.assert_close(gae(rewards, values, made.lengths, made.stops, 0.9, 1.0) + values, want)
     one_step = gae(rewards, values, made.lengths, made.stops, 0.9, 0.0)
     assert one_step[0].item() == pytest.approx((rewards[0] + 0.9 * values[1] - values[0]).item())

@@ -33,6 +33,16 @@ VARIANTS = {
         {"loss_aggregation": "dr_grpo", "advantage_estimator": "rloo", "dual_clip": 2.0},
         {"loss_aggregation": "grpo", "advantage_estimator": "rloo", "kl_coef": 0.1, "kl_times_ratio": True},
         {"loss_aggregation": "cispo", "advantage_estimator": "gae", "vf_coef": 0.1, "temperature": 0.7},
+        {"loss_aggregation": "sapo", "scale_rewards": "batch"},
+        {"loss_aggregation": "gmpo", "advantage_estimator": "reinforce++-baseline"},
+        {"loss_aggregation": "luspo"},
+        {  # softer than by default, where rollouts as far off-policy as these weigh 0
+            "loss_aggregation": "vespo",
+            "vespo_k_pos": 0.1,
+            "vespo_lambda_pos": 0.01,
+            "vespo_k_neg": 0.1,
+            "vespo_lambda_neg": 0.01,
+        },
     ],
     "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],
     "kd": [{"divergence": "jsd", "jsd_weight": 0.3}, {"divergence": "reverse_kl", "top_k": 5, "temperature": 1.0}],
@@ -59,7 +69,7 @@ def case(request):
 
 
 def test_split_into_micro_batches(case):
-    """8x1, 1x8, 4x2 and uneven micro-batches: one gradient (transformers#34191, torchtune#1875)."""
+    """8x1, 1x8, 4x2 and uneven micro-batches: one gradient (transformers#34191, torchtune#1875, silent RL bug R9)."""
     loss, made, want = case
     assert any(gradient.any() for gradient in want[1])
     for parts in ([[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]], [[5], [0, 1, 2, 3, 4, 6], [7]]):
@@ -118,7 +128,7 @@ def padded(batch: Batch, left: int, right: int, garbage: bool) -> Batch:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
 @pytest.mark.parametrize(("left", "right"), [(0, 9), (6, 0), (4, 5)])
 def test_padding_amount_side_and_content(case, left, right, implementation):
-    """More padding, on the left or right, full of garbage: the same (pytorch#73205, AReaL#1346)."""
+    """More padding, on the left or right, full of garbage: the same (pytorch#73205, AReaL#1346, silent RL bug R8)."""
     loss, made, want = case
     for rows, packed in ((ALL, False), (PACKED_ROWS[1], True)):
         batch = padded(collated(made, rows, packed), left, right, garbage=True)

@@ -1,5 +1,6 @@
 """policy and value against their formulas, and through the trainer: temperatures, references, value heads."""
 
+import itertools
 import json
 import math
 
@@ -11,15 +12,18 @@ from minitrain import ConfigError, DataError, create_loss
 from minitrain.batch import Document, PolicyOutput, collate
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.losses import LossOutput, Models
+from minitrain.losses.advantages import ADVANTAGES
 from minitrain.losses.value import value_metrics, with_explained_variance
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.training.aux_models import PrecomputedRefLogps
 from minitrain.training.step import MetricAccumulator
 from tests.conftest import metrics, weights
-from tests.examples import LENGTHS, N, collated, prepared
+from tests.examples import LENGTHS, N, collated, prepared, step
 from tests.messages import raises
 
 EPS = {"clip_eps_low": 0.2, "clip_eps_high": 0.4}
+CLIPS = {"cispo": {"clip_eps_high": 1.1}, "sapo": {}, "vespo": {}, "dr_grpo": EPS | {"max_new_tokens": 50}}
+AGGREGATIONS = ("dapo", "grpo", "dr_grpo", "cispo", "sapo", "gmpo", "luspo", "vespo")
 
 
 class Table:
@@ -59,20 +63,34 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
     names = ("old_logps", "ref_logps", "advantages", "values")
     columns = [batch.target_feature(name) for name in names]
     columns.append(batch.target_feature("returns") if o.get("vf_coef") else columns[3])
-    total, means, n_tokens = 0.0, 0.0, 0
-    for lp, h, v, old, ref, a, v_old, r in doc_feature(batch, logps, entropy, values, *columns):
+    weights = batch.target_feature("importance_weights") if "importance_weights" in batch.token_features else None
+    columns.append(torch.ones_like(logps) if weights is None else weights)
+    total, means, n_tokens, name = 0.0, 0.0, 0, o.get("loss_aggregation", "dapo")
+    for lp, h, v, old, ref, a, v_old, r, weight in doc_feature(batch, logps, entropy, values, *columns):
         terms = 0.0
         for t in range(len(lp)):
             ratios = {"sequence": (lp - old).mean(), "product": (lp - old).sum()}
-            rho = ratios.get(o.get("importance_sampling_level"), lp[t] - old[t]).exp()
-            if o.get("loss_aggregation") == "cispo":
+            level = "sequence" if name == "luspo" else o.get("importance_sampling_level")
+            rho = ratios.get(level, lp[t] - old[t]).exp()
+            if name == "cispo":
                 term = -min(rho.item(), o["clip_eps_high"]) * a[t] * lp[t]
+            elif name == "sapo":
+                tau = o.get("sapo_temperature_pos", 1.0) if a[t] > 0 else o.get("sapo_temperature_neg", 1.05)
+                term = -4 / tau / (1 + (-tau * (rho - 1)).exp()) * a[t]
+            elif name == "gmpo":
+                low, high = math.log(1 - o["clip_eps_low"]), math.log(1 + o["clip_eps_high"])
+                each = [min(x, high) if g > 0 else max(x, low) for x, g in zip((lp - old).unbind(), a, strict=True)]
+                term = -torch.as_tensor(sum(each) / len(each)).exp() * a[t]
+            elif name == "vespo":
+                k, decay, w = *((2, 3) if a[t] >= 0 else (3, 2)), ratios["product"].exp().item()
+                term = -(w**k) * math.exp(decay * (1 - w)) * a[t] * lp[t]
             else:
                 clipped = rho.clamp(1 - o["clip_eps_low"], 1 + o["clip_eps_high"])
                 gain = torch.min(rho * a[t], clipped * a[t])
                 if "dual_clip" in o and a[t] < 0:
                     gain = torch.max(gain, o["dual_clip"] * a[t])
                 term = -gain
+            term = weight[t] * term
             d = lp[t] - ref[t]
             kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[o.get("kl_estimator", "k3")]
             term = term + o.get("kl_coef", 0.0) * (kl * rho if o.get("kl_times_ratio") else kl)
@@ -81,10 +99,10 @@ def plain(batch, logps, entropy, values, o: dict) -> torch.Tensor:
             term = term + o.get("vf_coef", 0.0) * 0.5 * torch.max((v[t] - r[t]) ** 2, (near - r[t]) ** 2)
             terms = terms + term
         total, means, n_tokens = total + terms, means + terms / len(lp), n_tokens + len(lp)
-    normaliser = o.get("loss_aggregation", "dapo")
-    if normaliser == "grpo":
+    if name in ("grpo", "sapo", "gmpo"):
         return means / batch.n_docs
-    return total / (batch.n_docs * o["max_new_tokens"] if normaliser == "dr_grpo" else n_tokens)
+    units = {"dr_grpo": batch.n_docs * o.get("max_new_tokens", 1), "luspo": batch.n_docs}
+    return total / units.get(name, n_tokens)
 
 
 CASES = [
@@ -96,7 +114,13 @@ CASES = [
     {"importance_sampling_level": "sequence", "advantage_estimator": "gae"},
     {"importance_sampling_level": "sequence", "loss_aggregation": "cispo", "clip_eps_high": 1.1},
     {"dual_clip": 1.3, "advantage_estimator": "rloo"},
-    {"entropy_coef": 0.1},
+    {"loss_aggregation": "sapo", "kl_coef": 0.2, "kl_estimator": "k2"},
+    {"loss_aggregation": "sapo", "sapo_temperature_neg": 3.0, "importance_sampling_level": "sequence"},
+    {"loss_aggregation": "gmpo", "advantage_estimator": "rloo"},
+    {"loss_aggregation": "gmpo", "advantage_estimator": "reinforce++"},
+    {"loss_aggregation": "luspo", "kl_coef": 0.2},
+    {"loss_aggregation": "vespo", "advantage_estimator": "reinforce++-baseline"},
+    *({"loss_aggregation": name, "entropy_coef": 0.1} for name in AGGREGATIONS),
     {
         "importance_sampling_level": "product",
         "loss_aggregation": "grpo",
@@ -117,12 +141,19 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_policy_equals_its_formula(drawn, options):
-    """Value and gradient in float64, with ratios on both sides of the clip."""
-    options = options if options.get("loss_aggregation") == "cispo" else EPS | options
+def test_policy_equals_its_formula(drawn, options, weighted):
+    """Value and gradient in float64, with ratios on both sides of the clip. The weights of a correction multiply the
+    surrogate of every aggregation, but no KL, entropy or value. The entropy is aggregated like the surrogate (silent RL
+    bugs R5 and R42)."""
+    options = CLIPS.get(options.get("loss_aggregation"), EPS) | options
     loss = create_loss("policy", **options)
     batch, inputs = drawn(loss)
+    if weighted:
+        generator = torch.Generator().manual_seed(4)
+        made = torch.rand(batch.input_ids.shape, generator=generator, dtype=torch.float64)
+        batch.token_features["importance_weights"] = 2 * made
     output = loss(batch, Models(Table(*inputs)))
     value = output.loss_sum / output.num_items
     want = plain(batch, *inputs, options)
@@ -131,7 +162,7 @@ def test_policy_equals_its_formula(drawn, options):
     kept += [inputs[2]] if options.get("vf_coef") else []
     for a, b in zip(torch.autograd.grad(value, kept), torch.autograd.grad(want, kept)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-    if options.get("loss_aggregation") != "cispo":  # whose weight is detached: no slope of its value
+    if options.get("loss_aggregation") not in ("cispo", "vespo"):  # whose weight is detached: no slope of its value
         assert torch.autograd.gradcheck(
             lambda *x: loss(batch, Models(Table(*x, *inputs[len(x) :]))).loss_sum, inputs[:1], eps=1e-6
         )
@@ -189,6 +220,29 @@ def test_a_far_off_token_has_the_gradient_of_the_clip(drawn, sign, normaliser, r
     assert all(map(math.isfinite, metrics.values()))
     n_bounded = (far if ratio == "token" else mine).sum().item()
     assert metrics["bounded_fraction"] == pytest.approx(n_bounded / batch.n_targets)
+
+
+@pytest.mark.parametrize("name", ["sapo", "gmpo", "vespo"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_far_off_token_of_the_other_surrogates(drawn, sign, name):
+    """The same old_logp of -120: value and gradient in float32 are finite, and those of the formula in float64."""
+    clip = CLIPS.get(name, EPS)
+    loss = create_loss("policy", loss_aggregation=name, advantage_estimator="given", **clip)
+    batch, (logps, entropy, _) = drawn(loss)
+    mine = batch.target_docs == batch.n_docs - 1
+    far = int(mine.nonzero()[0])
+    places = batch.target_positions
+    batch.token_features["old_logps"].flatten()[places[far]] = -120.0
+    batch.token_features["advantages"].flatten()[places[mine]] = sign
+    logps = logps.detach().index_fill(0, torch.tensor(far), -3.0).requires_grad_()
+    want = plain(batch, logps, entropy, torch.zeros_like(logps), clip | {"loss_aggregation": name})
+    small = logps.detach().float().requires_grad_()
+    batch.token_features = {key: column.float() for key, column in batch.token_features.items()}
+    output = loss(batch, Models(Table(small, entropy.float())))
+    found = output.loss_sum / output.num_items
+    assert found.item() == pytest.approx(want.item(), rel=1e-3)
+    (got,), (exact,) = torch.autograd.grad(found, small), torch.autograd.grad(want, logps)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("times_ratio", [False, True])
@@ -262,7 +316,8 @@ def test_the_explained_variance_of_large_returns(mean):
 
 
 def test_without_old_log_probabilities_the_ratio_is_1(drawn):
-    """The gradient is that of -A log p, and nothing is clipped."""
+    """The gradient is that of -A log p. A ratio of 1 by construction and its clipping are not logged (silent RL bug
+    R47)."""
     loss = create_loss("policy")
     batch, inputs = drawn(loss)
     batch.token_features = {"advantages": batch.token_features["advantages"]}
@@ -270,7 +325,7 @@ def test_without_old_log_probabilities_the_ratio_is_1(drawn):
     (gradient,) = torch.autograd.grad(output.loss_sum, inputs[:1])
     torch.testing.assert_close(gradient, -batch.target_feature("advantages"))
     found = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
-    assert found["ratio"] == 1 and found["approx_kl"] == found["clip_fraction/high"] == found["clip_fraction/low"] == 0
+    assert not {"ratio", "approx_kl", "clip_fraction/high", "clip_fraction/low"} & found.keys()
 
 
 def test_metrics_of_the_policy(drawn):
@@ -306,16 +361,35 @@ def test_metrics_of_the_policy(drawn):
     assert found.keys() - want.keys() == {"value_loss", "bounded_fraction"} and found["bounded_fraction"] == 0
 
 
-def test_the_entropy_is_that_of_the_whole_distribution():
-    """Not the -(p log p) of sampled tokens: a policy that finds all of 260 tokens alike has log 260."""
+@pytest.mark.parametrize("scale", [0.0, 30.0, 1e4])
+def test_the_entropy_is_that_of_the_whole_distribution(scale):
+    """Not the -(p log p) of sampled tokens: a policy that finds all of 260 tokens alike has log 260, and no policy has
+    more, or less than 0. Padding has no part in it (silent RL bug R41)."""
     from tests.examples import policy_for
 
     loss = create_loss("policy")
     made, policy = prepared(loss), policy_for(loss)
-    torch.nn.init.zeros_(policy.model.get_output_embeddings().weight)
+    head = policy.model.get_output_embeddings().weight
+    head.data.mul_(scale)
     total, weight = loss(collated(made, [[i] for i in range(N)]), Models(policy)).metrics["entropy"]
-    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
-    assert (total / weight).item() == pytest.approx(math.log(vocabulary), rel=1e-6)
+    each = [loss(collated(made, [[i]]), Models(policy)).metrics["entropy"] for i in range(N)]  # without padding
+    assert all(-1e-6 <= (one / n).item() <= math.log(len(head)) + 1e-6 for one, n in each)
+    assert total.item() == pytest.approx(sum(one.item() for one, _ in each), rel=1e-5, abs=1e-5)
+    if not scale:
+        assert (total / weight).item() == pytest.approx(math.log(len(head)), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_kl_coef_has_an_effect_with_every_estimator(kind):
+    """In the loss, and in the rewards unless the advantages are given; the two differ (silent RL bugs R24 and R26)."""
+    found = {}
+    for place in ("none", "loss", *(("reward",) if kind != "given" else ())):
+        options = {"kl_coef": 0.5, "kl_in": place} if place != "none" else {}
+        loss = create_loss("policy", advantage_estimator=kind, **options)
+        found[place] = step(loss, [collated(prepared(loss), [[i] for i in range(N)])])[1]
+    for a, b in itertools.combinations(found, 2):
+        largest = max(gradient.abs().max() for gradient in found[a])
+        assert max((x - y).abs().max() for x, y in zip(found[a], found[b])) > 1e-3 * largest, (a, b)
 
 
 def test_units_of_the_normalisers():
@@ -325,7 +399,8 @@ def test_units_of_the_normalisers():
     for options, want in (
         ({}, n_tokens),
         ({"loss_aggregation": "cispo"}, n_tokens),
-        ({"loss_aggregation": "grpo"}, N),
+        ({"loss_aggregation": "vespo"}, n_tokens),
+        *(({"loss_aggregation": name}, N) for name in ("grpo", "sapo", "gmpo", "luspo")),
         ({"loss_aggregation": "dr_grpo"}, N * longest),
         ({"loss_aggregation": "dr_grpo", "max_new_tokens": 100}, N * 100),
     ):
@@ -573,6 +648,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(train):
         (["loss.gamma=0.5"], "no-effect", "loss.gamma: "),
         (["loss.advantage_estimator=rloo", "loss.scale_rewards=false"], "no-effect", "loss.scale_rewards: "),
         (["loss.max_new_tokens=5"], "no-effect", "loss.max_new_tokens: "),
+        (["loss.sapo_temperature_pos=2"], "no-effect", "loss.sapo_temperature_pos: "),
+        (["loss.loss_type=sapo", "loss.vespo_k_neg=2"], "no-effect", "loss.vespo_k_neg: "),
+        (["loss.loss_type=sapo", "loss.epsilon=0.1"], "no-effect", "loss.clip_eps_low: "),
+        (["loss.loss_type=vespo", "loss.ratio=token"], "no-effect", "loss.importance_sampling_level: "),
+        (["loss.loss_type=gmpo", "loss.dual_clip=3"], "no-effect", "loss.dual_clip: "),
+        (["loss.scale_rewards=bach"], "not-a-choice", "Did you mean batch"),
         (["loss.loss_aggregation=cispo", "loss.dual_clip=3"], "no-effect", "loss.dual_clip: "),
         (["loss.kl_estimator=k1"], "no-effect", "loss.kl_estimator: "),
         (["loss.kl_coef=1", "loss.kl_estimator=k1"], "conflict", "loss.kl_estimator: "),
