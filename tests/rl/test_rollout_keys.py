@@ -9,7 +9,6 @@ import pytest
 
 from minitrain import Trainer
 from minitrain.config.sections import RolloutConfig
-from minitrain.inference import sampler
 from minitrain.rl import environments, rewards
 from minitrain.rl.environments import Reply, register_environment
 from minitrain.rl.rewards import NoOptions, register_reward
@@ -90,30 +89,26 @@ class Polite:
         return Reply([{"role": "user", "content": "ok"}])
 
 
-def observe(tmp_path, monkeypatch, name: str, loss: str, rollout: dict) -> dict[str, Any]:
+def observe(tmp_path, name: str, loss: str, rollout: dict) -> dict[str, Any]:
     """Return what can be observed of a run of one step."""
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": str(i)}) + "\n" for i in range(12)))
-    slots = []
-    start = sampler.Sampler.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler.Sampler, "__init__", lambda self, *args: slots.append(args[2:]) or start(self, *args))
-        trainer = Trainer(
-            {
-                "model": {"name_or_path": "tiny", "policy_dtype": "bfloat16"},  # so that corrections differ from 1
-                "datasets": [str(rows)],
-                "validation_split": 2,
-                "output_dir": str(tmp_path / "runs"),
-                "exp_name": name,
-                "quiet": True,
-                "loss": {"name": loss},
-                "total_batch_size": 2,
-                "n_steps": 3,
-                "save_every_steps": 0,
-                "rollout": BASE | rollout,
-            }
-        )
-        trainer.train()
+    trainer = Trainer(
+        {
+            "model": {"name_or_path": "tiny", "policy_dtype": "bfloat16"},  # so that corrections differ from 1
+            "datasets": [str(rows)],
+            "validation_split": 2,
+            "output_dir": str(tmp_path / "runs"),
+            "exp_name": name,
+            "quiet": True,
+            "loss": {"name": loss},
+            "total_batch_size": 2,
+            "n_steps": 3,
+            "save_every_steps": 0,
+            "rollout": BASE | rollout,
+        }
+    )
+    trainer.train()
     rounds = metrics(trainer, "rollout")
     cache = trainer.train_loader.examples.caches
     samples = (trainer.run.path / "rollouts" / "round-1.jsonl").read_text().splitlines()
@@ -123,7 +118,7 @@ def observe(tmp_path, monkeypatch, name: str, loss: str, rollout: dict) -> dict[
         "metrics": {name: value for name, value in rounds[0].items() if "second" not in name and name != "time"},
         "rounds": len(rounds),
         "samples": len(samples),
-        "slots": slots[-1],
+        "slots": trainer.train_loader.engine.sampler.n_slots,
     }
 
 
@@ -133,10 +128,10 @@ def test_every_option_has_an_entry():
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_no_option_is_dead(name, tmp_path, monkeypatch):
+def test_no_option_is_dead(name, tmp_path):
     key = KEYS[name]
-    before = observe(tmp_path, monkeypatch, "before", key.loss, key.given or {})
-    after = observe(tmp_path, monkeypatch, "after", key.loss, (key.given or {}) | {name: key.value})
+    before = observe(tmp_path, "before", key.loss, key.given or {})
+    after = observe(tmp_path, "after", key.loss, (key.given or {}) | {name: key.value})
     assert before[key.changes] != after[key.changes]
-    again = observe(tmp_path, monkeypatch, "again", key.loss, key.given or {})
+    again = observe(tmp_path, "again", key.loss, key.given or {})
     assert again[key.changes] == before[key.changes]

@@ -7,8 +7,7 @@ import pytest
 
 from minitrain import ConfigError, RunError, load_config
 from minitrain.cli.main import main
-from minitrain.inference import sampler
-from minitrain.model.logprobs import logits_of
+from minitrain.inference import choice
 from minitrain.rl import environments, rewards
 from minitrain.rl.environments import Reply, register_environment
 from minitrain.rl.rewards import NoOptions, register_reward
@@ -119,7 +118,8 @@ def test_a_random_model_answers_for_one_that_is_large_or_elsewhere(config, tmp_p
 
 
 def test_a_sampler_that_differs_from_the_policy_is_refused_as_in_training(config, monkeypatch):
-    monkeypatch.setattr(sampler, "logits_of", lambda *args: (3 * logits_of(*args)[0], None))
+    choose = choice.Chooser.__call__
+    monkeypatch.setattr(choice.Chooser, "__call__", lambda *args: (choose(*args)[0], 0.9 * choose(*args)[1]))
     with raises(ConfigError, "unsupported-model", "rollout.num_generations: "):
         validate(config())
 

@@ -24,6 +24,7 @@ from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
+from minitrain.inference.slots import SlotLoop
 from minitrain.losses import Loss, Models
 from minitrain.model import logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
@@ -134,7 +135,7 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
         step = _step_inputs(run, parallel, fake, tracker)
         simulate_step(step, tracker)
         estimate = _estimate(tracker)
-        if run.loss.online and run.config.rollout.engine == "local":
+        if run.loss.online and run.config.rollout.engine == "local" and SlotLoop.supports(step.policy):
             precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
             simulate_sampling(step.policy, run.data.train, run.config, parallel, precision, tracker)
             estimate.sampling = _estimate(tracker)

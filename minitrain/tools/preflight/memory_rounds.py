@@ -3,6 +3,7 @@
 The lengths of answers are not known before they are sampled. So every answer is as long as it can be.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 from minitrain.config.schema import Config
 from minitrain.data.loader import TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice
-from minitrain.inference.sampler import Chooser, Request, Sampler
+from minitrain.inference.choice import Chooser, Request, TokenChoice
+from minitrain.inference.slots import SlotLoop
 from minitrain.losses import Loss, add_features
 from minitrain.model.policy import Policy
 from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
@@ -72,11 +74,11 @@ def _columns(config: Config, loss: Loss) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- sampling
 
 
-class _TrackedSampler(Sampler):
-    """A sampler whose tensors belong to parts: the prompts, the keys and values of the slots, and the head."""
+class _TrackedLoop(SlotLoop):
+    """A loop whose tensors belong to parts: the prompts, and the keys and values of the slots."""
 
     def __init__(self, policy: Policy, n_slots: int, tracker: MemoryTracker):
-        super().__init__(policy, [], n_slots)
+        super().__init__(policy, n_slots)
         self.tracker = tracker
 
     def _compute_prompts(self, requests) -> None:
@@ -84,13 +86,21 @@ class _TrackedSampler(Sampler):
         super()._compute_prompts(requests)
         self.tracker.part = KEYS_AND_VALUES
 
-    def _choose(self, *args) -> Tensor:
-        self.tracker.part = "head"
-        return super()._choose(*args)
-
     def _decode(self, *args):
         self.tracker.part = "activations"
         return super()._decode(*args)
+
+
+class _TrackedChoice(TokenChoice):
+    """A choice of tokens whose tensors belong to the head."""
+
+    def __init__(self, policy: Policy, choose: Chooser, tracker: MemoryTracker):
+        super().__init__(policy, choose, set())
+        self.tracker = tracker
+
+    def from_states(self, *args) -> Tensor:
+        self.tracker.part = "head"
+        return super().from_states(*args)
 
 
 class _FirstToken(Chooser):
@@ -116,7 +126,9 @@ def simulate_sampling(
     tracker.reset_peaks()
     for requests in (_first_requests(prompts, config), last):
         with tracker, inference(policy), parallel.unsharded(policy), precision.autocast():
-            _TrackedSampler(policy, options.num_slots, tracker).sample(requests, choose)
+            choice = _TrackedChoice(policy, choose, tracker)
+            rows = list(itertools.chain(*choice.rows(requests)))
+            _TrackedLoop(policy, options.num_slots, tracker).run(rows, choice)
     parallel.reshard(policy)
 
 

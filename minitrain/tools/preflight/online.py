@@ -47,7 +47,8 @@ class Stage:
     def __post_init__(self):
         self.tokenizer, self.device, self.parallel = self.template.tokenizer, CPU, SingleDevice(CPU)
         self.precision = Precision(DTYPES[self.config.model.policy_dtype], CPU)
-        self.generator = Generator(self.policy.model, self.template, position_limit=self.policy.position_limit)
+        self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)
+        self.notes: list[str] = []
 
     def is_interrupted(self) -> bool:
         return False
