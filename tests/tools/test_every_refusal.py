@@ -100,7 +100,6 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/decoder:find_blocks: unsupported-model",
         "model/load_check:_check_scores: unsupported-model",
         "rl/engine:build_engine: unsupported-model",
-        "rl/engine:build_engine: unsupported-model (2)",
         "model/dequantize:_scale_blocks: mismatch",
         "model/dequantize:dequantized: unsupported-model (2)",
         "model/dequantize:dequantized: unsupported-model",
