@@ -1,4 +1,5 @@
-"""Write the tables of docs/silent-bugs.md and docs/afternoon.md from tests/mutations.py: ``make docs``.
+"""Write the tables of docs/silent-bugs.md and docs/afternoon.md from tests/mutations.py and tests/online_bugs.py:
+``make docs``.
 
 A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. The rest of the pages is written by hand.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.mutations import BUGS, EXERCISES, Bug, Mutation
+from tests.online_bugs import ONLINE_BUGS, ONLINE_MUTATIONS, guards
 
 DOCS = Path(__file__).parent
 PAGES = ("silent-bugs.md", "afternoon.md")
@@ -23,8 +25,13 @@ def document(page: str) -> str:
 
 
 def region(name: str) -> str:
-    """Return the tables of a section of BUGS, or of the exercises."""
-    tables = [mutations(EXERCISES)] if name == "exercises" else [reports(BUGS[name]), mutations(BUGS[name])]
+    """Return the tables of a section of BUGS, of the bugs of online RL, or of the exercises."""
+    if name == "exercises":
+        tables = [mutations(EXERCISES)]
+    elif name == "online":
+        tables = [online_reports(), mutations(ONLINE_MUTATIONS, "R")]
+    else:
+        tables = [reports(BUGS[name]), mutations(BUGS[name])]
     return "\n\n".join([f"<!-- generated: {name} -->", *tables, "<!-- end -->"])
 
 
@@ -34,9 +41,19 @@ def reports(bugs: list[Bug]) -> str:
     return table(("#", "reported in", "what went wrong"), rows)
 
 
-def mutations(changes: list[Mutation]) -> str:
+def online_reports() -> str:
+    """Return the bugs of online RL: where each was reported, what went wrong, and its tests."""
+    tests = guards()
+    rows = [
+        (f"R{number}", links(reported_in), title, "<br>".join(map(code, tests[number])))
+        for number, (reported_in, title) in ONLINE_BUGS.items()
+    ]
+    return table(("#", "reported in", "what went wrong", "tests"), rows)
+
+
+def mutations(changes: list[Mutation], prefix: str = "") -> str:
     """Return each line, its replacement, and the test that fails with it."""
-    rows = [(str(m.number), *map(code, (m.file, m.line, m.replacement, m.test))) for m in changes]
+    rows = [(f"{prefix}{m.number}", *map(code, (m.file, m.line, m.replacement, m.test))) for m in changes]
     return table(("#", "file", "line", "replacement", "test that fails"), rows)
 
 

@@ -1,4 +1,4 @@
-"""The mutations of tests/mutations.py: the pages that list them, and the tests that notice them."""
+"""The mutations of tests/mutations.py and tests/online_bugs.py: their pages, and the tests that notice them."""
 
 import os
 import re
@@ -11,12 +11,13 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.mutations import BUGS, EXERCISES
+from tests.online_bugs import ONLINE_BUGS, ONLINE_MUTATIONS, guards
 
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "generate_mutations.py"))
 ALL_BUGS = [bug for section in BUGS.values() for bug in section]
 MUTATIONS = [
     pytest.param(mutation, id=f"{kind}{mutation.number}")
-    for kind, mutations in (("exercise", EXERCISES), ("bug", ALL_BUGS))
+    for kind, mutations in (("exercise", EXERCISES), ("bug", ALL_BUGS), ("online", ONLINE_MUTATIONS))
     for mutation in mutations
 ]
 
@@ -30,7 +31,7 @@ def test_the_tables_are_up_to_date(page):
 def test_every_mutation_is_on_a_page():
     """Each section of the bugs and the exercises has its region, once."""
     text = "".join((ROOT / "docs" / page).read_text() for page in GENERATOR["PAGES"])
-    assert sorted(GENERATOR["REGION"].findall(text)) == sorted([*BUGS, "exercises"])
+    assert sorted(GENERATOR["REGION"].findall(text)) == sorted([*BUGS, "online", "exercises"])
 
 
 def test_cells_are_escaped():
@@ -40,11 +41,16 @@ def test_cells_are_escaped():
     assert GENERATOR["links"]("a-b/c.d#12, trl") == "[a-b/c.d#12](https://github.com/a-b/c.d/issues/12), trl"
 
 
-@pytest.mark.parametrize("mutations", [*BUGS.values(), EXERCISES], ids=[*BUGS, "exercises"])
+@pytest.mark.parametrize("mutations", [*BUGS.values(), ONLINE_MUTATIONS, EXERCISES], ids=[*BUGS, "online", "exercises"])
 def test_numbers_are_in_order(mutations):
     """A section is sorted by number."""
     numbers = [mutation.number for mutation in mutations]
     assert numbers == sorted(numbers)
+
+
+def test_every_bug_of_online_rl_has_a_test():
+    """And docstrings name no other numbers."""
+    assert list(guards()) == list(ONLINE_BUGS) == list(range(1, 49))
 
 
 def test_numbers_are_unique():

@@ -1,4 +1,4 @@
-"""Online training that is killed or stopped while it samples, judges or trains on a round (silent RL bug R39).
+"""Online training that is killed or stopped while it samples, judges or trains on a round.
 
 A round has two passes of two steps, and a checkpoint after each third step, so that most lie within a round.
 """
@@ -63,7 +63,8 @@ def undisturbed(lab, options):
 
 @pytest.mark.parametrize(("ranks", "point"), KILLS)
 def test_killed_in_a_round(lab, options, undisturbed, ranks, point):
-    """kill -9 of a process or of one of two ranks: the command again trains on the same answers, bit for bit."""
+    """kill -9 of a process or of one of two ranks: the command again trains on the same answers, bit for bit
+    (silent RL bug R39)."""
     expected, job = undisturbed(ranks), lab.job(ranks, *options)
     code, output = lab.run(ranks, job, f"{point}:kill9" + ("#1" if ranks else ""))
     assert code == -signal.SIGKILL, output
@@ -76,7 +77,7 @@ def test_killed_in_a_round(lab, options, undisturbed, ranks, point):
     "point", ["round.sample@5", *(pytest.param(f"round.reward@{n}", marks=pytest.mark.slow) for n in (1, 2, 3, 4))]
 )
 def test_stopped_while_it_samples(lab, options, undisturbed, ranks, point):
-    """SIGTERM drops the round: the checkpoint is that of the end of the round before it."""
+    """SIGTERM drops the round: the checkpoint is that of the end of the round before it (silent RL bug R39)."""
     expected, job = undisturbed(ranks), lab.job(ranks, *options)
     code, output = lab.run(ranks, job, f"{point}:term" + ("#1" if ranks else ""))
     assert code == 143 and "stopped by SIGTERM at step" in output, output

@@ -133,13 +133,14 @@ def test_rows_without_a_reference_are_refused_before_training(online, tmp_path):
 @pytest.mark.parametrize(
     ("metric", "values", "best"),
     [
-        ("exact_match", [0.2, 0.6, 0.4], 0.6),  # not the hacked reward (silent RL bug R46)
+        ("exact_match", [0.2, 0.6, 0.4], 0.6),
         ("loss", [1.0, 2.0, 3.0], 3.0),  # the reward
         ("pass@2/right", [0.5, 0.2, 0.1], 0.5),
         ("length", [5.0, 3.0, 4.0], 3.0),
     ],
 )
 def test_the_best_model_is_that_of_the_metric(online, metric, values, best):  # noqa: F811
+    """It can be another than the reward, which may be hacked (silent RL bug R46)."""
     trainer = online(
         n_steps=3,
         validation_split=3,

@@ -12,7 +12,7 @@ def spans(cache):
 
 
 def test_a_resumed_run_keeps_its_reference(online):  # noqa: F811
-    """The reference is the model before training, not that of the checkpoint: the KL is not 0 again (R27)."""
+    """The reference is the model before training, not that of the checkpoint (silent RL bug R27)."""
     options = {
         "loss": {"name": "policy", "kl_coef": 0.1},
         "n_steps": 4,
@@ -36,7 +36,7 @@ def test_a_resumed_run_keeps_its_reference(online):  # noqa: F811
 
 
 def test_the_end_of_a_truncated_answer_is_what_was_sampled(online):  # noqa: F811
-    """An end token in its place would have another log-probability under the policy (R34)."""
+    """An end token in its place would have another log-probability under the policy (silent RL bug R34)."""
     trainer = online(n_steps=1, lr=1e-30, rollout={"max_new_tokens": 2, "importance_correction": "tis"})
     trainer.train()
     cache = trainer.train_loader.examples.caches[0]
@@ -52,7 +52,7 @@ def test_the_end_of_a_truncated_answer_is_what_was_sampled(online):  # noqa: F81
 
 
 def test_only_truncated_answers_lose_their_reward(online):  # noqa: F811
-    """`truncated: zero` changes no reward of an answer that has ended (R36)."""
+    """`truncated: zero` changes no reward of an answer that has ended (silent RL bug R36)."""
     found = {}
     for truncated in ("keep", "zero"):
         rollout = {"truncated": truncated, "max_new_tokens": 4, "rewards": [{"name": "length", "target": 100}]}
@@ -67,7 +67,7 @@ def test_only_truncated_answers_lose_their_reward(online):  # noqa: F811
 
 
 def test_all_lengths_are_trained_on(online):  # noqa: F811
-    """The trained answers have the lengths of the sampled ones, in each pass over the round (R45)."""
+    """The trained answers have the lengths of the sampled ones, in each pass (silent RL bug R45)."""
     rollout = {"num_iterations": 2, "prompts_per_round": 4, "max_new_tokens": 12}
     trained = []
 

@@ -197,7 +197,7 @@ def test_a_run_that_starts_over_moves_the_answers(online):
 
 
 def test_a_warning_when_few_answers_end(online, capsys):
-    """In the first round only; none when they end."""
+    """In the first round only; none when they end (silent RL bug R35)."""
     online("short", rollout={"max_new_tokens": 1}).train()
     assert capsys.readouterr().out.count("rollout.max_new_tokens=1,") == 1
     online("long", rollout={"max_new_tokens": 100, "stop": list("aeiou")}).train()
@@ -205,7 +205,7 @@ def test_a_warning_when_few_answers_end(online, capsys):
 
 
 def test_a_warning_when_sampling_and_training_differ(online, capsys):
-    """Once in a run."""
+    """Once in a run (silent RL bug R7)."""
     trainer = online()
     warn = trainer.train_loader.log._warn
     trainer.logger = type("Logger", (), {"warning": staticmethod(print)})

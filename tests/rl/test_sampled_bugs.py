@@ -42,14 +42,14 @@ def sampled_ids(trainer):
 
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_log_probabilities_are_those_of_the_sampling_temperature(online, temperature):  # noqa: F811
-    """R1: at each token, the policy's log-probability is the sampler's."""
+    """At each token, the policy's log-probability is the sampler's (silent RL bug R1)."""
     trainer = online(rollout={"temperature": temperature, "num_iterations": 2}, n_steps=1)
     trainer.train()
     assert differences(trainer).max() < 1e-5
 
 
 def test_generation_config_changes_nothing(online):  # noqa: F811
-    """R3: no option of generation_config.json reaches the samples."""
+    """No option of generation_config.json reaches the samples (silent RL bug R3)."""
     usual, leaking = online("usual"), online("leaking")
     for name, value in LEAKS.items():
         assert hasattr(leaking.policy.model.generation_config, name), name
@@ -58,7 +58,7 @@ def test_generation_config_changes_nothing(online):  # noqa: F811
 
 
 def test_the_output_layer_of_sampling_is_that_of_training_in_bfloat16(online):  # noqa: F811
-    """R6: logits in bfloat16 on one side alone would differ by 0.1 here, where all of them are about 30."""
+    """In bfloat16 on one side alone, logits of about 30 would differ by 0.1 (silent RL bug R6)."""
     model = {"name_or_path": "tiny", "policy_dtype": "bfloat16"}
     trainer = online(rollout={"num_iterations": 2, "temperature": 0.3}, n_steps=1, model=model)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_the_output_layer_of_sampling_is_that_of_training_in_bfloat16(online):  
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_sampling_is_from_the_weights_after_each_step(online, name):  # noqa: F811
-    """R37: after steps with a large learning rate, the sampler's log-probabilities are the policy's."""
+    """After steps with a large learning rate, its log-probabilities are the policy's (silent RL bug R37)."""
     rollout = {"importance_correction": "tis"}  # which has old_logps computed
     trainer = online(rollout=rollout, n_steps=3, lr=0.05, lr_scheduler="constant", max_grad_norm=0.0, **ADAPTERS[name])
     before = [parameter.detach().clone() for parameter in trainer.parameters]
@@ -79,7 +79,7 @@ def test_sampling_is_from_the_weights_after_each_step(online, name):  # noqa: F8
 
 
 def test_no_two_answers_share_random_numbers(online):  # noqa: F811
-    """R38: over rounds, prompts, answers, turns and ranks; two ranks use those of one."""
+    """Over rounds, prompts, answers, turns and ranks; two ranks use those of one (silent RL bug R38)."""
     rollout = {"max_turns": 2, "environment": {"name": "tools", "tools": ["calculator"], "pattern": "(.)"}}
     rounds = online(rollout=rollout).train_loader
     rounds.trainer.template.end_ids = lambda: list(range(3, 100))
@@ -115,7 +115,7 @@ def state_of(trainer):
 
 @pytest.mark.parametrize("options", [{}, {"lora": {"rank": 4, "dropout": 0.1}}], ids=["full", "lora"])
 def test_a_round_leaves_the_model_as_it_was(online, options):  # noqa: F811
-    """R40: modes, hooks, use_cache and random numbers; and sampling uses no activation checkpointing."""
+    """Modes, hooks, use_cache, random numbers; sampling without activation checkpointing (silent RL bug R40)."""
     answers = []
     for checkpointing in (False, True):
         trainer = online(f"run-{checkpointing}", activation_checkpointing=checkpointing, **options)

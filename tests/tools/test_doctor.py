@@ -311,7 +311,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_finding_on_figures_made_for_it(make_run, capsys, monkeypatch, wording, case):
-    """It alone is found, with its evidence, wrapped to the terminal, and the exit code is 0."""
+    """It alone is found, with its evidence, wrapped to the terminal, and the exit code is 0. Among them are truncated
+    answers, groups with equal rewards and samples of another policy (silent RL bugs R7, R35 and R48)."""
     monkeypatch.setenv("COLUMNS", "72")
     changes, code, values = CASES[case]
     folder = make_run(**changes)
