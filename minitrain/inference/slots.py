@@ -88,6 +88,7 @@ class _Slots(NamedTuple):
     cache: Cache
     starts: Tensor  # [S] first column of each row
     hidden: Tensor  # [S, H] last hidden states
+    is_padded: bool  # whether a row begins after the first column
 
     @property
     def columns(self) -> int:
@@ -107,7 +108,7 @@ class SlotLoop:
     """
 
     def __init__(self, policy: Policy, n_slots: int):
-        self.policy, self.n_slots = policy, n_slots
+        self.policy, self.decoder, self.n_slots = policy, decoder_of(policy.model), n_slots
         self.device = policy.model.get_input_embeddings().weight.device
         self.n_virtual = policy.model.soft_prompt.n_tokens if policy.has_soft_prompt else 0
         self.prompts: dict[int, list[int]] = {}  # request -> token ids
@@ -140,18 +141,19 @@ class SlotLoop:
 
     def _decode(self, slots: _Slots, active: list[Row], ids: Tensor) -> _Slots:
         """Append the chosen tokens [S] to the rows. Those that have ended repeat their last position."""
-        columns = torch.arange(slots.columns + 1, device=self.device)
-        mask = columns >= slots.starts[:, None]  # [S, columns]
+        mask = None  # attention is faster without one
+        if slots.is_padded:
+            mask = torch.arange(slots.columns + 1, device=self.device) >= slots.starts[:, None]  # [S, columns]
         before = [self.n_virtual + len(row.prompt) for row in active]
         lasts = [[n + len(row.sample.ids) - 1] for n, row in zip(before, active, strict=True)]
         positions = torch.tensor(lasts, device=self.device)  # [S, 1]
         hidden = self._forward({"input_ids": ids[:, None]}, mask, positions, slots.cache)  # [S, 1, H]
         return slots._replace(hidden=hidden[:, -1])
 
-    def _forward(self, inputs: dict, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        outputs = decoder_of(self.policy.model)(
+    def _forward(self, inputs: dict, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        outputs = self.decoder(
             **inputs,
-            attention_mask=mask.long(),
+            attention_mask=None if mask is None else mask.long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -206,10 +208,11 @@ class SlotLoop:
             for i, layer in enumerate(getattr(inputs.pop("past_key_values", None), "layers", ())):
                 cache.layers[i].update(layer.keys, layer.values)
         columns = torch.arange(n_before + width, device=self.device)  # [n + W]
-        mask = columns >= starts[:, None]  # [P, n + W]
+        is_padded = len(prompts[-1]) < width
+        mask = columns >= starts[:, None] if is_padded else None  # [P, n + W]
         positions = (columns - starts[:, None]).clamp(min=0)[:, n_before - width_before :]
         hidden = self._forward(inputs, mask, positions, cache)  # [P, W, H]
-        return _Slots(cache, starts, hidden[:, -1])
+        return _Slots(cache, starts, hidden[:, -1], is_padded)
 
     def _new_cache(self) -> Cache:
         layers = DynamicCache(config=self.policy.model.config).layers
@@ -227,4 +230,5 @@ def _concatenate(parts: list[tuple[_Slots, list[int]]], cache: Cache) -> _Slots:
             sources = [(part.cache.layers[number], indices) for part, indices in chosen]
             if sources[0][0].is_initialized:  # a layer can use the keys of another one
                 layer.fill(sources, width, capacity)
-    return _Slots(cache, width - lengths, torch.cat([part.hidden[indices] for part, indices in chosen]))
+    hidden = torch.cat([part.hidden[indices] for part, indices in chosen])  # [S, H]
+    return _Slots(cache, width - lengths, hidden, int(lengths.min()) < width)

@@ -70,8 +70,8 @@ def test_the_output_layer_of_sampling_is_that_of_training_in_bfloat16(online):  
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_sampling_is_from_the_weights_after_each_step(online, name):  # noqa: F811
     """After steps with a large learning rate, its log-probabilities are the policy's (silent RL bug R37)."""
-    rollout = {"importance_correction": "tis"}  # which has old_logps computed
-    trainer = online(rollout=rollout, n_steps=3, lr=0.05, lr_scheduler="constant", max_grad_norm=0.0, **ADAPTERS[name])
+    rollout = {"importance_correction": "tis", "num_iterations": 2}  # which needs old_logps
+    trainer = online(rollout=rollout, n_steps=5, lr=0.05, lr_scheduler="constant", max_grad_norm=0.0, **ADAPTERS[name])
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     trainer.train()
     assert max((p - q).detach().abs().max() for p, q in zip(before, trainer.parameters, strict=True)) > 0.05
@@ -93,7 +93,7 @@ def test_no_two_answers_share_random_numbers(online):  # noqa: F811
         rounds.rank, rounds.world_size = rank, world_size
         for number in (0, 1):
             rounds.n_drawn = 0
-            rounds._play(rounds._draw(4), (0, 1, number), 3, 1.0)
+            rounds.play(rounds.draw(4), (0, 1, number), 3)
         return list(keys)
 
     alone, ranks = keys_of(0, 1), [key for rank in (0, 1) for key in keys_of(rank, 2)]

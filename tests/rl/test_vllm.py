@@ -56,8 +56,8 @@ def differences(trainer):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_server_samples_from_the_weights_after_each_step(make, server, name):
     """After steps with a large learning rate, its log-probabilities are the policy's (silent RL bug R37)."""
-    correction = {"importance_correction": "tis"}  # which has old_logps computed
-    trainer = make(correction, n_steps=3, lr=0.05, lr_scheduler="constant", max_grad_norm=0.0, **ADAPTERS[name])
+    correction = {"importance_correction": "tis", "num_iterations": 2}  # which needs old_logps
+    trainer = make(correction, n_steps=5, lr=0.05, lr_scheduler="constant", max_grad_norm=0.0, **ADAPTERS[name])
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     trainer.train()
     assert max((p - q).detach().abs().max().item() for p, q in zip(before, trainer.parameters, strict=True)) > 0.05
@@ -71,8 +71,8 @@ def test_answers_are_complete(make, server):
     trainer = make({"num_generations": 8, "max_new_tokens": 12}, n_steps=1)
     trainer.template.end_ids = lambda: list(range(3, 60))
     episodes = []
-    judge = trainer.train_loader._judge
-    trainer.train_loader._judge = lambda groups: episodes.extend(one for g in groups for one in g) or judge(groups)
+    judge = trainer.train_loader.judge
+    trainer.train_loader.judge = lambda groups: episodes.extend(one for g in groups for one in g) or judge(groups)
     trainer.train()
     assert all((episode.ids[-1] in range(3, 60)) == episode.ended for episode in episodes)
     assert {episode.ended for episode in episodes} == {True, False}
