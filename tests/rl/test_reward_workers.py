@@ -224,7 +224,7 @@ def test_a_worker_that_ends_between_calls_is_replaced(workers):
     assert totals(pool, answer(), answer()) == [1, 1]
     for worker in pool.workers:
         os.kill(worker.pid, signal.SIGKILL)
-    time.sleep(0.1)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     assert totals(pool, answer(), answer(), answer()) == [1, 1, 1]
 
 
