@@ -10,6 +10,17 @@ PARSERS = runpy.run_path(str(ROOT / "docs" / "generate_commands.py"))["commands"
 WITH_CONFIG = [name for one in COMMANDS.values() if one.takes_config for name in (one.name, *one.aliases)]
 KD = ["--overrides", "loss={name: kd, teacher: ./model, top_k: 2}"]
 
+SAVED_ANSWER = {"round": 1, "step": 1, "source": "rows.jsonl", "line": 1, "group": 0} | {
+    "prompt": [{"role": "user", "content": "a"}],
+    "messages": [{"role": "assistant", "content": "b"}],
+    "reward": 1.0,
+    "parts": {"length": 1.0},
+    "ended": True,
+    "turns": 1,
+    "tokens": 2,
+    "logp": -1.0,
+}
+
 
 class CommandCase(NamedTuple):
     """A command line that succeeds in the fixture `trained_folder`.
@@ -55,4 +66,5 @@ CASES = {
     "plot": CommandCase(["plot", "runs/lora"], "tools.analysis.plot:plot", writes="runs/lora/metrics.png"),
     "doctor": CommandCase(["doctor", "runs/lora"], "tools.analysis.doctor:run_checks"),
     "compare": CommandCase(["compare", "runs/lora", "runs/labels"], "tools.analysis.compare:compare"),
+    "rollouts": CommandCase(["rollouts", "runs/lora"], "tools.analysis.rollouts:show_answers"),
 }

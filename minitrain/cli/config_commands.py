@@ -2,13 +2,13 @@
 
 import argparse
 import importlib.util
-import os
 import sys
 import traceback
 from pathlib import Path
 
 from minitrain.errors import ConfigError, MinitrainError, UnreachableError
 from minitrain.io.redact import redact
+from minitrain.tools.terminal import use_color
 
 from .arguments import add_config, add_config_options, add_force, number
 from .failure import exiting_on_signal, fail
@@ -127,8 +127,7 @@ def _marks():
     """Return how to mark text: by colors on a terminal."""
     from minitrain.tools.preflight.preview import BRACKETS, COLORS
 
-    use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
-    return COLORS if use_color else BRACKETS
+    return COLORS if use_color() else BRACKETS
 
 
 def _cache_teacher_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from minitrain.errors import ConfigError
+from minitrain.tools.terminal import use_color
 
-from .arguments import add_quiet
+from .arguments import add_quiet, number
 from .output import new_output, print_info
 from .registry import command
 
@@ -84,3 +85,35 @@ def compare(arguments: argparse.Namespace) -> int:
     lines, are_same = compare(Path(arguments.run), Path(arguments.other))
     print("\n".join(lines))
     return 0 if are_same else 1
+
+
+def _rollouts_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run directory; the run may still be in progress")
+    parser.add_argument("--round", type=number(int, 1), metavar="N", help="the round; default: the last")
+    order = parser.add_mutually_exclusive_group()
+    about = "show only the answers of the round with the {} rewards"
+    for name, rewards in (("best", "highest"), ("worst", "lowest")):
+        order.add_argument(f"--{name}", action="store_const", const=name, dest="order", help=about.format(rewards))
+    about = "show all answers to the prompt on this line of its data file, in full"
+    parser.add_argument("--prompt", type=number(int, 0), metavar="LINE", help=about)
+    about = (
+        "number of prompts, or of answers with --best, --worst and --prompt; default: 4, or all answers to the prompt"
+    )
+    parser.add_argument("-n", type=number(int, 1), metavar="N", help=about)
+
+
+@command(
+    _rollouts_arguments,
+    "show the sampled answers of a run",
+    usage="RUN [--round N] [--best | --worst] [--prompt LINE] [-n N]",
+    example="minitrain rollouts runs/rl-sums --round 10 --worst -n 8",
+    docs="online.md#read-a-round",
+)
+def rollouts(arguments: argparse.Namespace) -> int:
+    from minitrain.tools.analysis.rollouts import BRACKETS, COLORS, show_answers, show_rounds
+
+    options = (arguments.round, arguments.order, arguments.prompt, arguments.n)
+    answers = show_answers(Path(arguments.run), *options, COLORS if use_color() else BRACKETS)
+    for line in (*show_rounds(Path(arguments.run)), *answers):
+        print(line)
+    return 0

@@ -56,7 +56,8 @@ class RoundLog:
         if self._is_shown(number):
             trainer.logger.info(round_line(number + 1, self._n_rounds(), metrics))
         self.warn_of_failures()
-        self._warn(metrics)
+        self._warn_if_few_ended(metrics)
+        self.warn_of_mismatch(metrics)
         if self.rounds.options.save_samples:
             if self.rounds.examples.caches:
                 add_advantages(trained, self.rounds.examples.caches[0])
@@ -67,6 +68,16 @@ class RoundLog:
         for problem, count in self.rounds.failures.items():
             warn(self.rounds.trainer, f"warning: reward {problem} ({count} answers)")
         self.rounds.failures.clear()
+
+    def warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+        """Warn once if sampling and training differ, by metrics of a round, or of training in rounds of one step."""
+        if metrics.get("mismatch", 0.0) > LARGE_MISMATCH and not self.has_warned_of_mismatch:
+            self.has_warned_of_mismatch = True
+            warn(
+                self.rounds.trainer,
+                f"warning: log-probabilities in sampling and in training differ by {metrics['mismatch']:.2g} per token "
+                "(mismatch). Set rollout.importance_correction, or model.policy_dtype=float32",
+            )
 
     def _steps_per_round(self) -> int:
         return self.rounds.steps_per_epoch * self.rounds.options.num_iterations
@@ -80,18 +91,11 @@ class RoundLog:
         last = trainer.step + self._steps_per_round()
         return number == 0 or last // every > trainer.step // every or last >= trainer.total_steps
 
-    def _warn(self, metrics: dict[str, float]) -> None:
-        warning, options = self.rounds.trainer.logger.warning, self.rounds.options
+    def _warn_if_few_ended(self, metrics: dict[str, float]) -> None:
         if metrics["round"] == 1 and metrics["ended"] < FEW_ENDED:
-            warning(
+            self.rounds.trainer.logger.warning(
                 f"warning: only {metrics['ended']:.0%} of the answers ended by themselves. Raise "
-                f"rollout.max_new_tokens={options.max_new_tokens}, or set rollout.stop"
-            )
-        if metrics.get("mismatch", 0.0) > LARGE_MISMATCH and not self.has_warned_of_mismatch:
-            self.has_warned_of_mismatch = True
-            warning(
-                f"warning: log-probabilities in sampling and in training differ by {metrics['mismatch']:.2g} per token "
-                "(mismatch). Set rollout.importance_correction, or model.policy_dtype=float32"
+                f"rollout.max_new_tokens={self.rounds.options.max_new_tokens}, or set rollout.stop"
             )
 
     def _save(self, number: int, groups: Sequence[Group]) -> None:

@@ -144,6 +144,7 @@ class Rounds(MicrobatchLoader):
                     batches, began = self.micro_batches(trained), time.perf_counter()
                     yield skipped, batches
                     self.seconds_trained += time.perf_counter() - began
+                    self.log.warn_of_mismatch(self.trainer.train_metrics)
                     skipped = []
 
     # ------------------------------------------------------------------------------------------- making a round

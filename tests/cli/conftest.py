@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from minitrain.cli.main import main
+from tests.commands import SAVED_ANSWER
 from tests.conftest import furnish
 
 
@@ -22,6 +23,9 @@ def trained(tmp_path_factory, llama_folder, rows_file):
         assert main(["train", "c.yml", "--overrides", "exp_name=lora", "lora.rank=2"]) == 0
         classify = ["exp_name=labels", "loss.name=classify", "datasets=[labels.jsonl]"]
         assert main(["train", "c.yml", "--overrides", *classify]) == 0
+        os.mkdir("runs/lora/rollouts")
+        with open("runs/lora/rollouts/round-1.jsonl", "w") as file:
+            json.dump(SAVED_ANSWER, file)
     finally:
         os.chdir(before)
     shutil.rmtree(folder / "cache")

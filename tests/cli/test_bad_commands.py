@@ -175,7 +175,7 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         ([*TEACH, TOP_K, "--output", "rows.jsonl"], "already-exists", "--output: rows.jsonl"),
         ([*TEACH, TOP_K, "--output", "/proc/x"], "not-writable", ""),
         ([*TEACH, TOP_K, "cache_dir=rows.jsonl/x"], "not-writable", "rows.jsonl/x:"),
-        # plot, doctor, compare
+        # plot, doctor, compare, rollouts
         (["plot"], "usage", ""),
         (["plot", "runs/nowhere"], "not-found", "runs/nowhere:"),
         (["plot", "model"], "not-found", "model:"),
@@ -191,6 +191,10 @@ PLUGIN = ["train", "c.yml", "--plugin"]
         (["doctor", "runs/whole", "runs/lora"], "usage", ""),
         (["compare", "runs/whole"], "usage", ""),
         (["compare", "runs/whole", "model"], "not-found", ""),
+        (["rollouts", "runs/whole"], "no-data", "runs/whole:"),
+        (["rollouts", "model"], "not-found", "model:"),
+        (["rollouts", "runs/whole", "--best", "--worst"], "usage", "--worst"),
+        (["rollouts", "runs/whole", "--round", "0"], "usage", "--round:"),
         # inspect, validate
         (["inspect", "runs/whole"], "wrong-path", "runs/whole:"),
         (["inspect", "rows.jsonl"], "wrong-path", "rows.jsonl:"),

@@ -1,4 +1,4 @@
-"""plot, doctor and compare read run directories with any damaged file: one message each, never a traceback."""
+"""Commands that read run directories, with any damaged file: one message each, never a traceback."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import yaml
 
 from minitrain.cli.main import main
 from minitrain.cli.registry import COMMANDS
-from tests.commands import CASES
+from tests.commands import CASES, SAVED_ANSWER
 
 VALUES = (None, True, -1, 10**400, 1e308, 5e-324, "x", "nan", "9" * 5000, "\ud800", [], [1], {}, {"a": 1})
 OPTIONS = {
@@ -33,7 +33,7 @@ FIGURES = (
 
 def write_run(folder, **contents) -> None:
     """A run of 12 log lines; `contents` replaces what its files hold, None leaves one out."""
-    folder.mkdir(parents=True)
+    (folder / "rollouts").mkdir(parents=True)
     rows = [
         {"step": i, "kind": kind} | dict.fromkeys(FIGURES, 1 / i) for i in range(1, 13) for kind in ("train", "eval")
     ]
@@ -43,6 +43,7 @@ def write_run(folder, **contents) -> None:
         "ledger.jsonl": "\n".join(map(json.dumps, steps)).encode(),
         "run.json": b'{"finished_step": 12, "total_steps": 12}',
         "config.yml": yaml.safe_dump(OPTIONS).encode(),
+        "rollouts/round-1.jsonl": json.dumps(SAVED_ANSWER).encode(),
     }
     for name, content in (whole | contents).items():
         if content is not None:
@@ -134,7 +135,8 @@ def test_any_damage_is_survived(tmp_path, capsys, seed):
     """Random damage to each file, and folders among the checkpoints with odd names."""
     rng = random.Random(seed)
     write_run(tmp_path / "b")
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    files = [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
+    whole = {str(path.relative_to(tmp_path / "b")): path.read_bytes() for path in files}
     assert whole["config.yml"].startswith(b"eval")
     for number in range(50 if seed == 100 else 4):
         folder = tmp_path / str(number)

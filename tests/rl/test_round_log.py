@@ -207,10 +207,43 @@ def test_a_warning_when_few_answers_end(online, capsys):
 def test_a_warning_when_sampling_and_training_differ(online, capsys):
     """Once in a run (silent RL bug R7)."""
     trainer = online()
-    warn = trainer.train_loader.log._warn
+    warn = trainer.train_loader.log.warn_of_mismatch
     trainer.logger = type("Logger", (), {"warning": staticmethod(print)})
     for mismatch in (0.04, 0.06, 0.07):
         warn({"round": 2, "ended": 1.0, "mismatch": mismatch})
+    assert capsys.readouterr().out.count("mismatch") == 1
+
+
+def test_the_warning_in_rounds_of_one_step(online, capsys, monkeypatch):
+    """Only the train metrics have the mismatch: the log-probabilities that were sampled are changed by 0.2."""
+    trainer = online()
+    use = trainer.train_loader._use
+
+    def changed(cache):
+        cache.token_features["sample_logps"] += 0.2
+        use(cache)
+
+    monkeypatch.setattr(trainer.train_loader, "_use", changed)
+    trainer.train()
+    assert "mismatch" not in metrics(trainer, "rollout")[-1]
+    assert metrics(trainer)[-1]["mismatch"] == pytest.approx(0.2, abs=1e-3)
+    assert capsys.readouterr().out.count("mismatch") == 1
+
+
+def test_the_warning_in_rounds_of_several_steps(online, capsys, monkeypatch):
+    """The metrics of the round have the mismatch."""
+    trainer = online(rollout={"num_iterations": 2})
+    use = trainer.train_loader._use
+
+    def changed(cache):
+        cache.token_features["sample_logps"] += 0.2
+        use(cache)
+
+    monkeypatch.setattr(trainer.train_loader, "_use", changed)
+    trainer.train()
+    logged = metrics(trainer, "rollout")[0]
+    assert logged["mismatch"] == pytest.approx(0.2, abs=1e-3) and logged["mismatch/outside"] == 0
+    assert logged["mismatch/ess"] == pytest.approx(1, abs=1e-3)
     assert capsys.readouterr().out.count("mismatch") == 1
 
 

@@ -19,7 +19,7 @@ LOW_ENTROPY = 0.1  # nats
 MISMATCH = 0.05
 UNJUDGED = 0.1
 NOT_COMPARED = ("sft", "dft", "kto", "kd", "value")  # losses that do not compare the answers to a prompt
-READ = "read some answers in rollouts/."
+READ = "read some answers with `minitrain rollouts`."
 
 
 def equal_rewards(run: History) -> Finding | None:
@@ -118,8 +118,8 @@ def truncated_answers(run: History) -> Finding | None:
         "Most answers are cut off.",
         f"{ended.first:.0%} of the answers ended by themselves in the first third of the rounds, {ended.last:.0%} in "
         f"the last{f'; the others reached max_new_tokens={n} or max_length' if n else ''}.",
-        "a larger rollout.max_new_tokens, rollout.stop, or the reward overlong; check in rollouts/ that the "
-        "model ends its answers.",
+        "a larger rollout.max_new_tokens, rollout.stop, or the reward overlong; check with "
+        "`minitrain rollouts` that the model ends its answers.",
     )
 
 

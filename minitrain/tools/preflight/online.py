@@ -27,7 +27,8 @@ from minitrain.rl.rounds import count_steps, make_rounds
 from minitrain.training.setup import Preparation
 from minitrain.training.step import Precision
 
-from .preview import RESULT, Marks, decode, escape
+from ..terminal import escape
+from .preview import RESULT, Marks, decode
 
 N_PROMPTS = 2
 MAX_ANSWERS, MAX_TOKENS, MAX_TURNS = 4, 32, 4  # of a prompt, of an answer, of a conversation

@@ -14,6 +14,7 @@ from minitrain.errors import ConfigError
 from minitrain.io.redact import redact
 from minitrain.training.setup import Preparation, dry_run
 
+from ..terminal import escape
 from .field_spans import ANSWER, CALL, REASONING, RESULT, RowFields, Span, find_document, read_fields
 
 DOCUMENT_NAMES = {
@@ -250,8 +251,3 @@ def _runs(batch: Batch, row: int, start: int, stop: int) -> list[tuple[int, floa
 
 def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def escape(text: str) -> str:
-    """Mark ends of lines, and escape characters that cannot be printed, since they could move a terminal's cursor."""
-    return "".join("↵\n" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
