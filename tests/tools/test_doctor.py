@@ -251,7 +251,7 @@ CASES = {
     "the reward stays": (
         dict(kind="online", rounds={"reward": lambda i: 0.3 + 0.03 * wobble(i)}),
         "flat-reward",
-        ["first third", "rollouts/"],
+        ["first third", "`minitrain rollouts`"],
     ),
     "the reward falls again": (
         dict(kind="online", rounds={"reward": lambda i: 0.2 + 0.04 * min(i, 15) - 0.04 * max(0, i - 20)}),
