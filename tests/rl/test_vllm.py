@@ -109,6 +109,18 @@ def test_a_server_that_computes_otherwise_is_refused(make, server):
         make({"importance_correction": "tis"}, exp_name="wrong")
 
 
+def test_a_server_that_keeps_its_weights_is_noticed(make, server, capsys):
+    """In rounds of one step without a correction, too: the mismatch is logged, and a warning names it."""
+    trainer = make(n_steps=1)
+    trainer.train()
+    assert trainer.train_metrics["mismatch"] < 1e-5
+    trainer = make(exp_name="stale", n_steps=3, lr=0.05, lr_scheduler="constant")
+    server.faults["/collective_rpc"] = lambda handler, body: (200, None)
+    trainer.train()
+    assert trainer.train_metrics["mismatch"] > 0.05
+    assert "rollout.importance_correction" in capsys.readouterr().out
+
+
 def test_the_server_sleeps_while_the_policy_is_trained(make, server):
     trainer = make(engine_args={"sleep": True}, hooks={"on_step_end": lambda trainer: states.append(server.is_asleep)})
     states = [server.is_asleep]
