@@ -64,6 +64,7 @@ class Episode:
         text: The last response.
         ended: Whether the last response ended by itself.
         turns: Number of responses.
+        temperature: Of the log-probabilities.
     """
 
     prompt: Prompt
@@ -77,6 +78,7 @@ class Episode:
     text: str = ""
     ended: bool = False
     turns: int = 0
+    temperature: float = 1.0
 
     def append(self, ids: Sequence[int], logps: Sequence[float] | None = None) -> None:
         """Append sampled tokens with their log-probabilities, or tokens of a reply."""
@@ -131,15 +133,16 @@ class Player:
         return groups
 
     def _begin(self, prompt: Prompt, key: tuple[int, ...]) -> Episode:
+        temperature = self.options.temperature or 1.0  # greedy decoding does not scale
         if self.make_environment is None:
-            return Episode(prompt, key, list(prompt.messages))
+            return Episode(prompt, key, list(prompt.messages), temperature=temperature)
         environment = self.make_environment()
         seed = hash((key[:-1], prompt.number)) & 0x7FFFFFFF
         messages = call(environment.begin, prompt.row, prompt.messages, seed)
         if messages != prompt.messages:
             prompt.messages = messages
             prompt.ids = self.template.encode_prompt(messages, prompt.variables)
-        return Episode(prompt, key, list(messages), environment)
+        return Episode(prompt, key, list(messages), environment, temperature=temperature)
 
     def _request(self, episodes: Sequence[Episode], turn: int) -> Request:
         context = episodes[0].prompt.ids + episodes[0].ids

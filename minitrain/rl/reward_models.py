@@ -187,7 +187,7 @@ class TeacherReward:
         results: list[Any] = [Failed("the conversation is too long for the teacher")] * len(episodes)
         documents = [_tokens(episode, self.model.policy.position_limit) for episode in episodes]
         pad_token_id, limit = self.trainer.tokenizer.pad_token_id, self.model.policy.rotary_limit
-        temperature = self.trainer.config.rollout.temperature
+        temperature = episodes[0].temperature if episodes else 1.0
         for chosen, batch in _batches(documents, self.options.batch_size, limit, pad_token_id, self.trainer):
             logps = iter(self.model(batch, temperature=temperature).logps.tolist())
             for i in chosen:

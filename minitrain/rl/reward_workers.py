@@ -58,8 +58,21 @@ class Workers:
     worker is killed and replaced.
     """
 
-    def __init__(self, rewards: Sequence[Reward], n_workers: int, timeout: float):
-        self.rewards, self.n_workers, self.timeout = list(rewards), n_workers, timeout
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        n_workers: int,
+        timeout: float,
+        on_result: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+            rewards: The functions.
+            n_workers: Number of processes.
+            timeout: Seconds for an answer.
+            on_result: Called after each wait for results.
+        """
+        self.rewards, self.n_workers, self.timeout, self.on_result = list(rewards), n_workers, timeout, on_result
         self.workers: list[_Worker] = []
         self.n_restarts = 0  # since the last call
         weakref.finalize(self, _stop, self.workers)
@@ -91,6 +104,7 @@ class Workers:
             busy = [worker for worker in self.workers if worker.is_busy]
             seconds = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
             ready = wait([worker.socket for worker in busy], max(0.0, seconds))
+            self.on_result()
             for worker in busy:
                 if worker.socket in ready or time.monotonic() > worker.deadline:
                     index, result = worker.index, self._receive(worker, limit)

@@ -84,7 +84,8 @@ class Rounds(MicrobatchLoader):
         self.rewards, self.make_environment = list(rewards), make_environment
         self.judges = [build_judge(reward, trainer) for reward in rewards]
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
-        self.workers = InProcess() if config.debug else Workers(rewards, n_workers, self.options.reward_timeout)
+        timeout, keep_alive = self.options.reward_timeout, trainer.parallel.keep_alive
+        self.workers = InProcess() if config.debug else Workers(rewards, n_workers, timeout, keep_alive)
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
         self.n_drawn = 0  # prompts drawn in the current round

@@ -147,10 +147,15 @@ def test_a_teacher_rewards_each_token(online, llama_folder):  # noqa: F811
 
 
 def test_a_teacher_that_is_the_policy_rewards_nothing(online):  # noqa: F811
+    """Also in an evaluation at another temperature, or of greedy answers."""
     reward = {"name": "teacher", "name_or_path": "tiny"}
-    trainer = online(loss=DISTILLATION, n_steps=1, rollout={"rewards": [reward]})
-    trainer.train()
-    assert columns(trainer).get("token_rewards", torch.zeros(1)).abs().max() < 1e-4
+    for eval_temperature in (0.0, 0.5):
+        rollout = {"rewards": [reward], "eval_temperature": eval_temperature}
+        options = {"loss": DISTILLATION, "n_steps": 1, "lr": 1e-30, "validation_split": 2}
+        trainer = online(f"run-{eval_temperature}", rollout=rollout, **options)
+        trainer.train()
+        assert columns(trainer).get("token_rewards", torch.zeros(1)).abs().max() < 1e-4
+        assert abs(trainer.evaluate([{"prompt": "say 1"}])["reward"]) < 1e-3
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(online, llama_folder, tmp_path):  # noqa: F811

@@ -219,6 +219,13 @@ def test_rows_and_results_that_cannot_be_sent(workers):
     assert judged[::2] == [1, 1] and math.isnan(judged[1])
 
 
+def test_the_main_process_is_called_while_it_waits(workers):
+    """It then reports to the watchdog of the other ranks that it makes progress."""
+    pool, beats = workers(lambda one, options: 1.0), []
+    pool.on_result = lambda: beats.append(1)
+    assert totals(pool, *[answer()] * 9) == [1] * 9 and len(beats) >= 9 / pool.n_workers
+
+
 def test_a_worker_that_ends_between_calls_is_replaced(workers):
     pool = workers(lambda one, options: 1.0)
     assert totals(pool, answer(), answer()) == [1, 1]
