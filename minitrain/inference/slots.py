@@ -5,6 +5,7 @@ tokens occupies the last n columns, and its attention mask hides the others. A r
 that ended, with the keys and values of its prompt in front of the current column.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -26,7 +27,9 @@ from minitrain.model.policy import Policy
 from .choice import Row, TokenChoice
 
 PREFILL_TOKENS = 1 << 14  # tokens of the prompts that are computed at once
-REFILL_FRACTION = 8  # the batch is rebuilt when an eighth of its rows has ended
+REFILL_FRACTION = 8  # rows are exchanged when an eighth of them has ended
+AHEAD_FRACTION = 4  # with the prompts of new rows, those of the next quarter of the slots are computed
+COPIED = 8  # rows that are copied at once, which takes their memory a third time
 BLOCK = 64  # columns are allocated in blocks
 
 
@@ -64,13 +67,20 @@ class _Columns(CacheLayerMixin):
             space, row = tensors[0][0].new_zeros(n_rows, heads, capacity, size), 0
             for tensor, n, indices in tensors:
                 used = min(n, width)
-                space[row : row + len(indices), :, width - used : width] = tensor[indices, :, n - used : n]
-                row += len(indices)
+                for some in indices.split(COPIED):
+                    space[row : row + len(some), :, width - used : width] = tensor[some, :, n - used : n]
+                    row += len(some)
             return space
 
         keys, values = joined("keys"), joined("values")
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.n = keys, values, width
+
+    def put(self, rows: Tensor, source: "_Columns", indices: Tensor) -> None:
+        """Replace rows by rows of another layer that has at most as many columns, aligned on the right."""
+        first = self.n - source.n
+        self.keys[rows, :, first : self.n] = source.keys[indices, :, : source.n]
+        self.values[rows, :, first : self.n] = source.values[indices, :, : source.n]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.n + query_length, 0
@@ -93,10 +103,6 @@ class _Slots(NamedTuple):
     @property
     def columns(self) -> int:
         return self.cache.get_seq_length()
-
-    @property
-    def is_full(self) -> bool:
-        return any(isinstance(layer, _Columns) and layer.n == layer.keys.shape[2] for layer in self.cache.layers)
 
 
 class SlotLoop:
@@ -130,10 +136,11 @@ class SlotLoop:
             n_ended = sum(row.done for row in active)
             free = self.n_slots - len(active) + n_ended
             has_news = n_ended * REFILL_FRACTION > len(active) or (waiting and free * REFILL_FRACTION >= self.n_slots)
-            if slots is None or has_news or slots.is_full:
+            if slots is None or has_news or self._is_full(slots):
                 new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                slots = self._rebuild(slots, active, new)
-                active = [row for row in active if not row.done] + new
+                self._compute_prompts(new, itertools.islice(waiting, self.n_slots // AHEAD_FRACTION))
+                change = self._exchange if slots is not None and self._have_space(slots, new) else self._rebuild
+                slots, active = change(slots, active, new)
                 self._forget({row.request for row in waiting})
             ids = choice.from_states(slots.hidden, active)
             if not all(row.done for row in active):
@@ -163,27 +170,62 @@ class SlotLoop:
 
     # ------------------------------------------------------------------------------------------ rows in and out
 
-    def _rebuild(self, slots: _Slots | None, active: list[Row], new: list[Row]) -> _Slots:
+    def _rebuild(self, slots: _Slots | None, active: list[Row], new: list[Row]) -> tuple[_Slots, list[Row]]:
         """Return the rows that have not ended, and after them new rows, in as few columns as they need."""
-        self._compute_prompts(dict.fromkeys(row.request for row in new))
         parts = []  # (rows, their indices)
         if kept := [i for i, row in enumerate(active) if not row.done]:
             parts.append((slots, kept))
-        for row in new:
-            source, index = self.computed[row.request]
-            if parts and parts[-1][0] is source:
-                parts[-1][1].append(index)
-            else:
-                parts.append((source, [index]))
-        return _concatenate(parts, self._new_cache())
+        parts += self._prompts_of(new)
+        return _concatenate(parts, self._new_cache()), [active[i] for i in kept] + new
+
+    def _exchange(self, slots: _Slots, active: list[Row], new: list[Row]) -> tuple[_Slots, list[Row]]:
+        """Put new rows where others ended, and rows from the end of the batch into the rest; the others stay."""
+        n_rows = len(new) + sum(not row.done for row in active)
+        free = iter([i for i, row in enumerate(active) if row.done])
+        moved = [i for i in range(n_rows, len(active)) if not active[i].done]
+        rows = iter(new + [active[i] for i in moved])
+        active, hidden, starts = list(active), slots.hidden.clone(), slots.starts.clone()  # [S, H], [S]
+        for source, sources in (*self._prompts_of(new), (slots, moved)):
+            targets = list(itertools.islice(free, len(sources)))
+            into, indices = (torch.tensor(i, dtype=torch.int64, device=self.device) for i in (targets, sources))
+            for layer, other in zip(slots.cache.layers, source.cache.layers, strict=True):
+                if isinstance(layer, _Columns) and layer.is_initialized:
+                    layer.put(into, other, indices)
+            starts[into] = source.starts[indices] + slots.columns - source.columns
+            hidden[into] = source.hidden[indices]
+            for i in targets:
+                active[i] = next(rows)
+        for layer in slots.cache.layers:
+            if isinstance(layer, _Columns) and layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:n_rows], layer.values[:n_rows]
+        starts = starts[:n_rows]
+        return _Slots(slots.cache, starts, hidden[:n_rows], bool(starts.any())), active[:n_rows]
+
+    def _prompts_of(self, rows: list[Row]) -> list[tuple[_Slots, list[int]]]:
+        """Return the prompts of rows as (batch of prompts, indices) of neighbors from the same batch."""
+        found = [self.computed[row.request] for row in rows]
+        by_batch = (list(same) for _, same in itertools.groupby(found, lambda prompt: id(prompt[0])))
+        return [(same[0][0], [index for _, index in same]) for same in by_batch]
+
+    def _is_full(self, slots: _Slots) -> bool:
+        """Return whether there is no other column. Some models, such as MPT, have no more columns than positions."""
+        layers = [layer for layer in slots.cache.layers if isinstance(layer, _Columns) and layer.is_initialized]
+        at_limit = slots.columns >= self.n_virtual + self.policy.position_limit
+        return at_limit or any(layer.n == layer.keys.shape[2] for layer in layers)
+
+    def _have_space(self, slots: _Slots, new: list[Row]) -> bool:
+        """Return whether new rows fit into the columns, and one more column does."""
+        return not self._is_full(slots) and all(self.computed[row.request][0].columns <= slots.columns for row in new)
 
     def _forget(self, waiting: set[int]) -> None:
         """Drop the prompts of which no response waits."""
         self.computed = {request: prompt for request, prompt in self.computed.items() if request in waiting}
 
-    def _compute_prompts(self, requests: Iterable[int]) -> None:
-        """Compute the prompts that are not computed yet, in batches of similar lengths."""
-        missing = [i for i in requests if i not in self.computed]
+    def _compute_prompts(self, rows: Sequence[Row], next_rows: Iterable[Row]) -> None:
+        """Compute the prompts of rows, and those of the next rows with them, in batches of similar lengths."""
+        if all(row.request in self.computed for row in rows):
+            return
+        missing = [i for i in dict.fromkeys(row.request for row in (*rows, *next_rows)) if i not in self.computed]
         while missing:
             length = len(self.prompts[missing[0]])
             n = max(1, PREFILL_TOKENS // length)

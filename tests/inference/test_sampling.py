@@ -132,6 +132,53 @@ def test_a_prompt_is_computed_once():
     assert sum(rows for rows, width in widths if width > 1) + sum(1 for n in LENGTHS if n == 1) <= len(LENGTHS) + 1
 
 
+@torch.no_grad()
+def test_prompts_of_the_next_rows_are_computed_with_those_of_new_rows():
+    model, widths = random_model("llama"), []
+    sampler = Sampler(make_policy(model).eval(), (), 8)
+    assert sampler.make_loop is SlotLoop
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
+    sampler.sample([Request([3, 4, 5, i], [(i,)], 3 + i % 5) for i in range(6, 38)], Chooser(1.0))
+    hook.remove()
+    batches = [rows for rows, width in widths if width > 1]
+    assert batches[0] == 8 + 2 and sum(batches) == 32 and len(batches) < 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "gpt2-positions"])
+def test_rows_that_are_exchanged_have_their_own_keys_and_values(name, monkeypatch):
+    """Those of a new row are its prompt's; those of a row that stays or moves are of its prompt and its tokens."""
+    model, counts = random_model(name), {"_exchange": 0, "_rebuild": 0, "moved": 0}
+
+    def checked(method):
+        change = getattr(SlotLoop, method)
+
+        def run(loop, slots, active, new):
+            slots, rows = change(loop, slots, active, new)
+            counts[method] += 1
+            counts["moved"] += sum(row in active and rows.index(row) < active.index(row) for row in rows)
+            assert len(rows) == len(new) + sum(not row.done for row in active) == len(slots.hidden)
+            for i, row in enumerate(rows):
+                ids = torch.tensor([row.prompt + row.sample.ids])
+                cache = tf.DynamicCache()
+                states = model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state[0, -1]
+                torch.testing.assert_close(slots.hidden[i], states, rtol=1e-3, atol=1e-4)
+                assert slots.columns - slots.starts[i] == ids.numel()
+                for layer, want in zip(slots.cache.layers, cache.layers, strict=True):
+                    for found, value in ((layer.keys, want.keys), (layer.values, want.values)):
+                        found = found[i, :, slots.starts[i] : slots.columns]
+                        torch.testing.assert_close(found, value[0], rtol=1e-3, atol=1e-4)
+            return slots, rows
+
+        monkeypatch.setattr(SlotLoop, method, run)
+
+    sampler = Sampler(make_policy(model).eval(), range(3, 12), 6)
+    assert sampler.make_loop is SlotLoop
+    checked("_exchange"), checked("_rebuild")
+    sampler.sample(requests(n=5, limit=40), Chooser(1.5))
+    assert counts["_exchange"] > 5 and counts["_rebuild"] < 5 and counts["moved"] > 0
+
+
 def test_responses_end_at_an_end_token_a_stop_or_the_limit():
     model, asked = random_model("llama"), requests(n=8, limit=10)
     for samples in sample(model, asked, Chooser(1.5), end_ids=(2, 3, 4, 5, 6, 7, 8, 9)):

@@ -101,7 +101,7 @@ def test_keys_and_values_by_hand(config):
     length = int(run.data.train.lengths.max()) + 30
     found = estimate_memory(run, CPU).sampling.parts[KEYS_AND_VALUES]
     capacity = [width + 64 * (1 + width // 256) for width in (length - 3, length - 2)]
-    copied = 64 * 4 * 13 * (length - 2)  # of one tensor: the rows that have not ended
+    copied = 64 * 4 * 8 * (length - 2)  # of one tensor
     assert found == pytest.approx(2 * 2 * 64 * 4 * 16 * sum(capacity) + copied, rel=0.001)
 
 

@@ -14,7 +14,7 @@ from minitrain.config.schema import Config
 from minitrain.data.loader import TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.inference.choice import Chooser, Request, TokenChoice
-from minitrain.inference.slots import SlotLoop
+from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop
 from minitrain.losses import Loss, add_features
 from minitrain.model.policy import Policy
 from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
@@ -24,7 +24,6 @@ from .memory_tracker import MemoryTracker
 
 KEYS_AND_VALUES, PROMPTS = "keys and values", "prompts"
 PARTS = (KEYS_AND_VALUES, PROMPTS)
-EIGHTH = 8  # the sampler exchanges its rows when an eighth of them has ended
 
 
 def longest_round(prompts: TokenizedDataset, config: Config, loss: Loss, limit: int) -> TokenizedDataset:
@@ -81,10 +80,13 @@ class _TrackedLoop(SlotLoop):
         super().__init__(policy, n_slots)
         self.tracker = tracker
 
-    def _compute_prompts(self, requests) -> None:
+    def _compute_prompts(self, *args) -> None:
         self.tracker.part = PROMPTS
-        super()._compute_prompts(requests)
+        super()._compute_prompts(*args)
         self.tracker.part = KEYS_AND_VALUES
+
+    def _have_space(self, *args) -> bool:
+        return False  # so that two batches are held
 
     def _decode(self, *args):
         self.tracker.part = "activations"
@@ -138,8 +140,9 @@ def conversation_limit(config: Config, policy: Policy) -> int:
 
 
 def _first_requests(prompts: TokenizedDataset, config: Config) -> list[Request]:
-    """Return the longest prompts, as many as their answers fill the slots."""
-    options, free = config.rollout, config.rollout.num_slots
+    """Return the longest prompts, as many as are computed before the first token."""
+    options = config.rollout
+    free = options.num_slots + options.num_slots // AHEAD_FRACTION
     requests = []
     for index in np.argsort(-prompts.lengths, kind="stable")[: options.prompts_per_round].tolist():
         n = min(free, options.num_generations)
@@ -154,7 +157,7 @@ def _last_requests(length: int, config: Config, world_size: int) -> list[Request
     options = config.rollout
     n_answers = -(-options.prompts_per_round // world_size) * options.num_generations
     n_slots = min(options.num_slots, n_answers)
-    n_ending = n_slots // EIGHTH + 1
+    n_ending = n_slots // REFILL_FRACTION + 1
     n_waiting = min(n_ending, n_answers - n_slots)
     requests = [(length - 3, n_slots - n_ending, 3), (length - 4, n_ending + n_waiting, 1)]
     return [
