@@ -177,10 +177,10 @@ def section(case: Case, peers: dict[str, dict]) -> list[str]:
     if "trl" in peers:
         names = ("cpu", *PARTS, "wall", "memory")
         ratios = {name: peers["trl"][name] / max(1e-9, peers["minitrain"][name]) for name in names}
-        told = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
         what, least = case.goal
         found = ratios["cpu" if what == "step" else what]
-        lines += ["", f"TRL / minitrain: {told}. Goal: {what} {least}; {'met' if found >= least else 'NOT MET'}."]
+        lines += ["", f"TRL / minitrain: {listed}. Goal: {what} {least}; {'met' if found >= least else 'NOT MET'}."]
     return [*lines, ""]
 
 

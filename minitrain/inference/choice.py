@@ -1,4 +1,4 @@
-"""What is asked of a sampler, and how the next token of each response is chosen."""
+"""Requests to a sampler, and the choice of the next token of each response."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

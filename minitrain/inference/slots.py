@@ -104,6 +104,11 @@ class _Slots(NamedTuple):
     def columns(self) -> int:
         return self.cache.get_seq_length()
 
+    @property
+    def layers(self) -> list[_Columns]:
+        """The layers with keys and values of their own."""
+        return [layer for layer in self.cache.layers if isinstance(layer, _Columns) and layer.is_initialized]
+
 
 class SlotLoop:
     """Samples tokens in a batch whose rows are exchanged.
@@ -188,16 +193,14 @@ class SlotLoop:
         for source, sources in (*self._prompts_of(new), (slots, moved)):
             targets = list(itertools.islice(free, len(sources)))
             into, indices = (torch.tensor(i, dtype=torch.int64, device=self.device) for i in (targets, sources))
-            for layer, other in zip(slots.cache.layers, source.cache.layers, strict=True):
-                if isinstance(layer, _Columns) and layer.is_initialized:
-                    layer.put(into, other, indices)
+            for layer, other in zip(slots.layers, source.layers, strict=True):
+                layer.put(into, other, indices)
             starts[into] = source.starts[indices] + slots.columns - source.columns
             hidden[into] = source.hidden[indices]
             for i in targets:
                 active[i] = next(rows)
-        for layer in slots.cache.layers:
-            if isinstance(layer, _Columns) and layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:n_rows], layer.values[:n_rows]
+        for layer in slots.layers:
+            layer.keys, layer.values = layer.keys[:n_rows], layer.values[:n_rows]
         starts = starts[:n_rows]
         return _Slots(slots.cache, starts, hidden[:n_rows], bool(starts.any())), active[:n_rows]
 
@@ -208,10 +211,9 @@ class SlotLoop:
         return [(same[0][0], [index for _, index in same]) for same in by_batch]
 
     def _is_full(self, slots: _Slots) -> bool:
-        """Return whether there is no other column. Some models, such as MPT, have no more columns than positions."""
-        layers = [layer for layer in slots.cache.layers if isinstance(layer, _Columns) and layer.is_initialized]
+        """Return whether all columns are in use. Some models, such as MPT, have no more columns than positions."""
         at_limit = slots.columns >= self.n_virtual + self.policy.position_limit
-        return at_limit or any(layer.n == layer.keys.shape[2] for layer in layers)
+        return at_limit or any(layer.n == layer.keys.shape[2] for layer in slots.layers)
 
     def _have_space(self, slots: _Slots, new: list[Row]) -> bool:
         """Return whether new rows fit into the columns, and one more column does."""

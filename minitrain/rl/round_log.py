@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from minitrain.data.cache import TokenCache
 from minitrain.training.after_step import warn
 from minitrain.training.atomic_dir import replace_file
-from minitrain.training.metrics_log import ROLLOUTS, round_file
+from minitrain.training.metrics_log import FEW_ENDED, LARGE_MISMATCH, ROLLOUTS, round_file
 
 from .documents import EQUAL
 from .reports import Group, Stats, answer_metrics, group_metrics
@@ -16,8 +16,6 @@ from .reports import Group, Stats, answer_metrics, group_metrics
 if TYPE_CHECKING:
     from .rounds import Rounds
 
-FEW_ENDED = 0.5
-LARGE_MISMATCH = 0.05
 OF_REWARDS = ("reward", "reward_std", "zero_variance", "solved", "failed", "unjudged")
 
 

@@ -208,7 +208,7 @@ class Server:
                 parts = []
                 while part := response.read1(1 << 20):
                     parts.append(part)
-                    if time.monotonic() > deadline:  # the timeout of a socket begins anew with each part
+                    if time.monotonic() > deadline:  # the timeout of a socket is for each part
                         raise TimeoutError
                 if response.length:
                     raise http.client.IncompleteRead(b"", response.length)

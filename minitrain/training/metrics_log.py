@@ -20,6 +20,8 @@ from .atomic_dir import replace_file
 KINDS = ("train", "eval", "rollout")
 ROLLOUTS = "rollouts"  # the folder of sampled answers, with a file for each round
 NOT_METRICS = ("step", "kind")
+FEW_ENDED = 0.5  # fraction of ended answers below which a run and the doctor warn
+LARGE_MISMATCH = 0.05  # of log-probabilities, per token, above which they do
 LARGEST_STEP = 2**53  # a float represents integers exactly up to this one
 LARGEST = 1e100  # the squares of larger values overflow
 UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, yaml.YAMLError)

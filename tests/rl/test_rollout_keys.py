@@ -79,6 +79,8 @@ def functions(monkeypatch):
 
 
 class Polite:
+    reward = 0.0
+
     def __init__(self, options):
         pass
 
@@ -86,7 +88,7 @@ class Polite:
         return messages
 
     def reply(self, response):
-        return Reply([{"role": "user", "content": "ok"}])
+        return Reply([{"role": "user", "content": "ok"}], self.reward)
 
 
 def observe(tmp_path, name: str, loss: str, rollout: dict) -> dict[str, Any]:

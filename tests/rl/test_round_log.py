@@ -214,16 +214,21 @@ def test_a_warning_when_sampling_and_training_differ(online, capsys):
     assert capsys.readouterr().out.count("mismatch") == 1
 
 
-def test_the_warning_in_rounds_of_one_step(online, capsys, monkeypatch):
-    """Only the train metrics have the mismatch: the log-probabilities that were sampled are changed by 0.2."""
-    trainer = online()
+def shift_sampled_logps(trainer, monkeypatch):
+    """Add 0.2 to the log-probabilities of the sampled tokens of each round."""
     use = trainer.train_loader._use
 
-    def changed(cache):
+    def shifted(cache):
         cache.token_features["sample_logps"] += 0.2
         use(cache)
 
-    monkeypatch.setattr(trainer.train_loader, "_use", changed)
+    monkeypatch.setattr(trainer.train_loader, "_use", shifted)
+
+
+def test_the_warning_in_rounds_of_one_step(online, capsys, monkeypatch):
+    """Only the train metrics have the mismatch: the log-probabilities that were sampled are changed by 0.2."""
+    trainer = online()
+    shift_sampled_logps(trainer, monkeypatch)
     trainer.train()
     assert "mismatch" not in metrics(trainer, "rollout")[-1]
     assert metrics(trainer)[-1]["mismatch"] == pytest.approx(0.2, abs=1e-3)
@@ -235,13 +240,7 @@ def test_the_warning_in_rounds_of_several_steps(online, capsys, monkeypatch):
     out = []
     hooks = {"on_step_end": lambda trainer: out.append(capsys.readouterr().out.count("mismatch"))}
     trainer = online(rollout={"num_iterations": 2}, hooks=hooks)
-    use = trainer.train_loader._use
-
-    def changed(cache):
-        cache.token_features["sample_logps"] += 0.2
-        use(cache)
-
-    monkeypatch.setattr(trainer.train_loader, "_use", changed)
+    shift_sampled_logps(trainer, monkeypatch)
     trainer.train()
     logged = metrics(trainer, "rollout")[0]
     assert logged["mismatch"] == pytest.approx(0.2, abs=1e-3) and logged["mismatch/outside"] == 0

@@ -9,12 +9,13 @@ from minitrain import ConfigError, RunError, load_config
 from minitrain.cli.main import main
 from minitrain.inference import choice
 from minitrain.rl import environments, rewards
-from minitrain.rl.environments import Reply, register_environment
+from minitrain.rl.environments import register_environment
 from minitrain.rl.rewards import NoOptions, register_reward
 from minitrain.tools.preflight import online
 from minitrain.tools.preflight.validate import validate
 from minitrain.training.setup import dry_run
 from tests.messages import raises
+from tests.rl.test_rollout_keys import Polite
 from tests.scorers import random_base
 
 ROLLOUT = {"num_generations": 6, "prompts_per_round": 4, "max_new_tokens": 40, "rewards": ["length"]}
@@ -58,23 +59,12 @@ def test_a_round_of_two_prompts_is_sampled_and_judged(config, tmp_path):
 
 def test_replies_are_marked_apart_from_what_was_sampled(config):
     """An environment that replies `ok` after each answer; answers end at the first byte, as if each were an end."""
-    register_environment("polite", NoOptions)(Polite)
+    register_environment("polite", NoOptions)(type("Rewarding", (Polite,), {"reward": 1.0}))
     every_byte = [chr(i) for i in range(32, 127)] + ["\N{REPLACEMENT CHARACTER}"] + [chr(i) for i in range(32)]
     text = validate(config({"environment": "polite", "max_turns": 3, "stop": every_byte}))["round"]
     answer = text[text.index("answer 1:") :].split("answer 2:")[0]
     assert answer.count("⟦") == 3 and answer.count("«result: ") == 2 and answer.count("\n    ok<") == 2
     assert "reward 2.97 (length -0.03); 3 tokens, ended" in answer
-
-
-class Polite:
-    def __init__(self, options):
-        pass
-
-    def begin(self, row, messages, seed):
-        return messages
-
-    def reply(self, response):
-        return Reply([{"role": "user", "content": "ok"}], 1.0)
 
 
 def test_an_environment_that_fails_is_named(config):

@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from statistics import fmean, pstdev
 
-from minitrain.training.metrics_log import History
+from minitrain.training.metrics_log import FEW_ENDED, LARGE_MISMATCH, History
 
 from .findings import FLAT, MIN_LINES, RISE, Check, Finding, change, format_steps, trend_of
 
@@ -13,10 +13,8 @@ ZERO_VARIANCE = 0.5
 FEW_ANSWERS = 3  # largest num_generations with which rewards are often equal by chance
 SOLVED = 0.5  # fraction of solved prompts above which a reward or an entropy need not change
 FALL = 0.1  # relative fall of a metric that is evaluated on sampled answers
-ENDED = 0.5
 LONGER = 1.5
 LOW_ENTROPY = 0.1  # nats
-MISMATCH = 0.05
 UNJUDGED = 0.1
 NOT_COMPARED = ("sft", "dft", "kto", "kd", "value")  # losses that do not compare the answers to a prompt
 READ = "read some answers with `minitrain rollouts`."
@@ -111,7 +109,7 @@ def reward_hacking(run: History) -> Finding | None:
 
 def truncated_answers(run: History) -> Finding | None:
     ended = trend_of(run.values("rollout/ended"))
-    if ended.last >= ENDED:
+    if ended.last >= FEW_ENDED:
         return None
     n = run.setting("rollout.max_new_tokens", int)
     return Finding(
@@ -158,14 +156,14 @@ def entropy_collapse(run: History) -> Finding | None:
 
 def mismatch(run: History) -> Finding | None:
     points = run.points("rollout/mismatch") or run.points("train/mismatch")
-    large = [point for point in points if point.value > MISMATCH]
+    large = [point for point in points if point.value > LARGE_MISMATCH]
     if not large:
         return None
     worst = max(large, key=lambda point: point.value)
     return Finding(
         "Sampling and training give different log-probabilities.",
         f"They differed by {points[0].value:.2g} per token at step {points[0].step}, and by {worst.value:.2g} at step "
-        f"{worst.step} (mismatch). It is above {MISMATCH} at {format_steps(large)}.",
+        f"{worst.step} (mismatch). It is above {LARGE_MISMATCH} at {format_steps(large)}.",
         "rollout.importance_correction=tis, or model.policy_dtype=float32.",
     )
 
