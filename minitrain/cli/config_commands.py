@@ -11,7 +11,7 @@ from minitrain.io.redact import redact
 from minitrain.tools.terminal import use_color
 
 from .arguments import add_config, add_config_options, add_force, number
-from .failure import exiting_on_signal, fail
+from .failure import fail, importing
 from .output import new_output, print_info
 from .registry import command
 
@@ -26,8 +26,10 @@ UNREACHED = 3  # exit code of `validate`
     docs="options.md",
 )
 def train(arguments: argparse.Namespace) -> int:
-    with exiting_on_signal():
+    with importing():
         config = _load_config(arguments)
+        import transformers.modeling_utils  # noqa: F401 (what every model imports, while nothing is collected)
+
         from minitrain.trainer import Trainer
     trainer = Trainer(config)
     trainer.train()
@@ -55,14 +57,14 @@ def validate(arguments: argparse.Namespace) -> int:
     paths = arguments.configs + _configs_in(arguments.all)
     if not paths:
         raise ConfigError("CONFIG.yml: is missing. Name a config, or a folder of configs with --all.", "usage")
-    with exiting_on_signal():
+    with importing():
         from minitrain.distributed.process import world_size
     _load_plugins(arguments)
     code, full = 0, arguments.full or len(paths) == 1
     devices = arguments.devices or world_size()
     for path in paths:
         try:
-            with exiting_on_signal():
+            with importing():
                 config = _parse_config(path, arguments)
                 from minitrain.tools.preflight.validate import validate
             report = validate(config, devices, with_memory=full, marks=_marks())
@@ -115,7 +117,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     docs="data.md#check-the-data",
 )
 def inspect(arguments: argparse.Namespace) -> int:
-    with exiting_on_signal():
+    with importing():
         config = _load_config(arguments)
         from minitrain.tools.preflight.preview import inspect
     for line in inspect(config, arguments.rows, arguments.split, _marks()):
@@ -146,7 +148,7 @@ def _cache_teacher_arguments(parser: argparse.ArgumentParser) -> None:
 )
 def cache_teacher(arguments: argparse.Namespace) -> int:
     output = new_output(arguments.output, arguments.force)
-    with exiting_on_signal():
+    with importing():
         config = _load_config(arguments)
         from minitrain.inference.teacher_cache import cache_teacher_outputs
     path = cache_teacher_outputs(config, output)

@@ -16,7 +16,7 @@ from .arguments import (
     add_template_arguments,
     number,
 )
-from .failure import exiting_on_signal
+from .failure import importing
 from .output import check_new_folder, new_rows_output, print_info, recover_folder, write_rows
 from .registry import command
 
@@ -122,7 +122,7 @@ def _warn(message: str) -> None:
 def _read_prompts(arguments: argparse.Namespace) -> list:
     from itertools import islice
 
-    with exiting_on_signal():
+    with importing():
         from minitrain.inference.prompts import make_prompt, read_documents, read_prompts
     template, tools = arguments.prompt_template, _read_tools(arguments)
     if arguments.input:
@@ -192,7 +192,7 @@ def score(arguments: argparse.Namespace) -> int:
 
     output = new_rows_output(arguments.output, arguments.force)
     find_model(arguments.model)
-    with exiting_on_signal():
+    with importing():
         from minitrain.inference.score import format_prediction, load_scorer, requests_from_args
     requests = requests_from_args(arguments, _read_tools(arguments))
     scorer = load_scorer(
@@ -317,7 +317,7 @@ def merge(arguments: argparse.Namespace) -> int:
         )
     if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
         raise ConfigError(f"{missing[0]}: folder does not exist. Check the path.", "not-found")
-    with exiting_on_signal():
+    with importing():
         from minitrain.inference.merge import merge_adapters
     dtype = merge_adapters(arguments.runs, output, weights, arguments.dtype)
     print_info(arguments, f"merged in float32; saved in {dtype} to {output}")
@@ -342,7 +342,7 @@ def check(arguments: argparse.Namespace) -> int:
     from minitrain.inference.resolve import find_model
 
     find_model(arguments.model)
-    with exiting_on_signal():
+    with importing():
         from minitrain.inference.check import check_model
     report = check_model(arguments.model, arguments.base, arguments.trust_remote_code)
     width = max(map(len, report.lines))
@@ -354,7 +354,7 @@ def _load_generator(arguments: argparse.Namespace):
     if arguments.temperature == 0 and (arguments.top_p < 1 or arguments.top_k):
         name = "--top-p" if arguments.top_p < 1 else "--top-k"
         raise ConfigError(f"{name}: has no effect with temperature 0. Set --temperature above 0.", "no-effect")
-    with exiting_on_signal():
+    with importing():
         from minitrain.inference.generate import Sampling, load_generator
     generator = load_generator(
         arguments.model,

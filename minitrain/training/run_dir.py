@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from minitrain.config.aliases import resolve_aliases
 from minitrain.config.issues import keys_overlap
-from minitrain.config.saved import config_yaml, to_plain, without_passwords
+from minitrain.config.saved import config_yaml, saved_options, to_plain, without_passwords
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import RunDirError, write_error_code
@@ -82,7 +81,7 @@ class RunDir:
 
     def settings(self) -> dict:
         """Return the config for trackers. References to the environment stay unresolved."""
-        return yaml.safe_load(config_yaml(self.config))
+        return saved_options(self.config)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"

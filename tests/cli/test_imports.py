@@ -1,5 +1,6 @@
 """What is imported when: torch takes seconds, so what is wrong with a command or a config is told without it."""
 
+import gc
 import os
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minitrain.cli import failure
 from minitrain.cli import main as cli
 from minitrain.cli.registry import COMMANDS
 from tests.commands import WITH_CONFIG
@@ -93,3 +95,28 @@ def test_a_model_is_what_imports_the_rest():
     found = imported("-c", "import minitrain.trainer", code=0)
     late = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "transformers.modeling_utils"}
     assert "torch" in found and not late & found and "transformers.generation.continuous_batching" not in found
+
+
+def test_the_first_step_imports_what_it_uses(here):
+    """Neither trackers, plots and readers of tables, nor the libraries of options that are not set."""
+    Path("c.yml").write_text(f"{CONFIG}n_steps: 1\n")
+    unused = {"wandb", "tensorboard", "swanlab", "matplotlib", "pandas", "pyarrow", "datasets", "peft", "bitsandbytes"}
+    code = "import sys; from minitrain.cli.main import main; main(['train', 'c.yml']); print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    found = set(done.stdout.splitlines()[-1].split())
+    assert "transformers.models.llama.modeling_llama" in found and not unused & found
+
+
+def test_imports_collect_no_garbage():
+    """Collections free nothing while modules are imported, and take a tenth of the time until the first step."""
+    collections = []
+    gc.callbacks.append(lambda phase, info: collections.append(phase))
+    try:
+        with failure.importing():
+            kept = [[] for _ in range(100_000)]
+            during = len(collections)
+        kept += [[] for _ in range(100_000)]
+        assert during == 0 and collections
+    finally:
+        gc.callbacks.pop()
