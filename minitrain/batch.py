@@ -123,14 +123,21 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on a device; `spans` and `prefixes` stay on the CPU."""
-        moved = copy.copy(self)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return a copy in pinned memory, from which copies to a CUDA device do not wait for it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a copy with a function applied to its tensors, except `spans` and `prefixes`."""
+        mapped = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name not in ("spans", "prefixes"):
-                setattr(moved, name, value.to(device, non_blocking=True))
+                setattr(mapped, name, function(value))
         for name in ("doc_features", "token_features"):
-            tensors = getattr(self, name).items()
-            setattr(moved, name, {key: tensor.to(device, non_blocking=True) for key, tensor in tensors})
-        return moved
+            setattr(mapped, name, {key: function(tensor) for key, tensor in getattr(self, name).items()})
+        return mapped
 
 
 def _spans(doc_ids: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The training loop. It does not depend on the loss, the dataset, the model class or the number of devices."""
 
+import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -188,22 +189,26 @@ class Trainer:
         self.logger.start_bar(self.total_steps, self.step)
         self.save_schedule.start()
         start_window(self)
-        for indices, batches in self.train_loader.steps(self.consumed):
-            if self._stopping() or self.step >= self.total_steps:
-                break
-            self.parallel.set_status(f"step {self.step + 1}")
-            output = self.forward_backward(batches)
-            self.grad_norm = self.optim_step()
-            for batch, computed in zip(batches, output.outputs):
-                self.window.update(batch)
-                self.totals.add(computed)
-            self.totals.add_load(output.load)
-            self.consumed += len(indices)
-            self.indices = indices
-            tokens = functools.partial(self.train_loader.examples.digest, indices)
-            self.logger.log_step(self.step, tokens, float(output.loss), self.grad_norm)
-            self.logger.advance()
-            after_step(self)
+        with contextlib.closing(self.train_loader.steps(self.consumed)) as steps:
+            for indices, batches in steps:
+                if self._stopping() or self.step >= self.total_steps:
+                    break
+                self._step(indices, batches)
+
+    def _step(self, indices: list[int], batches: Sequence[Batch]) -> None:
+        self.parallel.set_status(f"step {self.step + 1}")
+        output = self.forward_backward(batches)
+        self.grad_norm = self.optim_step()
+        for batch, computed in zip(batches, output.outputs):
+            self.window.update(batch)
+            self.totals.add(computed)
+        self.totals.add_load(output.load)
+        self.consumed += len(indices)
+        self.indices = indices
+        tokens = functools.partial(self.train_loader.examples.digest, indices)
+        self.logger.log_step(self.step, tokens, float(output.loss), self.grad_norm)
+        self.logger.advance()
+        after_step(self)
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepOutput:
         """Add the gradients of one optimizer step: summed over micro-batches and ranks, then divided once.

@@ -66,8 +66,8 @@ BUGS = {
             title="The last, shorter step of an epoch was scaled as a full one, dropped, or carried into the next epoch.",
             reported_in="huggingface/transformers#39659, Lightning-AI/pytorch-lightning#19987",
             file="minitrain/trainer.py",
-            line="in self.train_loader.steps(self.consumed):",
-            replacement="in (s for s in self.train_loader.steps(self.consumed) if len(s[0]) == self.config.total_batch_size):",
+            line="for indices, batches in steps:",
+            replacement="for indices, batches in (s for s in steps if len(s[0]) == self.config.total_batch_size):",
             test="tests/training/test_loop.py::test_a_short_last_window_is_scaled_by_its_own_tokens",
         ),
         Bug(

@@ -20,6 +20,7 @@ from minitrain.errors import ConfigError
 from .cache import TokenCache, load_cache
 from .counts import BAD_ROWS, OF_ROWS, describe_counts, describe_fields, describe_unread, of_rows
 from .mismatched import add_mismatched_responses
+from .prefetch import T, prefetch
 from .sampler import BatchRows, epoch_order, epoch_size, group_by_length, pack, plan_step
 from .source import row_name
 from .template import Template
@@ -205,6 +206,7 @@ class MicrobatchLoader:
         row_capacity: Tokens per packed row, for attention whose cost is quadratic in the row's length; None: no limit.
         shares_prompts: Whether a batch has the common prompt of an example's documents only once, which requires
             minitrain's own attention.
+        prefetch: Whether a thread prepares the next step's batches, in pinned memory if there is a CUDA device.
     """
 
     examples: TokenizedDataset
@@ -214,6 +216,7 @@ class MicrobatchLoader:
     world_size: int = 1
     row_capacity: int | None = None
     shares_prompts: bool = False
+    prefetch: bool = False
 
     @property
     def epoch_size(self) -> int:
@@ -234,6 +237,9 @@ class MicrobatchLoader:
         Args:
             consumed: Number of examples to skip, over all ranks, when a run resumes.
         """
+        return self.prefetched(self._steps(consumed))
+
+    def _steps(self, consumed: int) -> Iterator[tuple[list[int], list[Batch]]]:
         while True:
             epoch, position = divmod(consumed, self.epoch_size)
             order = self.order(epoch)
@@ -242,6 +248,10 @@ class MicrobatchLoader:
                 yield indices.tolist(), self.micro_batches(indices)
                 position += len(indices)
                 consumed += len(indices)
+
+    def prefetched(self, items: Iterator[T]) -> Iterator[T]:
+        """Return the items, computed ahead if this loader prefetches."""
+        return prefetch(items) if self.prefetch else items
 
     def state(self, consumed: int) -> tuple[dict, dict[str, torch.Tensor]]:
         """Return values and tensors that a checkpoint holds besides `consumed`; none for data files."""
@@ -296,7 +306,7 @@ class MicrobatchLoader:
 
     def eval_batches(self) -> Iterator[Batch]:
         """Return this rank's batches of an evaluation, longest first. All ranks have the same number of them."""
-        return map(self.batch, self.eval_layout())
+        return self.prefetched(self.batch(rows) for rows in self.eval_layout())
 
     def eval_layout(self) -> Iterator[BatchRows]:
         """Yield the examples of each of this rank's evaluation batches by row."""
@@ -317,4 +327,5 @@ class MicrobatchLoader:
             documents = [[document] for row in documents for document in row]
         if not self.shares_prompts:
             documents = [[dataclasses.replace(document, shared=0) for document in row] for row in documents]
-        return collate(documents, self.pad_token_id)
+        batch = collate(documents, self.pad_token_id)
+        return batch.pin_memory() if self.prefetch and torch.cuda.is_available() else batch

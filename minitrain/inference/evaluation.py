@@ -56,7 +56,8 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
         if not loss.online:
             add_features(loss, trainer.train_loader.examples.caches, data.train.caches)
     parallel.check_same(dataset=[cache.key for cache in data.train.caches])
-    loader = make_loader(data.train, config, trainer.tokenizer, trainer.policy, parallel.rank, parallel.world_size)
+    rest = parallel.rank, parallel.world_size, trainer.train_loader.prefetch
+    loader = make_loader(data.train, config, trainer.tokenizer, trainer.policy, *rest)
     loader.given = given  # the rows stay readable while the loader is in use
     return loader
 

@@ -76,7 +76,7 @@ class Rounds(MicrobatchLoader):
     def __init__(self, trainer: "Trainer", engine: Engine, rewards: Sequence[Reward], make_environment: Any):
         loader = trainer.train_loader
         rest = loader.config, loader.pad_token_id, loader.rank, loader.world_size
-        super().__init__(RoundData(None, 0), *rest, loader.row_capacity, loader.shares_prompts)
+        super().__init__(RoundData(None, 0), *rest, loader.row_capacity, loader.shares_prompts, loader.prefetch)
         config = loader.config
         self.trainer, self.engine, self.options = trainer, engine, config.rollout
         self.prompts = Prompts(loader.examples, config.seed)
@@ -135,18 +135,23 @@ class Rounds(MicrobatchLoader):
                     "unsuitable-data",
                 )
             order = epoch_order([self.epoch_size], [1.0], self.config.seed, epoch)
-            while position < len(order):
-                indices = order[position : position + self.config.total_batch_size]
-                position += len(indices)
-                consumed += len(indices)
-                skipped += indices.tolist()
-                trained = indices[self.examples.is_trained[indices]]
-                if len(trained):
-                    batches, began = self.micro_batches(trained), time.perf_counter()
-                    yield skipped, batches
-                    self.seconds_trained += time.perf_counter() - began
-                    self.log.warn_of_mismatch(self.trainer.train_metrics)
-                    skipped = []
+            with contextlib.closing(self.prefetched(self._steps_of_pass(order[position:]))) as steps:
+                for indices, batches in steps:
+                    consumed += len(indices)
+                    skipped += indices
+                    if batches:
+                        began = time.perf_counter()
+                        yield skipped, batches
+                        self.seconds_trained += time.perf_counter() - began
+                        self.log.warn_of_mismatch(self.trainer.train_metrics)
+                        skipped = []
+
+    def _steps_of_pass(self, order: np.ndarray) -> Iterator[tuple[list[int], list[Batch]]]:
+        """Yield (indices of the step's examples, this rank's micro-batches of those with something to train on)."""
+        for start in range(0, len(order), self.config.total_batch_size):
+            indices = order[start : start + self.config.total_batch_size]
+            trained = indices[self.examples.is_trained[indices]]
+            yield indices.tolist(), self.micro_batches(trained) if len(trained) else []
 
     # ------------------------------------------------------------------------------------------- making a round
 

@@ -88,7 +88,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
         template, data = read_data(config, loss)
         policy, weights = _build_policy(config, loss, template.tokenizer, device, parallel.loads_shards, not meta)
         failpoint("load.policy")
-    rest = config, template.tokenizer, policy, parallel.rank, parallel.world_size
+    rest = config, template.tokenizer, policy, parallel.rank, parallel.world_size, parallel.device.type == "cuda"
     train_loader = make_loader(data.train, *rest)
     eval_loader = make_loader(data.eval, *rest) if data.eval else None
     warmup = warmup_steps(config, train_loader.total_steps)
@@ -162,7 +162,13 @@ def prepare_policy(
 
 
 def make_loader(
-    examples: TokenizedDataset, config: Config, tokenizer, policy: Policy, rank: int = 0, world_size: int = 1
+    examples: TokenizedDataset,
+    config: Config,
+    tokenizer,
+    policy: Policy,
+    rank: int = 0,
+    world_size: int = 1,
+    prefetch: bool = False,
 ) -> MicrobatchLoader:
     """Return the loader of one rank, with batch rows that suit the policy's attention.
 
@@ -178,6 +184,7 @@ def make_loader(
         world_size,
         row_capacity=config.max_length if policy.attention_is_quadratic_in_row else None,
         shares_prompts=policy.supports_document_masking,
+        prefetch=prefetch,
     )
 
 

@@ -7,7 +7,7 @@ layout: they are sums over items, divided once at the end.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -269,7 +269,7 @@ def share_step_statistics(loss: Loss, batches: Iterable[Batch], models: Models, 
 
 def evaluate(
     loss: Loss,
-    batches: Callable[[], Iterable[Batch]],
+    batches: Callable[[], Generator[Batch, None, None]],
     models: Models,
     parallel: SingleDevice,
     precision: Precision,
@@ -287,12 +287,13 @@ def evaluate(
     totals = MetricAccumulator(parallel.device)
     with inference(models.policy), precision.autocast():
         share_step_statistics(loss, batches(), models, parallel)
-        for batch in batches():
-            failpoint("eval.batch")
-            if stop():
-                return {}
-            output = loss(batch.to(parallel.device), models)
-            totals.add(output)
-            totals.add_samples(output)
+        with contextlib.closing(batches()) as each:
+            for batch in each:
+                failpoint("eval.batch")
+                if stop():
+                    return {}
+                output = loss(batch.to(parallel.device), models)
+                totals.add(output)
+                totals.add_samples(output)
     parallel.reshard(models.policy)
     return loss.finalize_metrics(totals.means(parallel)) | loss.compute_eval_metrics(totals.all_samples(parallel))
