@@ -243,8 +243,9 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Return the learning rate of the next update. The schedule counts updates, not skipped steps."""
-        name, decay = self.config.lr_scheduler, self.config.lr_decay_ratio
-        return self.config.lr * lr_factor(self.updates, self.total_steps, self.warmup, name, decay)
+        c = self.config
+        schedule = c.lr_scheduler, c.lr_decay_ratio, c.lr_scheduler_args, c.lr
+        return c.lr * lr_factor(self.updates, self.total_steps, self.warmup, *schedule)
 
     def _stopping(self) -> bool:
         """Return whether to stop, the same on all ranks, and share a signal that one rank received.

@@ -145,7 +145,7 @@ def test_every_option_with_choices_is_known_by_a_hint():
     for f in option_fields(Config):
         for choice in f.metadata["choices"]:
             with pytest.raises(ConfigError, match=f"Did you mean .*{choice}"):
-                load_config({"model": {"name_or_path": "tiny"}, f.name: f"{choice}x"})
+                load_config({"model": {"name_or_path": "tiny"}, f.name: f"{choice}s"})
 
 
 # -------------------------------------------------------------------------------------------- docs/migrating*.md

@@ -170,6 +170,9 @@ class Config:
     lr_decay_ratio: float | None = option(
         None, f"wsd: fraction of all steps in which lr decays (default: {DECAY_RATIO}).", gt=0, le=1
     )
+    lr_scheduler_args: dict[str, Any] = option(
+        {}, "Arguments of lr_scheduler, which its help lists in braces, e.g. {min_lr_rate: 0.1}."
+    )
     warmup_steps: int = option(0, "Optimizer steps in which lr rises linearly from 0 to its peak.", ge=0)
     warmup_ratio: float = option(0.0, "Warmup as a fraction of all steps.", ge=0, le=1)
     activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minitrain.config.issues import ConfigIssues, format_value, keys_overlap
 from minitrain.config.python_objects import find_object, is_lost
-from minitrain.config.schedules import SCHEDULES
+from minitrain.config.schedules import SCHEDULES, argument_problems
 from minitrain.config.schema import Config, all_keys
 from minitrain.config.suggest import hint_for_value, suggest
 from minitrain.data.examples import ROW_FORMATS
@@ -132,6 +132,12 @@ def _check_steps(config: Config, issues: ConfigIssues) -> None:
         decaying = " or ".join(name for name, one in SCHEDULES.items() if one.decays)
         message = f"has no effect without lr_scheduler={decaying}. Remove it."
         issues.add("lr_decay_ratio", "no-effect", message, "lr_scheduler")
+    for argument, code, message in argument_problems(config.lr_scheduler, config.lr_scheduler_args, config.lr):
+        key = f"lr_scheduler_args.{argument}".removesuffix(".")
+        issues.add(key, code, message, "lr_scheduler", *(["lr"] if code == "out-of-range" else []))
+    if config.lr_decay_ratio is not None and config.lr_scheduler_args.get("num_decay_steps") is not None:
+        message = "conflicts with lr_scheduler_args.num_decay_steps, the same in steps. Remove one."
+        issues.add("lr_decay_ratio", "conflict", message, "lr_scheduler_args")
 
 
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:

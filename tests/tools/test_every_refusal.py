@@ -396,6 +396,8 @@ MORE = [
     options(*[f"unknown{i}=1" for i in range(25)]),
     options("lr=1e-300"),
     options("lr_decay_ratio=0.2"),
+    options("lr_scheduler_args={num_cycles: 2}"),
+    options("lr_scheduler=wsd", "lr_scheduler_args={num_decay_steps: 2}", "lr_decay_ratio=0.2"),
     config(CONFIG + "loss: {name: policy, eps_low: 0.1, clip_eps_low: 0.1}\n"),
     options("lora={rank: 2, dropout: 1}"),
     options("lr=???"),

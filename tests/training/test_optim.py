@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minitrain import load_config
-from minitrain.config.schedules import SCHEDULES, lr_factor
+from minitrain.config.schedules import BOUNDS, CHOICES, SCHEDULES, argument_problems, lr_factor
 from minitrain.config.schema import Config
 from minitrain.errors import InvalidConfigError
 from minitrain.training.checks import UNFIT_OPTIMIZERS
@@ -22,31 +22,104 @@ def config(*overrides):
     return load_config(BASE | {"model": {"name_or_path": "tiny"}}, list(overrides))
 
 
-# The schedule of transformers that each of ours is, with its arguments for 20 steps.
+# The schedule of transformers that each of ours is, and sets of arguments for 20 steps at a peak of 0.02.
 OF_TRANSFORMERS = {
-    "linear": ("linear", {}),
-    "cosine": ("cosine", {}),
-    "constant": ("constant_with_warmup", {}),
-    "wsd": ("warmup_stable_decay", {"num_decay_steps": 6, "decay_type": "linear"}),
+    "linear": ("linear", [{}]),
+    "cosine": ("cosine", [{}, {"num_cycles": 1.25}]),
+    "cosine_with_min_lr": (
+        "cosine_with_min_lr",
+        [{"min_lr_rate": 0.1}, {"min_lr": 0.005, "num_cycles": 0.75}, {"min_lr_rate": 0}],
+    ),
+    "cosine_with_restarts": ("cosine_with_restarts", [{}, {"num_cycles": 3}]),
+    "polynomial": ("polynomial", [{}, {"lr_end": 0.002, "power": 2.5}]),
+    "inverse_sqrt": ("inverse_sqrt", [{}, {"timescale": 40}]),
+    "constant": ("constant_with_warmup", [{}]),
+    "wsd": (
+        "warmup_stable_decay",
+        [
+            {"num_decay_steps": 6, "decay_type": "linear"},
+            {"num_decay_steps": 7, "decay_type": "cosine", "min_lr_ratio": 0.1, "num_cycles": 0.6},
+            {"num_decay_steps": 5, "decay_type": "1-sqrt", "min_lr_ratio": 0.2},
+        ],
+    ),
 }
+SETS = [(name, arguments) for name, (_, sets) in OF_TRANSFORMERS.items() for arguments in sets]
 
 
-@pytest.mark.parametrize("shape", SCHEDULES)
-def test_after_the_warm_up_the_schedule_is_that_of_transformers(shape):
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize(("shape", "arguments"), SETS, ids=str)
+def test_after_the_warm_up_the_schedule_is_that_of_transformers(shape, arguments, warmup):
     """transformers starts its warm-up at 0, which moves nothing; ours at 1/warmup. From the peak on they agree."""
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    name, arguments = OF_TRANSFORMERS[shape]
-    scheduler = get_scheduler(name, optimizer, 5, 20, scheduler_specific_kwargs=arguments)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
+    scheduler = get_scheduler(OF_TRANSFORMERS[shape][0], optimizer, warmup, 20, scheduler_specific_kwargs=arguments)
     want = []
     for _ in range(20):
         want.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    got = [lr_factor(step, 20, 5, shape, 0.3) for step in range(20)]
-    assert got[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert got[5:] == pytest.approx(want[5:])
+    got = [0.02 * lr_factor(step, 20, warmup, shape, None, arguments, 0.02) for step in range(20)]
+    assert got[:warmup] == pytest.approx([0.02 * share for share in (0.2, 0.4, 0.6, 0.8, 1.0)[:warmup]])
+    assert got[warmup:] == pytest.approx(want[warmup:])
+
+
+def test_every_argument_of_a_schedule_is_compared_and_has_bounds():
+    """The sets above use each argument, with a default that transformers has too, except that wsd decays linearly."""
+    for name, one in SCHEDULES.items():
+        used = {key for arguments in OF_TRANSFORMERS[name][1] for key in arguments}
+        assert used == set(one.arguments)
+        assert not list(argument_problems(name, OF_TRANSFORMERS[name][1][-1], 1.0))
+    assert set(BOUNDS) | set(CHOICES) == {key for one in SCHEDULES.values() for key in one.arguments}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("lr_scheduler_args={num_cycles: 2}",), ("lr_scheduler_args.num_cycles", "unknown-option")),
+        (("lr_scheduler=cosine", "lr_scheduler_args={min_lr: 0}"), ("lr_scheduler_args.min_lr", "unknown-option")),
+        (("lr_scheduler=cosine", "lr_scheduler_args={num_cycles: a}"), ("lr_scheduler_args.num_cycles", "wrong-type")),
+        (
+            ("lr_scheduler=cosine", "lr_scheduler_args={num_cycles: yes}"),
+            ("lr_scheduler_args.num_cycles", "wrong-type"),
+        ),
+        (
+            ("lr_scheduler=cosine", "lr_scheduler_args={num_cycles: -1}"),
+            ("lr_scheduler_args.num_cycles", "out-of-range"),
+        ),
+        (("lr_scheduler=cosine_with_min_lr",), ("lr_scheduler_args", "missing-option")),
+        (
+            ("lr_scheduler=cosine_with_min_lr", "lr_scheduler_args={min_lr: 0, min_lr_rate: 0}"),
+            ("lr_scheduler_args", "missing-option"),
+        ),
+        (
+            ("lr_scheduler=cosine_with_min_lr", "lr_scheduler_args={min_lr: 0.2}", "lr=0.1"),
+            ("lr_scheduler_args.min_lr", "out-of-range"),
+        ),
+        (("lr_scheduler=polynomial", "lr=1e-8"), ("lr_scheduler_args.lr_end", "out-of-range")),
+        (
+            ("lr_scheduler=wsd", "lr_scheduler_args={decay_type: square}"),
+            ("lr_scheduler_args.decay_type", "not-a-choice"),
+        ),
+        (
+            ("lr_scheduler=wsd", "lr_scheduler_args={num_decay_steps: 2}", "lr_decay_ratio=0.1"),
+            ("lr_decay_ratio", "conflict"),
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_a_schedule_cannot_use(options, problem):
+    with pytest.raises(InvalidConfigError) as caught:
+        config(*options)
+    assert [(issue.key, issue.code) for issue in caught.value.issues] == [problem]
+
+
+def test_the_floor_of_a_cosine_reaches_the_optimizer(make_trainer):
+    """With the lr of the config as the peak."""
+    lrs = []
+    options = ("n_steps=4", "lr=0.02", "lr_scheduler=cosine_with_min_lr", "lr_scheduler_args={min_lr: 0.01}")
+    make_trainer(*options, on_step_end=lambda t: lrs.append(t.optimizer.param_groups[0]["lr"])).train()
+    assert lrs == pytest.approx([0.015 + 0.005 * math.cos(math.pi * step / 4) for step in range(4)])
 
 
 def test_the_schedule_is_its_closed_form():
