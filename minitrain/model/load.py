@@ -19,6 +19,7 @@ from .adapter_files import adapt_model, load_adapter
 from .decoder import find_blocks
 from .diagnostics import describe_head, model_load_error, tokenizer_load_error
 from .dtypes import DtypePlan
+from .flops import count_flops
 from .given import check_head, is_built_here, meta_copy
 from .lora import merge_lora_weights
 from .matrices import describe_matrices, matrix_sizes, quantized_names
@@ -222,6 +223,7 @@ def build_policy(
         weights.replace(policy.value_head.state_dict(prefix=f"{VALUE_HEAD}."))
     freeze_layers(model, config.freeze_layers, frozen_dtype, weights)
     model.matrices = describe_matrices(model, sizes, packed)
+    policy.flops = count_flops(model, sizes)
     if config.packing:
         attention.attend_by_document(model)
     return policy, weights

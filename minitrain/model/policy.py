@@ -11,6 +11,7 @@ from minitrain.batch import Batch, Distillation, PolicyOutput
 
 from . import attention, experts
 from .decoder import decoder_of, find_blocks
+from .flops import ModelFlops
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
 from .output_layer import measure_output
@@ -34,6 +35,7 @@ class Policy(nn.Module):
         self.value_head: nn.Linear | None = None
         self.routing: Routing | None = None  # of a mixture of experts in training
         self.output_form = measure_output(model) if model.get_output_embeddings() is not None else None
+        self.flops: ModelFlops | None = None  # of training
         self.groups_documents = False  # set for a model that cannot separate the documents of a row
         self.max_over_ranks: Callable[[int], float] = float
 

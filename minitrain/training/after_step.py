@@ -185,7 +185,7 @@ def warn(trainer: "Trainer", line: str) -> None:
 def start_window(trainer: "Trainer") -> None:
     """Start the accumulation of the next log line, whose means are exact over all steps since the last one."""
     trainer.totals = MetricAccumulator(trainer.device)
-    trainer.window = ThroughputMeter(trainer.step)
+    trainer.window = ThroughputMeter(trainer.step, trainer.policy.flops, trainer.device)
 
 
 def log_train(trainer: "Trainer") -> None:

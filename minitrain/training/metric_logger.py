@@ -23,6 +23,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import Config
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.io.redact import redact
+from minitrain.model.flops import ModelFlops, peak_flops
 
 METRICS, LEDGER, RUN_ID = "metrics.jsonl", "ledger.jsonl", "tracker_id"
 Log = Callable[[int, str, dict[str, float]], None]
@@ -43,23 +44,29 @@ class Logged(NamedTuple):
 
 
 class ThroughputMeter:
-    """Counts tokens and time since the last log line."""
+    """Counts tokens and time since the last log line, and FLOPs on a GPU whose peak is known."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, flops: ModelFlops | None, device: torch.device):
         self.start, self.step = time.perf_counter(), step
         self.tokens = self.positions = 0
+        self.flops, self.peak, self.gflops = flops, None if flops is None else peak_flops(device), 0.0
 
     def update(self, batch: Batch) -> None:
         self.tokens += batch.n_tokens
         self.positions += batch.input_ids.numel()
+        if self.peak is not None:
+            self.gflops += self.flops.of(batch) / 1e9
 
     def compute(self, step: int, total_steps: int, parallel: SingleDevice) -> dict[str, float]:
         """Return tokens, speed and padding over all ranks, the largest peak memory, and the remaining time."""
         seconds = time.perf_counter() - self.start
-        tokens, positions = parallel.sum(torch.tensor([self.tokens, self.positions])).tolist()
+        counts = torch.tensor([self.tokens, self.positions, round(self.gflops)])
+        tokens, positions, gflops = parallel.sum(counts).tolist()
+        used = {} if self.peak is None else {"mfu": 1e9 * gflops / (seconds * self.peak * parallel.world_size)}
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
+            **used,
             "padding": 1 - tokens / positions,
             "memory_gb": parallel.max(peak_memory_gb(parallel.device)),
             "eta_seconds": (total_steps - step) * seconds / (step - self.step),
@@ -189,6 +196,7 @@ _LINE_FORMATS: dict[str, Callable[[float], str]] = {
     "lr": lambda v: f"lr {v:.2e}",
     "grad_norm": lambda v: f"grad_norm {v:.3g}",
     "tokens_per_second": lambda v: f"{v:,.0f} tok/s",
+    "mfu": lambda v: f"mfu {v:.0%}",
     "padding": lambda v: f"padding {v:.0%}",
     "memory_gb": lambda v: f"mem {v:.2f} GB",
     "eta_seconds": lambda v: f"eta {duration(v)}",

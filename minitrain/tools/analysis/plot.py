@@ -12,7 +12,8 @@ from minitrain.training.metrics_log import History, Point
 EXCLUDED = {"epoch", "tokens", "eta_seconds", "seconds", "dft_alpha", "round", "drawn"}
 # Metrics of sampled answers, or what their names begin with, in the order of the panels.
 OF_ANSWERS = ("reward", "reward/", "pass@", "solved", "failed", "zero_variance", "ended", "length", "kl", "entropy")
-COMMON = ("lr", "grad_norm", "tokens_per_second", "padding", "memory_gb")  # metrics of every loss, shown after its own
+# Metrics of every loss, shown after its own.
+COMMON = ("lr", "grad_norm", "tokens_per_second", "mfu", "padding", "memory_gb")
 POSITIVE = ("loss", "perplexity", "kl", "grad_norm")  # suffixes of metrics that can have a logarithmic axis
 TWO_DECADES = 100
 MAX_MARKERS = 60  # largest number of points with markers
