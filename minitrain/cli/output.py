@@ -15,16 +15,25 @@ def print_info(arguments: argparse.Namespace, line: str) -> None:
         print(line, flush=True)
 
 
-def new_output(name: str | None, force: bool) -> Path | None:
-    """Return the path of an output file, if one is named. Raise ConfigError if it cannot be created."""
+def new_output(name: str | None, force: bool, option: str = "--output") -> Path | None:
+    """Return the path of an output file, if an option names one. Raise ConfigError if it cannot be created."""
     output = Path(name) if name else None
     if output and output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder. Name a file in it.", "wrong-path")
+        raise ConfigError(f"{option}: {output} is a folder. Name a file in it.", "wrong-path")
     if output and output.exists() and not force:
-        raise _exists(output)
+        raise _exists(output, option)
     if output and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: folder {output.absolute().parent} does not exist. Create it first.", "not-found")
+        raise ConfigError(f"{option}: folder {output.absolute().parent} does not exist. Create it first.", "not-found")
     return output
+
+
+def write_output(text: str, output: Path, option: str = "--output") -> None:
+    """Write an output file. Raise ConfigError if that fails."""
+    try:
+        with new_file(output) as file:
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option}: {output} cannot be written: {error.strerror}", write_error_code(error)) from None
 
 
 def new_rows_output(name: str | None, force: bool) -> Path | None:
@@ -58,11 +67,7 @@ def write_rows(rows: list[dict], new_columns: list[dict], output: Path) -> str:
     merged = [row | {names[key]: value for key, value in columns.items()} for row, columns in zip(rows, new_columns)]
     lines = list(map(_line, merged))
     text = "[\n" + ",\n".join(lines) + "\n]\n" if output.suffix.lower() == ".json" else "\n".join([*lines, ""])
-    try:
-        with new_file(output) as file:
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}", write_error_code(error)) from None
+    write_output(text, output)
     renamed = [f"`{name}` is saved as `{other}`" for name, other in names.items() if name != other]
     return f"; the rows have a column of that name, so {', '.join(renamed)}" if renamed else ""
 
@@ -101,5 +106,5 @@ def check_new_folder(output: Path, force: bool) -> None:
         )
 
 
-def _exists(output: Path) -> ConfigError:
-    return ConfigError(f"--output: {output} already exists. Choose another name or add --force.", "already-exists")
+def _exists(output: Path, option: str = "--output") -> ConfigError:
+    return ConfigError(f"{option}: {output} already exists. Choose another name or add --force.", "already-exists")

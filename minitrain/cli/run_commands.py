@@ -7,7 +7,7 @@ from minitrain.errors import ConfigError
 from minitrain.tools.terminal import use_color
 
 from .arguments import add_quiet, number
-from .output import new_output, print_info
+from .output import new_output, print_info, write_output
 from .registry import command
 
 
@@ -100,19 +100,30 @@ def _rollouts_arguments(parser: argparse.ArgumentParser) -> None:
         "number of prompts, or of answers with --best, --worst and --prompt; default: 4, or all answers to the prompt"
     )
     parser.add_argument("-n", type=number(int, 1), metavar="N", help=about)
+    about = "write a page with all answers to each prompt instead; -n limits the prompts"
+    parser.add_argument("--html", metavar="FILE.html", help=about)
+    parser.add_argument("--force", action="store_true", help="overwrite the page")
 
 
 @command(
     _rollouts_arguments,
     "show the sampled answers of a run",
-    usage="RUN [--round N] [--best | --worst] [--prompt LINE] [-n N]",
+    usage="RUN [--round N] [--best | --worst] [--prompt LINE] [-n N] [--html FILE.html]",
     example="minitrain rollouts runs/rl-sums --round 10 --worst -n 8",
     docs="online.md#read-a-round",
 )
 def rollouts(arguments: argparse.Namespace) -> int:
+    options = (arguments.round, arguments.order, arguments.prompt, arguments.n)
+    if page := new_output(arguments.html, arguments.force, "--html"):
+        from minitrain.tools.analysis.rollouts_html import rollouts_page
+
+        write_output(rollouts_page(Path(arguments.run), *options), page, "--html")
+        print(f"page saved to {page}")
+        return 0
+    if arguments.force:
+        raise ConfigError("--force: has no effect without --html. Remove it.", "no-effect")
     from minitrain.tools.analysis.rollouts import BRACKETS, COLORS, show_answers, show_rounds
 
-    options = (arguments.round, arguments.order, arguments.prompt, arguments.n)
     answers = show_answers(Path(arguments.run), *options, COLORS if use_color() else BRACKETS)
     for line in (*show_rounds(Path(arguments.run)), *answers):
         print(line)

@@ -361,6 +361,9 @@ def _expand_short_forms(given: dict) -> dict:
             given[key] = [_expand_entry(entry) for entry in value]
     if _is_string(given.get("loss")):
         given["loss"] = {"name": given["loss"]}
+    rollout = given.get("rollout")
+    if isinstance(rollout, dict) and (_is_string(rollout.get("rewards")) or isinstance(rollout.get("rewards"), dict)):
+        given["rollout"] = rollout | {"rewards": [rollout["rewards"]]}
     return given
 
 

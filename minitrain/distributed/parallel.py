@@ -97,6 +97,9 @@ class SingleDevice:
     def keep_alive(self) -> None:
         """Report progress of this rank alone, without a collective."""
 
+    def wait_for_ranks(self) -> None:
+        """Wait until all ranks call it. Unlike in a collective, a rank may wait longer than the timeout."""
+
     def monitor_ranks(self) -> contextlib.AbstractContextManager:
         """Do as `naming_failures`, and end all ranks if one of them hangs."""
         return contextlib.nullcontext()

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -34,6 +35,7 @@ from .process import let_threads_settle
 from .watchdog import Watchdog
 
 _turns = itertools.count()
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.1  # seconds between two looks at whether all ranks have come
 FAILURE = "failure"  # store key of the message of the first rank that fails
 
 
@@ -60,6 +62,7 @@ class FullySharded(SingleDevice):
         self.set_layout()
         if self.world_size > 1:
             self.store = _own_store()
+            self.waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
             self.watchdog = Watchdog(self.rank, self.world_size, _own_store(), options.timeout_seconds)
 
     def set_layout(self) -> None:
@@ -217,6 +220,19 @@ class FullySharded(SingleDevice):
     def keep_alive(self) -> None:
         if self.watchdog is not None:
             self.watchdog.keep_alive()
+
+    def wait_for_ranks(self) -> None:
+        if self.store is None:
+            return
+        self._beat()
+        pause = FIRST_PAUSE
+        with _reporting_lost_contact():
+            others = dist.barrier(self.waiting, async_op=True)
+            while not others.is_completed():
+                self.keep_alive()  # a rank that hangs is ended by its own watchdog
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            others.wait()
 
     @contextlib.contextmanager
     def monitor_ranks(self) -> Iterator[None]:

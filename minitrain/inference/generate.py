@@ -24,7 +24,6 @@ from minitrain.model.adapter_config import CONFIG_FILE, read_config
 from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
 from minitrain.model.logprobs import cpu_has_bfloat16
 from minitrain.model.policy import Policy
-from minitrain.model.positions import n_positions
 from minitrain.model.pretrained import read_model_config
 from minitrain.model.sequence_head import make_policy
 from minitrain.training.step import inference
@@ -92,8 +91,8 @@ class Generator:
         self.is_checked = policy is not None
         self.policy = make_policy(model) if policy is None else policy
         self.parallel = parallel or SingleDevice(torch.device("cpu"))
-        n_virtual = model.soft_prompt.n_tokens if hasattr(model, "soft_prompt") else 0
-        self.n_positions = n_positions(model) - n_virtual if policy is None else policy.position_limit
+        # A training can have longer documents than the config of the model names, if the model can read them.
+        self.n_positions = self.policy.n_positions if policy is None else policy.position_limit
         self.calls = 0
 
     def __repr__(self) -> str:
@@ -166,6 +165,7 @@ class Generator:
                 self.parallel.keep_alive()
 
             samples = self.sampler.sample(mine, chooser, is_stopped, on_step)
+            self.parallel.wait_for_ranks()
         responses: list[list[int]] = [[]] * len(prompts)
         for first, of_rank in enumerate(self.parallel.gather([sample.ids for (sample,) in samples])):
             responses[first::world_size] = of_rank

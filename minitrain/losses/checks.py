@@ -34,7 +34,10 @@ def check(config: Config, issues: ConfigIssues, is_object: bool = False) -> Loss
             issues.add(f"loss.{key}", "unknown-option", message)
     options = check_types(known[name].options_class, written, "loss.", issues)
     config.loss = {"name": name} | options
-    return build_loss(name, options, written, issues)
+    loss = build_loss(name, options, written, issues)
+    if loss is not None:
+        loss.online = config.rollout.num_generations > 0
+    return loss
 
 
 def _hint_for_class_name(name: str) -> str:

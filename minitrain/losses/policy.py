@@ -163,7 +163,6 @@ class PolicyLoss(Loss):
         if not o.kl_coef:
             unused |= dict.fromkeys(("kl_in", "kl_estimator", "kl_times_ratio", "reference"), "it needs loss.kl_coef.")
         elif o.kl_in == "reward":
-            unused["reference"] = "the KL in the rewards is computed from old_logps and ref_logps of the rows."
             unused["kl_times_ratio"] = "it needs loss.kl_in=loss."
             if o.advantage_estimator == "given":
                 unused["kl_in"] = "given advantages are not computed from rewards."

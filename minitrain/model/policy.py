@@ -15,7 +15,7 @@ from .flops import ModelFlops
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
 from .output_layer import measure_output
-from .positions import position_limit, rotary_limit
+from .positions import n_positions, position_limit, rotary_limit
 from .router import Routing
 
 GROUPS_NOTE = "the model cannot separate documents of a row, so they run in groups of similar length"
@@ -91,6 +91,11 @@ class Policy(nn.Module):
             return_dict=True,
         )
         return outputs.last_hidden_state[:, n_before:]
+
+    @property
+    def n_positions(self) -> int:
+        """Return the longest document, in tokens, that the config of the model names."""
+        return n_positions(self.model) - self._n_prompt_tokens
 
     @property
     def position_limit(self) -> int:

@@ -8,6 +8,7 @@ from minitrain.config.schema import Config
 from minitrain.config.sections import RolloutConfig
 from minitrain.losses import Loss
 from minitrain.losses.advantages import GROUPED
+from minitrain.losses.policy import SOFT, PolicyOptions
 
 from .engine import check_engine
 from .environments import build_environment
@@ -22,6 +23,10 @@ UNUSED_OUTSIDE = {  # options of other sections
     "train_on_reasoning": "Remove it: all of their tokens are trained on.",
     "eval_batch_size": "Set rollout.num_slots.",
 }
+RATIO_OPTIONS = [  # without effect on the gradient where a ratio is 1, and a value that of the policy that sampled
+    *("clip_eps_low", "clip_eps_high", "dual_clip", "eps_value"),
+    *(f.name for f in fields(PolicyOptions) if f.name.startswith(SOFT)),
+]
 
 
 def check(config: Config, given: set[str], loss: Loss, issues: ConfigIssues) -> None:
@@ -50,6 +55,11 @@ def check(config: Config, given: set[str], loss: Loss, issues: ConfigIssues) -> 
     _check_loss(config, loss, issues)
     _check_loss_options(config, loss, issues)
     _check_sampling(config, issues)
+    for key in RATIO_OPTIONS if loss.example_type == "rollout" and _is_one_step(config) else ():
+        if key in config.loss and (key, loss.options.loss_aggregation) != ("clip_eps_high", "cispo"):
+            message = "has no effect: a round is one step, so every ratio is 1. Set rollout.num_iterations=2, or raise "
+            message += "rollout.prompts_per_round above total_batch_size."
+            issues.add(f"loss.{key}", "no-effect", message, "rollout.num_iterations", "total_batch_size")
     for key, reason in _unused(config, loss).items():
         if key in changed:
             issues.add(f"rollout.{key}", "no-effect", f"has no effect: {reason}")
@@ -126,6 +136,10 @@ def _check_sampling(config: Config, issues: ConfigIssues) -> None:
     if name == "tools" and options.max_turns == 1:
         message = "must be at least 2 with tools, which reply to an answer, got 1. Raise it."
         issues.add("rollout.max_turns", "conflict", message, "rollout.environment")
+
+
+def _is_one_step(config: Config) -> bool:
+    return config.rollout.num_iterations == 1 and config.rollout.prompts_per_round <= config.total_batch_size
 
 
 def _unused(config: Config, loss: Loss) -> dict[str, str]:

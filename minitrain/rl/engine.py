@@ -29,8 +29,12 @@ MAX_CORRECTED = 0.5  # the same if it is corrected, or if the loss has no probab
 class Engine(Protocol):
     """Samples responses from the policy. All ranks call `refresh` and `rest` together; each samples its own prompts."""
 
-    def refresh(self) -> None:
-        """Give the sampler the current weights of the policy."""
+    def refresh(self, is_updated: bool) -> None:
+        """Prepare to sample from the current weights of the policy.
+
+        Args:
+            is_updated: Whether they can differ from those of the last call.
+        """
 
     def sample(
         self, requests: Sequence[Request], choose: Chooser, end_ids: Sequence[int], stop: Sequence[str] = ()
@@ -49,9 +53,9 @@ class Engine(Protocol):
 
 
 @contextlib.contextmanager
-def refreshed(engine: Engine) -> Iterator[None]:
+def refreshed(engine: Engine, is_updated: bool = True) -> Iterator[None]:
     """Return a context in which an engine samples from the current weights."""
-    engine.refresh()
+    engine.refresh(is_updated)
     try:
         yield
     finally:
@@ -65,7 +69,7 @@ class LocalEngine:
         self.trainer = trainer
         self.sampler = Sampler(trainer.policy, (), trainer.config.rollout.num_slots)
 
-    def refresh(self) -> None:
+    def refresh(self, is_updated: bool) -> None:
         trainer = self.trainer
         self.contexts = contextlib.ExitStack()
         for context in (inference(trainer.policy), trainer.generator.gathered(), trainer.precision.autocast()):

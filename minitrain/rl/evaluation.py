@@ -25,7 +25,7 @@ def exact_match(rounds: "Rounds", prompts: Prompts, key: tuple[int, ...]) -> flo
     settings, trainer = rounds.config.eval_generate, rounds.trainer
     expected = references(prompts, settings.n_examples)
     mine = [prompts.get(i, i) for i in range(rounds.rank, len(expected), rounds.world_size)]
-    groups = rounds.play(mine, key, 1, temperature=0.0, max_new_tokens=settings.max_new_tokens)
+    groups = rounds.play(mine, key, 1, is_updated=False, temperature=0.0, max_new_tokens=settings.max_new_tokens)
     texts = [[episode.prompt.number, episode.text] for (episode,) in groups]
     texts = sorted(pair for of_rank in trainer.parallel.gather(texts) for pair in of_rank)
     answers = [text for _, text in texts]

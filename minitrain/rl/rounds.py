@@ -9,6 +9,7 @@ A round depends only on the weights, the seed, its number and the number of prom
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -57,14 +58,20 @@ class RoundData(TokenizedDataset):
     """The examples of a round: first those of its cache, then, up to `n`, those that have nothing to train on."""
 
     def __init__(self, cache: TokenCache | None, n: int):
-        self.is_trained = np.zeros(n, bool)  # [n]
+        self.n = n
         if cache is None:
             self.caches, self.weights, self.selected, self.sizes = [], [], [], []
             self.starts, self.lengths = np.zeros(1, int), np.zeros(0, int)
             return
         super().__init__([cache], [1.0])
-        n_targets = np.add.reduceat(cache.mask.numpy().astype(int), cache.bounds[:-1])
-        self.is_trained[: len(cache)] = n_targets > 0
+
+    @functools.cached_property
+    def is_trained(self) -> np.ndarray:
+        """Return which examples have targets -> [n]."""
+        is_trained = np.zeros(self.n, bool)
+        for cache in self.caches:
+            is_trained[: len(cache)] = np.add.reduceat(cache.mask.numpy().astype(int), cache.bounds[:-1]) > 0
+        return is_trained
 
     def digest(self, indices: list[int]) -> str:
         return super().digest([index for index in indices if index < len(self)])
@@ -171,8 +178,8 @@ class Rounds(MicrobatchLoader):
             prompts = self.draw(n - len(groups))
             failpoint("round.sample")
             with _timed(seconds, "generate"):
-                key = (self.config.seed, TRAIN, number)
-                episodes = self.play(prompts, key, options.num_generations)
+                key, is_updated = (self.config.seed, TRAIN, number), not everyone
+                episodes = self.play(prompts, key, options.num_generations, is_updated)
             failpoint("round.reward")
             with _timed(seconds, "judge"):
                 judgements = self.judge(episodes)
@@ -199,19 +206,24 @@ class Rounds(MicrobatchLoader):
         mine = [number for number in range(first, first + n) if number % self.world_size == self.rank]
         return [self.prompts.in_order(self.drawn + number, number) for number in mine]
 
-    def play(self, prompts: list[Prompt], key: tuple[int, ...], n: int, **changes: Any) -> list[list[Episode]]:
+    def play(
+        self, prompts: list[Prompt], key: tuple[int, ...], n: int, is_updated: bool = True, **changes: Any
+    ) -> list[list[Episode]]:
         """Return n conversations for each prompt, sampled from the policy.
 
         Args:
             prompts: The prompts.
             key: Integers that determine the random numbers, together with the numbers of prompt and response.
             n: Conversations for each prompt.
+            is_updated: Whether the weights can differ from those of the last call.
             changes: Options of rollouts that differ.
         """
         options = dataclasses.replace(self.options, **changes)
         player = Player(self.trainer.generator, self.engine, options, self.config.max_length, self.make_environment)
-        with refreshed(self.engine):
-            return player.play(prompts, key, n)
+        with refreshed(self.engine, is_updated):
+            episodes = player.play(prompts, key, n)
+            self.trainer.parallel.wait_for_ranks()
+        return episodes
 
     def judge(self, groups: list[list[Episode]]) -> list[list[Judgement]]:
         """Return the rewards of the conversations of each prompt."""
@@ -219,10 +231,10 @@ class Rounds(MicrobatchLoader):
         judgements = [Judgement(0.0) for _ in episodes]
         if self.rewards:
             answers = [_answer(episode) for episode in episodes]
-            results = [
-                judge(episodes) if judge else self.workers.call(reward, answers)
-                for reward, judge in zip(self.rewards, self.judges, strict=True)
-            ]
+            results = []
+            for reward, judge in zip(self.rewards, self.judges, strict=True):
+                results.append(judge(episodes) if judge else self.workers.call(reward, answers))
+                self.trainer.parallel.wait_for_ranks()
             judgements = combine(results, self.rewards, self.failures)
         for judgement, episode in zip(judgements, episodes, strict=True):
             judgement.total += sum(episode.token_rewards)
@@ -257,7 +269,6 @@ class Rounds(MicrobatchLoader):
         if self.options.truncated == "mask":  # after the advantages, in which these answers count
             for document in np.flatnonzero(cache.doc_features["ended"] == 0):
                 cache.mask[cache.offsets[document] : cache.offsets[document + 1]] = 0
-            self._use(cache)
         return mismatch
 
     def _use(self, cache: TokenCache | None) -> None:

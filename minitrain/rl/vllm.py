@@ -78,9 +78,12 @@ class VLLMEngine:
         self.n_tokens = next(iter(layers.values())).weight.shape[0]
         self.name = trainer.parallel.run_on_rank0(self.server.model_name)
 
-    def refresh(self) -> None:
+    def refresh(self, is_updated: bool) -> None:
         trainer, parallel = self.trainer, self.trainer.parallel
         parallel.set_status(f"the weights for {self.options.url}")
+        if not is_updated:
+            parallel.run_on_rank0(self._wake_up)
+            return
         tensors = merged_tensors(trainer.policy.model, parallel.full_tensor)
         parallel.run_on_rank0(lambda: self._send(tensors), meanwhile=lambda: collections.deque(tensors, maxlen=0))
 
@@ -89,11 +92,14 @@ class VLLMEngine:
         with tempfile.TemporaryDirectory(prefix="minitrain-weights-", dir=self.options.weights_dir) as folder:
             os.chmod(folder, 0o755)  # the server can be another user
             save_merged(self.trainer.policy.model, Path(folder), self.trainer.precision.dtype, tensors)
-            if self.is_asleep:
-                self.server.call("/wake_up", {})
-                self.is_asleep = False
+            self._wake_up()
             self.server.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         self.server.call("/reset_prefix_cache", {})  # it has keys and values of the old weights
+
+    def _wake_up(self) -> None:
+        if self.is_asleep:
+            self.server.call("/wake_up", {})
+            self.is_asleep = False
 
     def sample(
         self, requests: Sequence[Request], choose: Chooser, end_ids: Sequence[int], stop: Sequence[str] = ()
@@ -120,6 +126,7 @@ class VLLMEngine:
         seed = int(np.random.SeedSequence(list(request.keys[0])).generate_state(1, np.uint64)[0] >> 2)
         body = {"prompt": request.prompt, "n": n, "max_tokens": request.limit, "seed": seed, **options}
         response = self.server.call("/v1/completions", body)
+        self.trainer.parallel.keep_alive()
         try:
             choices = sorted(response["choices"], key=lambda choice: choice["index"])
             samples = [self._sample_of(choice, request, options) for choice in choices]
@@ -153,7 +160,6 @@ class VLLMEngine:
 
     def rest(self) -> None:
         if self.options.sleep:
-            self.trainer.parallel.max(0)  # all ranks have their responses
             self.trainer.parallel.run_on_rank0(self._put_to_sleep)
 
     def _put_to_sleep(self) -> None:

@@ -59,18 +59,20 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     if loss.example_type != "rollout" and config.mask_truncated:
         message = f"has no effect with {name}, which does not train on rollouts. Remove it."
         issues.add("mask_truncated", "no-effect", message, "loss.name")
-    is_online = config.rollout.num_generations > 0
+    has_reward_kl = getattr(loss.options, "kl_in", "") == "reward" and loss.options.kl_coef > 0
+    if has_reward_kl and not loss.online and "reference" in config.loss:
+        message = "has no effect: the KL in the rewards is computed from old_logps and ref_logps of the rows."
+        issues.add("loss.reference", "no-effect", message, "loss.kl_in")
     for key in ("truncation", "max_prompt_length"):
-        if loss.example_type == "rollout" and not is_online and key in given:
+        if loss.example_type == "rollout" and not loss.online and key in given:
             message = "has no effect on rollouts, which are not truncated. Remove it, or set mask_truncated."
             issues.add(key, "no-effect", message, "loss.name")
-    wanted = "prompt" if is_online else loss.example_type
     for i, entry in enumerate(config.datasets):
-        if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != wanted:
+        if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != loss.data_kind:
             kind = ROW_FORMATS[entry.type].kind
-            message = f"{name} trains on {wanted} rows, got {entry.type}, a format of {kind} rows."
+            message = f"{name} trains on {loss.data_kind} rows, got {entry.type}, a format of {kind} rows."
             issues.add(f"datasets[{i}].type", "mismatch", f"{message} Change one.", "loss.name")
-    if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples and not is_online:
+    if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples and not loss.online:
         message = f"{loss.example_type} rows have no correct responses to compare with. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
     if loss.head_labels is not None and config.model.router_aux_loss_coef:

@@ -53,6 +53,7 @@ validation_split: 0.2
 early_stopping: {patience: 0, metric: loss}
 on_bad_row: error
 """
+ROLLOUT = "{num_generations: 2, prompts_per_round: 4, max_new_tokens: 4, rewards: [length]}"
 RECORDS = {
     "sft": "conversation",
     "dpo": "preference",
@@ -242,7 +243,8 @@ def of_run(rng: random.Random) -> list[str]:
     shutil.rmtree("broken", ignore_errors=True)
     shutil.copytree("run", "broken")
     kinds = (".jsonl", ".json", ".yml")
-    files = sorted(path for path in Path("broken").iterdir() if path.is_file() and path.suffix in kinds)
+    folders = (Path("broken"), Path("broken", "rollouts"))
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file() and path.suffix in kinds)
     for file in rng.sample(files, rng.choice([1, 1, 2])):
         content = file.read_bytes()
         if file.suffix == ".jsonl" and rng.random() < 0.6:
@@ -251,7 +253,9 @@ def of_run(rng: random.Random) -> list[str]:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
             file.write_bytes(changed_bytes(content, rng))
-    return rng.choice([["plot", "broken", "--force"], ["doctor", "broken"], ["compare", "run", "broken"]])
+    page = ["rollouts", "broken", "--html", "broken.html", "--force"]
+    rollouts = [["rollouts", "broken"], ["rollouts", "broken", "--prompt", "1", "--round", "1"], page]
+    return rng.choice([["plot", "broken", "--force"], ["doctor", "broken"], ["compare", "run", "broken"], *rollouts])
 
 
 KINDS: dict[str, Callable[[random.Random], list[str]]] = {
@@ -271,6 +275,7 @@ def workplace(tmp_path_factory, llama_folder, rows_file) -> Path:
     furnish(folder, llama_folder, rows_file)
     with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else _in_folder(folder):
         Path("c.yml").write_text(CONFIG)
+        Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(8)))
         more = ["do_first_eval=false", "log_every_steps=1"]
         assert main(["train", "c.yml", "--quiet", "--overrides", "n_steps=3", "exp_name=adapted", *more]) == 0
         labels = ["datasets=[labels.jsonl]", "loss={name: classify}", "lora={rank: 0, target_modules: all-linear}"]
@@ -278,6 +283,13 @@ def workplace(tmp_path_factory, llama_folder, rows_file) -> Path:
         shutil.copytree("runs/labels/final", "scorer")
         shutil.copytree("runs/adapted/final", "adapter")
         shutil.move("runs/adapted", "run")
+        online = ["datasets=[prompts.jsonl]", "loss={name: policy}", f"rollout={ROLLOUT}", "validation_split=0"]
+        online += ["eval_every_steps=0", "exp_name=sampled"]
+        assert main(["train", "c.yml", "--quiet", "--overrides", "n_steps=3", *online, *more]) == 0
+        shutil.copytree("runs/sampled/rollouts", "run/rollouts")
+        metrics = Path("runs/sampled/metrics.jsonl").read_text()
+        with Path("run/metrics.jsonl").open("a") as file:
+            file.writelines(line + "\n" for line in metrics.splitlines() if '"rollout"' in line)
         shutil.rmtree("runs")
     return folder
 

@@ -2,7 +2,7 @@
 
     driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
                             "began": file, "ended": file, "stop": [rank, step], "in_python": true,
-                            "answers": file}, ...]
+                            "answers": file, "plugin": file}, ...]
 
 Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
 get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitrain import Config, MinitrainError, Sampling, Trainer, load_config
+from minitrain.cli.config_commands import load_plugin
 from minitrain.model.weights import full_tensors
 
 torch.set_num_threads(1)
@@ -110,6 +111,8 @@ def given_in_python(config: Config) -> dict:
 
 
 def run(job: dict) -> int:
+    if "plugin" in job:
+        load_plugin(job["plugin"])
     config = load_config(job["config"], job.get("overrides", []))
     if config.trainer == "FSDPTrainer":  # a hang tells its place before a test gives up
         config.fsdp.timeout_seconds = min(120, config.fsdp.timeout_seconds)

@@ -1,6 +1,7 @@
 """Sampled rounds on two ranks: the rollouts and the training of one process."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_scorer, tiny_tokenizer
 from minitrain.tools.analysis.compare import read_ledger
 from tests.conftest import random_llama
-from tests.distributed.launch import launch
+from tests.distributed.launch import Ranks, launch
 from tests.distributed.test_fsdp import figures
+from tests.rl.test_rounds import HYBRIDS
 
 SETTINGS = {
     "grpo": ("packing=true",),
@@ -40,6 +42,34 @@ def rollouts(job):
     return [json.loads(line) for file in sorted(folder.iterdir()) for line in file.read_text().splitlines()]
 
 
+SLOW = """
+import time
+
+from minitrain.rl.rewards import register_reward
+
+
+@register_reward("slow")
+def slow(answer, options):
+    time.sleep(2 * (answer.group % 2))
+    return len(answer.ids)
+"""
+
+
+@pytest.mark.slow(minutes=1)
+def test_a_rank_waits_for_one_that_judges_for_longer_than_the_timeout(job, scratch, prompts, tmp_path):
+    """The prompts of rank 1 take 2 x 3 x 2 seconds, while rank 0 waits. A rank that hangs is still found."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    options = (f"datasets=[{prompts}]", "loss.name=policy", "total_batch_size=4", ROLLOUT, "rollout.rewards=[slow]")
+    more = ("n_steps=1", "fsdp.timeout_seconds=6")
+    one = job("slow", *options, *more, fsdp="full", plugin=str(tmp_path / "slow.py"))
+    began = time.monotonic()
+    launch(2, [one], scratch / "slow")
+    assert time.monotonic() - began > 12
+    one = job("hangs", *options, *more, "rollout.rewards=[length]", fsdp="full", plugin=str(tmp_path / "slow.py"))
+    code, output = Ranks(2, [one], scratch / "hangs", {"MINITRAIN_FAULT": "round.reward:sleep#1"}).finish()
+    assert code == 1 and "rank 1: no progress for 6 s in round 1; the others wait for this rank" in output
+
+
 def test_ranks_share_the_prompts_of_trainer_generate(job, scratch, tmp_path):
     """The responses of one process, in order; the two blocks and the rest are gathered once, however long they are."""
     settings = ("eval_generate={n_examples: 5, max_new_tokens: 8}", "validation_split=6", "lr=1e-4")
@@ -60,9 +90,13 @@ def test_two_ranks_sample_and_train_as_one_process(job, scratch, prompts, tmp_pa
     those of all ranks (silent RL bug R22).
 
     A reward model and a teacher are sharded, and score the answers of a rank in as many batches as the other has.
+    Of a hybrid, each rank samples with the slower loop.
     """
     save_model(tiny_scorer(random_llama(), 1, 1), tiny_tokenizer(), tmp_path / "scorer", torch.float32)
     settings = SETTINGS | {"frozen": tuple(one.replace("SCORER", str(tmp_path / "scorer")) for one in FROZEN)}
+    torch.manual_seed(0)
+    save_model(HYBRIDS["lfm2"](), tiny_tokenizer(), tmp_path / "hybrid", torch.float32)
+    settings["hybrid"] = (f"model.name_or_path={tmp_path / 'hybrid'}", "rollout.temperature=0.7")
     options = (f"datasets=[{prompts}]", "loss.name=policy", "total_batch_size=4", ROLLOUT)
     alone = {name: job(name, *options, *more) for name, more in settings.items()}
     ranked = {name: job(f"ranks-{name}", *options, *more, fsdp="full") for name, more in settings.items()}

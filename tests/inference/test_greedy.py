@@ -106,6 +106,17 @@ def test_greedy_answers_are_those_of_an_argmax_loop(knob, base, greedy):
     assert generator.generate(conversations(*PROMPTS), Sampling(N_NEW)) == greedy
 
 
+def test_a_stop_string_ends_a_streamed_answer(base, greedy):
+    """What is printed ends with the string, as the answer does."""
+    generator, stop = load_generator(str(base), device="cpu"), greedy[1][3:5]
+    wanted = greedy[1][: greedy[1].index(stop) + 2]
+    assert wanted != greedy[1]
+    with redirect_stdout(io.StringIO()) as printed:
+        response = generator.stream(conversations(PROMPTS[1])[0], Sampling(N_NEW, stop=[stop]))
+    assert response.text == wanted == generator.generate(conversations(PROMPTS[1]), Sampling(N_NEW, stop=[stop]))[0]
+    assert printed.getvalue().strip("\n") == wanted.strip("\n")
+
+
 def test_a_repository_does_not_bring_its_own_generate(base, greedy):
     """transformers puts custom_generate/generate.py of a trusted repository in the place of the model's `generate`."""
     (base / "custom_generate").mkdir()

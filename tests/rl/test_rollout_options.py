@@ -30,6 +30,22 @@ CASES = [
     ({}, {"loss": {"name": "policy", "kl_coef": 0.1, "kl_estimator": "k1"}}, "conflict", "loss.kl_estimator"),
     ({}, {"loss": {"name": "policy", "kl_coef": 0.1, "reference": "precomputed"}}, "conflict", "loss.reference"),
     ({}, {"loss": {"name": "kd", "teacher_outputs": __file__}}, "conflict", "loss.teacher_outputs"),
+    ({}, {"loss": {"name": "policy", "clip_eps_low": 0.1}}, "no-effect", "loss.clip_eps_low"),
+    ({}, {"loss": {"name": "policy", "clip_eps_high": 0.1}}, "no-effect", "loss.clip_eps_high"),
+    ({}, {"loss": {"name": "policy", "dual_clip": 3.0}}, "no-effect", "loss.dual_clip"),
+    ({}, {"loss": {"name": "policy", "vf_coef": 0.1, "eps_value": 0.1}}, "no-effect", "loss.eps_value"),
+    (
+        {},
+        {"loss": {"name": "policy", "loss_aggregation": "sapo", "sapo_temperature_neg": 2.0}},
+        "no-effect",
+        "loss.sapo_temperature_neg",
+    ),
+    (
+        {},
+        {"loss": {"name": "policy", "loss_aggregation": "vespo", "vespo_k_pos": 1.0}},
+        "no-effect",
+        "loss.vespo_k_pos",
+    ),
     ({}, {"mask_truncated": True}, "no-effect", "mask_truncated"),
     ({}, {"truncation": "end"}, "no-effect", "truncation"),
     ({}, {"train_on": "last_turn"}, "no-effect", "train_on"),
@@ -119,6 +135,26 @@ def test_truncated_distributions_are_for_losses_without_ratios(rows_file, key):
         load_config(base | {"loss": {"name": "policy"}} | rollout)
     for loss in ("sft", "dpo", "kto"):
         load_config(base | {"loss": {"name": loss}} | rollout)
+
+
+def test_what_is_known_to_have_an_effect_only_online(rows_file):
+    """A KL in the rewards needs the reference; more than one step in a round has ratios."""
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)], "total_batch_size": 16}
+    in_reward = {"name": "policy", "kl_coef": 0.1, "kl_in": "reward", "reference": "model"}
+    clipped = {"name": "policy", "clip_eps_low": 0.1, "dual_clip": 3.0}
+    for loss in (in_reward, clipped):
+        load_config(base | {"loss": loss, "rollout": ROLLOUT | {"prompts_per_round": 32}})
+    load_config(base | {"loss": clipped, "rollout": ROLLOUT | {"prompts_per_round": 16, "num_iterations": 2}})
+    below_1 = {"name": "policy", "loss_aggregation": "cispo", "clip_eps_high": 0.5}
+    load_config(base | {"loss": below_1, "rollout": ROLLOUT | {"prompts_per_round": 16}})
+    with raises(ConfigError, "no-effect", "loss.reference"):
+        load_config(base | {"loss": in_reward})
+
+
+@pytest.mark.parametrize("rewards", ["length", {"name": "length", "target": 3}], ids=["a name", "a mapping"])
+def test_one_reward_needs_no_list(rewards, rows_file):
+    base = {"model": {"name_or_path": "tiny"}, "datasets": [str(rows_file)], "loss": {"name": "policy"}}
+    assert load_config(base | {"rollout": {"num_generations": 4, "rewards": rewards}}).rollout.rewards == [rewards]
 
 
 def test_a_limit_of_prompts_is_for_sampled_answers_too(rows_file):

@@ -84,7 +84,7 @@ def test_answers_are_complete(make, server):
 def test_strings_and_greedy_answers(make):
     engine = make().train_loader.engine
     request = Request([5, 6], [(0,), (1,)], 40)
-    engine.refresh()
+    engine.refresh(is_updated=True)
     first, second = engine.sample([request], Chooser(0.0), [])[0]
     assert first.ids == second.ids and len(first.ids) == 40 and not first.ended
     text = engine.trainer.tokenizer.decode(engine.sample([request], Chooser(1.0), [])[0][0].ids)
@@ -119,6 +119,22 @@ def test_a_server_that_keeps_its_weights_is_noticed(make, server, capsys):
     trainer.train()
     assert trainer.train_metrics["mismatch"] > 0.05
     assert "rollout.importance_correction" in capsys.readouterr().out
+
+
+def test_a_round_sends_its_weights_once(make, server):
+    """Each draw of a round wakes up the server; only the first one sends weights. So does an evaluation."""
+    rollout = {"zero_variance_groups": "resample", "max_draws": 4, "rewards": [{"name": "regex", "pattern": ".*a.*"}]}
+    evaluation = {"validation_split": 2, "eval_every_steps": 2, "eval_generate": {"n_examples": 2}}
+    trainer = make(rollout | {"num_iterations": 2}, {"sleep": True}, n_steps=2, **evaluation)
+    rounds, n_draws = trainer.train_loader, []
+    draw = rounds.draw
+    rounds.draw = lambda n: n_draws.append(n) or draw(n)
+    trainer.train()
+    n_rounds, n_evaluations, paths = rounds.number + 1, 2, [path for path, _ in server.requests]
+    n_sampled = len(n_draws) + 2 * n_evaluations  # rewards, and greedy answers
+    assert len(n_draws) > n_rounds
+    assert paths.count("/collective_rpc") == 1 + n_rounds + n_evaluations  # the first one is a check
+    assert paths.count("/wake_up") == n_sampled and paths.count("/sleep?level=1") == n_sampled + 1
 
 
 def test_the_server_sleeps_while_the_policy_is_trained(make, server):

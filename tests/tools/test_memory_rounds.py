@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from minitrain import Trainer, load_config
 from minitrain.data.loader import TokenizedDataset
 from minitrain.model import attention
+from minitrain.model.save import save_model
+from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.memory import StepInputs, _estimate, _largest_batch, estimate_memory, simulate_step
 from minitrain.tools.preflight.memory_rounds import (
     KEYS_AND_VALUES,
@@ -19,6 +22,7 @@ from minitrain.tools.preflight.memory_rounds import (
 from minitrain.tools.preflight.memory_tracker import MemoryTracker
 from minitrain.tools.preflight.validate import validate
 from minitrain.training.setup import dry_run, make_loader
+from tests.rl.test_rounds import HYBRIDS
 from tests.scorers import random_base
 
 CPU = torch.device("cpu")
@@ -112,6 +116,17 @@ def test_every_answer_of_the_longest_round_has_its_longest_length(config):
     assert isinstance(data, TokenizedDataset) and len(data) == 8
     lengths = run.data.train.lengths
     assert data.lengths.tolist() == sorted((n + 6 * min(90, 80 - n) for n in lengths), reverse=True)[:8]
+
+
+def test_what_samples_is_reported_where_it_is_not_estimated(config, tmp_path):
+    """A hybrid, which needs the slower loop, and a server."""
+    torch.manual_seed(0)
+    save_model(HYBRIDS["lfm2"](), tiny_tokenizer(), tmp_path / "lfm2", torch.float32)
+    assert re.fullmatch(
+        r"with the slower loop .*; 16 slots of \d+ tokens", validate(config(tmp_path / "lfm2"))["sampling"]
+    )
+    server = config(rollout={"engine": "vllm", "engine_args": {"url": "http://gpu:8000"}})
+    assert re.search(r"http://gpu:8000, 8 prompts .* \d+ tokens; ", validate(server)["sampling"])
 
 
 def test_both_are_reported(config):

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
 
 from minitrain.cli.main import main
+from minitrain.tools.terminal import escape
 from tests.conftest import ROOT
 from tests.messages import reports
 from tests.rl.test_rounds import online  # noqa: F401 (a fixture)
@@ -127,6 +129,80 @@ def test_options_select(run, show):
     assert texts("-n", "1") == ["text-3", "text-0"]
     assert len(texts("-n", "9")[-1]) < 1100 and texts("--prompt", "4") == ["x" * 2000]
     assert texts("--round", "1") == ["early"]
+
+
+class Page(HTMLParser):
+    """What a page says: its tags, the text of each class, and the rest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.classes, self.texts, self.attributes = [], [], {}, set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+        if tag not in ("meta",):
+            self.classes.append(dict(attributes).get("class", tag))
+
+    def handle_endtag(self, tag):
+        self.classes.pop()
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.classes[-1] if self.classes else "", []).append(data)
+
+
+HOSTILE = ["</pre><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;b&gt; \" ' &amp;", "\x1b[2J\ud800\0"]
+
+
+def test_a_page_shows_what_was_written_and_nothing_else(run, show, tmp_path):
+    """Hostile text in any field stays text: the page has no tag or attribute but its own, and no address."""
+    plain = run(answer(0, 1.0), answer(0, 0.0, messages=TOOL_TURNS), metrics=[])
+    assert show(plain, "--html", str(tmp_path / "plain.html")) == f"page saved to {tmp_path / 'plain.html'}\n"
+    wanted = Page((tmp_path / "plain.html").read_text())
+    for hostile in HOSTILE:
+        fields = {"source": hostile, "parts": {hostile: 1.0}}
+        turn = {"content": hostile, "reasoning_content": hostile, "tool_calls": [{"function": {"name": hostile}}]}
+        turns = [{"role": "assistant"} | turn, {"role": hostile, "content": hostile}, {"role": "assistant"} | turn]
+        first = answer(0, 1.0, hostile, prompt=[{"role": hostile, "content": hostile}], **fields)
+        (tmp_path / "run" / "rollouts" / "round-3.jsonl").write_text(
+            "".join(json.dumps(one) + "\n" for one in (first, answer(0, 0.0, messages=turns)))
+        )
+        (tmp_path / "run" / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "kind": "rollout", "round": 1, f"reward/{hostile}": 1.0}) + "\n"
+        )
+        show(plain, "--html", str(tmp_path / "page.html"), "--force")
+        text = (tmp_path / "page.html").read_text()
+        page = Page(text)
+        assert set(page.tags) == set(wanted.tags) and page.attributes == wanted.attributes
+        assert escape(hostile) in page.texts["sampled"] and escape(f"{hostile}: {hostile}") in page.texts["prompt"]
+        assert any(escape(hostile) in one for one in page.texts["h3"] + page.texts["td"])
+        assert text.isprintable() or set(filter(lambda c: not c.isprintable(), text)) == {"\n"}
+
+
+def test_a_page_has_all_answers_side_by_side(run, show, tmp_path):
+    """The best first, the worst last, in full; and other selections as on a terminal."""
+    answers = [answer(i % 2, i / 8, f"text-{i}" + "x" * 2000) for i in range(6)]
+    folder, file = run(*answers, answer(3, None, "alone")), str(tmp_path / "page.html")
+
+    def texts(*options):
+        show(folder, "--html", file, "--force", *options)
+        return Page((tmp_path / "page.html").read_text()).texts
+
+    found = texts()
+    assert found["sampled"] == ["sampled", *(f"text-{i}" + "x" * 2000 for i in (4, 2, 0, 5, 3, 1)), "alone"]
+    assert found["b"] == ["best", "answer 2", "worst"] * 2 + ["first"]
+    assert found["th"][0] == "round" and len(found["td"]) == 3 * len(found["th"])
+    assert [len(texts(*options)["b"]) for options in (["-n", "1"], ["--worst"], ["--prompt", "2"])] == [3, 4, 3]
+
+
+def test_a_page_does_not_replace_a_file(run, show, tmp_path):
+    folder = run(answer(0, 1.0))
+    (tmp_path / "mine.html").write_text("mine")
+    for name, code in (("mine.html", "already-exists"), ("run", "wrong-path"), ("no/a.html", "not-found")):
+        assert reports(show(folder, "--html", str(tmp_path / name), code=2), code, "--html: ")
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert reports(show(folder, "--force", code=2), "no-effect", "--force: ", "--html")
 
 
 def test_the_table_has_at_most_ten_rounds(run, show):

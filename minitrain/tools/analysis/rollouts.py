@@ -59,18 +59,24 @@ class Answer(NamedTuple):
     summary: str
 
 
-def show_rounds(folder: Path) -> Iterator[str]:
-    """Yield the lines of a table of the rounds of a run."""
+def rounds_table(folder: Path) -> list[list[str]]:
+    """Return the cells of a table of the rounds of a run, its names first; nothing if no round is logged."""
     rounds = _logged_rounds(folder)
     if not rounds:
-        return
+        return []
     parts = list(dict.fromkeys(name for row in rounds for name in row if name.startswith("reward/")))
     names = ["round", "step", "reward", *parts, "ended", "length", "zero_variance"]
     names = [name for name in names if any(name in row for row in rounds)]
     n = min(N_ROUNDS, len(rounds))
     selected = [rounds[i * (len(rounds) - 1) // max(n - 1, 1)] for i in range(n)]
-    table = [names, *([_number(row[name]) if name in row else "" for name in names] for row in selected)]
-    table = [[escape(cell) for cell in row] for row in table]
+    return [names, *([_number(row[name]) if name in row else "" for name in names] for row in selected)]
+
+
+def show_rounds(folder: Path) -> Iterator[str]:
+    """Yield the lines of a table of the rounds of a run."""
+    table = [[escape(cell) for cell in row] for row in rounds_table(folder)]
+    if not table:
+        return
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip()
@@ -98,32 +104,53 @@ def show_answers(
     Raises:
         ConfigError: The folder has no answers of the round or to the prompt.
     """
+    title, shown = select_answers(folder, number, order, line, n)
+    yield title
+    yield f"{marks.sampled[0]}sampled{marks.sampled[1]}, {marks.reply[0]}tool result: reply{marks.reply[1]}"
+    limit, last = LONGEST if line is None else math.inf, None
+    for name, answer in shown:
+        if answer.group != last:
+            yield from ("", f"prompt {escape(answer.where)}")
+            for message in answer.prompt:
+                yield from _indented(f"{message['role']}: {content_of(message)}", marks.prompt, limit, 2)
+        last = answer.group
+        yield f"  {name}: {answer.summary}"
+        for message in answer.messages:
+            mark = marks.sampled if is_sampled(message) else marks.reply
+            yield from _indented(text_of_turn(message), mark, limit, 4)
+
+
+def select_answers(
+    folder: Path, number: int | None, order: str | None, line: int | None, n: int | None, complete: bool = False
+) -> tuple[str, list[tuple[str, Answer]]]:
+    """Return a title, and the answers to show with their names, those to a prompt after each other.
+
+    Args:
+        folder, number, order, line, n: As for `show_answers`.
+        complete: Without `order` and `line`, select all answers to each prompt, by default to all prompts.
+
+    Raises:
+        ConfigError: The folder has no answers of the round or to the prompt.
+    """
     number = _find_round(folder, number)
     answers = _read_answers(folder, number)
     n_prompts = len({answer.group for answer in answers})
-    yield f"round {number}, step {answers[0].step}: {len(answers)} answers to {n_prompts} prompt{'s' * (n_prompts > 1)}"
-    yield f"{marks.sampled[0]}sampled{marks.sampled[1]}, {marks.reply[0]}tool result: reply{marks.reply[1]}"
+    title = (
+        f"round {number}, step {answers[0].step}: {len(answers)} answers to {n_prompts} prompt{'s' * (n_prompts > 1)}"
+    )
     if line is not None:
         lines = ", ".join(map(str, sorted({one.line for one in answers})))
         answers = [one for one in answers if one.line == line]
         if not answers:
             message = f"--prompt: round {number} has no answers to line {line}. Choose one of its lines: {lines}."
             raise ConfigError(message, "not-found")
-    limit, last = LONGEST if line is None else math.inf, None
-    for name, answer in _select(answers, order, line is not None, n):
-        if answer.group != last:
-            yield from ("", f"prompt {escape(answer.where)}")
-            for message in answer.prompt:
-                yield from _indented(f"{message['role']}: {_content(message)}", marks.prompt, limit, 2)
-        last = answer.group
-        yield f"  {name}: {answer.summary}"
-        for message in answer.messages:
-            is_sampled = message["role"] == "assistant"
-            yield from _indented(_turn(message), marks.sampled if is_sampled else marks.reply, limit, 4)
+    return title, list(_select(answers, order, line is not None, n, complete))
 
 
-def _select(answers: list[Answer], order: str | None, all_answers: bool, n: int | None) -> Iterator[tuple[str, Answer]]:
-    """Yield the answers to show, with names; see `show_answers`."""
+def _select(
+    answers: list[Answer], order: str | None, all_answers: bool, n: int | None, complete: bool
+) -> Iterator[tuple[str, Answer]]:
+    """Yield the answers to show, with names; see `select_answers`."""
     ranked = sorted(answers, key=lambda one: (one.rank, -one.group), reverse=True)
     if order is not None or all_answers:
         ranked = ranked[::-1] if order == "worst" else ranked
@@ -131,10 +158,12 @@ def _select(answers: list[Answer], order: str | None, all_answers: bool, n: int 
         ranked = sorted(ranked, key=lambda one: one.group) if order is None else ranked
         yield from ((f"answer {i}", one) for i, one in enumerate(ranked, 1))
         return
-    for number in sorted({one.group for one in answers})[: n or N_PROMPTS]:
-        best, *_, worst = [one for one in ranked if one.group == number] * 2
+    for number in sorted({one.group for one in answers})[: n or (None if complete else N_PROMPTS)]:
+        best, *between = [one for one in ranked if one.group == number]
+        worst = between.pop() if between else best
         differ = best.rank > worst.rank
         yield ("best" if differ else "first"), best
+        yield from ((f"answer {i}", one) for i, one in enumerate(between if complete else (), 2))
         if best is not worst:
             yield ("worst" if differ else "last"), worst
 
@@ -196,7 +225,7 @@ def _parse(row: dict) -> Answer:
     summary += f"; {int(row['tokens'])} tokens, {'ended' if row['ended'] else 'cut off'}"
     summary += f", mean logp {float(row['logp']):.3g}"
     for message in (*row["prompt"], *row["messages"]):
-        _turn(message)  # raises for another value
+        text_of_turn(message)  # raises for another value
     line, source = int(row["line"]), redact(str(row["source"]))
     where = f"{source}:{line}" if source else f"row {line}"
     return Answer(row["step"], where, line, int(row["group"]), row["prompt"], row["messages"], rank, summary)
@@ -205,17 +234,23 @@ def _parse(row: dict) -> Answer:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def _turn(message: dict) -> str:
+def is_sampled(message: dict) -> bool:
+    """Return whether a turn after the prompt was sampled."""
+    return message["role"] == "assistant"
+
+
+def text_of_turn(message: dict) -> str:
     """Return the text of a turn after the prompt."""
-    content, reasoning = _content(message), message.get("reasoning_content")
-    if message["role"] != "assistant":
+    content, reasoning = content_of(message), message.get("reasoning_content")
+    if not is_sampled(message):
         return f"{'tool result' if message['role'] == 'tool' else message['role']}: {content}"
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
     before = f"«reasoning: {reasoning}»" if reasoning else ""
     return before + content + "".join(f"«tool call: {call}»" for call in calls)
 
 
-def _content(message: dict) -> str:
+def content_of(message: dict) -> str:
+    """Return the text of a turn, without reasoning and tool calls."""
     return str(message.get("content") or "")
 
 

@@ -24,7 +24,6 @@ from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
-from minitrain.inference.slots import SlotLoop
 from minitrain.losses import Loss, Models
 from minitrain.model import logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
@@ -34,7 +33,7 @@ from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
 from .memory_rounds import PARTS as SAMPLING
-from .memory_rounds import conversation_limit, longest_round, simulate_sampling
+from .memory_rounds import can_simulate, conversation_limit, longest_round, simulate_sampling
 from .memory_tracker import MemoryTracker
 
 PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", *SAMPLING, "activations", "head", "gathered")
@@ -135,7 +134,7 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
         step = _step_inputs(run, parallel, fake, tracker)
         simulate_step(step, tracker)
         estimate = _estimate(tracker)
-        if run.loss.online and run.config.rollout.engine == "local" and SlotLoop.supports(step.policy):
+        if run.loss.online and can_simulate(run.config, step.policy):
             precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
             simulate_sampling(step.policy, run.data.train, run.config, parallel, precision, tracker)
             estimate.sampling = _estimate(tracker)

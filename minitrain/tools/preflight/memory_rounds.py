@@ -18,6 +18,7 @@ from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop
 from minitrain.losses import Loss, add_features
 from minitrain.model.policy import Policy
 from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
+from minitrain.rl.vllm import VLLMOptions
 from minitrain.training.step import Precision, inference
 
 from .memory_tracker import MemoryTracker
@@ -165,8 +166,20 @@ def _last_requests(length: int, config: Config, world_size: int) -> list[Request
     ]
 
 
-def describe_slots(prompts: TokenizedDataset, config: Config, policy: Policy) -> str:
-    """Return the number and the length of the slots, in words."""
-    n_answers = config.rollout.prompts_per_round * config.rollout.num_generations
-    length = _longest_conversation(prompts, config, conversation_limit(config, policy))
-    return f"{min(config.rollout.num_slots, n_answers)} slots of {length:,} tokens"
+def can_simulate(config: Config, policy: Policy) -> bool:
+    """Return whether `simulate_sampling` samples as a training does."""
+    return config.rollout.engine == "local" and SlotLoop.supports(policy)
+
+
+def describe_sampling(prompts: TokenizedDataset, config: Config, policy: Policy) -> str:
+    """Return what samples how many answers of what length at the same time, in words."""
+    options, limit = config.rollout, conversation_limit(config, policy)
+    length = f"{_longest_conversation(prompts, config, limit):,} tokens"
+    n_answers = options.prompts_per_round * options.num_generations
+    if options.engine == "vllm":
+        url = options.engine_args.get("url", VLLMOptions.url)
+        n = min(options.num_slots, options.prompts_per_round)
+        return f"by the vLLM server at {url}, {n} prompts at the same time, up to {length}; its memory is not estimated"
+    slots = f"{min(options.num_slots, n_answers)} slots of {length}"
+    loop = "with the slower loop of transformers, whose memory is not estimated; "
+    return slots if can_simulate(config, policy) else loop + slots

@@ -39,7 +39,7 @@ from minitrain.training.step import Precision
 from .duplicates import describe_duplicates
 from .load import check_python_config
 from .memory import MemoryEstimate, estimate_memory, eval_metrics
-from .memory_rounds import describe_slots
+from .memory_rounds import describe_sampling
 from .online import Trial, describe_round, describe_rounds, play_round
 from .preview import BRACKETS, Marks
 
@@ -326,9 +326,10 @@ def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[st
         return {"peak memory": f"unknown, since the model cannot run without values: {first_line(error)}"}
     where = device.type + (f" on each of {devices}" if devices > 1 else "")
     lines, peak = {"peak memory": _describe_memory(memory, where)}, memory.peak
+    if run.loss.online:
+        lines["sampling"] = describe_sampling(run.data.train, run.config, run.policy)
     if memory.sampling is not None:
-        sampling = _describe_memory(memory.sampling, where)
-        lines["sampling"] = f"{sampling}; {describe_slots(run.data.train, run.config, run.policy)}"
+        lines["sampling"] = f"{_describe_memory(memory.sampling, where)}; {lines['sampling']}"
         peak = max(peak, memory.sampling.peak)
     available, name = _capacity(device)
     needed = peak * (devices if device.type != "cuda" else 1)
