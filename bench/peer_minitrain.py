@@ -22,7 +22,7 @@ class Spans:
         self.wrap("body, forward", trainer.policy, "hidden_states")
         self.wrap("head with its gradient", policy_module, "chunked_logprobs")
         self.wrap("body, backward", trainer.precision, "backward")
-        self.wrap("clipping", trainer.parallel, "clip_grad_norm")
+        self.wrap("gradient norm", trainer.parallel, "grad_norm")
         self.wrap("optimizer", trainer.optimizer, "step")
 
     def wrap(self, name: str, owner, attribute: str) -> None:

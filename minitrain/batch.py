@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+ON_CPU = ("spans", "prefixes", "docs_with_targets")  # tensors of a batch that say how it is computed
 TARGET_WEIGHTS = "target_weights"  # the token feature that weighs tokens in the loss; all weigh 1 without it
 
 
@@ -29,6 +30,7 @@ class Batch:
         n_docs: D.
         prefixes: (start, stop) in the row of each document's shared prompt, int64 on the CPU, shape [D, 2]. A document
             can begin with the prompt of an earlier one in its row, which only has it once. (0, 0) without one.
+        docs_with_targets: Whether each document has targets, bool on the CPU, shape [D].
         doc_features: Name -> a value of each document, float32, shape [D].
         token_features: Name -> values of each token, shape [R, T, ...].
     """
@@ -43,16 +45,20 @@ class Batch:
     token_features: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        rows, columns = (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # [N], [N]
-        self.targets = self.labels[rows, columns]  # [N]
-        self.target_docs = self.doc_ids[rows, columns]  # [N]
-        self.target_positions = rows * self.labels.shape[1] + columns  # [N] flat position of each target
+        labels, columns = self.labels.flatten(), self.labels.shape[1]  # [R * T]
+        self.target_positions = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [N] flat position of each target
+        self.targets = labels.index_select(0, self.target_positions)  # [N]
+        self.target_docs = self.doc_ids.flatten().index_select(0, self.target_positions)  # [N]
         self.predict_positions = self.target_positions - 1  # [N] flat position that predicts the target
+        self.docs_with_targets = torch.zeros(self.n_docs, dtype=torch.bool).index_fill_(
+            0, self.target_docs, True
+        )  # [D]
         self.spans = _spans(self.doc_ids)  # [D, 3] (row, start, stop), on the CPU
         if self.prefixes is not None:
             row, start, _ = self.spans.T
-            is_first = (self.prefixes[:, 1] > 0)[self.target_docs] & (columns == start[self.target_docs])  # [N]
-            before = (row * self.labels.shape[1] + self.prefixes[:, 1] - 1)[self.target_docs]  # [N]
+            is_first = self.target_positions == (row * columns + start)[self.target_docs]  # [N]
+            is_first &= (self.prefixes[:, 1] > 0)[self.target_docs]
+            before = (row * columns + self.prefixes[:, 1] - 1)[self.target_docs]  # [N]
             self.predict_positions = torch.where(is_first, before, self.predict_positions)
 
     def __repr__(self) -> str:
@@ -70,12 +76,6 @@ class Batch:
         return self.targets.numel()
 
     @property
-    def docs_with_targets(self) -> Tensor:
-        """Return whether each document has targets, bool, shape [D]."""
-        has_targets = torch.zeros(self.n_docs, dtype=torch.bool, device=self.targets.device)
-        return has_targets.index_fill_(0, self.target_docs, True)
-
-    @property
     def last_token_positions(self) -> Tensor:
         """Return the flat position of each document's last token, int64 on the CPU, shape [D]."""
         return self.spans[:, 0] * self.labels.shape[1] + self.spans[:, 2] - 1
@@ -88,7 +88,7 @@ class Batch:
         """Return a token feature at the targets, shape [N, ...]."""
         if not self.n_docs:
             return torch.zeros(0, device=self.targets.device)
-        return self.token_features[name].flatten(0, 1)[self.target_positions]
+        return self.token_features[name].flatten(0, 1).index_select(0, self.target_positions)
 
     @property
     def target_weights(self) -> Tensor | None:
@@ -122,22 +122,29 @@ class Batch:
         return part
 
     def to(self, device: torch.device) -> "Batch":
-        """Return a copy on a device; `spans` and `prefixes` stay on the CPU."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy on a device, without waiting for it; `ON_CPU` stays on the CPU."""
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> "Batch":
-        """Return a copy in pinned memory, from which copies to a CUDA device do not wait for it."""
+        """Return a copy in pinned memory, from which `to` copies at once."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a copy with a function applied to its tensors, except `spans` and `prefixes`."""
+        """Return a copy with a function of each tensor that belongs on the device."""
         mapped = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name not in ("spans", "prefixes"):
+            if isinstance(value, Tensor) and name not in ON_CPU:
                 setattr(mapped, name, function(value))
         for name in ("doc_features", "token_features"):
             setattr(mapped, name, {key: function(tensor) for key, tensor in getattr(self, name).items()})
         return mapped
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. The host waits for neither the copy nor what the device does before it."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _spans(doc_ids: Tensor) -> Tensor:
@@ -231,43 +238,64 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     """
     n_columns = max((sum(len(d.ids) - d.shared for d in row) for row in rows), default=2)
     shape = (max(1, len(rows)), n_columns)
-    input_ids = torch.full(shape, pad_token_id)  # [R, T]
-    labels = torch.full(shape, IGNORE_INDEX)  # [R, T]
-    doc_ids = torch.full(shape, -1)  # [R, T]
-    # Padding continues the positions: a restart would look like another document and need an attention mask.
-    position_ids = torch.arange(n_columns).repeat(shape[0], 1)  # [R, T]
     documents = [document for row in rows for document in row]
+    layout, shifts = _lay_out(rows, n_columns)
+    starts, prefixes = layout[:, 0], layout[:, 1:3]
+    lengths = torch.tensor([len(d.ids) - d.shared for d in documents], dtype=torch.int64)  # [D]
+    doc_of = torch.arange(len(documents)).repeat_interleave(lengths)  # [M] document of each of the M tokens
+    flat = torch.arange(len(doc_of)) + (starts - lengths.cumsum(0) + lengths).index_select(0, doc_of)  # [M] in [R * T]
+
+    def spread(values: Tensor, empty: Tensor) -> Tensor:
+        """Write values of the tokens, shape [M, ...], into a tensor of [R, T, ...], and return it."""
+        empty.flatten(0, 1).index_copy_(0, flat, values)
+        return empty
+
+    def joined(name: Callable[[Document], Tensor], dtype: torch.dtype) -> Tensor:
+        """Return values of the tokens, shape [M, ...]."""
+        return torch.cat([name(d)[d.shared :] for d in documents]).to(dtype) if documents else flat.to(dtype)
+
+    ids, mask = joined(lambda d: d.ids, torch.int64), joined(lambda d: d.mask, torch.bool)  # [M], [M]
+    # Padding continues the positions: a restart would look like another document and need an attention mask.
+    shift = spread(layout[:, 3].index_select(0, doc_of), shifts[:, None].repeat(1, n_columns))  # [R, T]
     columns = {
-        name: column.new_zeros(*shape, *column.shape[1:])  # [R, T, ...]
+        name: spread(
+            joined(lambda d, name=name: d.token_features[name], column.dtype),
+            column.new_zeros(*shape, *column.shape[1:]),  # [R, T, ...]
+        )
         for name, column in (documents[0].token_features if documents else {}).items()
     }
-    prefixes = torch.zeros(len(documents), 2, dtype=torch.int64)  # [D, 2]
-    n_docs = 0
-    for r, row in enumerate(rows):
-        start = owner = length = 0
-        for document in row:
-            shared = document.shared
-            assert not shared or start > owner
-            own = slice(shared, None)
-            length = len(document.ids)
-            span = slice(start, start + length - shared)
-            ids = document.ids[own].long()
-            input_ids[r, span] = ids
-            labels[r, span] = torch.where(document.mask[own].bool(), ids, IGNORE_INDEX)
-            doc_ids[r, span] = n_docs
-            position_ids[r, span] = torch.arange(shared, length)
-            for name, column in document.token_features.items():
-                columns[name][r, span] = column[own]
-            if shared:
-                prefixes[n_docs] = torch.tensor([owner, owner + shared])
-            else:
-                owner = start
-            n_docs += 1
-            start = span.stop
-        position_ids[r, start:] = torch.arange(length, length + n_columns - start)
     values = {
         name: torch.tensor([document.doc_features[name] for document in documents])  # [D]
         for name in (documents[0].doc_features if documents else {})
     }
-    shares = prefixes if prefixes.any() else None
-    return Batch(input_ids, position_ids, labels, doc_ids, n_docs, shares, values, columns)
+    return Batch(
+        input_ids=spread(ids, torch.full(shape, pad_token_id)),
+        position_ids=torch.arange(n_columns) + shift,
+        labels=spread(torch.where(mask, ids, IGNORE_INDEX), torch.full(shape, IGNORE_INDEX)),
+        doc_ids=spread(doc_of, torch.full(shape, -1)),
+        n_docs=len(documents),
+        prefixes=prefixes if prefixes.any() else None,
+        doc_features=values,
+        token_features=columns,
+    )
+
+
+def _lay_out(rows: list[list[Document]], n_columns: int) -> tuple[Tensor, Tensor]:
+    """Return how documents lie in their rows.
+
+    Returns:
+        (flat position of the first token, start and stop of the shared prompt, position minus column) of each document,
+        int64, shape [D, 4]; and position minus column in the padding of each row, shape [R].
+    """
+    layout, shifts = [], []
+    for r, row in enumerate(rows):
+        column = owner = shift = 0
+        for document in row:
+            shared = document.shared
+            assert not shared or column > owner
+            owner = owner if shared else column
+            shift = shared - column
+            layout.append((r * n_columns + column, *((owner, owner + shared) if shared else (0, 0)), shift))
+            column += len(document.ids) - shared
+        shifts.append(shift)
+    return torch.tensor(layout, dtype=torch.int64).view(-1, 4), torch.tensor(shifts or [0])

@@ -206,7 +206,7 @@ class Trainer:
         self.consumed += len(indices)
         self.indices = indices
         tokens = functools.partial(self.train_loader.examples.digest, indices)
-        self.logger.log_step(self.step, tokens, float(output.loss), self.grad_norm)
+        self.logger.log_step(self.step, tokens, self.step_loss, self.grad_norm)
         self.logger.advance()
         after_step(self)
 
@@ -231,6 +231,7 @@ class Trainer:
             raise RunError("optim_step: gradients are missing. Call forward_backward first.", "usage")
         loss, max_norm = self.step_output.loss, self.config.max_grad_norm
         update = optim_step(self.optimizer, self.parameters, loss, self.lr, max_norm, self.parallel, self.precision)
+        self.step_loss = update.loss
         self.step_output = None
         self.step += 1
         if update.taken:

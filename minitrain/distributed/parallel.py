@@ -83,13 +83,9 @@ class SingleDevice:
         """Return the context of a micro-batch's forward and backward pass. Only the last one must reduce gradients."""
         return contextlib.nullcontext()
 
-    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Clip the gradients to the norm `max_norm` (0: no clipping). Return their norm before that, shape []."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
+    def grad_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Return the norm of the gradients, shape []."""
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def set_status(self, status: str) -> None:
         """Set what the run is doing, which is reported if it hangs."""

@@ -205,13 +205,10 @@ class FullySharded(SingleDevice):
             policy.set_requires_all_reduce(last)
         return contextlib.nullcontext()
 
-    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    def grad_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         grads = [local_shard(p.grad)[0] for p in parameters if p.grad is not None]
         squares = sum(norm.double() ** 2 for norm in torch._foreach_norm(grads))  # []
-        norm = (self.sum(squares) / self.replicas).sqrt().float()  # []
-        if max_norm > 0:
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-        return norm
+        return (self.sum(squares) / self.replicas).sqrt().float()  # []
 
     def set_status(self, status: str) -> None:
         if self.watchdog is not None:

@@ -11,9 +11,10 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from minitrain.batch import TARGET_WEIGHTS, Batch, PolicyOutput
+from minitrain.batch import TARGET_WEIGHTS, Batch, PolicyOutput, to_device
 from minitrain.config.aliases import replace_aliases
 from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
 from minitrain.config.schema import aliases
@@ -219,12 +220,23 @@ class PairLoss(Loss):
     """A loss whose unit is the pair: documents 2i and 2i + 1, both of which have targets."""
 
     def num_items(self, batch: Batch) -> Tensor:
-        return valid_pairs(batch).sum().float()
+        return scalar(_valid_pairs(batch).sum(), batch)
 
 
-def valid_pairs(batch: Batch) -> Tensor:
-    """Return which pairs have targets in both documents -> [P] bool."""
+def pairs_of(values: Tensor, batch: Batch) -> Tensor:
+    """Return values of the documents [D] by pair, of the P pairs that have targets in both documents, shape [P, 2]."""
+    pairs, valid = values.view(-1, 2), _valid_pairs(batch)
+    return pairs if valid.all() else pairs.index_select(0, to_device(valid.nonzero()[:, 0], values.device))
+
+
+def _valid_pairs(batch: Batch) -> Tensor:
+    """Return which pairs have targets in both documents, bool on the CPU, shape [pairs]."""
     return batch.docs_with_targets.view(-1, 2).all(1)
+
+
+def scalar(number: float | Tensor, batch: Batch) -> Tensor:
+    """Return a number as a float32 tensor on the batch's device, shape [], without waiting for the device."""
+    return torch.full((), float(number), device=batch.targets.device)
 
 
 _REGISTRY: dict[str, type[Loss]] = {}

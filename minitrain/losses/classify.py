@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, to_device
 from minitrain.config.option import MAX_NUMBER, option
 from minitrain.errors import ConfigError, DataError
 
-from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
+from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss, scalar
 
 
 @dataclass
@@ -102,12 +102,12 @@ class Classify(Loss):
     def num_items(self, batch: Batch) -> Tensor:
         labels = batch.doc_feature("label")  # [D]
         if not self.options.class_weights:
-            return torch.tensor(float(batch.n_docs), device=labels.device)
+            return scalar(batch.n_docs, batch)
         return self._class_weights(labels.device)[labels.long()].sum()
 
     def _class_weights(self, device: torch.device) -> Tensor:
         weights = self.options.class_weights
-        return torch.tensor([weights.get(name, 1.0) for name in self.names], device=device)  # [L]
+        return to_device(torch.tensor([weights.get(name, 1.0) for name in self.names]), device)  # [L]
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         scores, labels = models.policy(batch).scores, batch.doc_feature("label")  # [D, L], [D]
@@ -119,7 +119,7 @@ class Classify(Loss):
                 scores, labels.long(), weights, reduction="sum", label_smoothing=self.options.label_smoothing
             )
             predictions = scores.detach().argmax(1)  # [D]
-            metrics = {"accuracy": ((predictions == labels).sum(), labels.new_tensor(float(batch.n_docs)))}
+            metrics = {"accuracy": ((predictions == labels).sum(), scalar(batch.n_docs, batch))}
         return LossOutput(loss, self.num_items(batch), metrics, {"label": labels, "prediction": predictions})
 
     def compute_eval_metrics(self, samples: dict[str, list[float]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
+from .base import LossOutput, Models, PairLoss, pairs_of, register_loss
 
 REFERENCE = option(
     "auto",
@@ -207,8 +207,7 @@ class DPO(PairLoss):
         if models.reference is not None:
             ref = scores.per_document(models.reference(batch).logps)
         counts = scores.per_document(torch.ones_like(scores.logps))
-        valid = valid_pairs(batch)  # [P]
-        columns = [column.view(-1, 2)[valid].T for column in (sums, ref, counts)]  # [2, P] each
+        columns = [pairs_of(column, batch).T for column in (sums, ref, counts)]  # [2, P] each
         pairs = Pairs(*(side for column in columns for side in column))
         compared = pairs.mean() if self.options.over_means else pairs
         losses = VARIANTS[self.options.variant](compared, self.options)  # [P]
@@ -220,7 +219,7 @@ class DPO(PairLoss):
     def _metrics(self, pairs: Pairs, compared: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the metrics. Rewards are what the loss compares (token means or sums), so they do not favor length."""
         with torch.no_grad():
-            weight = pairs.n_w.new_tensor(float(len(pairs.n_w)))
+            weight = pairs.n_w.new_full((), float(len(pairs.n_w)))
             chosen, rejected = self.options.beta * compared.r_w, self.options.beta * compared.r_l
             per_pair = {
                 "rewards/chosen": chosen,

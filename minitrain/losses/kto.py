@@ -8,7 +8,7 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
+from .base import LossOutput, Models, PairLoss, pairs_of, register_loss
 from .dpo import REFERENCE
 
 
@@ -35,7 +35,7 @@ class KTO(PairLoss):
 
     def __init__(self, options: KTOOptions):
         super().__init__(options)
-        self.z = 0.0
+        self.z = torch.zeros(())
 
     def conflicts(self) -> dict[str, str]:
         is_constant = self.options.desirable_weight == self.options.undesirable_weight == 0
@@ -47,19 +47,17 @@ class KTO(PairLoss):
         return frozenset({"reference"})
 
     def step_statistics(self, batch: Batch, models: Models) -> Tensor:
-        ratios = _log_ratios(batch, models)  # [D]
-        valid = valid_pairs(batch)
-        return torch.stack([ratios.view(-1, 2)[valid, 1].sum(), valid.sum()])  # [2]
+        ratios = pairs_of(_log_ratios(batch, models), batch)[:, 1]  # [P]
+        return torch.stack([ratios.sum(), ratios.new_full((), float(len(ratios)))])  # [2]
 
     def set_step_statistics(self, statistics: Tensor) -> None:
-        total, count = statistics.tolist()
-        self.z = max(0.0, total / max(1.0, count))
+        total, count = statistics.detach()
+        self.z = (total / count.clamp_min(1)).clamp_min(0)  # []
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         ratios = _log_ratios(batch, models)  # [D]
-        valid = valid_pairs(batch)
-        r = ratios.view(-1, 2)[valid, 0]  # [P]
-        desirable = batch.doc_feature("desirable").view(-1, 2)[valid, 0] > 0.5  # [P]
+        r = pairs_of(ratios, batch)[:, 0]  # [P]
+        desirable = pairs_of(batch.doc_feature("desirable"), batch)[:, 0] > 0.5  # [P]
         gain = self.options.beta * (r - self.z)
         losses = torch.where(
             desirable,
@@ -74,7 +72,7 @@ class KTO(PairLoss):
             return {
                 "rewards/chosen": ((rewards * yes).sum(), yes.sum()),
                 "rewards/rejected": ((rewards * no).sum(), no.sum()),
-                "kl": (yes.new_tensor(self.z * len(r)), yes.new_tensor(float(len(r)))),
+                "kl": (self.z * len(r), yes.new_full((), float(len(r)))),
             }
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import LossOutput, Models, PairLoss, register_loss, valid_pairs
+from .base import LossOutput, Models, PairLoss, pairs_of, register_loss
 
 
 @dataclass
@@ -39,11 +39,10 @@ class Pairwise(PairLoss):
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         scores = models.policy(batch).scores[:, 0]  # [D]
-        valid = valid_pairs(batch)  # [P]
-        chosen, rejected = scores.view(-1, 2)[valid].T  # [P], [P]
+        chosen, rejected = pairs_of(scores, batch).T  # [P], [P]
         margins = self.options.margin
         if margins is None:
-            margins = batch.doc_feature("margin").view(-1, 2)[valid, 0]  # [P]
+            margins = pairs_of(batch.doc_feature("margin"), batch)[:, 0]  # [P]
         difference = chosen - rejected - margins
         losses = F.relu(-difference) if self.options.loss_type == "hinge" else -F.logsigmoid(difference)
         losses = losses + self.options.center_rewards_coefficient * (chosen + rejected) ** 2

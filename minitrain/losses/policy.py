@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from minitrain.batch import Batch, PolicyOutput
+from minitrain.batch import Batch, PolicyOutput, to_device
 from minitrain.config.schema import option
 from minitrain.errors import DataError
 
@@ -25,7 +25,7 @@ from .advantages import (
     split_held_out,
     whiten,
 )
-from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
+from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss, scalar
 from .dpo import REFERENCE
 from .surrogates import aggregate_over_rollouts, lengths, surrogate
 from .value import EPS_VALUE, GAE_LAMBDA, GAMMA, value_losses, value_metrics, with_explained_variance
@@ -232,9 +232,9 @@ class PolicyLoss(Loss):
 
     def num_items(self, batch: Batch) -> Tensor:
         if self.options.loss_aggregation in PER_TOKEN:
-            return torch.tensor(float(batch.n_targets), device=batch.targets.device)
+            return scalar(batch.n_targets, batch)
         rollouts = batch.docs_with_targets.sum().float()
-        return rollouts * self.max_new_tokens if self.options.loss_aggregation == "dr_grpo" else rollouts
+        return scalar(rollouts * self.max_new_tokens if self.options.loss_aggregation == "dr_grpo" else rollouts, batch)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         o = self.options
@@ -282,7 +282,7 @@ class PolicyLoss(Loss):
     def _metrics(
         self, batch: Batch, scores: PolicyOutput, advantages: Tensor, old: Tensor, rho: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        o, n = self.options, scores.logps.new_tensor(float(len(scores.logps)))
+        o, n = self.options, scalar(len(scores.logps), batch)
         good, bad = (advantages > 0).float(), (advantages < 0).float()  # [N], [N]
         per_token = {"entropy": scores.entropy, "advantage": advantages}
         if "sample_logps" in batch.token_features:
@@ -298,9 +298,9 @@ class PolicyLoss(Loss):
         metrics = {name: (values.sum(), n) for name, values in per_token.items()}
         metrics["logps/positive"] = (scores.logps * good).sum(), good.sum()
         metrics["logps/negative"] = (scores.logps * bad).sum(), bad.sum()
-        rewards = batch.doc_feature("reward")[batch.docs_with_targets]  # [D]
-        known = rewards == rewards  # NaN if a row with given advantages has no reward
-        metrics["reward"] = rewards[known].sum(), known.sum().float()
+        rewards = batch.doc_feature("reward")  # [D]
+        known = to_device(batch.docs_with_targets, rewards.device) & ~rewards.isnan()  # [D] rows may have no reward
+        metrics["reward"] = rewards.where(known, 0).sum(), known.sum().float()
         return metrics
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
-from .base import Loss, LossOutput, Models, register_loss
+from .base import Loss, LossOutput, Models, register_loss, scalar
 
 
 class TokenLoss(Loss):
@@ -21,7 +21,7 @@ class TokenLoss(Loss):
     def num_items(self, batch: Batch) -> Tensor:
         if (weights := batch.target_weights) is not None:
             return weights.sum()
-        return torch.tensor(float(batch.n_targets), device=batch.targets.device)
+        return scalar(batch.n_targets, batch)
 
     def output(self, losses: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
         """Return the output for the losses of the targets, shape [N], with the metrics that every token loss logs."""

@@ -11,7 +11,7 @@ from minitrain.config.schema import option
 from minitrain.errors import ConfigError
 
 from .advantages import ESTIMATORS, Rollouts, common_columns, estimate, penalized_rewards, split_held_out
-from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss
+from .base import AddedFeatures, DataFile, Loss, LossOutput, Models, register_loss, scalar
 
 GAMMA = option(1.0, "Discount factor of the rewards, per token.", ge=0, le=1)
 GAE_LAMBDA = option(0.95, "gae: lambda, from one-step estimates (0) to the full rollout (1).", ge=0, le=1, alias="lam")
@@ -64,7 +64,7 @@ class Value(Loss):
         return added
 
     def num_items(self, batch: Batch) -> Tensor:
-        return torch.tensor(float(batch.n_targets), device=batch.targets.device)
+        return scalar(batch.n_targets, batch)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         values, returns = models.policy(batch).values, batch.target_feature("returns")  # [N], [N]
@@ -95,7 +95,7 @@ def value_losses(values: Tensor, returns: Tensor, old: Tensor | None, eps: float
 @torch.no_grad()
 def value_metrics(values: Tensor, returns: Tensor, old: Tensor | None, eps: float) -> dict[str, tuple[Tensor, Tensor]]:
     """Return metrics of tokens [N] as (sum, weight), with the moments that `with_explained_variance` needs."""
-    weight = values.new_tensor(float(len(values)))
+    weight = values.new_full((), float(len(values)))
     # In float32, a variance computed from moments loses its digits if the mean is large.
     values, returns = (values, returns) if values.device.type == "mps" else (values.double(), returns.double())
     errors = returns - values

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, to_device
 from minitrain.errors import ConfigError
 
 FUNCTION = "load_balancing_loss_func"  # of transformers, in the module of each model that has this loss
@@ -131,7 +131,7 @@ def _count_tokens(batch: Batch, n_before: int) -> Tensor:
         edges = torch.zeros(counts.shape[0], counts.shape[1] + 1, dtype=torch.long)  # [R, T + 1]
         one = torch.ones_like(rows)
         edges = edges.index_put((rows, start), one, accumulate=True).index_put((rows, stop), -one, accumulate=True)
-        counts = counts + edges.cumsum(1)[:, :-1].to(counts.device)
+        counts = counts + to_device(edges.cumsum(1)[:, :-1], counts.device)
     before = (counts.amax(1, keepdim=True) > 0).long().expand(-1, n_before)  # [R, n] not of an empty row
     return torch.cat([before, counts], 1)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitrain.batch import Batch, PolicyOutput
+from minitrain.batch import Batch, PolicyOutput, to_device
 from minitrain.errors import ConfigError
 
 from .decoder import find_blocks
@@ -36,7 +36,7 @@ class Scorer(Policy):
     def forward(self, batch: Batch) -> PolicyOutput:
         """Return the `scores` [D, L] of the documents, and the `values` [N] before each target if L is 1."""
         hidden = self.hidden_states(batch).flatten(0, 1)  # [R * T, H]
-        scores = self._scalars(hidden.index_select(0, batch.last_token_positions.to(hidden.device)))  # [D, L]
+        scores = self._scalars(hidden.index_select(0, to_device(batch.last_token_positions, hidden.device)))  # [D, L]
         values = None
         if scores.shape[1] == 1:
             values = self._scalars(hidden.index_select(0, batch.predict_positions))[:, 0]  # [N]
@@ -84,11 +84,11 @@ class EncoderScorer(Policy):
         order = lengths.argsort(stable=True)  # [D]
         scores = [
             self.model(
-                **{name: tensor[rows.to(tensor.device), : int(length)] for name, tensor in inputs.items()}
+                **{name: tensor[to_device(rows, tensor.device), : int(length)] for name, tensor in inputs.items()}
             ).logits
             for length, rows in zip(distinct, order.split(counts.tolist()), strict=True)
         ]
-        return torch.cat(scores).float()[order.argsort().to(scores[0].device)]
+        return torch.cat(scores).float()[to_device(order.argsort(), scores[0].device)]
 
     @property
     def n_positions(self) -> int:

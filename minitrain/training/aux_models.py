@@ -59,7 +59,9 @@ class InitialPolicySnapshot:
     def __init__(self, policy: nn.Module, parallel: SingleDevice):
         self.policy, self.parallel = policy, parallel
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.pairs = [(local_shard(p)[0].detach(), local_shard(p)[0].detach().clone()) for p in trained]
+        # `.data`: a copy into it does not invalidate what the policy's last forward pass saved.
+        self.shards = [local_shard(parameter)[0].data for parameter in trained]
+        self.initial = [shard.clone() for shard in self.shards]
 
     def __call__(self, batch: Batch, **options) -> PolicyOutput:
         with self.restored(), inference(self.policy):
@@ -68,8 +70,9 @@ class InitialPolicySnapshot:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Give the policy its initial parameters inside the context."""
-        current = [shard.clone() for shard, _ in self.pairs]
-        self._copy_to_policy(initial for _, initial in self.pairs)
+        current = [torch.empty_like(shard) for shard in self.shards]
+        torch._foreach_copy_(current, self.shards)
+        self._copy_to_policy(self.initial)
         try:
             yield
         finally:
@@ -77,11 +80,10 @@ class InitialPolicySnapshot:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors in memory."""
-        return [initial for _, initial in self.pairs]
+        return self.initial
 
-    def _copy_to_policy(self, values) -> None:
-        for (shard, _), value in zip(self.pairs, values, strict=True):
-            shard.data.copy_(value)
+    def _copy_to_policy(self, values: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(self.shards, values)
         self.parallel.reshard(self.policy)
 
 

@@ -67,9 +67,9 @@ class RouterStep:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices), torch.no_grad(), self.routing.recording(only_choices=True) as record:
             for batch in batches:
-                batch = batch.to(self.parallel.device)
                 # Without targets, so that the LM head has nothing to do.
-                policy(dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX)))
+                empty = dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
+                policy(empty.to(self.parallel.device))
         return self._sum_choices(record)
 
     def _sum_choices(self, record: RouterRecord) -> Tensor:
@@ -81,7 +81,8 @@ def load_metrics(load: Tensor) -> dict[str, float]:
 
     MaxVio: Wang et al. 2024 (arXiv 2408.15664).
     """
-    load = load[load.sum(1) > 0].double().cpu()  # a layer of another tower has none
+    load = load.double().cpu()
+    load = load[load.sum(1) > 0]  # a layer of another tower has none
     if not len(load):
         return {}
     relative = load / load.mean(1, keepdim=True)  # [L, E]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.batch import Batch
-from minitrain.distributed.parallel import SingleDevice
+from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.errors import ConfigError, RunError
 from minitrain.losses import Loss, LossOutput, Models
 
@@ -84,14 +84,26 @@ class MetricAccumulator:
     def __init__(self, device: torch.device):
         self.device = device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums: dict[str, torch.Tensor] = {}  # name -> [2] (sum, weight)
+        self.tables: dict[tuple[str, ...], torch.Tensor] = {}  # names -> their (sum, weight), [M, 2]
         self.samples: dict[str, list[float]] = {}
         self.load: torch.Tensor | None = None  # [L, E] tokens of each expert
 
     def add(self, output: LossOutput) -> None:
-        for name, (total, weight) in {"loss": (output.loss_sum, output.num_items), **output.metrics}.items():
-            pair = torch.stack([total.detach().to(self.dtype), weight.to(self.dtype)])  # [2]
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+        """Add the sums of a micro-batch, all at once: each kernel on a GPU costs more than its few numbers."""
+        pairs = {"loss": (output.loss_sum, output.num_items), **output.metrics}
+        numbers = [number.detach() for pair in pairs.values() for number in pair]
+        table = torch.stack(numbers).to(self.dtype).view(-1, 2)  # [M, 2]
+        names = tuple(pairs)
+        self.tables[names] = self.tables[names] + table if names in self.tables else table
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Return (sum, weight) of each metric, shape [2] each."""
+        sums: dict[str, torch.Tensor] = {}
+        for names, table in self.tables.items():
+            for name, pair in zip(names, table, strict=True):
+                sums[name] = sums[name] + pair if name in sums else pair
+        return sums
 
     def add_samples(self, output: LossOutput) -> None:
         for name, tensor in output.samples.items():
@@ -105,11 +117,12 @@ class MetricAccumulator:
     def means(self, parallel: SingleDevice) -> dict[str, float]:
         """Return the mean of each metric over all ranks, and metrics of the load. One that no rank has is left out."""
         # Some ranks may have no value of a metric, and all ranks must sum in the same order.
-        names = dict.fromkeys(name for known in parallel.gather(list(self.sums)) for name in known)
+        sums = self.sums
+        names = dict.fromkeys(name for known in parallel.gather(list(sums)) for name in known)
         if not names:
             return {}
         zero = torch.zeros(2, dtype=self.dtype, device=self.device)
-        totals = parallel.sum(torch.stack([self.sums.get(name, zero) for name in names])).tolist()  # [M, 2]
+        totals = parallel.sum(torch.stack([sums.get(name, zero) for name in names])).tolist()  # [M, 2]
         means = {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
         return means if self.load is None else means | load_metrics(parallel.sum(self.load))
 
@@ -155,11 +168,13 @@ class Update(NamedTuple):
     """What `optim_step` did.
 
     Attributes:
+        loss: The loss of the step.
         grad_norm: Norm of all gradients before clipping.
         taken: Whether the weights were updated. They are not if the loss or a gradient is not finite.
         overflowed: Whether the loss scale of float16 was too large. The loss itself was finite.
     """
 
+    loss: float
     grad_norm: float
     taken: bool
     overflowed: bool
@@ -183,8 +198,7 @@ def forward_backward(
     if isinstance(batches, Batch) or not batches:
         got = "a Batch" if isinstance(batches, Batch) else repr(batches)
         raise ConfigError(f"batches: expected a list of Batch, got {got}. Give [batch, ...].", "wrong-type")
-    weight = sum(loss.num_items(batch) for batch in batches)
-    weight = parallel.sum(weight.to(parallel.device))  # []
+    weight = parallel.sum(sum(loss.num_items(batch) for batch in batches))  # [] on the CPU
     total = torch.zeros((), device=parallel.device)
     outputs = []
     with precision.autocast():
@@ -225,17 +239,27 @@ def optim_step(
         RunError: If float16 overflows at every loss scale.
     """
     precision.unscale(parameters)
-    norm = float(parallel.clip_grad_norm(parameters, max_grad_norm))
-    loss_is_finite = math.isfinite(float(loss))
+    norm = parallel.grad_norm(parameters)  # []
+    # The only time in a step that the host waits for the device.
+    loss, norm = torch.stack([loss.to(norm.device), norm]).tolist()
+    loss_is_finite = math.isfinite(loss)
     taken = loss_is_finite and math.isfinite(norm)
     overflowed = loss_is_finite and not taken and precision.scale > 1  # expected now and then while the scale adapts
     if taken:
+        clip_gradients(parameters, norm, max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         optimizer.step()
     precision.update(overflow=not taken)
     optimizer.zero_grad(set_to_none=True)
-    return Update(norm, taken, overflowed)
+    return Update(loss, norm, taken, overflowed)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scale gradients with this norm to `max_norm`, if they are above it; 0 does not clip."""
+    if 0 < max_norm < norm + 1e-6:
+        grads = [local_shard(parameter.grad)[0] for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
 
 
 def _detached(output: LossOutput) -> LossOutput:

@@ -49,16 +49,16 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def write_gradients(trainer: Trainer, file: str) -> None:
     """Those of the first step, before they are clipped."""
-    clip = trainer.parallel.clip_grad_norm
+    grad_norm = trainer.parallel.grad_norm
 
-    def noted(parameters, max_norm):
+    def noted(parameters):
         names = {id(p): name for name, p in trainer.policy.named_parameters()}
         grads = {names[id(p)]: trainer.parallel.full_tensor(p.grad).clone() for p in parameters}
         if trainer.parallel.rank == 0 and trainer.step == 0:
             save_file(grads, file)
-        return clip(parameters, max_norm)
+        return grad_norm(parameters)
 
-    trainer.parallel.clip_grad_norm = noted
+    trainer.parallel.grad_norm = noted
 
 
 def note_step(trainer: Trainer, job: dict) -> None:
