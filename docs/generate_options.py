@@ -93,7 +93,8 @@ def value(f, hint) -> str:
     """Return the choices, or the type and limits, in words."""
     meta = f.metadata
     if meta["choices"]:
-        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+        numbers = ["a number"] * (meta["ge"] is not None)
+        return ", ".join([*(f"`{choice}`" for choice in meta["choices"]), *numbers])
     limits = [("ge", "{} or more"), ("gt", "above {}"), ("lt", "below {}"), ("le", "{} or less")]
     bounds = [text.format(meta[name]) for name, text in limits if meta[name] is not None]
     return ", ".join([type_name(hint), *bounds])

@@ -532,9 +532,9 @@ BUGS = {
             number=40,
             title="Reentrant activation checkpointing over frozen inputs left adapters without a gradient.",
             reported_in="huggingface/transformers#21381",
-            file="minitrain/model/policy.py",
-            line="functools.partial(checkpoint, block.forward, use_reentrant=False)",
-            replacement="(lambda f: lambda x, **kw: checkpoint(lambda y: f(y, **kw), x, use_reentrant=True))(block.forward)",
+            file="minitrain/model/recompute.py",
+            line='block.forward = _recomputed(block, mode == "selective")',
+            replacement="block.forward = (lambda f: lambda x, **kw: checkpoint(lambda y: f(y, **kw), x, use_reentrant=True))(block.forward)",
             test="tests/model/test_lora.py::test_every_matrix_moves_with_activation_checkpointing",
         ),
         Bug(

@@ -141,6 +141,8 @@ def check_types(schema: type, given: dict, path: str, issues: ConfigIssues) -> d
                     raise _InvalidValue(
                         f"contains a NUL character, got {format_value(value)}. Remove it.", "invalid-value"
                     )
+                if isinstance(value, bool | str | None):
+                    value = known[key].metadata.get("spellings", {}).get(str(value).lower(), value)
                 values[key] = _value(hints[key], value, full, issues)
                 if known[key].metadata:  # the fields of a custom loss may be plain dataclass fields
                     check_limits(known[key].metadata, values[key])
@@ -178,6 +180,11 @@ def _leaf(hint: Any, value: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and types.NoneType in args):
         return value
+    if args == (str, int):
+        number = _scalar(int, value)
+        if number is None and not isinstance(value, str):
+            raise _InvalidValue(f"expected a string or an integer, got {format_value(value)}.", "wrong-type")
+        return value if number is None else number
     if origin is types.UnionType:  # X | None, or X | bool
         return value if isinstance(value, bool) and bool in args else _leaf(args[0], value)
     if origin is list and isinstance(value, list):
@@ -214,9 +221,12 @@ def check_limits(meta: dict, value: Any) -> None:
     """Raise _InvalidValue for a value that is not a choice of its option, or outside its limits."""
     if value is None or not meta:  # a field without `option` has no limits
         return
-    if meta["choices"] and not isinstance(value, bool) and value not in meta["choices"]:
+    if meta["choices"] and isinstance(value, str) and value not in meta["choices"]:
         hint = suggest(value, meta["choices"])
-        raise _InvalidValue(f"expected one of {', '.join(meta['choices'])}, got {value!r}.{hint}", "not-a-choice")
+        numbers = "" if meta["ge"] is None else f" or a number of {meta['ge']} or more"
+        raise _InvalidValue(
+            f"expected one of {', '.join(meta['choices'])}{numbers}, got {value!r}.{hint}", "not-a-choice"
+        )
     if value == "":
         raise _InvalidValue("is empty. Set a value, or remove the option.", "invalid-value")
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -1,6 +1,6 @@
 """Dataclass fields that are options, with help, limits and aliases."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ def option(
     lt: float | None = None,
     le: float | None = None,
     alias: str | Sequence[str] = (),
+    spellings: Mapping[str, str] | None = None,
     affects_results: bool = True,
     **old: Any,
 ) -> Any:
@@ -29,6 +30,7 @@ def option(
     Args:
         ge, gt, lt, le: Bounds of a number (>=, >, <, <=). The default upper bound is `MAX_NUMBER`.
         alias: Other names of the option, one or several.
+        spellings: Choices by other ways to write them in lower case, such as {"true": "full"}; null is "none".
         affects_results: Whether the option changes what is computed. If not, a run may resume with another value.
         old: `least`, `above`, `below`, `most` and `free=True`, the names in 0.1.0 of `ge`, `gt`, `lt`, `le` and
             `affects_results=False`.
@@ -41,6 +43,7 @@ def option(
         raise TypeError(f"option() got an unexpected keyword argument {next(iter(old))!r}")
     names = (alias,) if isinstance(alias, str) else tuple(alias)
     metadata = dict(help=help, choices=choices, aliases=names, affects_results=affects_results, **limits)
+    metadata["spellings"] = spellings or {}
     if default is MISSING:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)) or callable(default):

@@ -175,7 +175,15 @@ class Config:
     )
     warmup_steps: int = option(0, "Optimizer steps in which lr rises linearly from 0 to its peak.", ge=0)
     warmup_ratio: float = option(0.0, "Warmup as a fraction of all steps.", ge=0, le=1)
-    activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    activation_checkpointing: str | int = option(
+        "none",
+        "Recompute activations in the backward pass: less memory, slower. full: of each block. selective: except the "
+        "results of matrix products and attention, which takes little time. A number n: of every n-th block.",
+        choices=("none", "full", "selective"),
+        spellings={"true": "full", "false": "none", "none": "none"},
+        ge=1,
+        affects_results=False,
+    )
     compile: bool = option(False, "Compile each block of the model with torch.compile.")
     max_bad_steps: int = option(
         10, "Number of consecutive steps with a non-finite loss or gradient after which training stops.", ge=1

@@ -150,11 +150,15 @@ def _adapted(layer: type[nn.Module]) -> type[nn.Module]:
 class _AdaptedLinear:
     """Mixin of adapted layers, before Linear, Conv1D or a quantized layer in their bases."""
 
+    keeps_product = False  # whether the backward pass needs the product of x and W, so that it must not change
+
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora
         dropped = F.dropout(x, lora.dropout, self.training) if lora.dropout else x
         if dropped is x and not lora.dora and type(self) is _adapted(nn.Linear):
-            return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, lora.scaling)
+            return _LoRALinear.apply(
+                x, self.weight, self.bias, self.lora_A, self.lora_B, lora.scaling, self.keeps_product
+            )
         y = super().forward(x)
         dtype = autocast_dtype(x)
         update = F.linear(F.linear(dropped, self.lora_A.to(dtype)), self.lora_B.to(dtype)) * lora.scaling
@@ -203,12 +207,12 @@ class _LoRALinear(torch.autograd.Function):
     """LoRA without dropout or DoRA. It adds the update in place, and saves the input once, in its own dtype."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling):
+    def forward(ctx, x, weight, bias, a, b, scaling, keeps_product):
         dtype = autocast_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [N, in]
         low = flat @ a.to(dtype).T  # [N, r]
         y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))  # [N, out]
-        y.addmm_(low, b.to(dtype).T, alpha=scaling)
+        y = torch.addmm(y, low, b.to(dtype).T, alpha=scaling, out=None if keeps_product else y)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling, ctx.dtype = scaling, dtype
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], -1])  # autograd lets no model change a view in place
@@ -226,7 +230,14 @@ class _LoRALinear(torch.autograd.Function):
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         grad_a = (grad_low.T @ flat).to(a.dtype)
         grad_b = (grad.T @ low).mul_(ctx.scaling).to(b.dtype)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
+
+
+def keep_products(block: nn.Module) -> None:
+    """Keep the products of the adapted layers of a block for the backward pass."""
+    for module in block.modules():
+        if isinstance(module, _AdaptedLinear):
+            module.keeps_product = True
 
 
 def merge_lora_weights(module: nn.Module) -> None:

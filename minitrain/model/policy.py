@@ -1,16 +1,14 @@
 """The policy: a causal language model of transformers that returns logps of targets instead of logits."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minitrain.batch import Batch, Distillation, PolicyOutput
 
-from . import attention, experts
-from .decoder import decoder_of, find_blocks
+from . import attention
+from .decoder import decoder_of
 from .flops import ModelFlops
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
@@ -185,10 +183,3 @@ class Policy(nn.Module):
         """Return the value of each hidden state [N, H], shape [N], float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())[:, 0]
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Save only the input of each block and recompute the rest in the backward pass (non-reentrant)."""
-    for block in find_blocks(model):
-        experts.mark_recomputed(block)
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

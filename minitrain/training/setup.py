@@ -19,7 +19,8 @@ from minitrain.losses import Loss, add_features, create_loss
 from minitrain.model.decoder import find_blocks
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
 from minitrain.model.load_check import check_autocast, check_policy
-from minitrain.model.policy import Policy, checkpoint_activations
+from minitrain.model.policy import Policy
+from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
 
@@ -143,8 +144,8 @@ def prepare_policy(
         ConfigError: The architecture is not supported.
     """
     blocks = find_blocks(policy.model)
-    if config.activation_checkpointing:
-        checkpoint_activations(policy.model)
+    if config.activation_checkpointing != "none":
+        checkpoint_activations(policy.model, config.activation_checkpointing)
     if config.compile:
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)

@@ -48,7 +48,7 @@ SETTINGS = {
     "new-saved": ("lora.rank=4", "lora.modules_to_save=[embed_tokens]", "model.tokenizer_name_or_path=MORE"),
     "new-frozen": ("freeze_layers=[0, embeddings]", "model.tokenizer_name_or_path=MORE"),
     "new-prompt": ("soft_prompt.num_virtual_tokens=4", "model.tokenizer_name_or_path=MORE"),
-    "dft": ("loss.name=dft", "activation_checkpointing=true", "validation_split=7", "eval_batch_size=3"),
+    "dft": ("loss.name=dft", "activation_checkpointing=selective", "validation_split=7", "eval_batch_size=3"),
 }
 
 

@@ -8,7 +8,8 @@ from minitrain.batch import Document, collate
 from minitrain.model.decoder import decoder_of, find_blocks
 from minitrain.model.load import freeze_layers
 from minitrain.model.load_check import check_policy
-from minitrain.model.policy import Policy, checkpoint_activations
+from minitrain.model.policy import Policy
+from minitrain.model.recompute import checkpoint_activations
 from tests.shapes import SHAPE
 
 TEXT = SHAPE | {"head_dim": 8}

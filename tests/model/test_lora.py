@@ -153,15 +153,16 @@ def _plain(key: str) -> str:
     return key
 
 
-def test_the_gradient_function_is_that_of_the_formula():
+@pytest.mark.parametrize("keeps_product", [False, True])
+def test_the_gradient_function_is_that_of_the_formula(keeps_product):
     """In float64, through the whole layer: input, A, B and bias."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
     first, second = torch.randn(2, 5), torch.randn(4, 2)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias, first, second)]
-    assert torch.autograd.gradcheck(lambda *args: _LoRALinear.apply(*args, 1.7), inputs)
+    assert torch.autograd.gradcheck(lambda *args: _LoRALinear.apply(*args, 1.7, keeps_product), inputs)
     plain = torch.nn.functional.linear(inputs[0], inputs[1] + 1.7 * inputs[4] @ inputs[3], inputs[2])
-    close(_LoRALinear.apply(*inputs, 1.7), plain, 1e-12)
+    close(_LoRALinear.apply(*inputs, 1.7, keeps_product), plain, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2-softcap"])

@@ -10,7 +10,8 @@ import transformers as tf
 from minitrain.batch import Document, collate
 from minitrain.model import attention
 from minitrain.model.document_check import check_documents
-from minitrain.model.policy import Policy, checkpoint_activations
+from minitrain.model.policy import Policy
+from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.training.step import Precision
 from tests.conftest import metrics

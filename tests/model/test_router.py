@@ -12,7 +12,8 @@ from minitrain.batch import Document, collate
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.losses import Models, create_loss
 from minitrain.model import attention
-from minitrain.model.policy import Policy, checkpoint_activations
+from minitrain.model.policy import Policy
+from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.router import make_routing
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.validate import validate
