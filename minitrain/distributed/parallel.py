@@ -29,6 +29,9 @@ class SingleDevice:
         """Return the policy on its device, sharded block by block if there are several."""
         return policy.to(self.device)
 
+    def prefetch_blocks(self, blocks: nn.ModuleList) -> None:
+        """Gather each block while the one before it computes. From then on, all blocks must run in their order."""
+
     def load_shards(self, policy: nn.Module, read: Read) -> None:
         """Load the parameters of a model that was built without weights."""
         assert not self.loads_shards

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,7 @@ class FullySharded(SingleDevice):
 
     def __init__(self, device: torch.device, options: FSDPConfig):
         self.options = options
+        self.kept_gathered: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # from the forward to the backward pass
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
@@ -78,22 +80,22 @@ class FullySharded(SingleDevice):
         rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         compute = rest if dtype == torch.float32 else dataclasses.replace(rest, param_dtype=dtype)
         offload = CPUOffloadPolicy() if self.options.cpu_offload else OffloadPolicy()
-        keeps_gathered = self.options.shard == "grad"
+        # The backward pass begins with the LM head and the last block.
+        self.kept_gathered.update([policy, *(blocks if self.options.shard == "grad" else blocks[-1:])])
         for block in blocks:
-            fully_shard(
-                block,
-                mesh=self.mesh,
-                mp_policy=compute,
-                offload_policy=offload,
-                reshard_after_forward=not keeps_gathered,
-            )
-        fully_shard(policy, mesh=self.mesh, mp_policy=rest, offload_policy=offload)
+            reshard = block not in self.kept_gathered
+            fully_shard(block, mesh=self.mesh, mp_policy=compute, offload_policy=offload, reshard_after_forward=reshard)
+        fully_shard(policy, mesh=self.mesh, mp_policy=rest, offload_policy=offload, reshard_after_forward=False)
         register_fsdp_forward_method(policy, "target_hidden_states")  # gathers embeddings and head, as forward does
         for module in _sharded_modules(policy):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         policy.max_over_ranks = self.max
         return policy
+
+    def prefetch_blocks(self, blocks: nn.ModuleList) -> None:
+        for block, following in itertools.pairwise(blocks):
+            block.set_modules_to_forward_prefetch([following])
 
     def load_shards(self, policy: nn.Module, read: Read) -> None:
         buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
@@ -109,7 +111,6 @@ class FullySharded(SingleDevice):
     @contextlib.contextmanager
     def unsharded(self, policy: nn.Module) -> Iterator[None]:
         # Each module is gathered once, and kept: a model that generates runs its blocks for every token.
-        keeps_gathered = self.options.shard == "grad"
         for module in _sharded_modules(policy):
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -117,8 +118,7 @@ class FullySharded(SingleDevice):
             yield
         finally:
             for module in _sharded_modules(policy):
-                if module is not policy:
-                    module.set_reshard_after_forward(not keeps_gathered, recurse=False)
+                module.set_reshard_after_forward(module not in self.kept_gathered, recurse=False)
             self.reshard(policy)
 
     def reshard(self, policy: nn.Module) -> None:
@@ -203,11 +203,15 @@ class FullySharded(SingleDevice):
             policy.set_requires_gradient_sync(last)
         elif self.options.shard == "hybrid":
             policy.set_requires_all_reduce(last)
+        # The backward pass ends where the next forward pass begins, so keeping these gathered takes no more memory.
+        modules = _sharded_modules(policy)
+        for module in modules if self.options.shard == "grad" else modules[:2]:
+            module.set_reshard_after_backward(last, recurse=False)
         return contextlib.nullcontext()
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         grads = [local_shard(p.grad)[0] for p in parameters if p.grad is not None]
-        squares = sum(norm.double() ** 2 for norm in torch._foreach_norm(grads))  # []
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()  # []
         return (self.sum(squares) / self.replicas).sqrt().float()  # []
 
     def set_status(self, status: str) -> None:

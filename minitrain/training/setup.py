@@ -159,6 +159,7 @@ def prepare_policy(
     if is_float32 and precision.dtype != torch.float32:
         check_autocast(policy, precision.autocast())
     parallel.reshard(policy)  # a gathered parameter is not the one that the optimizer updates
+    parallel.prefetch_blocks(blocks)  # the checks above have skipped some
     return policy.train(dropout)
 
 

@@ -2,11 +2,12 @@
 
     driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
                             "began": file, "ended": file, "stop": [rank, step], "in_python": true,
-                            "answers": file, "plugin": file}, ...]
+                            "answers": file, "collectives": file, "plugin": file}, ...]
 
 Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
 get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
-`answers` gets responses, and how often parameters were gathered for them. At `stop` a hook of that rank wants training
+`answers` gets responses, and how often parameters were gathered for them; `collectives` those of each step, by kind.
+At `stop` a hook of that rank wants training
 to end. With `in_python`, `Trainer` gets the model and the rows as objects.
 """
 
@@ -14,6 +15,8 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -71,23 +74,34 @@ def note_step(trainer: Trainer, job: dict) -> None:
             opened.write(json.dumps([trainer.step, trainer.indices, loss, weights]) + "\n")
 
 
-class Gathers(TorchDispatchMode):
-    """Counts how often FSDP gathers parameters."""
+class Collectives(TorchDispatchMode):
+    """Counts collectives by kind. FSDP gathers parameters by `_allgather_base_`."""
 
-    n = 0
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += "_allgather_base_" in str(func)
+        if func.namespace == "c10d":
+            self.counts[func._opname] += 1
         return func(*args, **(kwargs or {}))
+
+
+def write_collectives(trainer: Trainer, collectives: Collectives, file: str) -> None:
+    """Those since the last step, one line a step."""
+    if trainer.parallel.rank == 0:
+        with open(file, "a") as opened:
+            opened.write(json.dumps(collectives.counts) + "\n")
+    collectives.counts.clear()
 
 
 def write_answers(trainer: Trainer, file: str) -> None:
     prompts = ["a", "what is 1 + 1?", "b c", "a longer prompt than the others", "d"]
     answers = []
     for sampling in (Sampling(4), Sampling(24), Sampling(12, temperature=1.0, seed=5)):
-        with Gathers() as gathers:
+        with Collectives() as collectives:
             texts = trainer.generate(prompts, sampling)
-        answers.append({"texts": texts, "gathers": trainer.parallel.gather(gathers.n)})
+        answers.append({"texts": texts, "gathers": trainer.parallel.gather(collectives.counts["_allgather_base_"])})
     if trainer.parallel.rank == 0:
         Path(file).write_text(json.dumps(answers))
 
@@ -131,7 +145,10 @@ def run(job: dict) -> int:
             module.p = job.get("dropout", 0.0)
     if "gradients" in job:
         write_gradients(trainer, job["gradients"])
-    trainer.train()
+    with Collectives() if "collectives" in job else nullcontext() as collectives:
+        if collectives:
+            trainer.hooks["on_step_end"].append(lambda t: write_collectives(t, collectives, job["collectives"]))
+        trainer.train()
     if "answers" in job:
         write_answers(trainer, job["answers"])
     if "ended" in job:
