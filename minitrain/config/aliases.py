@@ -15,6 +15,7 @@ MUTUALLY_EXCLUSIVE = (
     ("warmup_steps", "warmup_ratio"),
     ("eval_datasets", "validation_split"),
     ("packing", "group_by_length"),
+    ("max_tokens_per_micro_batch", "gradient_accumulation_steps"),
 )
 
 # Values of `datasets.type` in the chat SFT/DPO trainer: the origin of a data set, which minitrain reads from its path.

@@ -151,6 +151,13 @@ class Config:
     gradient_accumulation_steps: int = option(
         1, "Micro-batches per optimizer step on each device.", ge=1, affects_results=False
     )
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        "Tokens of a micro-batch on each device, padding included. A step has as many micro-batches as this needs, "
+        "instead of gradient_accumulation_steps; the results are the same (default: no limit).",
+        ge=1,
+        affects_results=False,
+    )
     n_epochs: float = option(1.0, "Passes over the training data.", gt=0, le=1e6, affects_results=False)
     n_steps: int | None = option(None, "Optimizer steps (default: by n_epochs).", ge=1, affects_results=False)
     optimizer: str = option("AdamW", "Name of an optimizer class of torch.optim.")

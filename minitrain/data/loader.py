@@ -21,7 +21,17 @@ from .cache import TokenCache, load_cache
 from .counts import BAD_ROWS, OF_ROWS, describe_counts, describe_fields, describe_unread, of_rows
 from .mismatched import add_mismatched_responses
 from .prefetch import T, prefetch
-from .sampler import BatchRows, epoch_order, epoch_size, group_by_length, pack, plan_step
+from .sampler import (
+    BatchRows,
+    Sizes,
+    epoch_order,
+    epoch_size,
+    group_by_length,
+    pack,
+    plan_step,
+    plan_within,
+    split_within,
+)
 from .source import row_name
 from .template import Template
 
@@ -275,6 +285,25 @@ class MicrobatchLoader:
             return self.examples.lengths
         return self.examples.per_example(lambda cache: np.diff(cache.offsets), np.add)
 
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """The sizes of all examples as a batch has them."""
+        documents = self.examples.per_example(lambda cache: np.ones(len(cache.offsets) - 1, np.int64), np.add)
+        longest = self.examples.per_example(lambda cache: np.diff(cache.offsets), np.maximum)
+        return Sizes(self.lengths, documents, longest)
+
+    def describe_too_long(self) -> str | None:
+        """Return a message if examples exceed `max_tokens_per_micro_batch`, or None."""
+        budget = self.config.max_tokens_per_micro_batch
+        padded = self.sizes.n_documents * self.sizes.longest
+        lengths = self.lengths if self.config.packing else padded
+        if budget is None or lengths.max() <= budget:
+            return None
+        return (
+            f"max_tokens_per_micro_batch={budget}: {(lengths > budget).sum():,} of {len(lengths):,} examples have more "
+            f"tokens, up to {lengths.max():,}. Each of them is a micro-batch of its own."
+        )
+
     def micro_batches(self, indices: np.ndarray) -> list[Batch]:
         """Return this rank's micro-batches of one step. All ranks have the same number of them."""
         return [self.batch(rows) for rows in self.layout(indices)]
@@ -285,9 +314,12 @@ class MicrobatchLoader:
 
     def plan(self, indices: np.ndarray) -> list[list[BatchRows]]:
         """Return the examples of one step by [rank][micro-batch][row]."""
-        n_micro = self.config.gradient_accumulation_steps
-        lengths, packing = self.lengths[indices], self.config.packing
-        plan = plan_step(lengths, self.world_size, n_micro, packing, self.row_capacity)
+        config, budget = self.config, self.config.max_tokens_per_micro_batch
+        if budget is None:
+            n_micro = config.gradient_accumulation_steps
+            plan = plan_step(self.lengths[indices], self.world_size, n_micro, config.packing, self.row_capacity)
+        else:
+            plan = plan_within(self.sizes.at(indices), self.world_size, budget, config.packing, self.row_capacity)
         return [[[[int(indices[i]) for i in row] for row in rows] for rows in micro_batches] for micro_batches in plan]
 
     def epoch_plan(self) -> Iterator[list[list[BatchRows]]]:
@@ -310,13 +342,19 @@ class MicrobatchLoader:
 
     def eval_layout(self) -> Iterator[BatchRows]:
         """Yield the examples of each of this rank's evaluation batches by row."""
-        lengths = self.lengths
-        n = math.ceil(len(lengths) / (self.config.eval_batch_size * self.world_size))
-        by_length = np.argsort(-lengths, kind="stable")
-        for part in np.array_split(by_length, n):
+        config, lengths = self.config, self.lengths
+        order, budget = np.argsort(-lengths, kind="stable"), config.max_tokens_per_micro_batch
+        if budget is None:
+            parts = np.array_split(order, math.ceil(len(lengths) / (config.eval_batch_size * self.world_size)))
+        else:
+            is_packed = config.packing and self.row_capacity is None
+            sizes = self.sizes.at(order)
+            slices = split_within(sizes, self.world_size, budget, is_packed, config.eval_batch_size)
+            parts = [order[part] for part in slices]
+        for part in parts:
             mine = part[self.rank :: self.world_size]
             rows = [[int(i)] for i in mine]
-            if self.config.packing and len(mine):
+            if config.packing and len(mine):
                 rows = [[int(mine[i]) for i in row] for row in pack(lengths[mine], self.row_capacity)]
             yield rows
 

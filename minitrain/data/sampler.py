@@ -8,6 +8,7 @@ import heapq
 import itertools
 import math
 from bisect import bisect_left, insort
+from typing import NamedTuple
 
 import numpy as np
 
@@ -76,6 +77,83 @@ def plan_step(
     cuts = [round(i * len(rows) / n_micro) for i in range(n_micro + 1)]
     parts = [rows[a:b] for a, b in itertools.pairwise(cuts)]
     return [[part[rank::world_size] for part in parts] for rank in range(world_size)]
+
+
+def plan_within(
+    sizes: "Sizes", world_size: int, max_tokens: int, packing: bool, row_capacity: int | None = None
+) -> list[list[BatchRows]]:
+    """Return what `plan_step` does, with as few micro-batches as needed for `max_tokens` in each of them.
+
+    All ranks get the same number of micro-batches. An example with more tokens has a micro-batch of its own.
+
+    Args:
+        sizes: The sizes of the examples.
+        max_tokens: Tokens of a micro-batch on a rank, at most, padding included.
+    """
+    lengths = sizes.lengths
+    if packing and row_capacity is None:
+        bins = best_fit(lengths, max_tokens)
+        n_bins = world_size * math.ceil(len(bins) / world_size)
+        even = balance_by_tokens(lengths, n_bins)
+        if all(len(each) == 1 or lengths[each].sum() <= max_tokens for each in even):
+            bins = even
+        bins = sorted(bins, key=lambda each: -lengths[each].sum()) + [[]] * (n_bins - len(bins))
+        starts = range(0, n_bins, world_size)
+        return [[[row] if (row := bins[start + rank]) else [] for start in starts] for rank in range(world_size)]
+    rows = [[i] for i in range(len(lengths))]
+    if packing:
+        rows = best_fit(lengths, min(row_capacity, max_tokens))
+        packed = np.array([lengths[row].sum() for row in rows])
+        sizes = Sizes(packed, np.ones_like(packed), packed)
+    order = np.argsort(-sizes.longest, kind="stable")
+    parts = [
+        [rows[i] for i in order[part]]
+        for part in split_within(sizes.at(order), world_size, max_tokens, is_packed=False)
+    ]
+    return [[part[rank::world_size] for part in parts] for rank in range(world_size)]
+
+
+class Sizes(NamedTuple):
+    """Sizes of examples.
+
+    Attributes:
+        lengths: Tokens of each example, shape [n].
+        n_documents: Documents of each example, shape [n].
+        longest: Tokens of the longest document of each example, shape [n].
+    """
+
+    lengths: np.ndarray
+    n_documents: np.ndarray
+    longest: np.ndarray
+
+    def at(self, indices: np.ndarray) -> "Sizes":
+        return Sizes(*(numbers[indices] for numbers in self))
+
+
+def split_within(
+    sizes: Sizes, world_size: int, max_tokens: int, is_packed: bool, max_examples: int | None = None
+) -> list[slice]:
+    """Split examples, the longest first, into parts that are dealt to the ranks in turn.
+
+    Args:
+        sizes: The sizes of the examples.
+        max_tokens: Tokens of a rank in each part, at most: the sum of the lengths if it is packed, else with padding.
+        max_examples: Examples of a rank in each part, at most.
+    """
+    parts, start = [], 0
+    n_rows = n_tokens = width = 0
+    for i in range(0, len(sizes.lengths), world_size):
+        group = slice(i, i + world_size)
+        n_rows += sizes.n_documents[group].max()
+        n_tokens += sizes.lengths[group].max()
+        width = max(width, sizes.longest[group].max())
+        is_full = max_examples is not None and i - start == max_examples * world_size
+        if i > start and (is_full or (n_tokens if is_packed else n_rows * width) > max_tokens):
+            parts.append(slice(start, i))
+            start = i
+            n_rows, n_tokens = sizes.n_documents[group].max(), sizes.lengths[group].max()
+            width = sizes.longest[group].max()
+    return [*parts, slice(start, len(sizes.lengths))]
 
 
 def pack(lengths: np.ndarray, row_capacity: int | None) -> BatchRows:

@@ -92,6 +92,8 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
     rest = config, template.tokenizer, policy, parallel.rank, parallel.world_size, parallel.device.type == "cuda"
     train_loader = make_loader(data.train, *rest)
     eval_loader = make_loader(data.eval, *rest) if data.eval else None
+    if not loss.online and (too_long := train_loader.describe_too_long()):
+        data.warnings.append(too_long)
     warmup = warmup_steps(config, train_loader.total_steps)
     set_end_tokens(policy.model, template.end_ids())
     check_saving(policy.model, template.tokenizer)

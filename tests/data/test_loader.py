@@ -209,3 +209,39 @@ def test_the_digest_of_a_step(jsonl, config, template):
         == digest([0, 1], rows=({"prompt": "a", "response": "b"}, {"messages": turns}, {"text": "c"}))
     )
     assert len({digest([0, 1]), digest([1, 0]), digest([0]), digest([0, 1], "last_turn")}) == 4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_of_a_budget_of_tokens(entry, config, template, world_size, packing):
+    """In training and evaluation: the same examples, and no batch has more tokens unless it has one example."""
+    config.datasets, config.total_batch_size = [entry(50, "a")], 12
+    config.packing, config.eval_batch_size = packing, 5
+    train = load_data(config, template).train
+    plain = MicrobatchLoader(train, config, PAD, 0, 1)
+    wanted = [indices for indices, _ in itertools.islice(plain.steps(), 4)]
+    config.max_tokens_per_micro_batch = 120
+    loaders = [MicrobatchLoader(train, config, PAD, rank, world_size) for rank in range(world_size)]
+    batches = []
+    for step, shares in enumerate(itertools.islice(zip(*(loader.steps() for loader in loaders)), 4)):
+        assert all(indices == wanted[step] for indices, _ in shares)
+        assert len({len(mine) for _, mine in shares}) == 1
+        of_step = [batch for _, mine in shares for batch in mine]
+        assert answers(of_step, template).total() == 12
+        batches += of_step
+    evaluated = [list(loader.eval_batches()) for loader in loaders]
+    assert len(set(map(len, evaluated))) == 1
+    batches += [batch for mine in evaluated for batch in mine]
+    assert answers((batch for mine in evaluated for batch in mine), template) == expected("a", 50)
+    assert all(batch.input_ids.numel() <= 120 or batch.n_docs <= 1 for batch in batches)
+    assert max(batch.n_docs for mine in evaluated for batch in mine) <= 5
+    assert max(batch.input_ids.numel() for batch in batches) > 60
+
+
+@pytest.mark.parametrize(("budget", "warned"), [(10_000, False), (50, True)])
+def test_examples_above_the_budget_are_counted(entry, config, template, budget, warned, wording):
+    config.datasets, config.max_tokens_per_micro_batch = [entry(50, "a")], budget
+    message = MicrobatchLoader(load_data(config, template).train, config, PAD).describe_too_long()
+    assert (message is not None) == warned
+    if warned:
+        wording(message)

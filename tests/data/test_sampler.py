@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minitrain.data.sampler import best_fit, epoch_order, epoch_size, group_by_length, plan_step
+from minitrain.data.sampler import Sizes, best_fit, epoch_order, epoch_size, group_by_length, plan_step, plan_within
 
 
 def lengths_of(n: int, seed: int = 0) -> np.ndarray:
@@ -116,3 +116,39 @@ def test_ranks_are_even(packing):
     plan = plan_step(lengths, 2, 2, packing)
     work = [sum(len(rows) * max(lengths[row].sum() for row in rows) for rows in share) for share in plan]
     assert max(work) < 1.05 * min(work)
+
+
+@pytest.mark.parametrize("kind", ["packed", "packed rows", "padded", "pairs"])
+@pytest.mark.parametrize(("world_size", "max_tokens"), [(1, 400), (1, 100), (3, 400), (4, 10_000)])
+def test_a_budget_of_tokens(kind, world_size, max_tokens):
+    """Each micro-batch fits, or is one example; ranks have the same number; nothing is lost; few are needed."""
+    for seed in range(5):
+        n, rng = 60, np.random.default_rng(seed)
+        first = lengths_of(n, seed)
+        second = rng.integers(2, 200, n) if kind == "pairs" else np.zeros(n, np.int64)
+        sizes = Sizes(first + second, 1 + (second > 0), np.maximum(first, second))
+        capacity = 250 if kind == "packed rows" else None
+        plan = plan_within(sizes, world_size, max_tokens, kind.startswith("packed"), capacity)
+        assert sorted(i for rank in plan for micro in rank for row in micro for i in row) == list(range(n))
+        assert len({len(rank) for rank in plan}) == 1
+        for micro in (micro for rank in plan for micro in rank if micro):
+            examples = [i for row in micro for i in row]
+            if kind in ("padded", "pairs"):
+                size = sizes.n_documents[examples].sum() * sizes.longest[examples].max()
+            else:
+                size = len(micro) * max(sizes.lengths[row].sum() for row in micro)
+            assert size <= max_tokens or len(examples) == 1
+        least = sizes.lengths.sum() / world_size / max_tokens
+        if kind == "packed" and max_tokens == 400:
+            assert len(plan[0]) <= 1.1 * least + 1
+        if max_tokens == 10_000:
+            assert len(plan[0]) == 1 if kind != "pairs" else len(plan[0]) <= 2
+
+
+def test_rows_of_a_step_within_a_budget_are_even():
+    """The ranks have about the same number of tokens."""
+    sizes = Sizes(*[lengths_of(64)] * 3)
+    plan = plan_within(sizes, 2, 1000, packing=True)
+    for one, other in zip(*plan, strict=True):
+        tokens = [sum(sizes.lengths[i] for row in micro for i in row) for micro in (one, other)]
+        assert abs(tokens[0] - tokens[1]) < 100

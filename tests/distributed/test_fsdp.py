@@ -37,6 +37,7 @@ SETTINGS = {
     "plain": (),
     "frozen": ("freeze_layers=[0, embeddings]",),
     "packed": ("packing=true", "gradient_accumulation_steps=2"),
+    "budget": ("max_tokens_per_micro_batch=90",),
     "uneven": ("total_batch_size=6", "n_steps=8", "gradient_accumulation_steps=3"),  # an epoch of 40 ends within
     "lora": ("lora.rank=4", "lora.dropout=0", "lora.modules_to_save=[norm]", "lora.loraplus_lr_ratio=4"),
     "pissa": ("lora.rank=4", "lora.init=pissa", "lora.use_dora=true", "activation_checkpointing=true"),

@@ -51,7 +51,15 @@ def trains_as_plainly(trainer, n_steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [(), ("gradient_accumulation_steps=4",), ("packing=true",), ("group_by_length=true",)]
+    "layout",
+    [
+        (),
+        ("gradient_accumulation_steps=4",),
+        ("packing=true",),
+        ("group_by_length=true",),
+        ("max_tokens_per_micro_batch=90",),
+        ("max_tokens_per_micro_batch=90", "packing=true"),
+    ],
 )
 def test_ten_steps_equal_a_plain_loop(make_trainer, layout):
     """Losses and weights after 10 steps of AdamW with decay, clipping and a schedule, whatever the layout."""

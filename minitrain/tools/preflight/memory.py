@@ -187,7 +187,8 @@ def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode,
                 batch.token_features[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:
             models = build_aux_models(loss, config, policy, tokenizer, parallel, precision, loaders, load)
-    several = 2 if config.gradient_accumulation_steps > 1 else 1  # the second one adds to gradients
+    # The second micro-batch adds to gradients.
+    several = 2 if config.gradient_accumulation_steps > 1 or config.max_tokens_per_micro_batch else 1
     return StepInputs(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:])
 
 
