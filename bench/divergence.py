@@ -64,7 +64,7 @@ def chunked(kind: str, theirs: torch.Tensor, matrix: torch.Tensor):
 
     def loss_of(hidden, weight, theirs, matrix, targets) -> torch.Tensor:
         asked = Distillation(source, forward_kl, TEMPERATURE, top_k, weights)
-        logps, divergence = divergences(hidden, targets, LMHead(weight), asked)
+        logps, divergence, _ = divergences(hidden, targets, LMHead(weight), asked)
         return (weights[0] * divergence - weights[1] * logps).mean()
 
     return loss_of

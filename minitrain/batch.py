@@ -169,6 +169,8 @@ class PolicyOutput:
         values: Output of a value head before each target, float32, shape [N].
         scores: Output of a scalar head with L labels at the last token of each document, float32, shape [D, L].
         divergence: Divergence from the distribution of a teacher if requested, float32, shape [N].
+        loss_sum: The loss that `detached_weight_fn` or the weights of `Distillation` describe, summed over the targets,
+            float32, shape []. None if the LM head has not computed its gradient in the forward pass.
     """
 
     logps: Tensor | None  # [N]
@@ -179,6 +181,7 @@ class PolicyOutput:
     values: Tensor | None = None  # [N]
     scores: Tensor | None = None  # [D, L]
     divergence: Tensor | None = None  # [N]
+    loss_sum: Tensor | None = None  # []
 
     def per_document(self, values: Tensor) -> Tensor:
         """Return the sums of `values` [N] over each document, shape [D]."""

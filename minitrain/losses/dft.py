@@ -30,8 +30,8 @@ class DFT(TokenLoss):
         return logps.detach().exp() * alpha + (1 - alpha)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
-        logps = models.policy(batch, detached_weight_fn=self.detached(self.token_weights, batch)).logps
-        return self.output(-self.token_weights(logps) * logps, batch, logps)
+        scores = models.policy(batch, detached_weight_fn=self.detached(self.token_weights, batch))
+        return self.output(-self.token_weights(scores.logps) * scores.logps, batch, scores.logps, scores.loss_sum)
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         return super().finalize_metrics(means) | {"dft_alpha": self.options.dft_alpha}

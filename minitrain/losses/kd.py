@@ -128,7 +128,7 @@ class KD(TokenLoss):
         teacher = self._stored_outputs(batch) if models.teacher is None else models.teacher.target_hidden_states(batch)
         scores = models.policy(batch, distillation=Distillation(teacher, formula, o.temperature, o.top_k, weights))
         losses = weights[0] * scores.divergence - weights[1] * scores.logps  # [N]
-        output = self.output(losses, batch, scores.logps)
+        output = self.output(losses, batch, scores.logps, scores.loss_sum)
         output.metrics["kl"] = (weighted_sum(scores.divergence.detach(), batch), output.num_items)
         return output
 

@@ -23,12 +23,17 @@ class TokenLoss(Loss):
             return weights.sum()
         return scalar(batch.n_targets, batch)
 
-    def output(self, losses: Tensor, batch: Batch, logps: Tensor) -> LossOutput:
-        """Return the output for the losses of the targets, shape [N], with the metrics that every token loss logs."""
+    def output(self, losses: Tensor, batch: Batch, logps: Tensor, loss_sum: Tensor | None = None) -> LossOutput:
+        """Return the output for the losses of the targets, shape [N], with the metrics that every token loss logs.
+
+        Args:
+            loss_sum: Their sum without weights of the targets, if the policy has returned it, shape [].
+        """
         n, logps = self.num_items(batch), logps.detach()
         values = {"nll": -logps, "avg_p_correct": logps.exp()}
         metrics = {name: (weighted_sum(each, batch), n) for name, each in values.items()}
-        return LossOutput(weighted_sum(losses, batch), n, metrics)
+        is_summed = loss_sum is not None and batch.target_weights is None
+        return LossOutput(loss_sum if is_summed else weighted_sum(losses, batch), n, metrics)
 
     @staticmethod
     def detached(weight_fn: Callable[[Tensor], Tensor], batch: Batch) -> Callable[[Tensor], Tensor] | None:
@@ -64,7 +69,7 @@ class SFT(TokenLoss):
         smoothing, gamma = self.options.label_smoothing, self.options.focal_gamma
         if smoothing == 0 and gamma == 0:
             scores = models.policy(batch, detached_weight_fn=self.detached(torch.ones_like, batch))
-            return self.output(-scores.logps, batch, scores.logps)
+            return self.output(-scores.logps, batch, scores.logps, scores.loss_sum)
         scores = models.policy(batch, mean_logps=smoothing > 0)
         losses = -scores.logps  # [N]
         if gamma > 0:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minitrain.batch import to_device
+
 NAME = "sdpa_documents"
 MIN_LENGTH_RATIO = 0.85  # of the shortest to the longest document in a group, unless there is
 MAX_PADDING = 1 / 64  # of all tokens, at most this much padding in the group
@@ -123,11 +125,11 @@ def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tupl
         is_own = (torch.arange(int(lengths[0])) < lengths) & (steps >= shared)  # [G, t]
         valid = is_own.view(-1).nonzero()[:, 0]  # [tokens]
         order.append(positions.view(-1)[valid])
-        groups.append(Group(positions.to(device), lengths[:, 0].to(device), valid.to(device)))
+        groups.append(Group(*(to_device(each, device) for each in (positions, lengths[:, 0], valid))))
     order = torch.cat(order)
     inverse = torch.full((rows * columns,), len(order))  # [R * T]
     inverse[order] = torch.arange(len(order))
-    return groups, inverse.to(device)
+    return groups, to_device(inverse, device)
 
 
 def _lengths(spans: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The divergence of a policy's distribution from a teacher's, without a [tokens, vocabulary] tensor of either.
 
 Both LM heads run on a chunk of tokens at a time. The gradient of ``a divergence - b log p`` is computed in the same
-pass from the same logits (4 matrix products, like the unchunked path). The backward pass checks that the loss has this
-form, and scales. For any other loss it makes a second pass.
+pass from the same logits (4 matrix products, like the unchunked path), and the backward pass scales it. For any other
+loss it makes a second pass.
 
 Two models with one tokenizer can pad their vocabularies to different sizes. The distributions are compared over the
 tokens that both models have, and each is normalized over these.
@@ -15,19 +15,20 @@ from torch import Tensor
 
 from minitrain.batch import Distillation, TopKLogprobs
 
+from .head_gradient import add_at, compiled, shape_logits, split_gradient, through_softcap
 from .logprobs import (
     Gradients,
     LMHead,
-    backward_through_softcap,
     compute_dtype,
     default_chunk,
+    dlogits_dtype,
     logits_dtype,
     logits_of,
-    match_up_to_scale,
     matmul_dtype_of,
     matrix_of,
     native_dtype,
     needs_loss_scale,
+    product,
     products_in,
 )
 
@@ -35,11 +36,16 @@ BUFFERS = 2  # logits of policy and teacher, which share `CHUNK_BYTES`
 
 
 def divergences(
-    hidden: Tensor, targets: Tensor, layer: LMHead, distillation: Distillation, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    targets: Tensor,
+    layer: LMHead,
+    distillation: Distillation,
+    chunk: int | None = None,
+    compile: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the log-probability of each target at temperature 1, and the divergence from the teacher.
 
-    Both are differentiable with respect to hidden, weight, bias and rows, but not the teacher. N can be 0: the results
+    All are differentiable with respect to hidden, weight, bias and rows, but not the teacher. N can be 0: the results
     are then empty, and their sums are zeros attached to the graph.
 
     Args:
@@ -47,17 +53,20 @@ def divergences(
         targets: Token ids, int64, shape [N].
         layer: The LM head of the policy.
         distillation: The teacher at the same tokens, the formula and the temperature.
-        chunk: Number of tokens per chunk; by default what fits into `logprobs.CHUNK_BYTES`.
+        chunk: Number of tokens per chunk; by default what fits into `logprobs.chunk_bytes`.
+        compile: Compile what is computed between the matrix products, unless tokens are selected with `top_k`.
 
     Returns:
-        Two float32 tensors of shape [N].
+        Two float32 tensors of shape [N], and the sum of their losses with `distillation.weights`, shape []. It is None
+        if its gradient is not computed in the forward pass.
     """
     chunk = chunk or default_chunk(hidden, layer, BUFFERS)
     dtype = matmul_dtype_of(hidden)
     with_gradient = torch.is_grad_enabled() and not needs_loss_scale(dtype)
-    settings = _Settings(layer, distillation, chunk, dtype, with_gradient)
+    settings = _Settings(layer, distillation, chunk, dtype, with_gradient, compile)
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
-        return _Divergences.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
+        outputs = _Divergences.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
+    return *outputs[:2], outputs[2] if with_gradient else None
 
 
 @torch.no_grad()
@@ -96,6 +105,7 @@ class _Settings(NamedTuple):
     chunk: int
     matmul_dtype: torch.dtype
     with_gradient: bool
+    compile: bool
 
 
 class _Divergences(torch.autograd.Function):
@@ -103,24 +113,29 @@ class _Divergences(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
         weights = None
         if settings.with_gradient:
-            dtype = compute_dtype(hidden)
-            weights = [hidden.new_full(targets.shape, number, dtype=dtype) for number in _weights(settings)]
+            weights = _weight_tensors(settings, hidden, targets)
         inputs = hidden, weight, bias, trained_rows, targets
         logps, divergence, ctx.grads = _run_chunks(*inputs, settings, weights, ctx.needs_input_grad)
         ctx.settings = settings
         ctx.save_for_backward(*inputs)
-        return logps, divergence
+        ctx.set_materialize_grads(False)
+        of_logps, of_divergence = _weights(settings)
+        return logps, divergence, of_logps * logps.sum() + of_divergence * divergence.sum()
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_divergence):
-        expected = [torch.full_like(grad_logps, number) for number in _weights(ctx.settings)]
-        factor = match_up_to_scale(torch.cat([grad_logps, grad_divergence]), torch.cat(expected))
-        grads, ctx.grads = ctx.grads, None
+    def backward(ctx, grad_logps, grad_divergence, grad_loss):
+        settings, grads, ctx.grads = ctx.settings, ctx.grads, None
+        hidden, *_, targets = ctx.saved_tensors
+        expected = torch.cat(_weight_tensors(settings, hidden, targets))  # [2 N]
+        given = None
+        if grad_loss is None or grad_logps is not None or grad_divergence is not None:
+            zeros = torch.zeros_like(expected[: len(targets)])
+            given = torch.cat([zeros if each is None else each for each in (grad_logps, grad_divergence)])  # [2 N]
+        factor, total = split_gradient(grad_loss, given, expected)
         if grads is None or factor is None:
-            factor = None
-            weights = grad_logps, grad_divergence
-            with products_in(ctx.settings.matmul_dtype):
-                *_, grads = _run_chunks(*ctx.saved_tensors, ctx.settings, weights, ctx.needs_input_grad)
+            factor, weights = None, (total[: len(targets)], total[len(targets) :])
+            with products_in(settings.matmul_dtype):
+                *_, grads = _run_chunks(*ctx.saved_tensors, settings, weights, ctx.needs_input_grad)
         return *grads.scaled(factor), None, None
 
 
@@ -128,6 +143,11 @@ def _weights(settings: _Settings) -> tuple[float, float]:
     """Return the expected weights of log p and of the divergence in the loss."""
     of_divergence, of_nll = settings.distillation.weights
     return -of_nll, of_divergence
+
+
+def _weight_tensors(settings: _Settings, hidden: Tensor, targets: Tensor) -> list[Tensor]:
+    """Return the expected weights of each target, shape [N] each."""
+    return [hidden.new_full(targets.shape, weight, dtype=compute_dtype(hidden)) for weight in _weights(settings)]
 
 
 def _run_chunks(
@@ -167,37 +187,74 @@ def _run_chunks(
         grads = Gradients(hidden, weight, bias, trained_rows, row_ids, needed)
         matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
     buffer = hidden.new_empty((min(n, settings.chunk), weight.shape[0]), dtype=dtype)  # [chunk, V]
+    is_compiled = settings.compile and isinstance(teacher, _TeacherHead) and distillation.top_k is None
+    compare = compiled(_compare_chunk) if is_compiled else _compare_chunk
+    form = settings.layer.scale, settings.layer.softcap
     for start in range(0, n, settings.chunk):
         rows = slice(start, start + settings.chunk)
         states, target_ids = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
-        chunk_buffer = buffer[: len(states)]
-        logits, slope = logits_of(states, logit_matrix, bias, settings.layer, grads is not None, chunk_buffer)  # [n, V]
-        lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
-        logps[rows] = (logits.gather(1, target_ids) - lse)[:, 0]
-        tempered = logits[:, :n_tokens] / distillation.temperature  # [n, n_tokens]
-        divergence[rows], gradient = _compare(tempered, rows, teacher, distillation)  # [n], [n, n_tokens]
+        products = product(states.to(logit_matrix.dtype), logit_matrix.T, buffer[: len(states)])  # [n, V]
+        theirs = _teacher_values(rows, teacher, distillation, n_tokens, dtype)
+        of_chunk = None if weights is None else [w[rows, None] for w in weights]  # [n, 1] each
+        rest = theirs, distillation, n_tokens, of_chunk, dlogits_dtype(settings, bias)
+        logps[rows], divergence[rows], dlogits = compare(products, bias, target_ids, *form, *rest)
         if grads is not None:
-            of_logp, of_divergence = (w[rows, None] for w in weights)  # [n, 1]
-            dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # gradient of w log p: w (1 at the target - p)
-            dlogits.scatter_add_(1, target_ids, of_logp)
-            dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / distillation.temperature)
-            grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), states, matrix)
+            grads.add(rows, dlogits, states, matrix)
     return logps, divergence, grads
 
 
-def _compare(
-    logits: Tensor, rows: slice, teacher: _TeacherHead | TopKLogprobs, distillation: Distillation
-) -> tuple[Tensor, Tensor]:
+def _teacher_values(
+    rows: slice, teacher: _TeacherHead | TopKLogprobs, distillation: Distillation, n_tokens: int, dtype: torch.dtype
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the teacher's logits [n, n_tokens], or the ids [n, k] and logps [n, k + 1] of its k likeliest tokens."""
+    if isinstance(teacher, TopKLogprobs):
+        return teacher.ids[rows].long(), teacher.logps[rows].to(dtype)
+    logits = teacher.logits(rows)[:, :n_tokens].div_(distillation.temperature)
+    return logits if distillation.top_k is None else _top_k(logits, min(distillation.top_k, n_tokens))
+
+
+def _compare_chunk(
+    products: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    scale: float,
+    softcap: float | None,
+    theirs: Tensor | tuple[Tensor, Tensor],
+    distillation: Distillation,
+    n_tokens: int,
+    weights: list[Tensor] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return log p of the ids [n], the divergence [n], and the gradient of their weighted sum in `dtype` [n, V].
+
+    Args:
+        products: Those of the policy's LM head, shape [n, V]; they are overwritten.
+        theirs: What `_teacher_values` returns; it is overwritten.
+        weights: Weights of log p and of the divergence, shape [n, 1] each; None computes no gradient.
+    """
+    temperature = distillation.temperature
+    logits, slope = shape_logits(products, bias, scale, softcap, weights is not None)  # [n, V]
+    lse = logits.logsumexp(1, keepdim=True)  # [n, 1]
+    logps = (logits.gather(1, ids) - lse)[:, 0]  # [n]
+    tempered = logits[:, :n_tokens] / temperature  # [n, n_tokens]
+    if isinstance(theirs, tuple):
+        divergence, gradient = _compare_top_k(tempered, *theirs, distillation.formula)  # [n], [n, n_tokens]
+    else:
+        divergence, gradient = _compare(tempered, theirs, distillation.formula)
+    if weights is None:
+        return logps, divergence, None
+    of_logp, of_divergence = weights  # [n, 1]
+    dlogits = logits.sub_(lse).exp_().mul_(-of_logp)  # gradient of w log p: w (1 at the target - p)
+    dlogits = add_at(dlogits, ids, of_logp)
+    dlogits[:, :n_tokens].addcmul_(gradient, of_divergence / temperature)
+    return logps, divergence, through_softcap(dlogits, slope, scale).to(dtype)
+
+
+def _compare(logits: Tensor, theirs: Tensor, formula) -> tuple[Tensor, Tensor]:
     """Return the divergence of a chunk [n], and its gradient [n, V] with respect to `logits`.
 
-    `logits` are the student's, divided by the temperature; they are overwritten.
+    Both logits [n, V] are divided by the temperature; they are overwritten.
     """
-    formula, n_tokens = distillation.formula, logits.shape[1]
-    if isinstance(teacher, TopKLogprobs):
-        return _compare_top_k(logits, teacher.ids[rows].long(), teacher.logps[rows].to(logits.dtype), formula)
-    theirs = teacher.logits(rows)[:, :n_tokens].div_(distillation.temperature)  # [n, V]
-    if distillation.top_k is not None:
-        return _compare_top_k(logits, *_top_k(theirs, min(distillation.top_k, n_tokens)), formula)
     student, theirs = (table.sub_(table.logsumexp(1, keepdim=True)) for table in (logits, theirs))
     divergence, slope = formula(student, theirs)
     return divergence, slope.addcmul_(student.exp_(), -slope.sum(1, keepdim=True))

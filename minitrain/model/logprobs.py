@@ -5,11 +5,10 @@ buffer exists at a time.
 
 The gradient needs the probabilities again. By default they are recomputed in the backward pass (4 matrix products in
 total). If the weights w of a loss ``-sum w log p`` follow from the log-probabilities alone, as in SFT and DFT, the
-gradient is computed in the forward pass (3 products, like the unchunked path). The backward pass then only checks that
-the loss had these weights, and scales.
+gradient is computed in the forward pass (3 products, like the unchunked path), and the backward pass scales it.
 
-Products are in bfloat16 or float16 if the hardware supports that, but logits are accumulated and kept in float32:
-rounded to the 8 bits of bfloat16, log-probabilities would be off by 0.03.
+Products are in bfloat16 or float16 if the hardware supports that, but logits and the gradient of the weight are
+accumulated and kept in float32: rounded to the 8 bits of bfloat16, log-probabilities would be off by 0.03.
 """
 
 import contextlib
@@ -19,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # size of one float32 [chunk, V] buffer
+from .head_gradient import any_gradient, compiled, measures, shape_logits, split_gradient, weighted_gradient
+
+USUAL_GPU_BYTES = 80 << 30  # memory of a GPU that this machine does not have
 
 
 class LMHead(NamedTuple):
@@ -59,6 +60,7 @@ class TokenLogps(NamedTuple):
     logps: Tensor  # [N] float32
     entropy: Tensor | None  # [N] float32
     mean_logps: Tensor | None  # [N] float32
+    loss_sum: Tensor | None = None  # [] float32
 
 
 def chunked_logprobs(
@@ -69,6 +71,7 @@ def chunked_logprobs(
     entropy: bool = False,
     mean_logps: bool = False,
     chunk: int | None = None,
+    compile: bool = False,
 ) -> TokenLogps:
     """Return the log-probability of each target, and optionally the entropy and the mean over the vocabulary.
 
@@ -83,21 +86,25 @@ def chunked_logprobs(
             matrix product. For any other loss, the gradient is still right.
         entropy: Compute the entropy of each distribution.
         mean_logps: Compute the mean log-probability over the vocabulary.
-        chunk: Number of tokens per chunk; by default what fits into `CHUNK_BYTES`.
+        chunk: Number of tokens per chunk; by default what fits into `chunk_bytes`.
+        compile: Compile what is computed between the matrix products.
 
     Returns:
-        Float32 tensors of shape [N]; None for those not requested.
+        Float32 tensors of shape [N], None for those not requested; and `loss_sum`, the sum of -w log p if its gradient
+        is computed in the forward pass. Only a loss of the log-probabilities must be compared with it in the backward
+        pass, for which the host waits for the device.
     """
     if chunk is None:
         chunk = default_chunk(hidden, layer)
     dtype = matmul_dtype_of(hidden)
     if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
         detached_weight_fn = None
-    settings = _Settings(layer, chunk, dtype, detached_weight_fn, entropy, mean_logps)
+    settings = _Settings(layer, chunk, dtype, detached_weight_fn, entropy, mean_logps, compile)
     # Autocast would cast the factors again in the forward pass.
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
-        logps, entropies, means = _TokenLogps.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
-    return TokenLogps(logps, entropies if entropy else None, means if mean_logps else None)
+        outputs = _TokenLogps.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
+    requested = True, entropy, mean_logps, detached_weight_fn is not None
+    return TokenLogps(*(output if wanted else None for output, wanted in zip(outputs, requested, strict=True)))
 
 
 class _Settings(NamedTuple):
@@ -107,6 +114,12 @@ class _Settings(NamedTuple):
     detached_weight_fn: Callable[[Tensor], Tensor] | None
     entropy: bool
     mean_logps: bool
+    compile: bool
+
+    def pointwise(self, function: Callable, logits: Tensor, bias: Tensor | None, ids: Tensor, *rest):
+        """Call a function of `head_gradient` on the products that `logits_of` has not changed yet."""
+        function = compiled(function) if self.compile else function
+        return function(logits, bias, ids, self.layer.scale, self.layer.softcap, *rest)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -123,62 +136,54 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, n, settings.chunk):
             rows = slice(start, start + settings.chunk)
             states, target_ids = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
-            logits, slope = logits_of(
-                states, logit_matrix, bias, settings.layer, grads is not None, buffer[: len(states)]
-            )  # [n, V]
-            target_logits = logits.gather(1, target_ids)[:, 0]  # [n]
+            products = product(states.to(logit_matrix.dtype), logit_matrix.T, buffer[: len(states)])  # [n, V]
+            chunk = products, bias, target_ids
             if grads:
-                top = logits.amax(1)  # [n]
-                total = logits.sub_(top[:, None]).exp_().sum(1)  # [n]
-                lse[rows] = top + total.log()
-            else:
-                lse[rows] = torch.logsumexp(logits, 1)
-            logps[rows] = target_logits - lse[rows]
-            if grads:
-                weights = settings.detached_weight_fn(logps[rows])  # [n]
-                dlogits = logits.mul_((weights / total)[:, None])  # gradient of -sum w log p: w (p - 1 at the target)
-                dlogits.scatter_add_(1, target_ids, -weights[:, None])
-                grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), states, matrix)
-            if settings.mean_logps or settings.entropy:
-                logits.sub_(lse[rows, None])  # log-probabilities
-                means[rows] = logits.mean(1)
-            if settings.entropy:
-                entropy[rows] = -(logits.exp() * logits).sum(1)
+                rest = settings.detached_weight_fn, dlogits_dtype(settings, bias)
+                logps[rows], lse[rows], dlogits = settings.pointwise(weighted_gradient, *chunk, *rest)
+                grads.add(rows, dlogits, states, matrix)
+                continue
+            found = settings.pointwise(measures, *chunk, settings.entropy, settings.mean_logps)
+            for output, values in zip((logps, lse, entropy, means), found, strict=True):
+                if values is not None:
+                    output[rows] = values
         ctx.settings, ctx.grads = settings, grads
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, trained_rows, targets, logps, lse, entropy)
-        return logps, entropy, means
+        loss_sum = logps.new_zeros(()) if grads is None else -(settings.detached_weight_fn(logps) * logps).sum()  # []
+        return logps, entropy, means, loss_sum
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy, grad_means):
+    def backward(ctx, grad_logps, grad_entropy, grad_means, grad_loss):
         hidden, weight, bias, trained_rows, targets, logps, lse, entropy = ctx.saved_tensors
-        settings, grads = ctx.settings, ctx.grads
-        if grads is not None:
-            factor = match_up_to_scale(grad_logps, -settings.detached_weight_fn(logps))
-            if factor is not None:
-                ctx.grads = None
+        settings, grads, ctx.grads = ctx.settings, ctx.grads, None
+        if settings.detached_weight_fn:
+            of_logps = -settings.detached_weight_fn(logps)  # [N] the derivative of loss_sum
+            factor, grad_logps = split_gradient(grad_loss, grad_logps, of_logps)
+            if grads is not None and factor is not None:
                 return *grads.scaled(factor), None, None
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(logps)
         row_ids = settings.layer.row_ids
         grads = Gradients(hidden, weight, bias, trained_rows, row_ids, ctx.needs_input_grad)
         logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
         matrix = matrix_of(weight, trained_rows, row_ids, settings.matmul_dtype)  # [V, H]
         buffer = hidden.new_empty((min(targets.numel(), settings.chunk), weight.shape[0]), dtype=torch.float32)
+        each = lse, grad_logps, grad_means, grad_entropy, entropy  # [N] each, or None
         with products_in(settings.matmul_dtype):
             for start in range(0, targets.numel(), settings.chunk):
                 rows = slice(start, start + settings.chunk)
                 states = hidden[rows]  # [n, H]
-                logits, slope = logits_of(
-                    states, logit_matrix, bias, settings.layer, True, buffer[: len(states)]
-                )  # [n, V]
-                logits.sub_(lse[rows, None])  # log-probabilities
-                probs = logits.exp()  # [n, V]
-                dlogits = probs * -(grad_logps[rows] + grad_means[rows])[:, None]
-                if settings.entropy:
-                    dlogits -= grad_entropy[rows, None] * probs * (logits + entropy[rows, None])
-                if settings.mean_logps:
-                    dlogits += grad_means[rows, None] / logits.shape[1]
-                dlogits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-                grads.add(rows, backward_through_softcap(dlogits, slope, settings.layer), states, matrix)
+                products = product(states.to(logit_matrix.dtype), logit_matrix.T, buffer[: len(states)])  # [n, V]
+                chunk = products, bias, targets[rows, None], *(None if x is None else x[rows] for x in each)
+                dlogits = settings.pointwise(any_gradient, *chunk, dlogits_dtype(settings, bias))
+                grads.add(rows, dlogits, states, matrix)
         return *grads.scaled(None), None, None
+
+
+def dlogits_dtype(settings: _Settings, bias: Tensor | None) -> torch.dtype:
+    """Return the dtype of the gradient of the logits: that of its products, unless a bias sums it in float32."""
+    return settings.matmul_dtype if bias is None else torch.float32
 
 
 class Gradients:
@@ -206,7 +211,7 @@ class Gradients:
 
         Args:
             rows: The chunk's slice of the N targets.
-            dlogits: Gradient of the logits before scale and softcap, float32 or wider, shape [n, V].
+            dlogits: Gradient of the logits before scale and softcap, shape [n, V].
             states: Hidden states of the chunk, shape [n, H].
             matrix: The weight in the dtype of the matrix products, shape [V, H].
         """
@@ -214,11 +219,9 @@ class Gradients:
             self.bias += dlogits.sum(0)
         dlogits, states = dlogits.to(matrix.dtype), states.to(matrix.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = dlogits @ matrix
-        if self.weight is not None and matrix.dtype == self.weight.dtype:
-            self.weight.addmm_(dlogits.T, states)
-        elif self.weight is not None:
-            self.weight += dlogits.T @ states
+            product(dlogits, matrix, self.hidden[rows])
+        if self.weight is not None:
+            add_product(self.weight, dlogits.T, states)
         if self.rows is not None:
             self.rows += dlogits[:, self.row_ids].T @ states
 
@@ -233,9 +236,21 @@ class Gradients:
 
 
 def default_chunk(hidden: Tensor, layer: LMHead, buffers: int = 1) -> int:
-    """Return how many tokens fit into `CHUNK_BYTES`, with this many buffers of logits."""
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(64, budget // (4 * buffers * layer.weight.shape[0]))
+    """Return how many tokens fit into `chunk_bytes`, with this many buffers of logits; on a GPU a multiple of 256."""
+    chunk = chunk_bytes(hidden.device.type) // (4 * buffers * layer.weight.shape[0])
+    return max(64, chunk) if hidden.device.type == "cpu" else max(256, chunk // 256 * 256)
+
+
+def chunk_bytes(device_type: str) -> int:
+    """Return the size of one float32 [chunk, V] buffer: on a GPU 1/64 of its memory, from 256 MiB to 2 GiB.
+
+    It does not depend on the memory that is free, so that a resumed run computes the same chunks.
+    """
+    if device_type == "cpu":
+        return 128 << 20
+    has_gpu = device_type == "cuda" and torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties().total_memory if has_gpu else USUAL_GPU_BYTES
+    return min(max(memory // 64, 256 << 20), 2 << 30)
 
 
 def matrix_of(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -265,25 +280,26 @@ def logits_of(
     Returns:
         The logits, and the derivative of the softcap at them (None without a softcap), shape [n, V].
     """
-    logits = _product(states.to(matrix.dtype), matrix.T, buffer)
-    if bias is not None:
-        logits += bias
-    if layer.scale != 1.0:
-        logits *= layer.scale
-    if layer.softcap is None:
-        return logits, None
-    logits = logits.div_(layer.softcap).tanh_()
-    slope = 1 - logits * logits if need_slope else None
-    return logits.mul_(layer.softcap), slope
+    products = product(states.to(matrix.dtype), matrix.T, buffer)
+    return shape_logits(products, bias, layer.scale, layer.softcap, need_slope)
 
 
-def _product(states: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """Return states [n, H] times matrix [H, V], written to `out`."""
-    if states.dtype == out.dtype:
-        return torch.mm(states, matrix, out=out)
-    if states.dtype.itemsize == 2:
-        return torch.mm(states, matrix, out_dtype=out.dtype, out=out)
-    return out.copy_(states @ matrix)
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Return a [m, k] times b [k, n], written to `out`. Where the hardware can, it is accumulated in `out`'s dtype."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.dtype.itemsize == 2 and keeps_float32_sums(a.device.type):
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a @ b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a [m, k] times b [k, n] to `total`, accumulated as in `product`."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.dtype.itemsize == 2 and keeps_float32_sums(a.device.type):
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_(a @ b)
 
 
 @contextlib.contextmanager
@@ -301,22 +317,6 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         options.fp32_precision = before
-
-
-def backward_through_softcap(dlogits: Tensor, slope: Tensor | None, layer: LMHead) -> Tensor:
-    """Convert the gradient of the logits to that of the matrix product, in place."""
-    if slope is not None:
-        dlogits.mul_(slope)
-    return dlogits.mul_(layer.scale) if layer.scale != 1.0 else dlogits
-
-
-def match_up_to_scale(grad: Tensor, expected: Tensor) -> Tensor | None:
-    """Return c such that grad equals c * expected up to rounding, or None."""
-    if grad.numel() == 0:
-        return None
-    largest = expected.abs().argmax()
-    factor = grad[largest] / expected[largest]
-    return factor if torch.allclose(grad, factor * expected, rtol=1e-6, atol=0.0) else None
 
 
 def matmul_dtype_of(hidden: Tensor) -> torch.dtype:

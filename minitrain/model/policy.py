@@ -34,6 +34,7 @@ class Policy(nn.Module):
         self.routing: Routing | None = None  # of a mixture of experts in training
         self.output_form = measure_output(model) if model.get_output_embeddings() is not None else None
         self.flops: ModelFlops | None = None  # of training
+        self.compiles_head = False  # set to compile what the LM head computes between its matrix products
         self.groups_documents = False  # set for a model that cannot separate the documents of a row
         self.max_over_ranks: Callable[[int], float] = float
 
@@ -160,10 +161,12 @@ class Policy(nn.Module):
         values = self._compute_values(hidden) if self.value_head is not None else None
         hidden, layer = self.lm_head(hidden)
         if distillation is not None:
-            logps, divergence = divergences(hidden, batch.targets, layer, distillation)
-            return PolicyOutput(logps, batch.target_docs, batch.n_docs, values=values, divergence=divergence)
-        scores = chunked_logprobs(hidden, batch.targets, layer.at(temperature), detached_weight_fn, entropy, mean_logps)
-        return PolicyOutput(scores.logps, batch.target_docs, batch.n_docs, scores.entropy, scores.mean_logps, values)
+            found = divergences(hidden, batch.targets, layer, distillation, compile=self.compiles_head)
+            outputs = dict(zip(("logps", "divergence", "loss_sum"), found, strict=True))
+        else:
+            options = detached_weight_fn, entropy, mean_logps, None, self.compiles_head
+            outputs = chunked_logprobs(hidden, batch.targets, layer.at(temperature), *options)._asdict()
+        return PolicyOutput(doc_ids=batch.target_docs, n_docs=batch.n_docs, values=values, **outputs)
 
     def target_hidden_states(self, batch: Batch) -> tuple[Tensor, LMHead]:
         """Return the input of the LM head at the N targets, shape [N, H], and the head."""

@@ -151,6 +151,7 @@ def prepare_policy(
     if config.compile:
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
+        policy.compiles_head = parallel.device.type == "cuda"
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:
         parallel.load_shards(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))

@@ -14,6 +14,7 @@ from minitrain.batch import Distillation, PolicyOutput, TopKLogprobs
 from minitrain.inference.teacher_cache import cache_teacher_outputs
 from minitrain.losses import Models
 from minitrain.losses.kd import DIVERGENCES, forward_kl, jsd
+from minitrain.model import head_gradient, kd_divergence
 from minitrain.model.kd_divergence import divergences, top_k_logprobs
 from minitrain.model.logprobs import LMHead, chunked_logprobs
 from minitrain.model.save import save_model
@@ -85,7 +86,7 @@ def test_three_tokens_by_hand(divergence):
     layer, batch = LMHead(torch.eye(3)), SimpleNamespace(targets=torch.tensor([0, 2]), n_targets=2, target_weights=None)
 
     def policy(batch, distillation):
-        logps, found = divergences(student, batch.targets, layer, distillation)
+        logps, found, _ = divergences(student, batch.targets, layer, distillation)
         return PolicyOutput(logps, torch.zeros(2, dtype=torch.long), 1, divergence=found)
 
     loss = create_loss("kd", divergence=divergence, temperature=1.0, alpha=1.0, beta=0.0)
@@ -107,7 +108,7 @@ def test_divergences_equal_the_plain_formula(name, chunk):
     student, teacher, targets = case()
     layer = LMHead(*student[1:], 0.5, 3.0)
     asked = Distillation(teacher, FORMULAS[name], 2.5, None, (1.7, 0.4))
-    logps, found = divergences(student[0], targets, layer, asked, chunk)
+    logps, found, _ = divergences(student[0], targets, layer, asked, chunk)
     logits, theirs = logits_of(student[0], layer), logits_of(*teacher)
     want_logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     want = plain(name, (logits / 2.5).log_softmax(-1), (theirs / 2.5).log_softmax(-1))
@@ -123,7 +124,7 @@ def test_float32_is_close_to_float64(name):
     """Value and gradient to 1e-5."""
     student, teacher, targets = case(torch.float32, bias=False)
     exact = [t.detach().double().requires_grad_() for t in student[:2]]
-    _, found = divergences(student[0], targets, LMHead(student[1]), Distillation(teacher, FORMULAS[name], 1.0))
+    _, found, _ = divergences(student[0], targets, LMHead(student[1]), Distillation(teacher, FORMULAS[name], 1.0))
     theirs = logits_of(teacher[0].double(), teacher[1]._replace(weight=teacher[1].weight.double()))
     want = plain(name, (exact[0] @ exact[1].T).log_softmax(-1), theirs.log_softmax(-1))
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
@@ -139,7 +140,7 @@ def test_distributions_that_are_far_apart_are_finite(name, top_k):
     teacher = 300 * torch.eye(V)[torch.arange(N) + 2]
     layer = LMHead(torch.eye(V))
     asked = Distillation((teacher, layer), FORMULAS[name], 1.0, top_k, (1.0, 0.5))
-    logps, found = divergences(student, torch.arange(N), layer, asked)
+    logps, found, _ = divergences(student, torch.arange(N), layer, asked)
     (found - 0.5 * logps).sum().backward()
     assert torch.isfinite(found).all() and torch.isfinite(student.grad).all()
     want = plain(name, student.detach().double().log_softmax(-1), teacher.double().log_softmax(-1))
@@ -155,7 +156,7 @@ def test_gradcheck(name, top_k):
 
     def run(hidden, weight, bias):
         asked = Distillation(teacher, FORMULAS[name], 1.5, top_k, (0.7, 0.3))
-        return divergences(hidden, targets, LMHead(weight, bias, 0.5, 3.0), asked, 4)
+        return divergences(hidden, targets, LMHead(weight, bias, 0.5, 3.0), asked, 4)[:2]
 
     assert torch.autograd.gradcheck(run, student, fast_mode=True)
 
@@ -168,7 +169,7 @@ def test_weights_that_were_not_announced(used):
     student, teacher, targets = case()
     layer = LMHead(*student[1:])
     asked = Distillation(teacher, forward_kl, 2.0, None, (0.7, 0.3))
-    got = gradients(used(*divergences(student[0], targets, layer, asked, 4)), student)
+    got = gradients(used(*divergences(student[0], targets, layer, asked, 4)[:2]), student)
     logits, theirs = logits_of(student[0], layer), logits_of(*teacher)
     want = plain("forward_kl", (logits / 2).log_softmax(-1), (theirs / 2).log_softmax(-1))
     logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -185,7 +186,7 @@ def test_the_gradient_of_the_announced_loss_is_not_made_twice(monkeypatch):
     for factor, n in ((1.0, 1), (torch.rand(N, dtype=torch.float64), 2)):
         student, teacher, targets = case()
         asked = Distillation(teacher, forward_kl, 2.0, None, (0.7, 0.3))
-        logps, found = divergences(student[0], targets, LMHead(*student[1:]), asked)
+        logps, found, _ = divergences(student[0], targets, LMHead(*student[1:]), asked)
         passes.clear()
         ((0.7 * found - 0.3 * logps) * factor / 5).sum().backward()
         assert len(passes) == n - 1
@@ -196,7 +197,7 @@ def test_padded_vocabularies_are_compared_on_the_shared_part(rows, teacher_rows)
     """Rows beyond the smaller matrix take no part: both distributions sum to 1 over those that both have."""
     student, teacher, targets = case(rows=rows, teacher_rows=teacher_rows)
     layer = LMHead(*student[1:])
-    logps, found = divergences(student[0], targets, layer, Distillation(teacher, forward_kl, 2.0, None, (1.0, 0.5)))
+    logps, found, _ = divergences(student[0], targets, layer, Distillation(teacher, forward_kl, 2.0, None, (1.0, 0.5)))
     logits, theirs = logits_of(student[0], layer), logits_of(*teacher)
     want = plain("forward_kl", (logits[:, :13] / 2).log_softmax(-1), (theirs[:, :13] / 2).log_softmax(-1))
     want_logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -205,6 +206,28 @@ def test_padded_vocabularies_are_compared_on_the_shared_part(rows, teacher_rows)
     got = gradients((found - 0.5 * logps).sum(), student)
     for a, b in zip(got, gradients((want - 0.5 * want_logps).sum(), student)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_loss_of_the_first_pass(name, monkeypatch):
+    """The sum that the weights describe; its gradient needs no look at any value, and is the same if compiled."""
+    monkeypatch.setattr(head_gradient, "match_up_to_scale", None)
+    eager = functools.cache(lambda function: torch.compile(function, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(kd_divergence, "compiled", eager)
+    found = []
+    for compile in (False, True):
+        student, teacher, targets = case(rows=17, teacher_rows=13)
+        asked = Distillation(teacher, FORMULAS[name], 2.0, None, (1.5, 0.5))
+        logps, divergence, total = divergences(student[0], targets, LMHead(*student[1:]), asked, 4, compile)
+        torch.testing.assert_close(total, 1.5 * divergence.sum() - 0.5 * logps.sum())
+        found.append([total, *gradients(3 * total, student)])
+    asked = asked._replace(weights=(0.0, 0.0))
+    monkeypatch.undo()
+    logps, divergence, _ = divergences(student[0], targets, LMHead(*student[1:]), asked, 4)
+    found.append([total, *gradients(3 * (1.5 * divergence - 0.5 * logps).sum(), student)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ top k
@@ -217,7 +240,7 @@ def test_the_likeliest_and_the_rest(name, noted):
     student, teacher, targets = case(rows=V + 3)
     layer, k = LMHead(*student[1:]), 4
     source = top_k_logprobs(*teacher, 2.0, k, chunk=3) if noted else teacher
-    _, found = divergences(student[0], targets, layer, Distillation(source, FORMULAS[name], 2.0, k), 4)
+    _, found, _ = divergences(student[0], targets, layer, Distillation(source, FORMULAS[name], 2.0, k), 4)
     logits, theirs = logits_of(student[0], layer)[:, :V] / 2, logits_of(*teacher) / 2
     ids = theirs.topk(k).indices
 
@@ -254,7 +277,7 @@ def test_a_certain_teacher_gives_finite_numbers():
     noted = top_k_logprobs(logits.float(), LMHead(torch.eye(V)), 1.0, 2)
     assert noted.logps[0].tolist() == pytest.approx([0.0, -200.0, -200.0 + math.log(V - 2)], rel=1e-6)
     for name, formula in FORMULAS.items():
-        _, found = divergences(student[0], targets, LMHead(student[1]), Distillation(noted, formula, 1.0, 2))
+        _, found, _ = divergences(student[0], targets, LMHead(student[1]), Distillation(noted, formula, 1.0, 2))
         assert all(torch.isfinite(g).all() for g in gradients(found.sum(), student[:2])), name
 
 
@@ -269,7 +292,7 @@ def test_no_table_of_tokens_by_vocabulary_is_ever_made(top_k):
     for factor in (1.0, torch.rand(512)):
         with Largest() as seen:
             asked = Distillation(teacher, forward_kl, 2.0, top_k)
-            _, found = divergences(hidden, torch.zeros(512).long(), LMHead(weight), asked, chunk=32)
+            _, found, _ = divergences(hidden, torch.zeros(512).long(), LMHead(weight), asked, chunk=32)
             (found * factor).sum().backward()
             top_k_logprobs(*teacher, 2.0, 3, chunk=32)
         assert seen.numel == 32 * 1000
@@ -281,7 +304,7 @@ def test_no_supervised_token_gives_an_attached_zero():
     weight, hidden = torch.randn(V, H, requires_grad=True), torch.zeros(0, H, requires_grad=True)
     for source in ((teacher[0][:0], teacher[1]), TopKLogprobs(torch.zeros(0), torch.zeros(0), V)):
         asked = Distillation(source, forward_kl, 2.0)
-        logps, found = divergences(hidden, torch.zeros(0).long(), LMHead(weight), asked)
+        logps, found, _ = divergences(hidden, torch.zeros(0).long(), LMHead(weight), asked)
         (found.sum() - logps.sum()).backward()
         assert found.sum() == 0 and not weight.grad.any()
     assert top_k_logprobs(teacher[0][:0], teacher[1], 1.0, 3).logps.shape == (0, 4)
@@ -295,7 +318,7 @@ def test_the_log_softmax_is_done_in_float32_inside_autocast():
     hidden.requires_grad_()
     asked = Distillation((theirs, LMHead(matrix)), forward_kl, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        _, found = divergences(hidden, torch.zeros(16).long(), LMHead(weight), asked)
+        _, found, _ = divergences(hidden, torch.zeros(16).long(), LMHead(weight), asked)
     assert found.dtype == torch.float32
     student, teacher = ((h.double() @ w.double().T).log_softmax(-1) for h, w in ((hidden, weight), (theirs, matrix)))
     want = plain("forward_kl", student, teacher)

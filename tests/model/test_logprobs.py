@@ -1,9 +1,12 @@
 """The chunked head against plain float64 algebra."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from minitrain.model import logprobs
+from minitrain.model import head_gradient, logprobs
 from minitrain.model.logprobs import LMHead, chunked_logprobs
 from tests.tensors import Largest
 
@@ -64,6 +67,100 @@ def test_gradients_of_the_single_pass_equal_the_plain_path(weigh):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("weigh", [torch.ones_like, lambda logps: 0.7 * logps.exp() + 0.3])
+def test_the_loss_of_the_single_pass(weigh, both, monkeypatch):
+    """`loss_sum` is -sum w log p, and its gradient needs no look at any value; a loss can use it and `logps`."""
+    hidden, weight, bias, targets = inputs(True)
+    exact = double((hidden, weight, bias))
+    got = chunked_logprobs(hidden, targets, LMHead(weight, bias, 0.5, 3.0), weigh, chunk=4)
+    want = plain(*exact, targets, 0.5, 3.0)[0]
+    loss = -(weigh(want.detach()) * want).sum()
+    torch.testing.assert_close(got.loss_sum.double(), loss, rtol=1e-5, atol=1e-5)
+    if not both:
+        monkeypatch.setattr(head_gradient, "match_up_to_scale", None)
+    (3 * got.loss_sum + both * (got.logps**2).sum()).backward()
+    (3 * loss + both * (want**2).sum()).backward()
+    for a, b in zip((hidden, weight, bias), exact):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
+
+
+def as_on_cuda(monkeypatch) -> list[str]:
+    """Has the head act as on a CUDA device, whose products add up in float32; returns the products that it makes."""
+    made, mm, addmm = [], torch.mm, torch.addmm
+
+    def sums(a, b, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(a, b, out=out)
+        made.append(f"mm {a.dtype} to {out_dtype}")
+        return mm(a.to(out_dtype), b.to(out_dtype), out=out)  # exact: a product of two bfloat16 fits into float32
+
+    def adds(total, a, b, out_dtype, out):
+        made.append(f"addmm {a.dtype} to {out_dtype}")
+        assert out is total
+        return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
+
+    monkeypatch.setattr(torch, "mm", sums)
+    monkeypatch.setattr(torch, "addmm", adds)
+    for name in ("keeps_float32_sums", "cpu_has_bfloat16"):
+        monkeypatch.setattr(logprobs, name, lambda *_: True)
+    return made
+
+
+@pytest.mark.parametrize("weigh", [None, torch.ones_like])
+def test_products_of_a_gpu_add_up_in_float32(monkeypatch, weigh):
+    """No logit and no gradient of a chunk is rounded to bfloat16 on its way to a sum; only the factors are."""
+    made = as_on_cuda(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16().float().requires_grad_()
+    weight = torch.randn(3000, 32, generator=generator).bfloat16().float().requires_grad_()
+    exact, targets = double((hidden, weight)), torch.randint(3000, (64,), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = chunked_logprobs(hidden, targets, LMHead(weight), weigh, chunk=16)
+    want = plain(*exact, None, targets, 1.0, None)[0]
+    torch.testing.assert_close(got.logps.double(), want, rtol=1e-5, atol=1e-5)
+    (-got.logps.sum() if weigh is None else got.loss_sum).backward()
+    (-want.sum()).backward()
+    for a, b in zip((hidden, weight), exact):  # the gradient of a logit is rounded once, to 8 bits
+        assert (a.grad.double() - b.grad).norm() < 2e-3 * b.grad.norm()
+    assert set(made) == {"mm torch.bfloat16 to torch.float32", "addmm torch.bfloat16 to torch.float32"}
+    assert len(made) == 4 * (4 if weigh is None else 3)  # products a chunk
+
+
+@pytest.mark.parametrize("weigh", [None, lambda logps: 0.7 * logps.exp() + 0.3])
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.5, 3.0, True)])
+def test_what_is_compiled_is_the_same(monkeypatch, scale, softcap, bias, weigh):
+    """The functions between the products give the same numbers in a graph, chunks of two sizes included."""
+    eager = functools.cache(lambda function: torch.compile(function, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(logprobs, "compiled", eager)
+    found = []
+    for compile in (False, True):
+        hidden, weight, offset, targets = inputs(bias)
+        rest = weigh, weigh is None, weigh is None, 4, compile
+        got = chunked_logprobs(hidden, targets, LMHead(weight, offset, scale, softcap), *rest)
+        total = (got.logps**2 + got.entropy + 2 * got.mean_logps).sum() if weigh is None else got.loss_sum
+        total.backward()
+        found.append([total, got.logps, hidden.grad, weight.grad] + ([offset.grad] if bias else []))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_suit_the_card(monkeypatch):
+    """1/64 of its memory, within bounds, in multiples of 256 rows; on the CPU as ever."""
+    layer, hidden = LMHead(torch.empty(128_256, 8, device="meta")), torch.empty(1, 8, device="meta")
+    sizes = {}
+    for gigabytes in (8, 24, 80, 141):
+        properties = SimpleNamespace(total_memory=gigabytes << 30)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda properties=properties: properties)
+        chunk_bytes = logprobs.chunk_bytes("cuda")
+        monkeypatch.setattr(logprobs, "chunk_bytes", lambda _, size=chunk_bytes: size)
+        sizes[gigabytes] = chunk_bytes >> 20, logprobs.default_chunk(hidden, layer)
+        monkeypatch.undo()
+    assert sizes == {8: (256, 512), 24: (384, 768), 80: (1280, 2560), 141: (2048, 4096)}
+    assert logprobs.default_chunk(hidden.new_empty(1, 8, device="cpu"), layer) == (128 << 20) // (4 * 128_256)
+
+
 def test_wrong_detached_weights_still_give_the_right_gradient():
     """When the loss is not the announced one, the backward pass notices and recomputes."""
     hidden, weight, _, targets = inputs(False)
@@ -87,7 +184,7 @@ def test_a_temperature_divides_the_logits_after_the_softcap(scale, softcap):
     want = logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1), logps.mean(-1)
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-    sum(a.sum() for a in got).backward()
+    sum(a.sum() for a in got[:3]).backward()
     sum(b.sum() for b in want).backward()
     for a, b in zip((hidden, weight, bias), exact):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=2e-5)

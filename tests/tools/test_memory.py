@@ -14,7 +14,7 @@ from minitrain import Trainer, load_config
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
 from minitrain.model import attention, kd_divergence
-from minitrain.model.logprobs import CHUNK_BYTES, LMHead
+from minitrain.model.logprobs import LMHead, chunk_bytes
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.preflight.memory import (
@@ -352,6 +352,6 @@ def test_the_chunks_of_a_gpu_hold_for_distillation_too():
     """The estimate for a GPU is on CPU tensors, with the GPU's buffers for every product of the LM head."""
     hidden, layer = torch.zeros(1, 8), LMHead(torch.zeros(1000, 8))
     with _head_chunks_of("cuda"):
-        assert kd_divergence.default_chunk(hidden, layer, kd_divergence.BUFFERS) == CHUNK_BYTES["cuda"] // (
+        assert kd_divergence.default_chunk(hidden, layer, kd_divergence.BUFFERS) == chunk_bytes("cuda") // (
             4 * 2 * 1000
         )

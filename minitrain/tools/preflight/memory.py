@@ -266,10 +266,9 @@ def _head_chunks_of(kind: str) -> Iterator[None]:
     if kind == "cpu":
         yield
         return
-    budget = logprobs.CHUNK_BYTES.get(kind, logprobs.CHUNK_BYTES["cuda"])
-    keeps_float32_sums = logprobs.keeps_float32_sums
+    chunk_bytes, keeps_float32_sums = logprobs.chunk_bytes, logprobs.keeps_float32_sums
     stand_ins = {
-        "CHUNK_BYTES": logprobs.CHUNK_BYTES | {"cpu": budget},
+        "chunk_bytes": lambda _: chunk_bytes(kind),
         "cpu_has_bfloat16": lambda: True,
         "cpu_has_float16": lambda: True,
         "keeps_float32_sums": lambda _: keeps_float32_sums(kind),
