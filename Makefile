@@ -12,7 +12,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # Of tests/processors.py.
 PROCESSORS := sse avx2 bfloat16 amx
 
-.PHONY: demo test test-all test-processors test-pythons architectures faults lint bench docs clean
+.PHONY: demo test test-all test-processors test-pythons architectures faults lint bench bench-gpu docs clean
 
 $(VENV)/ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,12 @@ bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/divergence.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/head.py
+
+# Installs nothing, so that it runs without network: in .venv if that is there, else with the Python that has torch.
+BENCH_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+bench-gpu:  ## on one GPU, 25 minutes; BENCH="--phases B --minutes 5" for a part
+	$(BENCH_PYTHON) bench/gpu.py $(BENCH)
 
 $(VENV)/docs-ready: $(VENV)/ready
 	$(BIN)/pip install --quiet -e ".[docs]" -c constraints.txt
