@@ -4,6 +4,7 @@ Shapes: R batch rows of T tokens have D documents; N of the tokens are targets.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,23 @@ from torch import Tensor
 IGNORE_INDEX = -100
 ON_CPU = ("spans", "prefixes", "docs_with_targets")  # tensors of a batch that say how it is computed
 TARGET_WEIGHTS = "target_weights"  # the token feature that weighs tokens in the loss; all weigh 1 without it
+
+
+class Sequences(NamedTuple):
+    """The documents of a batch for attention of variable lengths; the padding between documents counts as documents.
+
+    Attributes:
+        table: S + 1 cumulative numbers of queries, S + 1 of keys, and if documents share prompts, the flat positions of
+            the K keys; int32, shape [2 S + 2 (+ K)]. It is one tensor, for one copy to a device.
+        count: S, the number of sequences.
+        max_q: Most queries of a sequence.
+        max_k: Most keys of a sequence, with those of a shared prompt.
+    """
+
+    table: Tensor  # [2 S + 2 (+ K)]
+    count: int
+    max_q: int
+    max_k: int
 
 
 @dataclass
@@ -100,6 +118,12 @@ class Batch:
         """Return `spans`, with the columns of `prefixes` if there are any, shape [D, 3 or 5]."""
         return self.spans if self.prefixes is None else torch.cat([self.spans, self.prefixes], 1)
 
+    @functools.cached_property
+    def sequences(self) -> Sequences:
+        """Return the documents as sequences of queries and keys, on the device of the batch."""
+        sequences, device = _sequences(self.layout, *self.input_ids.shape), self.input_ids.device
+        return sequences._replace(table=to_device(sequences.table, device))
+
     @property
     def n_tokens(self) -> int:
         """Return the number of tokens that are not padding. Call it before `to`: later it would wait for the device."""
@@ -119,6 +143,8 @@ class Batch:
         part.position_ids = steps
         part.doc_ids = torch.where((steps < lengths[:, None]) & (self.doc_ids.view(-1)[positions] >= 0), numbers, -1)
         part.n_docs, part.prefixes = len(positions), None
+        part.spans = torch.zeros(0, 3, dtype=torch.int64)  # lengths are on the device; causal attention needs none
+        vars(part).pop("sequences", None)
         return part
 
     def to(self, device: torch.device) -> "Batch":
@@ -127,6 +153,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Return a copy in pinned memory, from which `to` copies at once."""
+        _ = self.sequences  # computed here, in the thread that prepares batches
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -137,6 +164,8 @@ class Batch:
                 setattr(mapped, name, function(value))
         for name in ("doc_features", "token_features"):
             setattr(mapped, name, {key: function(tensor) for key, tensor in getattr(self, name).items()})
+        if "sequences" in vars(self):
+            mapped.sequences = self.sequences._replace(table=function(self.sequences.table))
         return mapped
 
 
@@ -154,6 +183,26 @@ def _spans(doc_ids: Tensor) -> Tensor:
     rows, starts = (real & (doc_ids != torch.cat([edge, doc_ids[:, :-1]], 1))).nonzero(as_tuple=True)  # [D], [D]
     _, lasts = (real & (doc_ids != torch.cat([doc_ids[:, 1:], edge], 1))).nonzero(as_tuple=True)  # [D]
     return torch.stack([rows, starts, lasts + 1], 1)
+
+
+def _sequences(layout: Tensor, rows: int, columns: int) -> Sequences:
+    """Return the sequences of R rows of T tokens, from `Batch.layout` [D, 3 or 5]."""
+    row, start, stop = layout.T[:3]
+    edges = [torch.arange(rows + 1) * columns, row * columns + start, row * columns + stop]
+    edges = torch.cat(edges).unique()  # [S + 1]
+    shared, prefix = torch.zeros(2, len(edges) - 1, dtype=torch.int64)  # [S] length and flat start of a shared prompt
+    if layout.shape[1] == 5:
+        sequence = torch.searchsorted(edges, row * columns + start)  # [D]
+        shared[sequence], prefix[sequence] = layout[:, 4] - layout[:, 3], row * columns + layout[:, 3]
+    n_queries = edges.diff()  # [S]
+    n_keys = n_queries + shared  # [S]
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), n_keys.cumsum(0)])  # [S + 1]
+    table = [edges, ends]
+    if layout.shape[1] == 5:
+        of = torch.arange(len(n_keys)).repeat_interleave(n_keys)  # [K] the sequence of each key
+        step = torch.arange(len(of)) - ends[of]  # [K]
+        table.append(torch.where(step < shared[of], prefix[of] + step, edges[of] + step - shared[of]))
+    return Sequences(torch.cat(table).int(), len(n_keys), int(n_queries.max()), int(n_keys.max()))
 
 
 @dataclass

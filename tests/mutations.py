@@ -366,10 +366,10 @@ BUGS = {
             number=30,
             title="Batches of many lengths hit the recompilation limit, and the rest ran uncompiled.",
             reported_in="pytorch/pytorch#135458",
-            file="minitrain/training/setup.py",
-            line="torch.compile(block.forward, dynamic=True)",
-            replacement="torch.compile(block.forward, dynamic=False)",
-            test="tests/training/test_loop.py::test_compiled_blocks_give_the_same_losses",
+            file="minitrain/model/compiled.py",
+            line="torch.compile(forward, dynamic=True, fullgraph=True)",
+            replacement="torch.compile(forward, dynamic=False, fullgraph=True)",
+            test="tests/model/test_compiled.py::test_graphs_and_calls",
         ),
         Bug(
             number=65,
@@ -759,9 +759,9 @@ EXERCISES = [
     ),
     Mutation(
         number=6,
-        file="minitrain/model/policy.py",
-        line="by_document = batch.packed and self.supports_document_masking",
-        replacement="by_document = False",
+        file="minitrain/model/attention.py",
+        line="implementation == NAME and batch.packed:",
+        replacement="implementation == NAME and False:",
         test="tests/losses/test_invariance.py::test_shared_prompts",
     ),
     Mutation(

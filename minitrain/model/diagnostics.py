@@ -114,8 +114,14 @@ def describe_unused(keys: Iterable[str]) -> list[str]:
 
 def log_model_warnings(name: str, lines: Iterable[str]) -> None:
     """Log lines about a model as warnings, on rank 0 only."""
-    for line in lines if os.environ.get("RANK", "0") == "0" else ():
-        logging.getLogger("minitrain").warning(f"{redact(name)}: {line}.")
+    for line in lines:
+        log_warning(f"{redact(name)}: {line}.")
+
+
+def log_warning(line: str) -> None:
+    """Log a warning, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("minitrain").warning(line)
 
 
 def find_corrupt_file(folder: Path) -> str | None:

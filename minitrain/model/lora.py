@@ -144,7 +144,7 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
 @functools.cache
 def _adapted(layer: type[nn.Module]) -> type[nn.Module]:
     mixin = _AdaptedEmbedding if issubclass(layer, nn.Embedding) else _AdaptedLinear
-    return type(f"LoRA{layer.__name__}", (mixin, layer), {})
+    return type(f"LoRA{layer.__name__}", (mixin, layer), {"is_fusible": layer is nn.Linear})
 
 
 class _AdaptedLinear:
@@ -155,7 +155,7 @@ class _AdaptedLinear:
     def forward(self, x: Tensor) -> Tensor:
         lora = self.lora
         dropped = F.dropout(x, lora.dropout, self.training) if lora.dropout else x
-        if dropped is x and not lora.dora and type(self) is _adapted(nn.Linear):
+        if dropped is x and not lora.dora and self.is_fusible:
             return _LoRALinear.apply(
                 x, self.weight, self.bias, self.lora_A, self.lora_B, lora.scaling, self.keeps_product
             )

@@ -68,7 +68,6 @@ class Policy(nn.Module):
         Without a mask and a cache, transformers infers document boundaries from position_ids. `attention` receives them
         as the mask. Batch rows of one document each share their positions.
         """
-        by_document = batch.packed and self.supports_document_masking
         # In packed rows, positions that continue into the padding could exceed the model's position table.
         positions = batch.position_ids * (batch.doc_ids >= 0) if batch.packed else batch.position_ids[:1]
         positions = positions.expand(len(batch.input_ids), -1)  # [R, T]; Qwen 4 reads them of each row
@@ -84,7 +83,7 @@ class Policy(nn.Module):
             decoder = self.routing.through(decoder, batch, n_before)
         outputs = decoder(
             **inputs,
-            attention_mask=attention.as_mask(batch.layout) if by_document else None,
+            **({"attention_mask": None} if self.has_soft_prompt else attention.document_inputs(self.model, batch)),
             position_ids=positions,
             use_cache=False,
             return_dict=True,

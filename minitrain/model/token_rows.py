@@ -64,7 +64,7 @@ def merge_rows(module: nn.Module) -> None:
 @functools.cache
 def _with_rows(layer: type[nn.Module]) -> type[nn.Module]:
     mixin = _EmbeddingRows if issubclass(layer, nn.Embedding) else _OutputRows
-    return type(f"Rows{layer.__name__}", (mixin, layer), {})
+    return type(f"Rows{layer.__name__}", (mixin, layer), {"is_fusible": False})
 
 
 class _EmbeddingRows:

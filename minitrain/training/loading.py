@@ -1,5 +1,6 @@
 """Load the data and models of a trainer."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,10 @@ from minitrain.data.loader import Data
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.model.load import DTYPES
 from minitrain.model.multimodal import describe_text_part
-from minitrain.model.policy import GROUPS_NOTE
 from minitrain.model.router import describe_aux_loss
 from minitrain.model.vocabulary import describe_new_tokens
 
+from .after_step import warn
 from .aux_models import build_aux_models
 from .failpoints import failpoint
 from .optim import build_optimizer
@@ -53,10 +54,16 @@ def load_parts(trainer: "Trainer") -> None:
     trainer.train_loader, trainer.eval_loader, trainer.warmup = run.train_loader, run.eval_loader, run.warmup
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.policy = prepare_policy(
-        run.policy, run.weights, config, trainer.parallel, trainer.precision, trainer.loss.dropout
+        run.policy,
+        run.weights,
+        config,
+        trainer.parallel,
+        trainer.precision,
+        trainer.loss.dropout,
+        functools.partial(warn, trainer),
     )
-    if trainer.policy.groups_documents:
-        trainer.notes.append(f"packing: {GROUPS_NOTE}")
+    if run.packing_note:
+        trainer.notes.append(f"packing: {run.packing_note}")
     failpoint("load.weights")
     trainer.models = build_aux_models(
         trainer.loss, config, trainer.policy, trainer.tokenizer, trainer.parallel, trainer.precision, run.loaders

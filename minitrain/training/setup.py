@@ -5,6 +5,7 @@ Training, `validate` and `inspect` all call `prepare`, so they report the same e
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,12 @@ from minitrain.data.template import Template, make_template
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, add_features, create_loss
+from minitrain.model.compiled import compile_blocks
 from minitrain.model.decoder import find_blocks
+from minitrain.model.diagnostics import log_warning
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
 from minitrain.model.load_check import check_autocast, check_policy
-from minitrain.model.policy import Policy
+from minitrain.model.policy import GROUPS_NOTE, Policy
 from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
@@ -58,6 +61,18 @@ class Preparation:
     @property
     def loaders(self) -> list[MicrobatchLoader]:
         return [self.train_loader] if self.eval_loader is None else [self.train_loader, self.eval_loader]
+
+    @property
+    def packing_note(self) -> str:
+        """Return what is computed more than once, or in groups, in packed rows; "" if nothing is."""
+        policy = self.policy
+        if policy.groups_documents:
+            return GROUPS_NOTE
+        has_shared = any(cache.shared.any() for cache in self.data.train.caches)
+        if not (self.config.packing and has_shared) or policy.supports_document_masking:
+            return ""
+        implementation = policy.model.config._attn_implementation
+        return f"each document computes its shared prompt again, because attention is {implementation}, not sdpa"
 
     def meta_policy(self, packing: bool | None = None, quantized: bool = False) -> Policy:
         """Return another policy on the meta device.
@@ -131,6 +146,7 @@ def prepare_policy(
     parallel: SingleDevice,
     precision: Precision,
     dropout: bool = True,
+    warn: Callable[[str], None] = log_warning,
 ) -> Policy:
     """Move the policy to its devices, shard it, and check its architecture.
 
@@ -141,6 +157,7 @@ def prepare_policy(
         parallel: The ranks.
         precision: The dtype in which the policy computes.
         dropout: Use dropout in training.
+        warn: Reports a line if compiled blocks run partly in Python.
 
     Raises:
         ConfigError: The architecture is not supported.
@@ -149,8 +166,7 @@ def prepare_policy(
     if config.activation_checkpointing != "none":
         checkpoint_activations(policy.model, config.activation_checkpointing)
     if config.compile:
-        for block in blocks:
-            block.forward = torch.compile(block.forward, dynamic=True)
+        compile_blocks(blocks, warn)
         policy.compiles_head = parallel.device.type == "cuda"
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:

@@ -22,7 +22,6 @@ from minitrain.model.few_blocks import with_few_blocks
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
 from minitrain.model.load_check import check_autocast
 from minitrain.model.multimodal import describe_text_part
-from minitrain.model.policy import GROUPS_NOTE
 from minitrain.model.router import describe_aux_loss
 from minitrain.model.sequence_head import is_encoder
 from minitrain.model.state_dict import read_archive
@@ -299,8 +298,8 @@ def _padding(run: Preparation, fraction: float) -> str:
         config, policy = dataclasses.replace(run.config, packing=not packing), run.meta_policy(packing=not packing)
         tokens, cells = _batch_sizes(make_loader(run.data.train, config, run.template.tokenizer, policy))
         percent[not packing] = _percent(cells - tokens, cells)
-    groups = f"; {GROUPS_NOTE}" if run.policy.groups_documents else ""
-    return f"{percent[False]} without packing" + (f", {percent[True]} with it{groups}" if True in percent else "")
+    note = f"; {run.packing_note}" if run.packing_note else ""
+    return f"{percent[False]} without packing" + (f", {percent[True]} with it{note}" if True in percent else "")
 
 
 def _batch_sizes(loader: MicrobatchLoader) -> tuple[int, int]:

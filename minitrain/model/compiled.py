@@ -1,0 +1,53 @@
+"""Compile the blocks of a model with torch.compile, and report when they do not run compiled.
+
+torch.compile says nothing when a block falls back to Python. So a block is first compiled as one graph, which raises an
+error if it cannot be one.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .diagnostics import first_line
+
+MAX_GRAPHS = 64  # of one kind of block: training or evaluation, packed or padded, for each kind of attention
+
+
+def compile_blocks(blocks: Iterable[nn.Module], warn: Callable[[str], None]) -> None:
+    """Compile each block. Blocks with a key-value cache run in Python, as in generation.
+
+    Args:
+        blocks: The blocks. Those of one class share their graphs.
+        warn: Reports a line if blocks do not run as one graph.
+    """
+    import torch._dynamo as dynamo
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_GRAPHS)
+    reported: dict[type, str] = {}  # class of blocks that are not one graph -> reason
+    for block in blocks:
+        block.forward = _compile(block.forward, type(block), reported, warn)
+
+
+def _compile(forward: Callable, kind: type, reported: dict[type, str], warn: Callable[[str], None]) -> Callable:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from transformers import Cache
+
+    one_graph = torch.compile(forward, dynamic=True, fullgraph=True)
+    with_breaks = torch.compile(forward, dynamic=True)
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            return forward(*args, **kwargs)  # its guards would be different for each layer and length
+        if kind not in reported:
+            try:
+                return one_graph(*args, **kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                reported[kind] = first_line(error)
+                warn(f"compile: blocks of {kind.__name__} run partly in Python: {reported[kind]}")
+        return with_breaks(*args, **kwargs)
+
+    return run
