@@ -26,6 +26,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["bitsandbytes>=0.48"],
+        "torchao": ["torchao>=0.15"],  # optimizers with 8-bit and 4-bit states
         "data": ["datasets>=3"],
         "vllm": ["vllm>=0.17"],  # the server of rollout.engine=vllm
         "plot": ["matplotlib>=3.8"],
@@ -38,6 +39,7 @@ setup(
             "mypy>=1.10",
             "tensorboard>=2.16",
             "bitsandbytes>=0.48",
+            "torchao>=0.15",
             "peft>=0.17",
             "matplotlib>=3.8",
             "datasets>=3",

@@ -22,12 +22,13 @@ from minitrain.training.callbacks import Hooks, collect_hooks
 from minitrain.training.failpoints import failpoint
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
+from minitrain.training.optimizers import set_lr
 from minitrain.training.saving import SaveSchedule, check_target, restore_checkpoint, save_checkpoint, save_model
 from minitrain.training.signals import capture_signals
 from minitrain.training.step import StepOutput, forward_backward, optim_step
 
 from .batch import Batch
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .losses import Loss, Models, create_loss
 
 if TYPE_CHECKING:
@@ -216,6 +217,14 @@ class Trainer:
         Args:
             batches: The micro-batches of this rank, as from `train_loader.steps()`. Every rank calls this method.
         """
+        if self.config.optimizer_in_backward:
+            if len(batches) > 1:
+                raise ConfigError(
+                    f"optimizer_in_backward: conflicts with {len(batches)} micro-batches, since each would update. "
+                    "Set gradient_accumulation_steps=1.",
+                    "conflict",
+                )
+            set_lr(self.optimizer, self.lr)
         self.step_output = forward_backward(self.loss, batches, self.models, self.parallel, self.precision)
         return self.step_output
 

@@ -160,8 +160,18 @@ class Config:
     )
     n_epochs: float = option(1.0, "Passes over the training data.", gt=0, le=1e6, affects_results=False)
     n_steps: int | None = option(None, "Optimizer steps (default: by n_epochs).", ge=1, affects_results=False)
-    optimizer: str = option("AdamW", "Name of an optimizer class of torch.optim.")
+    optimizer: str = option(
+        "AdamW",
+        "Name of a class of torch.optim (Muon: for matrices in the blocks, AdamW for the rest), or an import path such "
+        "as bitsandbytes.AdamW8bit, bitsandbytes.PagedAdamW8bit or torchao.AdamW4bit.",
+    )
     optimizer_args: dict[str, Any] = option({}, "Other arguments of the optimizer, e.g. {momentum: 0.9} for SGD.")
+    optimizer_in_backward: bool = option(
+        False,
+        "Update each parameter as soon as its gradient is computed, and free the gradient: less memory. Needs "
+        "max_grad_norm=0 and one micro-batch.",
+        affects_results=False,
+    )
     lr: float = option(2e-5, "Peak learning rate.", ge=0, le=1000)
     weight_decay: float = option(0.0, "Decay of weight matrices; norms and biases never decay.", ge=0, le=1000)
     betas: list[float] = option([0.9, 0.999], "Beta1 and beta2 of Adam.")

@@ -61,6 +61,13 @@ class ModelConfig:
         "Dtype of the trained parameters. bfloat16 halves their memory, but rounds small updates away.",
         choices=("float32", "bfloat16"),
     )
+    master_weights: str = option(
+        "model",
+        "Where the master weights are. model: parameters are in master_dtype, and autocast rounds them in each forward "
+        "pass. optimizer: linear layers of the blocks are in policy_dtype, and the optimizer has their master weights: "
+        "the same results without these casts.",
+        choices=("model", "optimizer"),
+    )
     reference_dtype: str | None = option(
         None,
         "Dtype of the weights of a reference model (default: policy_dtype).",

@@ -137,7 +137,7 @@ def pick_device(name: str) -> torch.device:
 
 def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return this rank's rows of a tensor, sharing its memory, and the index of the first one."""
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return tensor, 0
     from torch.distributed.tensor import Shard
 
@@ -151,11 +151,11 @@ def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def writes(tensor: torch.Tensor) -> bool:
     """Return whether this rank saves its rows: it is the first of the ranks that hold them."""
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return not dist.is_initialized() or dist.get_rank() == 0
     return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether it is a DTensor, without importing that class, which takes half a second."""
     return hasattr(tensor, "device_mesh")

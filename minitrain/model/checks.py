@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minitrain.config.issues import ConfigIssues, regex_error
-from minitrain.config.python_objects import is_lost
+from minitrain.config.python_objects import find_object, is_lost
 from minitrain.config.schema import Config
 from minitrain.io.paths import looks_local, near_file
 
@@ -87,8 +87,32 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
     if has_adapter and model.master_dtype != "float32":
         message = "has no effect with an adapter, which is trained in float32. Remove it."
         issues.add("model.master_dtype", "no-effect", message, "lora.rank")
+    if model.master_weights == "optimizer":
+        _check_master_weights(config, has_adapter, issues)
     if model.quantization != "none":
         _check_quantization(config, has_adapter, issues)
+
+
+def _check_master_weights(config: Config, has_adapter: bool, issues: ConfigIssues) -> None:
+    """Check model.master_weights=optimizer."""
+    key, model = "model.master_weights", config.model
+    if has_adapter:
+        message = "has no effect with an adapter, which is trained in float32. Remove it."
+        issues.add(key, "no-effect", message, "lora.rank")
+    if model.policy_dtype == "float32":
+        message = (
+            "has no effect with model.policy_dtype=float32, to which nothing is rounded. Remove it, or use bfloat16."
+        )
+        issues.add(key, "no-effect", message, "model.policy_dtype")
+    if model.master_dtype != "float32":
+        message = f"conflicts with model.master_dtype={model.master_dtype}. Remove one of them."
+        issues.add(key, "conflict", message, "model.master_dtype")
+    if config.trainer == "FSDPTrainer":
+        message = "has no effect with FSDPTrainer, which gathers blocks in policy_dtype. Remove it."
+        issues.add(key, "no-effect", message, "trainer")
+    if find_object(config.optimizer):
+        message = "has no effect with an optimizer from Python, which gets the parameters. Remove it."
+        issues.add(key, "no-effect", message, "optimizer")
 
 
 def _check_target_modules(config: Config, issues: ConfigIssues) -> None:

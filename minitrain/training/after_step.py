@@ -191,7 +191,7 @@ def start_window(trainer: "Trainer") -> None:
 def log_train(trainer: "Trainer") -> None:
     """Log the metrics since the last log line, and start the next window."""
     trainer.train_metrics = trainer.loss.finalize_metrics(trainer.totals.means(trainer.parallel)) | {
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "lr": float(trainer.optimizer.param_groups[0]["lr"]),
         "grad_norm": trainer.grad_norm,
         "epoch": trainer.consumed / trainer.train_loader.epoch_size,
         **trainer.window.compute(trainer.step, trainer.total_steps, trainer.parallel),

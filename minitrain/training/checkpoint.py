@@ -31,6 +31,7 @@ from minitrain.io.tensor_files import save_file
 
 from .atomic_dir import fingerprint, fsync, reason, replace_folder, temp_sibling
 from .failpoints import failpoint
+from .optim_state import OF_RANK, load_state, named_state
 
 DATA = "data.safetensors"
 SPARE = 1.2  # multiple of the estimated size that must be free on the disk
@@ -67,7 +68,7 @@ class Save:
             RunError: If the disk has too little free space.
         """
         self.folder, self.parallel = folder, parallel
-        tensors, numbers = _optimizer_state(model, optimizer)
+        tensors, numbers = named_state(dict(model.named_parameters()), optimizer, parallel.rank)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.shards = {"model": _shards(trained, snapshot), "optimizer": _shards(tensors, snapshot)}
         self.rng, self.data = _rng_state(), data
@@ -182,9 +183,10 @@ def load_checkpoint(
     with _reporting_damage(folder), torch.no_grad():
         reader = _Reader(folder)
         state = _checked_state(reader, model)
-        for name, parameter in parameters.items():
+        _check_ranks(reader, state["world_size"], parallel.world_size)
+        _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"), parallel.rank)
+        for name, parameter in parameters.items():  # last, because the optimizer has changed them
             reader.read_into(parameter, "model", name)
-        _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"))
     parallel.reshard(model)
     return state
 
@@ -257,13 +259,6 @@ class _Reader:
                 stored = self._open(file).get_slice(name)[low - first : high - first]
                 rows[low - start : high - start].copy_(stored)
 
-    def dtype(self, part: str, name: str) -> torch.dtype:
-        return self._open(self.index[part][name]["pieces"][0][0]).get_slice(name)[:0].dtype
-
-    def full_tensor(self, part: str, name: str) -> Tensor:
-        shards = [self._open(file).get_tensor(name) for file, *_ in self.shards(part, name)]
-        return torch.cat(shards) if self.index[part][name]["shape"] else shards[0]
-
     def shards(self, part: str, name: str) -> list[tuple[str, int, int]]:
         """Return (file, first row, row after the last) of each shard, in order.
 
@@ -305,7 +300,7 @@ def _shards(tensors: dict[str, Tensor], snapshot: bool) -> dict[str, Shard]:
     shards = {}
     for name, tensor in tensors.items():
         rows, start = local_shard(tensor)
-        if writes(tensor) and (rows.numel() or not tensor.numel()):
+        if (writes(tensor) or OF_RANK in name) and (rows.numel() or not tensor.numel()):
             rows = rows.detach()
             shards[name] = Shard(rows.to("cpu", copy=True) if snapshot else rows, start, list(tensor.shape))
     return shards
@@ -322,34 +317,41 @@ def _join_indices(ranks: list[dict]) -> dict[str, dict]:
     return joined
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors, numbers = {}, {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else numbers
-            target[f"{names[id(parameter)]}/{key}"] = value
-    return tensors, numbers
-
-
 def _load_optimizer_state(
-    reader: _Reader, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, numbers: dict
+    reader: _Reader, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, numbers: dict, rank: int
 ) -> None:
-    on_device = optimizer.param_groups[0].get("fused")  # a fused optimizer counts its steps on the device
-    optimizer.state.clear()
-    for name, entry in reader.index["optimizer"].items():
-        parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
-        if entry["shape"] == list(parameter.shape):
-            value = torch.empty_like(parameter.detach(), dtype=reader.dtype("optimizer", name))
-            reader.read_into(value, "optimizer", name)
-        else:
-            value = reader.full_tensor("optimizer", name)
-            value = value.to(parameter.device) if on_device else value
-        optimizer.state[parameter][key] = value
-    for name, value in numbers.items():
-        parameter_name, _, key = name.rpartition("/")
-        optimizer.state[parameters[parameter_name]][key] = value
+    saved = reader.index["optimizer"]
+    unread = {name for name in saved if OF_RANK not in name or name.endswith(f"{OF_RANK}{rank}")}
+
+    def read(name: str, value: Tensor) -> bool:
+        if name not in saved:
+            return False
+        if saved[name]["shape"] != list(value.shape):
+            raise RunDirError(
+                f"{reader.folder}: {name} has shape {saved[name]['shape']}, and the optimizer has {list(value.shape)}. "
+                "Remove the checkpoint.",
+                "damaged-file",
+            )
+        reader.read_into(value, "optimizer", name)
+        unread.discard(name)
+        return True
+
+    load_state(parameters, optimizer, rank, numbers, read)
+    if unread:
+        raise RunDirError(
+            f"{reader.folder}: the optimizer has no {min(unread)}. Restore optimizer and optimizer_args.",
+            "mismatch",
+        )
+
+
+def _check_ranks(reader: _Reader, saved: int, now: int) -> None:
+    """Raise RunDirError if the state belongs to the rows of ranks that have changed."""
+    if saved != now and any(OF_RANK in name for name in reader.index["optimizer"]):
+        raise RunDirError(
+            f"{reader.folder}: its quantized optimizer state is that of {saved} processes, got {now}. Resume with "
+            f"{saved} processes.",
+            "mismatch",
+        )
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -20,9 +20,7 @@ from minitrain.model.checks import check_folder
 if TYPE_CHECKING:
     from minitrain.losses import Loss
 
-# They need more than gradients, or support only some shapes of parameters.
-UNFIT_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
-WHOLE_MATRIX_OPTIMIZERS = {"Adafactor"}
+WHOLE_MATRIX_OPTIMIZERS = ("Adafactor", "LAMB", "LARS")  # beginnings of names
 NEEDS_EVAL_DATA = ("eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
 
 
@@ -144,8 +142,11 @@ def _check_steps(config: Config, issues: ConfigIssues) -> None:
 
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:
     """Check the optimizer and its options. Arguments as for `check`."""
+    from minitrain.distributed.parallel import pick_device
+
     from .optim import accepted_options, check_optimizer, optimizer_class
 
+    _check_in_backward(config, given, issues)
     if is_lost(config.optimizer):
         message = f"{config.optimizer} was given in Python. Name a class of torch.optim, or train from Python."
         issues.add("optimizer", "not-found", message)
@@ -159,11 +160,12 @@ def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssue
         message = f"expected two numbers >= 0 and < 1, got {format_value(config.betas)}. Correct them."
         issues.add("betas", "invalid-value", message)
     try:
-        chosen = optimizer_class(config.optimizer, UNFIT_OPTIMIZERS)
+        chosen = optimizer_class(config.optimizer)
     except ConfigError as error:
         issues.add("optimizer", error.code, f"{error.message}{hint_for_value('optimizer', config.optimizer)}")
         return
-    if config.trainer == "FSDPTrainer" and config.fsdp.shard != "none" and chosen.__name__ in WHOLE_MATRIX_OPTIMIZERS:
+    is_sharded = config.trainer == "FSDPTrainer" and config.fsdp.shard != "none"
+    if is_sharded and chosen.__name__.startswith(WHOLE_MATRIX_OPTIMIZERS):
         message = f"{chosen.__name__} needs full matrices, but fsdp.shard={config.fsdp.shard} splits them. Use AdamW."
         issues.add("optimizer", "conflict", message, "fsdp.shard")
     accepted = accepted_options(chosen)
@@ -172,6 +174,8 @@ def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssue
             message = f"has no effect with {chosen.__name__}, which has no {key}. Remove it."
             issues.add(key, "no-effect", message, "optimizer")
     extra = [name for name in accepted if name not in ("params", "lr", "betas", "eps", "weight_decay")]
+    if config.optimizer_args.get("bf16_stochastic_round"):
+        _check_stochastic_rounding(config, issues)
     for key, value in config.optimizer_args.items():
         if key not in extra:
             message = f"unknown option of {chosen.__name__}. Use one of {', '.join(extra)}."
@@ -179,10 +183,45 @@ def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssue
         elif isinstance(value, float) and not math.isfinite(value):
             issues.add(f"optimizer_args.{key}", "not-finite", f"expected a finite number, got {value}. Correct it.")
     try:
-        check_optimizer(config)
+        check_optimizer(config, on_cpu=pick_device(config.device).type == "cpu")
     except ConfigError as error:
         message = error.message.removeprefix("optimizer: ")
         issues.add("optimizer", error.code, message, "optimizer_args", "betas", "eps", "lr", "weight_decay")
+
+
+def _check_in_backward(config: Config, given: set[str], issues: ConfigIssues) -> None:
+    """Check the options that optimizer_in_backward excludes."""
+    if not config.optimizer_in_backward:
+        return
+    key = "optimizer_in_backward"
+    if find_object(config.optimizer):
+        message = "has no effect with an optimizer from Python, which updates all its parameters at once. Remove it."
+        issues.add(key, "no-effect", message, "optimizer")
+    if config.max_grad_norm:
+        message = "conflicts with max_grad_norm, since the norm is known only after the backward pass. Set it to 0."
+        issues.add(key, "conflict", message, "max_grad_norm")
+    several = {"gradient_accumulation_steps": config.gradient_accumulation_steps > 1}
+    several["max_tokens_per_micro_batch"] = config.max_tokens_per_micro_batch is not None
+    for option, is_set in several.items():
+        if is_set:
+            message = f"conflicts with {option}, since each micro-batch would update. Remove one of them."
+            issues.add(key, "conflict", message, option)
+    if config.model.policy_dtype == "float16":
+        message = "conflicts with float16, whose overflows are known only after the backward pass. Use bfloat16."
+        issues.add(key, "conflict", message, "model.policy_dtype")
+    if "max_bad_steps" in given:
+        message = "has no effect with optimizer_in_backward, which cannot skip a step. Remove it."
+        issues.add("max_bad_steps", "no-effect", message, key)
+
+
+def _check_stochastic_rounding(config: Config, issues: ConfigIssues) -> None:
+    key = "optimizer_args.bf16_stochastic_round"
+    if config.model.master_dtype != "bfloat16":
+        message = "has no effect on float32 parameters. Set model.master_dtype=bfloat16, or remove it."
+        issues.add(key, "no-effect", message, "model.master_dtype")
+    if config.trainer == "FSDPTrainer" and config.fsdp.shard in ("none", "hybrid"):
+        message = f"would round the replicas of fsdp.shard={config.fsdp.shard} differently. Use full or grad."
+        issues.add(key, "conflict", message, "fsdp.shard")
 
 
 def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> None:

@@ -20,6 +20,7 @@ from minitrain.errors import ConfigError, RunError
 from minitrain.losses import Loss, LossOutput, Models
 
 from .failpoints import failpoint
+from .optimizers import InBackward, non_finite_in_backward, set_lr
 from .router_step import RouterStep, load_metrics
 
 FIRST_SCALE = 2.0**16
@@ -236,22 +237,26 @@ def optim_step(
         max_grad_norm: The norm that gradients are clipped to; 0 does not clip.
 
     Raises:
-        RunError: If float16 overflows at every loss scale.
+        RunError: If float16 overflows at every loss scale, or an optimizer in the backward pass has used a gradient
+            that is not finite.
     """
+    in_backward = isinstance(optimizer, InBackward)
     precision.unscale(parameters)
-    norm = parallel.grad_norm(parameters)  # []
+    norm = optimizer.grad_norm(parallel) if in_backward else parallel.grad_norm(parameters)  # []
     # The only time in a step that the host waits for the device.
     loss, norm = torch.stack([loss.to(norm.device), norm]).tolist()
     loss_is_finite = math.isfinite(loss)
     taken = loss_is_finite and math.isfinite(norm)
     overflowed = loss_is_finite and not taken and precision.scale > 1  # expected now and then while the scale adapts
-    if taken:
+    if in_backward and not taken:
+        raise non_finite_in_backward()
+    if taken and not in_backward:
         clip_gradients(parameters, norm, max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
+        set_lr(optimizer, lr)
         optimizer.step()
     precision.update(overflow=not taken)
-    optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters:
+        parameter.grad = None
     return Update(loss, norm, taken, overflowed)
 
 

@@ -78,7 +78,7 @@ def test_a_wrong_config_imports_no_torch(here, command, more):
         ("optimizer: Adamm", "not-a-choice", "optimizer: "),
         ("optimizer_args: {momentum: 1}", "unknown-option", "optimizer_args.momentum: "),
         ("betas: [1]", "invalid-value", "betas: "),
-        ("optimizer: Muon\neps: 1", "not-a-choice", "optimizer: "),
+        ("optimizer: LBFGS\neps: 1", "not-a-choice", "optimizer: "),
         ("trainer: FSDPTrainer\nfsdp: {cpu_offload: true}\ndevice: cpu", "no-effect", "fsdp.cpu_offload: "),
     ],
 )

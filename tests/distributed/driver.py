@@ -47,7 +47,8 @@ def write_state(trainer: Trainer, file: str) -> None:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
+    parts = [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for _, t in sorted(tensors.items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def write_gradients(trainer: Trainer, file: str) -> None:

@@ -25,6 +25,7 @@ from minitrain.tools.preflight.memory import (
     simulate_step,
 )
 from minitrain.tools.preflight.memory_tracker import MemoryTracker
+from minitrain.training.optim_state import named_state
 from minitrain.training.setup import dry_run
 from tests.chats import THINKING, conversations, written
 from tests.conftest import random_llama
@@ -100,6 +101,11 @@ def taken(config) -> MemoryTracker:
         ("optimizer=Adafactor",),
         ("optimizer=Adagrad",),
         ("model.master_dtype=bfloat16", "model.policy_dtype=bfloat16"),
+        ("model.master_weights=optimizer", "model.policy_dtype=bfloat16"),
+        ("optimizer=Muon",),
+        ("optimizer=bitsandbytes.AdamW8bit", "optimizer_args={min_8bit_size: 64}"),
+        ("optimizer=torchao.AdamW8bit",),
+        ("optimizer_in_backward=true", "max_grad_norm=0"),
         ("freeze_layers=[0]", "model.policy_dtype=bfloat16"),
         ("lora.rank=4", "model.policy_dtype=bfloat16", "optimizer=NAdam"),
         ("soft_prompt.num_virtual_tokens=5", "soft_prompt.method=prefix", "soft_prompt.prefix_projection=true"),
@@ -108,16 +114,21 @@ def taken(config) -> MemoryTracker:
 )
 def test_weights_gradients_and_moments_are_those_of_a_training(config, overrides):
     """Each the sum of the bytes of a real trainer's tensors."""
+    for package in ("bitsandbytes", "torchao"):
+        if any(package in option for option in overrides):
+            pytest.importorskip(package)
     config, seen = config(*overrides), []
     trainer = Trainer(config)
+    for p in trainer.parameters:
+        p.register_hook(lambda grad: seen.append(grad.nbytes))
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(held(p.grad for p in trainer.parameters)))
     trainer.train()
-    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    states = named_state(dict(trainer.policy.named_parameters()), trainer.optimizer, 0)[0].values()
     found = estimate_memory(dry_run(config), CPU).parts
     assert found["weights"] == held((*trainer.policy.parameters(), *trainer.policy.buffers()))
     assert found["gradients"] == max(seen)
-    moments = held(value for value in states if isinstance(value, torch.Tensor))
-    if config.optimizer == "AdamW":  # whose update needs nothing besides
+    moments = held(states)
+    if config.optimizer == "AdamW" and config.model.master_weights == "model":  # whose update needs nothing besides
         assert found["optimizer"] == moments
     assert moments <= found.get("optimizer", 0) <= moments + 4 * held(trainer.parameters)
 

@@ -12,8 +12,7 @@ from minitrain import load_config
 from minitrain.config.schedules import BOUNDS, CHOICES, SCHEDULES, argument_problems, lr_factor
 from minitrain.config.schema import Config
 from minitrain.errors import InvalidConfigError
-from minitrain.training.checks import UNFIT_OPTIMIZERS
-from minitrain.training.optim import build_optimizer, optimizer_class
+from minitrain.training.optim import UNFIT, build_optimizer, optimizer_class
 
 BASE = {"datasets": [__file__.replace("test_optim.py", "../../example/data/skills-test.jsonl")]}
 
@@ -173,7 +172,7 @@ def test_norms_and_biases_are_not_decayed():
     sorted(
         key
         for key, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in UNFIT_OPTIMIZERS
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in UNFIT
     ),
 )
 def test_every_optimizer_of_torch_takes_a_step(name):

@@ -69,7 +69,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, oracle, stop):
     assert second.consumed == oracle.consumed
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "RMSprop", "NAdam"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "RMSprop", "NAdam", "Adagrad", "ASGD"])
 def test_the_state_of_any_optimizer_is_restored(make_trainer, optimizer):
     """Steps, moments and scalars of each kind."""
     options = ("n_steps=4", "save_every_steps=2", f"optimizer={optimizer}", "lr_scheduler=constant")

@@ -29,6 +29,7 @@ from minitrain.model import logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.optim import build_optimizer
+from minitrain.training.optim_state import grad_dtype, named_state
 from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
@@ -69,13 +70,18 @@ def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
     _track_head(step.policy, tracker)
     with tracker:
         optimizer = build_optimizer(step.policy, step.config)
+        for parameter in trained:  # those that the optimizer has the master weights of are new
+            tracker.hold(local_shard(parameter)[0], "weights")
         optimizer.register_step_pre_hook(lambda *_: setattr(tracker, "part", "optimizer"))
-        optimizer.register_step_post_hook(lambda *_: _hold_moments(optimizer, tracker))
+        optimizer.register_step_post_hook(
+            lambda *_: _hold_moments(dict(step.policy.named_parameters()), optimizer, tracker)
+        )
         for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype(parameter))
             tracker.hold(local_shard(parameter.grad)[0], "gradients")
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
         tracker.reset_peaks()
         output = forward_backward(step.loss, step.batches, step.models, step.parallel, precision)
         norm = step.config.max_grad_norm
@@ -86,12 +92,12 @@ def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
             step.parallel.reshard(step.policy)
 
 
-def _hold_moments(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
+def _hold_moments(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tracker: MemoryTracker
+) -> None:
     tracker.part = "activations"
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                tracker.hold(local_shard(value)[0], "optimizer")
+    for tensor in named_state(parameters, optimizer, rank=0)[0].values():
+        tracker.hold(local_shard(tensor)[0], "optimizer")
 
 
 def _track_head(policy: nn.Module, tracker: MemoryTracker) -> None:
