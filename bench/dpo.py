@@ -107,14 +107,17 @@ def run_peer(setting, folder: str, peer: str, python: str | None) -> dict:
 
 def table(setting, runs: dict[str, list[dict]]) -> list[str]:
     lines = [f"## {setting.name}, {setting.batch} pairs a step", ""]
-    lines += ["| | pairs/s | range | vs hand | vs TRL | peak above the model, MiB |", "|---|---:|---:|---:|---:|---:|"]
-    rates = {}
+    lines += ["| | pairs/s | range | vs hand | vs TRL | vs hand, CPU seconds | peak above the model, MiB |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    rates, cpu = {}, {}
     for peer, found in runs.items():
         each = [setting.batch * setting.steps / sum(run["seconds"][setting.warmup :]) for run in found]
         rates[peer] = median(each), min(each), max(each)
+        cpu[peer] = median(sum(run["cpu_seconds"][setting.warmup :]) for run in found)
     for peer, (rate, low, high) in rates.items():
         ratios = [f"{rate / rates[other][0]:.2f}" if other in rates else "-" for other in ("hand", "trl")]
         peak = median(run["peak_mib"] for run in runs[peer])
+        ratios.append(f"{cpu['hand'] / cpu[peer]:.2f}" if "hand" in cpu else "-")
         lines.append(f"| {peer} | {rate:.2f} | {low:.2f} - {high:.2f} | {' | '.join(ratios)} | {peak:,.0f} |")
     losses = {peer: [round(loss, 4) for loss in found[0]["losses"][:4]] for peer, found in runs.items()}
     return [*lines, "", "Losses of the first steps:", "", *[f"- {peer}: {found}" for peer, found in losses.items()], ""]

@@ -33,7 +33,9 @@ import gpu_report  # noqa: E402
 from gpu_rows import MINUTES, ROWS, SHAPES, TINY, Row  # noqa: E402
 
 SHORTEST = 15  # seconds: with less left in its phase, a row is not begun
-REFUSED = re.compile(r"minitrain.*\[(unknown-option|not-a-choice|not-installed|unsupported-\w+|invalid-value)\]")
+REFUSED = re.compile(
+    r"minitrain.*\[(unknown-option|not-a-choice|not-installed|unsupported-\w+|invalid-value|wrong-type)\]"
+)
 
 
 def main(rows: list[Row] = ROWS, worker: Path = HERE / "gpu_work.py") -> int:
@@ -102,10 +104,11 @@ def ask_card(what: str) -> str:
 
 
 def shortened(row: Row) -> Row:
-    """The row with tiny models: few steps, few tokens; of all losses, two."""
+    """The row with tiny models: few steps, few tokens, less time; of all losses, two."""
     options = row.options | ({"losses": ["sft", "dpo"]} if row.work == "losses" else {})
     steps, warmup = min(row.steps, 2), min(row.warmup, 1)
-    return replace(row, tokens=row.tokens // 16, pairs=min(row.pairs, 2), steps=steps, warmup=warmup, options=options)
+    sizes = {"tokens": row.tokens // 16, "pairs": min(row.pairs, 2), "steps": steps, "warmup": warmup}
+    return replace(row, limit=min(row.limit, 60), options=options, **sizes)
 
 
 def required(row: Row, models: str, results: list[dict]) -> list[Row]:

@@ -1,6 +1,6 @@
 """One measurement of `bench/gpu.py`: python bench/gpu_work.py JOB.json. It writes what it has after every step."""
 
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -213,9 +213,9 @@ def train(job: Job, settings: dict, on_step=lambda trainer: None) -> None:
 
     for part in job.without:
         module, _, name = part.partition(":")
-        module = importlib.import_module(module)
-        getattr(module, name)  # a part that there is
-        setattr(module, name, lambda *args, **kwargs: False)
+        if importlib.util.find_spec(module) is None or not hasattr(importlib.import_module(module), name):
+            return job.save(skipped=f"this version has no {part}")
+        setattr(importlib.import_module(module), name, lambda *args, **kwargs: False)
     recorder = Recorder(job)
     before = [0.0, 0.0]
 

@@ -22,10 +22,10 @@ def wait(device: torch.device) -> None:
 
 
 class Meter:
-    """Seconds of each step, and the peak of memory above what was held when `begin` was called."""
+    """Seconds and CPU seconds of each step, and the peak of memory above what was held when `begin` was called."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, []
+        self.device, self.seconds, self.cpu_seconds = device, [], []
 
     def begin(self, model: torch.nn.Module | None = None) -> None:
         """Call it when the model is loaded and nothing is trained yet."""
@@ -39,14 +39,15 @@ class Meter:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
             self.before = _status("VmRSS")
-        self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
     def tick(self) -> None:
         """Call it after each step."""
         wait(self.device)
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()  # of all threads
         self.seconds.append(now - self.last)
-        self.last = now
+        self.cpu_seconds.append(cpu - self.last_cpu)
+        self.last, self.last_cpu = now, cpu
 
     def peak_mib(self) -> float:
         high = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status("VmHWM")
@@ -98,6 +99,7 @@ def write_result(job: dict, meter: Meter, losses: list, supervised: list, places
     result = {
         "peak_mib": meter.peak_mib(),
         "seconds": meter.seconds,
+        "cpu_seconds": meter.cpu_seconds,
         "losses": [float(loss) for loss in losses],
         "supervised": [int(n) for n in supervised],
         "places": [int(n) for n in places],

@@ -15,7 +15,8 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}  # of the loss, relative
 NOTE = """\
 Each peer trains the same model on the same examples in the same order, in a process of its own, the peers taking
 turns. tokens/s counts tokens that are not padding: the sum over the timed steps, each step at its median over the
-rounds, warm-up steps left out; `range` is the slowest and the fastest round. Peak memory is what the process took
+rounds, warm-up steps left out; `range` is the slowest and the fastest round. `vs hand, CPU` compares tokens per CPU
+second of all threads, which other work on the machine disturbs less. Peak memory is what the process took
 above the loaded model while it trained (gradients and optimizer included). Share of matmul: the time that the
 products a step cannot do without (6 x weights x tokens, the output layer on supervised tokens only) would take at
 the rate measured in the same process for such products, over the time a step took; padding, attention and all else
@@ -67,6 +68,7 @@ def figures(setting: Setting, sizes: list[dict], runs: list[dict]) -> dict:
     first = runs[0]
     return {
         "tokens_per_second": tokens / seconds,
+        "tokens_per_cpu_second": tokens / sum(median(t) for t in zip(*[run["cpu_seconds"][timed] for run in runs])),
         "range": [per_round[0], per_round[-1]],
         "peak_mib": median(run["peak_mib"] for run in runs),
         "matmul_share": ideal / seconds,
@@ -88,12 +90,13 @@ def section(summary: dict) -> list[str]:
         f"{setting.batch} examples a step, {setting.warmup} + {setting.steps} steps, hidden {setting.hidden}, "
         f"{setting.layers} layers; attention adds {summary['attention_share']:.0%} to the products of the body.",
         "",
-        "| | tokens/s | range | vs hand | vs TRL | peak above model, MiB | share of matmul | padding |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | tokens/s | range | vs hand | vs TRL | vs hand, CPU | peak above model, MiB | share of matmul | padding |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for peer, f in peers.items():
         low, high = f["range"]
         ratios = " | ".join(ratio(f, peers.get(other)) for other in ("hand", "trl"))
+        ratios += " | " + ratio(f, peers.get("hand"), "tokens_per_cpu_second")
         lines.append(
             f"| {peer} | {f['tokens_per_second']:,.0f} | {low:,.0f} - {high:,.0f} | {ratios} | {f['peak_mib']:,.0f} | "
             f"{f['matmul_share']:.0%} | {f['padding']:.0%} |"
@@ -110,8 +113,8 @@ def section(summary: dict) -> list[str]:
     return [*lines, ""]
 
 
-def ratio(figures: dict, other: dict | None) -> str:
-    return f"{figures['tokens_per_second'] / other['tokens_per_second']:.2f}" if other else "-"
+def ratio(figures: dict, other: dict | None, speed: str = "tokens_per_second") -> str:
+    return f"{figures[speed] / other[speed]:.2f}" if other else "-"
 
 
 def judge(summaries: list[dict], skipped: dict[str, str]) -> tuple[list[str], bool]:

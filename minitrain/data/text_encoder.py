@@ -58,7 +58,7 @@ class TextEncoder:
         self._literal = re.compile("|".join(re.escape(_literal(token)) for token in tokens) or "(?!)")
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and self._encode("a", add_special_tokens=True).ids[:1] == [bos]
-        self._prepends_space = "".join(self._encode("a").tokens[:1]).startswith(("\u2581", "\u0120"))
+        self._prepends_space = "".join(self._encode("a", with_offsets=True).tokens[:1]).startswith(("\u2581", "\u0120"))
         self._loses_characters = not all(self._encode(character).ids for character in UNUSUAL)
 
     def mark_literals(self, text: str) -> str:
@@ -81,15 +81,16 @@ class TextEncoder:
             return [], []
         end = self.ends.end.search(before)
         anchor = before[end.start() :] if end else "\n" if before and self._prepends_space else ""
-        encoding = self._checked_encoding(anchor + text)
+        encoding = self._checked_encoding(anchor + text, with_starts)
         ids, n = encoding.ids, 0
         if anchor:
             anchor_ids = self._checked_encoding(anchor).ids
             n = len(anchor_ids)
             if ids[:n] != anchor_ids:
-                encoding, anchor, n = self._checked_encoding(text), "", 0
+                encoding, anchor, n = self._checked_encoding(text, with_starts), "", 0
+                ids = encoding.ids
         starts = [start - len(anchor) for start, _ in encoding.offsets[n:]] if with_starts else []
-        return encoding.ids[n:], starts
+        return ids[n:], starts
 
     def _encode_literals(self, text: str, before: str, with_starts: bool) -> tuple[list[int], list[int]]:
         """Encode a text with special tokens that are ordinary text."""
@@ -125,16 +126,19 @@ class TextEncoder:
             backend.no_padding()
         return backend
 
-    def _encode(self, text: str, add_special_tokens: bool = False):
+    def _encode(self, text: str, add_special_tokens: bool = False, with_offsets: bool = False):
+        backend = self.backend
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+            if with_offsets:  # and with tokens, which take time, too
+                return backend.encode(text, add_special_tokens=add_special_tokens)
+            return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except BaseException as error:  # of a tokenizer that is damaged
             if not is_failure(error):
                 raise
             raise DataError(f"the tokenizer cannot read {text[:40]!r}: {error}", "invalid-text") from None
 
-    def _checked_encoding(self, text: str):
-        encoding = self._encode(text)
+    def _checked_encoding(self, text: str, with_offsets: bool = False):
+        encoding = self._encode(text, with_offsets=with_offsets)
         if self._loses_characters:
             self._refuse_lost(text)
         return encoding
