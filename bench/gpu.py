@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import gpu_report  # noqa: E402
 from gpu_rows import MINUTES, ROWS, SHAPES, TINY, Row  # noqa: E402
 
+PEERS = ("trl", "unsloth", "torchtune")  # the work of other trainers
 SHORTEST = 15  # seconds: with less left in its phase, a row is not begun
 REFUSED = re.compile(
     r"minitrain.*\[(unknown-option|not-a-choice|not-installed|unsupported-\w+|invalid-value|wrong-type)\]"
@@ -135,14 +136,14 @@ def measure(row: Row, arguments: argparse.Namespace, models: str, worker: Path, 
     """Run a row in its own process until it ends, fails, or its time is over; keep what it has written."""
     sizes = asdict((TINY if arguments.tiny else SHAPES)[row.shape]) if row.shape else {}
     result = {"row": row, "sizes": sizes, "found": {}, "status": "skipped", "why": "", "watts": []}
-    if missing := [name for name in row.needs if not is_installed(name, arguments.peer_python)]:
+    python = arguments.peer_python if row.work in PEERS else sys.executable
+    if missing := [name for name in row.needs if not is_installed(name, python)]:
         return result | {"why": f"{', '.join(missing)} not installed"}
     left = end - time.monotonic()
     if left < SHORTEST and not arguments.tiny:
         return result | {"why": "no time was left in its phase"}
     if row.shape and row.work != "build" and not (Path(models) / row.shape / "model" / "tokenizer.json").exists():
         return result | {"why": f"the model {row.shape} could not be built"}
-    python = arguments.peer_python if row.needs else sys.executable
     with tempfile.TemporaryDirectory(prefix="minitrain-bench-job-") as scratch:
         job = asdict(row) | {"device": arguments.device, "sizes": sizes, "folder": models, "scratch": scratch}
         job["out"] = f"{scratch}/result.json"

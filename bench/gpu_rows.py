@@ -74,6 +74,8 @@ class Row:
 
 COMPILE = "compile=true"
 BF16_MASTERS = "model.master_dtype=bfloat16"
+WEIGHTS_8BIT = (BF16_MASTERS, "optimizer=torchao.AdamW8bit", "optimizer_args={bf16_stochastic_round: true}")
+IN_BACKWARD = "optimizer_in_backward=true"
 SELECTIVE, FULL = "activation_checkpointing=selective", "activation_checkpointing=full"
 LORA = "lora.rank=16"
 TRL = ("trl", "liger_kernel")
@@ -105,28 +107,18 @@ ROWS = [
     Row("build 8B", "C", "build", "8B", limit=150),
     Row("minitrain, LoRA, compiled", "C", "sft", "8B", (LORA, COMPILE), 4096, limit=120, trained=4 / 6),
     Row("minitrain, LoRA", "C", "sft", "8B", (LORA,), 4096, trained=4 / 6),
-    Row(
-        "minitrain, all weights in bfloat16, AdamW8bit, selective recomputation, compiled",
-        "C",
-        "sft",
-        "8B",
-        (BF16_MASTERS, "optimizer=AdamW8bit", SELECTIVE, COMPILE),
-        4096,
-        limit=150,
-    ),
+    Row("minitrain, all weights, torchao's AdamW8bit, selective recomputation, compiled", "C", "sft", "8B",
+        (*WEIGHTS_8BIT, SELECTIVE, COMPILE), 4096, limit=150, needs=("torchao",)),
+    Row("minitrain, all weights, AdamW in the backward pass, selective recomputation, compiled", "C", "sft", "8B",
+        (BF16_MASTERS, IN_BACKWARD, "max_grad_norm=0", SELECTIVE, COMPILE), 4096, limit=150),
     Row("minitrain, LoRA, DPO, prompts shared", "C", "dpo", "8B", (LORA, "loss.name=dpo"), pairs=8, trained=0),
     Row("TRL + Liger, LoRA", "C", "trl", "8B", (), 4096, needs=(*TRL, "peft"), trained=4 / 6,
         options={"dtype": "bfloat16", "lora": 16}),
     Row("Unsloth, LoRA", "C", "unsloth", "8B", (), 4096, needs=("unsloth",), trained=4 / 6),
     Row("plain forward pass, the first loss", "C", "plain", "8B", (), 4096, steps=1, warmup=0, limit=60,
         options={"only_forward": True}),
-    Row(
-        "minitrain, all weights in bfloat16, AdamW8bit, full recomputation",
-        "C",
-        "sft",
-        "8B",
-        (BF16_MASTERS, "optimizer=AdamW8bit", FULL),
-        4096,
-        limit=120,
-    ),
+    Row("minitrain, all weights, bitsandbytes' AdamW8bit, full recomputation", "C", "sft", "8B",
+        (BF16_MASTERS, "optimizer=bitsandbytes.AdamW8bit", FULL), 4096, limit=120, needs=("bitsandbytes",)),
+    Row("minitrain, LoRA, 16,384 tokens, selective recomputation, compiled", "C", "sft", "8B",
+        (LORA, SELECTIVE, COMPILE), limit=120, trained=4 / 6),
 ]  # fmt: skip
