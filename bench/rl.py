@@ -105,8 +105,7 @@ def build(case: Case, folder: Path) -> None:
 
     build_tokenizer(case.setting).save_pretrained(folder / "model")
     model = build_model(case.setting)
-    if case.vocab < 1000:  # else an end token is too rare to matter
-        set_end(model, case)
+    set_end(model, case)
     model.save_pretrained(folder / "model")
     generator = np.random.Generator(np.random.PCG64(0))
     with open(folder / "prompts.jsonl", "w") as file:
@@ -125,7 +124,8 @@ def set_end(model: torch.nn.Module, case: Case) -> None:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
     model.model.norm.weight[1:] = 0.2  # other logits are small
-    ids = torch.randint(len(SPECIAL), case.vocab, (16, 64), generator=torch.Generator().manual_seed(0))
+    shape = (16, 64) if case.vocab < 1000 else (2, 8)  # else the logits would take gigabytes
+    ids = torch.randint(len(SPECIAL), case.vocab, shape, generator=torch.Generator().manual_seed(0))
     low, high = -100 * BIAS, 100 * BIAS
     for _ in range(40):
         embeddings[EOS, 0] = (low + high) / 2
@@ -285,8 +285,8 @@ def peer_minitrain() -> None:
     }
 
     def begin(trainer: Trainer) -> None:
-        clock.wrap("generate", trainer.train_loader, "_play")
-        clock.wrap("judge", trainer.train_loader, "_judge")
+        clock.wrap("generate", trainer.train_loader, "play")
+        clock.wrap("judge", trainer.train_loader, "judge")
         clock.begin(trainer.policy)
 
     def step(trainer: Trainer) -> None:

@@ -219,9 +219,10 @@ class RolloutConfig:
         le=100,
         affects_results=False,
     )
-    num_slots: int = option(
-        64,
-        "Responses that a device samples at the same time; vllm: prompts that a rank sends at the same time.",
+    num_slots: int | None = option(
+        None,
+        "Responses that a device samples at the same time (default: 64 to 512, as many as 1 GiB has keys, values and "
+        "logits for); vllm: prompts that a rank sends at the same time (default: 64).",
         ge=1,
         affects_results=False,
     )

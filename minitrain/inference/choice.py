@@ -13,6 +13,8 @@ from minitrain.model.logprobs import logits_dtype, logits_of, matmul_dtype_of, p
 from minitrain.model.policy import Policy
 
 BLOCK = 64  # random numbers are drawn in blocks
+VOCABULARY_BLOCK = 512  # tokens whose probabilities are summed at once, in a large vocabulary
+LARGE_VOCABULARY = 4096
 IsStopped = Callable[[list[int]], bool]  # ids of a response so far -> whether it ends here
 
 
@@ -53,18 +55,48 @@ class Chooser(NamedTuple):
     top_k: int = 0
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return token ids [S] and their log-probabilities [S] for logits [S, V] and random numbers [S] below 1."""
+        """Return token ids [S] and their log-probabilities [S] for logits [S, V] and random numbers [S] below 1.
+
+        It can overwrite the logits.
+        """
         if self.temperature == 0:
             largest, ids = logits.max(-1)
             return ids, largest - logits.logsumexp(-1)
+        if logits.shape[-1] >= LARGE_VOCABULARY:
+            return self._choose_by_blocks(logits, uniforms)
         logps = (logits / self.temperature).log_softmax(-1)  # [S, V]
         cumulated = self._kept(logps.exp()).cumsum(-1, dtype=torch.float64)  # [S, V]
         ids = torch.searchsorted(cumulated, (uniforms * cumulated[:, -1])[:, None], right=True)  # [S, 1]
         ids = ids.clamp(max=logits.shape[-1] - 1)
         return ids[:, 0], logps.gather(1, ids)[:, 0]
 
+    def _choose_by_blocks(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose a block of tokens by sums in float32, then a token in it.
+
+        Sums of all tokens in float64 would take most of the time of a step.
+        """
+        logits.sub_(logits.amax(-1, keepdim=True))
+        if self.temperature != 1:
+            logits /= self.temperature
+        weights = logits.exp_()  # [S, V]
+        log_total = _block_sums(weights).sum(-1, dtype=torch.float64).log()  # [S]
+        weights = self._kept(weights)
+        sums = _block_sums(weights).double()  # [S, blocks]
+        cumulated = sums.cumsum(-1)  # [S, blocks]
+        thresholds = uniforms[:, None] * cumulated[:, -1:]  # [S, 1]
+        block = torch.searchsorted(cumulated, thresholds, right=True).clamp(max=sums.shape[1] - 1)  # [S, 1]
+        own = sums.gather(1, block)  # [S, 1]
+        fraction = ((thresholds - cumulated.gather(1, block) + own) / own).clamp(0, 1 - 1e-12)  # [S, 1] in the block
+        columns = block * VOCABULARY_BLOCK + torch.arange(VOCABULARY_BLOCK, device=block.device)  # [S, 512]
+        last = weights.shape[1] - 1
+        of_block = weights.gather(1, columns.clamp(max=last)).where(columns <= last, 0.0)  # [S, 512]
+        cumulated = of_block.cumsum(-1, dtype=torch.float64)  # [S, 512]
+        ids = torch.searchsorted(cumulated, fraction * cumulated[:, -1:], right=True)  # [S, 1]
+        ids = (block * VOCABULARY_BLOCK + ids).clamp(max=last)
+        return ids[:, 0], (weights.gather(1, ids)[:, 0].log() - log_total).float()
+
     def _kept(self, probs: Tensor) -> Tensor:
-        """Set the probabilities [S, V] outside of top_k and top_p to 0."""
+        """Set the probabilities [S, V] outside of top_k and top_p to 0. They can have any sum."""
         if self.top_k and self.top_k < probs.shape[-1]:
             probs = probs.where(probs >= probs.topk(self.top_k).values[:, -1:], 0.0)
         if self.top_p < 1:
@@ -75,16 +107,23 @@ class Chooser(NamedTuple):
         return probs
 
 
+def _block_sums(weights: Tensor) -> Tensor:
+    """Return the sums of blocks of `VOCABULARY_BLOCK` columns; the last block can be shorter."""
+    n = weights.shape[1] - weights.shape[1] % VOCABULARY_BLOCK
+    sums = weights[:, :n].unflatten(1, (-1, VOCABULARY_BLOCK)).sum(-1)  # [S, full blocks]
+    return torch.cat([sums, weights[:, n:].sum(-1, keepdim=True)], 1)
+
+
 class Uniforms:
     """Random numbers in [0, 1) of one response, one per position."""
 
     def __init__(self, key: Sequence[int]):
         self.generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
-        self.values = np.empty(0)
+        self.values: list[float] = []
 
     def __getitem__(self, position: int) -> float:
         while position >= len(self.values):
-            self.values = np.concatenate([self.values, self.generator.random(BLOCK)])
+            self.values += self.generator.random(BLOCK).tolist()
         return self.values[position]
 
 
@@ -139,45 +178,53 @@ class TokenChoice:
             for i, request in enumerate(requests)
         ]
 
-    def from_states(self, hidden: Tensor, rows: Sequence[Row]) -> Tensor:
+    def from_states(self, hidden: Tensor, rows: Sequence[Row]) -> tuple[Tensor, int]:
         """Choose the next tokens by hidden states [S, H]; see `from_logits`."""
         return self.from_logits(self.head(hidden), rows)
 
-    def from_logits(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Choose the next token of each row by logits [S, V], and return the ids [S]; those of rows done are unused."""
+    def from_logits(self, logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, int]:
+        """Choose the next token of each row by logits [S, V].
+
+        Returns:
+            The ids [S], unused for rows that were done, and the number of rows that have ended in this step.
+        """
         values = [0.0 if row.uniforms is None else row.uniforms[len(row.sample.ids)] for row in rows]
         ids, logps = self.choose(logits, torch.tensor(values, dtype=torch.float64).to(logits.device))
-        n_ended = 0
+        n_ended, end_ids, is_stopped = 0, self.end_ids, self.is_stopped
         for row, token, logp in zip(rows, ids.tolist(), logps.tolist(), strict=True):
             if row.done:
                 continue
             sample = row.sample
             sample.ids.append(token)
             sample.logps.append(logp)
-            sample.ended = token in self.end_ids or (self.is_stopped is not None and self.is_stopped(sample.ids))
-            row.done = sample.ended or len(sample.ids) >= row.limit
+            if token in end_ids or (is_stopped is not None and is_stopped(sample.ids)):
+                sample.ended = row.done = True
+            elif len(sample.ids) >= row.limit:
+                row.done = True
             n_ended += row.done
         if self.on_step is not None:
             self.on_step(n_ended)
-        return ids
+        return ids, n_ended
 
 
 class Head:
-    """Computes logits as in training, with the matrix of the LM head converted once."""
+    """Computes logits as in training, with the matrix of the LM head converted once, always in the same memory."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
         self.matrix: Tensor | None = None
+        self.buffer: Tensor | None = None  # [S, V]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states [S, H] in float32, shape [S, V]."""
         states, layer = self.policy.lm_head(hidden)
-        dtype = logits_dtype(matmul_dtype_of(states), states.device.type)
         if self.matrix is None:
-            self.matrix = layer.matrix(dtype)  # [V, H]
-        buffer = states.new_empty(len(states), len(self.matrix), dtype=torch.float32)
-        with torch.autocast(states.device.type, enabled=False), products_in(dtype):
-            return logits_of(states, self.matrix, layer.bias, layer, False, buffer)[0]
+            self.matrix = layer.matrix(logits_dtype(matmul_dtype_of(states), states.device.type))  # [V, H]
+        if self.buffer is None or len(self.buffer) < len(states):
+            self.buffer = None  # frees it
+            self.buffer = states.new_empty(len(states), len(self.matrix), dtype=torch.float32)
+        with torch.autocast(states.device.type, enabled=False), products_in(self.matrix.dtype):
+            return logits_of(states, self.matrix, layer.bias, layer, False, self.buffer[: len(states)])[0]
 
 
 def stopping(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> IsStopped | None:

@@ -51,6 +51,8 @@ class ResponseParser:
     def __init__(self, template: Template):
         self.template, self.tokenizer = template, template.tokenizer
         self.has_response_template = getattr(self.tokenizer, "response_template", None) is not None
+        decode = self.tokenizer.decode
+        self._opens_thought = functools.lru_cache(64)(lambda last_ids: opens_thought(decode(list(last_ids))))
 
     @functools.cached_property
     def end_ids(self) -> list[int]:
@@ -74,9 +76,15 @@ class ResponseParser:
         message, _ = parse_tags(text, opens_thought(found.text[: answer.start]), reads_calls=True)
         return [call["function"] for call in message.get("tool_calls", ())] == [_PROBE]
 
+    @functools.cached_property
+    def special_ids(self) -> set[int]:
+        """The ids that `decode` can skip."""
+        added = self.tokenizer.added_tokens_decoder
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
     def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt ends inside of a thought."""
-        return opens_thought(self.tokenizer.decode(prompt_ids[-16:]))
+        return self._opens_thought(tuple(prompt_ids[-16:]))
 
     def parse(self, prompt_ids: Sequence[int], ids: Sequence[int], tools: list[dict] | None = None) -> Response:
         """Return a response.
@@ -90,7 +98,9 @@ class ResponseParser:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if not self.has_response_template:
             # The tags are special tokens in some tokenizers.
-            marked = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+            own = ids[:-1] if ids and ids[-1] in self.end_ids else ids
+            is_text = self.special_ids.isdisjoint(own) and self.special_ids.issuperset(ids[len(own) :])
+            marked = text if is_text else self.tokenizer.decode(own)
             message, n_malformed = parse_tags(marked, self.opens_thought(prompt_ids), self.reads_calls)
             return Response(text, assistant(text) if message == assistant(marked) else message, n_malformed)
         options: Mapping[str, Any] = {"tools": tools} if tools else {}

@@ -42,9 +42,9 @@ class PlainLoop:
         def choose(_: Tensor, logits: Tensor) -> Tensor:
             """Return logits [B, V] that leave only the chosen token."""
             if self.own_logits or not states:
-                ids = choice.from_logits(logits.float(), rows)
+                ids, _ = choice.from_logits(logits.float(), rows)
             else:
-                ids = choice.from_states(states.pop()[:, -1], rows)
+                ids, _ = choice.from_states(states.pop()[:, -1], rows)
             states.clear()
             return torch.full_like(logits, -torch.inf).scatter(1, ids[:, None], 0.0)
 

@@ -19,7 +19,7 @@ from minitrain.model.positions import restoring_rotary
 
 from .choice import Chooser, IsStopped, Request, Sample, TokenChoice
 from .plain_loop import PlainLoop
-from .slots import SlotLoop
+from .slots import SlotLoop, fitting_slots
 
 N_TRIED = 8  # tokens that are sampled to try a loop
 MakeLoop = Callable[[Policy, int], SlotLoop | PlainLoop]  # (policy, number of slots) -> loop
@@ -41,11 +41,11 @@ class Sampler:
     Args:
         policy: The policy.
         end_ids: Tokens that end a response.
-        n_slots: Maximum number of rows of a batch. It changes no response.
+        n_slots: Maximum number of rows of a batch (default: see `fitting_slots`). It changes no response.
         is_checked: Whether the output layer of the policy is known to be that of its model.
     """
 
-    def __init__(self, policy: Policy, end_ids: Sequence[int], n_slots: int = 64, is_checked: bool = True):
+    def __init__(self, policy: Policy, end_ids: Sequence[int], n_slots: int | None = None, is_checked: bool = True):
         self.policy, self.end_ids, self.n_slots, self.is_checked = policy, set(end_ids), n_slots, is_checked
 
     def sample(
@@ -71,13 +71,15 @@ class Sampler:
         rows = choice.rows(requests)
         # Some rotary frequencies depend on the longest row of a batch, so long rows are not mixed with others.
         limit = self.policy.rotary_limit
+        longest = max((len(request.prompt) + request.limit for request in requests), default=0)
+        n_slots = self.n_slots or fitting_slots(self.policy, longest)
         short, long = [], []
         for row in itertools.chain(*rows):
             (long if len(row.prompt) + row.limit > limit else short).append(row)
         with restoring_rotary(self.policy.model):
-            make_loop(self.policy, self.n_slots).run(short, choice)
+            make_loop(self.policy, n_slots).run(short, choice)
             make_long = PlainLoop if make_loop is SlotLoop else make_loop
-            make_long(self.policy, self.n_slots).run(long, choice)
+            make_long(self.policy, n_slots).run(long, choice)
         return [[row.sample for row in of_request] for of_request in rows]
 
     @functools.cached_property

@@ -31,6 +31,8 @@ REFILL_FRACTION = 8  # rows are exchanged when an eighth of them has ended
 AHEAD_FRACTION = 4  # with the prompts of new rows, those of the next quarter of the slots are computed
 COPIED = 8  # rows that are copied at once, which takes their memory a third time
 BLOCK = 64  # columns are allocated in blocks
+SLOTS = range(64, 513)  # number of rows by default: as many as fit into SLOT_BYTES
+SLOT_BYTES = 1 << 30
 
 
 class _Columns(CacheLayerMixin):
@@ -110,6 +112,20 @@ class _Slots(NamedTuple):
         return [layer for layer in self.cache.layers if isinstance(layer, _Columns) and layer.is_initialized]
 
 
+def fitting_slots(policy: Policy, length: int) -> int:
+    """Return how many rows of `length` tokens to sample at the same time.
+
+    More rows make responses of different lengths cheaper, until their keys and values take much memory.
+    """
+    config = policy.model.config.get_text_config()
+    n_heads = getattr(config, "num_attention_heads", None) or 1
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    of_token = 2 * config.num_hidden_layers * n_kv_heads * head_size * policy.model.dtype.itemsize
+    of_logits = 4 * config.vocab_size
+    return min(max(SLOTS[0], SLOT_BYTES // (of_token * length + of_logits)), SLOTS[-1])
+
+
 class SlotLoop:
     """Samples tokens in a batch whose rows are exchanged.
 
@@ -122,6 +138,12 @@ class SlotLoop:
         self.policy, self.decoder, self.n_slots = policy, decoder_of(policy.model), n_slots
         self.device = policy.model.get_input_embeddings().weight.device
         self.n_virtual = policy.model.soft_prompt.n_tokens if policy.has_soft_prompt else 0
+        self.max_columns = self.n_virtual + policy.position_limit  # some models, such as MPT, have no more
+        self.max_position = self.n_virtual + policy.rotary_limit - 1
+        # Models with this attention pass on a mask of four dimensions. It saves the one that they would make.
+        self.makes_masks = policy.supports_document_masking and all(
+            type(layer) is DynamicLayer for layer in DynamicCache(config=policy.model.config).layers
+        )
         self.prompts: dict[int, list[int]] = {}  # request -> token ids
         self.computed: dict[int, tuple[_Slots, int]] = {}  # request -> its prompt, while some of its responses wait
 
@@ -136,9 +158,8 @@ class SlotLoop:
         self.prompts = {row.request: row.prompt for row in rows}
         waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
         active: list[Row] = []
-        slots = None
-        while waiting or not all(row.done for row in active):
-            n_ended = sum(row.done for row in active)
+        slots, n_ended = None, 0
+        while waiting or n_ended < len(active):
             free = self.n_slots - len(active) + n_ended
             has_news = n_ended * REFILL_FRACTION > len(active) or (waiting and free * REFILL_FRACTION >= self.n_slots)
             if slots is None or has_news or self._is_full(slots):
@@ -147,25 +168,27 @@ class SlotLoop:
                 change = self._exchange if slots is not None and self._have_space(slots, new) else self._rebuild
                 slots, active = change(slots, active, new)
                 self._forget({row.request for row in waiting})
-            ids = choice.from_states(slots.hidden, active)
-            if not all(row.done for row in active):
-                slots = self._decode(slots, active, ids)
+                n_ended = 0
+            ids, n_more = choice.from_states(slots.hidden, active)
+            n_ended += n_more
+            if n_ended < len(active):
+                slots = self._decode(slots, ids)
 
-    def _decode(self, slots: _Slots, active: list[Row], ids: Tensor) -> _Slots:
-        """Append the chosen tokens [S] to the rows. Those that have ended repeat their last position."""
+    def _decode(self, slots: _Slots, ids: Tensor) -> _Slots:
+        """Append the chosen tokens [S] to the rows, also to those that have ended."""
         mask = None  # attention is faster without one
         if slots.is_padded:
             mask = torch.arange(slots.columns + 1, device=self.device) >= slots.starts[:, None]  # [S, columns]
-        before = [self.n_virtual + len(row.prompt) for row in active]
-        lasts = [[n + len(row.sample.ids) - 1] for n, row in zip(before, active, strict=True)]
-        positions = torch.tensor(lasts, device=self.device)  # [S, 1]
+            mask = mask[:, None, None] if self.makes_masks else mask.long()
+        # Rows that have ended must not pass the positions at which some rotary frequencies change for all rows.
+        positions = (slots.columns - slots.starts).clamp_(max=self.max_position)[:, None]  # [S, 1]
         hidden = self._forward({"input_ids": ids[:, None]}, mask, positions, slots.cache)  # [S, 1, H]
         return slots._replace(hidden=hidden[:, -1])
 
     def _forward(self, inputs: dict, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         outputs = self.decoder(
             **inputs,
-            attention_mask=None if mask is None else mask.long(),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -211,9 +234,8 @@ class SlotLoop:
         return [(same[0][0], [index for _, index in same]) for same in by_batch]
 
     def _is_full(self, slots: _Slots) -> bool:
-        """Return whether all columns are in use. Some models, such as MPT, have no more columns than positions."""
-        at_limit = slots.columns >= self.n_virtual + self.policy.position_limit
-        return at_limit or any(layer.n == layer.keys.shape[2] for layer in slots.layers)
+        """Return whether all columns are in use."""
+        return slots.columns >= self.max_columns or any(layer.n == layer.keys.shape[2] for layer in slots.layers)
 
     def _have_space(self, slots: _Slots, new: list[Row]) -> bool:
         """Return whether new rows fit into the columns, and one more column does."""
@@ -255,6 +277,7 @@ class SlotLoop:
         is_padded = len(prompts[-1]) < width
         mask = columns >= starts[:, None] if is_padded else None  # [P, n + W]
         positions = (columns - starts[:, None]).clamp(min=0)[:, n_before - width_before :]
+        mask = None if mask is None else mask.long()
         hidden = self._forward(inputs, mask, positions, cache)  # [P, W, H]
         return _Slots(cache, starts, hidden[:, -1], is_padded)
 

@@ -125,7 +125,7 @@ class Player:
         for turn in range(self.options.max_turns):
             by_context = [list(same) for _, same in itertools.groupby(active, lambda e: (e.prompt.number, e.ids))]
             requests = [self._request(episodes, turn) for episodes in by_context]
-            samples = self.engine.sample(requests, self.choose, self.template.end_ids(), self.options.stop)
+            samples = self.engine.sample(requests, self.choose, self.parser.end_ids, self.options.stop)
             pairs = zip(itertools.chain(*by_context), itertools.chain(*samples), strict=True)
             active = [episode for episode, sample in pairs if self._continues(episode, sample)]
             if not active:

@@ -125,11 +125,12 @@ def add_advantages(groups: Sequence[Group], cache: TokenCache) -> None:
     remaining = [
         iter([one for answer, one in zip(*group, strict=True) if not math.isnan(answer.reward)]) for group in groups
     ]
+    of_tokens, targets = cache.token_features["advantages"].numpy(), cache.mask.numpy() > 0  # [T], [T]
     for document, number in enumerate(cache.doc_features["group"].astype(int)):
         stats: Stats = next(remaining[number])
         span = slice(cache.offsets[document], cache.offsets[document + 1])
-        advantages = cache.token_features["advantages"][span][cache.mask[span].bool()]
-        if len(advantages) and float(advantages.max() - advantages.min()) < EQUAL:
+        advantages = of_tokens[span][targets[span]]
+        if len(advantages) and advantages.max() - advantages.min() < EQUAL:
             stats["advantage"] = float(advantages[0])
 
 

@@ -333,11 +333,11 @@ def _answer(episode: Episode) -> Answer:
 
 
 def _judged(episode: Episode, judgement: Judgement) -> JudgedAnswer:
-    of_sampled = iter(judgement.tokens)
-    of_tokens = [
-        reward + (next(of_sampled, 0.0) if own else 0.0)
-        for reward, own in zip(episode.token_rewards, episode.mask, strict=True)
-    ]
+    of_tokens = episode.token_rewards
+    if judgement.tokens:
+        of_sampled = iter(judgement.tokens)
+        pairs = zip(of_tokens, episode.mask, strict=True)
+        of_tokens = [reward + (next(of_sampled, 0.0) if own else 0.0) for reward, own in pairs]
     total, ended = judgement.total, episode.ended
     return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, total, ended, of_tokens)
 

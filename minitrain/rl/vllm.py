@@ -33,6 +33,7 @@ from minitrain.model.vocabulary import embedding_layers
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
+N_REQUESTS = 64  # that a rank sends at the same time, by default
 BUSY = (429, 502, 503, 504)  # answers of a server after which a request is repeated
 FIRST_WAIT = 1.0  # seconds before the first repetition; each next one waits twice as long
 NEUTRAL = {  # else the server takes these from the model's generation_config.json
@@ -116,7 +117,7 @@ class VLLMEngine:
             "logprobs": 0,  # of the sampled token
             "return_token_ids": True,
         } | NEUTRAL
-        n_threads = max(1, min(len(requests), self.trainer.config.rollout.num_slots))
+        n_threads = max(1, min(len(requests), self.trainer.config.rollout.num_slots or N_REQUESTS))
         with ThreadPoolExecutor(n_threads) as pool:
             return list(pool.map(lambda request: self._complete(request, options), requests))
 

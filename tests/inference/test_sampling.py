@@ -5,10 +5,11 @@ import pytest
 import torch
 import transformers as tf
 
-from minitrain.inference.choice import Chooser, Request, Uniforms
+from minitrain.inference.choice import LARGE_VOCABULARY, VOCABULARY_BLOCK, Chooser, Request, Uniforms
 from minitrain.inference.plain_loop import PlainLoop
 from minitrain.inference.sampler import Sampler, by_own_logits, one_at_a_time
-from minitrain.inference.slots import SlotLoop
+from minitrain.inference.slots import SLOT_BYTES, SlotLoop, fitting_slots
+from minitrain.model import attention
 from minitrain.model.sequence_head import make_policy
 from tests.conftest import random_llama
 from tests.shapes import SHAPE as TINY
@@ -77,6 +78,33 @@ def test_log_probabilities_are_those_of_the_model(name):
         for one in samples:
             want = logps_of(model, request.prompt, one.ids, 0.7)
             torch.testing.assert_close(torch.tensor(one.logps).double(), want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "makes_masks"), [("llama", True), ("mistral-window", False)])
+def test_masks_of_padded_rows(name, makes_masks):
+    """The loop makes the mask of a model whose attention takes it, but not that of a sliding window."""
+    model, shapes = random_model(name), set()
+    want = sample(model, requests(), Chooser(0.7))
+    attention.attend_by_document(model)
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, options: shapes.add(options["attention_mask"].ndim), with_kwargs=True
+    )
+    sampler = Sampler(make_policy(model).eval(), (2,))
+    sampler.make_loop = SlotLoop
+    found = sampler.sample(requests(), Chooser(0.7))
+    hook.remove()
+    assert shapes == ({2, 4} if makes_masks else {2})
+    assert [[one.ids for one in samples] for samples in found] == [[one.ids for one in samples] for samples in want]
+
+
+def test_rows_that_fit_by_default():
+    """2 layers of 2 x 2 heads of 8 float32 a token, and 96 logits: from 64 to 512 rows, by the memory of a row."""
+    policy = make_policy(random_model("qwen3-tied"))
+    of_token, of_logits = 2 * 2 * policy.model.config.num_key_value_heads * 8 * 4, 96 * 4
+    length = 4 * SLOT_BYTES // 1000 // of_token  # about 250 rows
+    assert fitting_slots(policy, length) == SLOT_BYTES // (of_token * length + of_logits) in range(200, 300)
+    assert fitting_slots(policy, 10) == 512 and fitting_slots(policy, 10**8) == 64
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2-positions"])
@@ -199,6 +227,47 @@ def test_samples_follow_the_distribution():
     chi_square = float(((counts - 20_000 * probs) ** 2 / (20_000 * probs)).sum())
     assert chi_square < 31.3  # 99.9 % quantile with 11 degrees of freedom
     torch.testing.assert_close(logps.double(), probs.log()[ids], rtol=1e-5, atol=1e-5)
+
+
+N_LARGE = LARGE_VOCABULARY + 100  # the last block is not full
+
+
+def large_logits(n):
+    """Return logits [n, V] that differ a lot between blocks of a large vocabulary, and some probabilities of 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, N_LARGE, generator=generator) * 3 + torch.linspace(-4, 4, N_LARGE).sin() * 3
+    logits[:, ::3], logits[:, :VOCABULARY_BLOCK] = -torch.inf, -torch.inf
+    return logits
+
+
+def test_samples_of_a_large_vocabulary_follow_the_distribution():
+    """Chi-square of 20,000 tokens, in 39 bins of tokens, among them the last block, which is not full."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    logits = large_logits(1)
+    probs = (logits[0].double() / 2).softmax(-1)
+    bins = torch.arange(N_LARGE) % 38
+    bins[LARGE_VOCABULARY:] = 38
+    counts = torch.zeros(39)
+    for _ in range(20):
+        ids, logps = Chooser(2.0)(logits.repeat(1000, 1), torch.tensor(generator.random(1000)))
+        counts += torch.bincount(bins[ids], minlength=39)
+        torch.testing.assert_close(logps.double(), probs.log()[ids], rtol=1e-5, atol=1e-5)
+    want = 20_000 * torch.zeros(39, dtype=torch.float64).index_add(0, bins, probs)
+    assert want.min() > 5 and float(((counts - want) ** 2 / want).sum()) < 70.7  # 99.9 %, 38 degrees of freedom
+
+
+@pytest.mark.parametrize("choose", [Chooser(1.0), Chooser(0.7, top_p=0.8), Chooser(1.3, top_k=700)])
+def test_tokens_of_a_large_vocabulary_are_those_of_one_sum_over_all(choose, monkeypatch):
+    """A token without probability is never chosen, also by the smallest and the largest random numbers."""
+    uniforms = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    uniforms[:4] = torch.tensor([0.0, 1 - 2**-53, 1 - 1e-9, 1e-12], dtype=torch.float64)
+    uniforms[250:] = 1 - 0.02 * uniforms[250:]  # in the last block
+    ids, logps = choose(large_logits(500), uniforms)
+    assert large_logits(500).gather(1, ids[:, None]).isfinite().all()
+    monkeypatch.setattr("minitrain.inference.choice.LARGE_VOCABULARY", N_LARGE + 1)
+    want, want_logps = choose(large_logits(500), uniforms)
+    assert ids[0] == want[0] and (ids == want).float().mean() > 0.99  # others are at a border, within rounding
+    torch.testing.assert_close(logps[ids == want], want_logps[ids == want], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

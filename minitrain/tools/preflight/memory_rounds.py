@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from minitrain.config.schema import Config
+from minitrain.config.sections import RolloutConfig
 from minitrain.data.loader import TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.inference.choice import Chooser, Request, TokenChoice
-from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop
+from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop, fitting_slots
 from minitrain.losses import Loss, add_features
 from minitrain.model.policy import Policy
 from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
-from minitrain.rl.vllm import VLLMOptions
+from minitrain.rl.vllm import N_REQUESTS, VLLMOptions
 from minitrain.training.step import Precision, inference
 
 from .memory_tracker import MemoryTracker
@@ -101,7 +102,7 @@ class _TrackedChoice(TokenChoice):
         super().__init__(policy, choose, set())
         self.tracker = tracker
 
-    def from_states(self, *args) -> Tensor:
+    def from_states(self, *args) -> tuple[Tensor, int]:
         self.tracker.part = "head"
         return super().from_states(*args)
 
@@ -125,13 +126,15 @@ def simulate_sampling(
     """Sample the first and the last tokens of the longest answers, and leave the peaks in the tracker."""
     options, limit = config.rollout, conversation_limit(config, policy)
     choose = _FirstToken(options.temperature, options.top_p, options.top_k)
-    last = _last_requests(_longest_conversation(prompts, config, limit), config, parallel.world_size)
+    length = _longest_conversation(prompts, config, limit)
+    n_slots = options.num_slots or fitting_slots(policy, length)
+    last = _last_requests(length, n_slots, options, parallel.world_size)
     tracker.reset_peaks()
-    for requests in (_first_requests(prompts, config), last):
+    for requests in (_first_requests(prompts, n_slots, options), last):
         with tracker, inference(policy), parallel.unsharded(policy), precision.autocast():
             choice = _TrackedChoice(policy, choose, tracker)
             rows = list(itertools.chain(*choice.rows(requests)))
-            _TrackedLoop(policy, options.num_slots, tracker).run(rows, choice)
+            _TrackedLoop(policy, n_slots, tracker).run(rows, choice)
     parallel.reshard(policy)
 
 
@@ -140,10 +143,9 @@ def conversation_limit(config: Config, policy: Policy) -> int:
     return min(config.max_length, policy.position_limit)
 
 
-def _first_requests(prompts: TokenizedDataset, config: Config) -> list[Request]:
+def _first_requests(prompts: TokenizedDataset, n_slots: int, options: RolloutConfig) -> list[Request]:
     """Return the longest prompts, as many as are computed before the first token."""
-    options = config.rollout
-    free = options.num_slots + options.num_slots // AHEAD_FRACTION
+    free = n_slots + n_slots // AHEAD_FRACTION
     requests = []
     for index in np.argsort(-prompts.lengths, kind="stable")[: options.prompts_per_round].tolist():
         n = min(free, options.num_generations)
@@ -153,11 +155,10 @@ def _first_requests(prompts: TokenizedDataset, config: Config) -> list[Request]:
     return requests
 
 
-def _last_requests(length: int, config: Config, world_size: int) -> list[Request]:
+def _last_requests(length: int, n_slots: int, options: RolloutConfig, world_size: int) -> list[Request]:
     """Return requests that fill the slots near their longest length, and exchange rows there: both batches are held."""
-    options = config.rollout
     n_answers = -(-options.prompts_per_round // world_size) * options.num_generations
-    n_slots = min(options.num_slots, n_answers)
+    n_slots = min(n_slots, n_answers)
     n_ending = n_slots // REFILL_FRACTION + 1
     n_waiting = min(n_ending, n_answers - n_slots)
     requests = [(length - 3, n_slots - n_ending, 3), (length - 4, n_ending + n_waiting, 1)]
@@ -174,12 +175,13 @@ def can_simulate(config: Config, policy: Policy) -> bool:
 def describe_sampling(prompts: TokenizedDataset, config: Config, policy: Policy) -> str:
     """Return what samples how many answers of what length at the same time, in words."""
     options, limit = config.rollout, conversation_limit(config, policy)
-    length = f"{_longest_conversation(prompts, config, limit):,} tokens"
+    longest = _longest_conversation(prompts, config, limit)
+    length = f"{longest:,} tokens"
     n_answers = options.prompts_per_round * options.num_generations
     if options.engine == "vllm":
         url = options.engine_args.get("url", VLLMOptions.url)
-        n = min(options.num_slots, options.prompts_per_round)
+        n = min(options.num_slots or N_REQUESTS, options.prompts_per_round)
         return f"by the vLLM server at {url}, {n} prompts at the same time, up to {length}; its memory is not estimated"
-    slots = f"{min(options.num_slots, n_answers)} slots of {length}"
+    slots = f"{min(options.num_slots or fitting_slots(policy, longest), n_answers)} slots of {length}"
     loop = "with the slower loop of transformers, whose memory is not estimated; "
     return slots if can_simulate(config, policy) else loop + slots
