@@ -34,9 +34,8 @@ from gpu_rows import MINUTES, ROWS, SHAPES, TINY, Row  # noqa: E402
 
 PEERS = ("trl", "unsloth", "torchtune")  # the work of other trainers
 SHORTEST = 15  # seconds: with less left in its phase, a row is not begun
-REFUSED = re.compile(
-    r"minitrain.*\[(unknown-option|not-a-choice|not-installed|unsupported-\w+|invalid-value|wrong-type)\]"
-)
+CODES = r"unknown-option|not-a-choice|not-installed|unsupported-\w+|invalid-value|wrong-type"
+REFUSED = re.compile(rf"minitrain.*Error.*\[({CODES})\]", re.DOTALL)  # by a version without an option, or a package
 
 
 def main(rows: list[Row] = ROWS, worker: Path = HERE / "gpu_work.py") -> int:

@@ -43,7 +43,8 @@ def as_markdown(results: list[dict], machine: dict) -> str:
     for phase in MINUTES:
         found = [result for result in results if result["row"].phase == phase]
         if found:
-            lines += [f"## {phase}. {TITLES[phase]}", "", *(check_lines(found) if phase == "A" else []), ""]
+            checks = [*check_lines(found), ""] if phase == "A" else []
+            lines += [f"## {phase}. {TITLES[phase]}", "", *checks]
             lines += speed_table([result for result in found if is_speed(result["row"])], results, machine)
             lines += skipped_lines(found)
     return "\n".join(lines) + "\n"

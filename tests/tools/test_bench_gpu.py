@@ -22,7 +22,7 @@ if "slow" in job["name"]:
 if "broken" in job["name"]:
     sys.exit("RuntimeError: of the row")
 if "refused" in job["name"]:
-    sys.exit("minitrain.errors.ConfigError: optimizer: expected a name [not-a-choice]")
+    sys.exit("minitrain.errors.ConfigError: 1 problem\\n  optimizer: expected a name [not-a-choice]")
 """
 
 
