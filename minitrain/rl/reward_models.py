@@ -1,5 +1,7 @@
 """Rewards from frozen models: the score of a reward model, and a teacher's log-probabilities."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -9,14 +11,25 @@ import torch
 
 from minitrain.batch import Batch, Document, collate
 from minitrain.config.option import option
+from minitrain.config.schema import Config
 from minitrain.config.sections import ModelConfig
 from minitrain.data.examples import Conversation
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError, MinitrainError
 from minitrain.inference.generate import model_config
 from minitrain.inference.resolve import find_model
-from minitrain.model.load import DTYPES, load_merged, load_model, load_tokenizer, trained_outputs
+from minitrain.model.load import (
+    CPU,
+    DTYPES,
+    META,
+    build_frozen,
+    load_merged,
+    load_model,
+    load_tokenizer,
+    trained_outputs,
+)
 from minitrain.model.load_check import check_policy
+from minitrain.model.policy import Policy
 from minitrain.model.positions import batches_by_length
 from minitrain.model.quantize import quantize_model
 from minitrain.model.sequence_head import make_policy
@@ -36,8 +49,23 @@ def build_judge(reward: Reward, trainer: "Trainer") -> Judge | None:
     """Return the model of a reward; None if it is a function."""
     if not reward.function.is_model:
         return None
-    try:
+    with _naming(reward):
         return reward.function.function(reward.options, trainer)
+
+
+def build_on_meta(reward: Reward, config: Config, tokenizer) -> tuple[Policy, torch.dtype] | None:
+    """Return the model of a reward without its weights, and the dtype it computes in; None if it is a function."""
+    if not reward.function.is_model:
+        return None
+    with _naming(reward):
+        policy = reward.function.function.build(reward.options, config.model, tokenizer, META)
+    return policy, DTYPES[reward.options.dtype or config.model.policy_dtype]
+
+
+@contextlib.contextmanager
+def _naming(reward: Reward) -> Iterator[None]:
+    try:
+        yield
     except MinitrainError as error:
         raise error.at(f"rollout.rewards: {reward.name}") from None
 
@@ -101,21 +129,36 @@ class RewardModel:
         self.options, self.trainer, parallel = options, trainer, trainer.parallel
         config, labels = _find(options, trainer.config.model.trust_remote_code)
         self.label = _label(options, labels)
-        tokenizer = load_tokenizer(config, scores=True)
-        self.template = Template(tokenizer, options.chat_template)
+        self.template = Template(load_tokenizer(config, scores=True), options.chat_template)
         dtype = DTYPES[options.dtype or trainer.config.model.policy_dtype]
         with parallel.local_rank0_first():
-            if config.adapter:
-                model = load_merged(config, tokenizer).to(dtype)
-            else:
-                model = load_model(config, tokenizer, 0, dtype, labels)
-            if options.quantization != "none":
-                quantize_model(model, options.quantization, dtype, trainer.device)
-        policy = make_policy(model.eval().requires_grad_(False))
+            policy = self.build(options, trainer.config.model, self.template.tokenizer, trainer.device)
         self.model = FrozenModel(policy, parallel, dtype)
         with self.model.precision.autocast():
             check_policy(policy, False, trainer.device, lambda: parallel.unsharded(self.model.policy))
         parallel.reshard(self.model.policy)
+
+    @staticmethod
+    def build(options: RewardModelOptions, trained: ModelConfig, tokenizer, device: torch.device) -> Policy:
+        """Return the frozen model.
+
+        Args:
+            options: Its options.
+            trained: The options of the model in training.
+            tokenizer: Its tokenizer (on the meta device, any other one).
+            device: Device of quantized layers; the rest is on the CPU. On the meta device, no weights are read.
+        """
+        config, labels = _find(options, trained.trust_remote_code)
+        dtype = DTYPES[options.dtype or trained.policy_dtype]
+        if device.type == "meta":
+            model = load_model(config, load_tokenizer(config, scores=True), 0, dtype, labels, device)
+        elif config.adapter:
+            model = load_merged(config, tokenizer).to(dtype)
+        else:
+            model = load_model(config, tokenizer, 0, dtype, labels)
+        if options.quantization != "none":
+            quantize_model(model, options.quantization, dtype, device)
+        return make_policy(model.eval().requires_grad_(False))
 
     def __call__(self, episodes: Sequence[Episode]) -> list[Any]:
         """Return the score of each conversation, `Failed` if it is too long or the chat template rejects it."""
@@ -169,18 +212,31 @@ class TeacherReward:
     """Returns log p_T - log p_S for each sampled token: minus an unbiased estimate of the KL of the policy S to T."""
 
     def __init__(self, options: TeacherOptions, trainer: "Trainer"):
-        self.options, self.trainer, model = options, trainer, trainer.config.model
-        dtype = options.dtype or model.policy_dtype
+        self.options, self.trainer = options, trainer
+        tokenizer, parallel, trained = trainer.tokenizer, trainer.parallel, trainer.config.model
+        with parallel.local_rank0_first():
+            policy = self.build(options, trained, tokenizer, CPU)
+        dtype = DTYPES[options.dtype or trained.policy_dtype]
+        self.model = Teacher(policy, parallel, dtype, count_ids(tokenizer), packing=False)
+
+    @staticmethod
+    def build(options: TeacherOptions, trained: ModelConfig, tokenizer, device: torch.device) -> Policy:
+        """Return the frozen model. On the meta device, no weights are read.
+
+        Args:
+            options: Its options.
+            trained: The options of the model in training.
+            tokenizer: The tokenizer of both.
+            device: The CPU or the meta device.
+        """
         config = ModelConfig(
             options.name_or_path,
-            policy_dtype=dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
+            policy_dtype=options.dtype or trained.policy_dtype,
+            attn_implementation=trained.attn_implementation,
+            trust_remote_code=trained.trust_remote_code,
         )
-        tokenizer, parallel = trainer.tokenizer, trainer.parallel
-        with parallel.local_rank0_first():
-            policy = build_teacher(config, tokenizer, False, key="name_or_path")
-        self.model = Teacher(policy, parallel, DTYPES[dtype], count_ids(tokenizer), packing=False)
+        load = functools.partial(build_frozen, device=device)
+        return build_teacher(config, tokenizer, False, load, key="name_or_path")
 
     def __call__(self, episodes: Sequence[Episode]) -> list[Any]:
         """Return the rewards of the sampled tokens of each conversation."""

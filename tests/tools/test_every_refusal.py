@@ -206,6 +206,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "rl/checks:_check_sampling: rollout.max_turns conflict",
         "rl/checks:_check_sampling: rollout.prompts_per_round mismatch",
         "rl/checks:check: no-effect",
+        "rl/checks:check: loss. no-effect",
         "rl/checks:check: rollout. no-effect",
         "rl/checks:check: rollout. no-effect (2)",
         "rl/checks:check: rollout.num_generations conflict",
@@ -226,6 +227,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "rl/rewards:build_rewards: not-a-choice",
         "rl/rewards:build_rewards: wrong-type",
         "rl/rewards:register_reward.register: already-exists",
+        "training/checks:check_loss_fits: loss.reference no-effect",
     ),
     "tests/losses/test_kd.py": (
         "losses/kd:read_outputs: mismatch (2)",

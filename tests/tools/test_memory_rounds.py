@@ -11,17 +11,21 @@ from minitrain import Trainer, load_config
 from minitrain.data.loader import TokenizedDataset
 from minitrain.model import attention
 from minitrain.model.save import save_model
-from minitrain.model.tiny import tiny_tokenizer
+from minitrain.model.tiny import tiny_scorer, tiny_tokenizer
 from minitrain.tools.preflight.memory import StepInputs, _estimate, _largest_batch, estimate_memory, simulate_step
 from minitrain.tools.preflight.memory_rounds import (
+    JUDGES,
     KEYS_AND_VALUES,
+    Judge,
     conversation_limit,
     longest_round,
+    simulate_judging,
     simulate_sampling,
 )
 from minitrain.tools.preflight.memory_tracker import MemoryTracker
 from minitrain.tools.preflight.validate import validate
 from minitrain.training.setup import dry_run, make_loader
+from tests.conftest import random_llama
 from tests.rl.test_rounds import HYBRIDS
 from tests.scorers import random_base
 
@@ -57,11 +61,22 @@ def config(tmp_path):
         {"loss": {"name": "kto"}, "lora": {"rank": 2}},
         {"loss": {"name": "sft"}, "rollout": {"num_slots": 2, "top_p": 0.9, "top_k": 20}},
         {"soft_prompt": {"num_virtual_tokens": 3, "method": "prefix"}},
+        {
+            "rollout": {
+                "rewards": [{"name": "model", "name_or_path": "SCORER"}, {"name": "teacher", "name_or_path": "tiny"}]
+            }
+        },
     ],
     ids=str,
 )
-def test_parts_are_those_of_a_real_model(config, options):
-    """The same step and the same sampling with real tensors: every part to the byte."""
+def test_parts_are_those_of_a_real_model(config, tmp_path, options):
+    """The same step, sampling and judging with real tensors: every part to the byte.
+
+    Nothing that a training keeps depends on when Python collects garbage.
+    """
+    if "rewards" in options.get("rollout", {}):
+        save_model(tiny_scorer(random_llama(), 1, 1), tiny_tokenizer(), tmp_path / "scorer", torch.float32)
+        options = json.loads(json.dumps(options).replace("SCORER", str(tmp_path / "scorer")))
     config = config(**options)
     found = estimate_memory(dry_run(config), CPU)
     trainer, tracker = Trainer(config), MemoryTracker()
@@ -72,12 +87,35 @@ def test_parts_are_those_of_a_real_model(config, options):
     attention._groups.cache_clear()
     gc.collect()
     batches = [_largest_batch(loader, False)]
-    simulate_step(StepInputs(config, trainer.loss, trainer.policy, trainer.models, trainer.parallel, batches), tracker)
-    step = _estimate(tracker)
+
+    judges = [Judge(judge.model, 16) for judge in trainer.train_loader.judges if judge]
+    inputs = StepInputs(config, trainer.loss, trainer.policy, trainer.models, trainer.parallel, batches, judges=judges)
+    simulate_step(inputs, tracker)
+    gc.collect()
+    estimates = [(found, _estimate(tracker))]
     simulate_sampling(trainer.policy, prompts, config, trainer.parallel, trainer.precision, tracker)
-    assert found.parts == step.parts and found.peak == step.peak
-    sampling = _estimate(tracker)
-    assert found.sampling.parts == sampling.parts and found.sampling.peak == sampling.peak
+    estimates.append((found.sampling, _estimate(tracker)))
+    if judges:
+        simulate_judging(judges, prompts, config, trainer.policy, trainer.parallel, tracker)
+        estimates.append((found.judging, _estimate(tracker)))
+        weights = sum(tensor.nbytes for judge in judges for tensor in judge.model.tensors())
+        assert found.parts[JUDGES] == found.judging.parts[JUDGES] == weights
+    for estimate, real in estimates:
+        assert estimate.parts == real.parts and estimate.peak == real.peak and estimate.parts["optimizer"]
+
+
+def test_judging_stays_within_the_estimate(config):
+    """All answers reach the limit. The teacher reads the tokens of the policy; a reward model has its own."""
+    config = config(rollout={"rewards": [{"name": "teacher", "name_or_path": "tiny"}]})
+    judging = estimate_memory(dry_run(config), CPU).judging
+    estimate = judging.peak - judging.parts["weights"] - judging.parts["optimizer"] - judging.parts[JUDGES]
+    trainer, tracker = Trainer(config), MemoryTracker()
+    trainer.template.end_ids = list
+    rounds = trainer.train_loader
+    episodes = rounds.play([rounds.prompts.get(int(i), n) for n, i in enumerate(range(4, 12))], (0,), 6)
+    with tracker:
+        rounds.judge(episodes)
+    assert 0.7 * estimate < tracker.peak <= 1.03 * estimate  # the layout of a batch has no part in it
 
 
 @pytest.mark.parametrize("kind", ["tiny", "gpt2", "qwen2", "bfloat16"])

@@ -24,8 +24,9 @@ table {{ border-collapse: collapse; }}
 th, td {{ padding: .15rem .75rem; text-align: right; border-bottom: 1px solid var(--line); }}
 section {{ border-top: 1px solid var(--line); margin-top: 1.5rem; }}
 pre {{ font: 13px/1.45 ui-monospace, monospace; margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.answers {{ display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }}
-.answer {{ border: 1px solid var(--line); border-left-width: 4px; border-radius: 4px; padding: .4rem .7rem; }}
+.answers {{ display: flex; flex-wrap: wrap; gap: .75rem; }}
+.answer {{ flex: 1 1 20rem; border: 1px solid var(--line); border-left-width: 4px; border-radius: 4px; }}
+.answer {{ padding: .4rem .7rem; }}
 .best {{ border-left-color: var(--sampled); }}
 .worst {{ border-left-color: var(--bad); }}
 .prompt {{ color: var(--dim); }}

@@ -8,7 +8,7 @@ layout of documents. So nothing here depends on what a layer keeps, and new laye
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,31 @@ from minitrain.training.optim_state import grad_dtype, named_state
 from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
+from .memory_rounds import (
+    JUDGES,
+    Judge,
+    build_judges,
+    can_simulate,
+    conversation_limit,
+    longest_round,
+    simulate_judging,
+    simulate_sampling,
+)
 from .memory_rounds import PARTS as SAMPLING
-from .memory_rounds import can_simulate, conversation_limit, longest_round, simulate_sampling
 from .memory_tracker import MemoryTracker
 
-PARTS = ("weights", "reference", "teacher", "gradients", "optimizer", *SAMPLING, "activations", "head", "gathered")
+PARTS = (
+    "weights",
+    "reference",
+    "teacher",
+    JUDGES,
+    "gradients",
+    "optimizer",
+    *SAMPLING,
+    "activations",
+    "head",
+    "gathered",
+)
 OFFLOADED = frozenset({"weights", "gradients", "optimizer"})  # by fsdp.cpu_offload
 
 # -------------------------------------------------------------------------------------------------------- one step
@@ -54,6 +74,8 @@ class StepInputs:
     parallel: SingleDevice
     batches: list[Batch]
     eval_batch: Batch | None = None
+    judges: Sequence[Judge] = ()
+    optimizer: torch.optim.Optimizer | None = None  # after the step; its moments stay
 
 
 def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
@@ -62,14 +84,14 @@ def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
     precision = Precision(DTYPES[step.config.model.policy_dtype], CPU)
     for tensor in (*step.policy.parameters(), *step.policy.buffers()):
         tracker.hold(local_shard(tensor)[0], "weights")
-    for name, model in step.models.frozen().items():
+    for name, model in (*step.models.frozen().items(), *((JUDGES, judge.model) for judge in step.judges)):
         for tensor in model.tensors():
             tracker.hold(local_shard(tensor)[0], name)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold(local_shard(p.grad)[0], "gradients"))
     _track_head(step.policy, tracker)
     with tracker:
-        optimizer = build_optimizer(step.policy, step.config)
+        optimizer = step.optimizer = build_optimizer(step.policy, step.config)
         for parameter in trained:  # those that the optimizer has the master weights of are new
             tracker.hold(local_shard(parameter)[0], "weights")
         optimizer.register_step_pre_hook(lambda *_: setattr(tracker, "part", "optimizer"))
@@ -123,6 +145,7 @@ class MemoryEstimate:
     peak: int  # of all parts on the device together
     elsewhere: frozenset[str]  # parts that are not on the device
     sampling: "MemoryEstimate | None" = None  # while answers are sampled
+    judging: "MemoryEstimate | None" = None  # while models judge them
 
 
 def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) -> MemoryEstimate:
@@ -144,6 +167,9 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
             precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
             simulate_sampling(step.policy, run.data.train, run.config, parallel, precision, tracker)
             estimate.sampling = _estimate(tracker)
+        if step.judges:
+            simulate_judging(step.judges, run.data.train, run.config, step.policy, parallel, tracker)
+            estimate.judging = _estimate(tracker)
     return estimate
 
 
@@ -193,9 +219,10 @@ def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode,
                 batch.token_features[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:
             models = build_aux_models(loss, config, policy, tokenizer, parallel, precision, loaders, load)
+        judges = build_judges(config, tokenizer, parallel, lambda judge: _to_fake(judge, fake)) if loss.online else []
     # The second micro-batch adds to gradients.
     several = 2 if config.gradient_accumulation_steps > 1 or config.max_tokens_per_micro_batch else 1
-    return StepInputs(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:])
+    return StepInputs(config, loss, policy, models, parallel, batches[:1] * several, *batches[1:], judges=judges)
 
 
 def _to_fake(policy: nn.Module, fake: FakeTensorMode) -> nn.Module:

@@ -1,15 +1,19 @@
-"""Estimate the memory of rounds: of the largest step on sampled answers, and of the sampling itself.
+"""Estimate the memory of rounds: of the largest step on sampled answers, of the sampling, and of models that judge.
 
 The lengths of answers are not known before they are sampled. So every answer is as long as it can be.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minitrain.batch import Document, collate
+from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.config.schema import Config
 from minitrain.config.sections import RolloutConfig
 from minitrain.data.loader import TokenizedDataset
@@ -19,12 +23,15 @@ from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop,
 from minitrain.losses import Loss, add_features
 from minitrain.model.policy import Policy
 from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
+from minitrain.rl.reward_models import build_on_meta
+from minitrain.rl.rewards import build_rewards
 from minitrain.rl.vllm import N_REQUESTS, VLLMOptions
+from minitrain.training.aux_models import FrozenModel
 from minitrain.training.step import Precision, inference
 
 from .memory_tracker import MemoryTracker
 
-KEYS_AND_VALUES, PROMPTS = "keys and values", "prompts"
+KEYS_AND_VALUES, PROMPTS, JUDGES = "keys and values", "prompts", "reward models"
 PARTS = (KEYS_AND_VALUES, PROMPTS)
 
 
@@ -165,6 +172,53 @@ def _last_requests(length: int, n_slots: int, options: RolloutConfig, world_size
     return [
         Request([0] * max(1, n), [(i,) for i in range(n_keys)], limit) for n, n_keys, limit in requests if n_keys > 0
     ]
+
+
+# --------------------------------------------------------------------------------------------------------- judging
+
+
+class Judge(NamedTuple):
+    """The model of a reward, with the number of answers in its batches."""
+
+    model: FrozenModel
+    batch_size: int
+
+
+def build_judges(config: Config, tokenizer, parallel: SingleDevice, to_fake: Callable[[Policy], Policy]) -> list[Judge]:
+    """Return the models of the rewards without weights. `to_fake` replaces the meta tensors of a model."""
+    judges, issues = [], ConfigIssues(ConfigSource("rollout"))
+    for reward in build_rewards(config.rollout.rewards, issues):
+        if built := build_on_meta(reward, config, tokenizer):
+            judges.append(Judge(FrozenModel(to_fake(built[0]), parallel, built[1]), reward.options.batch_size))
+    issues.raise_if_any()
+    return judges
+
+
+def simulate_judging(
+    judges: Sequence[Judge],
+    prompts: TokenizedDataset,
+    config: Config,
+    policy: Policy,
+    parallel: SingleDevice,
+    tracker: MemoryTracker,
+) -> None:
+    """Judge a batch of the longest conversations with each model, and leave the peaks in the tracker."""
+    n_new = _n_new(config, prompts.lengths, conversation_limit(config, policy))  # [E]
+    longest = int((prompts.lengths + n_new).argmax())
+    n_prompt, n_tokens = int(prompts.lengths[longest]), int(prompts.lengths[longest] + n_new[longest])
+    n_answers = -(-config.rollout.prompts_per_round // parallel.world_size) * config.rollout.num_generations
+    tracker.reset_peaks()
+    for judge in judges:
+        n = min(n_tokens, judge.model.policy.n_positions)
+        document = Document(torch.zeros(n, dtype=torch.int64), (torch.arange(n) >= n_prompt).to(torch.uint8))
+        batch = collate([[document]] * min(judge.batch_size, n_answers), 0)
+        with tracker:
+            tracker.part = "activations"
+            judge.model(batch)
+        parallel.reshard(judge.model.policy)
+
+
+# ----------------------------------------------------------------------------------------------------------- words
 
 
 def can_simulate(config: Config, policy: Policy) -> bool:

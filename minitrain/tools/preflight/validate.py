@@ -330,6 +330,9 @@ def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[st
     if memory.sampling is not None:
         lines["sampling"] = f"{_describe_memory(memory.sampling, where)}; {lines['sampling']}"
         peak = max(peak, memory.sampling.peak)
+    if memory.judging is not None:
+        lines["judging"] = _describe_memory(memory.judging, where)
+        peak = max(peak, memory.judging.peak)
     available, name = _capacity(device)
     needed = peak * (devices if device.type != "cuda" else 1)
     if needed > available:
