@@ -26,7 +26,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "quant": ["bitsandbytes>=0.48"],
-        "torchao": ["torchao>=0.15"],  # optimizers with 8-bit and 4-bit states
+        "torchao": ["torchao>=0.15"],  # model.float8, and optimizers with 8-bit and 4-bit states
         "data": ["datasets>=3"],
         "vllm": ["vllm>=0.17"],  # the server of rollout.engine=vllm
         "plot": ["matplotlib>=3.8"],

@@ -92,6 +92,12 @@ class ModelConfig:
         "Attention implementation of transformers. auto: sdpa, or eager for models without sdpa.",
         choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
     )
+    float8: str | None = option(
+        None,
+        "Compute the linear layers of the blocks in FP8 with torchao, on GPUs from compute capability 8.9; needs "
+        "compile to be fast. rowwise: a scale for each token and output. tensorwise: one for each tensor; less exact.",
+        choices=("rowwise", "tensorwise"),
+    )
     router_aux_loss_coef: float | None = option(
         None,
         "Coefficient of the auxiliary loss that balances the experts of a mixture of experts; 0 is off (default: that "

@@ -8,6 +8,8 @@ from minitrain.errors import ConfigError
 
 from .process import world_size
 
+FLOAT8_CAPABILITY = (8, 9)
+
 
 def check_processes(config: Config, given: set[str], issues: ConfigIssues) -> None:
     """Check `trainer` and `fsdp` against the number of processes.
@@ -46,6 +48,10 @@ def check_device(config: Config, issues: ConfigIssues) -> None:
     except ConfigError as error:
         issues.add("device", error.code, error.message.removeprefix("device: "))
         return
+    if config.model.float8 is not None and (device != "cuda" or torch.cuda.get_device_capability() < FLOAT8_CAPABILITY):
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        message = f"needs a GPU of compute capability 8.9 or higher, such as L4 or H100, got {name}. Remove it."
+        issues.add("model.float8", "no-device", message, "device")
     if config.trainer == "BasicTrainer":
         return
     local, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

@@ -55,7 +55,6 @@ class FullySharded(SingleDevice):
 
     def __init__(self, device: torch.device, options: FSDPConfig):
         self.options = options
-        self.kept_gathered: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # from the forward to the backward pass
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
@@ -74,6 +73,7 @@ class FullySharded(SingleDevice):
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
         self.replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
         self.store = self.watchdog = None
+        self.kept_gathered: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # from the forward to the backward pass
 
     def wrap(self, policy: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> nn.Module:
         # No cast of inputs: with autocast the residual stream stays float32, as on one device.

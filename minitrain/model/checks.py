@@ -91,6 +91,8 @@ def _check_adapter(config: Config, given: set[str], issues: ConfigIssues) -> Non
         _check_master_weights(config, has_adapter, issues)
     if model.quantization != "none":
         _check_quantization(config, has_adapter, issues)
+    if model.float8 is not None:
+        _check_float8(config, has_adapter, issues)
 
 
 def _check_master_weights(config: Config, has_adapter: bool, issues: ConfigIssues) -> None:
@@ -151,6 +153,18 @@ def _check_quantization(config: Config, has_adapter: bool, issues: ConfigIssues)
     if config.lora.init in ("pissa", "olora"):
         message = f"{config.lora.init} changes the base weights, which are quantized. Use default."
         issues.add("lora.init", "conflict", message)
+
+
+def _check_float8(config: Config, has_adapter: bool, issues: ConfigIssues) -> None:
+    key = "model.float8"
+    if has_adapter:
+        message = "conflicts with an adapter: the gradients of its frozen weights would be computed, too. Remove it."
+        issues.add(key, "conflict", message, "lora.rank")
+    if config.model.policy_dtype in ("float32", "float16"):
+        message = f"needs model.policy_dtype=bfloat16 for what is not in FP8, got {config.model.policy_dtype}. Set it."
+        issues.add(key, "conflict", message, "model.policy_dtype")
+    if find_spec("torchao") is None:
+        issues.add(key, "not-installed", "package torchao is not installed. Run pip install minitrain[torchao].")
 
 
 def _check_prompt(config: Config, issues: ConfigIssues) -> None:

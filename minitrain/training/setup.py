@@ -20,6 +20,7 @@ from minitrain.losses import Loss, add_features, create_loss
 from minitrain.model.compiled import compile_blocks
 from minitrain.model.decoder import find_blocks
 from minitrain.model.diagnostics import log_warning
+from minitrain.model.float8 import use_float8
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
 from minitrain.model.load_check import check_autocast, check_policy
 from minitrain.model.policy import GROUPS_NOTE, Policy
@@ -179,6 +180,8 @@ def prepare_policy(
         check_autocast(policy, precision.autocast())
     parallel.reshard(policy)  # a gathered parameter is not the one that the optimizer updates
     parallel.prefetch_blocks(blocks)  # the checks above have skipped some
+    if config.model.float8 is not None:
+        use_float8(policy.model, config.model.float8)
     return policy.train(dropout)
 
 

@@ -40,6 +40,7 @@ OTHER_COMMANDS = (  # no training goes through these
 
 ELSEWHERE = (  # reached or not by what is installed, by the user and by the devices of a machine
     "model/checks:_check_quantization: not-installed",
+    "model/checks:_check_float8: not-installed",
     "config/load:_read_text: unreadable",
     "distributed/checks:check_device: device error.code",
     "distributed/checks:check_device: trainer conflict",
@@ -100,6 +101,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/decoder:find_blocks: unsupported-model",
         "model/load_check:_check_scores: unsupported-model",
         "rl/engine:build_engine: unsupported-model",
+        "model/float8:use_float8: unsupported-model",
         "model/dequantize:_scale_blocks: mismatch",
         "model/dequantize:dequantized: unsupported-model (2)",
         "model/dequantize:dequantized: unsupported-model",
@@ -398,6 +400,8 @@ MORE = [
     options(*[f"unknown{i}=1" for i in range(25)]),
     options("lr=1e-300"),
     options("lr_decay_ratio=0.2"),
+    options("model.float8=rowwise"),
+    options("model.float8=rowwise", LORA),
     options("lr_scheduler_args={num_cycles: 2}"),
     options("optimizer=not_a_package.AdamW"),
     options("optimizer=torch.optim.missing.AdamW"),

@@ -197,6 +197,7 @@ def eval_metrics(run: Preparation) -> list[str]:
 def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, tracker: MemoryTracker) -> StepInputs:
     """Return the inputs of the largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
+    config.model = dataclasses.replace(config.model, float8=None)
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
     policy = _to_fake(run.meta_policy(quantized=True), fake)
     policy.groups_documents = run.policy.groups_documents
