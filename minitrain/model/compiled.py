@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .diagnostics import first_line
+from .quantize import prepare_for_compiling
 
 MAX_GRAPHS = 64  # of one kind of block: training or evaluation, packed or padded, for each kind of attention
 
@@ -28,6 +29,7 @@ def compile_blocks(blocks: Iterable[nn.Module], warn: Callable[[str], None]) -> 
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_GRAPHS)
     reported: dict[type, str] = {}  # class of blocks that are not one graph -> reason
     for block in blocks:
+        prepare_for_compiling(block)
         block.forward = _compile(block.forward, type(block), reported, warn)
 
 
@@ -38,16 +40,29 @@ def _compile(forward: Callable, kind: type, reported: dict[type, str], warn: Cal
     one_graph = torch.compile(forward, dynamic=True, fullgraph=True)
     with_breaks = torch.compile(forward, dynamic=True)
 
+    def report(reason: str) -> None:
+        if kind not in reported:
+            reported[kind] = reason
+            warn(f"compile: blocks of {kind.__name__} run partly in Python: {reason}")
+
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-            return forward(*args, **kwargs)  # its guards would be different for each layer and length
+            if torch.is_grad_enabled():
+                report("in training, they have a key-value cache, as with prefix tuning.")
+            return forward(*args, **kwargs)  # a cache would need a graph for each layer
         if kind not in reported:
             try:
                 return one_graph(*args, **kwargs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                reported[kind] = first_line(error)
-                warn(f"compile: blocks of {kind.__name__} run partly in Python: {reported[kind]}")
+                report(_reason(error))
         return with_breaks(*args, **kwargs)
 
     return run
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of torch.compile says, with its explanation if it has one."""
+    lines = [line.partition("Explanation: ")[2] for line in str(error.__cause__ or error).splitlines()]
+    explanation = next(filter(None, lines), "")
+    return f"{first_line(error)} {explanation}".rstrip(". ") + "."

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,13 @@ class _QuantizedLayer:
     """
 
     dtype: torch.dtype
+    handle: Tensor | None = None  # of `prepare_for_compiling`, int64 on the CPU, shape []
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _QuantizedProduct.apply(x.to(self.dtype), self)
+        if torch.compiler.is_compiling() and self.handle is not None:
+            y = quantized_product(x.to(self.dtype), self.handle, _size_of_output(self), False)
+        else:
+            y = _QuantizedProduct.apply(x.to(self.dtype), self)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -90,6 +95,45 @@ class _QuantizedProduct(torch.autograd.Function):
     @_disable_dynamo
     def backward(ctx, grad):
         return grad @ ctx.layer.dense(grad.dtype), None
+
+
+_layers = weakref.WeakValueDictionary()  # handle -> layer
+
+
+def prepare_for_compiling(block: nn.Module) -> None:
+    """Give the quantized layers of a block handles, by which an operator in compiled code finds them.
+
+    dynamo cannot trace packed weights. It makes one graph for all blocks, because handles are tensors.
+    """
+    for layer in block.modules():
+        if isinstance(layer, _QuantizedLayer):
+            layer.handle = torch.tensor(id(layer))
+            _layers[id(layer)] = layer
+
+
+@torch.library.custom_op("minitrain::quantized_product", mutates_args=())
+def quantized_product(x: Tensor, handle: Tensor, size: int, transposed: bool) -> Tensor:
+    """Return x W^T, or x W if `transposed`, for W of the quantized layer with this handle, shape [..., size]."""
+    weight = _layers[int(handle)].dense(x.dtype)  # [out, in]
+    return F.linear(x, weight.T if transposed else weight)
+
+
+@quantized_product.register_fake
+def _(x, handle, size, transposed):
+    return x.new_empty(*x.shape[:-1], size)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, handle, _, ctx.transposed = inputs
+    ctx.save_for_backward(handle)
+    ctx.size = x.shape[-1]
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    return quantized_product(grad, *ctx.saved_tensors, ctx.size, not ctx.transposed), None, None, None
+
+
+quantized_product.register_autograd(_backward, setup_context=_save)
 
 
 def quantizable(model: nn.Module) -> list[str]:
@@ -135,6 +179,10 @@ def dequantize_model(model: nn.Module) -> None:
 def dequantized(module: nn.Module) -> Tensor:
     """Return the weight of a layer as it is stored, unpacked if it is packed."""
     return unpack(module.weight, _stored_shape(module)) if is_quantized(module.weight) else module.weight
+
+
+def _size_of_output(module: nn.Module) -> int:
+    return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
 def _stored_shape(module: nn.Module) -> tuple[int, int]:

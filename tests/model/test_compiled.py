@@ -8,12 +8,14 @@ import functools
 import pytest
 import torch
 import torch._dynamo
+from transformers import DynamicCache
 
 from minitrain.batch import Document, collate
 from minitrain.model import attention, lora
 from minitrain.model.compiled import compile_blocks
 from minitrain.model.decoder import find_blocks
 from minitrain.model.policy import Policy
+from minitrain.model.quantize import quantize_model
 from minitrain.model.recompute import checkpoint_activations
 from tests.conftest import random_llama
 from tests.tensors import close, shaken
@@ -161,12 +163,42 @@ def test_a_block_that_is_not_one_graph_is_reported(counter):
     for block in find_blocks(policy.model):
         block.mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     warnings = compiled(policy)
-    for lengths in PADDED:
+    given = batch(PADDED[0])
+    for got, want in zip(numbers(policy, given), numbers(plain, given), strict=True):
+        close(got, want)
+    assert len(warnings) == 1 and "LlamaDecoderLayer" in warnings[0] and "graph_break" in warnings[0]
+    assert counter.calls > LAYERS  # the parts are compiled
+
+
+def test_training_with_a_cache_is_reported(counter):
+    """As with prefix tuning, whose blocks run in Python."""
+    policy = make_policy("full")
+    warnings = compiled(policy)
+    for _ in range(2):
+        policy.model(torch.tensor([[5, 6, 7]]), past_key_values=DynamicCache(config=policy.model.config))
+    assert len(warnings) == 1 and "cache" in warnings[0] and not counter.graphs
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_layers(counter, bits):
+    """They are one operator each, and all blocks share a graph."""
+    pytest.importorskip("bitsandbytes")
+
+    def make() -> Policy:
+        model = random_llama(num_hidden_layers=3, hidden_size=64)
+        attention.attend_by_document(model)
+        model.model.layers.requires_grad_(False)
+        quantize_model(model, bits, torch.float32, torch.device("cpu"))
+        checkpoint_activations(model)
+        return Policy(model.train())
+
+    plain, policy = make(), make()
+    warnings = compiled(policy)
+    for lengths in PACKED[:2]:
         given = batch(lengths)
         for got, want in zip(numbers(policy, given), numbers(plain, given), strict=True):
             close(got, want)
-    assert len(warnings) == 1 and "LlamaDecoderLayer" in warnings[0] and "graph_break" in warnings[0]
-    assert counter.calls > LAYERS * len(PADDED)  # the parts are compiled
+    assert (counter.graphs, counter.calls) == (1, 2 * 3) and not warnings
 
 
 def test_the_limit_of_graphs_is_reported(counter, monkeypatch):
