@@ -259,6 +259,10 @@ class _Reader:
                 stored = self._open(file).get_slice(name)[low - first : high - first]
                 rows[low - start : high - start].copy_(stored)
 
+    def holds_floats(self, part: str, name: str) -> bool:
+        """Return whether a tensor is of floats; `copy_` would convert the codes of quantized ones."""
+        return "F" in self._open(self.index[part][name]["pieces"][0][0]).get_slice(name).get_dtype()
+
     def shards(self, part: str, name: str) -> list[tuple[str, int, int]]:
         """Return (file, first row, row after the last) of each shard, in order.
 
@@ -326,11 +330,12 @@ def _load_optimizer_state(
     def read(name: str, value: Tensor) -> bool:
         if name not in saved:
             return False
-        if saved[name]["shape"] != list(value.shape):
+        same_type = reader.holds_floats("optimizer", name) == value.is_floating_point()
+        if saved[name]["shape"] != list(value.shape) or not same_type:
             raise RunDirError(
-                f"{reader.folder}: {name} has shape {saved[name]['shape']}, and the optimizer has {list(value.shape)}. "
-                "Remove the checkpoint.",
-                "damaged-file",
+                f"{reader.folder}: {name} has another shape or type than the optimizer's. Restore optimizer and "
+                "optimizer_args.",
+                "mismatch",
             )
         reader.read_into(value, "optimizer", name)
         unread.discard(name)

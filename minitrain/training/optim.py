@@ -209,6 +209,7 @@ def check_optimizer(config: Config, on_cpu: bool) -> None:
         return
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.step()
     except Exception as error:
@@ -216,6 +217,13 @@ def check_optimizer(config: Config, on_cpu: bool) -> None:
             f"optimizer: {config.optimizer} cannot take a step on a CPU ({type(error).__name__}: {error}). Use AdamW.",
             "invalid-value",
         ) from None
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        if changed := [key for key in group if key != "params" and group[key] != before.get(key)]:
+            raise ConfigError(
+                f"optimizer: {config.optimizer} changes {', '.join(changed)} of its groups, which no checkpoint has. "
+                "Use AdamW.",
+                "invalid-value",
+            )
 
 
 def warmup_steps(config: Config, total: int) -> int:

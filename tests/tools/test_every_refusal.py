@@ -92,6 +92,9 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "losses/base:register_loss.register: wrong-type (2)",
         "training/step:forward_backward: wrong-type",
         "trainer:optim_step: usage",
+        "trainer:forward_backward: conflict",
+        "model/checks:_check_master_weights: no-effect (4)",
+        "training/checks:_check_in_backward: no-effect",
     ),
     "it depends on the values of weights, and validate reads none": (
         "model/adapter_files:_init_lora: conflict",
@@ -105,6 +108,16 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "model/dequantize:_scale_blocks: mismatch",
         "model/dequantize:dequantized: unsupported-model (2)",
         "model/dequantize:dequantized: unsupported-model",
+    ),
+    "it takes an optimizer of an extra, another number of ranks or a NaN: tests/training/test_optimizers.py": (
+        "training/checkpoint:_check_ranks: mismatch",
+        "training/checkpoint:_load_optimizer_state.read: mismatch",
+        "training/checkpoint:_load_optimizer_state: mismatch",
+        "training/checks:_check_stochastic_rounding: conflict",
+        "training/checks:_check_stochastic_rounding: no-effect",
+        "training/optim:check_optimizer: invalid-value",
+        "training/optim:check_optimizer: invalid-value (2)",
+        "training/optimizers:non_finite_in_backward: not-finite",
     ),
     "the model is multimodal: tests/model/test_multimodal.py": (
         "model/multimodal:is_multimodal: unsupported-model",

@@ -169,6 +169,20 @@ def test_what_cannot_be_used_is_refused_before_the_model_is_loaded(options, prob
     assert [(issue.key, issue.code) for issue in caught.value.issues] == [problem]
 
 
+def test_what_a_checkpoint_would_lose_is_refused(monkeypatch):
+    """Numbers that an optimizer keeps in its groups, not in its state, as schedule-free ones do."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+
+    monkeypatch.setattr(optim, "counting", Counting, raising=False)
+    with pytest.raises(InvalidConfigError) as caught:
+        config("optimizer=minitrain.training.optim.counting")
+    assert [(issue.key, issue.code) for issue in caught.value.issues] == [("optimizer", "invalid-value")]
+    assert "changes k " in str(caught.value)
+
+
 @pytest.mark.parametrize("package, extra", [("bitsandbytes", "quant"), ("torchao", "torchao")])
 def test_a_missing_package_names_its_extra(package, extra, monkeypatch):
     monkeypatch.setattr(optim, "find_spec", lambda name: None)
@@ -342,11 +356,20 @@ def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(wide, name):
     assert [row["loss"] for row in metrics(rest)] == [row["loss"] for row in metrics(whole)]
 
 
-def test_a_state_that_the_optimizer_does_not_have_is_refused(make_trainer):
-    """Instead of being dropped: here the options of the optimizer have changed."""
-    options = ("n_steps=3", "save_every_steps=1", "optimizer=SGD")
-    stop = lambda t: setattr(t, "_received", 15) if t.step == 1 else None  # noqa: E731
-    make_trainer(*options, "optimizer_args={momentum: 0.9}", on_step_end=stop).train()
-    trainer = make_trainer(*options, "allow_changes=[optimizer_args]")
-    with raises(RunError, "mismatch", "momentum_buffer"):
+@pytest.mark.parametrize(
+    ("before", "after", "state"),
+    [
+        (("optimizer=SGD", "optimizer_args={momentum: 0.9}"), ("optimizer=SGD",), "momentum_buffer"),
+        (("optimizer=bitsandbytes.AdamW8bit",), ("optimizer=bitsandbytes.AdamW",), "state1"),
+        (("optimizer=bitsandbytes.AdamW",), ("optimizer=bitsandbytes.AdamW8bit",), "state1"),
+    ],
+    ids=str,
+)
+def test_a_state_that_does_not_fit_the_optimizer_is_refused(wide, before, after, state):
+    """Instead of being dropped or converted, when the optimizer or its options have changed."""
+    needs(before)
+    options = ("n_steps=3", "save_every_steps=1")
+    wide(*options, *before, on_step_end=lambda t: setattr(t, "_received", 15) if t.step == 1 else None).train()
+    trainer = wide(*options, *after, "allow_changes=[optimizer,optimizer_args]")
+    with raises(RunError, "mismatch", state):
         trainer.train()
