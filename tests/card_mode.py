@@ -153,6 +153,8 @@ def _where() -> str:
 
 def _attention(plain: Callable, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *args, **options) -> Tensor:
     """Call the kernel that PyTorch chooses on a card: flash attention, unless there is a mask."""
+    if _is_on_device(query) and torch.is_autocast_enabled("cuda"):
+        query, key, value = (each.to(torch.get_autocast_dtype("cuda")) for each in (query, key, value))
     if not _is_on_device(query) or attn_mask is not None or query.dtype == torch.float32:
         return plain(query, key, value, attn_mask, *args, **options)
     rest = options.get("dropout_p", 0.0), options.get("is_causal", False)
