@@ -176,7 +176,7 @@ def build(case: Case, card: ModelOfCard) -> Policy:
     if case.rank:
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model.requires_grad_(False).new_ids = []
-        inject(model, {"r": case.rank, "lora_alpha": 16, "target_modules": names, "peft_type": "LORA"})
+        inject(model, {"r": case.rank, "lora_alpha": 16, "target_modules": names, "bias": "none"})
     made = make_policy(model)
     if case.recompute:
         checkpoint_activations(made.model)
