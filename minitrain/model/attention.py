@@ -37,6 +37,7 @@ class Group(NamedTuple):
     positions: Tensor  # [G, t] flat positions in the batch; shorter documents are padded with their last position
     lengths: Tensor  # [G] number of tokens of each document
     valid: Tensor  # [tokens] flat positions in [G, t] without padding and shared prefixes
+    first: int  # columns before it are only in shared prefixes
 
 
 def attend_by_document(model: nn.Module) -> None:
@@ -132,16 +133,24 @@ def documents_attention(
 def _in_groups(
     query: Tensor, key: Tensor, value: Tensor, spans: Tensor, window: int | None, attend: Callable[..., Tensor]
 ) -> Tensor:
-    """Call `attend` on each group of documents, [G, heads, t, d] -> [G, t, heads, d]; return [R, T, heads, d]."""
+    """Call `attend` on each group of documents, [G, heads, t, d] -> [G, t, heads, d]; return [R, T, heads, d].
+
+    It gets only the last queries where the first ones are in shared prefixes, whose outputs another document has.
+    """
     rows, columns = query.shape[:2]
     groups, inverse = group_documents(spans, rows, columns, query.device)
     flat = [t.flatten(0, 1) for t in (query, key, value)]  # [R * T, heads, d] each
     outputs = []
-    for positions, _, valid in groups:
-        q, k, v = (t.index_select(0, positions.view(-1)).unflatten(0, positions.shape).transpose(1, 2) for t in flat)
+    for positions, _, valid, first in groups:
+        length, parts = positions.shape[1], (positions[:, first:], positions, positions)
+        q, k, v = (
+            t.index_select(0, part.reshape(-1)).unflatten(0, part.shape).transpose(1, 2)
+            for t, part in zip(flat, parts, strict=True)
+        )
         # Padding at the end needs no mask: in causal attention, earlier tokens do not attend to it.
-        attended = attend(q, k, v, _window(window, q))  # [G, t, heads, d]
-        outputs.append(attended.flatten(0, 1).index_select(0, valid))
+        attended = attend(q, k, v, _mask(window, first, length, q.device))  # [G, t - first, heads, d]
+        own = valid - first * (valid // length + 1) if first else valid  # flat positions in [G, t - first]
+        outputs.append(attended.flatten(0, 1).index_select(0, own))
     return scatter_documents(outputs, inverse, rows)
 
 
@@ -224,10 +233,15 @@ def scatter_documents(outputs: list[Tensor], inverse: Tensor, rows: int) -> Tens
 @functools.lru_cache(maxsize=4)  # all layers of a model pass the same arguments
 def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tuple[list[Group], Tensor]:
     groups, order = [], []
-    remaining = torch.tensor([(*span, 0, 0)[:5] for span in spans])  # [D, 5]
-    length = _lengths(remaining)  # [D]
-    remaining = remaining[length.argsort(descending=True, stable=True)]
-    while len(remaining):
+    table = torch.tensor([(*span, 0, 0)[:5] for span in spans])  # [D, 5]
+    length = _lengths(table)  # [D]
+    table = table[length.argsort(descending=True, stable=True)]
+    # Documents that are mostly a shared prefix are apart, since it needs no queries in their groups.
+    is_prefix = 2 * (table[:, 4] - table[:, 3]) > _lengths(table)  # [D]
+    remaining, rest = table[~is_prefix], table[is_prefix]
+    while len(remaining) or len(rest):
+        if not len(remaining):
+            remaining, rest = rest, rest[:0]
         lengths = _lengths(remaining)
         padding = (lengths[0] - lengths).cumsum(0)  # [D] of a group up to each document
         size = int(((lengths >= MIN_LENGTH_RATIO * lengths[0]) | (padding <= MAX_PADDING * length.sum())).sum())
@@ -239,7 +253,8 @@ def _groups(spans: tuple, rows: int, columns: int, device: torch.device) -> tupl
         is_own = (torch.arange(int(lengths[0])) < lengths) & (steps >= shared)  # [G, t]
         valid = is_own.view(-1).nonzero()[:, 0]  # [tokens]
         order.append(positions.view(-1)[valid])
-        groups.append(Group(*(to_device(each, device) for each in (positions, lengths[:, 0], valid))))
+        first = int(shared.min())
+        groups.append(Group(*(to_device(each, device) for each in (positions, lengths[:, 0], valid)), first))
     order = torch.cat(order)
     inverse = torch.full((rows * columns,), len(order))  # [R * T]
     inverse[order] = torch.arange(len(order))
@@ -251,10 +266,10 @@ def _lengths(spans: Tensor) -> Tensor:
     return spans[:, 2] - spans[:, 1] + spans[:, 4] - spans[:, 3]
 
 
-def _window(width: int | None, query: Tensor) -> Tensor | None:
-    """Return the mask of sliding-window attention, or None if no document is longer than the window."""
-    length = query.shape[2]
-    if width is None or length <= width:
+def _mask(window: int | None, first: int, length: int, device: torch.device) -> Tensor | None:
+    """Return the causal mask of the queries from `first` on; None if there are all, without a shorter window."""
+    if first == 0 and (window is None or length <= window):
         return None
-    distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-    return ((distance >= 0) & (distance < width))[None, None]  # [1, 1, t, t]
+    columns = torch.arange(length, device=device)
+    distance = columns[first:, None] - columns  # [t - first, t]
+    return ((distance >= 0) & (distance < (window or length)))[None, None]  # [1, 1, t - first, t]
