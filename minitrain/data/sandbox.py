@@ -18,7 +18,7 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from .messages import Messages, leaves
+from .messages import Messages
 
 MAX_SECONDS = 5.0
 CLOCK_EVERY = 256  # counted operations between two looks at the clock
@@ -86,7 +86,7 @@ def _rendering(source: str, messages: Messages, variables: dict[str, Any]) -> It
     """Yield a compiled template, and raise errors in its expressions as TemplateError."""
     try:
         template = _compile(source)
-        template.environment.start(sum(len(str(leaf)) for leaf in leaves([messages, variables.get("tools")])))
+        template.environment.start(_n_characters(messages) + _n_characters(variables.get("tools")))
         yield template
     except (RecursionError, SyntaxError):  # SyntaxError: of the Python code that Jinja generates
         raise UnboundedTemplate("it is nested too deeply") from None
@@ -246,6 +246,15 @@ class _CountingTransformer(NodeTransformer):
         self.generic_visit(node)
         node.nodes = [nodes.Filter(one, "_count_joined", [], [], None, None, lineno=node.lineno) for one in node.nodes]
         return nodes.Filter(node, "_count", [], [], None, None, lineno=node.lineno)
+
+
+def _n_characters(value: Any) -> int:
+    """Return the number of characters of the keys and the values in nested objects and lists."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(str(key)) + _n_characters(each) for key, each in value.items())
+    return sum(map(_n_characters, value)) if isinstance(value, list) else len(str(value))
 
 
 def _size(value: Any) -> int:
