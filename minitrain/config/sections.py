@@ -240,6 +240,12 @@ class RolloutConfig:
     engine_args: dict[str, Any] = option(
         {}, "vllm: `url`, `weights_dir`, `timeout`, `retries` and `sleep`.", affects_results=False
     )
+    sampler_dtype: str | None = option(
+        None,
+        "local: sample from a copy of the weights in this dtype, with the adapter merged, which every device has in "
+        "full while it samples (default: from the weights in training).",
+        choices=("float32", "bfloat16", "float16"),
+    )
     reward_timeout: float = option(10.0, "Seconds after which a reward function is stopped.", gt=0)
     save_samples: int = option(
         32, "Responses of each round to write to rollouts/; -1 writes all.", ge=-1, affects_results=False

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from . import experts, lora, token_rows
 from .packed import is_quantized
 from .quantize import dequantized
+from .vocabulary import embedding_layers
 from .weights import state_tensors
+
+
+def adapts_embeddings(model: nn.Module) -> bool:
+    """Return whether an adapter changes embeddings or LM head. Merged, they differ even if the base model ties them."""
+    adapter, layers = getattr(model, "adapter", None), embedding_layers(model).keys()
+    return adapter is not None and bool((adapter.layers.keys() | set(adapter.modules_to_save)) & layers)
 
 
 def merged_tensors(model: nn.Module, full_tensor: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:

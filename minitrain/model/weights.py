@@ -223,6 +223,19 @@ def _count_per_file(sizes: list[int]) -> list[int]:
     return counts
 
 
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Move a module from the meta device to another one, without values. Tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for one in module.modules():
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+                one._parameters[name] = made[id(parameter)]
+        one._buffers.update({name: None if b is None else b.to(device) for name, b in one._buffers.items()})
+
+
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model, with tied parameters once under the name that transformers saves."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -66,7 +66,7 @@ def check(config: Config, given: set[str], loss: Loss, issues: ConfigIssues) -> 
     for key, reason in UNUSED_OUTSIDE.items():
         if key in given:
             issues.add(key, "no-effect", f"has no effect on sampled answers. {reason}", "rollout.num_generations")
-    check_engine(options, config.soft_prompt.num_virtual_tokens, issues)
+    check_engine(config, issues)
     rewards = build_rewards(options.rewards, issues)
     build_environment(options.environment, issues)
     if not issues:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def add_logps(rounds: "Rounds", cache: TokenCache) -> dict[str, float]:
     """Add `old_logps`, `ref_logps` and `values` where the loss reads them, and the weights of the correction.
 
-    A round of one step needs no old_logps: the policy that is trained is the one that sampled. A server can have other
-    weights, so its log-probabilities are compared in each round.
+    A round of one step needs no old_logps: the policy that is trained is the one that sampled. A server or a copy can
+    have other weights, so its log-probabilities are compared in each round.
 
     Returns:
         Metrics of `mismatch_metrics`; {} if no old_logps were needed.
@@ -28,7 +28,8 @@ def add_logps(rounds: "Rounds", cache: TokenCache) -> dict[str, float]:
     if loss.example_type != "rollout":
         return {}
     in_reward = getattr(loss.options, "kl_coef", 0.0) > 0 and getattr(loss.options, "kl_in", "") == "reward"
-    is_compared = options.importance_correction != "none" or options.engine != "local"  # to the sampler
+    has_own_weights = options.engine != "local" or options.sampler_dtype is not None  # the sampler
+    is_compared = options.importance_correction != "none" or has_own_weights
     needs_old = not rounds.is_one_step or in_reward or is_compared
     needs_values = "values" in loss.requires
     names = [*(["old_logps"] if needs_old else []), *(["values"] if needs_values else [])]

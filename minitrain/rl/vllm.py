@@ -26,7 +26,7 @@ import torch
 from minitrain.config.option import option
 from minitrain.errors import ConfigError, RunError, short
 from minitrain.inference.choice import Chooser, Request, Sample
-from minitrain.model.merged import merged_tensors
+from minitrain.model.merged import adapts_embeddings, merged_tensors
 from minitrain.model.save import save_merged
 from minitrain.model.vocabulary import embedding_layers
 
@@ -68,15 +68,13 @@ class VLLMEngine:
         self.trainer, self.options, self.server = trainer, options, Server(options)
         self.is_asleep = False
         model = trainer.policy.model
-        adapter = getattr(model, "adapter", None)
-        layers = embedding_layers(model)
-        if adapter is not None and (adapter.layers.keys() | set(adapter.modules_to_save)) & layers.keys():
+        if adapts_embeddings(model):
             raise ConfigError(
                 "rollout.engine: vllm conflicts with an adapter of the embeddings or the LM head, which can be tied on "
                 "the server. Exclude these layers, or use rollout.engine=local.",
                 "conflict",
             )
-        self.n_tokens = next(iter(layers.values())).weight.shape[0]
+        self.n_tokens = next(iter(embedding_layers(model).values())).weight.shape[0]
         self.name = trainer.parallel.run_on_rank0(self.server.model_name)
 
     def refresh(self, is_updated: bool) -> None:

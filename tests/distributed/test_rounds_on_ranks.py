@@ -20,6 +20,7 @@ SETTINGS = {
     "grpo": ("packing=true",),
     "iterations": ("rollout.num_iterations=2", "total_batch_size=2", "n_steps=8"),
     "lora": ("lora.rank=4", "lora.init=gaussian", "loss.kl_coef=0.1"),
+    "copy": ("rollout.sampler_dtype=float32", "lora.rank=4", "lora.init=gaussian", "rollout.num_iterations=2"),
     "whiten": ("loss.advantage_estimator=reinforce++-baseline", "loss.loss_aggregation=grpo", "total_batch_size=2"),
     "resample": ("rollout.zero_variance_groups=resample", "rollout.rewards=[{name: regex, pattern: '.*[a-f].*'}]"),
 }

@@ -21,7 +21,7 @@ BASE = {
     "max_new_tokens": 6,
     "rewards": ["parity"],
 }
-ELSEWHERE = {"engine", "engine_args", "correction_level"}  # tests of the engines, and of the losses
+ELSEWHERE = {"engine", "engine_args", "sampler_dtype", "correction_level"}  # tests of the engines, and of the losses
 
 
 class Key(NamedTuple):

@@ -9,6 +9,7 @@ from minitrain.rl.rewards import NoOptions, register_reward
 from tests.messages import raises
 
 ROLLOUT = {"num_generations": 4, "rewards": ["length"]}
+QUANTIZED = {"model": {"name_or_path": "tiny", "quantization": "4bit"}, "lora": {"rank": 2}}
 KTO = {"loss": {"name": "kto"}}
 CASES = [
     ({"num_generations": 0}, {}, "no-effect", "rollout.rewards"),
@@ -90,6 +91,9 @@ CASES = [
     ({"engine": "vllm", "engine_args": {"url": "a:8000"}}, {}, "invalid-value", "rollout.engine_args.url"),
     ({"engine": "vllm", "engine_args": {"weights_dir": "none/x"}}, {}, "not-found", "rollout.engine_args.weights_dir"),
     ({"engine": "vllm"}, {"soft_prompt": {"num_virtual_tokens": 2}}, "conflict", "rollout.engine"),
+    ({"engine": "vllm", "sampler_dtype": "float32"}, {}, "no-effect", "rollout.sampler_dtype"),
+    ({"sampler_dtype": "float32"}, {"soft_prompt": {"num_virtual_tokens": 2}}, "conflict", "rollout.sampler_dtype"),
+    ({"sampler_dtype": "bfloat16"}, QUANTIZED, "conflict", "rollout.sampler_dtype"),
     ({"environment": "tool"}, {}, "not-a-choice", "rollout.environment"),
     ({"environment": 3}, {}, "wrong-type", "rollout.environment"),
     ({"max_turns": 2, "environment": {"name": "tools", "tool": 1}}, {}, "unknown-option", "rollout.environment.tool"),

@@ -14,6 +14,7 @@ from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_scorer, tiny_tokenizer
 from minitrain.tools.preflight.memory import StepInputs, _estimate, _largest_batch, estimate_memory, simulate_step
 from minitrain.tools.preflight.memory_rounds import (
+    COPY,
     JUDGES,
     KEYS_AND_VALUES,
     Judge,
@@ -66,6 +67,7 @@ def config(tmp_path):
                 "rewards": [{"name": "model", "name_or_path": "SCORER"}, {"name": "teacher", "name_or_path": "tiny"}]
             }
         },
+        {"rollout": {"sampler_dtype": "bfloat16"}, "lora": {"rank": 2}},
     ],
     ids=str,
 )
@@ -135,6 +137,13 @@ def test_a_round_that_is_sampled_stays_within_the_estimate(config, tmp_path, kin
         episodes = rounds.play(prompts, (0,), 6)
     assert {len(episode.ids) for group in episodes for episode in group} <= {29, 30}  # gpt2 has 96 positions
     assert (0.45 if n_slots == 64 else 0.66) * estimate < tracker.peak <= estimate
+
+
+def test_the_copy_that_samples_by_hand(config):
+    """Two bytes for each weight, besides those in training."""
+    run = dry_run(config(rollout={"sampler_dtype": "bfloat16"}))
+    n = sum(parameter.numel() for parameter in run.policy.parameters())
+    assert estimate_memory(run, CPU).sampling.parts[COPY] == 2 * n
 
 
 def test_keys_and_values_by_hand(config):

@@ -3,8 +3,9 @@
 The lengths of answers are not known before they are sampled. So every answer is as long as it can be.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,11 @@ from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.config.schema import Config
 from minitrain.config.sections import RolloutConfig
 from minitrain.data.loader import TokenizedDataset
-from minitrain.distributed.parallel import SingleDevice
+from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.inference.choice import Chooser, Request, TokenChoice
 from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop, fitting_slots
 from minitrain.losses import Loss, add_features
+from minitrain.model.load import DTYPES
 from minitrain.model.policy import Policy
 from minitrain.rl.documents import JudgedAnswer, as_cache, make_examples
 from minitrain.rl.reward_models import build_on_meta
@@ -31,8 +33,8 @@ from minitrain.training.step import Precision, inference
 
 from .memory_tracker import MemoryTracker
 
-KEYS_AND_VALUES, PROMPTS, JUDGES = "keys and values", "prompts", "reward models"
-PARTS = (KEYS_AND_VALUES, PROMPTS)
+KEYS_AND_VALUES, PROMPTS, COPY, JUDGES = "keys and values", "prompts", "sampler", "reward models"
+PARTS = (KEYS_AND_VALUES, PROMPTS, COPY)
 
 
 def longest_round(prompts: TokenizedDataset, config: Config, loss: Loss, limit: int) -> TokenizedDataset:
@@ -137,12 +139,23 @@ def simulate_sampling(
     n_slots = options.num_slots or fitting_slots(policy, length)
     last = _last_requests(length, n_slots, options, parallel.world_size)
     tracker.reset_peaks()
+    dtype = options.sampler_dtype
     for requests in (_first_requests(prompts, n_slots, options), last):
-        with tracker, inference(policy), parallel.unsharded(policy), precision.autocast():
+        weights = parallel.unsharded(policy) if dtype is None else _copied(policy, dtype, tracker)
+        with tracker, inference(policy), weights, precision.autocast():
             choice = _TrackedChoice(policy, choose, tracker)
             rows = list(itertools.chain(*choice.rows(requests)))
             _TrackedLoop(policy, n_slots, tracker).run(rows, choice)
     parallel.reshard(policy)
+
+
+@contextlib.contextmanager
+def _copied(policy: Policy, dtype: str, tracker: MemoryTracker) -> Iterator[None]:
+    """Allocate the copy of the weights that samples."""
+    tracker.part = COPY
+    copy = [local_shard(p)[0].new_empty(p.shape, dtype=DTYPES[dtype]) for p in policy.model.parameters()]
+    yield
+    del copy
 
 
 def conversation_limit(config: Config, policy: Policy) -> int:

@@ -18,7 +18,7 @@ from minitrain.inference.generate import Generator
 from minitrain.losses import Loss
 from minitrain.model.load import CPU, DTYPES, build_policy
 from minitrain.model.policy import Policy
-from minitrain.rl.engine import LocalEngine, build_engine
+from minitrain.rl.engine import LocalEngine, build_engine, check_copy
 from minitrain.rl.episodes import Episode, Prompt
 from minitrain.rl.reports import Stats, answer_metrics, pass_at_k, stats_of
 from minitrain.rl.rewards import Judgement, build_rewards
@@ -108,6 +108,8 @@ def play_round(run: Preparation) -> Trial:
         RunError: The environment raises an error.
     """
     options, issues = run.config.rollout, ConfigIssues(ConfigSource("rollout"))
+    if options.sampler_dtype is not None:
+        check_copy(run.policy.model)
     rewards = build_rewards(options.rewards, issues)
     issues.raise_if_any()
     small = dataclasses.replace(
@@ -117,6 +119,7 @@ def play_round(run: Preparation) -> Trial:
         max_turns=min(options.max_turns, MAX_TURNS),
         engine="local",
         engine_args={},
+        sampler_dtype=None,
         rewards=[entry for entry, reward in zip(options.rewards, rewards, strict=True) if not reward.function.is_model],
     )
     config = dataclasses.replace(run.config, rollout=small)
