@@ -67,6 +67,7 @@ bench: $(VENV)/ready  ## against TRL and a loop written by hand, in one run
 	$(BIN)/python bench/divergence.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/head.py
+	$(BIN)/python bench/encoding.py --rows 50000
 
 # Installs nothing, so that it runs without network: in .venv if that is there, else with the Python that has torch.
 BENCH_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
