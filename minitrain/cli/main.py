@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -158,6 +159,8 @@ def _help_page(description: str) -> dict:
 
 def _quiet_libraries() -> None:
     """Hide progress bars and hints of other libraries, which read these variables when they are imported."""
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of its own kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
