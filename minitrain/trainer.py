@@ -19,6 +19,8 @@ from minitrain.rl.rounds import sample_rounds
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
 from minitrain.training.after_step import after_step, begin, count_bad_step, finish, should_evaluate, start_window
 from minitrain.training.callbacks import Hooks, collect_hooks
+from minitrain.training.compute import with_dtype
+from minitrain.training.determinism import check_repeatable, deterministic_algorithms
 from minitrain.training.failpoints import failpoint
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
@@ -112,11 +114,12 @@ class Trainer:
         loss = loss_object(loss)
         given = {"model": model, "tokenizer": tokenizer, "optimizer": optimizer}
         given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self.config, self._objects = config_with(config, loss, given)
-        self.loss = loss or create_loss(**self.config.loss)
-        self.parallel = make_parallel(self.config)
+        config, self._objects = config_with(config, loss, given)
+        self.loss = loss or create_loss(**config.loss)
+        self.parallel = make_parallel(config)
         self.device = self.parallel.device
-        with self.parallel.naming_failures():
+        self.config = with_dtype(config, self.device)
+        with self.parallel.naming_failures(), deterministic_algorithms(self.config.deterministic):
             load_parts(self)
             self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)
             if self.loss.online:
@@ -136,6 +139,7 @@ class Trainer:
         self.train_metrics: dict[str, float] = {}
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
+        self.is_repeatable = not self.config.deterministic  # or checked
         self.signal: int | None = None  # the signal that all ranks agreed to stop for
         self._received: int | None = None  # a signal that only this rank may have received
         start_window(self)
@@ -151,7 +155,8 @@ class Trainer:
 
         After SIGINT, SIGTERM or SIGUSR1, write a checkpoint and set `self.signal`.
         """
-        with self.parallel.monitor_ranks(), self.run.locked():
+        deterministic = deterministic_algorithms(self.config.deterministic)
+        with self.parallel.monitor_ranks(), self.run.locked(), deterministic:
             if finished := self.run.finished(self.total_steps):
                 if self.parallel.rank == 0 and not self.config.quiet:
                     print(finished)
@@ -198,6 +203,9 @@ class Trainer:
 
     def _step(self, indices: list[int], batches: Sequence[Batch]) -> None:
         self.parallel.set_status(f"step {self.step + 1}")
+        if not self.is_repeatable:
+            check_repeatable(self, batches)
+            self.is_repeatable = True
         output = self.forward_backward(batches)
         self.grad_norm = self.optim_step()
         for batch, computed in zip(batches, output.outputs):

@@ -52,6 +52,7 @@ def _run(argv: list[str] | None, prog: str) -> int:
     from minitrain.errors import MinitrainError
 
     _quiet_libraries()
+    _set_allocator()
     try:
         with sigterm_raised():
             return arguments.command(arguments)
@@ -155,6 +156,13 @@ def _help_page(description: str) -> dict:
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "allow_abbrev": False,
     }
+
+
+def _set_allocator() -> None:
+    """Let the memory of a GPU grow in place, which avoids fragments when lengths vary, unless the user has set this."""
+    names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+    if not names & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _quiet_libraries() -> None:

@@ -202,6 +202,11 @@ class Config:
         affects_results=False,
     )
     compile: bool = option(False, "Compile each block of the model with torch.compile.")
+    deterministic: bool = option(
+        False,
+        "Use deterministic algorithms, and check before the first step that a step computed twice gives the same bits. "
+        "Slower on a GPU.",
+    )
     max_bad_steps: int = option(
         10, "Number of consecutive steps with a non-finite loss or gradient after which training stops.", ge=1
     )

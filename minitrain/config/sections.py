@@ -54,7 +54,9 @@ class ModelConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub (default: main).")
     policy_dtype: str = option(
-        "float32", "Dtype of compute (autocast) and of the saved model.", choices=("float32", "bfloat16", "float16")
+        "auto",
+        "Dtype of compute (autocast) and of the saved model. auto: bfloat16 on a GPU that supports it, else float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     master_dtype: str = option(
         "float32",

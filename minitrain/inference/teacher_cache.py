@@ -35,6 +35,7 @@ from minitrain.model.kd_divergence import top_k_logprobs
 from minitrain.model.load import load_tokenizer
 from minitrain.model.vocabulary import count_ids
 from minitrain.training.aux_models import Teacher, iter_batches_with_positions, load_teacher, teacher_config
+from minitrain.training.compute import with_dtype
 from minitrain.training.setup import make_loader
 
 
@@ -52,6 +53,7 @@ def cache_teacher_outputs(config: Config, output: Path | None = None) -> Path:
     loss = create_loss(**config.loss)
     _check_options(loss.requires, loss.options)
     parallel = SingleDevice(pick_device(config.device))
+    config = with_dtype(config, parallel.device)
     tokenizer = load_tokenizer(config.model)
     if loss.options.top_k > count_ids(tokenizer):
         message = (

@@ -41,8 +41,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def matmul_dtype(config: ModelConfig) -> torch.dtype:
-    """Return the dtype of matrix products. float32 means no autocast, so that they have the dtype of the weights."""
-    return DTYPES[config.master_dtype if config.policy_dtype == "float32" else config.policy_dtype]
+    """Return the dtype of matrix products. float32 means no autocast, so that they have the dtype of the weights.
+
+    A run replaces `auto` by a dtype. A model that is loaded outside of a run has no autocast.
+    """
+    return DTYPES[config.master_dtype if config.policy_dtype in ("auto", "float32") else config.policy_dtype]
 
 
 def load_tokenizer(config: ModelConfig, scores: bool = False):

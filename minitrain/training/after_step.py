@@ -13,6 +13,7 @@ from minitrain.errors import ConfigError, RunError
 from minitrain.io.redact import redact
 
 from .checkpoint import restore_rng
+from .compute import describe_compute, speed_hints
 from .failpoints import failpoint
 from .metric_logger import ThroughputMeter, duration, eval_line, train_line
 from .saving import save_if_due, save_model
@@ -165,8 +166,11 @@ def _update_best(trainer: "Trainer", metrics: dict[str, float]) -> None:
 def report_start(trainer: "Trainer") -> None:
     """Report warnings, what is trained on which data, and the checkpoint that training resumes from."""
     trainer.logger.warning(*(f"warning: {line}" for line in trainer.warnings))
-    for line in (*trainer.notes, _description(trainer)):
+    compute = f"compute: {describe_compute(trainer.config, trainer.policy)}"
+    for line in (*trainer.notes, compute, _description(trainer)):
         trainer.logger.info(line)
+    if hints := speed_hints(trainer.config, trainer.device):
+        trainer.logger.info(f"usually faster on a GPU: {'; '.join(hints)} (docs/gpu.md)")
     if trainer.checkpoint is not None:
         trainer.logger.info(f"resuming from {trainer.checkpoint}")
     if trainer.save_schedule.every is None:
@@ -212,7 +216,7 @@ def _description(trainer: "Trainer") -> str:
         of_step += f" prompts with {config.rollout.num_generations} answers each"
     ranks = f"{trainer.parallel.world_size} x " if trainer.parallel.world_size > 1 else ""
     return (
-        f"{config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{trainer.device} in "
-        f"{config.model.policy_dtype}; {examples}{eval_examples}; {trainer.total_steps} steps of {of_step}; "
+        f"{config.model.name_or_path}: {trained:,} of {total:,} parameters trained on {ranks}{trainer.device}; "
+        f"{examples}{eval_examples}; {trainer.total_steps} steps of {of_step}; "
         f"loss {config.loss['name']}"
     )

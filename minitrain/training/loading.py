@@ -75,7 +75,8 @@ def load_parts(trainer: "Trainer") -> None:
 
 def check_same_options(config: Config, parallel: SingleDevice) -> None:
     """Raise ConfigError on all ranks if an option differs between them, as `${oc.env:...}` can."""
-    parallel.check_same(**{name: value for name, value in to_plain(config).items() if name not in PER_MACHINE})
+    options = {name: value for name, value in to_plain(config).items() if name not in PER_MACHINE}
+    parallel.check_same(**options, policy_dtype=config.model.policy_dtype)
 
 
 def check_same_inputs(config: Config, data: Data, fingerprint: list[str], parallel: SingleDevice) -> None:

@@ -14,7 +14,7 @@ import torch
 from minitrain.config.schema import Config
 from minitrain.data.loader import Data, MicrobatchLoader, TokenizedDataset, load_data
 from minitrain.data.template import Template, make_template
-from minitrain.distributed.parallel import SingleDevice
+from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, add_features, create_loss
 from minitrain.model.compiled import compile_blocks
@@ -28,6 +28,7 @@ from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.weights import Weights
 
+from .compute import with_dtype
 from .failpoints import failpoint
 from .optim import warmup_steps
 from .step import Precision
@@ -118,6 +119,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
 
 def dry_run(config: Config) -> Preparation:
     """Prepare a run on one device, without reading the model's weights."""
+    config = with_dtype(config, pick_device(config.device))
     return prepare(config, create_loss(**config.loss), SingleDevice(CPU), meta=True)
 
 

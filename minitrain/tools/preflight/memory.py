@@ -8,6 +8,7 @@ layout of documents. So nothing here depends on what a layer keeps, and new laye
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -270,7 +271,7 @@ class _FakeRank(FullySharded):
 
     def __init__(self, options: FSDPConfig, fake: FakeTensorMode):
         SingleDevice.__init__(self, CPU)
-        self.options, self.fake = options, fake
+        self.options, self.fake, self.kept_gathered = options, fake, weakref.WeakSet()
         self.set_layout()
 
     def wrap(self, *args) -> nn.Module:

@@ -30,6 +30,7 @@ from minitrain.model.vocabulary import describe_new_tokens
 from minitrain.training.after_step import KNOWN_METRICS, check_metric
 from minitrain.training.aux_models import build_teacher, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
+from minitrain.training.compute import describe_compute, with_dtype
 from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
@@ -63,6 +64,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True, marks: 
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
+    config = with_dtype(config, parallel.device)
     folder = RunDir(config, parallel)
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
@@ -248,6 +250,7 @@ def _report(run: Preparation) -> dict[str, str]:
         **({"model": text_part} if (text_part := describe_text_part(run.policy.model)) else {}),
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
         "matrices": run.policy.model.matrices,
+        "compute": describe_compute(run.config, run.policy),
         **({"router": aux_loss} if aux_loss else {}),
     }
 
