@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 RANK_0_FIRST = 2.0  # seconds that the other ranks wait
 STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 REDUCE_MEMORY = (
-    "Use smaller batches (raise gradient_accumulation_steps, lower --batch-size or eval_batch_size) or shorter rows "
-    "(max_length), or set activation_checkpointing=true."
+    "Use smaller batches (max_tokens_per_micro_batch, lower --batch-size or eval_batch_size) or shorter rows "
+    "(max_length), or set activation_checkpointing=selective or full."
 )
 
 

@@ -201,6 +201,11 @@ class Config:
         ge=1,
         affects_results=False,
     )
+    activation_offload: bool = option(
+        False,
+        "Keep the inputs of recomputed blocks in host memory between the forward and the backward pass. Needs a GPU.",
+        affects_results=False,
+    )
     compile: bool = option(False, "Compile each block of the model with torch.compile.")
     deterministic: bool = option(
         False,

@@ -52,6 +52,8 @@ def check_device(config: Config, issues: ConfigIssues) -> None:
         name = torch.cuda.get_device_name() if device == "cuda" else device
         message = f"needs a GPU of compute capability 8.9 or higher, such as L4 or H100, got {name}. Remove it."
         issues.add("model.float8", "no-device", message, "device")
+    if config.activation_offload and device != "cuda":
+        issues.add("activation_offload", "no-effect", f"has no effect with device={device}. Remove it.")
     if config.trainer == "BasicTrainer":
         return
     local, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

@@ -12,6 +12,7 @@ from .decoder import decoder_of
 from .flops import ModelFlops
 from .kd_divergence import divergences
 from .logprobs import LMHead, chunked_logprobs
+from .offload import HostCopies
 from .output_layer import measure_output
 from .positions import n_positions, position_limit, rotary_limit
 from .router import Routing
@@ -34,6 +35,7 @@ class Policy(nn.Module):
         self.routing: Routing | None = None  # of a mixture of experts in training
         self.output_form = measure_output(model) if model.get_output_embeddings() is not None else None
         self.flops: ModelFlops | None = None  # of training
+        self.host_copies: HostCopies | None = None  # of the inputs of blocks
         self.compiles_head = False  # set to compile what the LM head computes between its matrix products
         self.groups_documents = False  # set for a model that cannot separate the documents of a row
         self.max_over_ranks: Callable[[int], float] = float

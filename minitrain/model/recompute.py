@@ -36,8 +36,8 @@ KEPT_OPERATIONS = {
 KEPT_NAMESPACES = {"minitrain", "torch_attn", "flash_attn", "flash_attn_2", "flash_attn_3"}  # of attention operators
 
 
-def checkpoint_activations(model: nn.Module, mode: str | int = "full") -> None:
-    """Recompute activations of blocks in the backward pass (non-reentrant).
+def checkpoint_activations(model: nn.Module, mode: str | int = "full") -> list[nn.Module]:
+    """Recompute activations of blocks in the backward pass (non-reentrant), and return these blocks.
 
     Args:
         model: The model.
@@ -46,11 +46,13 @@ def checkpoint_activations(model: nn.Module, mode: str | int = "full") -> None:
     """
     if mode == "selective":  # torch warns of operations in place, which are no part of what is kept
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    for block in find_blocks(model)[:: mode if isinstance(mode, int) else 1]:
+    blocks = list(find_blocks(model))[:: mode if isinstance(mode, int) else 1]
+    for block in blocks:
         experts.mark_recomputed(block)
         if mode == "selective":
             lora.keep_products(block)
         block.forward = _recomputed(block, mode == "selective")
+    return blocks
 
 
 def _recomputed(block: nn.Module, is_selective: bool):

@@ -23,6 +23,7 @@ from minitrain.model.diagnostics import log_warning
 from minitrain.model.float8 import use_float8
 from minitrain.model.load import CPU, META, build_policy, load_tokenizer
 from minitrain.model.load_check import check_autocast, check_policy
+from minitrain.model.offload import HostCopies
 from minitrain.model.policy import GROUPS_NOTE, Policy
 from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
@@ -165,12 +166,16 @@ def prepare_policy(
     Raises:
         ConfigError: The architecture is not supported.
     """
-    blocks = find_blocks(policy.model)
+    blocks, recomputed = find_blocks(policy.model), []
     if config.activation_checkpointing != "none":
-        checkpoint_activations(policy.model, config.activation_checkpointing)
+        recomputed = checkpoint_activations(policy.model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(blocks, warn)
         policy.compiles_head = parallel.device.type == "cuda"
+    if config.activation_offload:
+        policy.host_copies = HostCopies(parallel.device)
+        for block in recomputed:
+            policy.host_copies.offload(block)
     policy = parallel.wrap(policy, blocks, precision.dtype)
     if weights is not None:
         parallel.load_shards(policy, lambda name, *rows: weights.rows(name.removeprefix("model."), *rows))

@@ -131,6 +131,10 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "training/step:update: not-finite",
         "training/after_step:count_bad_step: not-finite",
     ),
+    "the kernels of a GPU: tests/training/test_deterministic.py": (
+        "training/determinism:check_repeatable: mismatch",
+        "training/determinism:deterministic_algorithms: unsupported-model",
+    ),
     "other processes: tests/distributed, tests/faults and tests/rl/test_reward_workers.py": (
         "distributed/checks:check_processes: trainer conflict",
         "data/cache:load_cache: process-failed",
@@ -462,6 +466,8 @@ MORE = [
     options("optimizer=Adafactor", "trainer=FSDPTrainer"),
     options("trainer=FSDPTrainer", "fsdp.shard=hybrid"),
     options("trainer=FSDPTrainer", "device=cpu", "fsdp.cpu_offload=true"),
+    options("device=cpu", "activation_checkpointing=full", "activation_offload=true"),
+    options("activation_offload=true"),
     options("fsdp.shard=none"),
     options("eval_datasets=[rows.jsonl]", "n_eval_examples=2", "eval_generate.n_examples=3"),
     options("eval_datasets=[rows.jsonl]", "eval_generate={n_examples: 1, match: '('}"),

@@ -136,6 +136,8 @@ def test_weights_gradients_and_moments_are_those_of_a_training(config, overrides
 VARIED = [
     ("sft", ("packing=true", "gradient_accumulation_steps=2")),
     ("sft", ("activation_checkpointing=true", "model.policy_dtype=bfloat16")),
+    ("sft", ("activation_checkpointing=selective", "packing=true")),
+    ("sft", ("activation_checkpointing=2", "max_tokens_per_micro_batch=200")),
     ("sft", ("lora.rank=4", "lora.dropout=0.1", "model.policy_dtype=bfloat16", "packing=true")),
     ("dft", ("freeze_layers=[embeddings]", "packing=true", "model.attn_implementation=eager")),
     ("dpo", ("model.reference_dtype=bfloat16",)),

@@ -28,6 +28,7 @@ from minitrain.errors import ConfigError
 from minitrain.losses import Loss, Models
 from minitrain.model import logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
+from minitrain.model.offload import HostCopies
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.optim import build_optimizer
 from minitrain.training.optim_state import grad_dtype, named_state
@@ -47,6 +48,7 @@ from .memory_rounds import (
 from .memory_rounds import PARTS as SAMPLING
 from .memory_tracker import MemoryTracker
 
+HOST_COPIES = "activations kept"  # by activation_offload
 PARTS = (
     "weights",
     "reference",
@@ -56,6 +58,7 @@ PARTS = (
     "optimizer",
     *SAMPLING,
     "activations",
+    HOST_COPIES,
     "head",
     "gathered",
 )
@@ -91,6 +94,8 @@ def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold(local_shard(p.grad)[0], "gradients"))
     _track_head(step.policy, tracker)
+    if step.policy.host_copies is not None:
+        _track_host_copies(step.policy.host_copies, tracker)
     with tracker:
         optimizer = step.optimizer = build_optimizer(step.policy, step.config)
         for parameter in trained:  # those that the optimizer has the master weights of are new
@@ -135,6 +140,19 @@ def _track_head(policy: nn.Module, tracker: MemoryTracker) -> None:
     policy.register_forward_hook(lambda *_: setattr(tracker, "part", "activations"))
 
 
+def _track_host_copies(copies: HostCopies, tracker: MemoryTracker) -> None:
+    """Make `HOST_COPIES` the active part of the tracker while an input is copied to the host."""
+    save = copies.save
+
+    def tracked(tensor: Tensor):
+        before, tracker.part = tracker.part, HOST_COPIES
+        copy = save(tensor)
+        tracker.part = before
+        return copy
+
+    copies.save = tracked
+
+
 # ------------------------------------------------------------------------------------------------ without weights
 
 
@@ -159,7 +177,7 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
     _check_devices(run.config, devices)
     offloads = run.config.fsdp.cpu_offload and device.type != "cpu"
     fake = FakeTensorMode()
-    tracker = MemoryTracker(fake, OFFLOADED if offloads else frozenset())
+    tracker = MemoryTracker(fake, frozenset({HOST_COPIES}) | (OFFLOADED if offloads else frozenset()))
     with _parallel(run.config, devices, fake) as parallel, _head_chunks_of(device.type):
         step = _step_inputs(run, parallel, fake, tracker)
         simulate_step(step, tracker)
