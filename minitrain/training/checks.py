@@ -126,6 +126,9 @@ def _check_steps(config: Config, issues: ConfigIssues) -> None:
     if config.activation_offload and config.activation_checkpointing == "none":
         message = "has no effect without activation_checkpointing. Set activation_checkpointing=full, or remove it."
         issues.add("activation_offload", "no-effect", message, "activation_checkpointing")
+    if config.deterministic and config.optimizer_in_backward:
+        message = "computes the first step twice, but optimizer_in_backward then updates twice. Set only one of them."
+        issues.add("deterministic", "conflict", message, "optimizer_in_backward")
     if uneven := uneven_batch(config, world_size(), "processes"):
         issues.add("total_batch_size", "conflict", uneven)
     if config.n_steps is not None and config.warmup_steps > config.n_steps:

@@ -1,11 +1,14 @@
 """How a run computes: its dtype, attention, compilation and recomputation, and what it leaves unused on a GPU."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
 from minitrain.config.schema import Config
-from minitrain.model.policy import Policy
+
+if TYPE_CHECKING:
+    from minitrain.model.policy import Policy
 
 
 def with_dtype(config: Config, device: torch.device) -> Config:
@@ -17,7 +20,7 @@ def with_dtype(config: Config, device: torch.device) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, policy_dtype=dtype))
 
 
-def describe_compute(config: Config, policy: Policy) -> str:
+def describe_compute(config: Config, policy: "Policy") -> str:
     """Return the dtype, the attention and what else decides speed and memory, in words."""
     attention = policy.model.config._attn_implementation
     compiled = "compiled" if config.compile else "not compiled"

@@ -468,6 +468,7 @@ MORE = [
     options("trainer=FSDPTrainer", "device=cpu", "fsdp.cpu_offload=true"),
     options("device=cpu", "activation_checkpointing=full", "activation_offload=true"),
     options("activation_offload=true"),
+    options("deterministic=true", "optimizer_in_backward=true", "max_grad_norm=0"),
     options("fsdp.shard=none"),
     options("eval_datasets=[rows.jsonl]", "n_eval_examples=2", "eval_generate.n_examples=3"),
     options("eval_datasets=[rows.jsonl]", "eval_generate={n_examples: 1, match: '('}"),

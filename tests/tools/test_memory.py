@@ -81,11 +81,12 @@ def taken(config) -> MemoryTracker:
     """The same step with the real model of a trainer."""
     trainer, tracker = Trainer(config), MemoryTracker()
     attention._groups.cache_clear()  # what another step has left there would be nobody's
-    batches = [_largest_batch(trainer.train_loader, False)] * min(2, config.gradient_accumulation_steps)
+    several = config.gradient_accumulation_steps > 1 or config.max_tokens_per_micro_batch
+    batches = [_largest_batch(trainer.train_loader, False)] * (2 if several else 1)
     held_out = _largest_batch(trainer.eval_loader, True)
     parts = trainer.loss, trainer.policy, trainer.models, trainer.parallel, batches, held_out
     gc.collect()
-    simulate_step(StepInputs(config, *parts), tracker)
+    simulate_step(StepInputs(trainer.config, *parts), tracker)
     return tracker
 
 

@@ -12,6 +12,7 @@ from minitrain.config.schema import Config, option_fields
 from minitrain.config.sections import RolloutConfig
 from minitrain.data import checks as data
 from minitrain.distributed import checks as distributed
+from minitrain.errors import ConfigError
 from minitrain.model import checks as model
 from minitrain.training import checks as training
 
@@ -30,6 +31,8 @@ def check_config(
     defaults = default_config()
     changed = {f.name for f in option_fields(Config) if getattr(config, f.name) != getattr(defaults, f.name)}
     given = changed | written
+    if config.model.master_weights != defaults.model.master_weights or config.model.float8 is not None:
+        config = _with_dtype(config)
     for check in (distributed.check_processes, data.check, model.check, training.check):
         check(config, given, issues)
     if issues and not changed & CHECKED_WITH_TORCH:
@@ -45,6 +48,19 @@ def check_config(
 
             rl.check(config, given, loss, issues)
     training.check_optimizer_options(config, given, issues)
+
+
+def _with_dtype(config: Config) -> Config:
+    """Return the config with the dtype that `auto` means on its device."""
+    import torch
+
+    from minitrain.distributed.parallel import pick_device
+    from minitrain.training.compute import with_dtype
+
+    try:
+        return with_dtype(config, pick_device(config.device))
+    except ConfigError:  # which `check_device` reports
+        return with_dtype(config, torch.device("cpu"))
 
 
 SHARE_OF_A_RUN = 0.7  # users write fewer options, and runs of older versions lack the newest ones

@@ -177,7 +177,8 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
     _check_devices(run.config, devices)
     offloads = run.config.fsdp.cpu_offload and device.type != "cpu"
     fake = FakeTensorMode()
-    tracker = MemoryTracker(fake, frozenset({HOST_COPIES}) | (OFFLOADED if offloads else frozenset()))
+    elsewhere = (OFFLOADED if offloads else set()) | ({HOST_COPIES} if run.config.activation_offload else set())
+    tracker = MemoryTracker(fake, frozenset(elsewhere))
     with _parallel(run.config, devices, fake) as parallel, _head_chunks_of(device.type):
         step = _step_inputs(run, parallel, fake, tracker)
         simulate_step(step, tracker)
