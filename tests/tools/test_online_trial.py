@@ -125,8 +125,13 @@ def test_metrics_of_sampled_answers_are_known(config, metric):
 
 
 def test_rewards_that_load_a_model_are_not_tried(config):
-    text = validate(config({"rewards": ["length", {"name": "teacher", "name_or_path": "missing/teacher"}]}))["round"]
+    text = validate(config({"rewards": ["length", {"name": "teacher", "name_or_path": "tiny"}]}))["round"]
     assert "not tried, since they load a model: teacher" in text and text.count("(length -") == 8 + 2
+
+
+def test_a_missing_model_of_a_reward_is_refused(config):
+    with raises(ConfigError, "unreachable", "rollout.rewards: teacher: "):
+        validate(config({"rewards": [{"name": "teacher", "name_or_path": "missing/teacher"}]}))
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "sft", "kd"])
