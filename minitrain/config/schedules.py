@@ -126,6 +126,8 @@ def argument_problems(name: str, arguments: Mapping[str, Any], peak: float) -> I
         elif not BOUNDS[key][0] <= value <= (peak if key in RATES else BOUNDS[key][1]):
             highest = f"lr={peak:g}" if key in RATES else f"{BOUNDS[key][1]:g}"
             yield key, "out-of-range", f"expected {BOUNDS[key][0]:g} to {highest}, got {value}. Correct it."
+    if name == "wsd" and "num_cycles" in arguments and arguments.get("decay_type") != "cosine":
+        yield "num_cycles", "no-effect", "has no effect without decay_type=cosine. Remove it."
     if name == "cosine_with_min_lr" and sum(arguments.get(key) is not None for key in ("min_lr", "min_lr_rate")) != 1:
         yield "", "missing-option", "cosine_with_min_lr needs one of min_lr and min_lr_rate. Set one, and only one."
 

@@ -4,8 +4,9 @@ torch.compile says nothing when a block falls back to Python. So a block is firs
 error if it cannot be one.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ def compile_blocks(blocks: Iterable[nn.Module], warn: Callable[[str], None]) -> 
     reported: dict[type, str] = {}  # class of blocks that are not one graph -> reason
     for block in blocks:
         prepare_for_compiling(block)
-        block.forward = _compile(block.forward, type(block), reported, warn)
+        block.forward = _compile(block, reported, warn)
 
 
-def _compile(forward: Callable, kind: type, reported: dict[type, str], warn: Callable[[str], None]) -> Callable:
+def _compile(block: nn.Module, reported: dict[type, str], warn: Callable[[str], None]) -> Callable:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from transformers import Cache
 
+    forward, kind, parameters = block.forward, type(block), list(block.parameters())
     one_graph = torch.compile(forward, dynamic=True, fullgraph=True)
     with_breaks = torch.compile(forward, dynamic=True)
 
@@ -51,14 +53,28 @@ def _compile(forward: Callable, kind: type, reported: dict[type, str], warn: Cal
             if torch.is_grad_enabled():
                 report("in training, they have a key-value cache, as with prefix tuning.")
             return forward(*args, **kwargs)  # a cache would need a graph for each layer
-        if kind not in reported:
-            try:
-                return one_graph(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                report(_reason(error))
-        return with_breaks(*args, **kwargs)
+        with _hidden_gradients(parameters):
+            if kind not in reported:
+                try:
+                    return one_graph(*args, **kwargs)
+                except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                    report(_reason(error))
+            return with_breaks(*args, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def _hidden_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Hide gradients of another dtype than their parameters', with which dynamo traces no graph."""
+    hidden = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.dtype != p.dtype]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in hidden:
+            parameter.grad = grad
 
 
 def _reason(error: Exception) -> str:

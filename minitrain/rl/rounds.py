@@ -273,7 +273,8 @@ class Rounds(MicrobatchLoader):
 
     def _use(self, cache: TokenCache | None) -> None:
         self.examples = RoundData(cache, self.epoch_size)
-        vars(self).pop("lengths", None)  # a cached property
+        for cached in ("lengths", "sizes"):
+            vars(self).pop(cached, None)
 
     def evaluate(self, loader: MicrobatchLoader) -> dict[str, float]:
         """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it.

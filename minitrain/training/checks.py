@@ -189,7 +189,11 @@ def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssue
         elif isinstance(value, float) and not math.isfinite(value):
             issues.add(f"optimizer_args.{key}", "not-finite", f"expected a finite number, got {value}. Correct it.")
     try:
-        check_optimizer(config, on_cpu=pick_device(config.device).type == "cpu")
+        on_cpu = pick_device(config.device).type == "cpu"
+    except ConfigError:  # `check_device` reports it
+        on_cpu = False
+    try:
+        check_optimizer(config, on_cpu)
     except ConfigError as error:
         message = error.message.removeprefix("optimizer: ")
         issues.add("optimizer", error.code, message, "optimizer_args", "betas", "eps", "lr", "weight_decay")

@@ -68,10 +68,12 @@ def load_state(
 
 
 def _make_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer make its state, by a step on gradients of 0."""
+    """Let an optimizer make its state, by a step on gradients of 0. In the backward pass, one exists at a time."""
     groups = [dict(group) for group in optimizer.param_groups]
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype(parameter))
+        if isinstance(optimizer, InBackward):
+            optimizer.update(parameter)
     optimizer.step()
     for parameter in parameters.values():
         parameter.grad = None

@@ -166,6 +166,10 @@ class InBackward(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self, parameter: nn.Parameter) -> None:
         self.norms.append(torch.linalg.vector_norm(local_shard(parameter.grad)[0]))
+        self.update(parameter)
+
+    def update(self, parameter: nn.Parameter) -> None:
+        """Update a parameter, and free its gradient."""
         if isinstance(self.optimizer, StandIns):
             self.optimizer.update([parameter], self.parts[parameter])
         else:

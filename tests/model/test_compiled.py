@@ -17,6 +17,8 @@ from minitrain.model.decoder import find_blocks
 from minitrain.model.policy import Policy
 from minitrain.model.quantize import quantize_model
 from minitrain.model.recompute import checkpoint_activations
+from minitrain.training.optim import autocast_weights
+from minitrain.training.optimizers import round_to
 from tests.conftest import random_llama
 from tests.tensors import close, shaken
 
@@ -250,3 +252,17 @@ def test_inductor_gives_the_same_numbers():
         for got, want in zip(numbers(policy, given), numbers(plain, given), strict=True):
             close(got, want, 1e-4)
     assert not warnings
+
+
+def test_gradients_of_another_dtype_divide_no_graph(counter):
+    """Those of master weights in the optimizer, when a later micro-batch needs another graph."""
+    policy = make_policy("full")
+    for parameter in autocast_weights(policy.model):
+        round_to(torch.bfloat16, parameter)
+    warnings, sums = compiled(policy), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in (PACKED[0], PADDED[0]):
+            policy(batch(rows)).logps.sum().backward()
+            sums.append(policy.model.model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert not warnings and counter.graphs > 1
+    assert sums[0].dtype == torch.float32 and not torch.equal(*sums)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -196,6 +197,21 @@ def test_dr_grpo_divides_by_the_option_and_not_by_the_longest_answer(online):
     trainer = online(loss={"name": "policy", "loss_aggregation": "dr_grpo"}, n_steps=1)
     trainer.train()
     assert trainer.loss.max_new_tokens == ROLLOUT["max_new_tokens"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_tokens_of_a_micro_batch_are_those_of_its_round(online, packing):
+    """Not those of the round before, whose answers have other lengths."""
+    trainer = online(packing=packing, max_tokens_per_micro_batch=150, n_steps=3, loss={"name": "sft"})
+    rounds, sizes = trainer.train_loader, []
+    for round_number, (_, batches) in enumerate(rounds.steps(0)):
+        longest = rounds.examples.per_example(lambda cache: np.diff(cache.offsets), np.maximum)
+        sizes.append(longest.tolist())
+        assert rounds.sizes.longest.tolist() == sizes[-1]
+        assert len(batches) > 1 and all(batch.input_ids.numel() <= 150 for batch in batches)
+        if round_number == 2:
+            break
+    assert len(set(map(tuple, sizes))) > 1
 
 
 def test_a_checkpoint_has_the_round_only_within_it(online):

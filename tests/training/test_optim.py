@@ -100,6 +100,7 @@ def test_every_argument_of_a_schedule_is_compared_and_has_bounds():
             ("lr_scheduler=wsd", "lr_scheduler_args={decay_type: square}"),
             ("lr_scheduler_args.decay_type", "not-a-choice"),
         ),
+        (("lr_scheduler=wsd", "lr_scheduler_args={num_cycles: 1}"), ("lr_scheduler_args.num_cycles", "no-effect")),
         (
             ("lr_scheduler=wsd", "lr_scheduler_args={num_decay_steps: 2}", "lr_decay_ratio=0.1"),
             ("lr_decay_ratio", "conflict"),

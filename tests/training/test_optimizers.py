@@ -12,7 +12,8 @@ from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.training import optim
 from minitrain.training.optim import build_optimizer, hidden_matrices
-from minitrain.training.optimizers import InBackward, MasterWeights, set_lr
+from minitrain.training.optim_state import load_state
+from minitrain.training.optimizers import InBackward, Joint, MasterWeights, set_lr
 from tests.conftest import metrics, random_llama, weights
 from tests.messages import raises
 
@@ -309,6 +310,25 @@ def test_only_one_gradient_exists_at_a_time(make_trainer):
         assert len(hooks) == 1
     trainer.forward_backward(next(trainer.train_loader.steps())[1])
     assert len(alive) == len(trainer.parameters) and max(alive) == 0
+
+
+def test_a_resumed_run_makes_its_state_with_one_gradient_at_a_time():
+    """All of them might not fit into the memory of a run that never holds them."""
+    alive, parameters = [], {str(i): nn.Parameter(torch.ones(2)) for i in range(3)}
+    parts = {p: torch.optim.AdamW([p]) for p in parameters.values()}
+    optimizer = InBackward(Joint(parts.values()), parts)
+    for part in parts.values():
+        part.register_step_pre_hook(lambda *_: alive.append(sum(p.grad is not None for p in parts)))
+    load_state(parameters, optimizer, 0, {}, lambda name, value: True)
+    assert alive[:3] == [1, 1, 1] and max(alive) == 1
+    assert all(optimizer.state[p] for p in parts) and not optimizer.norms
+
+
+def test_a_gpu_that_is_missing_is_not_a_problem_of_the_optimizer(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidConfigError) as caught:
+        config("device=cuda")
+    assert [(issue.key, issue.code) for issue in caught.value.issues] == [("device", "no-device")]
 
 
 def test_two_micro_batches_of_ones_own_are_refused(make_trainer):
