@@ -25,6 +25,7 @@ from minitrain.model.decoder import decoder_of
 from minitrain.model.policy import Policy
 
 from .choice import Row, TokenChoice
+from .decode_graph import DecodeGraphs, MakeGraph, forward, graphs_for
 
 PREFILL_TOKENS = 1 << 14  # tokens of the prompts that are computed at once
 REFILL_FRACTION = 8  # rows are exchanged when an eighth of them has ended
@@ -132,9 +133,10 @@ class SlotLoop:
     Args:
         policy: The policy, in eval mode.
         n_slots: Maximum number of rows of the batch.
+        make_graph: How to record decode steps (default: as CUDA graphs, on a GPU).
     """
 
-    def __init__(self, policy: Policy, n_slots: int):
+    def __init__(self, policy: Policy, n_slots: int, make_graph: MakeGraph | None = None):
         self.policy, self.decoder, self.n_slots = policy, decoder_of(policy.model), n_slots
         self.device = policy.model.get_input_embeddings().weight.device
         self.n_virtual = policy.model.soft_prompt.n_tokens if policy.has_soft_prompt else 0
@@ -144,6 +146,8 @@ class SlotLoop:
         self.makes_masks = policy.supports_document_masking and all(
             type(layer) is DynamicLayer for layer in DynamicCache(config=policy.model.config).layers
         )
+        make_graph = make_graph or graphs_for(policy)
+        self.graphs = DecodeGraphs(self, make_graph) if make_graph is not None and self.makes_masks else None
         self.prompts: dict[int, list[int]] = {}  # request -> token ids
         self.computed: dict[int, tuple[_Slots, int]] = {}  # request -> its prompt, while some of its responses wait
 
@@ -176,25 +180,16 @@ class SlotLoop:
 
     def _decode(self, slots: _Slots, ids: Tensor) -> _Slots:
         """Append the chosen tokens [S] to the rows, also to those that have ended."""
+        if self.graphs is not None and self.graphs.works:
+            return slots._replace(hidden=self.graphs(slots, ids))
         mask = None  # attention is faster without one
         if slots.is_padded:
             mask = torch.arange(slots.columns + 1, device=self.device) >= slots.starts[:, None]  # [S, columns]
             mask = mask[:, None, None] if self.makes_masks else mask.long()
         # Rows that have ended must not pass the positions at which some rotary frequencies change for all rows.
         positions = (slots.columns - slots.starts).clamp_(max=self.max_position)[:, None]  # [S, 1]
-        hidden = self._forward({"input_ids": ids[:, None]}, mask, positions, slots.cache)  # [S, 1, H]
+        hidden = forward(self.decoder, {"input_ids": ids[:, None]}, mask, positions, slots.cache)  # [S, 1, H]
         return slots._replace(hidden=hidden[:, -1])
-
-    def _forward(self, inputs: dict, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        outputs = self.decoder(
-            **inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return outputs.last_hidden_state
 
     # ------------------------------------------------------------------------------------------ rows in and out
 
@@ -278,7 +273,7 @@ class SlotLoop:
         mask = columns >= starts[:, None] if is_padded else None  # [P, n + W]
         positions = (columns - starts[:, None]).clamp(min=0)[:, n_before - width_before :]
         mask = None if mask is None else mask.long()
-        hidden = self._forward(inputs, mask, positions, cache)  # [P, W, H]
+        hidden = forward(self.decoder, inputs, mask, positions, cache)  # [P, W, H]
         return _Slots(cache, starts, hidden[:, -1], is_padded)
 
     def _new_cache(self) -> Cache:

@@ -81,7 +81,7 @@ def check_encoder(policy: EncoderScorer, device: torch.device | str = "cpu") -> 
             policy.eval()
     tolerance = (1e-4 if is_exact(policy, padded.device) else 2e-2) * float(alone.abs().max())
     policy.ignores_padding = torch.allclose(padded, alone, rtol=0.0, atol=tolerance, equal_nan=True)
-    if not policy.ignores_padding and _is_sharded(policy):
+    if not policy.ignores_padding and uses_fsdp(policy):
         raise ConfigError(
             f"model.name_or_path: the scores of {name} depend on padding, so documents of each length are computed by "
             "themselves, which ranks with shards cannot do. Train it on one GPU, or choose another model.",
@@ -89,7 +89,7 @@ def check_encoder(policy: EncoderScorer, device: torch.device | str = "cpu") -> 
         )
 
 
-def _is_sharded(policy: Policy) -> bool:
+def uses_fsdp(policy: Policy) -> bool:
     from torch.distributed.fsdp import FSDPModule  # takes half a second to import
 
     return isinstance(policy, FSDPModule)
