@@ -153,8 +153,8 @@ class Config:
     )
     max_tokens_per_micro_batch: int | None = option(
         None,
-        "Tokens of a micro-batch on each device, padding included. A step has as many micro-batches as this needs, "
-        "instead of gradient_accumulation_steps; the results are the same (default: no limit).",
+        "Maximum number of tokens of a micro-batch on each device, padding included, also in evaluations. It sets the "
+        "number of micro-batches instead of gradient_accumulation_steps; the results are the same (default: no limit).",
         ge=1,
         affects_results=False,
     )
@@ -188,7 +188,7 @@ class Config:
         None, f"wsd: fraction of all steps in which lr decays (default: {DECAY_RATIO}).", gt=0, le=1
     )
     lr_scheduler_args: dict[str, Any] = option(
-        {}, "Arguments of lr_scheduler, which its help lists in braces, e.g. {min_lr_rate: 0.1}."
+        {}, "Arguments of lr_scheduler, e.g. {min_lr_rate: 0.1}; its help lists them in braces, with their defaults."
     )
     warmup_steps: int = option(0, "Optimizer steps in which lr rises linearly from 0 to its peak.", ge=0)
     warmup_ratio: float = option(0.0, "Warmup as a fraction of all steps.", ge=0, le=1)

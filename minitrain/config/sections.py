@@ -229,8 +229,8 @@ class RolloutConfig:
     )
     num_slots: int | None = option(
         None,
-        "Responses that a device samples at the same time (default: 64 to 512, as many as 1 GiB has keys, values and "
-        "logits for); vllm: prompts that a rank sends at the same time (default: 64).",
+        "Responses that a device samples at the same time (default: 64 to 512, as many as fit into 1 GiB of keys, "
+        "values and logits); vllm: prompts that a rank sends at the same time (default: 64).",
         ge=1,
         affects_results=False,
     )
@@ -244,8 +244,8 @@ class RolloutConfig:
     )
     sampler_dtype: str | None = option(
         None,
-        "local: sample from a copy of the weights in this dtype, with the adapter merged, which every device has in "
-        "full while it samples (default: from the weights in training).",
+        "local: sample from a copy of the weights in this dtype, with the adapter merged. Each device holds the full "
+        "copy while it samples (default: sample from the weights in training).",
         choices=("float32", "bfloat16", "float16"),
     )
     reward_timeout: float = option(10.0, "Seconds after which a reward function is stopped.", gt=0)

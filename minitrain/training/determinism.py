@@ -74,7 +74,8 @@ def _compute(trainer: "Trainer", batches: Sequence[Batch]) -> tuple[torch.Tensor
         loss = trainer.forward_backward(batches).loss
     named = [(name, p.grad) for name, p in trainer.policy.named_parameters() if p.grad is not None]
     gradients = {name: _bits(local_shard(gradient)[0]) for name, gradient in named}
-    trainer.optimizer.zero_grad(set_to_none=True)
+    for parameter in trainer.parameters:  # `zero_grad` of an optimizer with master weights does not reach them
+        parameter.grad = None
     trainer.step_output = None
     return _bits(loss), gradients
 

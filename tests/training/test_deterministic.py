@@ -20,7 +20,14 @@ def _own_environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("options", [(), ("lora.rank=4", "lora.dropout=0.3", "packing=true")], ids=str)
+OPTIONS = [
+    (),
+    ("lora.rank=4", "lora.dropout=0.3", "packing=true"),
+    ("model.policy_dtype=bfloat16", "model.master_weights=optimizer"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_check_changes_no_number(make_trainer, options):
     """With dropout, too: the random numbers of the first step are not those of the check."""
     plain = make_trainer("exp_name=plain", *options)
