@@ -44,7 +44,7 @@ def checkpoint_activations(model: nn.Module, mode: str | int = "full") -> list[n
         mode: full: keep only the input of each block. selective: keep the results of matrix products and attention,
             too. n: keep only the input of every n-th block, and everything in the others.
     """
-    if mode == "selective":  # torch warns of operations in place, which are no part of what is kept
+    if mode == "selective":  # torch warns of operations in place, which are not part of what is kept
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     blocks = list(find_blocks(model))[:: mode if isinstance(mode, int) else 1]
     for block in blocks:
