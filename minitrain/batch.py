@@ -147,7 +147,7 @@ class Batch:
         vars(part).pop("sequences", None)
         return part
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """Return a copy on a device, without waiting for it; `ON_CPU` stays on the CPU."""
         return self._map(lambda tensor: to_device(tensor, device))
 
@@ -169,8 +169,9 @@ class Batch:
         return mapped
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor on a device. The host waits for neither the copy nor what the device does before it."""
+    device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -33,9 +33,10 @@ A, B = "_lora_A", "_lora_B"  # suffixes of the names of LoRA matrices
 # ------------------------------------------------------------------------------------------------------- which ones
 
 
-def find_experts(model: nn.Module) -> list[str]:
-    """Return the names of the stacks of matrices [E, out, in] of experts."""
-    return [name for name, (module, shape) in _candidates(model).items() if _is_experts(module) and len(shape) == 3]
+def find_experts(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the name and the shape of each stack of matrices [E, out, in] of experts, packed or not."""
+    candidates = _candidates(model).items()
+    return {name: shape for name, (module, shape) in candidates if _is_experts(module) and len(shape) == 3}
 
 
 def find_parameters(model: nn.Module, targets: list[str] | str) -> list[str]:
@@ -50,7 +51,7 @@ def find_parameters(model: nn.Module, targets: list[str] | str) -> list[str]:
     """
     candidates = _candidates(model)
     if targets == ALL:
-        if names := find_experts(model):
+        if names := list(find_experts(model)):
             return names
         raise ConfigError(
             f"lora.target_parameters: {type(model).__name__} has no experts in 3-D parameters. Remove {ALL}.",

@@ -88,6 +88,8 @@ def _pairs(lengths: Tensor, window: float) -> Tensor:
 def count_flops(model: nn.Module, sizes: dict[str, int]) -> ModelFlops | None:
     """Count the FLOPs of a model with its adapter and frozen layers; None if its config does not tell those of a layer.
 
+    An expert counts by the fraction of tokens that it computes on average.
+
     A trained matrix takes 6 FLOPs for each weight and token: 2 forward, and 2 each for the gradients of its input and
     of itself. A frozen one takes 4, or 2 if nothing before it is trained.
 
@@ -97,7 +99,8 @@ def count_flops(model: nn.Module, sizes: dict[str, int]) -> ModelFlops | None:
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     excluded = {id(p) for m in (head, *_embeddings(model)) if m is not None for p in m.parameters()}
-    active = {name: _active(model, name, config) for name in find_experts(model)}
+    chosen = getattr(config, "num_experts_per_tok", None)
+    active = {name: min(1.0, chosen / n) if chosen else 1.0 for name, (n, _, _) in find_experts(model).items()}
     token, reached = 0.0, False
     for name, parameter in model.named_parameters():
         reached |= parameter.requires_grad
@@ -116,13 +119,6 @@ def count_flops(model: nn.Module, sizes: dict[str, int]) -> ModelFlops | None:
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Embedding)]
-
-
-def _active(model: nn.Module, name: str, config) -> float:
-    """Return the fraction of a stack of experts that computes a token."""
-    chosen = getattr(config, "num_experts_per_tok", None)
-    n_experts = model.get_parameter(name).shape[0]
-    return min(1.0, chosen / n_experts) if chosen else 1.0
 
 
 def _pair_flops(config) -> float:

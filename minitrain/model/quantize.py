@@ -146,7 +146,7 @@ def quantizable(model: nn.Module) -> list[str]:
     modules = {name: module for name, module in model.named_modules() if module not in excluded}
     linear = [name for name, module in modules.items() if affine_class(module, type(module)) is not None]
     layers = [f"{name}.weight" for name in linear if not _is_read_by_parent(modules, name)]
-    stacks = [name for name in experts.find_experts(model) if model.get_parameter(name).numel() < MAX_WEIGHTS]
+    stacks = [name for name, shape in experts.find_experts(model).items() if shape.numel() < MAX_WEIGHTS]
     return [*layers, *stacks]
 
 

@@ -110,7 +110,8 @@ def test_packed_documents_are_longer_than_the_window(kind, monkeypatch):
     """Attention that forgets the window of packed documents is noticed (slime#1686)."""
     policy = policy_of(GOOD[kind]())
     assert min(packed_lengths(policy, torch.device("cpu"))) > 40
-    monkeypatch.setattr(attention, "_window", lambda width, query: None)
+    mask = attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda window, *rest: mask(None, *rest))
     check_policy(policy, packing=True)
     assert policy.groups_documents
 
