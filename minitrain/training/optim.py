@@ -1,7 +1,6 @@
 """Optimizers by name, and parameter groups."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -55,7 +54,7 @@ def _imported(path: str) -> Builder:
     package = path.partition(".")[0]
     if not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(f"expected package.module.Class, got {path!r}. Correct it.", "invalid-value")
-    if package not in sys.modules and find_spec(package) is None:
+    if package != "__main__" and find_spec(package) is None:
         extra = f"minitrain[{EXTRAS[package]}]" if package in EXTRAS else package
         raise ConfigError(f"package {package} is not installed. Run pip install {extra}.", "not-installed")
     modules = [module_name, f"{package}.optim"] if module_name == package else [module_name]
