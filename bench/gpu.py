@@ -124,8 +124,8 @@ def add(result: dict, results: list[dict], machine: dict, folder: Path, stem: st
     results.append(result)
     gpu_report.write(results, machine, folder, stem)
     numbers = gpu_report.rates(result, machine)
-    told = ", ".join(f"{key} {value:,.4g}" for key, value in numbers.items()) or result["why"]
-    print(f"{result['row'].phase}: {result['row'].name}: {result['status']}; {told}", flush=True)
+    summary = ", ".join(f"{key} {value:,.4g}" for key, value in numbers.items()) or result["why"]
+    print(f"{result['row'].phase}: {result['row'].name}: {result['status']}; {summary}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -169,12 +169,12 @@ def run(command: list[str], scratch: str, limit: float, device: str) -> tuple[st
     watts: list[float] = []
     with open(f"{scratch}/output", "wb") as output, open(f"{scratch}/errors", "wb") as errors:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=errors, start_new_session=True)
-        end, asked = time.monotonic() + limit, 0.0
+        end, last_read = time.monotonic() + limit, 0.0
         try:
             while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.1)
-                if device == "cuda" and time.monotonic() - asked > 2:
-                    asked = time.monotonic()
+                if device == "cuda" and time.monotonic() - last_read > 2:
+                    last_read = time.monotonic()
                     answer = ask_card("power.draw").split(" ")[0]
                     watts += [float(answer)] if re.fullmatch(r"[\d.]+", answer) else []
             status = "limit" if process.poll() is None else "done" if process.returncode == 0 else "failed"

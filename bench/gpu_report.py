@@ -38,8 +38,8 @@ def as_json(results: list[dict], machine: dict) -> str:
 
 
 def as_markdown(results: list[dict], machine: dict) -> str:
-    told = [f"{key} {value}" for key, value in machine.items() if value and key not in ("card", "date", "peak")]
-    lines = [f"# {machine['card']}, {machine['date']}", "", "; ".join(told) + ".", "", NOTE, ""]
+    facts = [f"{key} {value}" for key, value in machine.items() if value and key not in ("card", "date", "peak")]
+    lines = [f"# {machine['card']}, {machine['date']}", "", "; ".join(facts) + ".", "", NOTE, ""]
     for phase in MINUTES:
         found = [result for result in results if result["row"].phase == phase]
         if found:

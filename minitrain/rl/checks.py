@@ -55,7 +55,7 @@ def check(config: Config, given: set[str], loss: Loss, issues: ConfigIssues) -> 
     _check_loss(config, loss, issues)
     _check_loss_options(config, loss, issues)
     _check_sampling(config, issues)
-    for key in RATIO_OPTIONS if loss.example_type == "rollout" and _is_one_step(config) else ():
+    for key in RATIO_OPTIONS if loss.example_type == "rollout" and is_one_step(config) else ():
         if key in config.loss and (key, loss.options.loss_aggregation) != ("clip_eps_high", "cispo"):
             message = "has no effect: a round is one step, so every ratio is 1. Set rollout.num_iterations=2, or raise "
             message += "rollout.prompts_per_round above total_batch_size."
@@ -138,7 +138,8 @@ def _check_sampling(config: Config, issues: ConfigIssues) -> None:
         issues.add("rollout.max_turns", "conflict", message, "rollout.environment")
 
 
-def _is_one_step(config: Config) -> bool:
+def is_one_step(config: Config) -> bool:
+    """Return whether a round is one optimizer step, so that every ratio to the policy that sampled is 1."""
     return config.rollout.num_iterations == 1 and config.rollout.prompts_per_round <= config.total_batch_size
 
 

@@ -32,6 +32,7 @@ from minitrain.losses import add_features
 from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
 
+from .checks import is_one_step
 from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples
 from .engine import Engine, build_engine, refreshed
 from .environments import build_environment
@@ -109,8 +110,7 @@ class Rounds(MicrobatchLoader):
 
     @property
     def is_one_step(self) -> bool:
-        """Whether a round is one optimizer step, so that every ratio to the policy that sampled is 1."""
-        return self.steps_per_epoch * self.options.num_iterations == 1
+        return is_one_step(self.config)
 
     @property
     def total_steps(self) -> int:

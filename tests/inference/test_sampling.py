@@ -148,26 +148,27 @@ def test_greedy_decoding_equals_an_argmax_loop():
         assert one.ended == (one.ids[-1] == 2)
 
 
+def computed_shapes(n_slots: int, given: list[Request]) -> list[torch.Size]:
+    """Return (rows, columns) of each forward pass that samples for these requests."""
+    model, shapes = random_model("llama"), []
+    sampler = Sampler(make_policy(model).eval(), (), n_slots)
+    assert sampler.make_loop is SlotLoop
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
+    sampler.sample(given, Chooser(1.0))
+    hook.remove()
+    return shapes
+
+
 @torch.no_grad()
 def test_a_prompt_is_computed_once():
     """Its n responses share its keys and values, also if they do not fit into the slots at once."""
-    model, widths = random_model("llama"), []
-    sampler = Sampler(make_policy(model).eval(), (), 4)
-    assert sampler.make_loop is SlotLoop
-    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
-    sampler.sample(requests(n=6), Chooser(1.0))
-    hook.remove()
+    widths = computed_shapes(4, requests(n=6))
     assert sum(rows for rows, width in widths if width > 1) + sum(1 for n in LENGTHS if n == 1) <= len(LENGTHS) + 1
 
 
 @torch.no_grad()
 def test_prompts_of_the_next_rows_are_computed_with_those_of_new_rows():
-    model, widths = random_model("llama"), []
-    sampler = Sampler(make_policy(model).eval(), (), 8)
-    assert sampler.make_loop is SlotLoop
-    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
-    sampler.sample([Request([3, 4, 5, i], [(i,)], 3 + i % 5) for i in range(6, 38)], Chooser(1.0))
-    hook.remove()
+    widths = computed_shapes(8, [Request([3, 4, 5, i], [(i,)], 3 + i % 5) for i in range(6, 38)])
     batches = [rows for rows, width in widths if width > 1]
     assert batches[0] == 8 + 2 and sum(batches) == 32 and len(batches) < 12
 

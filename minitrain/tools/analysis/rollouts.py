@@ -255,7 +255,7 @@ def content_of(message: dict) -> str:
 
 
 def _indented(text: str, mark: tuple[str, str], limit: float, indent: int) -> Iterator[str]:
-    """Yield the lines of a text with a mark around it. The middle of a long one is left out."""
+    """Yield the lines of a string with a mark around it. The middle of a long one is left out."""
     if len(text) > limit:
         half = int(limit) // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
