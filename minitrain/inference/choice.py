@@ -1,6 +1,6 @@
 """Requests to a sampler, and the choice of the next token of each response."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -114,17 +114,11 @@ def _block_sums(weights: Tensor) -> Tensor:
     return torch.cat([sums, weights[:, n:].sum(-1, keepdim=True)], 1)
 
 
-class Uniforms:
-    """Random numbers in [0, 1) of one response, one per position."""
-
-    def __init__(self, key: Sequence[int]):
-        self.generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
-        self.values: list[float] = []
-
-    def __getitem__(self, position: int) -> float:
-        while position >= len(self.values):
-            self.values += self.generator.random(BLOCK).tolist()
-        return self.values[position]
+def uniforms_of(key: Sequence[int]) -> Iterator[float]:
+    """Yield the random numbers in [0, 1) of one response, one per position."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
+    while True:
+        yield from generator.random(BLOCK).tolist()
 
 
 @dataclass
@@ -134,7 +128,7 @@ class Row:
     Attributes:
         request: Index of its request.
         prompt: Token ids of the prompt.
-        uniforms: Its random numbers; None for greedy decoding.
+        uniforms: Random numbers of its next tokens; None for greedy decoding.
         limit: Maximum number of its tokens.
         sample: Its tokens so far.
         done: Whether it needs no more tokens.
@@ -142,7 +136,7 @@ class Row:
 
     request: int
     prompt: list[int]
-    uniforms: Uniforms | None
+    uniforms: Iterator[float] | None
     limit: int
     sample: Sample = field(default_factory=Sample)
     done: bool = False
@@ -174,7 +168,10 @@ class TokenChoice:
         """Return the rows of each request."""
         needs_uniforms = self.choose.temperature > 0
         return [
-            [Row(i, request.prompt, Uniforms(key) if needs_uniforms else None, request.limit) for key in request.keys]
+            [
+                Row(i, request.prompt, uniforms_of(key) if needs_uniforms else None, request.limit)
+                for key in request.keys
+            ]
             for i, request in enumerate(requests)
         ]
 
@@ -188,7 +185,7 @@ class TokenChoice:
         Returns:
             The ids [S], unused for rows that were done, and the number of rows that have ended in this step.
         """
-        values = [0.0 if row.uniforms is None else row.uniforms[len(row.sample.ids)] for row in rows]
+        values = [0.0 if row.done or row.uniforms is None else next(row.uniforms) for row in rows]
         ids, logps = self.choose(logits, torch.tensor(values, dtype=torch.float64).to(logits.device))
         n_ended, end_ids, is_stopped = 0, self.end_ids, self.is_stopped
         for row, token, logp in zip(rows, ids.tolist(), logps.tolist(), strict=True):

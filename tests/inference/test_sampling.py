@@ -1,11 +1,13 @@
 """The decode loop: log-probabilities of the model itself, and responses that do not depend on their batch."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 
-from minitrain.inference.choice import LARGE_VOCABULARY, VOCABULARY_BLOCK, Chooser, Request, Uniforms
+from minitrain.inference.choice import LARGE_VOCABULARY, VOCABULARY_BLOCK, Chooser, Request, uniforms_of
 from minitrain.inference.plain_loop import PlainLoop
 from minitrain.inference.sampler import Sampler, by_own_logits, one_at_a_time
 from minitrain.inference.slots import SLOT_BYTES, SlotLoop, fitting_slots
@@ -285,9 +287,9 @@ def test_top_p_and_top_k_keep_the_most_likely_tokens(choose, allowed):
 
 
 def test_random_numbers_are_a_function_of_the_key():
-    first, again, other = Uniforms((1, 2, 3)), Uniforms((1, 2, 3)), Uniforms((1, 2, 4))
-    assert [first[i] for i in (0, 1, 200)] == [again[i] for i in (0, 1, 200)]
-    assert first[0] != other[0] and 0 <= first[5] < 1
+    first, again, other = (list(itertools.islice(uniforms_of(key), 201)) for key in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
+    assert first == again and len(set(first)) == 201
+    assert not set(first) & set(other) and all(0 <= u < 1 for u in first)
 
 
 def test_training_modes_are_left_alone():

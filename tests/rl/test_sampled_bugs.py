@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitrain.inference.choice import Uniforms
+from minitrain.inference.choice import uniforms_of
 from tests.rl.test_rounds import ROLLOUT, online  # noqa: F401 (a fixture)
 from tests.rl.test_vllm import ADAPTERS, differences
 
@@ -98,7 +98,7 @@ def test_no_two_answers_share_random_numbers(online):  # noqa: F811
 
     alone, ranks = keys_of(0, 1), [key for rank in (0, 1) for key in keys_of(rank, 2)]
     assert len(alone) > 2 * 4 * 3 and sorted(alone) == sorted(ranks)
-    assert len({Uniforms(key)[0] for key in ranks}) == len(ranks)
+    assert len({next(uniforms_of(key)) for key in ranks}) == len(ranks)
 
 
 def state_of(trainer):
