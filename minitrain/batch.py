@@ -216,6 +216,8 @@ class PolicyOutput:
         n_docs: D.
         entropy: Entropy of the distribution at each target if requested, float32, shape [N].
         mean_logps: Mean log-probability over the vocabulary at each target if requested, float32, shape [N].
+        log_sum_squares: Log of the sum of the squared probabilities at each target if requested, without gradient,
+            float32, shape [N].
         values: Output of a value head before each target, float32, shape [N].
         scores: Output of a scalar head with L labels at the last token of each document, float32, shape [D, L].
         divergence: Divergence from the distribution of a teacher if requested, float32, shape [N].
@@ -228,6 +230,7 @@ class PolicyOutput:
     n_docs: int
     entropy: Tensor | None = None  # [N]
     mean_logps: Tensor | None = None  # [N]
+    log_sum_squares: Tensor | None = None  # [N]
     values: Tensor | None = None  # [N]
     scores: Tensor | None = None  # [D, L]
     divergence: Tensor | None = None  # [N]

@@ -18,6 +18,7 @@ from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.rl.rounds import sample_rounds
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
 from minitrain.training.after_step import after_step, begin, count_bad_step, finish, should_evaluate, start_window
+from minitrain.training.aux_models import move_reference
 from minitrain.training.callbacks import Hooks, collect_hooks
 from minitrain.training.compute import with_dtype
 from minitrain.training.determinism import check_repeatable, deterministic_algorithms
@@ -254,6 +255,7 @@ class Trainer:
         if update.taken:
             self.updates += 1
             self.bad_steps = 0
+            move_reference(self.loss, self.models, self.updates)
         elif not update.overflowed:
             count_bad_step(self)
         return update.grad_norm

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from minitrain.batch import TARGET_WEIGHTS, Batch, Document, collate
+from minitrain.distributed.parallel import SingleDevice
 from minitrain.losses import Loss, Models, add_features
 from minitrain.model import attention
 from minitrain.model.policy import Policy
 from minitrain.model.sequence_head import make_policy
 from minitrain.model.tiny import tiny_scorer
-from minitrain.training.step import share_step_statistics
+from minitrain.training.step import share_step_rows, share_step_statistics
 from tests.conftest import random_llama
 
 LENGTHS = (9, 3, 14, 5, 30, 2, 7, 11)  # of which 1 to 27 tokens are learned
@@ -140,9 +141,10 @@ def step(loss: Loss, batches: list[Batch], implementation: str = "sdpa", models:
     """(loss value, gradients) of one optimizer step over micro-batches, as the trainer does it."""
     models = models or models_for(loss, implementation)
     models.policy.zero_grad()
-    parallel = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
+    parallel = SingleDevice(torch.device("cpu"))
     weight = sum(loss.num_items(batch) for batch in batches)
     share_step_statistics(loss, batches, models, parallel)
+    share_step_rows(loss, batches, models, parallel)
     value = 0.0
     for batch in batches:
         output = loss(batch, models)

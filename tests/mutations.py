@@ -458,7 +458,7 @@ BUGS = {
             number=49,
             title="A mean over the tokens of a response was divided by its length again.",
             reported_in="minitrain 0.1.0",
-            file="minitrain/losses/dpo.py",
+            file="minitrain/losses/dpo_variants.py",
             line="one = torch.ones_like(self.n_w)",
             replacement="one = self.n_w",
             test="tests/losses/test_preference.py::test_means_are_taken_once",
@@ -766,7 +766,7 @@ EXERCISES = [
     ),
     Mutation(
         number=7,
-        file="minitrain/losses/dpo.py",
+        file="minitrain/losses/dpo_variants.py",
         line="return self.r_w - self.r_l",
         replacement="return self.r_l - self.r_w",
         test="tests/losses/test_preference.py::test_variants_equal_their_formulas",

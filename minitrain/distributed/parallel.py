@@ -60,7 +60,7 @@ class SingleDevice:
         return [value]
 
     def gather_tensors(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors of all ranks on the CPU, in rank order. Their first dimensions can differ."""
+        """Return the tensors of all ranks, in rank order. Their first dimensions can differ."""
         return [values]
 
     def check_same(self, **values: Any) -> None:

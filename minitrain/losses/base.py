@@ -94,10 +94,8 @@ class Loss:
     """
 
     uses_target_weights: ClassVar[bool] = False  # whether it multiplies its losses by `batch.target_weights`
-    has_step_statistics: ClassVar[bool] = (
-        False  # whether it needs sums over the full optimizer step before it is called
-    )
-
+    has_step_statistics: bool = False  # whether it needs sums over the full optimizer step before it is called
+    gathers_rows: bool = False  # whether it needs a row of each item of the full optimizer step before it is called
     example_type: ClassVar[str] = "conversation"  # one of EXAMPLE_TYPES
     online: bool = False  # whether its examples are sampled during training
     dropout: ClassVar[bool] = True  # whether the policy's dropout is active in training
@@ -156,6 +154,20 @@ class Loss:
 
     def set_step_statistics(self, statistics: Tensor) -> None:
         """Receive those sums over all micro-batches and ranks, shape [S], before the first call of the step."""
+        raise NotImplementedError
+
+    def step_rows(self, batch: Batch, models: Models) -> Tensor:
+        """Return a row of each item of a micro-batch, shape [m, K]. Called without gradients, if `gathers_rows`."""
+        raise NotImplementedError
+
+    def set_step_rows(self, rows: Tensor | None, start: int) -> None:
+        """Receive those rows of all micro-batches and ranks before the first call of the step.
+
+        Args:
+            rows: By rank, then in the order of the calls, shape [n, K]. None if the step is one micro-batch, whose
+                rows the loss can compute with gradients.
+            start: Index of the first row of this rank.
+        """
         raise NotImplementedError
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:

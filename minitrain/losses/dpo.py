@@ -1,17 +1,27 @@
 """Preference losses over pairs: direct preference optimization and its variants."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
 from .base import LossOutput, Models, PairLoss, pairs_of, register_loss
+from .dpo_variants import (
+    DIVERGENCES,
+    OF_DIFFERENCES,
+    OF_VARIANTS,
+    OVER_MEANS,
+    SORTED,
+    VARIANTS,
+    WITHOUT_REFERENCE,
+    Pairs,
+)
+from .full_step import FullStepLoss
 
 REFERENCE = option(
     "auto",
@@ -19,139 +29,35 @@ REFERENCE = option(
     "precomputed: log-probabilities, computed once and cached. auto: adapter with an adapter, else model.",
     choices=("auto", "model", "adapter", "precomputed"),
 )
-
-
-class Pairs(NamedTuple):
-    """Log-probabilities and lengths of P pairs, each [P] float32: chosen (w) and rejected (l)."""
-
-    logps_w: Tensor  # log-probability of the response, summed over its tokens
-    logps_l: Tensor
-    ref_w: Tensor  # the same under the reference; 0 without one
-    ref_l: Tensor
-    n_w: Tensor  # tokens of the response
-    n_l: Tensor
-
-    @property
-    def r_w(self) -> Tensor:
-        return self.logps_w - self.ref_w
-
-    @property
-    def r_l(self) -> Tensor:
-        return self.logps_l - self.ref_l
-
-    @property
-    def delta(self) -> Tensor:
-        return self.r_w - self.r_l
-
-    def mean(self) -> "Pairs":
-        """Return these pairs with means over tokens instead of sums. Calling it twice changes nothing."""
-        one = torch.ones_like(self.n_w)  # [P]
-        return Pairs(
-            self.logps_w / self.n_w, self.logps_l / self.n_l, self.ref_w / self.n_w, self.ref_l / self.n_l, one, one
-        )  # fmt: skip
-
-
-def sigmoid(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-(1-e) logsig(beta D) - e logsig(-beta D): DPO (arXiv 2305.18290, eq. 7); with e, conservative DPO."""
-    e, d = o.label_smoothing, o.beta * p.delta
-    return -(1 - e) * F.logsigmoid(d) - e * F.logsigmoid(-d)
-
-
-def ipo(p: Pairs, o: "DPOOptions") -> Tensor:
-    """(D - 1 / (2 beta))^2 over token means, or sums with `ipo_sums` (arXiv 2310.12036, eq. 17)."""
-    return (p.delta - 1 / (2 * o.beta)) ** 2
-
-
-def hinge(p: Pairs, o: "DPOOptions") -> Tensor:
-    """relu(1 - beta D): SLiC (arXiv 2309.06657)."""
-    return F.relu(1 - o.beta * p.delta)
-
-
-def robust(p: Pairs, o: "DPOOptions") -> Tensor:
-    """[-(1-e) logsig(beta D) + e logsig(-beta D)] / (1 - 2e): unbiased under flipped labels (arXiv 2403.00409)."""
-    e, d = o.label_smoothing, o.beta * p.delta
-    return (-(1 - e) * F.logsigmoid(d) + e * F.logsigmoid(-d)) / (1 - 2 * e)
-
-
-def exo_pair(p: Pairs, o: "DPOOptions") -> Tensor:
-    """KL of the policy's preference to the smoothed one (arXiv 2402.00856, eq. 16); e = 0 becomes 1e-3."""
-    e, d = o.label_smoothing or 1e-3, o.beta * p.delta
-    log = torch.log(torch.tensor([1 - e, e], dtype=torch.float64)).tolist()
-    return d.sigmoid() * (F.logsigmoid(d) - log[0]) + (-d).sigmoid() * (F.logsigmoid(-d) - log[1])
-
-
-def nca_pair(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-logsig(beta r_w) - 0.5 logsig(-beta r_w) - 0.5 logsig(-beta r_l) (arXiv 2402.05369)."""
-    good, bad = o.beta * p.r_w, o.beta * p.r_l
-    return -F.logsigmoid(good) - 0.5 * F.logsigmoid(-good) - 0.5 * F.logsigmoid(-bad)
-
-
-def bco_pair(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-logsig(beta r_w) - logsig(-beta r_l) (arXiv 2404.04656), without its moving shift."""
-    return -F.logsigmoid(o.beta * p.r_w) - F.logsigmoid(-o.beta * p.r_l)
-
-
-def sppo_hard(p: Pairs, o: "DPOOptions") -> Tensor:
-    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2 (arXiv 2405.00675)."""
-    half = 1 / (2 * o.beta)
-    return (p.r_w - half) ** 2 + (p.r_l + half) ** 2
-
-
-def apo_zero(p: Pairs, o: "DPOOptions") -> Tensor:
-    """1 - sig(beta r_w) + sig(beta r_l): for chosen responses better than the policy's (arXiv 2408.06266)."""
-    return 1 - (o.beta * p.r_w).sigmoid() + (o.beta * p.r_l).sigmoid()
-
-
-def apo_down(p: Pairs, o: "DPOOptions") -> Tensor:
-    """sig(beta r_w) + 1 - sig(beta D): for chosen responses worse than the policy's (arXiv 2408.06266)."""
-    return (o.beta * p.r_w).sigmoid() + 1 - (o.beta * p.delta).sigmoid()
-
-
-def sigmoid_norm(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-logsig(beta D) over token means: length-normalized DPO (arXiv 2411.15124)."""
-    return -F.logsigmoid(o.beta * p.delta)
-
-
-def simpo(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-logsig(beta (mean lp_w - mean lp_l) - gamma) (arXiv 2405.14734, eq. 6)."""
-    return -F.logsigmoid(o.beta * (p.logps_w - p.logps_l) - o.gamma)
-
-
-def orpo(p: Pairs, o: "DPOOptions") -> Tensor:
-    """NLL_w - beta logsig(log odds ratio), all over token means (arXiv 2403.07691, eq. 6-7)."""
-    log_odds = p.logps_w - p.logps_l - (_log1mexp(p.logps_w) - _log1mexp(p.logps_l))
-    return -p.logps_w - o.beta * F.logsigmoid(log_odds)
-
-
-def cpo(p: Pairs, o: "DPOOptions") -> Tensor:
-    """-logsig(beta (lp_w - lp_l)) + alpha NLL_w, the NLL a token mean (arXiv 2401.08417)."""
-    return -F.logsigmoid(o.beta * (p.logps_w - p.logps_l)) - o.alpha * p.mean().logps_w
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - exp(x)) for x < 0, accurate at both ends."""
-    x = x.clamp(max=-1e-7)
-    return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
-VARIANTS: dict[str, Callable[[Pairs, "DPOOptions"], Tensor]] = {
-    f.__name__: f
-    for f in (sigmoid, ipo, hinge, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm,
-              simpo, orpo, cpo)
-}  # fmt: skip
-WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
-OVER_MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # these compare token means, all others sums
+SYNC_STEPS = option(
+    0,
+    "Updates after which the reference moves towards the policy (TR-DPO, arXiv 2404.09656), such as 512. 0: never.",
+    ge=0,
+)
+MIXUP = option(0.6, "Weight of the policy when the reference moves; 1 replaces the reference.", gt=0, le=1)
 
 
 @dataclass
 class DPOOptions:
     variant: str = option("sigmoid", "Variant of the loss (see docs/losses.md).", choices=tuple(VARIANTS))
-    beta: float | None = option(None, "Strength of the KL constraint (default: 2 for simpo, else 0.1).", gt=0, le=1000)
-    label_smoothing: float = option(
-        0.0, "sigmoid, robust, exo_pair: assumed fraction of flipped labels.", ge=0, le=0.499
+    variant_weights: dict[str, float] = option(
+        {}, "Weights of several variants, whose sum replaces `variant`, as {sigmoid: 0.8, bco_pair: 0.2}."
     )
-    gamma: float = option(1.0, "simpo: margin.", ge=0, le=1000)
+    beta: float | None = option(
+        None,
+        "Strength of the KL constraint (default: 2 for simpo and alphapo, else 0.1). Tulu 3 uses 5 for sigmoid_norm, "
+        "whose token means hardly train with 0.1.",
+        gt=0,
+        le=1000,
+    )
+    label_smoothing: float = option(
+        0.0, "sigmoid, robust, exo_pair, aot, aot_unpaired: assumed fraction of flipped labels.", ge=0, le=0.499
+    )
+    gamma: float = option(1.0, "simpo, alphapo: margin.", ge=0, le=1000)
     alpha: float = option(1.0, "cpo: weight of the chosen response's negative log-likelihood.", ge=0)
+    alphapo_alpha: float = option(0.25, "alphapo: exponent of the reward; towards 0, the loss is simpo.", ge=-10, le=10)
+    discopop_tau: float = option(0.05, "discopop: temperature of the mixture.", ge=1e-3, le=1)
+    bco_shift: bool = option(False, "bco_pair: subtract the mean reward of the step from all rewards.")
     ipo_sums: bool = option(False, "ipo: compare sums, as in the DPO authors' code, instead of token means.")
     reference_free: bool = option(False, "Use no reference model: its log-probabilities count as 0.")
     average_log_prob: bool = option(
@@ -160,61 +66,149 @@ class DPOOptions:
     sft_weight: float = option(
         0.0, "Weight of the chosen response's mean negative log-likelihood, added to the loss.", ge=0
     )
+    f_divergence: str = option(
+        "reverse_kl",
+        "Divergence from the reference that the loss penalizes, for variants of a difference of sums.",
+        choices=("reverse_kl", *DIVERGENCES),
+    )
+    f_alpha: float = option(0.5, "f_divergence=alpha: 0 would be reverse_kl, and 1 forward_kl.", gt=0, lt=1)
+    ld_alpha: float | None = option(
+        None,
+        "LD-DPO: weight of the tokens of a response beyond the length of the shorter one (default: 1).",
+        ge=0,
+        le=1,
+    )
+    wpo: bool = option(False, "WPO: multiply a pair's loss by how likely the policy samples its responses, at most 1.")
     reference: str = REFERENCE
+    reference_sync_steps: int = SYNC_STEPS
+    reference_mixup: float = MIXUP
 
     def __post_init__(self):
         if self.beta is None:
-            self.beta = 2.0 if self.variant == "simpo" else 0.1
+            self.beta = 2.0 if set(self.weights) <= {"simpo", "alphapo"} else 0.1
 
     @property
-    def over_means(self) -> bool:
-        """Whether the loss compares token means instead of sums."""
-        sums = self.variant not in OVER_MEANS or (self.variant == "ipo" and self.ipo_sums)
-        return self.average_log_prob or not sums
+    def weights(self) -> dict[str, float]:
+        """The variants and their weights."""
+        return self.variant_weights or {self.variant: 1.0}
+
+    def over_means(self, variants: Iterable[str]) -> bool:
+        """Return whether all variants compare token means instead of sums."""
+        means = [name for name in OVER_MEANS if not (name == "ipo" and self.ipo_sums)]
+        return self.average_log_prob or set(variants) <= set(means)
 
 
 @register_loss("dpo", DPOOptions)
-class DPO(PairLoss):
+class DPO(FullStepLoss, PairLoss):
     """A function of the log-probabilities of a pair's two responses; the unit is the pair.
 
-    `variant` names a function of this file, whose docstring has the equation. Dropout is off in policy and reference,
-    so the first loss of the default variant is ln 2.
+    `variant` names a function of `dpo_variants.py`, whose docstring has the equation. Dropout is off in policy and
+    reference, so the first loss of the default variant is ln 2.
     """
 
     example_type = "preference"
     dropout = False
 
     def unused_options(self) -> dict[str, str]:
-        variant = self.options.variant
-        only = {"gamma": ("simpo",), "alpha": ("cpo",), "ipo_sums": ("ipo",)}
-        only["label_smoothing"] = ("sigmoid", "robust", "exo_pair")
-        unused = {key: f"it needs loss.variant={' or '.join(fit)}." for key, fit in only.items() if variant not in fit}
-        if self.options.average_log_prob and "ipo_sums" not in unused:
+        o = self.options
+        unused = {
+            key: f"it needs loss.variant={' or '.join(fit)}."
+            for key, fit in OF_VARIANTS.items()
+            if not set(fit) & set(o.weights)
+        }
+        if o.variant_weights:
+            unused["variant"] = "loss.variant_weights replaces it."
+        if o.average_log_prob and "ipo_sums" not in unused:
             unused["ipo_sums"] = "loss.average_log_prob uses means."
+        if o.f_divergence != "alpha":
+            unused["f_alpha"] = "it needs loss.f_divergence=alpha."
+        if not o.reference_sync_steps:
+            unused["reference_mixup"] = "it needs loss.reference_sync_steps."
         if "reference" not in self.requires:
-            unused["reference"] = "simpo, orpo, cpo and reference_free use none."
+            reason = "simpo, alphapo, orpo, cpo and reference_free use none."
+            unused |= dict.fromkeys(("reference", "reference_sync_steps", "reference_mixup", "f_divergence"), reason)
         return unused
+
+    def conflicts(self) -> dict[str, str]:
+        o, names, found = self.options, set(self.options.weights), sync_conflicts(self.options)
+        if unknown := [name for name in o.variant_weights if name not in VARIANTS]:
+            found["variant_weights"] = f"unknown variant {unknown[0]!r}. Use {', '.join(VARIANTS)}."
+            return found
+        if o.variant_weights and not all(0 < weight <= 1e6 for weight in o.variant_weights.values()):
+            found["variant_weights"] = "must be above 0 and at most 1e6 for every variant."
+        if o.alphapo_alpha == 0:
+            found["alphapo_alpha"] = "must not be 0, where alphapo is simpo. Set loss.variant=simpo."
+        compares_means = [name for name in o.weights if o.over_means([name])]
+        if o.f_divergence != "reverse_kl" and (compares_means or not names <= set(OF_DIFFERENCES)):
+            wrong = (compares_means or sorted(names - set(OF_DIFFERENCES)))[0]
+            found["f_divergence"] = f"conflicts with {wrong}, which is not a function of a difference of sums. Use " + (
+                f"{', '.join(OF_DIFFERENCES)} (ipo with ipo_sums=true)."
+            )
+        if o.ld_alpha is not None and compares_means:
+            found["ld_alpha"] = (
+                f"conflicts with {compares_means[0]} of token means, which lengths do not affect. Remove it."
+            )
+        if o.wpo and (of_step := sorted(names & set(SORTED))):
+            found["wpo"] = f"conflicts with {of_step[0]}, whose losses are not those of pairs. Remove one of them."
+        return found
 
     @property
     def requires(self) -> frozenset[str]:
-        free = self.options.reference_free or self.options.variant in WITHOUT_REFERENCE
+        free = self.options.reference_free or set(self.options.weights) <= set(WITHOUT_REFERENCE)
         return frozenset() if free else frozenset({"reference"})
 
+    @property
+    def gathers_rows(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the step."""
+        return self.options.bco_shift or bool(set(SORTED) & set(self.options.weights))
+
+    def step_rows(self, batch: Batch, models: Models) -> Tensor:
+        return torch.stack(self._pairs(batch, models)[0], 1)  # [P, 7]
+
+    def row_losses(self, rows: Tensor) -> Tensor:
+        return self._losses(Pairs(*rows.unbind(1)))
+
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
-        scores = models.policy(batch)
-        sums = scores.per_document(scores.logps)  # [D]
+        pairs, logps = self._pairs(batch, models)
+        losses = self.losses_of(torch.stack(pairs, 1)) if self.gathers_rows else self._losses(pairs)  # [P]
+        compared = self._compare(pairs, self.options.weights)
+        # A sum over no pairs must stay part of the autograd graph.
+        return LossOutput(losses.sum() + 0 * logps.sum(), self.num_items(batch), self._metrics(pairs, compared))
+
+    def _pairs(self, batch: Batch, models: Models) -> tuple[Pairs, Tensor]:
+        """Return the pairs, and the log-probabilities of the targets, shape [N]."""
+        o = self.options
+        scores = models.policy(batch, log_sum_squares=True) if o.wpo else models.policy(batch)
+        counts = scores.per_document(torch.ones_like(scores.logps))  # [D]
+        lengths = 1.0 if o.ld_alpha is None else _length_weights(scores.doc_ids, counts, o.ld_alpha)  # [N]
+        sums = scores.per_document(lengths * scores.logps)  # [D]
         ref = torch.zeros_like(sums)  # [D]
         if models.reference is not None:
-            ref = scores.per_document(models.reference(batch).logps)
-        counts = scores.per_document(torch.ones_like(scores.logps))
+            ref = scores.per_document(lengths * models.reference(batch).logps)
         columns = [pairs_of(column, batch).T for column in (sums, ref, counts)]  # [2, P] each
-        pairs = Pairs(*(side for column in columns for side in column))
-        compared = pairs.mean() if self.options.over_means else pairs
-        losses = VARIANTS[self.options.variant](compared, self.options)  # [P]
-        if self.options.sft_weight:
-            losses = losses - self.options.sft_weight * pairs.logps_w / pairs.n_w
-        # A sum over no pairs must stay part of the autograd graph.
-        return LossOutput(losses.sum() + 0 * sums.sum(), self.num_items(batch), self._metrics(pairs, compared))
+        weight = torch.ones_like(columns[0][0])  # [P]
+        if o.wpo:
+            aligned = scores.per_document(scores.logps.detach() - scores.log_sum_squares)  # [D]
+            weight = pairs_of(aligned / counts, batch).sum(1).clamp(max=0).exp()
+        return Pairs(*(side for column in columns for side in column), weight), scores.logps
+
+    def _losses(self, pairs: Pairs) -> Tensor:
+        """Return the losses of pairs, shape [P]."""
+        o = self.options
+        losses = sum(weight * VARIANTS[name](self._compare(pairs, [name]), o) for name, weight in o.weights.items())
+        if o.sft_weight:
+            losses = losses - o.sft_weight * pairs.logps_w / pairs.n_w
+        return losses * pairs.weight
+
+    def _compare(self, pairs: Pairs, variants: Iterable[str]) -> Pairs:
+        """Return what all these variants compare: sums or token means, or a function of them."""
+        o = self.options
+        compared = pairs.mean() if o.over_means(variants) else pairs
+        if set(variants) == {"alphapo"}:
+            return compared.with_rewards(lambda mean: DIVERGENCES["alpha"](mean, o.alphapo_alpha))
+        if o.f_divergence != "reverse_kl":
+            return compared.with_rewards(lambda r: DIVERGENCES[o.f_divergence](r, o.f_alpha))
+        return compared
 
     def _metrics(self, pairs: Pairs, compared: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the metrics. Rewards are what the loss compares (token means or sums), so they do not favor length."""
@@ -229,4 +223,25 @@ class DPO(PairLoss):
                 "logps/chosen": pairs.logps_w,
                 "logps/rejected": pairs.logps_l,
             }
+            if self.options.wpo:
+                per_pair["wpo_weight"] = pairs.weight
             return {name: (values.sum(), weight) for name, values in per_pair.items()}
+
+
+def sync_conflicts(options: Any) -> dict[str, str]:
+    """Return the conflict of a reference that cannot move with `reference_sync_steps`, if there is one."""
+    if options.reference_sync_steps == 0 or options.reference in ("auto", "adapter"):
+        return {}
+    return {"reference_sync_steps": f"conflicts with loss.reference={options.reference}, which cannot move. Use auto."}
+
+
+def _length_weights(doc_ids: Tensor, counts: Tensor, alpha: float) -> Tensor:
+    """Return 1 for the targets up to the length of the shorter response of the pair, then alpha, shape [N].
+
+    Args:
+        doc_ids: Document of each target, ascending, shape [N].
+        counts: Targets of each document, shape [D].
+    """
+    shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)  # [D]
+    within = torch.arange(len(doc_ids), device=doc_ids.device) - (counts.cumsum(0) - counts)[doc_ids]  # [N]
+    return torch.where(within < shorter[doc_ids], 1.0, alpha)

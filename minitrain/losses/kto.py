@@ -1,78 +1,99 @@
-"""Kahneman-Tversky optimization: desirable and undesirable responses, without pairs."""
+"""Kahneman-Tversky optimization and its variants: desirable and undesirable responses, without pairs."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minitrain.batch import Batch
 from minitrain.config.schema import option
 
 from .base import LossOutput, Models, PairLoss, pairs_of, register_loss
-from .dpo import REFERENCE
+from .dpo import MIXUP, REFERENCE, SYNC_STEPS, sync_conflicts
 
 
 @dataclass
 class KTOOptions:
+    variant: str = option(
+        "kto", "Variant of the loss (see docs/losses.md).", choices=("kto", "apo_zero_unpaired", "bco")
+    )
     beta: float = option(0.1, "Strength of the KL constraint.", gt=0, le=1000)
     desirable_weight: float = option(1.0, "lambda_D, the weight of desirable responses.", ge=0)
     undesirable_weight: float = option(1.0, "lambda_U, the weight of undesirable responses.", ge=0)
     reference: str = REFERENCE
+    reference_sync_steps: int = SYNC_STEPS
+    reference_mixup: float = MIXUP
 
 
 @register_loss("kto", KTOOptions)
 class KTO(PairLoss):
-    """lambda_D (1 - sig(beta (r - z))) of desirable responses, lambda_U (1 - sig(beta (z - r))) of undesirable ones.
+    """Functions of s = r - z, lambda_D f(s) of desirable responses and lambda_U f(-s) of undesirable ones.
 
-    z is the mean log-ratio of policy to reference over responses to other prompts of the full optimizer step, at least
-    0, without gradient (arXiv 2402.01306, eq. 8). The unit is the labeled response. Each example is two documents: the
-    labeled response, and the same prompt with a response to another prompt, which only z is estimated from.
+    kto: f(s) = 1 - sig(beta s). z is the mean log-ratio of policy to reference over responses to other prompts of the
+    full optimizer step, at least 0, without gradient (arXiv 2402.01306, eq. 8).
+    apo_zero_unpaired: the same f with z = 0 (arXiv 2408.06266).
+    bco: f(s) = -logsig(beta s). z is half the sum of the mean r of the desirable and of the undesirable responses of
+    the step, without gradient (arXiv 2404.04656).
+
+    The unit is the labeled response. Each example is two documents: the labeled response, and the same prompt with a
+    response to another prompt, which only the z of kto is estimated from.
     """
 
     example_type = "unpaired_preference"
     dropout = False
-    has_step_statistics = True
 
     def __init__(self, options: KTOOptions):
         super().__init__(options)
         self.z = torch.zeros(())
 
+    @property
+    def has_step_statistics(self) -> bool:
+        """Whether z depends on the full step."""
+        return self.options.variant != "apo_zero_unpaired"
+
+    def unused_options(self) -> dict[str, str]:
+        is_fixed = not self.options.reference_sync_steps
+        return {"reference_mixup": "it needs loss.reference_sync_steps."} if is_fixed else {}
+
     def conflicts(self) -> dict[str, str]:
         is_constant = self.options.desirable_weight == self.options.undesirable_weight == 0
         reason = "is 0, and so is loss.undesirable_weight, so the loss is always 0. Set one of them above 0."
-        return {"desirable_weight": reason} if is_constant else {}
+        return sync_conflicts(self.options) | ({"desirable_weight": reason} if is_constant else {})
 
     @property
     def requires(self) -> frozenset[str]:
         return frozenset({"reference"})
 
     def step_statistics(self, batch: Batch, models: Models) -> Tensor:
-        ratios = pairs_of(_log_ratios(batch, models), batch)[:, 1]  # [P]
-        return torch.stack([ratios.sum(), ratios.new_full((), float(len(ratios)))])  # [2]
+        labeled, other = pairs_of(_log_ratios(batch, models), batch).T  # [P], [P]
+        is_kto = self.options.variant == "kto"
+        groups = [torch.ones_like(other)] if is_kto else [desirable := _desirable(batch).float(), 1 - desirable]
+        ratios = other if is_kto else labeled
+        return torch.stack([torch.stack([(ratios * group).sum(), group.sum()]) for group in groups])  # [1 or 2, 2]
 
     def set_step_statistics(self, statistics: Tensor) -> None:
-        total, count = statistics.detach()
-        self.z = (total / count.clamp_min(1)).clamp_min(0)  # []
+        totals, counts = statistics.detach().T  # [1 or 2] each
+        z = (totals / counts.clamp_min(1)).sum() / (counts > 0).sum().clamp_min(1)  # []
+        self.z = z.clamp_min(0) if self.options.variant == "kto" else z
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         ratios = _log_ratios(batch, models)  # [D]
         r = pairs_of(ratios, batch)[:, 0]  # [P]
-        desirable = pairs_of(batch.doc_feature("desirable"), batch)[:, 0] > 0.5  # [P]
-        gain = self.options.beta * (r - self.z)
-        losses = torch.where(
-            desirable,
-            self.options.desirable_weight * (1 - gain.sigmoid()),
-            self.options.undesirable_weight * (1 - (-gain).sigmoid()),
-        )
+        desirable = _desirable(batch)  # [P]
+        gain = self.options.beta * (r - self.z) * torch.where(desirable, 1.0, -1.0)
+        weights = torch.where(desirable, self.options.desirable_weight, self.options.undesirable_weight)  # [P]
+        losses = weights * (-F.logsigmoid(gain) if self.options.variant == "bco" else 1 - gain.sigmoid())
         return LossOutput(losses.sum() + 0 * ratios.sum(), self.num_items(batch), self._metrics(r, desirable))
 
     def _metrics(self, r: Tensor, desirable: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad():
             rewards, yes, no = self.options.beta * r, desirable.float(), (~desirable).float()
+            z = self.z * len(r), yes.new_full((), float(len(r)))
             return {
                 "rewards/chosen": ((rewards * yes).sum(), yes.sum()),
                 "rewards/rejected": ((rewards * no).sum(), no.sum()),
-                "kl": (self.z * len(r), yes.new_full((), float(len(r)))),
+                **({"kl": z} if self.options.variant == "kto" else {}),
             }
 
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
@@ -80,6 +101,11 @@ class KTO(PairLoss):
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
         return means
+
+
+def _desirable(batch: Batch) -> Tensor:
+    """Return whether each labeled response is desirable, bool, shape [P]."""
+    return pairs_of(batch.doc_feature("desirable"), batch)[:, 0] > 0.5
 
 
 def _log_ratios(batch: Batch, models: Models) -> Tensor:

@@ -58,16 +58,19 @@ def measures(
     softcap: float | None,
     entropy: bool,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return log-probabilities of the ids [n, 1], log-sum-exps, entropies and means over the vocabulary, shape [n]."""
+    squares: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return measures of the distributions at the ids [n, 1]: log-probabilities, log-sum-exps and, if requested,
+    entropies, means over the vocabulary, and logs of the sums of squared probabilities; shape [n]."""
     logits, _ = shape_logits(products, bias, scale, softcap, False)
     target_logits = logits.gather(1, ids)[:, 0]  # [n]
     lse = torch.logsumexp(logits, 1)  # [n]
-    if not (entropy or mean):
-        return target_logits - lse, lse, None, None
+    if not (entropy or mean or squares):
+        return target_logits - lse, lse, None, None, None
     logps = logits.sub_(lse[:, None])  # [n, V]
     means = logps.mean(1) if mean else None
-    return target_logits - lse, lse, -(logps.exp() * logps).sum(1) if entropy else None, means
+    entropies = -(logps.exp() * logps).sum(1) if entropy else None
+    return target_logits - lse, lse, entropies, means, logps.exp().square().sum(1).log() if squares else None
 
 
 def weighted_gradient(

@@ -60,6 +60,7 @@ class TokenLogps(NamedTuple):
     logps: Tensor  # [N] float32
     entropy: Tensor | None  # [N] float32
     mean_logps: Tensor | None  # [N] float32
+    log_sum_squares: Tensor | None = None  # [N] float32, without gradient
     loss_sum: Tensor | None = None  # [] float32
 
 
@@ -72,8 +73,9 @@ def chunked_logprobs(
     mean_logps: bool = False,
     chunk: int | None = None,
     compile: bool = False,
+    log_sum_squares: bool = False,
 ) -> TokenLogps:
-    """Return the log-probability of each target, and optionally the entropy and the mean over the vocabulary.
+    """Return the log-probability of each target, and optionally other measures of its distribution.
 
     The results are differentiable with respect to hidden, weight, bias and rows. N can be 0: the results are then
     empty, and their sums are zeros attached to the graph.
@@ -88,6 +90,7 @@ def chunked_logprobs(
         mean_logps: Compute the mean log-probability over the vocabulary.
         chunk: Number of tokens per chunk; by default what fits into `chunk_bytes`.
         compile: Compile what is computed between the matrix products.
+        log_sum_squares: Compute the log of the sum of the squared probabilities, which has no gradient.
 
     Returns:
         Float32 tensors of shape [N], None for those not requested; and `loss_sum`, the sum of -w log p if its gradient
@@ -97,13 +100,14 @@ def chunked_logprobs(
     if chunk is None:
         chunk = default_chunk(hidden, layer)
     dtype = matmul_dtype_of(hidden)
-    if not torch.is_grad_enabled() or entropy or mean_logps or needs_loss_scale(dtype):
+    measured = entropy, mean_logps, log_sum_squares
+    if not torch.is_grad_enabled() or any(measured) or needs_loss_scale(dtype):
         detached_weight_fn = None
-    settings = _Settings(layer, chunk, dtype, detached_weight_fn, entropy, mean_logps, compile)
+    settings = _Settings(layer, chunk, dtype, detached_weight_fn, measured, compile)
     # Autocast would cast the factors again in the forward pass.
     with torch.autocast(hidden.device.type, enabled=False), products_in(dtype):
         outputs = _TokenLogps.apply(hidden, layer.weight, layer.bias, layer.rows, targets, settings)
-    requested = True, entropy, mean_logps, detached_weight_fn is not None
+    requested = True, *measured, detached_weight_fn is not None
     return TokenLogps(*(output if wanted else None for output, wanted in zip(outputs, requested, strict=True)))
 
 
@@ -112,8 +116,7 @@ class _Settings(NamedTuple):
     chunk: int
     matmul_dtype: torch.dtype
     detached_weight_fn: Callable[[Tensor], Tensor] | None
-    entropy: bool
-    mean_logps: bool
+    measured: tuple[bool, bool, bool]  # entropy, mean_logps, log_sum_squares
     compile: bool
 
     def pointwise(self, function: Callable, logits: Tensor, bias: Tensor | None, ids: Tensor, *rest):
@@ -126,7 +129,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, trained_rows, targets, settings):
         n = targets.numel()
-        logps, lse, entropy, means = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))  # [N] each
+        logps, lse, entropy, means, squares = (hidden.new_empty(n, dtype=torch.float32) for _ in range(5))  # [N] each
         row_ids, grads, matrix = settings.layer.row_ids, None, None
         logit_matrix = matrix_of(weight, trained_rows, row_ids, logits_dtype(settings.matmul_dtype, weight.device.type))
         if settings.detached_weight_fn:
@@ -143,18 +146,19 @@ class _TokenLogps(torch.autograd.Function):
                 logps[rows], lse[rows], dlogits = settings.pointwise(weighted_gradient, *chunk, *rest)
                 grads.add(rows, dlogits, states, matrix)
                 continue
-            found = settings.pointwise(measures, *chunk, settings.entropy, settings.mean_logps)
-            for output, values in zip((logps, lse, entropy, means), found, strict=True):
+            found = settings.pointwise(measures, *chunk, *settings.measured)
+            for output, values in zip((logps, lse, entropy, means, squares), found, strict=True):
                 if values is not None:
                     output[rows] = values
         ctx.settings, ctx.grads = settings, grads
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(squares)
         ctx.save_for_backward(hidden, weight, bias, trained_rows, targets, logps, lse, entropy)
         loss_sum = logps.new_zeros(()) if grads is None else -(settings.detached_weight_fn(logps) * logps).sum()  # []
-        return logps, entropy, means, loss_sum
+        return logps, entropy, means, squares, loss_sum
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy, grad_means, grad_loss):
+    def backward(ctx, grad_logps, grad_entropy, grad_means, _, grad_loss):
         hidden, weight, bias, trained_rows, targets, logps, lse, entropy = ctx.saved_tensors
         settings, grads, ctx.grads = ctx.settings, ctx.grads, None
         if settings.detached_weight_fn:

@@ -143,6 +143,7 @@ class Policy(nn.Module):
         mean_logps: bool = False,
         temperature: float = 1.0,
         distillation: Distillation | None = None,
+        log_sum_squares: bool = False,
     ) -> PolicyOutput:
         """Return the logps of the N targets of a batch, and the other requested values.
 
@@ -154,6 +155,7 @@ class Policy(nn.Module):
             temperature: Divides the logits, as in sampling.
             distillation: Also return the divergence from this teacher. Logps are then at temperature 1, and the other
                 options have no effect.
+            log_sum_squares: Also return the log of the sum of the squared probabilities at each target.
 
         Returns:
             Float32 tensors of shape [N]. `values` is set if the policy has a value head.
@@ -165,7 +167,7 @@ class Policy(nn.Module):
             found = divergences(hidden, batch.targets, layer, distillation, compile=self.compiles_head)
             outputs = dict(zip(("logps", "divergence", "loss_sum"), found, strict=True))
         else:
-            options = detached_weight_fn, entropy, mean_logps, None, self.compiles_head
+            options = detached_weight_fn, entropy, mean_logps, None, self.compiles_head, log_sum_squares
             outputs = chunked_logprobs(hidden, batch.targets, layer.at(temperature), *options)._asdict()
         return PolicyOutput(doc_ids=batch.target_docs, n_docs=batch.n_docs, values=values, **outputs)
 

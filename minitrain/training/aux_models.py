@@ -2,7 +2,8 @@
 
 The reference is the policy at the start of training: a snapshot of the trainable parameters (`InitialPolicySnapshot`),
 a second model (`FrozenModel`), or a file of log-probabilities (`PrecomputedRefLogps`). All are called like the policy
-and return a `PolicyOutput` without gradients. A `Teacher` is another model with the same tokenizer.
+and return a `PolicyOutput` without gradients. Only a snapshot can move during training. A `Teacher` is another model
+with the same tokenizer.
 """
 
 import contextlib
@@ -77,6 +78,10 @@ class InitialPolicySnapshot:
             yield
         finally:
             self._copy_to_policy(current)
+
+    def move(self, weight: float) -> None:
+        """Replace the reference by the mean of itself and the policy, which has this weight."""
+        torch._foreach_lerp_(self.initial, self.shards, weight)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors in memory."""
@@ -207,7 +212,23 @@ def _build_reference(
 def reference_kind(loss: Loss, config: Config) -> str:
     """Return the kind of reference that a loss uses: model, adapter or precomputed."""
     kind = loss.options.reference
-    return kind if kind != "auto" else "adapter" if has_adapter(config) else "model"
+    return kind if kind != "auto" else "adapter" if has_adapter(config) or sync_steps(loss) else "model"
+
+
+def sync_steps(loss: Loss) -> int:
+    """Return the number of updates after which the reference moves towards the policy; 0 if it never does."""
+    return getattr(loss.options, "reference_sync_steps", 0)
+
+
+def moving_reference(loss: Loss, models: Models) -> list[torch.Tensor] | None:
+    """Return this rank's shards of a reference that moves, in the order of the trained parameters."""
+    return models.reference.tensors() if sync_steps(loss) else None
+
+
+def move_reference(loss: Loss, models: Models, updates: int) -> None:
+    """Move the reference towards the policy if that is due after this many updates."""
+    if sync_steps(loss) and updates % sync_steps(loss) == 0:
+        models.reference.move(loss.options.reference_mixup)
 
 
 def load_teacher(loss: Loss, config: Config, tokenizer, parallel: SingleDevice, load: Load = build_frozen) -> Teacher:

@@ -2,6 +2,7 @@
 
     checkpoints/step-100/   model-0.safetensors      rank 0's shards of the trained parameters
                             optimizer-0.safetensors  rank 0's shards of the optimizer state, `parameter/state name`
+                            reference-0.safetensors  rank 0's shards of the reference, if it moves
                             rng-0.safetensors        rank 0's random number generators
                             ...                      the same for rank 1, 2, ...
                             index.json               shape of each tensor, and the file of each of its shards
@@ -16,7 +17,7 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,12 +58,14 @@ class Save:
         parallel: SingleDevice,
         snapshot: bool = False,
         data: dict[str, Tensor] | None = None,
+        reference: Sequence[Tensor] | None = None,
     ):
         """
         Args:
             state: Values for state.json.
             snapshot: Whether to copy the tensors, so that training can continue while they are written.
             data: Tensors that are the same on all ranks, for `data.safetensors`.
+            reference: This rank's shards of another value of each trained parameter.
 
         Raises:
             RunError: If the disk has too little free space.
@@ -71,6 +74,12 @@ class Save:
         tensors, numbers = named_state(dict(model.named_parameters()), optimizer, parallel.rank)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.shards = {"model": _shards(trained, snapshot), "optimizer": _shards(tensors, snapshot)}
+        if reference is not None:
+            values, written = dict(zip(trained, reference, strict=True)), self.shards["model"]
+            self.shards["reference"] = {
+                name: shard._replace(rows=values[name].to("cpu", copy=True) if snapshot else values[name])
+                for name, shard in written.items()
+            }
         self.rng, self.data = _rng_state(), data
         self.state = state | {"optimizer": numbers, "world_size": parallel.world_size}
         self.error: tuple[int | None, str] | None = None  # errno and message
@@ -167,7 +176,11 @@ class Save:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: SingleDevice
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parallel: SingleDevice,
+    reference: Sequence[Tensor] | None = None,
 ) -> dict[str, Any]:
     """Load a verified checkpoint into model and optimizer, each rank its own shards.
 
@@ -185,6 +198,9 @@ def load_checkpoint(
         state = _checked_state(reader, model)
         _check_ranks(reader, state["world_size"], parallel.world_size)
         _load_optimizer_state(reader, parameters, optimizer, state.pop("optimizer"), parallel.rank)
+        for (name, parameter), value in zip(parameters.items(), reference or ()):
+            reader.read_into(parameter, "reference", name)
+            value.copy_(local_shard(parameter)[0])
         for name, parameter in parameters.items():  # last, because the optimizer has changed them
             reader.read_into(parameter, "model", name)
     parallel.reshard(model)
@@ -312,7 +328,7 @@ def _shards(tensors: dict[str, Tensor], snapshot: bool) -> dict[str, Shard]:
 
 def _join_indices(ranks: list[dict]) -> dict[str, dict]:
     """Return index.json, {part: {tensor: {shape, pieces: [[file, first row, row after the last], ...]}}}."""
-    joined: dict[str, dict] = {"model": {}, "optimizer": {}}
+    joined: dict[str, dict] = {part: {} for part in ranks[0]["index"]}
     for rank, written in enumerate(ranks):
         for part, entries in written["index"].items():
             for name, (start, stop, shape) in entries.items():

@@ -195,17 +195,23 @@ class RunDir:
         return None if step is None else Logged(step, rows, steps)
 
     def save_checkpoint(
-        self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict, data: dict[str, torch.Tensor]
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict,
+        data: dict[str, torch.Tensor],
+        reference: list[torch.Tensor] | None = None,
     ) -> None:
         """Write a checkpoint. With `save_async`, training continues during the write.
 
         Args:
             state: Values for state.json.
             data: Tensors of the data that is being trained on, the same on all ranks.
+            reference: This rank's shards of a reference that moves.
         """
         self.finish_saving()
         folder = self.checkpoint(state["step"])
-        self.pending = Save(folder, policy, optimizer, state, self.parallel, self.config.save_async, data)
+        self.pending = Save(folder, policy, optimizer, state, self.parallel, self.config.save_async, data, reference)
         if self.config.save_async:
             self.pending.start()
         else:

@@ -23,6 +23,7 @@ from minitrain.model.fingerprint import model_fingerprint
 from minitrain.model.weights import full_tensors
 
 from .atomic_dir import atomic_folder
+from .aux_models import moving_reference
 from .checkpoint import DATA, load_checkpoint
 from .failpoints import failpoint
 
@@ -106,7 +107,8 @@ def save_checkpoint(trainer: "Trainer") -> None:
         "config": trainer.run.settings(),
     }
     state["loader"], data = trainer.train_loader.state(trainer.consumed)
-    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress, data)
+    reference = moving_reference(trainer.loss, trainer.models)
+    trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress, data, reference)
     trainer.saved_progress = progress
     trainer.save_schedule.saved(time.perf_counter() - began)
     failpoint("save.end")
@@ -115,7 +117,8 @@ def save_checkpoint(trainer: "Trainer") -> None:
 
 def restore_checkpoint(trainer: "Trainer", folder: Path) -> None:
     """Restore the trainer from a checkpoint. Raise RunDirError if its data or base model differ."""
-    state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel)
+    reference = moving_reference(trainer.loss, trainer.models)
+    state = load_checkpoint(folder, trainer.policy, trainer.optimizer, trainer.parallel, reference)
     trainer.run.check_fingerprints(folder, state["inputs"], trainer.input_fingerprints)
     trainer.precision.load_state_dict(state["precision"])
     for name in CHECKPOINT_STATE:

@@ -204,6 +204,7 @@ def forward_backward(
     outputs = []
     with precision.autocast():
         share_step_statistics(loss, batches, models, parallel)
+        share_step_rows(loss, batches, models, parallel)
         router = RouterStep(models.policy, batches, parallel)
     for i, batch in enumerate(batches):
         batch = batch.to(parallel.device)
@@ -296,6 +297,19 @@ def share_step_statistics(loss: Loss, batches: Iterable[Batch], models: Models, 
     loss.set_step_statistics(parallel.sum(torch.stack(sums).sum(0)))
 
 
+def share_step_rows(loss: Loss, batches: Iterable[Batch], models: Models, parallel: SingleDevice) -> None:
+    """Gather a loss's rows of all batches and ranks, and pass them to the loss."""
+    if not loss.gathers_rows:
+        return
+    if isinstance(batches, Sequence) and len(batches) == parallel.world_size == 1:
+        loss.set_step_rows(None, 0)
+        return
+    with torch.no_grad():
+        rows = torch.cat([loss.step_rows(batch.to(parallel.device), models) for batch in batches])  # [m, K]
+    by_rank = parallel.gather_tensors(rows)
+    loss.set_step_rows(torch.cat(by_rank), sum(len(part) for part in by_rank[: parallel.rank]))
+
+
 def evaluate(
     loss: Loss,
     batches: Callable[[], Generator[Batch, None, None]],
@@ -307,7 +321,7 @@ def evaluate(
     """Compute mean loss and metrics, which do not depend on batch size and number of ranks.
 
     Args:
-        batches: Returns the batches of this rank. It is called twice if the loss has step statistics.
+        batches: Returns the batches of this rank. It is called twice if the loss has step statistics or gathers rows.
         stop: Whether to stop early. All ranks must get the same answer.
 
     Returns:
@@ -316,6 +330,7 @@ def evaluate(
     totals = MetricAccumulator(parallel.device)
     with inference(models.policy), precision.autocast():
         share_step_statistics(loss, batches(), models, parallel)
+        share_step_rows(loss, batches(), models, parallel)
         with contextlib.closing(batches()) as each:
             for batch in each:
                 failpoint("eval.batch")

@@ -25,9 +25,15 @@ pytestmark = pytest.mark.numeric
 VARIANTS = {
     "sft": [{"label_smoothing": 0.1}, {"focal_gamma": 2.0}],
     "dft": [{"dft_alpha": 0.7}],
-    "dpo": [{"variant": "orpo"}, {"variant": "apo_down", "average_log_prob": True, "sft_weight": 0.2}],
+    "dpo": [
+        {"variant": "orpo"},
+        {"variant": "apo_down", "average_log_prob": True, "sft_weight": 0.2},
+        {"variant": "aot_unpaired", "label_smoothing": 0.1},
+        {"variant_weights": {"aot": 0.8, "bco_pair": 0.2}, "bco_shift": True, "ld_alpha": 0.3, "sft_weight": 1.0},
+        {"f_divergence": "js", "wpo": True},
+    ],
     "pairwise": [{"center_rewards_coefficient": 0.01}, {"loss_type": "hinge", "margin": 1.0}],
-    "kto": [{"undesirable_weight": 0.5}],
+    "kto": [{"undesirable_weight": 0.5}, {"variant": "apo_zero_unpaired"}, {"variant": "bco", "desirable_weight": 2.0}],
     "policy": [
         {"loss_aggregation": "grpo", "importance_sampling_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.01},
         {"loss_aggregation": "dr_grpo", "advantage_estimator": "rloo", "dual_clip": 2.0},

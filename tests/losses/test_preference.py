@@ -17,7 +17,13 @@ from tests.examples import N, collated, examples, prepared
 from tests.messages import raises, reports
 
 BETA = 0.3
-OWN = {"simpo": {"gamma": 0.7}, "cpo": {"alpha": 0.5}}  # options of one variant, as `plain` has them
+OWN = {  # options of one variant, as `plain` has them
+    "simpo": {"gamma": 0.7},
+    "cpo": {"alpha": 0.5},
+    "alphapo": {"gamma": 0.7, "alphapo_alpha": 0.4},
+    "discopop": {"discopop_tau": 0.2},
+}
+SORTED = ("aot", "aot_unpaired")
 
 
 def sig(x: float) -> float:
@@ -34,6 +40,8 @@ def plain(variant: str, w: float, l: float, rw: float, rl: float, nw: int, nl: i
     d = r_w - r_l
     mean_d = r_w / nw - r_l / nl
     m_w, m_l = w / nw, l / nl
+    shaped_w, shaped_l = shaped(m_w), shaped(m_l)
+    mixed = sig(BETA * d / 0.2)
     odds = m_w - m_l - (math.log(1 - math.exp(m_w)) - math.log(1 - math.exp(m_l)))
     if variant == "exo_pair":
         e = e or 1e-3
@@ -51,9 +59,25 @@ def plain(variant: str, w: float, l: float, rw: float, rl: float, nw: int, nl: i
         "apo_down": sig(BETA * r_w) + 1 - sig(BETA * d),
         "sigmoid_norm": -logsig(BETA * mean_d),
         "simpo": -logsig(BETA * (m_w - m_l) - 0.7),
+        "alphapo": -logsig(BETA * (shaped_w - shaped_l) - 0.7),
+        "discopop": -(1 - mixed) * logsig(BETA * d) + mixed * math.exp(-BETA * d),
         "orpo": -m_w - BETA * logsig(odds),
         "cpo": -logsig(BETA * (w - l)) - 0.5 * m_w,
     }[variant]
+
+
+def shaped(m: float) -> float:
+    """The reward of AlphaPO."""
+    return (1 - math.exp(m) ** -0.4) / 0.4
+
+
+def plain_sum(variant: str, pairs: list[tuple[float, ...]], e: float) -> float:
+    """The loss of pairs (w, l, rw, rl, nw, nl), by a loop."""
+    if variant not in SORTED:
+        return sum(plain(variant, *pair, e) for pair in pairs)
+    above = sorted(w - l if variant == "aot" else w - rw for w, l, rw, rl, *_ in pairs)  # noqa: E741
+    below = sorted(rw - rl if variant == "aot" else l - rl for w, l, rw, rl, *_ in pairs)  # noqa: E741
+    return sum(-(1 - e) * logsig(BETA * (a - b)) - e * logsig(BETA * (b - a)) for a, b in zip(above, below))
 
 
 class Table:
@@ -88,11 +112,11 @@ def of_pairs(batch, logps: torch.Tensor) -> list[tuple[float, float]]:
 def test_variants_equal_their_formulas(pairs, variant, smoothing):
     """Each pair's loss is the formula of docs/losses.md in float64, and the gradient is its slope (gradcheck)."""
     batch, logps, ref = pairs
-    smooth = {"label_smoothing": smoothing} if variant in ("sigmoid", "robust", "exo_pair") else {}
+    smooth = {"label_smoothing": smoothing} if variant in ("sigmoid", "robust", "exo_pair", *SORTED) else {}
     loss = create_loss("dpo", variant=variant, beta=BETA, **smooth, **OWN.get(variant, {}))
     counts = of_pairs(batch, torch.ones_like(ref))
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), counts)
-    want = sum(plain(variant, *pi, *pr, *n, smoothing) for pi, pr, n in sides)
+    want = plain_sum(variant, [(*pi, *pr, *n) for pi, pr, n in sides], smoothing)
     output = loss(batch, Models(Table(logps), Table(ref) if "reference" in loss.requires else None))
     assert output.loss_sum.item() == pytest.approx(want, rel=1e-9) and output.num_items == N
     reference = Table(ref) if "reference" in loss.requires else None
@@ -108,7 +132,7 @@ def test_means_are_taken_once(pairs, variant):
     batch, logps, ref = pairs
     loss = create_loss("dpo", average_log_prob=True, beta=BETA, variant=variant, **OWN.get(variant, {}))
     sides = zip(of_pairs(batch, logps.detach()), of_pairs(batch, ref), of_pairs(batch, torch.ones_like(ref)))
-    want = sum(plain(variant, w / n, l / m, rw / n, rl / m, 1, 1, 0.0) for (w, l), (rw, rl), (n, m) in sides)  # noqa: E741
+    want = plain_sum(variant, [(w / n, l / m, rw / n, rl / m, 1, 1) for (w, l), (rw, rl), (n, m) in sides], 0.0)  # noqa: E741
     reference = Table(ref) if "reference" in loss.requires else None
     assert loss(batch, Models(Table(logps), reference)).loss_sum.item() == pytest.approx(want, rel=1e-9)
 
@@ -133,7 +157,7 @@ def test_other_options_of_dpo(pairs):
     assert free(batch, Models(Table(logps))).loss_sum.item() == pytest.approx(want)
 
 
-MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")  # the variants of docs/losses.md that are over token means
+MEANS = ("ipo", "sigmoid_norm", "simpo", "alphapo", "orpo")  # the variants of docs/losses.md that are over token means
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -142,7 +166,7 @@ def test_metrics_of_dpo(pairs, variant, average):
     """Rewards are beta times what the loss compares: means for simpo, orpo, ipo and sigmoid_norm, else sums. The
     accuracy is how often the chosen one's is larger; logps are sums, whatever the variant."""
     batch, logps, ref = pairs
-    loss = create_loss("dpo", beta=BETA, variant=variant, average_log_prob=average)
+    loss = create_loss("dpo", beta=BETA, variant=variant, average_log_prob=average, **OWN.get(variant, {}))
     free = "reference" not in loss.requires
     output = loss(batch, Models(Table(logps), None if free else Table(ref)))
     metrics = {name: (total / weight).item() for name, (total, weight) in output.metrics.items()}
@@ -152,6 +176,8 @@ def test_metrics_of_dpo(pairs, variant, average):
     chosen, rejected = (
         [BETA * (a[i] - b[i]) / (n[i] if over_means else 1) for a, b, n in zip(ours, theirs, counts)] for i in (0, 1)
     )
+    if variant == "alphapo":
+        chosen, rejected = ([BETA * shaped(r / BETA) for r in side] for side in (chosen, rejected))
     mean = lambda values: sum(values) / N  # noqa: E731
     assert metrics == pytest.approx(
         {

@@ -1,0 +1,47 @@
+"""Losses of items that depend on one another over the full optimizer step, such as a sort or in-batch negatives.
+
+The gradient is exact for any split into micro-batches and ranks (Gao et al. 2021, arXiv 2101.06983). A pass without
+gradients computes what the losses depend on, a row for each item, and all ranks gather all rows. The losses of the step
+and their derivatives with respect to the rows follow. The loss of a micro-batch is then linear in its own rows.
+"""
+
+import torch
+from torch import Tensor
+
+from .base import Loss
+
+
+class FullStepLoss(Loss):
+    """A loss whose `row_losses` maps the rows of all items of a step [n, K] to their losses [n].
+
+    `__call__` computes the rows of a micro-batch with gradients, and passes them to `losses_of`.
+    """
+
+    gathers_rows = True
+    dropout = False  # both passes must compute the same
+
+    def __init__(self, options: object):
+        super().__init__(options)
+        self.rows: Tensor | None = None  # of the step [n, K]; None if the micro-batch is the full step
+        self.next = 0  # index of the first row of the next micro-batch
+
+    def row_losses(self, rows: Tensor) -> Tensor:
+        """Return the losses of all items of a step, [n, K] -> [n]."""
+        raise NotImplementedError
+
+    def set_step_rows(self, rows: Tensor | None, start: int) -> None:
+        self.rows, self.next = rows, start
+        if rows is not None:
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                losses = self.row_losses(leaf)  # [n]
+                (self.slopes,) = torch.autograd.grad(losses.sum(), leaf)  # [n, K]
+            self.losses = losses.detach()
+
+    def losses_of(self, rows: Tensor) -> Tensor:
+        """Return the losses of the next micro-batch, given its rows, [m, K] -> [m]."""
+        if self.rows is None:
+            return self.row_losses(rows)
+        own = slice(self.next, self.next + len(rows))
+        self.next = own.stop
+        return self.losses[own] + ((rows - rows.detach()) * self.slopes[own]).sum(1)
