@@ -63,9 +63,9 @@ NOTE = """\
 A Llama with random weights and tied embeddings: 512 wide, 4 layers, 8,192 tokens; or 256 wide, 2 layers, 128,256
 tokens; or a Mixtral, 256 wide, 4 layers of 8 experts.
 AdamW and sft but where another is named; 8 examples a step of up to 512 tokens, for two steps. `estimated`
-is what `minitrain validate` tells. `measured` is the peak of the resident memory of the process above what it was with
-all libraries loaded, so it has data, loading and all that libraries allocate in it. FSDPTrainer is on two ranks, of
-which the larger one's is told. Nothing was adjusted to these figures."""
+is what `minitrain validate` reports. `measured` is the peak of the resident memory of the process above what it was
+with all libraries loaded, so it has data, loading and all that libraries allocate in it. FSDPTrainer is on two ranks,
+of which the larger peak is reported. Nothing was adjusted to these numbers."""
 
 
 def main() -> None:
@@ -108,8 +108,8 @@ def row(model: Setting, overrides: list[str], folder: Path) -> str:
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stdout[-1000:] + done.stderr[-3000:])
-        told = [json.loads(file.read_text()) for file in Path(scratch).glob("*.json")]
-    measured, estimated = max(one["measured"] for one in told), told[0]["estimated"]
+        results = [json.loads(file.read_text()) for file in Path(scratch).glob("*.json")]
+    measured, estimated = max(one["measured"] for one in results), results[0]["estimated"]
     figures = f"{estimated:,.0f} | {measured:,.0f} | {estimated / measured - 1:+.0%} | {estimated - measured:+,.0f}"
     experts = f" ({model.experts} experts)" if model.experts else ""
     return f"| {model.vocab:,}{experts} | {', '.join(overrides)} | {figures} |"
@@ -129,12 +129,12 @@ def work(folder: Path, scratch: Path, overrides: list[str]) -> None:
     meter.begin()
     trainer = Trainer(config)
     trainer.train()
-    told, rank = {"measured": meter.peak_mib()}, trainer.parallel.rank
+    result, rank = {"measured": meter.peak_mib()}, trainer.parallel.rank
     trainer.parallel.close()
-    told["estimated"] = (
+    result["estimated"] = (
         estimate_memory(dry_run(config), pick_device(), RANKS if SHARDED in overrides else 1).peak / 2**20
     )
-    (scratch / f"{rank}.json").write_text(json.dumps(told))
+    (scratch / f"{rank}.json").write_text(json.dumps(result))
 
 
 def config_of(folder: Path, scratch: Path, overrides: list[str]):

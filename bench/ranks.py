@@ -50,15 +50,15 @@ def launch(ranks: int, folder: Path, shard: str) -> None:
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     for file in sorted(folder.glob(f"{ranks}-*.json")):
-        told = json.loads(file.read_text())
+        result = json.loads(file.read_text())
         cells = (
             ranks,
-            told["rank"],
-            f"{told['parameters'] / 1e6:.0f}",
-            f"{told['state']:,.0f}",
-            f"{told['peak']:,.0f}",
+            result["rank"],
+            f"{result['parameters'] / 1e6:.0f}",
+            f"{result['state']:,.0f}",
+            f"{result['peak']:,.0f}",
         )
-        print("|", " | ".join(map(str, cells)), "|", f"{told['loss']:.6f}", "|", flush=True)
+        print("|", " | ".join(map(str, cells)), "|", f"{result['loss']:.6f}", "|", flush=True)
 
 
 def work(folder: Path, shard: str) -> None:
@@ -94,9 +94,9 @@ def work(folder: Path, shard: str) -> None:
     trainer = Trainer(load_config(config | {"exp_name": f"ranks-{world_size}"}), on_step_end=note)
     trainer.train()
     rank = trainer.parallel.rank
-    told = {"rank": rank, "state": state[-1], "peak": meter.peak_mib(), "loss": losses[0]}
-    told["parameters"] = sum(p.numel() for p in trainer.policy.parameters())
-    (folder / f"{world_size}-{rank}.json").write_text(json.dumps(told))
+    result = {"rank": rank, "state": state[-1], "peak": meter.peak_mib(), "loss": losses[0]}
+    result["parameters"] = sum(p.numel() for p in trainer.policy.parameters())
+    (folder / f"{world_size}-{rank}.json").write_text(json.dumps(result))
     trainer.parallel.close()
 
 

@@ -125,8 +125,8 @@ def judge(summaries: list[dict], skipped: dict[str, str]) -> tuple[list[str], bo
         peers, name = summary["peers"], summary["name"]
         differing = [peer for peer, f in peers.items() if not does_same_work(f, summary)]
         same_work &= not differing
-        found = f"NOT THE SAME WORK: {', '.join(differing)}" if differing else "same work in all"
-        lines.append(f"{name}: {found if 'hand' in peers else 'losses not compared, hand was left out'}")
+        verdict = f"NOT THE SAME WORK: {', '.join(differing)}" if differing else "same work in all"
+        lines.append(f"{name}: {verdict if 'hand' in peers else 'losses not compared, hand was left out'}")
         rate = {peer: f["tokens_per_second"] for peer, f in peers.items()}
         memory = {peer: f["peak_mib"] for peer, f in peers.items()}
         aims = [("minitrain", "hand"), ("minitrain", "trl"), ("minitrain packed", "minitrain")]
@@ -171,14 +171,14 @@ def header(results: list[dict], skipped: dict[str, str], seconds: float) -> list
     versions = {}
     for runs in (run for result in results for run in result["runs"].values()):
         versions |= {key: runs[0][key] for key in ("torch", "transformers", "trl") if key in runs[0]}
-    told = ", ".join(f"{key} {value}" for key, value in versions.items())
+    libraries = ", ".join(f"{key} {value}" for key, value in versions.items())
     rounds = max(len(runs) for result in results for runs in result["runs"].values())
     bfloat16 = "" if has_bfloat16() else "; this processor only emulates bfloat16"
     return [
         f"# minitrain, {hardware()}, {datetime.date.today()}",
         "",
-        f"{told}; {rounds} rounds in {seconds / 60:.0f} minutes; {torch.get_num_threads()} threads; load at the end "
-        f"{os.getloadavg()[0]:.1f} (more than the threads: other work disturbed the figures){bfloat16}"
+        f"{libraries}; {rounds} rounds in {seconds / 60:.0f} minutes; {torch.get_num_threads()} threads; load at the "
+        f"end {os.getloadavg()[0]:.1f} (more than the threads: other work disturbed the figures){bfloat16}"
         + "".join(f"; {peer} skipped: {why}" for peer, why in skipped.items()),
         "",
         NOTE,

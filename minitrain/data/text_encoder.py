@@ -59,6 +59,7 @@ class TextEncoder:
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and self._encode("a", add_special_tokens=True).ids[:1] == [bos]
         self._prepends_space = "".join(self._encode("a", with_offsets=True).tokens[:1]).startswith(("\u2581", "\u0120"))
+        self._ids_of_anchors: dict[str, list[int]] = {}
         self._loses_characters = not all(self._encode(character).ids for character in UNUSUAL)
 
     def mark_literals(self, text: str) -> str:
@@ -84,7 +85,9 @@ class TextEncoder:
         encoding = self._checked_encoding(anchor + text, with_starts)
         ids, n = encoding.ids, 0
         if anchor:
-            anchor_ids = self._checked_encoding(anchor).ids
+            if anchor not in self._ids_of_anchors:  # few: a special token, and white space
+                self._ids_of_anchors[anchor] = self._checked_encoding(anchor).ids
+            anchor_ids = self._ids_of_anchors[anchor]
             n = len(anchor_ids)
             if ids[:n] != anchor_ids:
                 encoding, anchor, n = self._checked_encoding(text, with_starts), "", 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from minitrain.batch import TARGET_WEIGHTS, Batch, PolicyOutput, to_device
 from minitrain.config.aliases import replace_aliases
 from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
-from minitrain.config.schema import aliases
+from minitrain.config.schema import Config, aliases
 from minitrain.errors import ConfigError, DataError
 
 L = TypeVar("L", bound="Loss")
@@ -105,6 +105,10 @@ class Loss:
 
     def __init__(self, options: Any):
         self.options = options
+
+    def set_online(self, config: Config) -> None:
+        """Set whether the examples of a run are sampled during training."""
+        self.online = config.rollout.num_generations > 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise ConfigError for a class with the interface of an older version."""

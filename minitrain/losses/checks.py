@@ -36,7 +36,7 @@ def check(config: Config, issues: ConfigIssues, is_object: bool = False) -> Loss
     config.loss = {"name": name} | options
     loss = build_loss(name, options, written, issues)
     if loss is not None:
-        loss.online = config.rollout.num_generations > 0
+        loss.set_online(config)
     return loss
 
 

@@ -71,7 +71,7 @@ def _make_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Non
     """Let an optimizer make its state, by a step on gradients of 0. In the backward pass, one exists at a time."""
     groups = [dict(group) for group in optimizer.param_groups]
     for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype(parameter))
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         if isinstance(optimizer, InBackward):
             optimizer.update(parameter)
     optimizer.step()
@@ -79,11 +79,6 @@ def _make_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Non
         parameter.grad = None
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         group.update(before)
-
-
-def grad_dtype(parameter: nn.Parameter) -> torch.dtype:
-    """Return the dtype of a parameter's gradient: float32 if the optimizer has its master weights."""
-    return parameter.grad_dtype if hasattr(parameter, "grad_dtype") else parameter.dtype
 
 
 def _owners(

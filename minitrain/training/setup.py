@@ -101,7 +101,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
         ConfigError: An option does not fit the model or the data.
         DataError: A data row cannot be used.
     """
-    loss.online = config.rollout.num_generations > 0
+    loss.set_online(config)
     device = META if meta else parallel.device
     with parallel.local_rank0_first():
         template, data = read_data(config, loss)

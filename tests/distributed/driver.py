@@ -2,21 +2,25 @@
 
     driver.py JOBS.json   [{"config": {...}, "overrides": [...], "dropout": 0.2, "trace": file, "gradients": file,
                             "began": file, "ended": file, "stop": [rank, step], "in_python": true,
-                            "answers": file, "collectives": file, "plugin": file}, ...]
+                            "answers": file, "collectives": file, "plugin": file, "float8": "rowwise",
+                            "offload": true, "compiled": file}, ...]
 
 Each step appends a JSON line to the trace: step, example indices, loss and hash of the weights. `began` and `ended`
 get the whole weights, and the optimizer's moments as `moments/...`, before the first step and after the last one.
 `answers` gets responses, and how often parameters were gathered for them; `collectives` those of each step, by kind.
-At `stop` a hook of that rank wants training
-to end. With `in_python`, `Trainer` gets the model and the rows as objects.
+At `stop` a hook of that rank wants training to end. With `in_python`, `Trainer` gets the model and the rows as objects.
+`float8` emulates FP8, and `offload` is activation_offload, both of which a CPU refuses. `compiled` gets the numbers of
+graphs and of their calls, which run without a compiler.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitrain import Config, MinitrainError, Sampling, Trainer, load_config
 from minitrain.cli.config_commands import load_plugin
+from minitrain.model.float8 import use_float8
 from minitrain.model.weights import full_tensors
+from minitrain.training import loading
 
 torch.set_num_threads(1)
 
@@ -107,8 +113,53 @@ def write_answers(trainer: Trainer, file: str) -> None:
         Path(file).write_text(json.dumps(answers))
 
 
+@contextlib.contextmanager
+def counting_graphs(file: str) -> Iterator[None]:
+    """Run what torch.compile traces, and write how many graphs and calls of them this took on rank 0."""
+    compile, counts = torch.compile, Counter()
+
+    def backend(module, inputs):
+        counts["graphs"] += 1
+
+        def run(*args):
+            counts["calls"] += 1
+            return module.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    torch.compile = functools.partial(compile, backend=backend)
+    try:
+        yield
+    finally:
+        torch.compile = compile
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        Path(file).write_text(json.dumps(counts))
+
+
+@contextlib.contextmanager
+def offloading_activations() -> Iterator[None]:
+    prepare = loading.prepare_policy
+
+    def prepare_policy(policy, weights, config, *rest, **more):
+        return prepare(policy, weights, dataclasses.replace(config, activation_offload=True), *rest, **more)
+
+    loading.prepare_policy = prepare_policy
+    try:
+        yield
+    finally:
+        loading.prepare_policy = prepare
+
+
 def main() -> int:
-    codes = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    codes = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        with contextlib.ExitStack() as stack:
+            if "compiled" in job:
+                stack.enter_context(counting_graphs(job["compiled"]))
+            if "offload" in job:
+                stack.enter_context(offloading_activations())
+            codes.append(run(job))
     if len(codes) > 1:
         print(f"exit codes: {codes}\n", end="", flush=True)  # in one piece, since ranks share the output
     if torch.distributed.is_initialized():
@@ -139,6 +190,8 @@ def run(job: dict) -> int:
     if job.get("in_python"):
         config, hooks = dataclasses.replace(config, datasets=[]), hooks | given_in_python(config)
     trainer = Trainer(config, **hooks)
+    if "float8" in job:
+        use_float8(trainer.policy.model, job["float8"], emulate=True)
     for module in trainer.policy.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = job.get("dropout", 0.0)
@@ -146,7 +199,7 @@ def run(job: dict) -> int:
             module.p = job.get("dropout", 0.0)
     if "gradients" in job:
         write_gradients(trainer, job["gradients"])
-    with Collectives() if "collectives" in job else nullcontext() as collectives:
+    with Collectives() if "collectives" in job else contextlib.nullcontext() as collectives:
         if collectives:
             trainer.hooks["on_step_end"].append(lambda t: write_collectives(t, collectives, job["collectives"]))
         trainer.train()

@@ -31,7 +31,7 @@ from minitrain.model.load import CPU, DTYPES, META, build_frozen
 from minitrain.model.offload import HostCopies
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.optim import build_optimizer
-from minitrain.training.optim_state import grad_dtype, named_state
+from minitrain.training.optim_state import named_state
 from minitrain.training.setup import Preparation, make_loader, prepare_policy
 from minitrain.training.step import Precision, forward_backward, inference, optim_step
 
@@ -105,7 +105,7 @@ def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
             lambda *_: _hold_moments(dict(step.policy.named_parameters()), optimizer, tracker)
         )
         for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype(parameter))
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             tracker.hold(local_shard(parameter.grad)[0], "gradients")
         optimizer.step()
         for parameter in trained:
