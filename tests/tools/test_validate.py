@@ -268,12 +268,22 @@ def test_peak_memory_is_told_by_part(write, report):
 
 def test_more_than_the_machine_has(write, report, monkeypatch):
     """A warning and no error, on the CPU for all processes together."""
-    there = int(1.01 * estimate_memory(dry_run(load_config(write(ROWS))), torch.device("cpu")).peak)
+    peaks = {}
+    for mode in ("none", "selective", "full"):
+        run = dry_run(load_config(write(ROWS), [f"activation_checkpointing={mode}"]))
+        peaks[mode] = estimate_memory(run, torch.device("cpu")).peak
+    there = int(1.01 * peaks["none"])
     sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": there}
     monkeypatch.setattr("os.sysconf", sizes.__getitem__)
-    assert "warning" not in report(write(ROWS))[1]
+    assert not {"warning", "recompute"} & report(write(ROWS))[1].keys()
     code, found, _ = report(write(ROWS, trainer="FSDPTrainer"), "--devices", "2")
     assert code == 0 and re.match(r"the peak memory of .* is more than the .* MiB of this machine", found["warning"])
+    sizes["SC_PHYS_PAGES"] = peaks["none"] - 1
+    found = report(write(ROWS))[1]
+    selective, full = re.findall(r"=(?:selective|full) ([\d.]+) MiB", found["recompute"])
+    assert float(selective) == pytest.approx(peaks["selective"] / 2**20, abs=0.06)
+    assert float(full) == pytest.approx(peaks["full"] / 2**20, abs=0.06) and peaks["full"] < peaks["none"]
+    assert "recompute" not in report(write(ROWS, activation_checkpointing="full"))[1]
 
 
 def test_a_model_that_needs_its_values(write, report, monkeypatch):

@@ -340,7 +340,19 @@ def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[st
     needed = peak * (devices if device.type != "cuda" else 1)
     if needed > available:
         lines["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(available)} MiB of {name}"
+    if run.config.activation_checkpointing == "none" and (device.type == "cuda" or needed > available):
+        lines["recompute"] = _describe_recomputation(run, device, devices)
     return lines
+
+
+def _describe_recomputation(run: Preparation, device: torch.device, devices: int) -> str:
+    """Return the peak memory of a step with each way to recompute activations."""
+    peaks = []
+    for mode in ("selective", "full"):
+        config = dataclasses.replace(run.config, activation_checkpointing=mode)
+        memory = estimate_memory(dataclasses.replace(run, config=config), device, devices)
+        peaks.append(f"activation_checkpointing={mode} {_mib(memory.peak)} MiB")
+    return f"peak memory with {', '.join(peaks)}"
 
 
 def _describe_memory(memory: MemoryEstimate, where: str) -> str:
