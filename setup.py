@@ -30,6 +30,8 @@ setup(
         "data": ["datasets>=3"],
         "vllm": ["vllm>=0.17"],  # the server of rollout.engine=vllm
         "plot": ["matplotlib>=3.8"],
+        "stats": ["scipy>=1.15"],  # intervals of `minitrain evaluate --compare`
+        "lm-eval": ["lm-eval>=0.4.9"],  # `minitrain evaluate --tasks`
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "ruff>=0.11"],
         "dev": [
             "pytest>=8",
@@ -42,6 +44,7 @@ setup(
             "torchao>=0.15",
             "peft>=0.17",
             "matplotlib>=3.8",
+            "scipy>=1.15",
             "datasets>=3",
             "trl>=1.16; python_version >= '3.11'",  # its chat templates are read, nothing else
         ],

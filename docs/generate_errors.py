@@ -20,6 +20,9 @@ An error names the file and line, or the option, says what is wrong, and what to
 brackets. Codes stay the same from version to version; the wording may change. All problems of a config come at once,
 one per line. [resume.md](resume.md#stop-a-run) lists the exit codes.
 
+With `--json`, a command prints the error on stdout, too: `{"error": {"code": ..., "message": ..., "issues": [...]}}`.
+`validate --json` prints a list with an entry for each config.
+
 In Python, every error is a `minitrain.MinitrainError`. Its `code` is one of these names and its `message` is the text
 without the code. The error of a config has `issues`, each with `where`, `key`, `code` and `message`:
 

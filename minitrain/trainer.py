@@ -22,6 +22,7 @@ from minitrain.training.aux_models import move_reference
 from minitrain.training.callbacks import Hooks, collect_hooks
 from minitrain.training.compute import with_dtype
 from minitrain.training.determinism import check_repeatable, deterministic_algorithms
+from minitrain.training.drift import drift_metrics
 from minitrain.training.failpoints import failpoint
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
@@ -87,6 +88,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     train_loader: "MicrobatchLoader"
     eval_loader: "MicrobatchLoader | None"
+    retention_loader: "MicrobatchLoader | None"
     total_steps: int
     grad_norm: float
     logger: MetricLogger | None = None  # during `train`
@@ -296,7 +298,8 @@ class Trainer:
         loader = self.eval_loader if dataset is None else load_rows(self, dataset)
         if loader is None:
             return {}
-        return self.train_loader.evaluate(loader) if self.loss.online else evaluate_all(self, loader)
+        metrics = self.train_loader.evaluate(loader) if self.loss.online else evaluate_all(self, loader)
+        return metrics and metrics | drift_metrics(self, loader)
 
     # --------------------------------------------------------------------------------------- using the model
 

@@ -58,6 +58,12 @@ CASES = {
         "inference.score:SequenceScorer.scores",
         writes="labels.jsonl",
     ),
+    "evaluate": CommandCase(
+        ["evaluate", "runs/lora", "rows.jsonl", "--output", "labels.jsonl", "--force"],
+        "tools.evaluation.evaluate:evaluate_all",
+        quiet_output=None,
+        writes="labels.jsonl",
+    ),
     "chat": CommandCase(["chat", "runs/lora"], "cli.model_commands:input"),
     "merge": CommandCase(
         ["merge", "runs/lora", "--output", "merged"], "inference.merge:merge_adapter", writes="merged"

@@ -19,7 +19,7 @@ from minitrain.cli.registry import COMMANDS
 from minitrain.config.aliases import resolve_aliases
 from minitrain.config.issues import ConfigIssues, ConfigSource, check_types
 from minitrain.config.load import _apply_overrides, _expand_short_forms
-from minitrain.config.schema import Config, aliases, all_keys
+from minitrain.config.schema import LISTS, Config, aliases, all_keys
 from minitrain.config.sections import DatasetConfig
 from minitrain.data import sandbox
 from minitrain.losses import loss_options, registered
@@ -39,7 +39,7 @@ GENERATED = {
 BY_NAME = {"ids": lambda page: page.name}
 LOSS_OPTIONS = {name: [f.name for f in fields(loss.options_class)] for name, loss in registered().items()}
 KEYS = {*all_keys(), *aliases(), "loss.name", *(f"loss.{key}" for keys in LOSS_OPTIONS.values() for key in keys)}
-KEYS |= {f"{name}[0].{f.name}" for name in ("datasets", "eval_datasets") for f in fields(DatasetConfig)}
+KEYS |= {f"{name}[0].{f.name}" for name in LISTS for f in fields(DatasetConfig)}
 
 
 def tables(page: Path, header: list[str]) -> list[tuple[str, list[str]]]:
@@ -218,7 +218,7 @@ def test_yaml_in_the_documents_is_understood(page, monkeypatch, tmp_path):
 
 def make_files(given: dict) -> None:
     """What a config names and nobody has: data, a template, an archive, an adapter."""
-    entries = [entry for key in ("datasets", "eval_datasets") for entry in as_list(given.get(key, []))]
+    entries = [entry for key in LISTS for entry in as_list(given.get(key, []))]
     paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
     paths += [given.get("chat_template"), given["model"].get("archive")]
     paths = [path for path in paths if path and Path(path).suffix]  # what has none is a name of something else

@@ -10,6 +10,10 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only results, warnings and errors")
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result, or the error, as one JSON value")
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     about = "the config, also as --config CONFIG.yml; docs/options.md lists its options"
     parser.add_argument("config", metavar="CONFIG.yml", help=about)

@@ -10,9 +10,9 @@ from minitrain.errors import ConfigError, MinitrainError, UnreachableError
 from minitrain.io.redact import redact
 from minitrain.tools.terminal import use_color
 
-from .arguments import add_config, add_config_options, add_force, number
+from .arguments import add_config, add_config_options, add_force, add_json, number
 from .failure import fail, importing
-from .output import new_output, print_info
+from .output import error_json, new_output, print_info, print_json
 from .registry import command
 
 UNREACHED = 3  # exit code of `validate`
@@ -44,12 +44,13 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
     about = "estimate the peak memory on each of N devices; default: the ranks of torchrun, or 1"
     parser.add_argument("--devices", type=number(int, 1), metavar="N", help=about)
     add_config_options(parser)
+    add_json(parser)
 
 
 @command(
     _validate_arguments,
     "check configs and every row of their data",
-    usage="(CONFIG.yml ... | --all FOLDER) [--full] [--devices N] [--overrides KEY=VALUE ...]",
+    usage="(CONFIG.yml ... | --all FOLDER) [--full] [--devices N] [--json] [--overrides KEY=VALUE ...]",
     example="minitrain validate example/quickstart-sft.yml example/dpo.yml --full",
     docs="data.md#check-the-data",
 )
@@ -59,9 +60,9 @@ def validate(arguments: argparse.Namespace) -> int:
         raise ConfigError("CONFIG.yml: is missing. Name a config, or a folder of configs with --all.", "usage")
     with importing():
         from minitrain.distributed.process import world_size
-    _load_plugins(arguments)
+    load_plugins(arguments.plugin)
     code, full = 0, arguments.full or len(paths) == 1
-    devices = arguments.devices or world_size()
+    devices, results = arguments.devices or world_size(), []
     for path in paths:
         try:
             with importing():
@@ -69,15 +70,22 @@ def validate(arguments: argparse.Namespace) -> int:
                 from minitrain.tools.preflight.validate import validate
             report = validate(config, devices, with_memory=full, marks=_marks())
         except UnreachableError as error:
-            print(f"{path}: not checked: {error}", flush=True)
+            results.append({"config": path, "valid": None, "error": error_json(error)})
+            if not arguments.json:
+                print(f"{path}: not checked: {error}", flush=True)
             code = code or UNREACHED
             continue
         except MinitrainError as error:
-            print_info(arguments, f"{path}: invalid")
+            results.append({"config": path, "valid": False, "error": error_json(error)})
+            if not arguments.json:
+                print_info(arguments, f"{path}: invalid")
             code = fail(str(error), error.exit_code)
             continue
-        if not arguments.quiet:
+        results.append({"config": path, "valid": True, "report": report})
+        if not arguments.quiet and not arguments.json:
             _print_report(path, report, full)
+    if arguments.json:
+        print_json(results)
     return code
 
 
@@ -107,19 +115,23 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=number(int, 1), default=4, metavar="N", help="number of examples; default %(default)s"
     )
     parser.add_argument("--split", choices=("train", "eval"), default="train", help="default %(default)s")
+    add_json(parser)
 
 
 @command(
     _inspect_arguments,
     "show what a config trains on, token by token",
-    usage="CONFIG.yml [--rows N] [--split train|eval] [--overrides KEY=VALUE ...]",
+    usage="CONFIG.yml [--rows N] [--split train|eval] [--json] [--overrides KEY=VALUE ...]",
     example="minitrain inspect example/dpo.yml --rows 2",
     docs="data.md#check-the-data",
 )
 def inspect(arguments: argparse.Namespace) -> int:
     with importing():
         config = _load_config(arguments)
-        from minitrain.tools.preflight.preview import inspect
+        from minitrain.tools.preflight.preview import describe_examples, inspect
+    if arguments.json:
+        print_json(describe_examples(config, arguments.rows, arguments.split))
+        return 0
     for line in inspect(config, arguments.rows, arguments.split, _marks()):
         print(line)
     return 0
@@ -159,13 +171,14 @@ def cache_teacher(arguments: argparse.Namespace) -> int:
 
 def _load_config(arguments: argparse.Namespace):
     """Return the config of a command line, after running its plugins."""
-    _load_plugins(arguments)
+    load_plugins(arguments.plugin)
     return _parse_config(arguments.config, arguments)
 
 
-def _load_plugins(arguments: argparse.Namespace) -> None:
-    for plugin in arguments.plugin:
-        load_plugin(plugin)
+def load_plugins(paths: list[str]) -> None:
+    """Run the files of --plugin."""
+    for path in paths:
+        load_plugin(path)
 
 
 def _parse_config(path: str, arguments: argparse.Namespace):

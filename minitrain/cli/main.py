@@ -6,16 +6,20 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minitrain.config.schema import all_keys
 from minitrain.config.suggest import hint_for_key
 from minitrain.distributed.process import exit_process
 from minitrain.training.signals import Terminated, sigterm_raised
 
-from . import config_commands, model_commands, run_commands  # noqa: F401 (they register their commands)
+from . import config_commands, evaluate_command, model_commands, run_commands  # noqa: F401 (they register their commands)
 from .failure import STOPPED, fail, system_error
+from .output import error_json, print_json
 from .registry import COMMANDS, Command, find_command
+
+if TYPE_CHECKING:
+    from minitrain.errors import MinitrainError
 
 EXIT_CODES = """exit codes:
   0    done
@@ -57,7 +61,7 @@ def _run(argv: list[str] | None, prog: str) -> int:
         with sigterm_raised():
             return arguments.command(arguments)
     except MinitrainError as error:
-        return fail(str(error), error.exit_code)
+        return _fail(error, arguments)
     except Terminated:
         return fail(STOPPED[signal.SIGTERM], 128 + signal.SIGTERM)
     except KeyboardInterrupt:
@@ -74,7 +78,14 @@ def _run(argv: list[str] | None, prog: str) -> int:
         known = system_error(error)
         if known is None:
             raise
-        return fail(str(known), known.exit_code)
+        return _fail(known, arguments)
+
+
+def _fail(error: "MinitrainError", arguments: argparse.Namespace) -> int:
+    """Print an error, with --json also as JSON, and return the exit code."""
+    if vars(arguments).get("json"):
+        print_json({"error": error_json(error)})
+    return fail(str(error), error.exit_code)
 
 
 class _Parser(argparse.ArgumentParser):

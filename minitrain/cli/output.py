@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
-from minitrain.errors import ConfigError, write_error_code
+from minitrain.errors import ConfigError, MinitrainError, write_error_code
+from minitrain.io.redact import redact
 from minitrain.io.temp_files import new_file
 
 
@@ -13,6 +16,26 @@ def print_info(arguments: argparse.Namespace, line: str) -> None:
     """Print a line that is not a result, unless --quiet is set."""
     if not arguments.quiet:
         print(line, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a result as JSON, without secrets. Numbers that JSON lacks are strings, as in metrics.jsonl."""
+    print(redact(json.dumps(_plain(value), indent=2, ensure_ascii=False, default=str, skipkeys=True)), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return a result with strings for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def error_json(error: MinitrainError) -> dict[str, Any]:
+    """Return an error as the JSON of a command: its code and message, and the issues of a config."""
+    issues = [issue._asdict() for issue in error.issues] if isinstance(error, ConfigError) else []
+    return {"code": error.code, "message": error.message} | ({"issues": issues} if issues else {})
 
 
 def new_output(name: str | None, force: bool, option: str = "--output") -> Path | None:

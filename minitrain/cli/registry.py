@@ -31,6 +31,7 @@ class Command:
 
     @property
     def takes_config(self) -> bool:
+        """Return whether its first argument is a config, which `--config` can name, too."""
         return "CONFIG.yml" in self.usage
 
 

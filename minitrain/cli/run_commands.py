@@ -6,8 +6,8 @@ from pathlib import Path
 from minitrain.errors import ConfigError
 from minitrain.tools.terminal import use_color
 
-from .arguments import add_quiet, number
-from .output import new_output, print_info, write_output
+from .arguments import add_json, add_quiet, number
+from .output import new_output, print_info, print_json, write_output
 from .registry import command
 
 
@@ -48,21 +48,27 @@ def plot(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory; the run may still be in progress")
+    add_json(parser)
 
 
 @command(
     _doctor_arguments,
     "diagnose common problems in a run",
-    usage="RUN",
+    usage="RUN [--json]",
     example="minitrain doctor runs/quickstart-sft",
     docs="metrics.md#looking-at-a-run",
 )
 def doctor(arguments: argparse.Namespace) -> int:
-    from minitrain.tools.analysis.doctor import report
+    from minitrain.tools.analysis.doctor import report, run_checks
     from minitrain.training.metrics_log import read_history, warn_damaged
 
     history = read_history(Path(arguments.run))
     warn_damaged(history.damaged)
+    if arguments.json:
+        findings, passed = run_checks(history)
+        problems = [{"code": code, **finding._asdict()} for code, finding in findings.items()]
+        print_json({"run": arguments.run, "step": history.last_step, "findings": problems, "passed": passed})
+        return 0
     print(report(history))
     return 0
 
@@ -70,21 +76,25 @@ def doctor(arguments: argparse.Namespace) -> int:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument("other", metavar="RUN", help="another run directory")
+    add_json(parser)
 
 
 @command(
     _compare_arguments,
     "find where two runs first differ",
-    usage="RUN RUN",
+    usage="RUN RUN [--json]",
     example="minitrain compare runs/quickstart-sft runs/warmer",
     docs="metrics.md#where-two-runs-diverge",
 )
 def compare(arguments: argparse.Namespace) -> int:
     from minitrain.tools.analysis.compare import compare
 
-    lines, are_same = compare(Path(arguments.run), Path(arguments.other))
-    print("\n".join(lines))
-    return 0 if are_same else 1
+    comparison = compare(Path(arguments.run), Path(arguments.other))
+    if arguments.json:
+        print_json(comparison.as_json())
+    else:
+        print("\n".join(comparison.lines()))
+    return 1 if comparison.differences else 0
 
 
 def _rollouts_arguments(parser: argparse.ArgumentParser) -> None:

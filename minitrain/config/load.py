@@ -19,7 +19,7 @@ from minitrain.io.redact import hide, hide_variables
 from .aliases import MUTUALLY_EXCLUSIVE, ORIGIN_TYPES, LossOptions, all_aliases, resolve_aliases
 from .issues import ConfigIssues, ConfigSource, check_types, format_value
 from .saved import config_yaml, to_plain
-from .schema import DEFAULT_LOSS, Config, Interpolation
+from .schema import DEFAULT_LOSS, LISTS, Config, Interpolation
 from .yaml_nodes import MAX_DEPTH, check_yaml
 
 MAX_CALLS = 5_000_000  # of functions to resolve `${...}`, some seconds: nested references can expand exponentially
@@ -34,7 +34,6 @@ YAML_HINTS = {  # words of an error of PyYAML -> what to do
     "duplicate key": "Set it only once.",
 }
 VISIBLE = ("exp_name", "output_dir", "cache_dir")  # output folders; messages show their values, not variables
-LISTS = ("datasets", "eval_datasets")  # one entry is short for a list of one
 
 
 def parse_config(

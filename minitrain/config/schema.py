@@ -26,6 +26,7 @@ from .sections import (
 )
 
 DEFAULT_LOSS = {"name": "sft"}
+LISTS = ("datasets", "eval_datasets", "retention_datasets")  # one entry is short for a list of one
 
 
 def _missing_model() -> ModelConfig:
@@ -73,6 +74,12 @@ class Config:
     # data
     datasets: list[DatasetConfig] = option([], "Training data; a path alone is short for {path: ...}.")
     eval_datasets: list[DatasetConfig] = option([], "Evaluation data.", affects_results=False)
+    retention_datasets: list[DatasetConfig] = option(
+        [],
+        "Conversations or text on which the model should stay as good as it was. Each evaluation has their loss as "
+        "retention/loss, whatever the loss of the training, so that forgetting shows.",
+        affects_results=False,
+    )
     validation_split: float = option(
         0.0,
         "Fraction of the training examples to hold out for evaluation; 1 or more is a number of examples.",
@@ -221,6 +228,12 @@ class Config:
     eval_every_steps: int = option(0, "Steps between two evaluations; 0 evaluates only at the end.", ge=0)
     n_eval_examples: int | None = option(None, "Evaluate only the first N examples (default: all).", ge=1)
     eval_batch_size: int = option(16, "Examples per forward pass of an evaluation.", ge=1, affects_results=False)
+    eval_kl_to_start: bool = option(
+        False,
+        "Add the metric kl_to_start to evaluations: KL(policy || policy before training), mean over the targets. It "
+        "takes two more forward passes; with an adapter no memory, otherwise that of a frozen copy of the model.",
+        affects_results=False,
+    )
     eval_generate: EvalGenerateConfig = option(EvalGenerateConfig, "Answers generated at each evaluation.")
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "Stop when evaluations no longer improve.")
 

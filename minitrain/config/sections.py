@@ -6,7 +6,7 @@ from typing import Any
 from .option import MAX_SEED, option, show_options
 
 
-@show_options("An entry of `datasets` or `eval_datasets`.")
+@show_options("An entry of `datasets`, `eval_datasets` or `retention_datasets`.")
 @dataclass
 class DatasetConfig:
     path: str = option(
@@ -278,6 +278,15 @@ class EvalGenerateConfig:
         ge=0,
         affects_results=False,
     )
+    num_generations: int = option(
+        1,
+        "Answers to sample for each prompt besides the greedy one, for the metrics pass@1, pass@2, pass@4 and so on; "
+        "1 samples none.",
+        ge=1,
+        le=4096,
+        affects_results=False,
+    )
+    temperature: float = option(1.0, "Temperature of these samples.", ge=0.01, le=100, affects_results=False)
     max_new_tokens: int = option(
         64, "Maximum length of an answer, in tokens.", ge=1, le=1_000_000, affects_results=False
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .schema import aliases, all_keys, option_fields
+from .schema import LISTS, aliases, all_keys, option_fields
 from .sections import DatasetConfig
 
 OTHER_TOOLS = Path(__file__).with_name("other_tools.txt")
@@ -158,7 +158,7 @@ def _hint_from(row: KeyMapping, has_value: bool, key: str, value: Any) -> Hint:
 def _similar_keys(section: str, name: str, known: list[str]) -> list[str]:
     """Return the keys of options with a similar name: in the same section, in another one, or after a typo."""
     entries = [f"datasets[0].{f.name}" for f in option_fields(DatasetConfig)]
-    everywhere = [*all_keys(), *(entries if not section.startswith(("datasets", "eval_datasets")) else [])]
+    everywhere = [*all_keys(), *(entries if not section.startswith(LISTS) else [])]
     normalized = _normalize(name)
     if here := [option for option in known if _normalize(option) == normalized]:
         return [section + here[0]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from minitrain.config.aliases import MUTUALLY_EXCLUSIVE
 from minitrain.config.issues import ConfigIssues
 from minitrain.config.python_objects import find_object, is_lost
-from minitrain.config.schema import Config
+from minitrain.config.schema import LISTS, Config
 from minitrain.config.sections import DatasetConfig
 from minitrain.config.suggest import hint_for_value
 from minitrain.io.paths import near_file
@@ -27,8 +27,8 @@ def _check_files(config: Config, issues: ConfigIssues) -> None:
 
     if not config.datasets:
         issues.add("datasets", "missing-option", "is required. Name at least one file, such as datasets=[data.jsonl].")
-    for name, entries in (("datasets", config.datasets), ("eval_datasets", config.eval_datasets)):
-        for i, entry in enumerate(entries):
+    for name in LISTS:
+        for i, entry in enumerate(getattr(config, name)):
             key = f"{name}[{i}]"
             check_source(key, entry, issues)
             if entry.type is not None and entry.type not in ROW_FORMATS:
@@ -38,7 +38,7 @@ def _check_files(config: Config, issues: ConfigIssues) -> None:
                     "not-a-choice",
                     f"expected one of {', '.join(ROW_FORMATS)}, got {entry.type!r}.{hint}",
                 )
-            if name == "eval_datasets" and entry.weight != 1:
+            if name != "datasets" and entry.weight != 1:
                 issues.add(
                     f"{key}.weight", "no-effect", "has no effect: an evaluation uses each example once. Remove it."
                 )

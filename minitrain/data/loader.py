@@ -144,6 +144,7 @@ class Data:
     """The data of a run.
 
     Attributes:
+        retention: The conversations of `retention_datasets`.
         summary: Lines about rows that were skipped, dropped or truncated, and about what rows have besides text.
         warnings: Lines about files that lost more than a third of their rows in one of these ways.
     """
@@ -152,6 +153,7 @@ class Data:
     eval: TokenizedDataset | None
     summary: list[str]
     warnings: list[str]
+    retention: TokenizedDataset | None = None
 
 
 def load_data(config: Config, template: Template, kind: str = "conversation") -> Data:
@@ -166,7 +168,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     """
     all_caches: list[TokenCache] = []
 
-    def read(entries) -> TokenizedDataset:
+    def read(entries, kind: str = kind) -> TokenizedDataset:
         caches = [load_cache(entry, template, config, kind) for entry in entries]
         all_caches.extend(caches)
         if kind == "unpaired_preference":
@@ -179,9 +181,13 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     elif config.validation_split:
         train, evaluation = train.split(config.validation_split, config.seed)
     _align_weights(all_caches)
+    retention = read(config.retention_datasets, "conversation") if config.retention_datasets else None
+    if retention:
+        _align_weights(retention.caches)
     summary = [f"{cache.source}: {line}" for cache in all_caches for line in _notes(cache)]
     warnings = [line for cache in all_caches for line in _warnings(cache, config)]
-    return Data(train, evaluation.first(config.n_eval_examples) if evaluation else None, summary, warnings)
+    evaluation, retention = (data.first(config.n_eval_examples) if data else None for data in (evaluation, retention))
+    return Data(train, evaluation, summary, warnings, retention)
 
 
 def _weights(cache: TokenCache) -> np.ndarray | None:
@@ -339,6 +345,10 @@ class MicrobatchLoader:
     def eval_batches(self) -> Iterator[Batch]:
         """Return this rank's batches of an evaluation, longest first. All ranks have the same number of them."""
         return self.prefetched(self.batch(rows) for rows in self.eval_layout())
+
+    def single_batches(self) -> Iterator[Batch]:
+        """Return a batch for each example, in their order, on one rank."""
+        return (self.batch([[i]]) for i in range(len(self.examples)))
 
     def eval_layout(self) -> Iterator[BatchRows]:
         """Yield the examples of each of this rank's evaluation batches by row."""

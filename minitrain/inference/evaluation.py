@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minitrain.batch import Document
 from minitrain.config.sections import DatasetConfig, EvalGenerateConfig
@@ -14,7 +15,7 @@ from minitrain.data.messages import user
 from minitrain.data.rows import rows_object
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError
-from minitrain.losses import add_features
+from minitrain.losses import Loss, LossOutput, add_features
 from minitrain.training.aux_models import reference_kind
 from minitrain.training.setup import make_loader
 from minitrain.training.step import evaluate
@@ -26,18 +27,49 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 
-def evaluate_all(trainer: "Trainer", loader: MicrobatchLoader) -> dict[str, float]:
-    """Return the metrics on the examples of a loader; {} after a signal. All ranks must call it."""
+def evaluate_all(
+    trainer: "Trainer", loader: MicrobatchLoader, results: list[dict[str, Any]] | None = None
+) -> dict[str, float]:
+    """Return the metrics on the examples of a loader; {} after a signal. All ranks must call it.
+
+    Args:
+        results: Receives the results of each example, which is then a batch of its own. Only on one rank.
+    """
     config, models, parallel = trainer.config, trainer.models, trainer.parallel
-    stop = trainer.is_interrupted
-    metrics = evaluate(trainer.loss, loader.eval_batches, models, parallel, trainer.precision, stop)
+    batches, outputs = (loader.eval_batches if results is None else loader.single_batches), []
+    keep = (lambda output: None) if results is None else outputs.append
+    metrics = evaluate(trainer.loss, batches, models, parallel, trainer.precision, trainer.is_interrupted, keep)
+    if results is not None:
+        results += [example_result(output, trainer.loss) for output in outputs]
     if metrics and config.eval_generate.n_examples:
         log = trainer.logger.info if trainer.logger else lambda line: None
+        settings, rest = config.eval_generate, (config.eval_batch_size, not config.quiet)
         with trainer.precision.autocast():
-            metrics["exact_match"] = exact_match(
-                trainer.generator, loader.examples, config.eval_generate, config.eval_batch_size, log, not config.quiet
-            )
+            graded = grade(trainer.generator, loader.examples, settings, *rest)
+        for one in graded[: settings.show]:
+            log_answer(log, one.prompt, one.answers[0], one.expected, one.matches[0], settings)
+        metrics |= answer_metrics(graded)
+        for result, one in zip(results or (), graded):
+            result |= {
+                "prompt": one.prompt,
+                "expected": one.expected,
+                "answer": one.answers[0],
+                "samples": one.answers[1:],
+            }
+            for name, value in answer_metrics([one]).items():
+                result[name] = value
+                result["weights"][name] = 1.0
     return metrics
+
+
+def example_result(output: LossOutput, loss: Loss) -> dict[str, Any]:
+    """Return the metrics of one example, and the weights by which those that are means are averaged."""
+    pairs = {"loss": (output.loss_sum, output.num_items), **output.metrics}
+    sums = {name: (float(total), float(weight)) for name, (total, weight) in pairs.items()}
+    means = {name: total / weight for name, (total, weight) in sums.items() if weight}
+    metrics = loss.finalize_metrics(dict(means)) if len(means) == len(sums) else means
+    weights = {name: sums[name][1] for name, value in means.items() if metrics.get(name) == value}
+    return {**metrics, "weights": weights}
 
 
 def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
@@ -49,7 +81,11 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
         )
     given = rows_object(rows, "dataset")
     chosen = dataclasses.replace(
-        config, datasets=[DatasetConfig(given.identifier)], eval_datasets=[], validation_split=0
+        config,
+        datasets=[DatasetConfig(given.identifier)],
+        eval_datasets=[],
+        retention_datasets=[],
+        validation_split=0,
     )
     with parallel.local_rank0_first():
         data = load_data(chosen, trainer.template, loss.data_kind)
@@ -66,22 +102,36 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+|[eE][+-]?\d{1,2})?")
 
 
-def exact_match(
+class GradedPrompt(NamedTuple):
+    """A prompt with the answers of the model.
+
+    Attributes:
+        prompt: Its text.
+        expected: The final answer of the reference.
+        answers: The greedy answer, and `eval_generate.num_generations` samples if that is above 1.
+        matches: Whether each of them matches the reference.
+    """
+
+    prompt: str
+    expected: str
+    answers: list[str]
+    matches: list[bool]
+
+
+def grade(
     generator: Generator,
     examples: TokenizedDataset,
     settings: EvalGenerateConfig,
     batch_size: int,
-    log: Callable[[str], None],
     progress: bool = True,
-) -> float:
-    """Return the fraction of examples whose greedy response matches the reference.
+) -> list[GradedPrompt]:
+    """Return the first `settings.n_examples` prompts, each with the model's answers, compared with the reference.
 
     Args:
         generator: The model.
-        examples: The evaluation data, of which the first `settings.n_examples` are used.
+        examples: The evaluation data.
         settings: The options.
         batch_size: Number of prompts per batch.
-        log: Called with a line for each of the first `settings.show` responses.
         progress: Show a progress bar.
     """
     tokenizer = generator.tokenizer
@@ -91,14 +141,47 @@ def exact_match(
         start = response_start(document, generator.template)
         prompts.append(document.ids[:start].tolist())
         references.append(generator.parser.parse(prompts[-1], document.ids[start:].tolist()))
-    responses = generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
-    matches = [is_match(r, reference, settings.match) for r, reference in zip(responses, references, strict=True)]
-    for i in range(min(settings.show, len(responses))):
-        prompt = tokenizer.decode(prompts[i], skip_special_tokens=True)
-        expected = final_answer(references[i].message["content"], settings.match)
-        expected = json.dumps(references[i].functions) if references[i].functions else str(expected)
-        log_answer(log, prompt, responses[i].text, expected, matches[i], settings)
-    return sum(matches) / len(matches)
+    responses = [
+        [one] for one in generator.generate_from_ids(prompts, Sampling(settings.max_new_tokens), batch_size, progress)
+    ]
+    if (n := settings.num_generations) > 1:
+        generator.calls = 0  # the random numbers are the same in each evaluation
+        sampling = Sampling(settings.max_new_tokens, settings.temperature)
+        copies = [prompt for prompt in prompts for _ in range(n)]
+        sampled = generator.generate_from_ids(copies, sampling, batch_size, progress)
+        responses = [greedy + sampled[i * n : (i + 1) * n] for i, greedy in enumerate(responses)]
+    graded = []
+    for prompt, reference, answers in zip(prompts, references, responses, strict=True):
+        expected = final_answer(reference.message["content"], settings.match)
+        expected = json.dumps(reference.functions) if reference.functions else str(expected)
+        matches = [is_match(answer, reference, settings.match) for answer in answers]
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        graded.append(GradedPrompt(text, expected, [answer.text for answer in answers], matches))
+    return graded
+
+
+def answer_metrics(graded: Sequence[GradedPrompt]) -> dict[str, float]:
+    """Return the fraction of right greedy answers, and pass@k of the samples for k = 1, 2, 4, ... if there are any."""
+    metrics = {"exact_match": sum(one.matches[0] for one in graded) / len(graded)}
+    n, k = len(graded[0].matches) - 1, 1
+    while k <= n:
+        metrics[f"pass@{k}"] = sum(pass_at_k(n, sum(one.matches[1:]), k) for one in graded) / len(graded)
+        k *= 2
+    return metrics
+
+
+def answer_names(settings: EvalGenerateConfig) -> list[str]:
+    """Return the names of the metrics of generated answers."""
+    matches = [False] * (1 + settings.num_generations * (settings.num_generations > 1))
+    return list(answer_metrics([GradedPrompt("", "", [], matches)])) if settings.n_examples else []
+
+
+def pass_at_k(n: int, n_right: int, k: int) -> float:
+    """Return the unbiased estimate of the probability that one of k samples is right, if `n_right` of n are.
+
+    1 - C(n - c, k) / C(n, k), Chen et al. 2021 (arXiv 2107.03374, eq. 1).
+    """
+    return 1 - math.comb(n - n_right, k) / math.comb(n, k)
 
 
 def log_answer(

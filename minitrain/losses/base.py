@@ -42,15 +42,20 @@ class Models(NamedTuple):
     Attributes:
         reference: Set if the loss requires "reference".
         teacher: Set if it requires "teacher". `models.teacher.target_hidden_states(batch)` returns its hidden states.
+        start: The policy before training, for `eval_kl_to_start`. It can be the reference.
     """
 
     policy: Callable[..., PolicyOutput]
     reference: Callable[..., PolicyOutput] | None = None
     teacher: Any = None
+    start: Any = None
 
     def frozen(self) -> dict[str, Any]:
-        """Return the models other than the policy, by name."""
-        return {name: model for name, model in self._asdict().items() if name != "policy" and model is not None}
+        """Return the models other than the policy, each once, by name."""
+        models = {name: model for name, model in self._asdict().items() if name != "policy" and model is not None}
+        if self.start is self.reference:
+            models.pop("start", None)
+        return models
 
 
 @dataclass

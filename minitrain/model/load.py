@@ -240,7 +240,7 @@ def build_frozen(
     residual: torch.dtype,
     device: torch.device = CPU,
 ) -> Policy:
-    """Build a frozen reference or teacher model.
+    """Build a frozen reference or teacher model. An adapter is merged.
 
     Args:
         config: The model options.
@@ -250,7 +250,10 @@ def build_frozen(
         residual: Dtype of the residual stream.
         device: The CPU, or the meta device to read no weights.
     """
-    model = load_model(config, tokenizer, 0, dtype, device=device)
+    if config.adapter:
+        model = load_merged(config, tokenizer).to(dtype)
+    else:
+        model = load_model(config, tokenizer, 0, dtype, device=device)
     policy = make_policy(model.eval().requires_grad_(False))
     if dtype != residual:  # like autocast, which only lowers the precision of matrix products
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(residual))

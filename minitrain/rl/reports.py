@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from minitrain.inference.evaluation import pass_at_k as estimate
+
 from .documents import JudgedAnswer, has_zero_variance, judged
 from .episodes import Episode
 from .rewards import Judgement
@@ -47,6 +49,14 @@ def answer_metrics(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
     return metrics
 
 
+def prompt_result(group: Sequence[Stats]) -> dict[str, Any]:
+    """Return the results of a prompt: the metrics of its answers, the weight of each, and the answers."""
+    metrics = answer_metrics([group]) | pass_at_k([group])
+    answers = [one["messages"][-1]["content"] for one in group]
+    weights = {name: 1.0 for name in metrics if name != "length_max"}  # which is not a mean
+    return {**metrics, "weights": weights, "prompt": group[0]["prompt"], "samples": answers}
+
+
 def group_metrics(groups: Sequence[Group], keys: Sequence[str]) -> dict[str, float]:
     """Return the metrics of how the answers to a prompt differ.
 
@@ -80,8 +90,7 @@ def _first_reward(stats: Stats, keys: Sequence[str]) -> float | None:
 def pass_at_k(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
     """Return pass@k of each reward function whose values are 0 and 1, for k = 1, 2, 4, ... up to the group size.
 
-    The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, eq. 1): the mean of 1 - C(n - c, k) / C(n, k), where c
-    of n answers are right. Answers that a function could not judge are left out.
+    Answers that a function could not judge are left out.
     """
     names = sorted({name for group in groups for one in group for name in one["parts"]})
     metrics: dict[str, float] = {}
@@ -92,8 +101,7 @@ def pass_at_k(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
         if n == 1 or any(value not in (0.0, 1.0) for group in values for value in group):
             continue
         while k <= n:
-            passed = [1 - math.comb(len(g) - int(sum(g)), k) / math.comb(len(g), k) for g in values]
-            metrics[f"pass@{k}/{name}"] = _mean(passed)
+            metrics[f"pass@{k}/{name}"] = _mean([estimate(len(g), int(sum(g)), k) for g in values])
             k *= 2
     return metrics
 

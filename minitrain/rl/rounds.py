@@ -41,7 +41,7 @@ from .evaluation import exact_match, references
 from .exchange import gather_groups
 from .logps import add_logps
 from .prompts import Prompts
-from .reports import Group, answer_metrics, pass_at_k, stats_of
+from .reports import Group, answer_metrics, pass_at_k, prompt_result, stats_of
 from .reward_models import build_judge
 from .reward_workers import InProcess, Workers
 from .rewards import Answer, Judgement, Reward, build_rewards, combine
@@ -276,10 +276,11 @@ class Rounds(MicrobatchLoader):
         for cached in ("lengths", "sizes"):
             vars(self).pop(cached, None)
 
-    def evaluate(self, loader: MicrobatchLoader) -> dict[str, float]:
+    def evaluate(self, loader: MicrobatchLoader, results: list[dict[str, Any]] | None = None) -> dict[str, float]:
         """Return the metrics of answers to the prompts of a loader; {} after a signal. All ranks must call it.
 
-        The random numbers are the same in each evaluation, so that differences are those of the policy.
+        The random numbers are the same in each evaluation, so that differences are those of the policy. `results`
+        receives those of each prompt.
         """
         began, options, key = time.perf_counter(), self.options, (self.config.seed, EVAL)
         prompts = self._eval_prompts(loader)
@@ -289,6 +290,8 @@ class Rounds(MicrobatchLoader):
         groups = [stats for _, stats in self._gather(episodes, self.judge(episodes))]
         self.log.warn_of_failures()
         metrics = answer_metrics(groups) | pass_at_k(groups)
+        if results is not None:
+            results += map(prompt_result, groups)
         if self.config.eval_generate.n_examples:
             metrics["exact_match"] = exact_match(self, prompts, key)
         self.seconds_trained -= time.perf_counter() - began

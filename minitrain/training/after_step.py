@@ -22,7 +22,7 @@ from .step import MetricAccumulator
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
-LOWER_IS_BETTER = ("loss", "perplexity", "kl", "length", "length_max", "turns", "unjudged")
+LOWER_IS_BETTER = ("loss", "perplexity", "kl", "kl_to_start", "length", "length_max", "turns", "unjudged")
 KNOWN_METRICS = ("loss", "exact_match")  # of every loss; the check of the config knows whether exact_match is on
 
 
@@ -210,6 +210,8 @@ def _description(trainer: "Trainer") -> str:
     total = sum(p.numel() for p in trainer.policy.parameters())
     trained = sum(p.numel() for p in trainer.parameters)
     eval_examples = f", {len(trainer.eval_loader.examples):,} for evaluation" if trainer.eval_loader else ""
+    if trainer.retention_loader:
+        eval_examples += f", {len(trainer.retention_loader.examples):,} of retention_datasets"
     examples, of_step = f"{len(trainer.train_loader.examples):,} examples", f"{config.total_batch_size}"
     if trainer.loss.online:
         examples = f"{len(trainer.train_loader.prompts):,} prompts"

@@ -68,6 +68,15 @@ class InitialPolicySnapshot:
         with self.restored(), inference(self.policy):
             return self.policy(batch, **options)
 
+    def target_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
+        """Return the hidden states that predict the targets, shape [N, H], and the LM head."""
+        with self.restored(), inference(self.policy):
+            hidden_states, head = self.policy.target_hidden_states(batch)
+            tensors = {name: value for name, value in head._asdict().items() if isinstance(value, torch.Tensor)}
+            # Outside of this context, a trained tensor has its current values again, and a sharded one is dropped.
+            kept = {n: t.clone() for n, t in tensors.items() if t.requires_grad or self.parallel.loads_shards}
+        return hidden_states, head._replace(**kept)
+
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Give the policy its initial parameters inside the context."""
@@ -107,6 +116,11 @@ class FrozenModel:
         with torch.no_grad(), self.precision.autocast():
             return self.policy(batch, **options)
 
+    def target_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
+        """Return the hidden states that predict the targets, shape [N, H], and the LM head."""
+        with torch.no_grad(), self.precision.autocast():
+            return self.policy.target_hidden_states(batch)
+
 
 class Teacher(FrozenModel):
     """A frozen model with the same tokenizer."""
@@ -130,9 +144,7 @@ class Teacher(FrozenModel):
         parallel.reshard(self.policy)
 
     def target_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, LMHead]:
-        """Return the hidden states that predict the targets, shape [N, H], and the LM head."""
-        with torch.no_grad(), self.precision.autocast():
-            hidden_states, lm_head = self.policy.target_hidden_states(batch)
+        hidden_states, lm_head = super().target_hidden_states(batch)
         return hidden_states, lm_head.first(self.n_tokens)
 
 
@@ -204,7 +216,7 @@ def _build_reference(
                 cache, loss, policy, config, parallel, precision, loaders[0]
             )
         return PrecomputedRefLogps()
-    reference = _load_reference(config, policy, tokenizer, parallel, precision, load)
+    reference = load_reference(config, policy, tokenizer, parallel, precision, load)
     _check_reference_matches_policy(policy, reference, loaders[0], parallel, precision)
     return reference
 
@@ -272,13 +284,14 @@ def check_teacher_tokenizer(teacher: ModelConfig, tokenizer, key: str = "loss.te
         )
 
 
-def _load_reference(
+def load_reference(
     config: Config, policy: Policy, tokenizer, parallel: SingleDevice, precision: Precision, load: Load
 ) -> FrozenModel:
+    """Load the model of a config in another copy, without its adapter."""
     dtype = DTYPES[config.model.reference_dtype or config.model.policy_dtype]
     residual = policy.model.get_input_embeddings().weight.dtype
     with parallel.local_rank0_first():
-        frozen = load(config.model, tokenizer, dtype, config.packing, residual)
+        frozen = load(dataclasses.replace(config.model, adapter=None), tokenizer, dtype, config.packing, residual)
     frozen.groups_documents = policy.groups_documents
     # Compute like the policy, except that weights in 16 bits need inputs of their dtype.
     return FrozenModel(frozen, parallel, dtype if precision.dtype == torch.float32 else precision.dtype)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WHOLE_MATRIX_OPTIMIZERS = ("Adafactor", "LAMB", "LARS")  # beginnings of names
 NEEDS_EVAL_DATA = ("eval_every_steps", "n_eval_examples", "eval_batch_size", "save_best")
+DRIFT = ("eval_kl_to_start", "retention_datasets")
 
 
 def check(config: Config, given: set[str], issues: ConfigIssues) -> None:
@@ -73,12 +74,39 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     if loss.example_type in ("unpaired_preference", "rollout") and config.eval_generate.n_examples and not loss.online:
         message = f"{loss.example_type} rows have no correct responses to compare with. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
+    _check_drift(config, given, loss, issues)
     if loss.head_labels is not None and config.model.router_aux_loss_coef:
         message = f"has no effect with {name}, whose model has no LM head. Remove it."
         issues.add("model.router_aux_loss_coef", "no-effect", message, "loss.name")
+    if loss.online and config.eval_generate.num_generations > 1:
+        message = "has no effect on answers that are sampled in training. Set rollout.eval_generations instead."
+        issues.add("eval_generate.num_generations", "no-effect", message, "rollout")
     if loss.head_labels is not None and config.eval_generate.n_examples:
         message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
+
+
+def _check_drift(config: Config, given: set[str], loss: "Loss", issues: ConfigIssues) -> None:
+    """Check the options of what evaluations compute besides the loss."""
+    from minitrain.model.adapter_config import has_adapter
+
+    name = config.loss["name"]
+    for key in DRIFT:
+        if loss.head_labels is not None and key in given:
+            message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
+            issues.add(key, "conflict", message, "loss.name")
+    for i, entry in enumerate(config.retention_datasets):
+        if entry.type in ROW_FORMATS and ROW_FORMATS[entry.type].kind != "conversation":
+            message = f"expected a format of conversations or text, got {entry.type}. Change it."
+            issues.add(f"retention_datasets[{i}].type", "mismatch", message)
+    if not config.eval_kl_to_start:
+        return
+    if loss.online and not config.retention_datasets:
+        message = "has no effect on answers that are sampled. Set retention_datasets, or remove it."
+        issues.add("eval_kl_to_start", "no-effect", message, "rollout", "retention_datasets")
+    if find_object(config.model.name_or_path) and not has_adapter(config):
+        message = "needs a second copy of a model given in Python. Set lora.rank, or remove it."
+        issues.add("eval_kl_to_start", "conflict", message)
 
 
 def _check_run(config: Config, issues: ConfigIssues) -> None:
@@ -238,7 +266,7 @@ def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> 
     stopping, generation = config.early_stopping, config.eval_generate
     if not config.eval_datasets and not config.validation_split:
         needs_data = "has no effect without evaluation data. Set eval_datasets or validation_split."
-        for key in (*NEEDS_EVAL_DATA, "eval_generate", "early_stopping"):
+        for key in (*NEEDS_EVAL_DATA, *DRIFT, "eval_generate", "early_stopping"):
             if key in given:
                 issues.add(key, "no-effect", needs_data, "eval_datasets", "validation_split")
     if not generation.n_examples and "eval_generate" in given:
@@ -248,6 +276,9 @@ def _check_evaluation(config: Config, given: set[str], issues: ConfigIssues) -> 
         message = f"expected text, number or a regular expression with one (group), got {generation.match!r}."
         advice = suggest(generation.match, ("text", "number")) or " Correct it."
         issues.add("eval_generate.match", "invalid-value", message + advice)
+    if generation.num_generations == 1 and generation.temperature != 1.0:
+        message = "has no effect without eval_generate.num_generations. Set it, for example to 8."
+        issues.add("eval_generate.temperature", "no-effect", message, "eval_generate.num_generations")
     if config.n_eval_examples and generation.n_examples > config.n_eval_examples:
         message = f"expected at most n_eval_examples={config.n_eval_examples}, got {generation.n_examples}. Lower it."
         issues.add("eval_generate.n_examples", "out-of-range", message)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minitrain.config.saved import to_plain
-from minitrain.config.schema import Config
+from minitrain.config.schema import LISTS, Config
 from minitrain.data.loader import Data
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.model.load import DTYPES
@@ -16,6 +16,7 @@ from minitrain.model.vocabulary import describe_new_tokens
 
 from .after_step import warn
 from .aux_models import build_aux_models
+from .drift import add_start
 from .failpoints import failpoint
 from .optim import build_optimizer
 from .run_dir import RunDir
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 # Options that may differ between ranks: paths, whose content `check_same_inputs` compares, and output.
-PER_MACHINE = ("output_dir", "cache_dir", "model", "datasets", "eval_datasets", "quiet", "wandb", "swanlab")
+PER_MACHINE = ("output_dir", "cache_dir", "model", *LISTS, "quiet", "wandb", "swanlab")
 
 
 def load_parts(trainer: "Trainer") -> None:
@@ -52,6 +53,7 @@ def load_parts(trainer: "Trainer") -> None:
         trainer.notes.append(f"model: {text_part}")
     trainer.warnings = run.data.warnings
     trainer.train_loader, trainer.eval_loader, trainer.warmup = run.train_loader, run.eval_loader, run.warmup
+    trainer.retention_loader = run.retention_loader
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.policy = prepare_policy(
         run.policy,
@@ -65,9 +67,9 @@ def load_parts(trainer: "Trainer") -> None:
     if run.packing_note:
         trainer.notes.append(f"packing: {run.packing_note}")
     failpoint("load.weights")
-    trainer.models = build_aux_models(
-        trainer.loss, config, trainer.policy, trainer.tokenizer, trainer.parallel, trainer.precision, run.loaders
-    )
+    rest = trainer.tokenizer, trainer.parallel, trainer.precision
+    models = build_aux_models(trainer.loss, config, trainer.policy, *rest, run.loaders)
+    trainer.models = add_start(models, trainer.loss, config, *rest)
     trainer.parameters = [p for p in trainer.policy.parameters() if p.requires_grad]
     trainer.optimizer = build_optimizer(trainer.policy, config)
     torch.manual_seed(config.seed + trainer.parallel.rank)  # dropout differs by rank
@@ -84,4 +86,6 @@ def check_same_inputs(config: Config, data: Data, fingerprint: list[str], parall
     keys = {"datasets": [cache.key for cache in data.train.caches]}
     if config.eval_datasets and data.eval:
         keys["eval_datasets"] = [cache.key for cache in data.eval.caches]
+    if data.retention:
+        keys["retention_datasets"] = [cache.key for cache in data.retention.caches]
     parallel.check_same(**keys, model=fingerprint)

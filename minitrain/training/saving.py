@@ -4,6 +4,7 @@ Functions that take `trainer` receive it like hooks.
 """
 
 import collections
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ from .atomic_dir import atomic_folder
 from .aux_models import moving_reference
 from .checkpoint import DATA, load_checkpoint
 from .failpoints import failpoint
+from .metric_logger import METRICS
+from .metrics_log import parse_line
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
@@ -51,13 +54,15 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     results = {f"eval {k}": v for k, v in trainer.eval_metrics.items()}
     results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
     model, parallel = trainer.generator.model, trainer.parallel
-    card = model_card(trainer.config, results, len(trainer.train_loader.examples), trainer.step, model.matrices)
     tensors = full_tensors(model, parallel.full_tensor)
     head = trainer.policy.value_head
     head_parameters = head.named_parameters() if head is not None else ()
     value_head = {name: parallel.full_tensor(parameter.detach()) for name, parameter in head_parameters}
 
     def write() -> None:
+        before = {f"eval {k}": v for k, v in first_evaluation(trainer.run.path / METRICS).items()}
+        n_examples = len(trainer.train_loader.examples)
+        card = model_card(trainer.config, results, before, n_examples, trainer.step, model.matrices)
         with atomic_folder(folder) as temporary:
             save.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
             (temporary / "README.md").write_text(card)
@@ -188,13 +193,27 @@ class SaveSchedule:
         return f"{self.count} checkpoint{'s' * (self.count != 1)} took {self.seconds:.1f} s ({share:.1%} of the time)"
 
 
-def model_card(config: Config, results: dict[str, float], n_examples: int, steps: int, matrices: str) -> str:
-    """Return README.md of a saved model: its data, results and options."""
+def first_evaluation(log: Path) -> dict[str, Any]:
+    """Return the metrics of the evaluation before the first step; {} if the log does not have it."""
+    with contextlib.suppress(OSError, ValueError), open(log, "rb") as lines:
+        for row in map(parse_line, lines):
+            if row["step"] > 0:
+                break
+            if row.get("kind") == "eval":
+                return row
+    return {}
+
+
+def model_card(
+    config: Config, results: dict[str, float], before: dict[str, Any], n_examples: int, steps: int, matrices: str
+) -> str:
+    """Return README.md of a saved model: its data, results, those of the base before training, and options."""
     options = saved_options(config)
     base = _named(options["model"], "name_or_path")
     entries = options["datasets"] if isinstance(options["datasets"], list) else [options["datasets"]]
     files = "\n".join(f"- `{_named(entry, 'path')}`" for entry in entries)
-    metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items()) or "| none | |"
+    rows = {name: (before.get(name, ""), value) for name, value in results.items()} or {"none": ("", "")}
+    metrics = "\n".join(f"| {name} | {_number(first)} | {_number(last)} |" for name, (first, last) in rows.items())
     return f"""---
 library_name: transformers
 base_model: {json.dumps(base) if ": " in base else base}
@@ -212,8 +231,8 @@ tags: [minitrain, {config.loss["name"]}]
 
 ## Results
 
-| metric | value |
-|---|---|
+| metric | before training | after |
+|---|---|---|
 {metrics}
 
 ## Options
@@ -222,6 +241,10 @@ tags: [minitrain, {config.loss["name"]}]
 {config_yaml(config).strip()}
 ```
 """
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
 
 
 def _named(section: Any, key: str) -> str:

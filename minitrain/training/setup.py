@@ -48,6 +48,7 @@ class Preparation:
         weights: The weights of parameters that are on the meta device.
         train_loader: The batches of this rank.
         eval_loader: The evaluation batches of this rank; None without evaluation data.
+        retention_loader: The batches of `retention_datasets`; None without any.
         warmup: Number of warmup steps.
     """
 
@@ -59,6 +60,7 @@ class Preparation:
     weights: Weights | None
     train_loader: MicrobatchLoader
     eval_loader: MicrobatchLoader | None
+    retention_loader: MicrobatchLoader | None
     warmup: int
 
     @property
@@ -109,13 +111,14 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
         failpoint("load.policy")
     rest = config, template.tokenizer, policy, parallel.rank, parallel.world_size, parallel.device.type == "cuda"
     train_loader = make_loader(data.train, *rest)
-    eval_loader = make_loader(data.eval, *rest) if data.eval else None
+    eval_loader, retention_loader = (make_loader(part, *rest) if part else None for part in (data.eval, data.retention))
     if not loss.online and (too_long := train_loader.describe_too_long()):
         data.warnings.append(too_long)
     warmup = warmup_steps(config, train_loader.total_steps)
     set_end_tokens(policy.model, template.end_ids())
     check_saving(policy.model, template.tokenizer)
-    return Preparation(config, loss, template, data, policy, weights, train_loader, eval_loader, warmup)
+    loaders = train_loader, eval_loader, retention_loader
+    return Preparation(config, loss, template, data, policy, weights, *loaders, warmup)
 
 
 def dry_run(config: Config) -> Preparation:

@@ -317,12 +317,14 @@ def evaluate(
     parallel: SingleDevice,
     precision: Precision,
     stop: Callable[[], bool] = lambda: False,
+    on_output: Callable[[LossOutput], object] = lambda output: None,
 ) -> dict[str, float]:
     """Compute mean loss and metrics, which do not depend on batch size and number of ranks.
 
     Args:
         batches: Returns the batches of this rank. It is called twice if the loss has step statistics or gathers rows.
         stop: Whether to stop early. All ranks must get the same answer.
+        on_output: Receives the output of the loss for each batch of this rank.
 
     Returns:
         The metrics, or {} after an early stop.
@@ -339,5 +341,6 @@ def evaluate(
                 output = loss(batch.to(parallel.device), models)
                 totals.add(output)
                 totals.add_samples(output)
+                on_output(output)
     parallel.reshard(models.policy)
     return loss.finalize_metrics(totals.means(parallel)) | loss.compute_eval_metrics(totals.all_samples(parallel))

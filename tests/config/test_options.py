@@ -63,10 +63,13 @@ ZERO = {  # what 0 means; all other options refuse it, but for those of losses, 
     "seed": "a seed like others",
     "datasets[0].seed": "a seed like others",
     "eval_datasets[0].seed": "a seed like others",
+    "retention_datasets[0].seed": "a seed like others",
     "datasets[0].p_oracle": "no example keeps the oracle",
     "eval_datasets[0].p_oracle": "no example keeps the oracle",
+    "retention_datasets[0].p_oracle": "no example keeps the oracle",
     "datasets[0].n_distractors": "no distractors",
     "eval_datasets[0].n_distractors": "no distractors",
+    "retention_datasets[0].n_distractors": "no distractors",
     "validation_split": "nothing is held out",
     "model.router_aux_loss_coef": "no auxiliary loss",
     "max_bad_rows": "no bad row may be skipped",
@@ -103,7 +106,8 @@ BESIDE |= {f"{name}:": {"loss": options} for name, options in REQUIRED.items()}
 def complaint(key: str, value, rows_file) -> str:
     """What is wrong with a config whose option `key` has this value."""
     loss, _, path = key.rpartition(":")
-    data = {name: [{"path": str(rows_file)}] for name in ("datasets", "eval_datasets")}
+    lists = ["datasets", "eval_datasets", *["retention_datasets"] * path.startswith("retention_datasets")]
+    data = {name: [{"path": str(rows_file)}] for name in lists}
     config = data | {"model": {"name_or_path": "tiny"}, "loss": {"name": loss or "sft"}}
     if path == "validation_split":
         config.pop("eval_datasets")

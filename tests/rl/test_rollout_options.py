@@ -78,6 +78,12 @@ CASES = [
         "rollout.prompts_per_round",
     ),
     ({"max_new_tokens": 64}, {"max_length": 64}, "too-large", "rollout.max_new_tokens"),
+    (
+        {},
+        {"validation_split": 0.5, "eval_generate": {"n_examples": 2, "num_generations": 4}},
+        "no-effect",
+        "eval_generate.num_generations",
+    ),
     ({"max_draws": 2}, {}, "no-effect", "rollout.max_draws"),
     ({"max_turns": 2}, {}, "no-effect", "rollout.max_turns"),
     ({"min_reward": 0.5}, {}, "no-effect", "rollout.min_reward"),

@@ -221,8 +221,8 @@ def test_rewards_of_online_runs(tmp_path):
         (tmp_path / name / "ledger.jsonl").write_text(json.dumps(ledger) + "\n")
         rounds = [{"step": i, "kind": "rollout", "reward": 0.25 + gain * i} for i in range(6)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
-    lines, _ = report_on(tmp_path / "a", tmp_path / "b")
+    lines = report_on(tmp_path / "a", tmp_path / "b").lines()
     (line,) = (line for line in lines if line.startswith("reward "))
     assert "a 0.3 to 0.7 in 6 rounds; b 0.25 to 0.25 in 6 rounds" in line
     (tmp_path / "b" / "metrics.jsonl").unlink()
-    assert not any(line.startswith("reward ") for line in report_on(tmp_path / "a", tmp_path / "b")[0])
+    assert not any(line.startswith("reward ") for line in report_on(tmp_path / "a", tmp_path / "b").lines())

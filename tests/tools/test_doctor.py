@@ -84,7 +84,8 @@ def make_run(tmp_path):
                 changed = {name: curve(i) for name, curve in (rounds or {}).items()}
                 lines.append({"step": 10 * i, "kind": "rollout"} | round_of(i) | changed)
             if evals is not None or i % 10 in (0, 9):
-                usual = {"loss": 0.7 + 2.5 * math.exp(-i / 8)}
+                usual = {"loss": 0.7 + 2.5 * math.exp(-i / 8), "kl_to_start": 0.01 * i}
+                usual |= {"retention/loss": 2 + 0.001 * i, "retention/kl_to_start": 0.005 * i}
                 own = {name: curve(i) for name, curve in (evals or {}).items()}
                 lines.append({"step": 10 * (i + 1), "kind": "eval"} | usual | own)
         for line in lines:
@@ -177,6 +178,33 @@ CASES = {
         dict(evals={"loss": rise}),
         "overfitting",
         ["110", "0.7892", "1.27", "300"],
+    ),
+    "forgetting": (
+        dict(evals={"retention/loss": lambda i: 2 + 0.05 * i}),
+        "forgetting",
+        ["2 at step 10", "3.45 at step 300", "eval loss went from 3.2 to 0.766"],
+    ),
+    "forgetting for a reward": (
+        dict(kind="online", evals={"retention/loss": lambda i: 2 + 0.05 * i, "reward": lambda i: 0.02 * i}),
+        "forgetting",
+        ["eval reward went from 0 to 0.58"],
+    ),
+    "forgetting in perplexity": (
+        dict(
+            evals={"retention/loss": lambda i: 2 + 0.05 * i, "loss": lambda i: 1.0, "perplexity": lambda i: 9 - 0.1 * i}
+        ),
+        "forgetting",
+        ["eval perplexity went from 9 to 6.1"],
+    ),
+    "far from the start": (
+        dict(evals={"kl_to_start": lambda i: 0.1 * i}),
+        "far-from-start",
+        ["step 300", "2.9 nats"],
+    ),
+    "far on retention data": (
+        dict(evals={"retention/kl_to_start": lambda i: 0.02 * i}),
+        "far-on-retention",
+        ["step 300", "0.58 nats", "0.3"],
     ),
     "chosen falls": (
         dict(
@@ -323,6 +351,12 @@ def test_a_finding_on_figures_made_for_it(make_run, capsys, monkeypatch, wording
     finding = " ".join(out.partition(f"[{code}]\n  ")[2].split())
     assert all(value in finding for value in values)
     assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 72
+
+
+def test_a_model_that_learns_nothing_does_not_forget(make_run):
+    """Where the evaluation does not improve either, other findings say what is wrong."""
+    folder = make_run(evals={"retention/loss": lambda i: 2 + 0.05 * i, "loss": lambda i: 1 + 0.1 * i})
+    assert "forgetting" not in found(folder)
 
 
 def test_a_run_that_was_never_evaluated(make_run):

@@ -27,6 +27,7 @@ KINDS = {"ConfigError", "DataError", "RunError", "RunDirError", "UnreachableErro
 OTHER_COMMANDS = (  # no training goes through these
     "cli/",
     "tools/analysis/",
+    "tools/evaluation/",
     "tools/preflight/preview.py",
     "inference/check.py",
     "inference/generate.py",
@@ -246,7 +247,14 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "rl/rewards:build_rewards: not-a-choice",
         "rl/rewards:build_rewards: wrong-type",
         "rl/rewards:register_reward.register: already-exists",
+        "training/checks:check_loss_fits: eval_generate.num_generations no-effect",
         "training/checks:check_loss_fits: loss.reference no-effect",
+    ),
+    "tests/training/test_drift.py": (
+        "training/checks:_check_drift: conflict",
+        "training/checks:_check_drift: eval_kl_to_start conflict",
+        "training/checks:_check_drift: eval_kl_to_start no-effect",
+        "training/checks:_check_drift: retention_datasets[].type mismatch",
     ),
     "tests/losses/test_kd.py": (
         "losses/kd:read_outputs: mismatch (2)",
@@ -557,6 +565,7 @@ MORE = [
     rows("{name: policy, kl_coef: 0.1, kl_in: reward}", ROLLOUT, ROLLOUT),
     model(test_bad_model.changed("model/config.json", quantization_config={"quant_method": "gptq"})),
     lambda: ["lora={rank: 2, target_parameters: all-experts}"],
+    options("validation_split=0.5", "eval_generate={n_examples: 2, temperature: 0.5}"),
     lambda: ["lora={rank: 2, target_parameters: [experts.gate_up_proj]}"],
 ]
 

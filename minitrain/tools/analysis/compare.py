@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minitrain.config.aliases import resolve_aliases
 from minitrain.errors import ConfigError, RunDirError
@@ -30,6 +30,7 @@ class LedgerStep(NamedTuple):
     grad_norm: float
 
 
+Ledger = dict[int, LedgerStep]  # by step
 NAMES = {"tokens": "tokens", "loss": "loss", "grad_norm": "gradient norm"}
 
 
@@ -38,18 +39,59 @@ class Difference(NamedTuple):
 
     Attributes:
         step: The step.
+        a, b: The values there.
         relative_difference: The relative difference there; None for a hash.
+        n_differing: Number of steps that differ.
+        largest: The step with the largest relative difference, and that difference; None for a hash.
     """
 
     step: int
+    a: str | float
+    b: str | float
     relative_difference: float | None
+    n_differing: int
+    largest: tuple[int, float] | None
 
 
-def compare(first: Path, second: Path) -> tuple[list[str], bool]:
+class Comparison(NamedTuple):
+    """Where two runs first differ.
+
+    Attributes:
+        runs: The run directories.
+        ledgers: Their steps.
+        options: The values {"a": ..., "b": ...} of each option that differs, or a config that cannot be read.
+        steps: The steps that both runs have.
+        differences: The first difference of each metric that differs.
+    """
+
+    runs: tuple[Path, Path]
+    ledgers: list[Ledger]
+    options: dict[str, dict[str, Any]] | Path
+    steps: list[int]
+    differences: dict[str, Difference]
+
+    def lines(self) -> list[str]:
+        """Return the report."""
+        named = zip("ab", self.runs, self.ledgers, strict=True)
+        lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in named]
+        lines += ["", *_option_lines(self.options), *_rewards(self.runs), ""]
+        lines += [f"{NAMES[name]:<14} {_describe(self.differences.get(name), len(self.steps))}" for name in NAMES]
+        return [*lines, "", _explain(self.differences, self.steps)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        return {
+            "runs": list(map(str, self.runs)),
+            "same": not self.differences,
+            "common_steps": [self.steps[0], self.steps[-1]],
+            "options": None if isinstance(self.options, Path) else self.options,
+            "differences": {name: difference._asdict() for name, difference in self.differences.items()},
+            "explanation": _explain(self.differences, self.steps),
+        }
+
+
+def compare(first: Path, second: Path) -> Comparison:
     """Compare two run directories.
-
-    Returns:
-        Lines about where the runs first differ, and whether all steps that both have are the same.
 
     Raises:
         ConfigError: A directory has no ledger, or the runs have no step in common.
@@ -60,20 +102,12 @@ def compare(first: Path, second: Path) -> tuple[list[str], bool]:
         raise ConfigError(
             f"{first} and {second} have no step in common. Compare runs whose ledgers overlap.", "mismatch"
         )
-    a, b = ([ledger[step] for step in steps] for ledger in ledgers)
-    lines = [f"{name}: {folder}, {_span(ledger)}" for name, folder, ledger in zip("ab", (first, second), ledgers)]
-    lines += ["", *_options(first, second), *_rewards((first, second)), ""]
-    differences = {}
-    for name in LedgerStep._fields:
-        sides = [[getattr(step, name) for step in steps_of] for steps_of in (a, b)]
-        line, difference = _compare_metric(steps, *sides)
-        lines.append(f"{NAMES[name]:<14} {line}")
-        if difference is not None:
-            differences[name] = difference
-    return [*lines, "", _explain(differences, steps)], not differences
+    differences = {name: _find_difference(name, steps, *ledgers) for name in LedgerStep._fields}
+    found = {name: difference for name, difference in differences.items() if difference is not None}
+    return Comparison((first, second), ledgers, _options(first, second), steps, found)
 
 
-def read_ledger(folder: Path) -> dict[int, LedgerStep]:
+def read_ledger(folder: Path) -> Ledger:
     """Read the steps of a run; skip damaged lines with a warning on stderr. Raises ConfigError."""
     lines = read_lines(folder, FILE, "A run writes it unless ledger=false is set.")
     steps, damaged = {}, []
@@ -90,12 +124,12 @@ def read_ledger(folder: Path) -> dict[int, LedgerStep]:
     return steps
 
 
-def _span(ledger: dict[int, LedgerStep]) -> str:
+def _span(ledger: Ledger) -> str:
     return f"steps {min(ledger)} to {max(ledger)}"
 
 
-def _options(first: Path, second: Path) -> list[str]:
-    """Return a line for each option that differs."""
+def _options(first: Path, second: Path) -> dict[str, dict[str, Any]] | Path:
+    """Return the values {"a": ..., "b": ...} of each option that differs, or a config that cannot be read."""
     configs = []
     for folder in (first, second):
         try:
@@ -103,19 +137,24 @@ def _options(first: Path, second: Path) -> list[str]:
         except RunDirError:
             settings = None
         if settings is None:
-            return [f"options: {folder / 'config.yml'} cannot be read"]
+            return folder / "config.yml"
         configs.append(dict(_flatten(resolve_aliases(settings, _loss_options))))
     a, b = configs
     keys = [
         key for key in (*a, *(key for key in b if key not in a)) if key not in RUN_OPTIONS and a.get(key) != b.get(key)
     ]
-    if not keys:
+    return {key: {name: of_run[key] for name, of_run in (("a", a), ("b", b)) if key in of_run} for key in keys}
+
+
+def _option_lines(options: dict[str, dict[str, Any]] | Path) -> list[str]:
+    """Return a line for each option that differs."""
+    if isinstance(options, Path):
+        return [f"options: {options} cannot be read"]
+    if not options:
         return ["options: the same"]
-    width = max(map(len, keys))
-    return [
-        "options that differ:",
-        *(f"  {key:<{width}}  {_format_option(a, key)} -> {_format_option(b, key)}" for key in keys),
-    ]
+    width = max(map(len, options))
+    lines = [f"  {key:<{width}}  {_format_option(o, 'a')} -> {_format_option(o, 'b')}" for key, o in options.items()]
+    return ["options that differ:", *lines]
 
 
 def _rewards(folders: tuple[Path, Path]) -> list[str]:
@@ -148,26 +187,33 @@ def _flatten(settings, path: str = ""):
         yield path, settings
 
 
-def _format_option(config: dict, key: str) -> str:
-    return json.dumps(config[key], default=str, skipkeys=True) if key in config else "(not set)"
+def _format_option(values: dict[str, Any], name: str) -> str:
+    return json.dumps(values[name], default=str, skipkeys=True) if name in values else "(not set)"
 
 
-def _compare_metric(steps: list[int], a: list, b: list) -> tuple[str, Difference | None]:
-    """Return a line about a metric of two runs, and its first difference."""
-    differing = [i for i in range(len(steps)) if a[i] != b[i] and not (a[i] != a[i] and b[i] != b[i])]  # NaN is NaN
-    if not differing:
-        return f"bit-identical in {len(steps):,} steps", None
-    first = differing[0]
-    if isinstance(a[first], str):
-        line = f"first differ at step {steps[first]}, and in {len(differing):,} of {len(steps):,} steps"
-        return line, Difference(steps[first], None)
-    relative_difference = {i: _relative_difference(a[i], b[i]) for i in differing}
-    largest = max(differing, key=relative_difference.get)
-    line = f"first differs at step {steps[first]}: {a[first]:.9g} and {b[first]:.9g}, "
-    line += f"a relative difference of {relative_difference[first]:.1e}"
-    if largest != first:
-        line += f"; the largest is {relative_difference[largest]:.1e}, at step {steps[largest]}"
-    return line, Difference(steps[first], relative_difference[first])
+def _find_difference(name: str, steps: list[int], a: Ledger, b: Ledger) -> Difference | None:
+    """Return the first difference of a metric in these steps of two ledgers; None without one."""
+    pairs = {step: (getattr(a[step], name), getattr(b[step], name)) for step in steps}
+    pairs = {step: (x, y) for step, (x, y) in pairs.items() if x != y and not (x != x and y != y)}  # NaN is NaN
+    if not pairs:
+        return None
+    first = next(iter(pairs))
+    if name == "tokens":
+        return Difference(first, *pairs[first], None, len(pairs), None)
+    relative = {step: _relative_difference(*pair) for step, pair in pairs.items()}
+    largest = max(relative, key=relative.get)
+    return Difference(first, *pairs[first], relative[first], len(pairs), (largest, relative[largest]))
+
+
+def _describe(difference: Difference | None, n_steps: int) -> str:
+    """Return a line about a metric of two runs."""
+    if difference is None:
+        return f"bit-identical in {n_steps:,} steps"
+    step, a, b, relative, n_differing, largest = difference
+    if largest is None:
+        return f"first differ at step {step}, and in {n_differing:,} of {n_steps:,} steps"
+    line = f"first differs at step {step}: {a:.9g} and {b:.9g}, a relative difference of {relative:.1e}"
+    return line if largest[0] == step else f"{line}; the largest is {largest[1]:.1e}, at step {largest[0]}"
 
 
 def _relative_difference(a: float, b: float) -> float:

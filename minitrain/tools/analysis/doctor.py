@@ -13,6 +13,7 @@ from statistics import fmean, median, pstdev
 from minitrain.training.atomic_dir import checkpoints, step_of
 from minitrain.training.metrics_log import KINDS, History
 
+from .doctor_drift import DRIFT_CHECKS
 from .doctor_rollouts import ROLLOUT_CHECKS
 from .findings import FLAT, MIN_LINES, RISE, Check, Finding, change, format_steps, trend_of
 
@@ -304,6 +305,7 @@ CHECKS = [
     Check("gradient-spikes", "gradient spikes", gradient_spikes, ("train/grad_norm",)),
     Check("clipped-gradients", "gradient clipping", always_clipped, ("train/grad_norm",)),
     Check("overfitting", "overfitting", overfitting, ("train/loss", "eval/loss"), skipped_with="train/advantage"),
+    *DRIFT_CHECKS,
     Check(
         "chosen-falls",
         "log-probabilities of chosen responses",

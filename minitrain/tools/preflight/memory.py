@@ -25,11 +25,13 @@ from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.distributed.sharded import FullySharded
 from minitrain.errors import ConfigError
+from minitrain.inference.evaluation import answer_names
 from minitrain.losses import Loss, Models
 from minitrain.model import logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
 from minitrain.model.offload import HostCopies
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
+from minitrain.training.drift import add_start, against_start, drift_names, kl_loss
 from minitrain.training.optim import build_optimizer
 from minitrain.training.optim_state import named_state
 from minitrain.training.setup import Preparation, make_loader, prepare_policy
@@ -53,6 +55,7 @@ PARTS = (
     "weights",
     "reference",
     "teacher",
+    "start",
     JUDGES,
     "gradients",
     "optimizer",
@@ -117,6 +120,8 @@ def simulate_step(step: StepInputs, tracker: MemoryTracker) -> None:
         if step.eval_batch is not None:
             with inference(step.policy), precision.autocast():
                 step.loss(step.eval_batch, step.models)
+                if step.models.start is not None:
+                    kl_loss()(step.eval_batch, against_start(step.models))
             step.parallel.reshard(step.policy)
 
 
@@ -210,8 +215,8 @@ def eval_metrics(run: Preparation) -> list[str]:
     any_means = dict.fromkeys(["loss", *output.metrics], 0.5)  # 0.5: x and x^2 have a variance above 0
     means = run.loss.finalize_metrics(any_means)
     samples = {name: [0.0, 1.0] for name in output.samples}
-    answers = ["exact_match"] * (run.config.eval_generate.n_examples > 0)
-    return [*means, *run.loss.compute_eval_metrics(samples), *answers]
+    answers = answer_names(run.config.eval_generate)
+    return [*means, *run.loss.compute_eval_metrics(samples), *answers, *drift_names(run.config, run.loss.online)]
 
 
 def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, tracker: MemoryTracker) -> StepInputs:
@@ -240,6 +245,7 @@ def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode,
                 batch.token_features[REF_LOGPS] = torch.zeros(batch.input_ids.shape)
         else:
             models = build_aux_models(loss, config, policy, tokenizer, parallel, precision, loaders, load)
+        models = add_start(models, loss, config, tokenizer, parallel, precision, load)
         judges = build_judges(config, tokenizer, parallel, lambda judge: _to_fake(judge, fake)) if loss.online else []
     # The second micro-batch adds to gradients.
     several = 2 if config.gradient_accumulation_steps > 1 or config.max_tokens_per_micro_batch else 1

@@ -10,13 +10,9 @@ from typing import Any
 from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.config.schema import Config
 from minitrain.config.sections import LoRAConfig, ModelConfig, SoftPromptConfig
-from minitrain.data.loader import MicrobatchLoader
 from minitrain.data.messages import assistant
 from minitrain.data.template import Template
-from minitrain.distributed.parallel import SingleDevice
-from minitrain.inference.generate import Generator
-from minitrain.losses import Loss
-from minitrain.model.load import CPU, DTYPES, build_policy
+from minitrain.model.load import CPU, build_policy
 from minitrain.model.policy import Policy
 from minitrain.rl.engine import LocalEngine, build_engine, check_copy
 from minitrain.rl.episodes import Episode, Prompt
@@ -25,34 +21,14 @@ from minitrain.rl.rewards import Judgement, build_rewards
 from minitrain.rl.rewards_builtin import reference_of
 from minitrain.rl.rounds import count_steps, make_rounds
 from minitrain.training.setup import Preparation
-from minitrain.training.step import Precision
 
+from ..stage import Stage
 from ..terminal import escape
 from .preview import RESULT, Marks, decode
 
 N_PROMPTS = 2
 MAX_ANSWERS, MAX_TOKENS, MAX_TURNS = 4, 32, 4  # of a prompt, of an answer, of a conversation
 MAX_WORK = 10**11  # parameters times tokens: a few seconds of a CPU core
-
-
-@dataclass
-class Stage:
-    """What a round uses of a trainer."""
-
-    config: Config
-    loss: Loss
-    policy: Policy
-    template: Template
-    train_loader: MicrobatchLoader
-
-    def __post_init__(self):
-        self.tokenizer, self.device, self.parallel = self.template.tokenizer, CPU, SingleDevice(CPU)
-        self.precision = Precision(DTYPES[self.config.model.policy_dtype], CPU)
-        self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)
-        self.notes: list[str] = []
-
-    def is_interrupted(self) -> bool:
-        return False
 
 
 @dataclass

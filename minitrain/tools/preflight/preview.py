@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,11 +98,7 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
         DataError: A data row cannot be used.
     """
     run = dry_run(config)
-    loader = run.train_loader if split == "train" else run.eval_loader
-    if loader is None:
-        raise ConfigError(
-            "--split: the config has no evaluation data. Set eval_datasets or validation_split.", "no-data"
-        )
+    loader = _loader(run, split)
     yield marks.legend
     previews = list(_training(loader, n_examples) if split == "train" else _evaluation(loader, n_examples))
     selected = set.union(*(preview.selected for preview in previews))
@@ -111,6 +107,38 @@ def inspect(config: Config, n_examples: int = 4, split: str = "train", marks: Ma
     for preview in previews:
         if not preview.selected.isdisjoint(itertools.chain.from_iterable(preview.rows)):
             yield from _batch(loader.batch(preview.rows), preview, loader, run, marks, fields)
+
+
+def describe_examples(config: Config, n_examples: int = 4, split: str = "train") -> list[dict[str, Any]]:
+    """Return the first examples as JSON: their row, and the ids, the text and the targets of each document.
+
+    The arguments and errors are those of `inspect`.
+    """
+    run = dry_run(config)
+    loader = _loader(run, split)
+    n, examples = min(n_examples, len(loader.examples)), []
+    for i in range(n) if split == "eval" else loader.order(0)[:n].tolist():
+        documents = [
+            {
+                "text": decode(run.template.tokenizer, document.ids.tolist()),
+                "ids": document.ids.tolist(),
+                "is_target": document.mask.bool().tolist(),
+                **{name: float(value) for name, value in document.doc_features.items()},
+                **{name: values.tolist() for name, values in document.token_features.items()},
+            }
+            for document in loader.examples[i]
+        ]
+        examples.append({"where": loader.examples.where(i), "documents": documents})
+    return examples
+
+
+def _loader(run: Preparation, split: str) -> MicrobatchLoader:
+    loader = run.train_loader if split == "train" else run.eval_loader
+    if loader is None:
+        raise ConfigError(
+            "--split: the config has no evaluation data. Set eval_datasets or validation_split.", "no-data"
+        )
+    return loader
 
 
 def _training(loader: MicrobatchLoader, n_examples: int) -> Iterator[BatchPreview]:

@@ -240,7 +240,9 @@ def _report(run: Preparation) -> dict[str, str]:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     aux_loss = describe_aux_loss(run.policy.routing)
     return {
-        "examples": f"{len(train):,} to train on" + (f", {len(evaluation):,} to evaluate on" if evaluation else ""),
+        "examples": f"{len(train):,} to train on"
+        + (f", {len(evaluation):,} to evaluate on" if evaluation else "")
+        + (f", {len(run.data.retention):,} of retention_datasets" if run.data.retention else ""),
         "left out": _left_out(train.caches),
         **_fields(_caches(run)),
         "lengths": f"median {half:,} tokens, 90 % up to {most:,}, 99 % up to {nearly_all:,}, "

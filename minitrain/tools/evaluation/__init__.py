@@ -1,0 +1,1 @@
+"""Evaluate a model without a training."""
