@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,16 @@ from minitrain.inference.evaluation import evaluate_all, load_rows
 from minitrain.inference.generate import Generator, Messages, Sampling
 from minitrain.rl.rounds import sample_rounds
 from minitrain.tools.preflight.python import MAKE, config_with, loss_object
-from minitrain.training.after_step import after_step, begin, count_bad_step, finish, should_evaluate, start_window
+from minitrain.training.after_step import (
+    after_step,
+    begin,
+    count_bad_step,
+    finish,
+    is_late,
+    report_stop,
+    should_evaluate,
+    start_window,
+)
 from minitrain.training.aux_models import move_reference
 from minitrain.training.callbacks import Hooks, collect_hooks
 from minitrain.training.compute import with_dtype
@@ -30,6 +38,7 @@ from minitrain.training.optimizers import set_lr
 from minitrain.training.saving import SaveSchedule, check_target, restore_checkpoint, save_checkpoint, save_model
 from minitrain.training.signals import capture_signals
 from minitrain.training.step import StepOutput, forward_backward, optim_step
+from minitrain.training.time_limit import TIMEOUT, TimeLimit
 
 from .batch import Batch
 from .errors import ConfigError, RunError
@@ -119,6 +128,7 @@ class Trainer:
         given |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         config, self._objects = config_with(config, loss, given)
         self.loss = loss or create_loss(**config.loss)
+        self.time_limit = TimeLimit(config.max_minutes)
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
         self.config = with_dtype(config, self.device)
@@ -143,7 +153,7 @@ class Trainer:
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
         self.is_repeatable = not self.config.deterministic  # or checked
-        self.signal: int | None = None  # the signal that all ranks agreed to stop for
+        self.signal: int | None = None  # the signal, or TIMEOUT, that all ranks agreed to stop for
         self._received: int | None = None  # a signal that only this rank may have received
         start_window(self)
 
@@ -154,10 +164,11 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> dict[str, float]:
-        """Train to the end, to early stopping or to a signal, and return the metrics of the last evaluation.
+        """Train to the end, to early stopping, a signal or `max_minutes`. Return the metrics of the last evaluation.
 
-        After SIGINT, SIGTERM or SIGUSR1, write a checkpoint and set `self.signal`.
+        After SIGINT, SIGTERM or SIGUSR1, or before `max_minutes` are over, write a checkpoint and set `self.signal`.
         """
+        self.time_limit.start_training()
         deterministic = deterministic_algorithms(self.config.deterministic)
         with self.parallel.monitor_ranks(), self.run.locked(), deterministic:
             if finished := self.run.finished(self.total_steps):
@@ -181,14 +192,14 @@ class Trainer:
         return self.eval_metrics
 
     def _run(self) -> None:
+        resumed_from = self.step, self.evaluated_step
         begin(self)
         self._loop()
         if self.signal is None:
             finish(self)
         if self.signal is not None:
             save_checkpoint(self)
-            name = signal.Signals(self.signal).name
-            self.logger.warning(f"stopped by {name} at step {self.step}. Rerun the same command to resume.")
+            report_stop(self, *resumed_from)
         self.run.finish_saving()
         failpoint("train.end")
         self._stopping()  # a signal during the save of the final model sets the exit code
@@ -197,10 +208,12 @@ class Trainer:
     def _loop(self) -> None:
         self.logger.start_bar(self.total_steps, self.step)
         self.save_schedule.start()
+        self.time_limit.start_loop()
         start_window(self)
         with contextlib.closing(self.train_loader.steps(self.consumed)) as steps:
             for indices, batches in steps:
-                if self._stopping() or self.step >= self.total_steps:
+                self.time_limit.start_step()
+                if self._stopping(is_late(self, next_step=True)) or self.step >= self.total_steps:
                     break
                 self._step(indices, batches)
 
@@ -269,18 +282,19 @@ class Trainer:
         schedule = c.lr_scheduler, c.lr_decay_ratio, c.lr_scheduler_args, c.lr
         return c.lr * lr_factor(self.updates, self.total_steps, self.warmup, *schedule)
 
-    def _stopping(self) -> bool:
-        """Return whether to stop, the same on all ranks, and share a signal that one rank received.
+    def _stopping(self, time_is_up: bool = False) -> bool:
+        """Return whether to stop, the same on all ranks, and share what one rank received or measured.
 
         Only this method sets `signal`, so that every rank takes the same branch before a collective.
         """
-        code = int(self.parallel.max(self._received or int(self.should_stop)))
+        own = self._received or (TIMEOUT if time_is_up else int(self.should_stop))
+        code = int(self.parallel.max(own))
         self.signal = code if code > 1 else self.signal
         return code > 0
 
     def is_interrupted(self) -> bool:
-        """Return whether a signal has stopped the training. Every rank must call it."""
-        return self._stopping() and self.signal is not None
+        """Return whether a signal or `max_minutes` has stopped the training. Every rank must call it."""
+        return self._stopping(is_late(self)) and self.signal is not None
 
     def call_hook(self, hook: str) -> None:
         """Call the functions of a hook."""

@@ -42,6 +42,7 @@ CASES = {
     "train": CommandCase(["train", "c.yml"], "config.load:_read_text", writes="runs/c/final"),
     "validate": CommandCase(["validate", "c.yml"], "tools.preflight.validate:_report"),
     "inspect": CommandCase(["inspect", "c.yml"], "tools.preflight.preview:_batch", quiet_output=None),
+    "rehearse": CommandCase(["rehearse", "c.yml"], "tools.rehearsal.rehearse:validate"),
     "cache-teacher": CommandCase(
         ["cache-teacher", "c.yml", "--output", "teacher.safetensors", *KD],
         "inference.teacher_cache:_write_outputs",

@@ -587,8 +587,8 @@ BUGS = {
             title="One rank decided alone to save, and waited for the others forever.",
             reported_in="pytorch/pytorch#77562",
             file="minitrain/trainer.py",
-            line="code = int(self.parallel.max(self._received or int(self.should_stop)))",
-            replacement="code = int(self._received or self.should_stop)",
+            line="code = int(self.parallel.max(own))",
+            replacement="code = own",
             test="tests/faults/test_faults.py::test_signal_to_one_rank",
         ),
         Bug(

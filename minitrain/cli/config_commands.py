@@ -109,6 +109,29 @@ def _configs_in(folder: str | None) -> list[str]:
     return configs
 
 
+def _rehearse_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    about = "number of processes on this machine; default: 2 with FSDPTrainer, 4 with fsdp.shard=hybrid, else 1"
+    parser.add_argument("--ranks", type=number(int, 1), metavar="N", help=about)
+
+
+@command(
+    _rehearse_arguments,
+    "try every part of a run in a minute, with a small random model on the CPU",
+    usage="CONFIG.yml [--ranks N] [--overrides KEY=VALUE ...]",
+    example="minitrain rehearse example/quickstart-sft.yml",
+    docs="clusters.md#rehearse-a-run",
+)
+def rehearse(arguments: argparse.Namespace) -> int:
+    load_plugins(arguments.plugin)
+    with importing():
+        from minitrain.tools.rehearsal.rehearse import rehearse
+    for line in rehearse(arguments.config, _overrides(arguments), arguments.plugin, arguments.ranks):
+        if not arguments.quiet or line.startswith("warning: "):
+            print(redact(line), flush=True)
+    return 0
+
+
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
@@ -184,7 +207,11 @@ def load_plugins(paths: list[str]) -> None:
 def _parse_config(path: str, arguments: argparse.Namespace):
     from minitrain.tools.preflight.load import load_config
 
-    return load_config(path, [*arguments.overrides, "quiet=true"] if arguments.quiet else arguments.overrides)
+    return load_config(path, _overrides(arguments))
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    return [*arguments.overrides, "quiet=true"] if arguments.quiet else arguments.overrides
 
 
 def load_plugin(path: str) -> None:

@@ -27,7 +27,8 @@ EXIT_CODES = """exit codes:
        check: the model differs
   2    invalid command, config or data
   3    validate: no problem was found, but a model or data set on the Hub could not be reached
-  130  stopped by Ctrl-C, 143 by SIGTERM; training writes a checkpoint first; rerun the same command to resume
+  130  stopped by Ctrl-C, 138 by SIGUSR1, 142 by max_minutes, 143 by SIGTERM; training writes a checkpoint first;
+       rerun the same command to resume
 docs/errors.md explains the code in brackets at the end of an error.
 """
 

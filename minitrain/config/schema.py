@@ -258,6 +258,13 @@ class Config:
     save_async: bool = option(
         False, "Write checkpoints while training continues; takes memory for a copy.", affects_results=False
     )
+    max_minutes: float | None = option(
+        None,
+        "Minutes from the start of loading after which the run has ended with a checkpoint: it stops before a step, an "
+        "evaluation and the checkpoint would take longer. The same command resumes (default: no limit).",
+        gt=0,
+        affects_results=False,
+    )
     save_best: bool = option(
         False, "Keep the model with the best early_stopping.metric in best/.", affects_results=False
     )

@@ -46,7 +46,7 @@ def read_model_config(config: ModelConfig, **changes):
     check_hub(config.name_or_path)
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     hf_config = AutoConfig.from_pretrained(config.name_or_path, **source, **changes)
-    for nested in _nested_configs(hf_config):
+    for nested in nested_configs(hf_config):
         # transformers would load the kernel named here from the Hub (CVE-2026-4372).
         nested._attn_implementation = nested._experts_implementation = None
         vars(nested).pop("fusion_config", None)
@@ -57,20 +57,20 @@ def read_model_config(config: ModelConfig, **changes):
 
 def quantization_of(hf_config) -> dict | None:
     """Return the quantization_config of a config or of a nested one, or None."""
-    for nested in _nested_configs(hf_config):
+    for nested in nested_configs(hf_config):
         if quantization := vars(nested).get("quantization_config") or vars(nested).get("compression_config"):
             return quantization if isinstance(quantization, dict) else quantization.to_dict()
     return None
 
 
-def _nested_configs(hf_config) -> Iterator:
+def nested_configs(hf_config) -> Iterator:
     """Yield a config and all configs nested in it."""
     from transformers import PreTrainedConfig
 
     yield hf_config
     for value in vars(hf_config).values():
         if isinstance(value, PreTrainedConfig):
-            yield from _nested_configs(value)
+            yield from nested_configs(value)
 
 
 def from_pretrained(
@@ -101,7 +101,7 @@ def from_pretrained(
             check_is_decoder(hf_config)
         else:
             check_can_score(hf_config)
-        quantization = _pop_quantization(hf_config)
+        quantization = pop_quantization(hf_config)
         if quantization or device.type == "meta":
             with parameters_on_meta():
                 model = model_class.from_config(hf_config, dtype=dtype, **options)
@@ -132,10 +132,10 @@ def from_pretrained(
     return model, loading_info["missing_keys"]
 
 
-def _pop_quantization(hf_config) -> dict | None:
+def pop_quantization(hf_config) -> dict | None:
     """Remove the quantization_config from a config and its parts, and return it if there is one."""
     quantization = quantization_of(hf_config)
-    for nested in _nested_configs(hf_config):
+    for nested in nested_configs(hf_config):
         for key in ("quantization_config", "compression_config"):
             vars(nested).pop(key, None)
     return quantization

@@ -155,3 +155,12 @@ def as_cache(examples: Sequence[Sequence[Document]], source: str, path: Path) ->
         values = [document.doc_features[name] for document in documents]
         tensors[f"doc_features/{name}"] = torch.tensor(values, dtype=torch.float64)
     return TokenCache(tensors, {}, [], source, path)
+
+
+def tensors_of(cache: TokenCache) -> dict[str, torch.Tensor]:
+    """Return the tensors of a cache, as `TokenCache` takes them."""
+    arrays = {name: getattr(cache, name) for name in ("offsets", "lines", "shared", "first_documents")}
+    arrays |= {f"doc_features/{name}": values for name, values in cache.doc_features.items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
+    tensors |= {"ids": cache.ids, "mask": cache.mask}
+    return tensors | {f"token_features/{name}": values.contiguous() for name, values in cache.token_features.items()}

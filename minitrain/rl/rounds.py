@@ -33,7 +33,7 @@ from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
 
 from .checks import is_one_step
-from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples
+from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples, tensors_of
 from .engine import Engine, build_engine, refreshed
 from .environments import build_environment
 from .episodes import Episode, Player, Prompt
@@ -97,6 +97,7 @@ class Rounds(MicrobatchLoader):
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
         self.n_drawn = 0  # prompts drawn in the current round
+        self.next_round = 0  # that a resumed run samples first
         self.failures: Counter[str] = Counter()
         self.seconds_trained = 0.0  # since the current round was sampled, without evaluations
         self.log = RoundLog(self)
@@ -127,7 +128,8 @@ class Rounds(MicrobatchLoader):
             self.workers.close()
 
     def _steps(self, consumed: int) -> Iterator[tuple[list[int], list[Batch]]]:
-        skipped: list[int] = []
+        skipped = self._rest_before_round(consumed)
+        consumed += len(skipped)
         n_empty = 0  # rounds in a row
         while self.trainer.step < self.total_steps:
             epoch, position = divmod(consumed, self.epoch_size)
@@ -153,6 +155,14 @@ class Rounds(MicrobatchLoader):
                         self.log.warn_of_mismatch(self.trainer.train_metrics)
                         skipped = []
 
+    def _rest_before_round(self, consumed: int) -> list[int]:
+        """Return the examples without targets at the end of a round, if a stop came after the next one was sampled."""
+        start, rest = self.next_round * self.options.num_iterations * self.epoch_size, []
+        while consumed + len(rest) < start:
+            epoch, position = divmod(consumed + len(rest), self.epoch_size)
+            rest += epoch_order([self.epoch_size], [1.0], self.config.seed, epoch)[position:].tolist()
+        return rest
+
     def _steps_of_pass(self, order: np.ndarray) -> Iterator[tuple[list[int], list[Batch]]]:
         """Yield (indices of the step's examples, this rank's micro-batches of those with something to train on)."""
         for start in range(0, len(order), self.config.total_batch_size):
@@ -164,6 +174,8 @@ class Rounds(MicrobatchLoader):
 
     def _sample(self, number: int) -> bool:
         """Sample a round. Return False after a signal, which drops it."""
+        if self.trainer.is_interrupted():
+            return False
         options, n = self.options, self.epoch_size
         if self.number is not None:
             self.drawn += self.n_drawn
@@ -311,14 +323,17 @@ class Rounds(MicrobatchLoader):
 
     def state(self, consumed: int) -> tuple[dict, dict[str, torch.Tensor]]:
         """Return what determines the next round and, within a round, the round itself."""
-        if consumed % (self.epoch_size * self.options.num_iterations) == 0:
+        number, position = divmod(consumed, self.epoch_size * self.options.num_iterations)
+        if self.number is not None and (self.number, 0) >= (number, position):  # without a step: it is sampled again
+            return {"drawn": self.drawn, "round": None, "next_round": self.number}, {}
+        if position == 0:
             return {"drawn": self.drawn + self.n_drawn, "round": None}, {}
         state = {"drawn": self.drawn, "round": self.number, "n_drawn": self.n_drawn}
         return state, tensors_of(self.examples.caches[0]) if self.examples.caches else {}
 
     def restore(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         self.drawn, self.number = state["drawn"], state["round"]
-        self.n_drawn = state.get("n_drawn", 0)
+        self.n_drawn, self.next_round = state.get("n_drawn", 0), state.get("next_round", 0)
         if self.number is not None:
             self._use(TokenCache(tensors, {}, [], *_names(self.number)) if tensors else None)
 
@@ -344,15 +359,6 @@ def _judged(episode: Episode, judgement: Judgement) -> JudgedAnswer:
         of_tokens = [reward + (next(of_sampled, 0.0) if own else 0.0) for reward, own in pairs]
     total, ended = judgement.total, episode.ended
     return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, total, ended, of_tokens)
-
-
-def tensors_of(cache: TokenCache) -> dict[str, torch.Tensor]:
-    """Return the tensors of a cache, as `TokenCache` takes them."""
-    arrays = {name: getattr(cache, name) for name in ("offsets", "lines", "shared", "first_documents")}
-    arrays |= {f"doc_features/{name}": values for name, values in cache.doc_features.items()}
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
-    tensors |= {"ids": cache.ids, "mask": cache.mask}
-    return tensors | {f"token_features/{name}": values.contiguous() for name, values in cache.token_features.items()}
 
 
 def _names(number: int) -> tuple[str, Path]:

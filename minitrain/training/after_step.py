@@ -4,6 +4,7 @@ These functions receive the trainer, like hooks, and keep their state in it.
 """
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Collection
@@ -18,6 +19,7 @@ from .failpoints import failpoint
 from .metric_logger import ThroughputMeter, duration, eval_line, train_line
 from .saving import save_if_due, save_model
 from .step import MetricAccumulator
+from .time_limit import TIMEOUT
 
 if TYPE_CHECKING:
     from minitrain.trainer import Trainer
@@ -80,6 +82,40 @@ def finish(trainer: "Trainer") -> None:
     )
 
 
+def report_stop(trainer: "Trainer", step: int, evaluated_step: int | None) -> None:
+    """Report what stopped a run. Raise RunError if time was up before anything was done that a resumed run keeps.
+
+    Args:
+        step: The step that the run began at.
+        evaluated_step: The step that was evaluated last before that.
+    """
+    is_timeout = trainer.signal == TIMEOUT
+    if is_timeout and (trainer.step, trainer.evaluated_step) == (step, evaluated_step):
+        raise RunError(
+            f"max_minutes: {trainer.config.max_minutes:g} minutes are over before the first step or evaluation at step "
+            f"{step} ended, so no number of restarts would finish the run. Raise it.",
+            "out-of-range",
+        )
+    name = "max_minutes" if is_timeout else signal.Signals(trainer.signal).name
+    trainer.logger.warning(f"stopped by {name} at step {trainer.step}. Rerun the same command to resume.")
+
+
+def is_late(trainer: "Trainer", next_step: bool = False) -> bool:
+    """Return whether the run must stop now so that its checkpoint is written within `max_minutes`.
+
+    Args:
+        next_step: Whether a step and the evaluation after it would come first. They are expected to take as long as the
+            longest recent step and the last evaluation.
+    """
+    limit, seconds, following = trainer.time_limit, trainer.save_schedule.cost, trainer.step + 1
+    if next_step and following <= trainer.total_steps:
+        seconds += limit.longest_step
+    every = trainer.config.eval_every_steps
+    if next_step and (following >= trainer.total_steps or (every > 0 and following % every == 0)):
+        seconds += trainer.eval_metrics.get("seconds", 0.0)
+    return limit.is_up(seconds)
+
+
 def should_evaluate(trainer: "Trainer") -> bool:
     """Return whether an evaluation of this step is due, which includes one that a signal interrupted."""
     config, every = trainer.config, trainer.config.eval_every_steps
@@ -108,6 +144,7 @@ def run_evaluation(trainer: "Trainer") -> None:
     _update_best(trainer, metrics)
     trainer.call_hook("on_eval_end")
     trainer.window.start += time.perf_counter() - began  # not counted in tokens per second
+    trainer.time_limit.leave_out(trainer.eval_metrics["seconds"])
 
 
 def check_metric(metric: str, known: Collection[str]) -> None:

@@ -115,7 +115,9 @@ def save_checkpoint(trainer: "Trainer") -> None:
     reference = moving_reference(trainer.loss, trainer.models)
     trainer.run.save_checkpoint(trainer.policy, trainer.optimizer, state | progress, data, reference)
     trainer.saved_progress = progress
-    trainer.save_schedule.saved(time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    trainer.save_schedule.saved(seconds)
+    trainer.time_limit.leave_out(seconds)
     failpoint("save.end")
     trainer.call_hook("on_save")
 

@@ -190,6 +190,23 @@ def test_kill_9_while_several_processes_tokenise(large_file, capsys):
     assert not list(Path("cache").glob(".building-*")) and list(Path("cache").glob("*.safetensors"))
 
 
+def test_in_a_rehearsal(trained_folder):
+    """The ranks, which are in sessions of their own, end with it, and their folder is removed."""
+    before = everything()
+    command = Command("rehearse", "c.yml", stop="tools.rehearsal.ranks:_wait")
+    assert command.interrupt() == 130
+    assert command.read("err") == "minitrain: interrupted\n" and everything() == before
+    here = [link.parent.name for link in Path("/proc").glob("[0-9]*/cwd") if _target(link) == os.getcwd()]
+    assert here == [str(os.getpid())]
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # the process has ended, or is another user's
+        return ""
+
+
 def test_in_the_first_evaluation(trained_folder, capsys):
     """The signal is kept, a checkpoint of step 0 is written, and the same command resumes from it."""
     command = Command("train", "c.yml", stop="training.step:failpoint", seconds=1)

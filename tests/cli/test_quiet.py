@@ -32,7 +32,13 @@ def test_bars_are_there_without_it(say):
     assert "done: out/c/final" in out and "tokenizing rows.jsonl" in err and "step/s" in err
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "--quiet" in PARSERS[name]._option_string_actions])
+QUIET = [name for name in CASES if "--quiet" in PARSERS[name]._option_string_actions]
+SLOW = ("rehearse",)  # starts two trainings
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in QUIET]
+)
 def test_only_results_are_printed(trained_folder, capsys, monkeypatch, name):
     """No bar and no message, and the work is done."""
     case = CASES[name]

@@ -28,6 +28,8 @@ OTHER_COMMANDS = (  # no training goes through these
     "cli/",
     "tools/analysis/",
     "tools/evaluation/",
+    "tools/rehearsal/",
+    "model/shrink.py",
     "tools/preflight/preview.py",
     "inference/check.py",
     "inference/generate.py",
@@ -131,6 +133,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "training/checkpoint:_make_temporary: write_error_code(error)",
         "training/step:update: not-finite",
         "training/after_step:count_bad_step: not-finite",
+        "training/after_step:report_stop: out-of-range",
     ),
     "the kernels of a GPU: tests/training/test_deterministic.py": (
         "training/determinism:check_repeatable: mismatch",
