@@ -29,6 +29,7 @@ setup(
         "torchao": ["torchao>=0.15"],  # model.float8, and optimizers with 8-bit and 4-bit states
         "data": ["datasets>=3"],
         "vllm": ["vllm>=0.17"],  # the server of rollout.engine=vllm
+        "peft": ["peft>=0.17"],  # what `minitrain check` compares adapters with
         "plot": ["matplotlib>=3.8"],
         "stats": ["scipy>=1.15"],  # intervals of `minitrain evaluate --compare`
         "lm-eval": ["lm-eval>=0.4.9"],  # `minitrain evaluate --tasks`

@@ -717,6 +717,15 @@ BUGS = {
             replacement='partial(setattr, self, "signal")',
             test="tests/faults/test_signals.py::test_signals_to_one_rank",
         ),
+        Bug(
+            number=76,
+            title="The saved chat template lacked the BOS of training, which inference servers do not add to its text.",
+            reported_in="minitrain 0.1.0",
+            file="minitrain/data/template.py",
+            line="self.tokenizer.chat_template = source",
+            replacement="pass",
+            test="tests/data/test_template.py::test_one_bos",
+        ),
     ],
 }
 

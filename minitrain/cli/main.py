@@ -13,7 +13,7 @@ from minitrain.config.suggest import hint_for_key
 from minitrain.distributed.process import exit_process
 from minitrain.training.signals import Terminated, sigterm_raised
 
-from . import config_commands, evaluate_command, model_commands, run_commands  # noqa: F401 (they register their commands)
+from . import config_commands, evaluate_command, model_commands, model_file_commands, run_commands  # noqa: F401
 from .failure import STOPPED, fail, system_error
 from .output import error_json, print_json
 from .registry import COMMANDS, Command, find_command

@@ -1,4 +1,4 @@
-"""Commands that run or write a model. Arguments are checked before torch is imported, which takes seconds."""
+"""Commands that run a model. Arguments are checked before torch is imported, which takes seconds."""
 
 import argparse
 import sys
@@ -8,7 +8,6 @@ from pathlib import Path
 from minitrain.errors import ConfigError, DataError
 
 from .arguments import (
-    add_force,
     add_model,
     add_quiet,
     add_rows_output,
@@ -17,7 +16,7 @@ from .arguments import (
     number,
 )
 from .failure import importing
-from .output import check_new_folder, new_rows_output, print_info, recover_folder, write_rows
+from .output import new_rows_output, print_info, write_rows
 from .registry import command
 
 
@@ -285,69 +284,6 @@ def _chat_turn(generator, messages: list[dict], text: str, sampling, variables: 
     if n_open := count_open_calls([response.message]):
         print(f"{n_open} tool call{'s' * (n_open > 1)}. {RESULT_HELP}")
     return [*turns, response.message]
-
-
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or an adapter in PEFT's format")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder of the merged model")
-    weight = number(float, -1000, 1000)
-    parser.add_argument("--weights", nargs="+", type=weight, metavar="W", help="weight of each adapter; default 1")
-    about = "the dtype of the merged model; default: that of the base model"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=about)
-    add_force(parser)
-    add_quiet(parser)
-
-
-@command(
-    _merge_arguments,
-    "merge adapters into the model's weights",
-    usage="RUN [RUN ...] --output DIR [options]",
-    example="minitrain merge runs/lora-sft --output runs/merged",
-    docs="adapters.md#merging",
-)
-def merge(arguments: argparse.Namespace) -> int:
-    output = Path(arguments.output)
-    recover_folder(output)
-    check_new_folder(output, arguments.force)
-    weights = arguments.weights or [1.0] * len(arguments.runs)
-    if len(weights) != len(arguments.runs):
-        raise ConfigError(
-            f"--weights: expected one number per adapter ({len(arguments.runs)}), got {len(weights)}. Set all of them.",
-            "usage",
-        )
-    if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
-        raise ConfigError(f"{missing[0]}: folder does not exist. Check the path.", "not-found")
-    with importing():
-        from minitrain.inference.merge import merge_adapters
-    dtype = merge_adapters(arguments.runs, output, weights, arguments.dtype)
-    print_info(arguments, f"merged in float32; saved in {dtype} to {output}")
-    return 0
-
-
-def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="a run directory, or the folder of a model or an adapter")
-    about = "the base model; default: that of the adapter. For a model, its tensors must have the names of B's"
-    parser.add_argument("--base", metavar="B", help=about)
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-@command(
-    _check_arguments,
-    "check that transformers and PEFT alone load a saved model or adapter",
-    usage="DIR [--base B]",
-    example="minitrain check runs/lora-sft",
-    docs="adapters.md#checking",
-)
-def check(arguments: argparse.Namespace) -> int:
-    from minitrain.inference.resolve import find_model
-
-    find_model(arguments.model)
-    with importing():
-        from minitrain.inference.check import check_model
-    report = check_model(arguments.model, arguments.base, arguments.trust_remote_code)
-    width = max(map(len, report.lines))
-    print("\n".join(f"{topic:<{width}}  {line}" for topic, line in report.lines.items()))
-    return 0 if report.passed else 1
 
 
 def _load_generator(arguments: argparse.Namespace):

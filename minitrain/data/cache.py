@@ -102,7 +102,7 @@ class Encoder:
             **self.limits._asdict(),
             **self.template.targets._asdict(),
             "tools": tools_of(self.dataset),  # not only the path of their file
-            "chat_template": tokenizer.chat_template,
+            "chat_template": self.template.renderer.source,
             "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -35,7 +35,7 @@ def set_defaults(source: str, variables: Mapping[str, Any]) -> str:
     """
     check_variables(source, variables)
     lines = "".join(f"{{% set {name} = {name} | default({value!r}) %}}\n" for name, value in variables.items())
-    return source if source.startswith(lines) else lines + source
+    return source if lines in source else lines + source
 
 
 def check_variables(source: str, variables: Mapping[str, Any]) -> None:

@@ -121,6 +121,7 @@ class Template:
         self.ends = self.encoder.ends
         self.ends.appends_eos = self._appends_eos()
         self.needles = Needles(on_missing, train_on_reasoning, "enable_thinking" in self.renderer.words)
+        self._write_bos()
 
     def _try_out(self) -> None:
         try:
@@ -134,6 +135,21 @@ class Template:
             raise ConfigError(f"chat_template: {error}. Name another template.", "invalid-template") from None
         except jinja2.TemplateError:
             pass  # a template may refuse this very conversation
+
+    def _write_bos(self) -> None:
+        """Let the tokenizer's template write the BOS of training, if it writes none.
+
+        transformers and inference servers add no BOS to the text of a chat template.
+        """
+        source = "{{- bos_token }}" + self.renderer.source
+        with contextlib.suppress(jinja2.TemplateError):  # it may refuse this very conversation
+            prompts = [
+                ChatRenderer(one, self.renderer.variables).bind({}).prompt([user("a")])
+                for one in (self.renderer.source, source)
+            ]
+            without, with_bos = map(self.encoder.encode_text, prompts)
+            if without != self.encoder.with_bos(without) == with_bos:
+                self.tokenizer.chat_template = source
 
     def _appends_eos(self) -> bool:
         """Return whether the template writes EOS after the last turn, in addition to the token that ends each turn."""

@@ -5,15 +5,10 @@ Before each round, the weights are written to a folder, which the server reads (
 """
 
 import collections
-import contextlib
-import http.client
-import json
 import math
 import os
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +21,7 @@ import torch
 from minitrain.config.option import option
 from minitrain.errors import ConfigError, RunError, short
 from minitrain.inference.choice import Chooser, Request, Sample
+from minitrain.io.http import HTTPError, call_json
 from minitrain.model.merged import adapts_embeddings, merged_tensors
 from minitrain.model.save import save_merged
 from minitrain.model.vocabulary import embedding_layers
@@ -171,9 +167,8 @@ class Server:
 
     def __init__(self, options: VLLMOptions):
         self.url, self.options = options.url.rstrip("/"), options
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         key = os.environ.get("VLLM_API_KEY")
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def model_name(self) -> str:
         """Return the name of the served model."""
@@ -190,11 +185,9 @@ class Server:
         Raises:
             RunError: The server cannot be reached, is too slow, or answers with an error.
         """
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self.headers)
         for attempt in range(self.options.retries + 1):
             try:
-                return self._call_once(request)
+                return self._call_once(self.url + path, body)
             except _Unreached as error:
                 problem = str(error)
             if attempt < self.options.retries:
@@ -205,37 +198,25 @@ class Server:
             "unreachable",
         )
 
-    def _call_once(self, request: urllib.request.Request) -> Any:
-        url, seconds = request.full_url, self.options.timeout
-        deadline = time.monotonic() + seconds
+    def _call_once(self, url: str, body: dict[str, Any] | None) -> Any:
+        seconds = self.options.timeout
         try:
-            with self.opener.open(request, timeout=seconds) as response:
-                parts = []
-                while part := response.read1(1 << 20):
-                    parts.append(part)
-                    if time.monotonic() > deadline:  # the timeout of a socket is for each part
-                        raise TimeoutError
-                if response.length:
-                    raise http.client.IncompleteRead(b"", response.length)
-            content = b"".join(parts)
-            return json.loads(content) if content.strip() else None
-        except urllib.error.HTTPError as error:
-            text = ""
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                text = error.read(2000).decode(errors="replace").strip()
-            if error.code in BUSY:
-                raise _Unreached(f"the server answered {error.code} {text[:200]}") from None
-            hint = " Start it with VLLM_SERVER_DEV_MODE=1." if error.code == 404 else " See its log."
-            raise RunError(f"{url}: the server answered {error.code}: {text[:500]}.{hint}", "process-failed") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                message = f"{url}: no answer after {seconds:g} seconds. Raise rollout.engine_args.timeout."
-                raise RunError(message, "unreachable") from None
-            raise _Unreached(f"cannot be reached ({reason or type(error).__name__})") from None
-        except ValueError:
-            message = f"{url}: the answer is not JSON, got {short(content)!r}. Check rollout.engine_args.url."
-            raise RunError(message, "process-failed") from None
+            return call_json(url, body, self.headers, seconds)
+        except HTTPError as error:
+            if error.problem == "unreached":
+                raise _Unreached(f"cannot be reached ({error.text})") from None
+            if error.status in BUSY:
+                raise _Unreached(f"the server answered {error.status} {error.text[:200]}") from None
+            code = "process-failed"
+            if error.problem == "slow":
+                message = f"no answer after {seconds:g} seconds. Raise rollout.engine_args.timeout."
+                code = "unreachable"
+            elif error.problem == "not-json":
+                message = f"the answer is not JSON, got {error.text!r}. Check rollout.engine_args.url."
+            else:
+                hint = "Start it with VLLM_SERVER_DEV_MODE=1." if error.status == 404 else "See its log."
+                message = f"the server answered {error.status}: {error.text[:500]}. {hint}"
+            raise RunError(f"{url}: {message}", code) from None
 
 
 class _Unreached(Exception):

@@ -145,6 +145,11 @@ def test_one_bos(written):
     template = Template(tokenizer)
     for ids in (encode(template, talk("ask", "tell")).ids, template.encode_prompt(talk("ask"))):
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    options = {"add_generation_prompt": True, "return_dict": True}  # what is saved: servers add no BOS to its text
+    assert tokenizer.apply_chat_template(talk("ask"), **options)["input_ids"] == template.encode_prompt(talk("ask"))
+    saved = tokenizer.chat_template
+    again = Template(tokenizer)
+    assert tokenizer.chat_template == saved and again.encode_prompt(talk("ask")) == template.encode_prompt(talk("ask"))
 
 
 def test_end_is_learned_when_pad_is_eos():
