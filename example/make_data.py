@@ -86,6 +86,47 @@ def write_facts(folder: Path, seed: int = 0) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+TAGS = {"both": ["animal", "past"], "animal": ["animal"], "past": ["past"], "neither": []}
+
+
+def write_tags(folder: Path, seed: int = 1) -> None:
+    """400 sentences to learn from and 100 others, one {"text", "labels"} a line: the labels that hold, if any."""
+    rows = distinct(fact, 500, random.Random(seed))
+    for name, part in (("tags-test", rows[:100]), ("tags-train", rows[100:])):
+        lines = (json.dumps({"text": text, "labels": TAGS[label]}) for text, label in part)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def parity(rng: random.Random) -> dict:
+    """Three statements about digits, some with a slip, and whether each is right."""
+    digits = [rng.randint(0, 9) for _ in range(3)]
+    right = [rng.random() < 0.6 for _ in digits]
+    steps = [
+        f"{n} is {'even' if (n % 2 == 0) == is_right else 'odd'}" for n, is_right in zip(digits, right, strict=True)
+    ]
+    return {"prompt": f"even or odd: {' '.join(map(str, digits))}", "steps": steps, "labels": right}
+
+
+def write_steps(folder: Path, seed: int = 0) -> None:
+    """1,000 solutions to learn from and 100 others, one {"prompt", "steps", "labels"} a line."""
+    rng = random.Random(seed)
+    rows = list({json.dumps(parity(rng)): None for _ in range(2000)})[:1100]
+    for name, part in (("steps-test", rows[:100]), ("steps-train", rows[100:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+
+
+def write_searches(folder: Path, seed: int = 0) -> None:
+    """200 queries to learn from and 60 others, each with the sentence that it is about and one that it is not."""
+    rng, facts = random.Random(seed), [(n, s, t) for n in NAMES for s in SIZES for t in (*ANIMALS, *TOOLS)]
+    rows = []
+    for name, size, thing in rng.sample(facts, len(facts))[:260]:
+        verb, other = rng.sample(VERBS, 2)
+        texts = [f"{name} {past} the {size} {thing}" for _, past in (verb, other)]
+        rows.append({"query": f"who {verb[0]} the {size} {thing}?", "positive": texts[0], "negatives": texts[1:]})
+    for name, part in (("searches-test", rows[:60]), ("searches-train", rows[60:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n", encoding="utf-8")
+
+
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 DEEDS = (  # what somebody did, how one asks for it, and to what
     ("ate", "eat", ("apples", "beans", "corn", "dates", "eggs", "figs", "grapes", "honey")),
@@ -264,6 +305,9 @@ if __name__ == "__main__":
     write_rollouts(folder / "skills-rollouts.jsonl", train[:1000], random.Random(3))
     write_rollouts(folder / "skills-rollouts-test.jsonl", test[:100], random.Random(4))
     write_facts(folder)
+    write_tags(folder)
+    write_steps(folder)
+    write_searches(folder)
     write_tools(folder)
     write_raft(folder)
     write_products(folder)

@@ -220,6 +220,7 @@ class PolicyOutput:
             float32, shape [N].
         values: Output of a value head before each target, float32, shape [N].
         scores: Output of a scalar head with L labels at the last token of each document, float32, shape [D, L].
+        embeddings: Pooled hidden states of each document if requested, float32, shape [D, H].
         divergence: Divergence from the distribution of a teacher if requested, float32, shape [N].
         loss_sum: The loss that `detached_weight_fn` or the weights of `Distillation` describe, summed over the targets,
             float32, shape []. None if the LM head has not computed its gradient in the forward pass.
@@ -233,6 +234,7 @@ class PolicyOutput:
     log_sum_squares: Tensor | None = None  # [N]
     values: Tensor | None = None  # [N]
     scores: Tensor | None = None  # [D, L]
+    embeddings: Tensor | None = None  # [D, H]
     divergence: Tensor | None = None  # [N]
     loss_sum: Tensor | None = None  # []
 

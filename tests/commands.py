@@ -56,7 +56,7 @@ CASES = {
     ),
     "score": CommandCase(
         ["score", "runs/labels", "--text", "a", "--output", "labels.jsonl", "--force"],
-        "inference.score:SequenceScorer.scores",
+        "inference.score:SequenceScorer.predict",
         writes="labels.jsonl",
     ),
     "evaluate": CommandCase(

@@ -1,5 +1,6 @@
 """Made-up examples of each kind of record, and all that a loss needs to be called on them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,14 @@ def examples(kind: str) -> list[list[Document]]:
     for i, length in enumerate(LENGTHS):
         first = document(length, generator)
         found = [first]
+        if kind in ("retrieval", "ranking"):  # the query, its positive and up to two negatives; one positive is two's
+            found = [document(LENGTHS[(i + j) % N], generator) for j in range(2 + (kind == "ranking") + i % 3)]
+            found = [replace(each, mask=torch.zeros_like(each.mask)) for each in found]
+            for j, each in enumerate(found):
+                role = min(j if kind == "retrieval" else j + 1, 2)
+                each.doc_features = {"role": float(role), "text": float(10 * (i % 7) + j), "query": float(i % 6)}
+            made.append(found)
+            continue
         if kind in ("preference", "unpaired_preference"):
             n_prompt = int(first.mask.argmax())
             found.append(document(LENGTHS[-i], generator, first.ids[:n_prompt]))
@@ -52,6 +61,8 @@ def numbers(kind: str, i: int, document: Document, generator: torch.Generator) -
         return {"margin": 0.1 * i}, {}
     if kind == "unpaired_preference":
         return {"desirable": float(i % 3 > 0)}, {}
+    if kind == "solution":
+        return {}, {"step_label": (torch.rand(len(document.ids), generator=generator) > 0.4).float()}
     if kind == "rollout":
         return {"reward": float(i * 7 % 5) - 1, "group": float(i // 3)}, _of_tokens(document, generator)
     if kind == "classification":

@@ -508,6 +508,15 @@ BUGS = {
             replacement="if False:",
             test="tests/rl/test_rollout_options.py::test_truncated_distributions_are_for_losses_without_ratios",
         ),
+        Bug(
+            number=76,
+            title="With gradient accumulation, in-batch negatives came from each micro-batch alone.",
+            reported_in="huggingface/sentence-transformers#2916, modelscope/ms-swift#5958",
+            file="minitrain/losses/full_step.py",
+            line="self.of_step = RowLosses(losses.detach(), metrics)",
+            replacement="self.of_step = None",
+            test="tests/losses/test_embed.py::test_negatives_come_from_all_micro_batches",
+        ),
     ],
     "weights": [
         Bug(

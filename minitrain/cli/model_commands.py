@@ -163,7 +163,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_template_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", nargs="+", metavar="TEXT", help="texts to classify")
+    source.add_argument("--text", nargs="+", metavar="TEXT", help="texts to classify or embed")
     source.add_argument(
         "--prompt", nargs="+", metavar="TEXT", help="prompts whose responses are scored; see --response"
     )
@@ -181,7 +181,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 @command(
     _score_arguments,
-    "classify texts or score responses with a trained model",
+    "classify or embed texts, or score responses, with a trained model",
     usage="MODEL (--text TEXT ... | --prompt TEXT ... | --input FILE) [options]",
     example='minitrain score runs/classify --text "kim sold the small owl"',
     docs="losses.md#classify-unit-example",
@@ -202,7 +202,7 @@ def score(arguments: argparse.Namespace) -> int:
         arguments.trust_remote_code,
         dict(arguments.chat_template_kwargs),
     )
-    predictions = scorer.predictions(scorer.scores(requests, arguments.batch_size, progress=not arguments.quiet))
+    predictions = scorer.predict(requests, arguments.batch_size, progress=not arguments.quiet)
     n_truncated = scorer.counts.pop("truncated", 0)
     _report_counts(scorer.counts, len(requests), arguments.quiet)
     if n_truncated:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -20,11 +21,14 @@ from .examples import (
     Rollout,
     UnpairedPreference,
 )
+from .formats_scores import Ranking, Retrieval, Solution
 from .messages import Messages, assistant, is_empty
 from .shared_prefixes import merge_prefixes, n_shared, share_prefixes
 from .template import Template
 from .text_encoder import Tokens, check_texts
 
+QUERY, POSITIVE, NEGATIVE = 0.0, 1.0, 2.0  # doc feature `role` of a text
+STEP_LABEL = "step_label"  # token feature: the label of the step that ends with the token
 EXCLUDED = "excluded"  # doc feature: 1 for a rollout that counts in its group's advantages, but is not trained on
 
 
@@ -55,6 +59,10 @@ def encode(example: Example, template: Template, limits: TruncationConfig) -> li
         return _unpaired(example, template, limits)
     if isinstance(example, ClassificationExample):
         return _classification(example, template, limits)
+    if isinstance(example, Retrieval):
+        return _retrieval(example, template, limits)
+    if isinstance(example, Solution):
+        return _solution(example, template, limits)
     if isinstance(example, Rollout):
         return _rollout(example, template, limits)
     if isinstance(example, Prompt):
@@ -161,21 +169,74 @@ def _with_shared(documents: list[Tokens]) -> list[Tokens]:
     return documents
 
 
+def _solution(example: Solution, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
+    """Return the prompt and the steps. The targets are the last tokens of the steps with a label.
+
+    Each step is tokenized with its separator, by itself.
+    """
+    check_texts([*example.steps, example.separator])
+    ids = template.encode_prompt(example.prompt, example.variables)
+    mask, labels = [False] * len(ids), [math.nan] * len(ids)
+    for step, label in zip(example.steps, example.labels, strict=True):
+        text = template.encoder.mark_literals(step + example.separator)
+        piece = template.encoder.encode_text(text, before="a" if any(mask) else "")
+        ids, mask, labels = ids + piece, mask + [True] * len(piece), labels + [math.nan] * len(piece)
+        labels[-1] = label
+    tokens = Tokens(ids, mask, token_features={STEP_LABEL: labels})
+    documents = truncate([tokens], limits, template.tokenizer.bos_token_id)
+    if isinstance(documents, str):
+        return documents
+    (tokens,) = documents
+    tokens.mask = [not math.isnan(label) for label in tokens.token_features[STEP_LABEL]]
+    tokens.token_features[STEP_LABEL] = [
+        0.0 if math.isnan(label) else label for label in tokens.token_features[STEP_LABEL]
+    ]
+    return documents if any(tokens.mask) else NO_TARGET_LEFT
+
+
 def _classification(example: ClassificationExample, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
     texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
+    tokens = _texts(texts, template, limits)
+    if tokens is None:
+        return TOO_LONG
+    tokens.doc_features["label"] = example.label
+    return [tokens]
+
+
+def _retrieval(example: Retrieval, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
+    """Return the query, the positive and the negatives, or each pair of the query with one of those."""
+    answers = [example.positive, *example.negatives]
+    texts = [[example.query, text] for text in answers]
+    roles = [POSITIVE, *[NEGATIVE] * len(example.negatives)]
+    if not isinstance(example, Ranking):
+        texts, roles = [[text] for text in (example.query, *answers)], [QUERY, *roles]
+    documents = [_texts(each, template, limits) for each in texts]
+    if None in documents:
+        return TOO_LONG
+    for document, role, each in zip(documents, roles, texts, strict=True):
+        document.doc_features |= {"role": role, "text": _text_hash(each[-1]), "query": _text_hash(example.query)}
+    return documents
+
+
+def _texts(texts: list[str], template: Template, limits: TruncationConfig) -> Tokens | None:
+    """Return one or two texts as the tokenizer encodes them, without targets; None if they are too long."""
     check_texts(texts)
     encoded, counts = template.tokenizer(*texts), {}
     if len(encoded["input_ids"]) > limits.max_length:
         if limits.truncation == "drop":
-            return TOO_LONG
+            return None
         counts = {"truncated": 1}
         encoded = template.tokenizer(*texts, truncation=True, max_length=limits.max_length)
     ids = encoded["input_ids"]
     if not ids:
         raise DataError("the text is empty", "invalid-row")
-    tokens = Tokens(ids, [False] * len(ids), counts, doc_features={"label": example.label})
-    tokens.token_features["token_types"] = encoded.get("token_type_ids", [0] * len(ids))
-    return [tokens]
+    types = {"token_types": encoded.get("token_type_ids", [0] * len(ids))}
+    return Tokens(ids, [False] * len(ids), counts, token_features=types)
+
+
+def _text_hash(text: str) -> float:
+    """Return a hash that is exact in float32, the same in every process and run."""
+    return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=3).digest(), "big"))
 
 
 def _rollout(example: Rollout, template: Template, limits: TruncationConfig) -> list[Tokens]:

@@ -179,7 +179,7 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
         formats = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
         first, second = EXAMPLE_COLUMNS[kind]
         example = f"{{{first}: my_column, {second}: my_other_column}}"
-        is_prompt = kind != "classification" and _matching_format(row, row_formats_of("prompt"))
+        is_prompt = kind not in (*OF_TEXTS, "solution") and _matching_format(row, row_formats_of("prompt"))
         online = ", or set rollout.num_generations to sample responses during training" if is_prompt else ""
         raise DataError(
             f"expected the keys of a {kind} format ({formats}), got {keys_of(row)}. "
@@ -194,7 +194,7 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
     if name not in WITH_DOCUMENTS and (dataset.p_oracle < 1 or dataset.n_distractors is not None):
         raise DataError(f"p_oracle and n_distractors have no effect on rows of type {name}. Remove them", "no-effect")
     example = known[name].convert(row, dataset)
-    if kind != "classification":
+    if kind not in OF_TEXTS:
         if media := [key for key in MEDIA if row.get(key) not in EMPTY]:
             raise DataError(f"{media[0]}: minitrain trains on text only. Remove the row", "invalid-row")
         example.variables = variables_of(row, dataset, has_documents=name in WITH_DOCUMENTS) | example.variables
@@ -262,9 +262,13 @@ EXAMPLE_COLUMNS = {
     "preference": ("chosen", "rejected"),
     "unpaired_preference": ("completion", "label"),
     "classification": ("text", "label"),
+    "solution": ("steps", "labels"),
+    "retrieval": ("query", "positive"),
+    "ranking": ("query", "positive"),
     "rollout": ("response", "reward"),
     "prompt": ("prompt", "answer"),
 }
+OF_TEXTS = ("classification", "retrieval", "ranking")  # these use no chat template
 EMPTY = (None, "", [], {})
 MEDIA = ("images", "videos", "audios")  # columns of data sets for models that read more than text
 WITH_DOCUMENTS = ("raft", "raft_context", "raft_distractors")

@@ -1,5 +1,6 @@
 """Row formats of preferences, unpaired preferences, classification and rollouts."""
 
+import json
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ from .messages import Messages, parse_messages
 TOKEN_COLUMNS = ("old_logps", "ref_logps", "values", "advantages", "returns")  # of a rollout
 LOGPS = ("old_logps", "ref_logps")  # those of TOKEN_COLUMNS that are log-probabilities
 ROUNDING = 1e-4  # rounding of large logits can give a log-probability slightly above 0
-_BOOLEANS = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False}  # True and 1 are one key
+BOOLEANS = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False}  # True and 1 are one key
 
 
 @row_format("preference", "preference", "chosen", "rejected")
@@ -77,6 +78,11 @@ def _kto_tag(row: dict, dataset: DatasetConfig) -> UnpairedPreference:
 @row_format("labelled", "classification", "text", "label")
 def _labelled(row: dict, dataset: DatasetConfig) -> ClassificationExample:
     return _classification(row, "text", "text_pair" if "text_pair" in row else None)
+
+
+@row_format("labels", "classification", "text", "labels")
+def _labels(row: dict, dataset: DatasetConfig) -> ClassificationExample:
+    return _classification(row, "text", "text_pair" if "text_pair" in row else None, "labels")
 
 
 @row_format("sentence_pair", "classification", "sentence1", "sentence2", "label")
@@ -134,16 +140,19 @@ def _last_turn_labeled(row: dict, key: str, desirable: bool) -> UnpairedPreferen
 
 def _boolean(value: Any, key: str) -> bool:
     value = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(value, (list, dict)) or value not in _BOOLEANS:
+    if isinstance(value, (list, dict)) or value not in BOOLEANS:
         raise DataError(f"{key}: expected true or false, got {short(value)!r}", "invalid-row")
-    return _BOOLEANS[value]
+    return BOOLEANS[value]
 
 
-def _classification(row: dict, key: str, pair: str | None) -> ClassificationExample:
-    label = row["label"]
-    if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label != label or label == "":
-        raise DataError(f"label: expected a string or a number, got {short(label)!r}", "invalid-row")
-    return ClassificationExample(text_of(row, key), text_of(row, pair) if pair else None, str(label))
+def _classification(row: dict, key: str, pair: str | None, of_label: str = "label") -> ClassificationExample:
+    """Return an example. A list of labels is written as JSON, sorted."""
+    value = row[of_label]
+    for label in value if isinstance(value, list) else [value]:
+        if isinstance(label, bool) or not isinstance(label, (str, int, float)) or label != label or label == "":
+            raise DataError(f"{of_label}: expected a string or a number, got {short(label)!r}", "invalid-row")
+    label = json.dumps(sorted(set(map(str, value)))) if isinstance(value, list) else str(value)
+    return ClassificationExample(text_of(row, key), text_of(row, pair) if pair else None, label)
 
 
 def _make_rollout(row: dict, prompt: Messages | list[int], response: str | list[int]) -> Rollout:

@@ -19,7 +19,7 @@ from minitrain.errors import ConfigError, DataError
 
 from .answers import LITERAL, Answer, Answered, find_answers, find_earlier
 from .counts import LOST, TRAINED, UNREAD, UNREAD_ROW, UNTRAINED, Uses, count_uses
-from .examples import Conversation, Example, PlainText, Rollout
+from .examples import OF_TEXTS, Conversation, Example, PlainText, Rollout
 from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
 from .needles import Needles, lost_context, uses_of_turn, uses_of_variables
 from .rendering import ChatRenderer, Rendering, set_defaults
@@ -320,7 +320,7 @@ class Template:
 
 def make_template(tokenizer, config: Config, kind: str) -> Template:
     """Return the template for records of a type; texts to classify are read as they are."""
-    chat_template = "none" if kind == "classification" else config.chat_template
+    chat_template = "none" if kind in OF_TEXTS else config.chat_template
     targets = {name: getattr(config, name) for name in Targets._fields}
     return Template(tokenizer, chat_template, **targets, variables=config.chat_template_kwargs)
 

@@ -1,15 +1,16 @@
-"""Classify texts, or score responses with a reward model: `minitrain score`."""
+"""Classify texts, score responses and steps with a reward model, or embed texts: `minitrain score`."""
 
+import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from minitrain.batch import Document, collate
+from minitrain.batch import Batch, Document, collate
 from minitrain.config.sections import DatasetConfig
 from minitrain.data.encode import TruncationConfig, count_example, encode
 from minitrain.data.examples import (
@@ -22,13 +23,14 @@ from minitrain.data.examples import (
     user,
 )
 from minitrain.data.files import FORMATS, check_is_file, format_of, read_rows
+from minitrain.data.formats_scores import Solution
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.model.load import load_tokenizer, trained_outputs
 from minitrain.model.load_check import check_policy
 from minitrain.model.policy import Policy
 from minitrain.model.positions import batches_by_length
-from minitrain.model.sequence_head import make_policy
+from minitrain.model.sequence_head import MULTI_LABEL, make_policy
 
 from .generate import load_saved, model_config
 from .resolve import find_model
@@ -47,6 +49,7 @@ class SequenceScorer:
 
     Attributes:
         labels: Names of the classes; None for a model that returns one number.
+        multi_label: Whether a text has any number of labels.
         counts: What became of the examples, by the keys of `minitrain.data.counts`.
     """
 
@@ -56,27 +59,56 @@ class SequenceScorer:
         config = policy.model.config
         self.counts: Counter[str] = Counter()
         self.labels = list(config.id2label.values()) if config.problem_type != "regression" else None
+        self.multi_label = config.problem_type == MULTI_LABEL
+
+    def predict(self, requests: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> list[dict]:
+        """Return the new columns of each request, such as `prediction`. Raises DataError."""
+        if isinstance(requests[0].example, Solution):
+            rewards = self._run(requests, self._step_scores, batch_size, progress)
+            return [{"prediction": steps.sigmoid().tolist()} for steps in rewards]
+        return self.predictions(self.scores(requests, batch_size, progress))
 
     def scores(self, requests: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> torch.Tensor:
         """Return the outputs of the head in the order of the requests, shape [n, L] float32. Raises DataError."""
+        return torch.stack(self._run(requests, lambda batch: self.policy(batch).scores.cpu(), batch_size, progress))
+
+    def _run(
+        self,
+        requests: list[ScoringRequest],
+        compute: Callable[[Batch], Iterable[torch.Tensor]],
+        batch_size: int,
+        progress: bool,
+    ) -> list[torch.Tensor]:
+        """Return what `compute` returns for the documents of a batch, in the order of the requests."""
         documents = [self._document(request) for request in requests]
         lengths = [len(document.ids) for document in documents]
         device = self.policy.model.get_input_embeddings().weight.device
-        scores = {}
+        outputs = {}
         with (
             torch.no_grad(),
             tqdm(total=len(requests), unit=" texts", disable=None if progress else True, leave=False) as bar,
         ):
             for chosen in batches_by_length(lengths, batch_size, self.policy.rotary_limit):
                 batch = collate([[documents[i]] for i in chosen], self.template.tokenizer.pad_token_id)
-                scores |= dict(zip(chosen, self.policy(batch.to(device)).scores.cpu(), strict=True))
+                outputs |= dict(zip(chosen, compute(batch.to(device)), strict=True))
                 bar.update(len(chosen))
-        return torch.stack([scores[i] for i in range(len(documents))])
+        return [outputs[i] for i in range(len(documents))]
+
+    def _step_scores(self, batch: Batch) -> Iterable[torch.Tensor]:
+        """Return the score of each step of the documents, [steps] each."""
+        values = self.policy(batch, at_targets=True).values.cpu()  # [N]
+        return values.split(torch.bincount(batch.target_docs.cpu(), minlength=batch.n_docs).tolist())
 
     def predictions(self, scores: torch.Tensor) -> list[dict]:
-        """Return a `prediction` for each row of scores [n, L]: a label with its `probability`, or the number itself."""
+        """Return a `prediction` for each row of scores [n, L]: a label with its `probability`, or the number itself.
+
+        With `multi_label`, the labels whose probability is above 1/2, and the `probabilities` of all.
+        """
         if self.labels is None:
             return [{"prediction": number} for number in scores[:, 0].tolist()]
+        if self.multi_label:
+            each = [dict(zip(self.labels, row, strict=True)) for row in scores.sigmoid().tolist()]
+            return [{"prediction": [name for name in row if row[name] > 0.5], "probabilities": row} for row in each]
         probabilities, chosen = scores.softmax(1).max(1)  # [n], [n]
         pairs = zip(chosen.tolist(), probabilities.tolist(), strict=True)
         return [{"prediction": self.labels[number], "probability": probability} for number, probability in pairs]
@@ -97,6 +129,42 @@ class SequenceScorer:
         return Document(torch.tensor(tokens.ids), torch.tensor(tokens.mask), token_features=columns)
 
 
+class Embedder(SequenceScorer):
+    """A language model whose pooled hidden states are embeddings."""
+
+    def __init__(self, policy: Policy, template: Template, max_length: int, pooling: str):
+        super().__init__(policy, template, max_length)
+        self.pooling = pooling
+
+    def predict(self, requests: list[ScoringRequest], batch_size: int = 16, progress: bool = False) -> list[dict]:
+        """Return the normalized `embedding` of each text, or the cosine similarity of each pair as `prediction`."""
+        texts = [[r.example.text] + ([r.example.text_pair] if r.example.text_pair else []) for r in requests]
+        singles = [
+            request._replace(example=ClassificationExample(text, None, ""))
+            for request, each in zip(requests, texts, strict=True)
+            for text in each
+        ]
+        states = iter(self._run(singles, self._embed, batch_size, progress))
+        found = [[next(states) for _ in each] for each in texts]
+        return [
+            {"prediction": float(each[0] @ each[1])} if len(each) == 2 else {"embedding": each[0].tolist()}
+            for each in found
+        ]
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """Return the embeddings of the documents, shape [D, H]."""
+        return torch.nn.functional.normalize(self.policy(batch, pooling=self.pooling).embeddings, dim=1).cpu()
+
+
+def read_pooling(folder: Path) -> str | None:
+    """Return the pooling of an embedding model, as sentence-transformers saves it; None for another model."""
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    modes = json.loads(file.read_text())
+    return "mean" if modes.get("pooling_mode_mean_tokens") else "last"
+
+
 def load_scorer(
     source: str,
     requests: list[ScoringRequest],
@@ -105,7 +173,7 @@ def load_scorer(
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> SequenceScorer:
-    """Load a model with a sequence head.
+    """Load a model with a sequence head, or one that embeds texts.
 
     Args:
         source: A run directory (its final/, or best/), a folder with a model or an adapter, or the name of a Hub model.
@@ -118,22 +186,35 @@ def load_scorer(
     Raises:
         ConfigError: The folder does not exist, or the model has no sequence head.
     """
-    config = model_config(find_model(source), trust_remote_code)
-    labels = trained_outputs(config)
-    if labels is None:
+    found = find_model(source)
+    config = model_config(found, trust_remote_code)
+    labels, pooling = trained_outputs(config), read_pooling(Path(found))
+    if labels is None and pooling is None:
         message = f"{source}: the model returns text, not scores. Use `minitrain generate`."
         raise ConfigError(message, "unsupported-model")
-    tokenizer = load_tokenizer(config, scores=True)
+    tokenizer = load_tokenizer(config, scores=labels is not None)
     are_texts = all(isinstance(request.example, ClassificationExample) for request in requests)
     template = Template(tokenizer, "none" if are_texts else chat_template, variables=chat_template_kwargs)
     policy = make_policy(load_saved(config, tokenizer, device, labels))
     check_policy(policy, packing=False, device=policy.model.device)
-    return SequenceScorer(policy, template, policy.n_positions)
+    if pooling is None:
+        return SequenceScorer(policy, template, policy.n_positions)
+    if not are_texts:
+        raise ConfigError(f"{source}: embeds texts, not conversations. Use --text or rows with a text.", "mismatch")
+    return Embedder(policy, template, policy.n_positions, pooling)
 
 
 def format_prediction(prediction: dict) -> str:
     """Return a prediction as a line of the console."""
-    return "\t".join(f"{value:.4f}" if isinstance(value, float) else value for value in prediction.values())
+    return "\t".join(map(_format_value, prediction.values()))
+
+
+def _format_value(value: str | float | list | dict) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_format_value(number)}" for name, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_format_value, value)) or "-"  # no label
+    return f"{value:.4f}" if isinstance(value, float) else value
 
 
 def requests_from_args(arguments: Namespace, tools: list[dict] | None = None) -> list[ScoringRequest]:
@@ -205,6 +286,9 @@ def _requests_from_file(path: Path, columns: dict[str, str], tools: list[dict] |
 
 def _example(row: dict, dataset: DatasetConfig) -> Example:
     keys = {"label", *row, *dataset.columns}
+    for column in (dataset.columns.get(key, key) for key in ("steps", "completions")):
+        if isinstance(steps := row.get(column), list):
+            return to_example(row | {"labels": [0] * len(steps)}, dataset, "solution")
     if not any(keys.issuperset(row_format.required) for row_format in row_formats_of("classification").values()):
         return to_example(row, dataset)
     return to_example(row | {"label": "unknown"}, dataset, "classification")

@@ -21,7 +21,16 @@ from minitrain.config.schema import Config, aliases
 from minitrain.errors import ConfigError, DataError
 
 L = TypeVar("L", bound="Loss")
-EXAMPLE_TYPES = ("conversation", "preference", "unpaired_preference", "classification", "rollout")
+EXAMPLE_TYPES = (
+    "conversation",
+    "preference",
+    "unpaired_preference",
+    "classification",
+    "solution",
+    "retrieval",
+    "ranking",
+    "rollout",
+)
 OLD_NAMES = {  # names of 0.1.0
     "weight": "num_items",
     "record": "example_type",
@@ -104,6 +113,7 @@ class Loss:
     example_type: ClassVar[str] = "conversation"  # one of EXAMPLE_TYPES
     online: bool = False  # whether its examples are sampled during training
     dropout: ClassVar[bool] = True  # whether the policy's dropout is active in training
+    multi_label: bool = False  # whether each output of the sequence head is a yes or no by itself
     temperature: float = 1.0  # of the log-probabilities
     options_class: ClassVar[type]
     name: ClassVar[str]
@@ -142,6 +152,10 @@ class Loss:
     def head_labels(self) -> list[str] | None:
         """Names of the outputs of the sequence head; None for a language model."""
         return None
+
+    def model_files(self, hidden_size: int) -> dict[str, Any]:
+        """Return what the folder of a saved model has besides the model: path -> content of a JSON file."""
+        return {}
 
     def on_data_loaded(self, train: Sequence[DataFile], eval: Sequence[DataFile]) -> Iterable[AddedFeatures]:
         """Return features to add to the data files. Called once, before the model is built.

@@ -21,7 +21,7 @@ from .dpo_variants import (
     WITHOUT_REFERENCE,
     Pairs,
 )
-from .full_step import FullStepLoss
+from .full_step import FullStepLoss, RowLosses
 
 REFERENCE = option(
     "auto",
@@ -165,12 +165,12 @@ class DPO(FullStepLoss, PairLoss):
     def step_rows(self, batch: Batch, models: Models) -> Tensor:
         return torch.stack(self._pairs(batch, models)[0], 1)  # [P, 7]
 
-    def row_losses(self, rows: Tensor) -> Tensor:
-        return self._losses(Pairs(*rows.unbind(1)))
+    def row_losses(self, rows: Tensor) -> RowLosses:
+        return RowLosses(self._losses(Pairs(*rows.unbind(1))))
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         pairs, logps = self._pairs(batch, models)
-        losses = self.losses_of(torch.stack(pairs, 1)) if self.gathers_rows else self._losses(pairs)  # [P]
+        losses = self.losses_of(torch.stack(pairs, 1)).losses if self.gathers_rows else self._losses(pairs)  # [P]
         compared = self._compare(pairs, self.options.weights)
         # A sum over no pairs must stay part of the autograd graph.
         return LossOutput(losses.sum() + 0 * logps.sum(), self.num_items(batch), self._metrics(pairs, compared))

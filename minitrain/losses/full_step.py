@@ -5,14 +5,24 @@ gradients computes what the losses depend on, a row for each item, and all ranks
 and their derivatives with respect to the rows follow. The loss of a micro-batch is then linear in its own rows.
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .base import Loss
 
 
+class RowLosses(NamedTuple):
+    """The losses of rows, and per-row numbers for metrics; shape [n] each."""
+
+    losses: Tensor
+    metrics: Mapping[str, Tensor] = {}
+
+
 class FullStepLoss(Loss):
-    """A loss whose `row_losses` maps the rows of all items of a step [n, K] to their losses [n].
+    """A loss whose `row_losses` maps the rows of all items of a step to their losses.
 
     `__call__` computes the rows of a micro-batch with gradients, and passes them to `losses_of`.
     """
@@ -22,26 +32,28 @@ class FullStepLoss(Loss):
 
     def __init__(self, options: object):
         super().__init__(options)
-        self.rows: Tensor | None = None  # of the step [n, K]; None if the micro-batch is the full step
+        self.of_step: RowLosses | None = None  # without gradients; None if the micro-batch is the full step
         self.next = 0  # index of the first row of the next micro-batch
 
-    def row_losses(self, rows: Tensor) -> Tensor:
-        """Return the losses of all items of a step, [n, K] -> [n]."""
+    def row_losses(self, rows: Tensor) -> RowLosses:
+        """Return the losses of all items of a step, from their rows [n, K]."""
         raise NotImplementedError
 
     def set_step_rows(self, rows: Tensor | None, start: int) -> None:
-        self.rows, self.next = rows, start
+        self.of_step, self.next = None, start
         if rows is not None:
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                losses = self.row_losses(leaf)  # [n]
+                losses, metrics = self.row_losses(leaf)
                 (self.slopes,) = torch.autograd.grad(losses.sum(), leaf)  # [n, K]
-            self.losses = losses.detach()
+            self.of_step = RowLosses(losses.detach(), metrics)
 
-    def losses_of(self, rows: Tensor) -> Tensor:
-        """Return the losses of the next micro-batch, given its rows, [m, K] -> [m]."""
-        if self.rows is None:
+    def losses_of(self, rows: Tensor) -> RowLosses:
+        """Return the losses of the next micro-batch, given its rows [m, K]."""
+        if self.of_step is None:
             return self.row_losses(rows)
         own = slice(self.next, self.next + len(rows))
         self.next = own.stop
-        return self.losses[own] + ((rows - rows.detach()) * self.slopes[own]).sum(1)
+        linear = ((rows - rows.detach()) * self.slopes[own]).sum(1)  # [m] 0, with the gradient of the step
+        metrics = {name: numbers[own] for name, numbers in self.of_step.metrics.items()}
+        return RowLosses(self.of_step.losses[own] + linear, metrics)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, PolicyOutput
 from minitrain.config.schema import option
 from minitrain.errors import ConfigError
 
@@ -67,11 +67,7 @@ class Value(Loss):
         return scalar(batch.n_targets, batch)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
-        values, returns = models.policy(batch).values, batch.target_feature("returns")  # [N], [N]
-        if values is None:
-            raise ConfigError(
-                "loss.name: value needs a causal model, and this model is an encoder. Use another model.", "conflict"
-            )
+        values, returns = values_of(models.policy(batch), self.name), batch.target_feature("returns")  # [N], [N]
         old = batch.target_feature("values") if "values" in batch.token_features else None  # [N]
         losses = value_losses(values, returns, old, self.options.eps_value)
         return LossOutput(
@@ -81,6 +77,15 @@ class Value(Loss):
     def finalize_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Add the explained variance."""
         return with_explained_variance(means)
+
+
+def values_of(output: PolicyOutput, name: str) -> Tensor:
+    """Return the values of the targets, shape [N]. Raise ConfigError if the model is an encoder."""
+    if output.values is None:
+        raise ConfigError(
+            f"loss.name: {name} needs a causal model, and this model is an encoder. Use another model.", "conflict"
+        )
+    return output.values
 
 
 def value_losses(values: Tensor, returns: Tensor, old: Tensor | None, eps: float) -> Tensor:

@@ -67,6 +67,8 @@ def load_adapter(model: nn.Module, folder: Path, weights: Weights | None = None)
         raise ConfigError(f"{folder / FILE}: cannot be read: {error}", "unreadable") from None
     config, tensors, other_tensors = split_adapter(model, config, tensors, PREFIX)
     config = _resolve_modules(config, model, folder)
+    if problem_type := config.get("minitrain_problem_type"):
+        model.config.problem_type = problem_type
     if config["peft_type"] != "LORA":
         return _load_prompt(model, config, tensors, folder, weights)
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from minitrain.batch import Batch, Distillation, PolicyOutput
+from minitrain.batch import Batch, Distillation, PolicyOutput, to_device
 
 from . import attention
 from .decoder import decoder_of
@@ -144,6 +144,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         distillation: Distillation | None = None,
         log_sum_squares: bool = False,
+        pooling: str | None = None,
     ) -> PolicyOutput:
         """Return the logps of the N targets of a batch, and the other requested values.
 
@@ -156,10 +157,14 @@ class Policy(nn.Module):
             distillation: Also return the divergence from this teacher. Logps are then at temperature 1, and the other
                 options have no effect.
             log_sum_squares: Also return the log of the sum of the squared probabilities at each target.
+            pooling: Return only the embeddings of the documents: the hidden states of their last tokens, or their
+                `mean` over tokens.
 
         Returns:
             Float32 tensors of shape [N]. `values` is set if the policy has a value head.
         """
+        if pooling is not None:
+            return PolicyOutput(None, batch.target_docs, batch.n_docs, embeddings=self._pool(batch, pooling))
         hidden = self._select_hidden_states(batch)  # [N, H]
         values = self._compute_values(hidden) if self.value_head is not None else None
         hidden, layer = self.lm_head(hidden)
@@ -170,6 +175,16 @@ class Policy(nn.Module):
             options = detached_weight_fn, entropy, mean_logps, None, self.compiles_head, log_sum_squares
             outputs = chunked_logprobs(hidden, batch.targets, layer.at(temperature), *options)._asdict()
         return PolicyOutput(doc_ids=batch.target_docs, n_docs=batch.n_docs, values=values, **outputs)
+
+    def _pool(self, batch: Batch, pooling: str) -> Tensor:
+        """Return the hidden states of the documents' last tokens, or their means over tokens, shape [D, H], float32."""
+        hidden = self.hidden_states(batch).flatten(0, 1).float()  # [R * T, H]
+        if pooling == "last":
+            return hidden.index_select(0, to_device(batch.last_token_positions, hidden.device))
+        docs = batch.doc_ids.flatten() + 1  # [R * T] 0 at padding
+        sums = hidden.new_zeros(1 + batch.n_docs, hidden.shape[1]).index_add(0, docs, hidden)  # [1 + D, H]
+        counts = hidden.new_zeros(1 + batch.n_docs, 1).index_add(0, docs, torch.ones_like(hidden[:, :1]))
+        return (sums / counts.clamp(min=1))[1:]
 
     def target_hidden_states(self, batch: Batch) -> tuple[Tensor, LMHead]:
         """Return the input of the LM head at the N targets, shape [N, H], and the head."""

@@ -14,6 +14,8 @@ from .decoder import find_blocks
 from .policy import Policy
 from .positions import UNLIMITED, n_positions
 
+MULTI_LABEL = "multi_label_classification"  # transformers' problem_type of outputs that are each a yes or no
+
 
 class Heads(NamedTuple):
     """Names of the modules of a scalar head.
@@ -33,13 +35,18 @@ class Scorer(Policy):
     It selects the last token by its position in the batch row, not by the pad token.
     """
 
-    def forward(self, batch: Batch) -> PolicyOutput:
-        """Return the `scores` [D, L] of the documents, and the `values` [N] before each target if L is 1."""
+    def forward(self, batch: Batch, at_targets: bool = False) -> PolicyOutput:
+        """Return the `scores` [D, L] of the documents, and the `values` [N] before each target if L is 1.
+
+        Args:
+            at_targets: Return the values at the targets instead of before them.
+        """
         hidden = self.hidden_states(batch).flatten(0, 1)  # [R * T, H]
         scores = self._scalars(hidden.index_select(0, to_device(batch.last_token_positions, hidden.device)))  # [D, L]
         values = None
         if scores.shape[1] == 1:
-            values = self._scalars(hidden.index_select(0, batch.predict_positions))[:, 0]  # [N]
+            positions = batch.target_positions if at_targets else batch.predict_positions  # [N]
+            values = self._scalars(hidden.index_select(0, positions))[:, 0]  # [N]
         return PolicyOutput(None, batch.target_docs, batch.n_docs, values=values, scores=scores)
 
     @property
@@ -65,8 +72,8 @@ class EncoderScorer(Policy):
 
     ignores_padding = True
 
-    def forward(self, batch: Batch) -> PolicyOutput:
-        """Return the `scores` [D, L] of the documents."""
+    def forward(self, batch: Batch, at_targets: bool = False) -> PolicyOutput:
+        """Return the `scores` [D, L] of the documents; an encoder has no values."""
         mask = batch.doc_ids >= 0  # [R, T]
         mask = mask | ~mask.any(1, keepdim=True)  # a row without a document must not give NaN
         inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long()}
@@ -168,7 +175,8 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
         raise ConfigError(f"loss.labels: {reason}.", "mismatch")
     config.id2label = dict(enumerate(outputs))
     config.label2id = {name: number for number, name in enumerate(outputs)}
-    config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
+    if len(outputs) == 1 or config.problem_type != MULTI_LABEL:
+        config.problem_type = "regression" if len(outputs) == 1 else "single_label_classification"
     check_embedding(model)
     text_config = config.get_text_config()
     if not is_encoder(model) or text_config.pad_token_id is None:  # RoBERTa counts positions from its own pad token id
@@ -184,6 +192,13 @@ def name_outputs(model: nn.Module, outputs: list[str], pad_token_id: int, missin
     children = {name for name, child in model.named_children() if any(True for _ in child.parameters())}
     head = sorted(children - {model.base_model_prefix})
     model.heads = Heads(head + [name for name in new if name.partition(".")[0] not in head], new)
+
+
+def set_problem_type(model: nn.Module, multi_label: bool) -> None:
+    """Set whether each of several outputs is a yes or no by itself, in the files of the model or its adapter."""
+    model.config.problem_type = MULTI_LABEL if multi_label else "single_label_classification"
+    if hasattr(model, "adapter"):
+        model.adapter.config["minitrain_problem_type"] = model.config.problem_type
 
 
 def heads_of(model: nn.Module) -> Heads:

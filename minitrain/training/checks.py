@@ -10,7 +10,7 @@ from minitrain.config.python_objects import find_object, is_lost
 from minitrain.config.schedules import SCHEDULES, argument_problems
 from minitrain.config.schema import Config, all_keys
 from minitrain.config.suggest import hint_for_value, suggest
-from minitrain.data.examples import ROW_FORMATS
+from minitrain.data.examples import OF_TEXTS, ROW_FORMATS
 from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
@@ -52,8 +52,9 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
         issues.add("loss.reference", "conflict", message)
     _check_teacher(config.loss, "teacher" in loss.requires, issues)
     for key in ("chat_template", "chat_template_kwargs", "train_on", "max_prompt_length"):
-        if loss.example_type == "classification" and key in given:
-            message = f"has no effect with {name}, which uses no chat template. Remove it."
+        if key in given and (loss.example_type in OF_TEXTS or (key, loss.example_type) == ("train_on", "solution")):
+            reason = "trains on all steps with a label" if loss.example_type == "solution" else "uses no chat template"
+            message = f"has no effect with {name}, which {reason}. Remove it."
             issues.add(key, "no-effect", message, "loss.name")
     if loss.example_type != "rollout" and config.mask_truncated:
         message = f"has no effect with {name}, which does not train on rollouts. Remove it."
@@ -81,7 +82,7 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     if loss.online and config.eval_generate.num_generations > 1:
         message = "has no effect on answers that are sampled in training. Set rollout.eval_generations instead."
         issues.add("eval_generate.num_generations", "no-effect", message, "rollout")
-    if loss.head_labels is not None and config.eval_generate.n_examples:
+    if (loss.head_labels is not None or loss.example_type in OF_TEXTS) and config.eval_generate.n_examples:
         message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
 

@@ -66,6 +66,9 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
         with atomic_folder(folder) as temporary:
             save.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
             (temporary / "README.md").write_text(card)
+            for name, content in trainer.loss.model_files(model.config.get_text_config().hidden_size).items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(json.dumps(content, indent=1))
         trainer.run.prune_models()
 
     parallel.set_status(f"saving {folder}")

@@ -27,6 +27,7 @@ from minitrain.model.offload import HostCopies
 from minitrain.model.policy import GROUPS_NOTE, Policy
 from minitrain.model.recompute import checkpoint_activations
 from minitrain.model.save import check_saving, set_end_tokens
+from minitrain.model.sequence_head import set_problem_type
 from minitrain.model.weights import Weights
 
 from .compute import with_dtype
@@ -130,7 +131,11 @@ def dry_run(config: Config) -> Preparation:
 def _build_policy(
     config: Config, loss: Loss, tokenizer, device: torch.device, sharded: bool = False, quantized: bool = True
 ) -> tuple[Policy, Weights | None]:
-    return build_policy(config, tokenizer, device, sharded, loss.head_labels, "values" in loss.requires, quantized)
+    labels = loss.head_labels
+    policy, weights = build_policy(config, tokenizer, device, sharded, labels, "values" in loss.requires, quantized)
+    if labels is not None and len(labels) > 1:
+        set_problem_type(policy.model, loss.multi_label)
+    return policy, weights
 
 
 def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:

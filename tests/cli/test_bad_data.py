@@ -113,6 +113,7 @@ def test_a_file_that_is_not_what_its_name_says(fails, name, content, code, about
 NAN, INFINITE = float("nan"), float("inf")
 ROLLOUT = {"prompt": "a", "response": "b", "reward": 1.0}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+SOLUTION = {"prompt": "a", "steps": ["b", "c"], "labels": [True, False]}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,20 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("{name: classify, labels: [x, z]}", [{"text": "a", "label": "y"}], "mismatch", "'y'"),
         ("{name: classify, regression: true}", [{"text": "a", "label": "x"}], "invalid-row", "'x'"),
         ("{name: classify, regression: true}", [{"text": "a", "label": INFINITE}], "invalid-row", "'inf'"),
+        ("classify", [{"text": "a", "label": ["x"]}, {"text": "b", "label": "y"}], "unsuitable-data", '["x"]'),
+        (
+            "{name: classify, multi_label: true}",
+            [{"text": "a", "labels": [["x"]]}],
+            "invalid-row",
+            "bad.jsonl:1: labels",
+        ),
+        ("process", [SOLUTION | {"steps": "a"}], "invalid-row", "bad.jsonl:1: steps"),
+        ("process", [SOLUTION | {"labels": [True]}], "invalid-row", "bad.jsonl:1: labels"),
+        ("process", [SOLUTION | {"labels": [True, 2]}], "invalid-row", "bad.jsonl:1: labels"),
+        ("process", [SOLUTION | {"labels": [True, "so"]}], "invalid-row", "bad.jsonl:1: labels"),
+        ("embed", [{"query": "a", "positive": "b", "negatives": "c"}], "invalid-row", "bad.jsonl:1: negatives"),
+        ("embed", [{"query": "a", "positive": ""}], "invalid-row", "bad.jsonl:1:"),
+        ("rerank", [{"query": "a", "positive": "b"}], "invalid-row", "bad.jsonl:1: negatives"),
         ("dpo", [GOOD_ROW], "invalid-row", "bad.jsonl:1:"),
         ("dpo", [PAIR | {"rejected": "b"}], "same-answers", "bad.jsonl:1:"),
         ("dpo", [PAIR | {"chosen": None}], "invalid-row", "bad.jsonl:1: chosen"),

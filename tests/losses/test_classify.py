@@ -69,6 +69,35 @@ def test_cross_entropy(batch, smoothing, weights):
     assert hits == (exact.argmax(1) == LABELS).sum() and count == 8
 
 
+@pytest.mark.parametrize("weights", [{}, {"b": 3.0}])
+def test_several_labels(batch, weights):
+    """Loss and gradient are those of PyTorch's mean over examples and labels. Both files have their own lists."""
+    train, held = file(['["a", "b"]', "[]", '["c"]']), file(['["c"]', "b"], "held.jsonl")
+    loss = prepared([train], [held], multi_label=True, class_weights=weights)
+    assert loss.head_labels == ["a", "b", "c"]
+    assert held.doc_features["label"].tolist() == [3, 4] and held.labels == [*train.labels[:3], '["c"]', "b"]
+    assert loss.label_sets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
+    policy = Outputs(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    output = loss(batch, Models(policy))
+    (output.loss_sum / loss.num_items(batch)).backward()
+    exact, actual = policy.scores.detach().double().requires_grad_(), loss.label_sets[LABELS].double()
+    given = torch.tensor([1.0, weights.get("b", 1.0), 1.0]).double()
+    want = F.binary_cross_entropy_with_logits(exact, actual, pos_weight=given)
+    want.backward()
+    assert (output.loss_sum / output.num_items).item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(policy.scores.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+    found = loss.finalize_metrics({k: (total / n).item() for k, (total, n) in output.metrics.items()})
+    pairs = [(bool(p), bool(y)) for p, y in zip((exact > 0).flatten(), actual.flatten())]
+    f1s = [
+        2 * each.count((True, True)) / (sum(map(sum, each)) or 1)
+        for each in (pairs, pairs[::3], pairs[1::3], pairs[2::3])
+    ]
+    assert found["f1_micro"] == pytest.approx(f1s[0]) and found["f1_macro"] == pytest.approx(sum(f1s[1:]) / 3)
+    right = [pairs[i : i + 3] for i in range(0, 24, 3)]
+    assert found["accuracy"] == pytest.approx(sum(all(p == y for p, y in row) for row in right) / 8)
+    assert found.keys() == {"accuracy", "f1_micro", "f1_macro"}
+
+
 def test_squared_error(batch):
     """Regression: (output - number)^2, by example."""
     loss = prepared([file(["0", "1", "2"])], regression=True)
@@ -135,6 +164,11 @@ def test_labels_in_an_order_of_ones_own():
         (["a", "b"], [], {"class_weights": {"a": 0.0}}, "conflict", ("loss.class_weights: ",)),
         (["a", "b"], [], {"positive_label": "z"}, "conflict", ("loss.positive_label: ", "'z'")),
         (["a", "b", "c"], [], {"positive_label": "a"}, "conflict", ("loss.positive_label: ", "3")),
+        (['["a"]', "b"], [], {}, "unsuitable-data", ("train.jsonl: ", '["a"]')),
+        (['["a"]', "[]"], [], {"multi_label": True}, "unsuitable-data", ("train.jsonl: ", "'a'")),
+        (['["a"]', "b"], ['["b", "z"]'], {"multi_label": True}, "mismatch", ("held.jsonl: ", "'z'")),
+        (["1", "2"], [], {"multi_label": True, "regression": True}, "conflict", ("loss.multi_label: ",)),
+        (["1", "2"], [], {"multi_label": True, "label_smoothing": 0.1}, "no-effect", ("loss.label_smoothing: ",)),
     ],
 )
 def test_bad_labels(train, held, options, code, parts):

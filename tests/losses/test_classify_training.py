@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 from minitrain import ConfigError, DataError, Trainer, load_config
+from minitrain.cli.main import main
 from tests.conftest import metrics, weights
 from tests.messages import raises
 from tests.model.test_sequence_head import close
@@ -61,6 +62,34 @@ def still(trainer: Trainer) -> Trainer:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return trainer
+
+
+@pytest.mark.parametrize(
+    "lora", [(), ("lora.rank=4", "lora.target_modules=all-linear", "lr=2e-2")], ids=["all", "lora"]
+)
+def test_a_run_with_several_labels(make, tmp_path, capsys, lora):
+    """It learns both labels; transformers knows what the outputs mean, and `score` prints all that are likely."""
+    rows = [
+        {
+            "text": f"{'red' * (i % 2)} {'big' * (i // 2 % 2)} thing {i}",
+            "labels": ["red"] * (i % 2) + ["big"] * (i // 2 % 2),
+        }
+        for i in range(48)
+    ]
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"datasets=[{tmp_path / 'tags.jsonl'}]"
+    trainer = make("tiny", data, "loss.multi_label=true", "validation_split=8", "n_steps=40", "lr=1e-2", *lora)
+    ended = trainer.train()
+    assert ended["f1_micro"] > 0.9 and {"f1_macro", "accuracy"} <= ended.keys() and "hits/0" not in ended
+    assert {"f1_micro", "accuracy"} <= metrics(trainer)[-1].keys()
+    if not lora:
+        model = tf.AutoModelForSequenceClassification.from_pretrained(trainer.run.final)
+        assert model.config.problem_type == "multi_label_classification"
+    capsys.readouterr()
+    assert main(["score", str(trainer.run.final), "--text", "red big thing 9", " big thing 8"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [set(line[0].split(", ")) for line in lines] == [{"red", "big"}, {"big"}]
+    assert all(line[1].startswith("big 0.") and ", red 0." in line[1] for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "llama"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minitrain.batch import IGNORE_INDEX, Batch, collate
+from minitrain.data.examples import OF_TEXTS
 from minitrain.data.sampler import plan_step
 from minitrain.losses import create_loss, registered
 from minitrain.model import attention
@@ -33,6 +34,9 @@ VARIANTS = {
         {"f_divergence": "js", "wpo": True},
     ],
     "pairwise": [{"center_rewards_coefficient": 0.01}, {"loss_type": "hinge", "margin": 1.0}],
+    "embed": [{"pooling": "mean", "temperature": 0.5}],
+    "process": [{"positive_weight": 0.5}],
+    "rerank": [{"temperature": 0.5}],
     "kto": [{"undesirable_weight": 0.5}, {"variant": "apo_zero_unpaired"}, {"variant": "bco", "desirable_weight": 2.0}],
     "policy": [
         {"loss_aggregation": "grpo", "importance_sampling_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.01},
@@ -50,7 +54,11 @@ VARIANTS = {
             "vespo_lambda_neg": 0.01,
         },
     ],
-    "classify": [{"regression": True}, {"label_smoothing": 0.1, "class_weights": {"1": 3.0}}],
+    "classify": [
+        {"regression": True},
+        {"label_smoothing": 0.1, "class_weights": {"1": 3.0}},
+        {"multi_label": True, "class_weights": {"1": 3.0}},
+    ],
     "kd": [{"divergence": "jsd", "jsd_weight": 0.3}, {"divergence": "reverse_kl", "top_k": 5, "temperature": 1.0}],
 }
 CASES = [(name, options, False) for name in registered() for options in ({}, *VARIANTS.get(name, []))]
@@ -106,7 +114,7 @@ def test_shared_prompts(case):
     loss, made, want = case
     for rows in PACKED_ROWS:
         batch = collated(made, rows, packed=True, shared=True)
-        assert (batch.prefixes is not None) == (len(made[0]) > 1)
+        assert (batch.prefixes is not None) == any(document.shared for document in made[0])
         assert_same(step(loss, [batch], attention.NAME), want)
 
 
@@ -147,7 +155,7 @@ def test_nothing_to_learn_changes_nothing(case):
     empty, rest = collate([], pad_token_id=0), [collated(made, ALL)]
     assert loss.num_items(empty) == 0
     assert_same(step(loss, [empty, *rest]), want)
-    if loss.example_type == "classification":  # which is learned from without a word of it being one
+    if loss.example_type in OF_TEXTS:  # which are learned from without a word of them being a target
         return
     masked = collated(made, [[0], [1]])
     masked = dataclasses.replace(masked, labels=torch.full_like(masked.labels, IGNORE_INDEX))

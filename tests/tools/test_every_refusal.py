@@ -172,7 +172,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
         "data/files:check_is_file: wrong-path",
         "model/load:freeze_layers: invalid-value",
         "data/template:_read: not-found",
-        "losses/value:__call__: conflict",
+        "losses/value:values_of: conflict",
     ),
     "the file changes or the disk fills while it is read": (
         "data/cache:load_cache: unreadable",

@@ -20,7 +20,10 @@ from .field_spans import ANSWER, CALL, REASONING, RESULT, RowFields, Span, find_
 DOCUMENT_NAMES = {
     "preference": ("chosen", "rejected"),
     "unpaired_preference": ("rated response", "response to another prompt"),
+    "retrieval": ("query", "positive", "negative"),  # or several negatives
+    "ranking": ("positive", "negative"),
 }
+HASHES = ("role", "text", "query")  # features of texts that say nothing to a reader
 
 
 KINDS = (None, REASONING, CALL, RESULT, ANSWER)
@@ -197,7 +200,8 @@ def _batch(
 def _document_name(example_type: str, number: int, n_documents: int, turns: str) -> str:
     """Return the name of a document if its example has several."""
     if example_type in DOCUMENT_NAMES:
-        return f", {DOCUMENT_NAMES[example_type][number]}"
+        names = DOCUMENT_NAMES[example_type]
+        return f", {names[min(number, len(names) - 1)]}"
     return f", {turns or f'document {number + 1} of {n_documents}'}" if turns or n_documents > 1 else ""
 
 
@@ -217,7 +221,7 @@ def _values(batch: Batch, d: int, labels: list[str]) -> list[str]:
     phrases = []
     for name, values in batch.doc_features.items():
         number = float(values[d])
-        if math.isnan(number):  # a rollout without a reward
+        if math.isnan(number) or name in HASHES:  # a rollout without a reward
             continue
         if name == "label" and labels:
             phrases.append(f"label {labels[int(number)]}")

@@ -12,7 +12,7 @@ import torch
 from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
 from minitrain.data.counts import describe_counts, describe_fields, describe_unread
-from minitrain.data.examples import Conversation, assistant, user
+from minitrain.data.examples import OF_TEXTS, Conversation, assistant, user
 from minitrain.data.loader import MicrobatchLoader
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
@@ -149,11 +149,11 @@ def find_bad_rows(cache: TokenCache, run: Preparation) -> Iterator[str]:
     checks: list[tuple[np.ndarray, str]] = []  # documents, problem
     if kind == "classification":
         checks.append((np.flatnonzero(np.isnan(cache.doc_features["label"])), "has no label. Add one"))
-    elif kind != "prompt":
+    elif kind not in (*OF_TEXTS, "prompt"):
         checks.append(
             (np.flatnonzero(_n_targets(cache) == 0), "has no targets. Check the row, max_length and train_on")
         )
-    if kind not in ("classification", "rollout", "prompt"):  # a rollout may end where its sampling was cut off
+    if kind not in (*OF_TEXTS, "rollout", "prompt", "solution"):  # a rollout may end where its sampling was cut off
         problem = f"a target response does not end in {_end_tokens(template)}, so the model would not learn to stop"
         documents = _without_end(cache, template.end_ids(), run.config.max_length)
         # In unpaired preferences only the first document has targets; the other one may be truncated.
@@ -200,7 +200,7 @@ def _with_second_bos(cache: TokenCache, kind: str, template: Template, max_lengt
         return np.empty(0, np.int64)
     positions = np.flatnonzero(cache.ids.numpy() == bos)
     documents = _document_of(cache, positions)
-    if kind == "classification":  # encoded as the tokenizer encodes one or two texts
+    if kind in OF_TEXTS:  # encoded as the tokenizer encodes one or two texts
         allowed = template.tokenizer("a", "b")["input_ids"].count(bos)
         with_bos, counts = np.unique(documents, return_counts=True)
         return with_bos[counts > max(1, allowed)]
