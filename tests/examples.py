@@ -107,6 +107,8 @@ def files(made: list[list[Document]]) -> list[SimpleNamespace]:
 def prepared(loss: Loss, weighted: bool = False) -> list[list[Document]]:
     """The examples that a loss learns from, with what it adds to them, and with weights of their tokens."""
     made = examples(loss.example_type)
+    if not loss.uses_partners:
+        made = [example[:1] for example in made]
     if weighted:
         generator = torch.Generator().manual_seed(1)
         for document in (document for example in made for document in example):

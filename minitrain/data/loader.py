@@ -156,11 +156,12 @@ class Data:
     retention: TokenizedDataset | None = None
 
 
-def load_data(config: Config, template: Template, kind: str = "conversation") -> Data:
+def load_data(config: Config, template: Template, kind: str = "conversation", partners: bool = True) -> Data:
     """Load and tokenize all data files of a config.
 
     Args:
         kind: The kind of examples that the loss needs, a key of `EXAMPLE_COLUMNS`.
+        partners: Add a response to another prompt to each unpaired preference.
 
     Raises:
         DataError: A file or row cannot be used.
@@ -171,7 +172,7 @@ def load_data(config: Config, template: Template, kind: str = "conversation") ->
     def read(entries, kind: str = kind) -> TokenizedDataset:
         caches = [load_cache(entry, template, config, kind) for entry in entries]
         all_caches.extend(caches)
-        if kind == "unpaired_preference":
+        if kind == "unpaired_preference" and partners:
             caches = add_mismatched_responses(caches, config)
         return TokenizedDataset(caches, [entry.weight for entry in entries])
 

@@ -88,7 +88,7 @@ def load_rows(trainer: "Trainer", rows: Any) -> MicrobatchLoader:
         validation_split=0,
     )
     with parallel.local_rank0_first():
-        data = load_data(chosen, trainer.template, loss.data_kind)
+        data = load_data(chosen, trainer.template, loss.data_kind, loss.uses_partners)
         if not loss.online:
             add_features(loss, trainer.train_loader.examples.caches, data.train.caches)
     parallel.check_same(dataset=[cache.key for cache in data.train.caches])

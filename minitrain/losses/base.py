@@ -113,6 +113,7 @@ class Loss:
     example_type: ClassVar[str] = "conversation"  # one of EXAMPLE_TYPES
     online: bool = False  # whether its examples are sampled during training
     dropout: ClassVar[bool] = True  # whether the policy's dropout is active in training
+    uses_partners: bool = True  # whether an unpaired preference comes with a response to another prompt
     multi_label: bool = False  # whether each output of the sequence head is a yes or no by itself
     temperature: float = 1.0  # of the log-probabilities
     options_class: ClassVar[type]

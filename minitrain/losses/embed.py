@@ -111,6 +111,6 @@ class Rerank(Loss):
         total = torch.zeros_like(top).index_add(0, group, (logits - top[group]).exp())  # [Q]
         losses = top + total.log() - logits[first]  # [Q]
         with torch.no_grad():
-            above = torch.zeros_like(top).index_add(0, group, (scores > scores[first][group]).float())  # [Q]
+            above = torch.zeros_like(top).index_add(0, group, (scores > scores[first][group]).to(top.dtype))  # [Q]
             metrics = {"accuracy": ((above == 0).float().sum(), n), "mrr": ((1 / (1 + above)).sum(), n)}
         return LossOutput(losses.sum() + 0 * scores.sum(), n, metrics)

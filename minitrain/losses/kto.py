@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitrain.batch import Batch
+from minitrain.batch import Batch, to_device
 from minitrain.config.schema import option
 
-from .base import LossOutput, Models, PairLoss, pairs_of, register_loss
+from .base import LossOutput, Models, PairLoss, pairs_of, register_loss, scalar
 from .dpo import MIXUP, REFERENCE, SYNC_STEPS, sync_conflicts
 
 
@@ -36,8 +36,8 @@ class KTO(PairLoss):
     bco: f(s) = -logsig(beta s). z is half the sum of the mean r of the desirable and of the undesirable responses of
     the step, without gradient (arXiv 2404.04656).
 
-    The unit is the labeled response. Each example is two documents: the labeled response, and the same prompt with a
-    response to another prompt, which only the z of kto is estimated from.
+    The unit is the labeled response. For kto, each example is two documents: the labeled response, and the same prompt
+    with a response to another prompt, from which z is estimated.
     """
 
     example_type = "unpaired_preference"
@@ -51,6 +51,14 @@ class KTO(PairLoss):
     def has_step_statistics(self) -> bool:
         """Whether z depends on the full step."""
         return self.options.variant != "apo_zero_unpaired"
+
+    @property
+    def uses_partners(self) -> bool:
+        """Whether each example has a response to another prompt; sampled ones always do."""
+        return self.options.variant == "kto" or self.online
+
+    def num_items(self, batch: Batch) -> Tensor:
+        return super().num_items(batch) if self.uses_partners else scalar(batch.docs_with_targets.sum(), batch)
 
     def unused_options(self) -> dict[str, str]:
         is_fixed = not self.options.reference_sync_steps
@@ -66,10 +74,13 @@ class KTO(PairLoss):
         return frozenset({"reference"})
 
     def step_statistics(self, batch: Batch, models: Models) -> Tensor:
-        labeled, other = pairs_of(_log_ratios(batch, models), batch).T  # [P], [P]
-        is_kto = self.options.variant == "kto"
-        groups = [torch.ones_like(other)] if is_kto else [desirable := _desirable(batch).float(), 1 - desirable]
-        ratios = other if is_kto else labeled
+        ratios = _log_ratios(batch, models)  # [D]
+        if self.options.variant == "kto":
+            ratios = pairs_of(ratios, batch)[:, 1]  # [P]
+            groups = [torch.ones_like(ratios)]
+        else:
+            ratios, desirable = self._labeled(ratios, batch), self._labeled(batch.doc_feature("desirable"), batch)
+            groups = [desirable, 1 - desirable]  # [P] each
         return torch.stack([torch.stack([(ratios * group).sum(), group.sum()]) for group in groups])  # [1 or 2, 2]
 
     def set_step_statistics(self, statistics: Tensor) -> None:
@@ -79,12 +90,18 @@ class KTO(PairLoss):
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         ratios = _log_ratios(batch, models)  # [D]
-        r = pairs_of(ratios, batch)[:, 0]  # [P]
-        desirable = _desirable(batch)  # [P]
+        r = self._labeled(ratios, batch)  # [P]
+        desirable = self._labeled(batch.doc_feature("desirable"), batch) > 0.5  # [P]
         gain = self.options.beta * (r - self.z) * torch.where(desirable, 1.0, -1.0)
         weights = torch.where(desirable, self.options.desirable_weight, self.options.undesirable_weight)  # [P]
         losses = weights * (-F.logsigmoid(gain) if self.options.variant == "bco" else 1 - gain.sigmoid())
         return LossOutput(losses.sum() + 0 * ratios.sum(), self.num_items(batch), self._metrics(r, desirable))
+
+    def _labeled(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return values of the documents [D] at the labeled responses that have targets, shape [P]."""
+        if self.uses_partners:
+            return pairs_of(values, batch)[:, 0]
+        return values.index_select(0, to_device(batch.docs_with_targets.nonzero()[:, 0], values.device))
 
     def _metrics(self, r: Tensor, desirable: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad():
@@ -101,11 +118,6 @@ class KTO(PairLoss):
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
         return means
-
-
-def _desirable(batch: Batch) -> Tensor:
-    """Return whether each labeled response is desirable, bool, shape [P]."""
-    return pairs_of(batch.doc_feature("desirable"), batch)[:, 0] > 0.5
 
 
 def _log_ratios(batch: Batch, models: Models) -> Tensor:

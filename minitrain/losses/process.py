@@ -36,7 +36,7 @@ class Process(Loss):
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         scores = values_of(models.policy(batch, at_targets=True), self.name)  # [N]
-        labels = batch.target_feature("step_label")  # [N]
+        labels = batch.target_feature("step_label").to(scores.dtype)  # [N]
         weight = torch.full_like(scores, self.options.positive_weight)
         losses = F.binary_cross_entropy_with_logits(scores, labels, pos_weight=weight, reduction="none")
         with torch.no_grad():

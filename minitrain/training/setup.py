@@ -145,7 +145,7 @@ def read_data(config: Config, loss: Loss) -> tuple[Template, Data]:
     """
     tokenizer = load_tokenizer(config.model, scores=loss.head_labels is not None)
     template = make_template(tokenizer, config, loss.example_type)
-    data = load_data(config, template, loss.data_kind)
+    data = load_data(config, template, loss.data_kind, loss.uses_partners)
     if not loss.online:
         add_features(loss, data.train.caches, data.eval.caches if data.eval else [])
     return template, data

@@ -248,17 +248,18 @@ def test_the_loss_is_that_of_trl(batch, tables, name):
 def test_variants_of_kto(variant):
     """apo_zero_unpaired is kto with z = 0. BCO is the cross entropy of a classifier whose logit is beta r - delta,
     delta half the mean reward of desirable answers and half that of undesirable ones."""
-    made = examples("unpaired_preference")
+    loss = create_loss("kto", variant=variant, beta=BETA, undesirable_weight=0.5)
+    made = prepared(loss)
     batch = collated(made, ALL)
+    assert batch.n_docs == loss.num_items(batch) == N  # no responses to other prompts
     generator = torch.Generator().manual_seed(3)
     logps, ref = (-torch.rand(batch.n_targets, generator=generator, dtype=torch.float64) for _ in range(2))
     policy, reference = Table((logps + 0.1).requires_grad_()), Table(ref)
-    loss = create_loss("kto", variant=variant, beta=BETA, undesirable_weight=0.5)
     assert loss.has_step_statistics == (variant == "bco")
     if loss.has_step_statistics:
         loss.set_step_statistics(loss.step_statistics(batch, Models(policy, reference)))
     output = loss(batch, Models(policy, reference))
-    ratios = [r for r, _ in of_pairs(batch, policy.logps.detach() - ref)]
+    ratios = torch.zeros(N).double().index_add(0, batch.target_docs, policy.logps.detach() - ref).tolist()
     labels = [example[0].doc_features["desirable"] for example in made]
     means = [sum(r for r, x in zip(ratios, labels) if x == y) / labels.count(y) for y in (1.0, 0.0)]
     z = sum(means) / 2 if variant == "bco" else 0.0
@@ -266,7 +267,7 @@ def test_variants_of_kto(variant):
     wanted = sum(of_good(BETA * (r - z)) if x else 0.5 * of_good(BETA * (z - r)) for r, x in zip(ratios, labels))
     assert output.loss_sum.item() == pytest.approx(wanted) and "kl" not in output.metrics
     output.loss_sum.backward()
-    assert not policy.logps.grad[batch.target_docs % 2 == 1].any()
+    assert policy.logps.grad.all()
 
 
 # --------------------------------------------------------------------------------------------- a reference that moves
@@ -361,6 +362,20 @@ def test_a_moved_reference_is_in_the_checkpoint(dpo, save_async):
 def test_options_that_do_not_fit(options, code, key):
     with raises(ConfigError, code, f"loss.{key}: "):
         create_loss("dpo", **options)
+
+
+@pytest.mark.parametrize("variant", ["apo_zero_unpaired", "bco"])
+def test_variants_of_kto_read_each_prompt_once(make_trainer, tmp_path, variant):
+    """They train on rows of one prompt, which kto refuses, and evaluate the same in any batch size."""
+    file, found = tmp_path / "kto.jsonl", []
+    rows = [{"prompt": "say", "completion": "ab" * (1 + i % 5), "label": i % 3 > 0} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for size in (1, 8):
+        settings = ("loss.name=kto", f"loss.variant={variant}", "validation_split=8", f"eval_batch_size={size}")
+        trainer = make_trainer(f"datasets=[{file}]", *settings, f"exp_name=size-{size}")
+        assert len(trainer.train_loader.examples[0]) == 1
+        found.append(trainer.train())
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
 
 
 def test_a_moving_reference_of_kto():

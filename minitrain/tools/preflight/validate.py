@@ -156,10 +156,11 @@ def find_bad_rows(cache: TokenCache, run: Preparation) -> Iterator[str]:
     if kind not in (*OF_TEXTS, "rollout", "prompt", "solution"):  # a rollout may end where its sampling was cut off
         problem = f"a target response does not end in {_end_tokens(template)}, so the model would not learn to stop"
         documents = _without_end(cache, template.end_ids(), run.config.max_length)
-        # In unpaired preferences only the first document has targets; the other one may be truncated.
+        # The partner of an unpaired preference may be truncated.
+        has_partners = kind == "unpaired_preference" and run.loss.uses_partners
         checks.append(
             (
-                documents[documents % 2 == 0] if kind == "unpaired_preference" else documents,
+                documents[documents % 2 == 0] if has_partners else documents,
                 f"{problem}. Check the chat template",
             )
         )
