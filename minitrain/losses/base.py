@@ -180,17 +180,21 @@ class Loss:
         """Receive those sums over all micro-batches and ranks, shape [S], before the first call of the step."""
         raise NotImplementedError
 
-    def step_rows(self, batch: Batch, models: Models) -> Tensor:
-        """Return a row of each item of a micro-batch, shape [m, K]. Called without gradients, if `gathers_rows`."""
+    def step_rows(self, batch: Batch, models: Models) -> tuple[Tensor, Tensor]:
+        """Return a row of each item of a micro-batch, [m, K], and numbers from the batch alone, [m, F].
+
+        Called without gradients, if `gathers_rows`.
+        """
         raise NotImplementedError
 
-    def set_step_rows(self, rows: Tensor | None, start: int) -> None:
-        """Receive those rows of all micro-batches and ranks before the first call of the step.
+    def set_step_rows(self, rows: Tensor | None, numbers: Tensor | None, own: slice) -> None:
+        """Receive both of all micro-batches and ranks before the first call of the step.
 
         Args:
             rows: By rank, then in the order of the calls, shape [n, K]. None if the step is one micro-batch, whose
                 rows the loss can compute with gradients.
-            start: Index of the first row of this rank.
+            numbers: Shape [n, F].
+            own: The rows of this rank.
         """
         raise NotImplementedError
 

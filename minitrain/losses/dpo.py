@@ -162,15 +162,18 @@ class DPO(FullStepLoss, PairLoss):
         """Whether a pair's loss depends on the other pairs of the step."""
         return self.options.bco_shift or bool(set(SORTED) & set(self.options.weights))
 
-    def step_rows(self, batch: Batch, models: Models) -> Tensor:
-        return torch.stack(self._pairs(batch, models)[0], 1)  # [P, 7]
+    def step_rows(self, batch: Batch, models: Models) -> tuple[Tensor, Tensor]:
+        pairs = self._pairs(batch, models)[0]
+        return torch.stack(pairs, 1), pairs.weight.detach()[:, None]  # [P, 7], [P, 1] unused
 
-    def row_losses(self, rows: Tensor) -> RowLosses:
+    def row_losses(self, rows: Tensor, numbers: Tensor) -> RowLosses:
         return RowLosses(self._losses(Pairs(*rows.unbind(1))))
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
         pairs, logps = self._pairs(batch, models)
-        losses = self.losses_of(torch.stack(pairs, 1)).losses if self.gathers_rows else self._losses(pairs)  # [P]
+        losses = (
+            self.losses_of(torch.stack(pairs, 1), pairs.weight).losses if self.gathers_rows else self._losses(pairs)
+        )  # [P]
         compared = self._compare(pairs, self.options.weights)
         # A sum over no pairs must stay part of the autograd graph.
         return LossOutput(losses.sum() + 0 * logps.sum(), self.num_items(batch), self._metrics(pairs, compared))

@@ -14,7 +14,6 @@ from .base import Loss, LossOutput, Models, register_loss
 from .full_step import FullStepLoss, RowLosses
 
 QUERY, POSITIVE = 0, 1  # the doc feature `role`; negatives have 2
-N_FEATURES = 3  # of a row after the embedding: role, text, query
 
 
 @dataclass
@@ -48,16 +47,16 @@ class Embed(FullStepLoss):
     def num_items(self, batch: Batch) -> Tensor:
         return (batch.doc_feature("role") == QUERY).sum().float()
 
-    def step_rows(self, batch: Batch, models: Models) -> Tensor:
-        output = models.policy(batch, pooling=self.options.pooling)
-        features = [batch.doc_feature(name)[:, None] for name in ("role", "text", "query")]  # [D, 1]
-        return torch.cat([F.normalize(output.embeddings, dim=1), *features], 1)  # [D, H + 3]
+    def step_rows(self, batch: Batch, models: Models) -> tuple[Tensor, Tensor]:
+        """Return the normalized embeddings [D, H], and the role, text and query of each document [D, 3]."""
+        states = F.normalize(models.policy(batch, pooling=self.options.pooling).embeddings, dim=1)
+        return states, torch.stack([batch.doc_feature(name) for name in ("role", "text", "query")], 1)
 
-    def row_losses(self, rows: Tensor) -> RowLosses:
-        states, (role, text, query) = rows[:, :-N_FEATURES], rows[:, -N_FEATURES:].detach().T  # [D, H], [D]
+    def row_losses(self, rows: Tensor, numbers: Tensor) -> RowLosses:
+        role, text, query = numbers.T  # [D] each
         queries, candidates = (role == QUERY).nonzero()[:, 0], (role != QUERY).nonzero()[:, 0]  # [Q], [C]
         with torch.autocast(rows.device.type, enabled=False):
-            similarities = states[queries] @ states[candidates].T  # [Q, C]
+            similarities = rows[queries] @ rows[candidates].T  # [Q, C]
         own = torch.searchsorted(candidates, queries + 1)  # [Q] index of the positive, which follows the query
         positive = candidates[own]  # [Q]
         same = text[candidates] == text[positive][:, None]  # [Q, C]
@@ -68,13 +67,13 @@ class Embed(FullStepLoss):
         with torch.no_grad():
             ranks = 1 + (similarities > similarities.gather(1, own[:, None])).sum(1)  # [Q] of the positive
             metrics = {"accuracy": (ranks == 1).float(), "mrr": 1 / ranks}
-        zeros = torch.zeros_like(role)  # [D]
+        zeros = rows.new_zeros(len(rows))  # [D]
         spread = {name: zeros.index_copy(0, queries, values.to(zeros.dtype)) for name, values in metrics.items()}
         return RowLosses(zeros.index_copy(0, queries, losses), spread)
 
     def __call__(self, batch: Batch, models: Models) -> LossOutput:
-        rows = self.step_rows(batch, models)
-        losses, metrics = self.losses_of(rows)
+        rows, numbers = self.step_rows(batch, models)
+        losses, metrics = self.losses_of(rows, numbers)
         n = self.num_items(batch)
         return LossOutput(losses.sum() + 0 * rows.sum(), n, {name: (x.sum(), n) for name, x in metrics.items()})
 

@@ -33,27 +33,29 @@ class FullStepLoss(Loss):
     def __init__(self, options: object):
         super().__init__(options)
         self.of_step: RowLosses | None = None  # without gradients; None if the micro-batch is the full step
-        self.next = 0  # index of the first row of the next micro-batch
+        self.left = slice(0)  # the rows of the micro-batches of this rank that are left
 
-    def row_losses(self, rows: Tensor) -> RowLosses:
-        """Return the losses of all items of a step, from their rows [n, K]."""
+    def row_losses(self, rows: Tensor, numbers: Tensor) -> RowLosses:
+        """Return the losses of all items of a step, from their rows [n, K] and numbers [n, F]."""
         raise NotImplementedError
 
-    def set_step_rows(self, rows: Tensor | None, start: int) -> None:
-        self.of_step, self.next = None, start
+    def set_step_rows(self, rows: Tensor | None, numbers: Tensor | None, own: slice) -> None:
+        self.of_step, self.left = None, own
         if rows is not None:
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                losses, metrics = self.row_losses(leaf)
+                losses, metrics = self.row_losses(leaf, numbers)
                 (self.slopes,) = torch.autograd.grad(losses.sum(), leaf)  # [n, K]
             self.of_step = RowLosses(losses.detach(), metrics)
 
-    def losses_of(self, rows: Tensor) -> RowLosses:
-        """Return the losses of the next micro-batch, given its rows [m, K]."""
+    def losses_of(self, rows: Tensor, numbers: Tensor) -> RowLosses:
+        """Return the losses of the next micro-batch, given its rows [m, K] and numbers [m, F]."""
         if self.of_step is None:
-            return self.row_losses(rows)
-        own = slice(self.next, self.next + len(rows))
-        self.next = own.stop
+            return self.row_losses(rows, numbers)
+        of_step, own = self.of_step, slice(self.left.start, self.left.start + len(rows))
+        self.left = slice(own.stop, self.left.stop)
+        if self.left.start == self.left.stop:
+            self.of_step = None  # the step is over
         linear = ((rows - rows.detach()) * self.slopes[own]).sum(1)  # [m] 0, with the gradient of the step
-        metrics = {name: numbers[own] for name, numbers in self.of_step.metrics.items()}
-        return RowLosses(self.of_step.losses[own] + linear, metrics)
+        metrics = {name: values[own] for name, values in of_step.metrics.items()}
+        return RowLosses(of_step.losses[own] + linear, metrics)

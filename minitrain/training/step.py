@@ -302,12 +302,14 @@ def share_step_rows(loss: Loss, batches: Iterable[Batch], models: Models, parall
     if not loss.gathers_rows:
         return
     if isinstance(batches, Sequence) and len(batches) == parallel.world_size == 1:
-        loss.set_step_rows(None, 0)
+        loss.set_step_rows(None, None, slice(0))
         return
     with torch.no_grad():
-        rows = torch.cat([loss.step_rows(batch.to(parallel.device), models) for batch in batches])  # [m, K]
-    by_rank = parallel.gather_tensors(rows)
-    loss.set_step_rows(torch.cat(by_rank), sum(len(part) for part in by_rank[: parallel.rank]))
+        parts = [loss.step_rows(batch.to(parallel.device), models) for batch in batches]
+    rows, numbers = (parallel.gather_tensors(torch.cat(each)) for each in zip(*parts, strict=True))  # by rank
+    start = sum(map(len, rows[: parallel.rank]))
+    own = slice(start, start + len(rows[parallel.rank]))
+    loss.set_step_rows(torch.cat(rows), torch.cat(numbers), own)
 
 
 def evaluate(
