@@ -154,6 +154,11 @@ class Loss:
         """Names of the outputs of the sequence head; None for a language model."""
         return None
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether its model writes text. Others return scores or embeddings."""
+        return self.head_labels is None and self.example_type != "retrieval"
+
     def model_files(self, hidden_size: int) -> dict[str, Any]:
         """Return what the folder of a saved model has besides the model: path -> content of a JSON file."""
         return {}

@@ -6,7 +6,6 @@ from dataclasses import fields
 from minitrain.config.issues import ConfigIssues
 from minitrain.config.schema import Config
 from minitrain.config.sections import RolloutConfig
-from minitrain.data.examples import OF_TEXTS
 from minitrain.losses import Loss
 from minitrain.losses.advantages import GROUPED
 from minitrain.losses.policy import SOFT, PolicyOptions
@@ -47,7 +46,7 @@ def check(config: Config, given: set[str], loss: Loss, issues: ConfigIssues) -> 
             issues.add(f"rollout.{name}", "no-effect", message)
         return
     name = config.loss["name"]
-    if loss.head_labels is not None or loss.example_type in OF_TEXTS:
+    if not loss.writes_text:
         message = (
             f"conflicts with loss.name={name}, whose model returns scores, not text. Use another loss, or remove it."
         )

@@ -82,7 +82,7 @@ def check_loss_fits(config: Config, given: set[str], loss: "Loss", issues: Confi
     if loss.online and config.eval_generate.num_generations > 1:
         message = "has no effect on answers that are sampled in training. Set rollout.eval_generations instead."
         issues.add("eval_generate.num_generations", "no-effect", message, "rollout")
-    if (loss.head_labels is not None or loss.example_type in OF_TEXTS) and config.eval_generate.n_examples:
+    if not loss.writes_text and config.eval_generate.n_examples:
         message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
         issues.add("eval_generate", "conflict", message, "loss.name")
 
@@ -93,7 +93,7 @@ def _check_drift(config: Config, given: set[str], loss: "Loss", issues: ConfigIs
 
     name = config.loss["name"]
     for key in DRIFT:
-        if loss.head_labels is not None and key in given:
+        if not loss.writes_text and key in given:
             message = f"conflicts with {name}, whose model returns scores, not text. Remove it."
             issues.add(key, "conflict", message, "loss.name")
     for i, entry in enumerate(config.retention_datasets):

@@ -219,5 +219,7 @@ def test_options_that_have_no_effect(make, name):
         make(name, "chat_template=chatml")
     with raises(ConfigError, "conflict", "eval_generate: "):
         make(name, "eval_generate.n_examples=2")
+    with raises(ConfigError, "conflict", "eval_kl_to_start: "):
+        make(name, "eval_kl_to_start=true")
     with raises(ConfigError, "conflict", "rollout.num_generations: "):
         make(name, "rollout.num_generations=2")

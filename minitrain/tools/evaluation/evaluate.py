@@ -123,7 +123,7 @@ def load_stage(source: str, task: Task, reference: str | None) -> tuple[Stage, P
     loss = create_loss(**_loss_options(source, model, config.loss))
     evaluated = dataclasses.replace(config, model=model, **UNTRAINED)
     run = prepare(evaluated, loss, parallel)
-    if reference is not None and (loss.online or loss.head_labels is not None):
+    if reference is not None and (loss.online or not loss.writes_text):
         raise ConfigError("--reference: has no effect on sampled answers and on scores. Remove it.", "no-effect")
     precision = Precision(DTYPES[model.policy_dtype], parallel.device)
     policy = prepare_policy(run.policy, run.weights, evaluated, parallel, precision, dropout=False)
