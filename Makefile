@@ -15,6 +15,7 @@ PROCESSORS := sse avx2 bfloat16 amx
 .PHONY: demo test test-all test-processors test-pythons architectures faults lint bench bench-gpu docs clean
 
 $(VENV)/ready: setup.py constraints.txt
+	@echo "Installing PyTorch and the other packages into $(VENV), which takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch -c constraints.txt

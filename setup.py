@@ -25,6 +25,8 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
+        "trackio": ["trackio>=0.20"],
+        "mlflow": ["mlflow>=3.1"],
         "quant": ["bitsandbytes>=0.48"],
         "torchao": ["torchao>=0.15"],  # model.float8, and optimizers with 8-bit and 4-bit states
         "data": ["datasets>=3"],

@@ -225,7 +225,7 @@ def write_tools(folder: Path, seed: int = 0) -> None:
 
 
 def write_products(folder: Path, seed: int = 0) -> None:
-    """1,200 conversations about products, of which 40 % call a calculator and the others guess, 200 prompts to train on
+    """1,200 conversations about products, of which 40% call a calculator and the others guess, 200 prompts to train on
     by reward, and 100 to test."""
     rng = random.Random(seed)
     pairs = rng.sample([(a, b) for a in range(11, 100) for b in range(11, 100)], 1500)

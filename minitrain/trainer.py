@@ -32,6 +32,7 @@ from minitrain.training.compute import with_dtype
 from minitrain.training.determinism import check_repeatable, deterministic_algorithms
 from minitrain.training.drift import drift_metrics
 from minitrain.training.failpoints import failpoint
+from minitrain.training.learning_rate import with_lr
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
 from minitrain.training.optimizers import set_lr
@@ -131,7 +132,7 @@ class Trainer:
         self.time_limit = TimeLimit(config.max_minutes)
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
-        self.config = with_dtype(config, self.device)
+        self.config = with_lr(with_dtype(config, self.device), self.loss)
         with self.parallel.naming_failures(), deterministic_algorithms(self.config.deterministic):
             load_parts(self)
             self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)

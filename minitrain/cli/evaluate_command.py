@@ -224,7 +224,7 @@ def _difference_table(differences: list["Difference"], models: list[str]) -> str
     """Return a table with a row for each metric of each data set."""
     if not differences:
         return ""
-    rows = [["", "A", "B", "B - A", "95 % interval", "higher", "lower", "p"]]
+    rows = [["", "A", "B", "B - A", "95% interval", "higher", "lower", "p"]]
     for data, name in _short([one.data for one in differences]).items():
         mine = [one for one in differences if one.data == data]
         rows.append([f"{name}, {mine[0].n:,} examples", *[""] * 7])

@@ -238,7 +238,7 @@ def chat(arguments: argparse.Namespace) -> int:
     variables = {"tools": _read_tools(arguments)} if arguments.tools else {}
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(first)
-    print("Type a message. /reset starts a new conversation; /exit or Ctrl-D ends the chat.")
+    print("Type a message. /help shows the commands; /exit or Ctrl-D ends the chat.")
     if variables:
         print(f"Tools: {', '.join(tool['function']['name'] for tool in variables['tools'])}. {RESULT_HELP}")
         _warn_of_unread_calls(generator)
@@ -250,6 +250,9 @@ def chat(arguments: argparse.Namespace) -> int:
             return 0
         if text == "/exit":
             return 0
+        if text == "/help":
+            print(CHAT_HELP + (f"\n{TOOL_HELP}" if variables else ""))
+            continue
         if text == "/reset":
             messages = list(first)
         elif text:
@@ -259,6 +262,12 @@ def chat(arguments: argparse.Namespace) -> int:
                 print(f"{error.message.rstrip('.')}. Type another message, or /reset.")
 
 
+CHAT_HELP = """\
+/help            shows the commands
+/reset           starts a new conversation
+/exit or Ctrl-D  ends the chat
+Anything else is a message."""
+TOOL_HELP = "/tool RESULT     gives the result of a call"
 RESULT_HELP = "/tool RESULT gives the result of a call."
 
 

@@ -1,6 +1,7 @@
 """Commands that read the logs of runs, without torch."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from minitrain.errors import ConfigError
@@ -19,6 +20,10 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     about = "plot only these metrics, in this order, for example loss lr"
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=about)
     parser.add_argument("--figures", nargs="+", dest="metrics", help=argparse.SUPPRESS)  # the name in 0.1.0
+    about = "write a page, too, with the plot, metrics, samples and diagnosis: FILE.html next to FILE.png"
+    parser.add_argument("--html", action="store_true", help=about)
+    about = "as --html, again whenever the logs change, until the runs end; look every SECONDS, by default 10"
+    parser.add_argument("--watch", nargs="?", const=10.0, type=number(float, 0.1), metavar="SECONDS", help=about)
     parser.add_argument("--force", action="store_true", help="overwrite a file that is not a plot of these runs")
     add_quiet(parser)
 
@@ -26,24 +31,50 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 @command(
     _plot_arguments,
     "plot the metrics of runs",
-    usage="RUN [RUN ...] [--metrics NAME ...] [--output FILE.png]",
+    usage="RUN [RUN ...] [--metrics NAME ...] [--output FILE.png] [--html] [--watch [SECONDS]]",
     example="minitrain plot runs/quickstart-sft runs/warmer --output runs/metrics.png",
     docs="metrics.md#looking-at-a-run",
 )
 def plot(arguments: argparse.Namespace) -> int:
-    from minitrain.tools.analysis.plot import plot
     from minitrain.training.metrics_log import read_history, warn_damaged
 
-    histories = [read_history(Path(run)) for run in arguments.runs]
-    for history in histories:
-        warn_damaged(history.damaged)
-    folder = Path(arguments.runs[0]) if len(histories) == 1 else Path()
+    runs = [Path(run) for run in arguments.runs]
+    if arguments.watch is None:
+        histories = [read_history(run) for run in runs]
+        for history in histories:
+            warn_damaged(history.damaged)
+    folder = runs[0] if len(runs) == 1 else Path()
     output = new_output(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` recognizes its own files
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output: expected a .png file, got {output}. Rename the output.", "wrong-format")
-    plot(histories, output, arguments.force, arguments.metrics)
-    print_info(arguments, f"plot saved to {output}")
+    page = output.with_suffix(".html") if arguments.html or arguments.watch else None
+    files = f"{output}" + (f" and {page}" if page else "")
+    if arguments.watch is None:
+        _draw(arguments, histories, output, page)
+        print_info(arguments, f"plot saved to {files}")
+        return 0
+    from minitrain.tools.analysis.watch import watch
+
+    print_info(arguments, f"the plot is in {files}, drawn again whenever the logs change; Ctrl-C ends")
+
+    def draw(histories: list, finished: bool) -> None:
+        _draw(arguments, histories, output, page, None if finished else arguments.watch)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(runs, draw, arguments.watch)
     return 0
+
+
+def _draw(
+    arguments: argparse.Namespace, histories: list, output: Path, page: Path | None, refresh: float | None = None
+) -> None:
+    """Write the picture and, with a path for it, the page."""
+    from minitrain.tools.analysis.plot import plot
+    from minitrain.tools.analysis.plot_html import write_page
+
+    plot(histories, output, arguments.force, arguments.metrics)
+    if page is not None:
+        write_page(histories, output, page, arguments.force, refresh)
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:

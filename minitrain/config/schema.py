@@ -18,10 +18,12 @@ from .sections import (
     EvalGenerateConfig,
     FSDPConfig,
     LoRAConfig,
+    MLflowConfig,
     ModelConfig,
     RolloutConfig,
     SoftPromptConfig,
     SwanlabConfig,
+    TrackioConfig,
     WandbConfig,
 )
 
@@ -179,7 +181,13 @@ class Config:
         "max_grad_norm=0 and one micro-batch.",
         affects_results=False,
     )
-    lr: float = option(2e-5, "Peak learning rate.", ge=0, le=1000)
+    lr: float | None = option(
+        None,
+        "Peak learning rate (default: by the loss and the adapter, for example 2e-5 for sft, 2e-4 with LoRA; see "
+        "docs/learning-rates.md).",
+        ge=0,
+        le=1000,
+    )
     weight_decay: float = option(0.0, "Decay of weight matrices; norms and biases never decay.", ge=0, le=1000)
     betas: list[float] = option([0.9, 0.999], "Beta1 and beta2 of Adam.")
     eps: float = option(1e-8, "Epsilon of Adam.", gt=0, le=1)
@@ -241,7 +249,7 @@ class Config:
     save_every_steps: int | None = option(
         None,
         "Steps between two checkpoints, with one more at the end; 0 writes none (default: about one a minute, or "
-        "fewer if writing takes more than 2 % of the time).",
+        "fewer if writing takes more than 2% of the time).",
         ge=0,
         affects_results=False,
     )
@@ -294,6 +302,8 @@ class Config:
         False, "Write TensorBoard files into the run directory.", affects_results=False
     )
     swanlab: SwanlabConfig = option(SwanlabConfig, "SwanLab.")
+    trackio: TrackioConfig = option(TrackioConfig, "Trackio.")
+    mlflow: MLflowConfig = option(MLflowConfig, "MLflow.")
 
     # Not an option. `dataclasses.replace` keeps it, so a copy also saves `${...}` unresolved.
     interpolation: Interpolation = field(

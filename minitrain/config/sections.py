@@ -341,3 +341,23 @@ class SwanlabConfig:
     mode: str = option(
         "cloud", "Where SwanLab stores the run.", choices=("cloud", "local", "offline"), affects_results=False
     )
+
+
+@show_options("The section `trackio`.")
+@dataclass
+class TrackioConfig:
+    enabled: bool = option(False, "Log to Trackio (install the package `trackio`).", affects_results=False)
+    project: str = option("minitrain", "Project.", affects_results=False)
+    space_id: str | None = option(
+        None, "Space on the Hub to log to, such as user/space (default: on this machine).", affects_results=False
+    )
+
+
+@show_options("The section `mlflow`.")
+@dataclass
+class MLflowConfig:
+    enabled: bool = option(False, "Log to MLflow (install the package `mlflow`).", affects_results=False)
+    tracking_uri: str | None = option(
+        None, "Server or folder of MLflow (default: MLFLOW_TRACKING_URI, else mlflow.db).", affects_results=False
+    )
+    experiment: str = option("minitrain", "Experiment.", affects_results=False)

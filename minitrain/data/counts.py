@@ -74,7 +74,7 @@ def describe_counts(counts: Mapping[str, int], n_rows: int) -> list[str]:
 
 def of_rows(key: str, n: int, n_rows: int) -> str:
     """Return a count's fraction of the rows; nothing for turns, of which a row can have several."""
-    return "" if key not in OF_ROWS else f" of {n_rows:,} ({100 * n / n_rows:.1f} %)"
+    return "" if key not in OF_ROWS else f" of {n_rows:,} ({100 * n / n_rows:.1f}%)"
 
 
 def describe_fields(counts: Mapping[str, int]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from minitrain.data.loader import MicrobatchLoader, TokenizedDataset, load_data
 from minitrain.data.messages import user
 from minitrain.data.rows import rows_object
 from minitrain.data.template import Template
-from minitrain.errors import ConfigError
+from minitrain.errors import ConfigError, DataError
 from minitrain.losses import Loss, LossOutput, add_features
 from minitrain.training.aux_models import reference_kind
 from minitrain.training.setup import make_loader
@@ -42,12 +42,11 @@ def evaluate_all(
     if results is not None:
         results += [example_result(output, trainer.loss) for output in outputs]
     if metrics and config.eval_generate.n_examples:
-        log = trainer.logger.info if trainer.logger else lambda line: None
         settings, rest = config.eval_generate, (config.eval_batch_size, not config.quiet)
         with trainer.precision.autocast():
             graded = grade(trainer.generator, loader.examples, settings, *rest)
         for one in graded[: settings.show]:
-            log_answer(log, one.prompt, one.answers[0], one.expected, one.matches[0], settings)
+            log_answer(trainer, one.prompt, one.answers[0], one.expected, one.matches[0])
         metrics |= answer_metrics(graded)
         for result, one in zip(results or (), graded):
             result |= {
@@ -134,7 +133,6 @@ def grade(
         batch_size: Number of prompts per batch.
         progress: Show a progress bar.
     """
-    tokenizer = generator.tokenizer
     examples = examples.first(settings.n_examples)
     prompts, references = [], []
     for document in (examples[i][0] for i in range(len(examples))):
@@ -151,12 +149,12 @@ def grade(
         sampled = generator.generate_from_ids(copies, sampling, batch_size, progress)
         responses = [greedy + sampled[i * n : (i + 1) * n] for i, greedy in enumerate(responses)]
     graded = []
-    for prompt, reference, answers in zip(prompts, references, responses, strict=True):
+    texts = prompt_texts(prompts, generator.template)
+    for prompt, reference, answers in zip(texts, references, responses, strict=True):
         expected = final_answer(reference.message["content"], settings.match)
         expected = json.dumps(reference.functions) if reference.functions else str(expected)
         matches = [is_match(answer, reference, settings.match) for answer in answers]
-        text = tokenizer.decode(prompt, skip_special_tokens=True)
-        graded.append(GradedPrompt(text, expected, [answer.text for answer in answers], matches))
+        graded.append(GradedPrompt(prompt, expected, [answer.text for answer in answers], matches))
     return graded
 
 
@@ -184,13 +182,30 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
     return 1 - math.comb(n - n_right, k) / math.comb(n, k)
 
 
-def log_answer(
-    log: Callable[[str], None], prompt: str, answer: str, expected: str, is_right: bool, settings: EvalGenerateConfig
-) -> None:
-    """Log a prompt with its greedy answer, and with the expected final answer if that differs."""
+def prompt_texts(prompts: Sequence[list[int]], template: Template) -> list[str]:
+    """Return the user's text of prompts that are one turn of the user, and others with their special tokens."""
+    options, probe = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}, "a probe"
+    texts = [template.tokenizer.decode(ids, **options) for ids in prompts]
+    try:
+        framed = template.tokenizer.decode(template.encode_prompt([user(probe)]), **options)
+    except DataError:  # the template refuses this very conversation
+        return texts
+    before, found, after = framed.partition(probe)
+    pattern = re.compile(f"{re.escape(before)}(.*){re.escape(after)}", re.DOTALL)
+    matches = [pattern.fullmatch(text) if found else None for text in texts]
+    return [match[1] if match else text for match, text in zip(matches, texts)]
+
+
+def log_answer(trainer: "Trainer", prompt: str, answer: str, expected: str, is_right: bool) -> None:
+    """Log and save a prompt with its greedy answer, and with the expected final answer if that differs."""
+    if trainer.logger is None:
+        return
+    settings = trainer.config.eval_generate
+    sample = {"prompt": prompt, "answer": answer, "expected": expected, "right": is_right}
+    trainer.logger.log_sample(trainer.step, sample)
     result = "right" if is_right else f"wrong, expected {_short(expected)}"
     shown = _short(answer.strip(), from_end=settings.match != "text")
-    log(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
+    trainer.logger.info(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
 
 
 def response_start(document: Document, template: Template) -> int:
@@ -265,6 +280,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _short(text: str, width: int = 60, from_end: bool = False) -> str:
+    text = text.replace("\ufffd", "?")  # for bytes that are not UTF-8, as an untrained model writes
     if len(text) <= width:
         return repr(text)
     return repr("..." + text[3 - width :] if from_end else text[: width - 3] + "...")

@@ -115,6 +115,7 @@ class Loss:
     dropout: ClassVar[bool] = True  # whether the policy's dropout is active in training
     uses_partners: bool = True  # whether an unpaired preference comes with a response to another prompt
     multi_label: bool = False  # whether each output of the sequence head is a yes or no by itself
+    full_lr: ClassVar[float] = 2e-5  # the default of `lr` without an adapter
     temperature: float = 1.0  # of the log-probabilities
     options_class: ClassVar[type]
     name: ClassVar[str]

@@ -107,6 +107,7 @@ class DPO(FullStepLoss, PairLoss):
     """
 
     example_type = "preference"
+    full_lr = 1e-6
     dropout = False
 
     def unused_options(self) -> dict[str, str]:

@@ -41,6 +41,7 @@ class KTO(PairLoss):
     """
 
     example_type = "unpaired_preference"
+    full_lr = 1e-6
     dropout = False
 
     def __init__(self, options: KTOOptions):

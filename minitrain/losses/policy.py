@@ -143,6 +143,7 @@ class PolicyLoss(Loss):
     """
 
     example_type = "rollout"
+    full_lr = 1e-6
     dropout = False
 
     def __init__(self, options: PolicyOptions):

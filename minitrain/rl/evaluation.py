@@ -32,9 +32,9 @@ def exact_match(rounds: "Rounds", prompts: Prompts, key: tuple[int, ...]) -> flo
     expected = [final_answer(reference, settings.match) for reference in expected]
     pairs = zip(answers, expected, strict=True)
     matches = [final is not None and final_answer(answer, settings.match) == final for answer, final in pairs]
-    for i in range(min(settings.show, len(answers)) if trainer.logger else 0):
+    for i in range(min(settings.show, len(answers))):
         question = prompts.get(i, i).messages[-1]["content"]
-        log_answer(trainer.logger.info, question, answers[i], str(expected[i]), matches[i], settings)
+        log_answer(trainer, question, answers[i], str(expected[i]), matches[i])
     return sum(matches) / len(matches)
 
 

@@ -212,7 +212,7 @@ def report_start(trainer: "Trainer") -> None:
         trainer.logger.info(f"resuming from {trainer.checkpoint}")
     if trainer.save_schedule.every is None:
         interval = duration(trainer.save_schedule.interval)
-        trainer.logger.info(f"a checkpoint about every {interval}, using at most 2 % of the time (save_every_steps)")
+        trainer.logger.info(f"a checkpoint about every {interval}, using at most 2% of the time (save_every_steps)")
 
 
 def warn(trainer: "Trainer", line: str) -> None:

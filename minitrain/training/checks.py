@@ -129,7 +129,7 @@ def _check_run(config: Config, issues: ConfigIssues) -> None:
     if config.report_to_tensorboard and find_spec("tensorboard") is None:
         message = "package tensorboard is not installed. Run pip install tensorboard."
         issues.add("report_to_tensorboard", "not-installed", message)
-    for name in ("wandb", "swanlab"):
+    for name in ("wandb", "swanlab", "trackio", "mlflow"):
         if getattr(config, name).enabled and find_spec(name) is None:
             message = f"package {name} is not installed. Run pip install {name}."
             issues.add(f"{name}.enabled", "not-installed", message)
@@ -167,12 +167,16 @@ def _check_steps(config: Config, issues: ConfigIssues) -> None:
         decaying = " or ".join(name for name, one in SCHEDULES.items() if one.decays)
         message = f"has no effect without lr_scheduler={decaying}. Remove it."
         issues.add("lr_decay_ratio", "no-effect", message, "lr_scheduler")
-    for argument, code, message in argument_problems(config.lr_scheduler, config.lr_scheduler_args, config.lr):
-        key = f"lr_scheduler_args.{argument}".removesuffix(".")
-        issues.add(key, code, message, "lr_scheduler", *(["lr"] if code == "out-of-range" else []))
     if config.lr_decay_ratio is not None and config.lr_scheduler_args.get("num_decay_steps") is not None:
         message = "conflicts with lr_scheduler_args.num_decay_steps, the same in steps. Remove one."
         issues.add("lr_decay_ratio", "conflict", message, "lr_scheduler_args")
+
+
+def check_schedule_arguments(config: Config, issues: ConfigIssues) -> None:
+    """Check the arguments of the schedule of a config with a learning rate."""
+    for argument, code, message in argument_problems(config.lr_scheduler, config.lr_scheduler_args, config.lr):
+        key = f"lr_scheduler_args.{argument}".removesuffix(".")
+        issues.add(key, code, message, "lr_scheduler", *(["lr"] if code == "out-of-range" else []))
 
 
 def check_optimizer_options(config: Config, given: set[str], issues: ConfigIssues) -> None:

@@ -18,6 +18,7 @@ from .after_step import warn
 from .aux_models import build_aux_models
 from .drift import add_start
 from .failpoints import failpoint
+from .learning_rate import batch_hints, describe_optimizer
 from .optim import build_optimizer
 from .run_dir import RunDir
 from .saving import input_fingerprints
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 # Options that may differ between ranks: paths, whose content `check_same_inputs` compares, and output.
-PER_MACHINE = ("output_dir", "cache_dir", "model", *LISTS, "quiet", "wandb", "swanlab")
+PER_MACHINE = ("output_dir", "cache_dir", "model", *LISTS, "quiet", "wandb", "swanlab", "trackio", "mlflow")
 
 
 def load_parts(trainer: "Trainer") -> None:
@@ -66,6 +67,8 @@ def load_parts(trainer: "Trainer") -> None:
     )
     if run.packing_note:
         trainer.notes.append(f"packing: {run.packing_note}")
+    trainer.notes.append(f"optimizer: {describe_optimizer(config, trainer.loss, trainer.warmup)}")
+    trainer.notes += [f"hint: {hint}" for hint in batch_hints(config, run.policy, trainer.loss, trainer.total_steps)]
     failpoint("load.weights")
     rest = trainer.tokenizer, trainer.parallel, trainer.precision
     models = build_aux_models(trainer.loss, config, trainer.policy, *rest, run.loaders)

@@ -1,6 +1,7 @@
-"""Logging of metrics: to the console and metrics.jsonl, and to TensorBoard, wandb and swanlab if they are enabled.
+"""Logging of metrics: to the console and metrics.jsonl, and to the trackers that are enabled.
 
 The ledger has a line for every step, in which `minitrain compare` finds the first step where two runs differ.
+samples.jsonl has the answers that evaluations show, for `minitrain plot --html`.
 
 A tracker that fails is switched off with one warning. It never stops training.
 """
@@ -11,10 +12,9 @@ import os
 import resource
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,22 +25,10 @@ from minitrain.distributed.parallel import SingleDevice
 from minitrain.io.redact import redact
 from minitrain.model.flops import ModelFlops, peak_flops
 
-METRICS, LEDGER, RUN_ID = "metrics.jsonl", "ledger.jsonl", "tracker_id"
-Log = Callable[[int, str, dict[str, float]], None]
+from .metrics_log import METRICS, SAMPLES
+from .trackers import TRACKERS, Logged, is_enabled
 
-
-class Logged(NamedTuple):
-    """What an interrupted run had logged before it was resumed.
-
-    Attributes:
-        step: Step of the checkpoint. Later rows are computed again.
-        rows: Rows of `step` that are not computed again.
-        last_steps: The last step that was logged, for each kind of row.
-    """
-
-    step: int
-    rows: list[dict]
-    last_steps: dict[str | None, int]
+LEDGER = "ledger.jsonl"
 
 
 class ThroughputMeter:
@@ -94,25 +82,26 @@ class MetricLogger:
         self._open(METRICS, lambda: _metrics(folder))
         if config.ledger:
             self._open(LEDGER, lambda: _jsonl(folder / LEDGER))
-        if config.report_to_tensorboard and not config.debug:
-            self._open("tensorboard", lambda: _tensorboard(folder, logged))
-        if config.wandb.enabled and not config.debug:
-            self._open("wandb", lambda: _wandb(config, folder, settings, logged))
-        if config.swanlab.enabled and not config.debug:
-            self._open("swanlab", lambda: _swanlab(config, folder, settings, logged))
+        if config.eval_generate.n_examples and config.eval_generate.show:
+            self._open(SAMPLES, lambda: _jsonl(folder / SAMPLES))
+        for name, start in TRACKERS.items():
+            if is_enabled(config, name) and not config.debug:
+                self._open(name, lambda start=start: start(config, folder, settings, logged))
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Send metrics to all trackers as `kind/name`, where `kind` is train, eval or rollout."""
         for name, (log, _) in list(self.backends.items()):
-            if name != LEDGER:
+            if name not in (LEDGER, SAMPLES):
                 self._guard(name, lambda log=log: log(step, kind, metrics))
 
     def log_step(self, step: int, tokens: Callable[[], str], loss: float, grad_norm: float) -> None:
         """Write a line to the ledger: a hash of the step's tokens, and its exact loss and gradient norm."""
         if LEDGER in self.backends:
-            write, _ = self.backends[LEDGER]
-            row = {"step": step, "tokens": tokens(), "loss": loss, "grad_norm": grad_norm}
-            self._guard(LEDGER, lambda: write(row))
+            self._write(LEDGER, {"step": step, "tokens": tokens(), "loss": loss, "grad_norm": grad_norm})
+
+    def log_sample(self, step: int, sample: dict[str, Any]) -> None:
+        """Write an answer of an evaluation to samples.jsonl."""
+        self._write(SAMPLES, {"step": step, **sample})
 
     def close(self) -> None:
         if self.bar is not None:
@@ -145,6 +134,10 @@ class MetricLogger:
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        if name in self.backends:
+            self._guard(name, lambda: self.backends[name][0](row))
 
     def _open(self, name: str, create: Callable) -> None:
         self._guard(name, lambda: self.backends.update({name: create()}))
@@ -217,75 +210,3 @@ def _jsonl(path: Path) -> tuple[Callable, Callable]:
 def _metrics(folder: Path) -> tuple[Callable, Callable]:
     write, close = _jsonl(folder / METRICS)
     return lambda step, kind, metrics: write({"step": step, "kind": kind, **metrics}), close
-
-
-def _tensorboard(folder: Path, logged: Logged | None) -> tuple[Callable, Callable]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if logged is None else logged.step)
-
-    def log(step: int, kind: str, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(f"{kind}/{name}", value, step)
-        writer.flush()
-
-    for row in () if logged is None else logged.rows:  # these were purged with the later ones
-        log(row["step"], row["kind"], {name: float(row[name]) for name in row.keys() - {"step", "kind"}})
-    return log, writer.close
-
-
-def _wandb(config: Config, folder: Path, settings: dict, logged: Logged | None) -> tuple[Callable, Callable]:
-    import wandb
-
-    run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.exp_name,
-        dir=os.environ.get("WANDB_DIR", str(folder)),
-        config=settings,
-        settings=wandb.Settings(silent=True),
-        id=_run_id(folder),
-        resume=None if logged is None else "allow",
-    )
-
-    def log(step: int, kind: str, metrics: dict[str, float]) -> None:
-        run.log({f"{kind}/{name}": value for name, value in metrics.items()} | {"step": step})
-
-    return _only_new(log, logged), run.finish
-
-
-def _swanlab(config: Config, folder: Path, settings: dict, logged: Logged | None) -> tuple[Callable, Callable]:
-    import swanlab
-
-    resume = (
-        {"id": _run_id(folder), "resume": "allow"} if config.swanlab.mode == "cloud" else {}
-    )  # other modes cannot resume
-    run = swanlab.init(
-        project=config.swanlab.project,
-        experiment_name=config.exp_name,
-        logdir=str(folder / "swanlab"),
-        config=settings,
-        mode=config.swanlab.mode,
-        **resume,
-    )
-
-    def log(step: int, kind: str, metrics: dict[str, float]) -> None:
-        run.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
-
-    return _only_new(log, logged), swanlab.finish
-
-
-def _run_id(folder: Path) -> str:
-    """Return the id of this run for wandb and SwanLab, saved in the run directory for resuming."""
-    file = folder / RUN_ID
-    if file.exists() and (run_id := file.read_text(errors="replace").strip()).isalnum() and run_id.isascii():
-        return run_id
-    run_id = uuid.uuid4().hex[:21]
-    file.write_text(run_id)
-    return run_id
-
-
-def _only_new(log: Log, logged: Logged | None) -> Log:
-    """Skip rows that were logged before the interruption: they cannot be removed, and are computed again unchanged."""
-    last_steps = {} if logged is None else logged.last_steps
-    return lambda step, kind, metrics: log(step, kind, metrics) if step > last_steps.get(kind, -1) else None

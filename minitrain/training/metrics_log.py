@@ -17,6 +17,7 @@ from minitrain.errors import ConfigError, RunDirError
 
 from .atomic_dir import replace_file
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 KINDS = ("train", "eval", "rollout")
 ROLLOUTS = "rollouts"  # the folder of sampled answers, with a file for each round
 NOT_METRICS = ("step", "kind")
@@ -76,7 +77,7 @@ def read_history(folder: Path) -> History:
     Raises:
         ConfigError: If the folder is not a run directory, or nothing was logged.
     """
-    lines = read_lines(folder, "metrics.jsonl", "Choose a run directory.")
+    lines = read_lines(folder, METRICS, "Choose a run directory.")
     history, damaged_lines = History(folder), []
     for number, line in enumerate(lines, 1):
         try:
@@ -86,9 +87,9 @@ def read_history(folder: Path) -> History:
             damaged_lines.append(number)
     if not history.metrics:
         reason = "has no readable line." if damaged_lines else "has no metrics yet. Wait for the first log line."
-        raise ConfigError(f"{folder / 'metrics.jsonl'}: {reason}", "damaged-file" if damaged_lines else "no-data")
+        raise ConfigError(f"{folder / METRICS}: {reason}", "damaged-file" if damaged_lines else "no-data")
     if damaged_lines:
-        history.damaged.append(damaged_lines_message(folder / "metrics.jsonl", damaged_lines) + " skipped")
+        history.damaged.append(damaged_lines_message(folder / METRICS, damaged_lines) + " skipped")
     for name, read in (("settings", read_settings), ("end", read_end)):
         try:
             setattr(history, name, read(folder))

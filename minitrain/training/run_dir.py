@@ -38,10 +38,12 @@ from .atomic_dir import (
     verify,
 )
 from .checkpoint import Save
-from .metric_logger import LEDGER, METRICS, RUN_ID, Logged
+from .metric_logger import LEDGER
 from .metrics_log import (
     KINDS,
+    METRICS,
     ROLLOUTS,
+    SAMPLES,
     UNREADABLE,
     damaged_lines_message,
     drop_rounds,
@@ -51,8 +53,9 @@ from .metrics_log import (
     read_settings,
     truncate_log,
 )
+from .trackers import RUN_ID, Logged
 
-LOGS = (METRICS, LEDGER)
+LOGS = (METRICS, LEDGER, SAMPLES)
 FILES = (*LOGS, RUN_ID)
 # What a restart from step 0 would overwrite.
 WRITTEN_BY_STEPS = (*FILES, "tensorboard", ROLLOUTS, "models", "best", "final")

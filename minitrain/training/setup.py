@@ -32,6 +32,7 @@ from minitrain.model.weights import Weights
 
 from .compute import with_dtype
 from .failpoints import failpoint
+from .learning_rate import lr_warnings, with_lr
 from .optim import warmup_steps
 from .step import Precision
 
@@ -115,6 +116,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
     eval_loader, retention_loader = (make_loader(part, *rest) if part else None for part in (data.eval, data.retention))
     if not loss.online and (too_long := train_loader.describe_too_long()):
         data.warnings.append(too_long)
+    data.warnings += lr_warnings(config, policy, loss)
     warmup = warmup_steps(config, train_loader.total_steps)
     set_end_tokens(policy.model, template.end_ids())
     check_saving(policy.model, template.tokenizer)
@@ -124,8 +126,9 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
 
 def dry_run(config: Config) -> Preparation:
     """Prepare a run on one device, without reading the model's weights."""
-    config = with_dtype(config, pick_device(config.device))
-    return prepare(config, create_loss(**config.loss), SingleDevice(CPU), meta=True)
+    loss = create_loss(**config.loss)
+    config = with_lr(with_dtype(config, pick_device(config.device)), loss)
+    return prepare(config, loss, SingleDevice(CPU), meta=True)
 
 
 def _build_policy(

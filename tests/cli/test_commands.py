@@ -260,19 +260,20 @@ def test_the_same_seed_samples_the_same(generate):
 # ---------------------------------------------------------------------------------------------------------- chat
 
 
-HEAD = "Type a message. /reset starts a new conversation; /exit or Ctrl-D ends the chat.\n"
+HEAD = "Type a message. /help shows the commands; /exit or Ctrl-D ends the chat.\n"
 
 
 def test_chat(llama_folder):
     """It remembers the conversation until /reset, ends at /exit, and survives what is too long or no text."""
-    said = b"hello\nhello\n" + b"x" * 1100 + b"\n\xff\n/reset\nhello\n/exit\nnever read\n"
+    said = b"hello\nhello\n" + b"x" * 1100 + b"\n\xff\n/reset\nhello\n/help\n/exit\nnever read\n"
     done = run("-m", "minitrain", "chat", llama_folder, "--max-new-tokens", 4, input=said, text=False)
     assert done.returncode == 0 and done.stderr == b""
-    head, first, second, refused, no_text, reset, again, end = done.stdout.decode().split("> ")
+    head, first, second, refused, no_text, reset, again, helped, end = done.stdout.decode().split("> ")
     assert head == HEAD and first == again != second
     assert "1189 tokens" in refused and refused.endswith(". Type another message, or /reset.\n")
     assert no_text.endswith(". Type another message, or /reset.\n")
     assert reset == "" and end == ""
+    assert [line.split()[0] for line in helped.splitlines()] == ["/help", "/reset", "/exit", "Anything"]
 
 
 @pytest.mark.parametrize("said, answers", [("", 0), ("\n", 0), ("hello", 1), ("hello\n", 1)])

@@ -100,7 +100,19 @@ def test_a_model_is_what_imports_the_rest():
 def test_the_first_step_imports_what_it_uses(here):
     """Neither trackers, plots and readers of tables, nor the libraries of options that are not set."""
     Path("c.yml").write_text(f"{CONFIG}n_steps: 1\n")
-    unused = {"wandb", "tensorboard", "swanlab", "matplotlib", "pandas", "pyarrow", "datasets", "peft", "bitsandbytes"}
+    unused = {
+        "wandb",
+        "tensorboard",
+        "swanlab",
+        "trackio",
+        "mlflow",
+        "matplotlib",
+        "pandas",
+        "pyarrow",
+        "datasets",
+        "peft",
+        "bitsandbytes",
+    }
     code = "import sys; from minitrain.cli.main import main; main(['train', 'c.yml']); print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)

@@ -79,7 +79,7 @@ def test_dropped_examples_are_counted(jsonl, config, template, wording, how, cod
     config.datasets = [entry]
     data = load_data(config, template)
     assert len(data.train) == 1 and data.train.caches[0].counts == {code: 2}
-    assert "2 " in data.summary[0] and " 3 (66.7 %)" in data.summary[0]
+    assert "2 " in data.summary[0] and " 3 (66.7%)" in data.summary[0]
     wording(data.summary[0])
     config.datasets = [jsonl([long], "all.jsonl")]
     for _ in range(2):  # also when the cache is there already

@@ -6,7 +6,9 @@ from fractions import Fraction
 import pytest
 
 from minitrain import ConfigError, load_config
-from minitrain.inference.evaluation import final_answer
+from minitrain.data.template import Template
+from minitrain.inference.evaluation import final_answer, prompt_texts
+from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import SHARED
 from tests.messages import raises
 
@@ -104,11 +106,30 @@ def test_expressions_that_are_refused(match, rows_file, wording):
     wording(told.value)
 
 
+@pytest.mark.parametrize(
+    ("chat_template", "messages", "shown"),
+    [
+        ("chatml", ["2 + 2 = <b>\n"], "2 + 2 = <b>\n"),
+        ("none", ["2 + 2 ="], "2 + 2 ="),
+        ("chatml", ["a", "b", "c"], "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc"),
+    ],
+)
+def test_a_prompt_is_shown_as_the_user_wrote_it(chat_template, messages, shown):
+    """Without what the template adds before and after; a conversation has its special tokens."""
+    template = Template(tiny_tokenizer(), chat_template)
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
+    assert prompt_texts([template.encode_prompt(turns)] * 2, template) == [shown] * 2
+    system = [{"role": "system", "content": "s"}, *turns]
+    (with_system,) = prompt_texts([template.encode_prompt(system)], template)
+    assert with_system.endswith(messages[-1] if chat_template == "none" else "<|im_start|>assistant\n")
+
+
 def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
     """exact_match counts the answers whose numbers are right, and shows the number that was expected."""
     from minitrain.inference.generate import Generator, Response
 
-    answers = ["so 7 and 2 is 9", "#### 12", "none", "1,000."]
+    answers = ["so 7 and 2 is 9", "#### 12", "none\ufffd", "1,000."]
     responses = [Response(answer, {"role": "assistant", "content": answer}) for answer in answers]
     rows = [{"prompt": "?", "response": f"it is so\n#### {n}"} for n in ("9", "13", "4", "1000")]
     rows[2]["response"] = "nothing"  # there is no number in it, nor in the answer
@@ -116,6 +137,11 @@ def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(Generator, "generate_from_ids", lambda *_, **__: responses)
     wanted = ["eval_generate.n_examples=4", "eval_generate.match=number", f"eval_datasets=[{file}]", "n_steps=1"]
-    ended = make_trainer(*wanted).train()
+    trainer = make_trainer(*wanted)
+    ended = trainer.train()
     assert ended["exact_match"] == 0.5
-    assert "'#### 12' (wrong, expected '13')" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    samples = [json.loads(line) for line in (trainer.run.path / "samples.jsonl").read_text().splitlines()]
+    shown = {"step": 1, "prompt": "?", "answer": "#### 12", "expected": "13", "right": False}
+    assert len(samples) == 6 and samples[4] == shown  # three at the start, three at the end
+    assert "  '?' -> '#### 12' (wrong, expected '13')\n" in out and "  '?' -> 'none?' (wrong" in out

@@ -228,7 +228,7 @@ def test_samples_follow_the_distribution():
     probs = (logits[0].double() / 0.7).softmax(-1)
     counts = torch.bincount(ids, minlength=12).double()
     chi_square = float(((counts - 20_000 * probs) ** 2 / (20_000 * probs)).sum())
-    assert chi_square < 31.3  # 99.9 % quantile with 11 degrees of freedom
+    assert chi_square < 31.3  # 99.9% quantile with 11 degrees of freedom
     torch.testing.assert_close(logps.double(), probs.log()[ids], rtol=1e-5, atol=1e-5)
 
 
@@ -256,7 +256,7 @@ def test_samples_of_a_large_vocabulary_follow_the_distribution():
         counts += torch.bincount(bins[ids], minlength=39)
         torch.testing.assert_close(logps.double(), probs.log()[ids], rtol=1e-5, atol=1e-5)
     want = 20_000 * torch.zeros(39, dtype=torch.float64).index_add(0, bins, probs)
-    assert want.min() > 5 and float(((counts - want) ** 2 / want).sum()) < 70.7  # 99.9 %, 38 degrees of freedom
+    assert want.min() > 5 and float(((counts - want) ** 2 / want).sum()) < 70.7  # 99.9%, 38 degrees of freedom
 
 
 @pytest.mark.parametrize("choose", [Chooser(1.0), Chooser(0.7, top_p=0.8), Chooser(1.3, top_k=700)])

@@ -230,7 +230,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize(("shared", "packed", "most"), [(0, True, 1.1), (4, True, 1.1), (0, False, 1.0)])
 def test_kernels_of_a_layer(monkeypatch, shared, packed, most):
-    """A layer of a packed row needs at most 10 % more kernels than a padded batch with FlashAttention."""
+    """A layer of a packed row needs at most 10% more kernels than a padded batch with FlashAttention."""
     kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     if "enable_gqa" not in inspect.signature(kernel).parameters:
         pytest.skip("this torch has an older kernel")

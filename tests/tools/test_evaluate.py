@@ -203,7 +203,7 @@ def test_compare_models_and_files(train, evaluate, capsys):
     assert loss["b"] == pytest.approx(both["results"][1]["metrics"]["loss"], rel=1e-5)
     assert main(["evaluate", "--compare", "tiny", "b.jsonl", "c.yml"]) == 0
     out = capsys.readouterr().out
-    assert "A: tiny\nB: b.jsonl" in out and "95 % interval" in out and "avg_p_correct" in out
+    assert "A: tiny\nB: b.jsonl" in out and "95% interval" in out and "avg_p_correct" in out
 
 
 def test_an_adapter_without_its_base(train, capsys):

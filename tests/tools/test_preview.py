@@ -114,7 +114,7 @@ def test_what_is_shown_is_what_the_trainer_gets(write, capsys, case):
         titles.append(
             f"step 1, micro-batch {number} of {len(batches)}: {len(batch.input_ids)} rows of "
             f"{batch.input_ids.shape[1]} tokens; {batch.n_targets} targets, {padding} padding "
-            f"({100 * padding / size:.1f} %)"
+            f"({100 * padding / size:.1f}%)"
         )
         for d in range(batch.n_docs):
             row, start, stop = batch.spans[d].tolist()

@@ -76,14 +76,13 @@ def test_figures(write, report):
     assert code == 0 and err == ""
     assert found["examples"] == "15 to train on, 5 to evaluate on"
     assert (
-        found["left out"]
-        == "1 bad rows skipped of 23 (4.3 %); 2 examples dropped (longer than max_length) of 23 (8.7 %)"
+        found["left out"] == "1 bad rows skipped of 23 (4.3%); 2 examples dropped (longer than max_length) of 23 (8.7%)"
     )
     assert found["steps"] == "6 of 8 examples, 3.00 epochs of 15 examples"
     code, found, _ = report(write(ROWS, n_steps=7))
     texts = [f"|user\nsay {i}|\n|assistant\n{row['response']}|" for i, row in enumerate(ROWS)]
     lengths = sorted(map(len, texts))  # a byte is a token, | a special one
-    told = f"median {lengths[9]} tokens, 90 % up to {lengths[17]}, 99 % up to {lengths[19]}, longest {lengths[19]};"
+    told = f"median {lengths[9]} tokens, 90% up to {lengths[17]}, 99% up to {lengths[19]}, longest {lengths[19]};"
     assert told in found["lengths"] and found["left out"] == "nothing"
     assert found["steps"] == "7 of 8 examples, 2.33 epochs of 20 examples"
 
@@ -105,10 +104,10 @@ def test_tokens_and_padding_are_those_of_the_batches(write, report, rows, loss, 
         tokens[packed] = sum(batch.n_tokens for batch in batches)
         shares[packed] = 1 - tokens[packed] / sum(batch.input_ids.numel() for batch in batches)
         learned = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
-    assert found["padding"] == f"{100 * shares[False]:.1f} % without packing, {100 * shares[True]:.1f} % with it"
+    assert found["padding"] == f"{100 * shares[False]:.1f}% without packing, {100 * shares[True]:.1f}% with it"
     assert shares[False] > 0.02
     mine = tokens[packing]
-    assert found["tokens"] == f"{mine / 3:,.0f} per step, {mine:,} per epoch; {100 * learned / mine:.1f} % targets"
+    assert found["tokens"] == f"{mine / 3:,.0f} per step, {mine:,} per epoch; {100 * learned / mine:.1f}% targets"
 
 
 @pytest.mark.parametrize(

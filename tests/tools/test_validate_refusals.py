@@ -601,7 +601,7 @@ def test_shares_of_what_is_cut(write, capsys, tmp_path):
     """Counts with `of` and a share, in both; more than a third is a warning, even where only warnings are shown."""
     rows = [{"prompt": "a" * (100 if i < 9 else 2), "response": "b"} for i in range(20)]
     path = write(rows, max_length=40)
-    cut = f"{tmp_path / 'c.jsonl'}: 9 truncated examples of 20 (45.0 %)"
+    cut = f"{tmp_path / 'c.jsonl'}: 9 truncated examples of 20 (45.0%)"
     warning = f"{cut}, more than a third. Raise max_length=40."
     for quiet in ([], ["--quiet"]):
         assert main(["train", path, "--overrides", f"exp_name=x{len(quiet)}", *quiet]) == 0
@@ -612,7 +612,7 @@ def test_shares_of_what_is_cut(write, capsys, tmp_path):
         assert warning in capsys.readouterr().out
     assert main(["train", write(rows[8:], max_length=40), "--overrides", "exp_name=y"]) == 0
     out = capsys.readouterr().out
-    assert "1 truncated examples of 12 (8.3 %)" in out and "warning" not in out
+    assert "1 truncated examples of 12 (8.3%)" in out and "warning" not in out
 
 
 @pytest.mark.parametrize("n", [1, 5, 16, 17, 300])
@@ -623,14 +623,14 @@ def test_what_is_cut_is_counted_among_the_examples_that_are_used(write, n):
     data = {"path": json.loads((open(path)).read())["datasets"][0], "n_examples": n}
     figures = validate(load_config(write(rows, max_length=60, datasets=[data])), with_memory=False)
     cut = sum(i >= 16 or i % 6 == 5 for i in range(n))
-    want = f"{cut} truncated examples of {n} ({100 * cut / n:.1f} %)" if cut else "nothing"
+    want = f"{cut} truncated examples of {n} ({100 * cut / n:.1f}%)" if cut else "nothing"
     assert figures["left out"] == want
     drop = write(rows, max_length=60, datasets=[data], truncation="drop")
     if n < 14:
         fits = [i for i in range(600) if i < 16 and i % 6 != 5][:n]
         lost = max(fits) + 1 - n
         want = (
-            f"{lost} examples dropped (longer than max_length) of {n + lost} ({100 * lost / (n + lost):.1f} %)"
+            f"{lost} examples dropped (longer than max_length) of {n + lost} ({100 * lost / (n + lost):.1f}%)"
             if lost
             else "nothing"
         )

@@ -387,7 +387,7 @@ PARALLEL = SingleDevice(torch.device("cpu"))
 
 
 def test_checkpoints_by_time_cost_little(monkeypatch):
-    """One a minute while that is cheap; at most 2 % of the time for those that take long, the first one included."""
+    """One a minute while that is cheap; at most 2% of the time for those that take long, the first one included."""
     clock = Clock(monkeypatch)
     schedule = SaveSchedule(None, 10, PARALLEL)
     assert clock.steps_with_a_save(schedule, 20, 12, 0.5) == [3, 6, 9, 12]

@@ -38,8 +38,7 @@ def plot(histories: list[History], output: Path, force: bool = False, metrics: l
     Raises:
         ConfigError: matplotlib is missing, no run has a metric, or `output` cannot be written or is another file.
     """
-    figure = make_figure(histories, metrics)
-    description = "minitrain plot of " + ", ".join(run_names(histories))
+    figure, description = make_figure(histories, metrics), describe_runs(histories)
     if output.exists() and not force and _read_description(output) != description:
         raise ConfigError(
             f"--output: {output} already exists and is not a plot of these runs. Choose another name or add --force.",
@@ -76,6 +75,11 @@ def make_figure(histories: list[History], metrics: list[str] | None = None):
     if len(names) == 1:
         figure.suptitle(names[0], fontweight="bold")
     return figure
+
+
+def describe_runs(histories: list[History]) -> str:
+    """Return what marks a file as a plot of these runs."""
+    return "minitrain plot of " + ", ".join(run_names(histories))
 
 
 def run_names(histories: list[History]) -> list[str]:

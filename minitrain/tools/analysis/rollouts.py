@@ -186,10 +186,15 @@ def _logged_rounds(folder: Path) -> list[dict[str, float]]:
     return rounds
 
 
+def saved_rounds(folder: Path) -> list[int]:
+    """Return the rounds whose answers exist."""
+    names = [file.stem.removeprefix("round-") for file in (folder / ROLLOUTS).glob("round-*.jsonl")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
 def _find_round(folder: Path, number: int | None) -> int:
     """Return a round whose answers exist, by default the last. Raise ConfigError if there is none."""
-    names = [file.stem.removeprefix("round-") for file in (folder / ROLLOUTS).glob("round-*.jsonl")]
-    numbers = sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+    numbers = saved_rounds(folder)
     if not numbers:
         hint = "Choose a run that samples answers, with rollout.save_samples."
         raise ConfigError(f"{folder}: has no answers in {ROLLOUTS}/. {hint}", "no-data")

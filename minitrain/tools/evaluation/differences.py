@@ -15,7 +15,7 @@ class Difference(NamedTuple):
     Attributes:
         n: Number of examples that both have.
         a, b: The metric of each model on them.
-        low, high: Bounds of the 95 % confidence interval of b - a; None with fewer than two examples.
+        low, high: Bounds of the 95% confidence interval of b - a; None with fewer than two examples.
         higher, lower: Number of examples on which b is higher and lower.
         p_value: Of the sign test: that higher and lower are equally likely.
     """

@@ -17,6 +17,7 @@ from minitrain.model import checks as model
 from minitrain.training import checks as training
 
 CHECKED_WITH_TORCH = {"loss", "optimizer", "optimizer_args", "betas", "eps", "weight_decay", "device", "fsdp"}
+CHECKED_WITH_TORCH |= {"lr_scheduler_args"}  # the default of lr depends on the loss
 
 
 def check_config(
@@ -47,6 +48,10 @@ def check_config(
             from minitrain.rl import checks as rl  # imports transformers
 
             rl.check(config, given, loss, issues)
+    from minitrain.training.learning_rate import with_lr
+
+    config = with_lr(config, loss)
+    training.check_schedule_arguments(config, issues)
     training.check_optimizer_options(config, given, issues)
 
 

@@ -170,7 +170,7 @@ def _batch(
     """Yield lines about the batch rows with chosen examples."""
     n_rows, n_columns = batch.input_ids.shape
     padding = batch.input_ids.numel() - batch.n_tokens
-    percent = f"{100 * padding / batch.input_ids.numel():.1f} %"
+    percent = f"{100 * padding / batch.input_ids.numel():.1f}%"
     counts = f"{batch.n_targets} targets, {padding} padding ({percent})"
     yield f"{preview.title}: {n_rows} rows of {n_columns} tokens; {counts}"
     documents = [

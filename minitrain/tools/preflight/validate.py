@@ -17,6 +17,7 @@ from minitrain.data.loader import MicrobatchLoader
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
+from minitrain.losses import create_loss
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
 from minitrain.model.few_blocks import with_few_blocks
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
@@ -31,6 +32,7 @@ from minitrain.training.after_step import KNOWN_METRICS, check_metric
 from minitrain.training.aux_models import build_teacher, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
 from minitrain.training.compute import describe_compute, with_dtype
+from minitrain.training.learning_rate import batch_hints, describe_optimizer, with_lr
 from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
@@ -64,7 +66,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True, marks: 
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
-    config = with_dtype(config, parallel.device)
+    config = with_lr(with_dtype(config, parallel.device), create_loss(**config.loss))
     folder = RunDir(config, parallel)
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)
@@ -240,13 +242,14 @@ def _report(run: Preparation) -> dict[str, str]:
     parameters, new = list(run.policy.parameters()), describe_new_tokens(run.policy.model, run.template.tokenizer)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     aux_loss = describe_aux_loss(run.policy.routing)
+    hints = batch_hints(run.config, run.policy, run.loss, run.train_loader.total_steps)
     return {
         "examples": f"{len(train):,} to train on"
         + (f", {len(evaluation):,} to evaluate on" if evaluation else "")
         + (f", {len(run.data.retention):,} of retention_datasets" if run.data.retention else ""),
         "left out": _left_out(train.caches),
         **_fields(_caches(run)),
-        "lengths": f"median {half:,} tokens, 90 % up to {most:,}, 99 % up to {nearly_all:,}, "
+        "lengths": f"median {half:,} tokens, 90% up to {most:,}, 99% up to {nearly_all:,}, "
         f"longest {lengths.max():,}; max_length {run.config.max_length:,}",
         **(describe_rounds(run) if run.loss.online else _steps(run)),
         **({"new tokens": new} if new else {}),
@@ -254,6 +257,8 @@ def _report(run: Preparation) -> dict[str, str]:
         "parameters": f"{trained:,} of {sum(p.numel() for p in parameters):,} trained",
         "matrices": run.policy.model.matrices,
         "compute": describe_compute(run.config, run.policy),
+        "optimizer": describe_optimizer(run.config, run.loss, run.warmup),
+        **({"hint": "; ".join(hints)} if hints else {}),
         **({"router": aux_loss} if aux_loss else {}),
     }
 
@@ -299,7 +304,7 @@ def _left_out(caches: list[TokenCache]) -> str:
 def _padding(run: Preparation, fraction: float) -> str:
     """Return the fraction of padding without and with packing; `fraction` is that of the config."""
     packing, percent = run.config.packing, {}
-    percent[packing] = f"{100 * fraction:.1f} %"
+    percent[packing] = f"{100 * fraction:.1f}%"
     if packing or not is_encoder(run.policy.model):  # an encoder needs a row for each document
         config, policy = dataclasses.replace(run.config, packing=not packing), run.meta_policy(packing=not packing)
         tokens, cells = _batch_sizes(make_loader(run.data.train, config, run.template.tokenizer, policy))
@@ -315,7 +320,7 @@ def _batch_sizes(loader: MicrobatchLoader) -> tuple[int, int]:
 
 
 def _percent(part: float, total: float) -> str:
-    return f"{100 * part / total:.1f} %"
+    return f"{100 * part / total:.1f}%"
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
