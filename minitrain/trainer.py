@@ -37,7 +37,7 @@ from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
 from minitrain.training.optimizers import set_lr
 from minitrain.training.saving import SaveSchedule, check_target, restore_checkpoint, save_checkpoint, save_model
-from minitrain.training.signals import capture_signals
+from minitrain.training.signals import Interrupted, announce, capture_signals
 from minitrain.training.step import StepOutput, forward_backward, optim_step
 from minitrain.training.time_limit import TIMEOUT, TimeLimit
 
@@ -133,6 +133,8 @@ class Trainer:
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
         self.config = with_lr(with_dtype(config, self.device), self.loss)
+        self.signal: int | None = None  # the signal, or TIMEOUT, that all ranks agreed to stop for
+        self._received: int | None = None  # a signal that only this rank may have received
         with self.parallel.naming_failures(), deterministic_algorithms(self.config.deterministic):
             load_parts(self)
             self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)
@@ -154,8 +156,6 @@ class Trainer:
         self.eval_metrics: dict[str, float] = {}
         self.should_stop = False
         self.is_repeatable = not self.config.deterministic  # or checked
-        self.signal: int | None = None  # the signal, or TIMEOUT, that all ranks agreed to stop for
-        self._received: int | None = None  # a signal that only this rank may have received
         start_window(self)
 
     def __repr__(self) -> str:
@@ -180,7 +180,7 @@ class Trainer:
             self.checkpoint = self.run.find_checkpoint()
             if self.checkpoint is not None:
                 restore_checkpoint(self, self.checkpoint)
-            with capture_signals(functools.partial(setattr, self, "_received")):
+            with capture_signals(self._receive):
                 logged = self.run.start(None if self.checkpoint is None else self.step, should_evaluate(self))
                 self.logger = MetricLogger(
                     self.config, self.run.path, self.run.settings(), logged, enabled=self.parallel.rank == 0
@@ -292,6 +292,17 @@ class Trainer:
         code = int(self.parallel.max(own))
         self.signal = code if code > 1 else self.signal
         return code > 0
+
+    def _receive(self, number: int) -> None:
+        if self._received is None and self.parallel.rank == 0:
+            announce(number)
+        self._received = number
+
+    def keep_alive(self, seconds: float = 0.0) -> None:
+        """Report progress of this rank, as `parallel.keep_alive` does. Raise Interrupted if it received a signal."""
+        self.parallel.keep_alive(seconds)
+        if self._received is not None:
+            raise Interrupted
 
     def is_interrupted(self) -> bool:
         """Return whether a signal or `max_minutes` has stopped the training. Every rank must call it."""

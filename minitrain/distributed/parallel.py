@@ -93,8 +93,12 @@ class SingleDevice:
     def set_status(self, status: str) -> None:
         """Set what the run is doing, which is reported if it hangs."""
 
-    def keep_alive(self) -> None:
-        """Report progress of this rank alone, without a collective."""
+    def keep_alive(self, seconds: float = 0.0) -> None:
+        """Report progress of this rank alone, without a collective.
+
+        Args:
+            seconds: A time in which it need not make progress, since it waits with a limit of its own.
+        """
 
     def wait_for_ranks(self) -> None:
         """Wait until all ranks call it. Unlike in a collective, a rank may wait longer than the timeout."""

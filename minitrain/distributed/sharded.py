@@ -174,6 +174,7 @@ class FullySharded(SingleDevice):
                 error = [type(raised).__name__, raised.message, raised.code]
         if meanwhile is not None:
             meanwhile()
+        self.wait_for_ranks()  # the function can take longer than the timeout
         value, error = self.gather([value, error])[0]
         if error is not None:
             raise getattr(errors, error[0])(*error[1:])
@@ -218,9 +219,9 @@ class FullySharded(SingleDevice):
         if self.watchdog is not None:
             self.watchdog.status = status
 
-    def keep_alive(self) -> None:
+    def keep_alive(self, seconds: float = 0.0) -> None:
         if self.watchdog is not None:
-            self.watchdog.keep_alive()
+            self.watchdog.keep_alive(seconds)
 
     def wait_for_ranks(self) -> None:
         if self.store is None:

@@ -40,10 +40,10 @@ class Watchdog:
 
     def beat(self) -> None:
         self.beats += 1
-        self.keep_alive()
-
-    def keep_alive(self) -> None:
         self.last = time.monotonic()
+
+    def keep_alive(self, seconds: float = 0.0) -> None:
+        self.last = max(self.last, time.monotonic() + seconds)
 
     def _watch(self) -> None:
         while not self.ended.wait(min(1.0, self.seconds / 4)):

@@ -1,5 +1,6 @@
 """Check the options of rollouts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -141,6 +142,14 @@ def _check_sampling(config: Config, issues: ConfigIssues) -> None:
 def is_one_step(config: Config) -> bool:
     """Return whether a round is one optimizer step, so that every ratio to the policy that sampled is 1."""
     return config.rollout.num_iterations == 1 and config.rollout.prompts_per_round <= config.total_batch_size
+
+
+def count_steps(config: Config, n_prompts: int) -> int:
+    """Return the number of optimizer steps of a run on rounds of `n_prompts` prompts."""
+    options = config.rollout
+    n_rounds = math.ceil(config.n_epochs * n_prompts / options.prompts_per_round)
+    steps_per_pass = math.ceil(options.prompts_per_round / config.total_batch_size)
+    return config.n_steps or max(1, n_rounds * options.num_iterations * steps_per_pass)
 
 
 def _unused(config: Config, loss: Loss) -> dict[str, str]:

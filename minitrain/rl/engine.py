@@ -84,7 +84,7 @@ class LocalEngine:
     ) -> list[list[Sample]]:
         self.sampler.end_ids = set(end_ids)
         is_stopped = stopping(self.trainer.template.tokenizer, stop)
-        return self.sampler.sample(requests, choose, is_stopped, lambda _: self.trainer.parallel.keep_alive())
+        return self.sampler.sample(requests, choose, is_stopped, lambda _: self.trainer.keep_alive())
 
     def rest(self) -> None:
         self.contexts.close()

@@ -58,6 +58,19 @@ class Prompts:
         ids = cache[example][0].ids.tolist()
         return Prompt(number, ids, row, cache.source, line, parsed.messages, parsed.variables)
 
+    def without_reference(self, rewards: Sequence[Reward]) -> list[str]:
+        """Return which rows lack what a reward function compares with."""
+        found = []
+        for reward, cache in itertools.product(rewards, self.examples.caches):
+            rows = self.rows[cache.path]
+            lines = [line for line, row in rows.items() if not reward.function.reads(row, reward.options)]
+            if lines:
+                found.append(
+                    f"{cache.source}:{lines[0]}: {reward.name} has nothing to compare with in {len(lines):,} of "
+                    f"{len(rows):,} rows, so it does not judge their answers"
+                )
+        return found
+
 
 def check_rows(rewards: Sequence[Reward], datasets: Sequence[DatasetConfig], issues: ConfigIssues) -> None:
     """Add to `issues` the rewards that cannot judge any answer, because the first data rows lack what they read."""

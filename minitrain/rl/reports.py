@@ -1,4 +1,4 @@
-"""Metrics of the answers of a round or of an evaluation."""
+"""What is kept of the answers of a round or of an evaluation, and their metrics."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,17 @@ from .rewards import Judgement
 
 Stats = dict[str, Any]  # what is logged about an answer, as JSON
 Group = tuple[list[JudgedAnswer], list[Stats]]  # the answers to a prompt
+
+
+def judged_answer(episode: Episode, judgement: Judgement) -> JudgedAnswer:
+    """Return what is trained on."""
+    of_tokens = episode.token_rewards
+    if judgement.tokens:
+        of_sampled = iter(judgement.tokens)
+        pairs = zip(of_tokens, episode.mask, strict=True)
+        of_tokens = [reward + (next(of_sampled, 0.0) if own else 0.0) for reward, own in pairs]
+    total, ended = judgement.total, episode.ended
+    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, total, ended, of_tokens)
 
 
 def stats_of(episode: Episode, judgement: Judgement) -> Stats:
@@ -37,7 +48,7 @@ def answer_metrics(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
     stats = [one for group in groups for one in group]
     rewards = [one["reward"] for one in stats if not math.isnan(one["reward"])]
     metrics = {
-        "reward": _mean(rewards),
+        "reward": _mean(rewards) if rewards else math.nan,  # 0 would be the best of negative rewards
         "ended": _mean([one["ended"] for one in stats]),
         "length": _mean([one["tokens"] for one in stats]),
         "length_max": max((one["tokens"] for one in stats), default=0),
@@ -52,6 +63,7 @@ def answer_metrics(groups: Sequence[Sequence[Stats]]) -> dict[str, float]:
 def prompt_result(group: Sequence[Stats]) -> dict[str, Any]:
     """Return the results of a prompt: the metrics of its answers, the weight of each, and the answers."""
     metrics = answer_metrics([group]) | pass_at_k([group])
+    metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}  # could not be judged
     answers = [one["messages"][-1]["content"] for one in group]
     weights = {name: 1.0 for name in metrics if name != "length_max"}  # which is not a mean
     return {**metrics, "weights": weights, "prompt": group[0]["prompt"], "samples": answers}

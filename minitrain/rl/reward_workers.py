@@ -30,6 +30,7 @@ from .rewards import Answer, Failed, Reward, read_result
 
 GRACE = 2.0  # seconds after the time limit in which a worker can report it, before it is killed
 START_SECONDS = 60.0  # for a worker to start
+LONGEST_WAIT = 1.0  # seconds until `keep_alive` is called again, which can raise after a signal
 N_RESTARTS = 8  # of workers that ended between calls, in a row
 N_CONCURRENT = 64  # calls of an async function at the same time
 N_LATE = 64  # calls in a row that take too long; then the others of the round are not made
@@ -63,16 +64,16 @@ class Workers:
         rewards: Sequence[Reward],
         n_workers: int,
         timeout: float,
-        on_result: Callable[[], None] = lambda: None,
+        keep_alive: Callable[[float], None] = lambda seconds: None,
     ):
         """
         Args:
             rewards: The functions.
             n_workers: Number of processes.
             timeout: Seconds for an answer.
-            on_result: Called after each wait for results.
+            keep_alive: Called before each wait for results, with its longest time in seconds.
         """
-        self.rewards, self.n_workers, self.timeout, self.on_result = list(rewards), n_workers, timeout, on_result
+        self.rewards, self.n_workers, self.timeout, self.keep_alive = list(rewards), n_workers, timeout, keep_alive
         self.workers: list[_Worker] = []
         self.n_restarts = 0  # since the last call
         weakref.finalize(self, _stop, self.workers)
@@ -102,9 +103,9 @@ class Workers:
                     except Exception as error:
                         results[index] = Failed(f"cannot get this answer and its row ({_describe(error)})")
             busy = [worker for worker in self.workers if worker.is_busy]
-            seconds = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
-            ready = wait([worker.socket for worker in busy], max(0.0, seconds))
-            self.on_result()
+            seconds = max(0.0, min((worker.deadline for worker in busy), default=0.0) - time.monotonic())
+            self.keep_alive(seconds)
+            ready = wait([worker.socket for worker in busy], min(seconds, LONGEST_WAIT))
             for worker in busy:
                 if worker.socket in ready or time.monotonic() > worker.deadline:
                     index, result = worker.index, self._receive(worker, limit)

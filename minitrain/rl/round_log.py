@@ -139,6 +139,8 @@ def round_line(number: int, total: int, metrics: dict[str, float]) -> str:
     parts = [f"round {number:>{len(str(total))}}/{total}"]
     formats = {"reward": ".4g", "reward_std": ".2g", "zero_variance": ".0%", "ended": ".0%", "length": ".1f"}
     parts += [f"{name} {metrics[name]:{form}}" for name, form in formats.items() if name in metrics]
+    if metrics.get("unjudged"):
+        parts.append(f"unjudged {metrics['unjudged']:.0%}")
     return "  ".join([*parts, f"sampled {metrics['tokens_per_second']:,.0f} tok/s"])
 
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ import torch
 
 from minitrain.batch import Batch
 from minitrain.config.issues import ConfigIssues, ConfigSource
-from minitrain.config.schema import Config
 from minitrain.data.cache import TokenCache
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.data.sampler import epoch_order
@@ -31,8 +29,9 @@ from minitrain.errors import DataError
 from minitrain.losses import add_features
 from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
+from minitrain.training.signals import Interrupted
 
-from .checks import is_one_step
+from .checks import count_steps, is_one_step
 from .documents import JudgedAnswer, as_cache, has_zero_variance, make_examples, tensors_of
 from .engine import Engine, build_engine, refreshed
 from .environments import build_environment
@@ -41,7 +40,7 @@ from .evaluation import exact_match, references
 from .exchange import gather_groups
 from .logps import add_logps
 from .prompts import Prompts
-from .reports import Group, answer_metrics, pass_at_k, prompt_result, stats_of
+from .reports import Group, answer_metrics, judged_answer, pass_at_k, prompt_result, stats_of
 from .reward_models import build_judge
 from .reward_workers import InProcess, Workers
 from .rewards import Answer, Judgement, Reward, build_rewards, combine
@@ -92,7 +91,7 @@ class Rounds(MicrobatchLoader):
         self.rewards, self.make_environment = list(rewards), make_environment
         self.judges = [build_judge(reward, trainer) for reward in rewards]
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
-        timeout, keep_alive = self.options.reward_timeout, trainer.parallel.keep_alive
+        timeout, keep_alive = self.options.reward_timeout, trainer.keep_alive
         self.workers = InProcess() if config.debug else Workers(rewards, n_workers, timeout, keep_alive)
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
@@ -134,8 +133,12 @@ class Rounds(MicrobatchLoader):
         while self.trainer.step < self.total_steps:
             epoch, position = divmod(consumed, self.epoch_size)
             number = epoch // self.options.num_iterations
-            if self.number != number and not self._sample(number):
-                return
+            if self.number != number:
+                try:
+                    self._sample(number)
+                except Interrupted:
+                    self.n_drawn = 0  # the dropped round draws its prompts again
+                    return
             n_empty = 0 if self.examples.is_trained.any() else n_empty + 1
             if n_empty == MAX_EMPTY_ROUNDS * self.options.num_iterations:
                 raise DataError(
@@ -172,10 +175,8 @@ class Rounds(MicrobatchLoader):
 
     # ------------------------------------------------------------------------------------------- making a round
 
-    def _sample(self, number: int) -> bool:
-        """Sample a round. Return False after a signal, which drops it."""
-        if self.trainer.is_interrupted():
-            return False
+    def _sample(self, number: int) -> None:
+        """Sample a round. Raise Interrupted after a signal."""
         options, n = self.options, self.epoch_size
         if self.number is not None:
             self.drawn += self.n_drawn
@@ -184,6 +185,7 @@ class Rounds(MicrobatchLoader):
         groups: list[Group] = []
         everyone: list[Group] = []
         self.n_drawn = 0
+        self._check_interrupted()
         while len(groups) < n:
             failpoint("round.draw")
             self.trainer.parallel.set_status(f"round {number + 1}")
@@ -195,9 +197,6 @@ class Rounds(MicrobatchLoader):
             failpoint("round.reward")
             with _timed(seconds, "judge"):
                 judgements = self.judge(episodes)
-            if self.trainer.is_interrupted():
-                self.n_drawn = 0  # the dropped round draws its prompts again
-                return False
             failpoint("round.gather")
             drawn = self._gather(episodes, judgements)
             everyone += drawn
@@ -209,7 +208,6 @@ class Rounds(MicrobatchLoader):
         with _timed(seconds, "logps"):
             mismatch = self._set(answers, number)
         self.log(groups, everyone, seconds, mismatch)
-        return True
 
     def draw(self, n: int) -> list[Prompt]:
         """Return this rank's part of the next n prompts."""
@@ -229,24 +227,32 @@ class Rounds(MicrobatchLoader):
             n: Conversations for each prompt.
             is_updated: Whether the weights can differ from those of the last call.
             changes: Options of rollouts that differ.
+
+        Raises:
+            Interrupted: A signal has arrived, on any rank.
         """
         options = dataclasses.replace(self.options, **changes)
         player = Player(self.trainer.generator, self.engine, options, self.config.max_length, self.make_environment)
+        episodes: list[list[Episode]] = []
         with refreshed(self.engine, is_updated):
-            episodes = player.play(prompts, key, n)
+            with contextlib.suppress(Interrupted):
+                episodes = player.play(prompts, key, n)
             self.trainer.parallel.wait_for_ranks()
+        self._check_interrupted()
         return episodes
 
     def judge(self, groups: list[list[Episode]]) -> list[list[Judgement]]:
-        """Return the rewards of the conversations of each prompt."""
+        """Return the rewards of the conversations of each prompt. Raise Interrupted after a signal, on any rank."""
         episodes = [episode for group in groups for episode in group]
         judgements = [Judgement(0.0) for _ in episodes]
         if self.rewards:
             answers = [_answer(episode) for episode in episodes]
             results = []
             for reward, judge in zip(self.rewards, self.judges, strict=True):
-                results.append(judge(episodes) if judge else self.workers.call(reward, answers))
+                with contextlib.suppress(Interrupted):
+                    results.append(judge(episodes) if judge else self.workers.call(reward, answers))
                 self.trainer.parallel.wait_for_ranks()
+                self._check_interrupted()
             judgements = combine(results, self.rewards, self.failures)
         for judgement, episode in zip(judgements, episodes, strict=True):
             judgement.total += sum(episode.token_rewards)
@@ -256,10 +262,15 @@ class Rounds(MicrobatchLoader):
         remaining = iter(judgements)
         return [[next(remaining) for _ in group] for group in groups]
 
+    def _check_interrupted(self) -> None:
+        if self.trainer.is_interrupted():
+            self.workers.close()  # they can be in a call
+            raise Interrupted
+
     def _gather(self, groups: list[list[Episode]], judgements: list[list[Judgement]]) -> list[Group]:
         """Return the answers to the prompts of all ranks, in the order of the prompts."""
         pairs = [list(zip(group, of_group, strict=True)) for group, of_group in zip(groups, judgements, strict=True)]
-        answers = gather_groups([[_judged(*pair) for pair in group] for group in pairs], self.trainer.parallel)
+        answers = gather_groups([[judged_answer(*pair) for pair in group] for group in pairs], self.trainer.parallel)
         of_ranks = self.trainer.parallel.gather([[stats_of(*pair) for pair in group] for group in pairs])
         everyone = list(zip(answers, itertools.chain(*of_ranks), strict=True))
         everyone.sort(key=lambda group: group[1][0]["group"])
@@ -294,9 +305,17 @@ class Rounds(MicrobatchLoader):
         The random numbers are the same in each evaluation, so that differences are those of the policy. `results`
         receives those of each prompt.
         """
-        began, options, key = time.perf_counter(), self.options, (self.config.seed, EVAL)
-        prompts = self._eval_prompts(loader)
-        mine = [prompts.get(i, i) for i in range(self.rank, len(loader.examples), self.world_size)]
+        began = time.perf_counter()
+        try:
+            metrics = self._evaluate(self._eval_prompts(loader), results)
+        except Interrupted:
+            return {}
+        self.seconds_trained -= time.perf_counter() - began
+        return {} if self.trainer.is_interrupted() else metrics
+
+    def _evaluate(self, prompts: Prompts, results: list[dict[str, Any]] | None) -> dict[str, float]:
+        options, key = self.options, (self.config.seed, EVAL)
+        mine = [prompts.get(i, i) for i in range(self.rank, len(prompts.examples), self.world_size)]
         temperature = options.temperature if options.eval_temperature is None else options.eval_temperature
         episodes = self.play(mine, key, options.eval_generations, temperature=temperature)
         groups = [stats for _, stats in self._gather(episodes, self.judge(episodes))]
@@ -306,8 +325,7 @@ class Rounds(MicrobatchLoader):
             results += map(prompt_result, groups)
         if self.config.eval_generate.n_examples:
             metrics["exact_match"] = exact_match(self, prompts, key)
-        self.seconds_trained -= time.perf_counter() - began
-        return {} if self.trainer.is_interrupted() else metrics
+        return metrics
 
     def _eval_prompts(self, loader: MicrobatchLoader) -> Prompts:
         if self.eval_prompts is None or self.eval_prompts.examples is not loader.examples:
@@ -351,27 +369,9 @@ def _answer(episode: Episode) -> Answer:
     return Answer(episode.text, episode.messages, row, sampled, episode.ended, episode.turns, number)
 
 
-def _judged(episode: Episode, judgement: Judgement) -> JudgedAnswer:
-    of_tokens = episode.token_rewards
-    if judgement.tokens:
-        of_sampled = iter(judgement.tokens)
-        pairs = zip(of_tokens, episode.mask, strict=True)
-        of_tokens = [reward + (next(of_sampled, 0.0) if own else 0.0) for reward, own in pairs]
-    total, ended = judgement.total, episode.ended
-    return JudgedAnswer(episode.prompt.ids, episode.ids, episode.mask, episode.logps, total, ended, of_tokens)
-
-
 def _names(number: int) -> tuple[str, Path]:
     """Return the source and the path of a round's cache, which has no file."""
     return f"round {number + 1}", Path(f"round-{number + 1}.safetensors")
-
-
-def count_steps(config: Config, n_prompts: int) -> int:
-    """Return the number of optimizer steps of a run on rounds of `n_prompts` prompts."""
-    options = config.rollout
-    n_rounds = math.ceil(config.n_epochs * n_prompts / options.prompts_per_round)
-    steps_per_pass = math.ceil(options.prompts_per_round / config.total_batch_size)
-    return config.n_steps or max(1, n_rounds * options.num_iterations * steps_per_pass)
 
 
 def make_rounds(trainer: "Trainer", engine: Engine) -> Rounds:
@@ -394,6 +394,7 @@ def sample_rounds(trainer: "Trainer") -> None:
         ConfigError: A reward or the environment is unknown or has invalid options, or the model cannot be sampled from.
     """
     trainer.train_loader = make_rounds(trainer, build_engine(trainer))
+    trainer.warnings += trainer.train_loader.prompts.without_reference(trainer.train_loader.rewards)
     trainer.train_loader.check_references(trainer.eval_loader)
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)

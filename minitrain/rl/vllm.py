@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class VLLMEngine:
     """
 
     def __init__(self, trainer: "Trainer", options: VLLMOptions):
-        self.trainer, self.options, self.server = trainer, options, Server(options)
+        self.trainer, self.options, self.server = trainer, options, Server(options, trainer.parallel.keep_alive)
         self.is_asleep = False
         model = trainer.policy.model
         if adapts_embeddings(model):
@@ -121,7 +121,7 @@ class VLLMEngine:
         seed = int(np.random.SeedSequence(list(request.keys[0])).generate_state(1, np.uint64)[0] >> 2)
         body = {"prompt": request.prompt, "n": n, "max_tokens": request.limit, "seed": seed, **options}
         response = self.server.call("/v1/completions", body)
-        self.trainer.parallel.keep_alive()
+        self.trainer.keep_alive()
         try:
             choices = sorted(response["choices"], key=lambda choice: choice["index"])
             samples = [self._sample_of(choice, request, options) for choice in choices]
@@ -163,10 +163,15 @@ class VLLMEngine:
 
 
 class Server:
-    """The HTTP interface of a server. Each request ends after `timeout` seconds, and is repeated `retries` times."""
+    """The HTTP interface of a server. Each request ends after `timeout` seconds, and is repeated `retries` times.
 
-    def __init__(self, options: VLLMOptions):
-        self.url, self.options = options.url.rstrip("/"), options
+    Args:
+        options: The options.
+        keep_alive: Called before each wait with its longest time in seconds.
+    """
+
+    def __init__(self, options: VLLMOptions, keep_alive: Callable[[float], None] = lambda seconds: None):
+        self.url, self.options, self.keep_alive = options.url.rstrip("/"), options, keep_alive
         key = os.environ.get("VLLM_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -186,12 +191,14 @@ class Server:
             RunError: The server cannot be reached, is too slow, or answers with an error.
         """
         for attempt in range(self.options.retries + 1):
+            wait = FIRST_WAIT * 2**attempt
+            self.keep_alive(self.options.timeout + wait)
             try:
                 return self._call_once(self.url + path, body)
             except _Unreached as error:
                 problem = str(error)
             if attempt < self.options.retries:
-                time.sleep(FIRST_WAIT * 2**attempt)
+                time.sleep(wait)
         raise RunError(
             f"{self.url}{path}: {problem}, after {self.options.retries + 1} attempts. Start `vllm serve`, or set "
             "rollout.engine_args.url.",

@@ -32,5 +32,8 @@ class Stage:
         self.generator = Generator(self.policy.model, self.template, self.policy, self.parallel)
         self.notes: list[str] = []
 
+    def keep_alive(self, seconds: float = 0.0) -> None:
+        self.parallel.keep_alive(seconds)
+
     def is_interrupted(self) -> bool:
         return False

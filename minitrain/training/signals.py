@@ -1,6 +1,7 @@
 """Signals that stop a command: captured during training and checked between steps, raised before."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,16 @@ def capture_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def announce(number: int) -> None:
+    """Report a signal at once, since a step or a round can take long. Unlike `print`, it is safe in a handler."""
+    with contextlib.suppress(OSError):  # stderr is closed, or has no reader
+        os.write(2, f"{signal.Signals(number).name}: training stops at the next step and saves a checkpoint\n".encode())
+
+
+class Interrupted(Exception):
+    """A signal, which ends the sampling and judging of answers."""
 
 
 class Terminated(KeyboardInterrupt):

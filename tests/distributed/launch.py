@@ -1,5 +1,6 @@
 """Starts the driver on ranks that are forked from a process which has imported torch, or under torchrun itself."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -68,6 +69,7 @@ def _driver(env: dict[str, str], jobs: str, output: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()  # a crash writes its stacks
     sys.argv = [str(DRIVER), jobs]
     runpy.run_path(str(DRIVER), run_name="__main__")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitrain.distributed.watchdog import Watchdog
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_scorer, tiny_tokenizer
 from minitrain.tools.analysis.compare import read_ledger
@@ -69,6 +70,16 @@ def test_a_rank_waits_for_one_that_judges_for_longer_than_the_timeout(job, scrat
     one = job("hangs", *options, *more, "rollout.rewards=[length]", fsdp="full", plugin=str(tmp_path / "slow.py"))
     code, output = Ranks(2, [one], scratch / "hangs", {"MINITRAIN_FAULT": "round.reward:sleep#1"}).finish()
     assert code == 1 and "rank 1: no progress for 6 s in round 1; the others wait for this rank" in output
+
+
+def test_a_wait_with_its_own_limit_does_not_count():
+    """Later progress does not shorten it; the next collective does."""
+    watchdog, began = Watchdog(0, 2, None, 1.0), time.monotonic()
+    watchdog.keep_alive(100.0)
+    watchdog.keep_alive()
+    assert watchdog.last >= began + 100
+    watchdog.beat()
+    assert watchdog.last <= time.monotonic()
 
 
 def test_ranks_share_the_prompts_of_trainer_generate(job, scratch, tmp_path):

@@ -1,6 +1,7 @@
 """Two ranks whose answers a vLLM server samples: weights are gathered from shards, and each rank asks for its own."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -49,4 +50,8 @@ def test_two_ranks_use_one_server(job, scratch, tmp_path, llama_folder):
     for name, model in expected.items():
         for key, value in model.state_dict().items():
             torch.testing.assert_close(weights[name][key], value, rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
+    # A reload that takes longer than the timeout.
+    server.faults["/collective_rpc"] = lambda handler, body: time.sleep(12)
+    server.is_asleep = False
+    launch(2, [job("slow", *options, "n_steps=1", "fsdp.timeout_seconds=6", fsdp="full")], scratch / "slow")
     server.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-from minitrain.inference.choice import LARGE_VOCABULARY, VOCABULARY_BLOCK, Chooser, Request, uniforms_of
+from minitrain.inference.choice import LARGE_VOCABULARY, VOCABULARY_BLOCK, Chooser, Request, TokenChoice, uniforms_of
 from minitrain.inference.plain_loop import PlainLoop
 from minitrain.inference.sampler import Sampler, by_own_logits, one_at_a_time
 from minitrain.inference.slots import SLOT_BYTES, SlotLoop, fitting_slots
@@ -98,6 +98,31 @@ def test_masks_of_padded_rows(name, makes_masks):
     hook.remove()
     assert shapes == ({2, 4} if makes_masks else {2})
     assert [[one.ids for one in samples] for samples in found] == [[one.ids for one in samples] for samples in want]
+
+
+@torch.no_grad()
+def test_rows_of_one_length_have_no_mask():
+    """Attention is faster without one, in the prompts and in each step."""
+    model, masks = random_model("llama"), []
+    policy = make_policy(model).eval()
+    model.model.register_forward_pre_hook(
+        lambda module, args, options: masks.append(options["attention_mask"]), with_kwargs=True
+    )
+    choice = TokenChoice(policy, Chooser(1.0), set())
+    rows = choice.rows([Request([3, 4, 5 + i], [(i, 0), (i, 1)], 6) for i in range(3)])
+    SlotLoop(policy, 64).run([row for of_request in rows for row in of_request], choice)
+    assert masks == [None] * 6  # the prompts, and 5 of 6 tokens
+
+
+@torch.no_grad()
+def test_the_default_number_of_rows_is_what_fits(monkeypatch):
+    policy, numbers = make_policy(random_model("llama")).eval(), []
+    monkeypatch.setattr("minitrain.inference.sampler.fitting_slots", lambda policy, length: 100 + length)
+    for n_slots in (None, 7):
+        sampler = Sampler(policy, (2,), n_slots)
+        sampler.make_loop = lambda policy, n: numbers.append(n) or SlotLoop(policy, n)
+        sampler.sample([Request([3, 4, 5], [(0,)], 2), Request([3], [(1,)], 1)], Chooser(1.0))
+    assert set(numbers[:2]) == {100 + 3 + 2} and set(numbers[2:]) == {7}
 
 
 def test_rows_that_fit_by_default():

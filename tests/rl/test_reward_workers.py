@@ -222,8 +222,9 @@ def test_rows_and_results_that_cannot_be_sent(workers):
 def test_the_main_process_is_called_while_it_waits(workers):
     """It then reports to the watchdog of the other ranks that it makes progress."""
     pool, beats = workers(lambda one, options: 1.0), []
-    pool.on_result = lambda: beats.append(1)
+    pool.keep_alive = beats.append
     assert totals(pool, *[answer()] * 9) == [1] * 9 and len(beats) >= 9 / pool.n_workers
+    assert max(beats) > pool.timeout  # it waits for longer than that only if a worker has to be killed
 
 
 def test_a_worker_that_ends_between_calls_is_replaced(workers):

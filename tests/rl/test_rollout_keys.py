@@ -10,9 +10,9 @@ import pytest
 from minitrain import Trainer
 from minitrain.config.sections import RolloutConfig
 from minitrain.rl import environments, rewards
+from minitrain.rl.documents import tensors_of
 from minitrain.rl.environments import Reply, register_environment
 from minitrain.rl.rewards import NoOptions, register_reward
-from minitrain.rl.rounds import tensors_of
 from tests.conftest import metrics
 
 BASE = {

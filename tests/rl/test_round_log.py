@@ -10,8 +10,9 @@ import pytest
 from minitrain import Trainer
 from minitrain.rl import rewards as registry
 from minitrain.rl.documents import JudgedAnswer
-from minitrain.rl.reports import group_metrics
+from minitrain.rl.reports import answer_metrics, group_metrics
 from minitrain.rl.rewards import NoOptions, RewardFunction
+from minitrain.rl.round_log import round_line
 from tests.conftest import metrics
 
 NAN = math.nan
@@ -82,6 +83,15 @@ def test_metrics_of_groups():
         "solved": 2 / 4,
         "failed": 1 / 4,
     }
+
+
+def test_answers_without_any_reward_have_no_mean():
+    """0 would be the best reward of a penalty, and save_best would take it."""
+    stats = [one | {"ended": True, "turns": 1} for one in group({}, {}, rewards=[NAN, NAN])[1]]
+    found = answer_metrics([stats]) | {"tokens_per_second": 1.0}
+    assert math.isnan(found["reward"]) and found["unjudged"] == 1
+    assert "reward nan" in round_line(1, 2, found) and "unjudged 100%" in round_line(1, 2, found)
+    assert "unjudged" not in round_line(1, 2, found | {"reward": 1.0, "unjudged": 0.0})
 
 
 def test_the_first_function_says_what_is_right():

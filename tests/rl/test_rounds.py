@@ -8,15 +8,17 @@ import torch
 import transformers as tf
 
 from minitrain import ConfigError, DataError, Trainer
+from minitrain.data.sampler import epoch_order
 from minitrain.inference import choice
 from minitrain.inference.sampler import by_own_logits
 from minitrain.losses import create_loss
 from minitrain.model.logprobs import logits_of
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.rl import rewards as registry
-from minitrain.rl.documents import JudgedAnswer, make_examples
+from minitrain.rl import rounds as round_loader
+from minitrain.rl.documents import JudgedAnswer, make_examples, tensors_of
 from minitrain.rl.rewards import NoOptions, RewardFunction
-from minitrain.rl.rounds import MAX_EMPTY_ROUNDS, Rounds, tensors_of
+from minitrain.rl.rounds import MAX_EMPTY_ROUNDS, Rounds
 from tests.conftest import metrics
 from tests.messages import raises
 from tests.shapes import SHAPE as TINY
@@ -128,6 +130,70 @@ def test_an_interrupted_round_resumes_bit_for_bit(online, stop_at):
     resumed.train()
     ledgers = [(trainer.run.path / "ledger.jsonl").read_text() for trainer in (whole, resumed)]
     assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.parametrize("part", ["sampling", "judging", "logps"])
+def test_a_signal_within_a_round_ends_it_at_once(online, part, monkeypatch):
+    """The round is dropped, and its prompts are drawn again: the ledger is that of an undisturbed run."""
+    options = {"n_steps": 3, "rollout": {"importance_correction": "tis"}}
+    undisturbed = online("undisturbed", **options)
+    undisturbed.train()
+    trainer, calls = online("stopped", **options), []
+    rounds = trainer.train_loader
+
+    def interrupting(function):
+        def call(*args):
+            calls.append(rounds.number)
+            if trainer.step == 1 and trainer.signal is None:
+                trainer._receive(15)
+            return function(*args)
+
+        return call
+
+    if part == "sampling":
+        monkeypatch.setattr(choice.Chooser, "__call__", interrupting(choice.Chooser.__call__))
+    elif part == "judging":
+        monkeypatch.setattr(rounds.workers, "keep_alive", interrupting(rounds.workers.keep_alive))
+    else:
+        monkeypatch.setattr(round_loader, "add_logps", interrupting(round_loader.add_logps))
+    trainer.train()
+    assert (trainer.signal, trainer.step, rounds.workers.workers) == (15, 1, [])
+    assert calls.count(0) == 1  # after the first round
+    monkeypatch.undo()
+    online("stopped", **options).train()
+    ledgers = [(one.run.path / "ledger.jsonl").read_text() for one in (undisturbed, trainer)]
+    assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.parametrize(("point", "number"), [("round.sample", 0), ("round.logps", 1)])
+def test_a_signal_after_a_round_that_ends_without_targets(online, monkeypatch, point, number):
+    """The second half of the first round has nothing to train on, so the second round is sampled, or has been."""
+    of_round, rest = round_loader.RoundData.is_trained.func, epoch_order([4], [1.0], 0, 0)[2:]
+
+    def is_trained(data):
+        first = data.caches and data.caches[0].source == "round 1"
+        return of_round(data) & ~np.isin(range(data.n), rest if first else [])
+
+    monkeypatch.setattr(round_loader.RoundData, "is_trained", property(is_trained))
+    options = {"total_batch_size": 2, "n_steps": 4, "seed": 0}
+    undisturbed = online("undisturbed", **options)
+    undisturbed.train()
+    trainer = online("stopped", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(round_loader, "failpoint", lambda name: name == point and trainer.step and trainer._receive(15))
+        trainer.train()
+    assert (trainer.step, trainer.consumed, trainer.train_loader.number) == (1, 2, number)
+    online("stopped", **options).train()
+    ledgers = [(one.run.path / "ledger.jsonl").read_text() for one in (undisturbed, trainer)]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_signal_ends_an_evaluation_of_answers(online, monkeypatch):
+    """Also the processes whose calls have begun."""
+    trainer = online(validation_split=2)
+    workers = trainer.train_loader.workers
+    monkeypatch.setattr(workers, "keep_alive", lambda seconds: [trainer._receive(2), trainer.keep_alive()])
+    assert trainer.evaluate() == {} and workers.workers == []
 
 
 def test_rewards_rise(online):

@@ -12,6 +12,7 @@ from minitrain.data.loader import TokenizedDataset
 from minitrain.model import attention
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_scorer, tiny_tokenizer
+from minitrain.tools.preflight import memory_rounds
 from minitrain.tools.preflight.memory import StepInputs, _estimate, _largest_batch, estimate_memory, simulate_step
 from minitrain.tools.preflight.memory_rounds import (
     COPY,
@@ -144,6 +145,17 @@ def test_the_copy_that_samples_by_hand(config):
     run = dry_run(config(rollout={"sampler_dtype": "bfloat16"}))
     n = sum(parameter.numel() for parameter in run.policy.parameters())
     assert estimate_memory(run, CPU).sampling.parts[COPY] == 2 * n
+
+
+def test_the_default_number_of_slots(config, monkeypatch):
+    """It is that of the sampler, for the longest conversation."""
+    estimates, lengths = [], []
+    monkeypatch.setattr(memory_rounds, "fitting_slots", lambda policy, length: lengths.append(length) or 3)
+    for n_slots in (None, 3, 4):
+        run = dry_run(config(rollout={"num_slots": n_slots}))
+        estimates.append(estimate_memory(run, CPU).sampling.parts)
+    assert estimates[0] == estimates[1] != estimates[2]
+    assert set(lengths) == {int(run.data.train.lengths.max()) + 30}
 
 
 def test_keys_and_values_by_hand(config):

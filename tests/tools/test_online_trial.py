@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,20 @@ def test_the_prompts_are_those_that_a_training_begins_with(config):
 
     first = Trainer(config()).train_loader.draw(2)
     assert [group[0][0].prompt.ids for group in trial.groups] == [prompt.ids for prompt in first]
+
+
+def test_rows_without_a_reference_are_reported(config, capsys):
+    """`validate` and training name the first line and the number, for files of which some rows have one."""
+    run = config({"rewards": ["length", "exact_match"]})
+    rows = Path(run.datasets[0].path)
+    lines = rows.read_text().splitlines()
+    lines[3] = lines[7] = json.dumps({"prompt": "what?"})
+    rows.write_text("\n".join(lines))
+    warning = f"{rows}:4: exact_match has nothing to compare with in 2 of 12 rows"
+    assert warning in validate(run)["warning"]
+    from minitrain import Trainer
+
+    assert [warning in line for line in Trainer(run).warnings] == [True]
 
 
 def test_one_line_for_each_config_of_a_folder(tmp_path, capsys):

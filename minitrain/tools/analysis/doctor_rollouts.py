@@ -22,9 +22,10 @@ READ = "read some answers with `minitrain rollouts`."
 
 def equal_rewards(run: History) -> Finding | None:
     first = run.values("rollout/zero_variance")[:FIRST_ROUNDS]
-    if not first or min(first) < 1 or not _compares(run):
+    rewards = run.values("rollout/reward")[: len(first)]
+    if not rewards or min(first) < 1 or not _compares(run):
         return None
-    reward, failed = fmean(run.values("rollout/reward")[: len(first)] or [0.0]), run.values("rollout/failed")[:1]
+    reward, failed = fmean(rewards), run.values("rollout/failed")[:1]
     return Finding(
         "At the start, all answers to a prompt have the same reward.",
         f"In the first {len(first)} rounds zero_variance is 1, and the mean reward is {reward:.3g}. So no prompt has a "

@@ -14,12 +14,13 @@ from minitrain.data.messages import assistant
 from minitrain.data.template import Template
 from minitrain.model.load import CPU, build_policy
 from minitrain.model.policy import Policy
+from minitrain.rl.checks import count_steps
 from minitrain.rl.engine import LocalEngine, build_engine, check_copy
 from minitrain.rl.episodes import Episode, Prompt
 from minitrain.rl.reports import Stats, answer_metrics, pass_at_k, stats_of
 from minitrain.rl.rewards import Judgement, build_rewards
 from minitrain.rl.rewards_builtin import reference_of
-from minitrain.rl.rounds import count_steps, make_rounds
+from minitrain.rl.rounds import make_rounds
 from minitrain.training.setup import Preparation
 
 from ..stage import Stage
@@ -43,6 +44,7 @@ class Trial:
         untried: Rewards that load a model, which did not judge.
         where: `file:line` of each prompt.
         failures: How many calls of reward functions failed, by function and problem.
+        without_reference: Which rows lack what a reward function compares with.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Trial:
     untried: list[str]
     where: list[str]
     failures: Mapping[str, int]
+    without_reference: list[str]
 
     @property
     def stats(self) -> list[list[Stats]]:
@@ -59,6 +62,7 @@ class Trial:
 
     def warnings(self) -> Iterator[str]:
         """Yield what is wrong with the reward functions."""
+        yield from self.without_reference
         n = sum(map(len, self.groups))
         for problem, count in self.failures.items():
             yield f"reward {problem} ({count} of {n} answers)"
@@ -120,6 +124,7 @@ def play_round(run: Preparation) -> Trial:
         [reward.key for reward in rewards if reward.function.is_model],
         [prompt.where for prompt in prompts],
         failures,
+        rounds.prompts.without_reference(rewards),
     )
 
 
