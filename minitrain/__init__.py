@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .losses import Models as Models
     from .losses import create_loss as create_loss
     from .losses import register_loss as register_loss
+    from .session import SampledResponse as SampledResponse
+    from .session import Session as Session
     from .tools.preflight.load import load_config as load_config
     from .trainer import Trainer as Trainer
     from .training.step import StepOutput as StepOutput
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Trainer": "trainer",
+    "Session": "session",
+    "SampledResponse": "session",
     "load_config": "tools.preflight.load",
     "Config": "config.schema",
     "create_loss": "losses",

@@ -51,7 +51,7 @@ CASES = {
     ),
     "generate": CommandCase(
         ["generate", "runs/lora", "--prompt", "a", "--max-new-tokens", "1", "--output", "labels.jsonl", "--force"],
-        "inference.generate:Generator._generate",
+        "inference.generate:Generator.sample",
         writes="labels.jsonl",
     ),
     "score": CommandCase(

@@ -16,7 +16,7 @@ LAYERS = (
     {"inference"},
     {"rl"},
     {"tools"},
-    {"trainer"},
+    {"trainer", "session"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -86,8 +86,9 @@ def _plain(value: Any) -> Any:
 
 def _check_rows(rows: Any, argument: str) -> None:
     if isinstance(rows, (str, bytes)) or hasattr(rows, "__fspath__"):
-        option = "eval_datasets" if argument == "eval_dataset" else "datasets"
-        raise ConfigError(f"{argument}: expected rows, got {rows!r}. Name files in the config: {option}.", "wrong-type")
+        option = {"train_dataset": "datasets", "eval_dataset": "eval_datasets"}.get(argument)
+        advice = f"Name files in the config: {option}." if option else "Read the file into a list of dicts."
+        raise ConfigError(f"{argument}: expected rows, got {rows!r}. {advice}", "wrong-type")
     if isinstance(rows, Mapping):
         splits = " Choose a split of it." if type(rows).__name__.startswith(("DatasetDict", "Iterable")) else ""
         raise ConfigError(f"{argument}: expected rows, got {type(rows).__name__}.{splits} {ADVICE}", "wrong-type")

@@ -11,7 +11,7 @@ from minitrain.config.sections import DatasetConfig
 from .files import FORMATS, DataRow, format_of, read_rows
 from .tables import load_table, rows_of
 
-PYTHON_NAMES = ("train_dataset", "eval_dataset", "dataset")  # arguments that provide rows in Python
+PYTHON_NAMES = ("train_dataset", "eval_dataset", "dataset", "examples")  # arguments that provide rows in Python
 
 
 @dataclass

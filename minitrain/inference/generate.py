@@ -28,7 +28,7 @@ from minitrain.model.pretrained import read_model_config
 from minitrain.model.sequence_head import make_policy
 from minitrain.training.step import inference
 
-from .choice import Chooser, IsStopped, Request, stopping
+from .choice import Chooser, IsStopped, Request, Sample, stopping
 from .parse import THINK, Response, ResponseParser
 from .prompts import python_variables
 from .resolve import find_model
@@ -130,22 +130,25 @@ class Generator:
             progress: Show a progress bar.
             tools: The tools of each prompt, by which a tokenizer's response template reads calls.
         """
-        responses = self._generate(prompts, sampling, batch_size, progress)
+        samples = self.sample(prompts, sampling, batch_size=batch_size, progress=progress)
         rest = tools or [None] * len(prompts)
-        return [self.parser.parse(*one) for one in zip(prompts, responses, rest, strict=True)]
+        ids = [sample.ids for (sample,) in samples]
+        return [self.parser.parse(*one) for one in zip(prompts, ids, rest, strict=True)]
 
-    def _generate(
+    def sample(
         self,
         prompts: list[list[int]],
         sampling: Sampling,
+        n: int = 1,
         batch_size: int = 16,
         progress: bool = False,
         streamer: "TextStreamer | None" = None,
-    ) -> list[list[int]]:
-        """Return the token ids of the responses. Each rank generates a part of them."""
+    ) -> list[list[Sample]]:
+        """Return n responses to each tokenized prompt. Each rank generates those to a part of the prompts."""
         chooser = Chooser(sampling.temperature, sampling.top_p, sampling.top_k)
         limits = [max(1, min(sampling.max_new_tokens, self.n_positions - len(ids))) for ids in prompts]
-        keys = [[(sampling.seed, self.calls, i)] for i in range(len(prompts))]
+        # The first response does not depend on n.
+        keys = [[(sampling.seed, self.calls, i) + (j,) * (j > 0) for j in range(n)] for i in range(len(prompts))]
         requests = [Request(*one) for one in zip(prompts, keys, limits, strict=True)]
         self.calls += 1
         rank, world_size = self.parallel.rank, self.parallel.world_size
@@ -157,7 +160,7 @@ class Generator:
         with (
             inference(self.policy),
             self.gathered(),
-            tqdm(total=len(mine), unit=" prompts", disable=None if shows else True, leave=False) as bar,
+            tqdm(total=n * len(mine), unit=" prompts", disable=None if shows else True, leave=False) as bar,
         ):
 
             def on_step(n_ended: int) -> None:
@@ -166,9 +169,10 @@ class Generator:
 
             samples = self.sampler.sample(mine, chooser, is_stopped, on_step)
             self.parallel.wait_for_ranks()
-        responses: list[list[int]] = [[]] * len(prompts)
-        for first, of_rank in enumerate(self.parallel.gather([sample.ids for (sample,) in samples])):
-            responses[first::world_size] = of_rank
+        responses: list[list[Sample]] = [[]] * len(prompts)
+        plain = [[vars(sample) for sample in of_prompt] for of_prompt in samples]
+        for first, of_rank in enumerate(self.parallel.gather(plain)):
+            responses[first::world_size] = [[Sample(**one) for one in of_prompt] for of_prompt in of_rank]
         return responses
 
     def generate(
@@ -216,14 +220,23 @@ class Generator:
         tools: Sequence[Mapping[str, Any]] | None,
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> list[Response]:
+        variables = python_variables(self.template.renderer, tools, chat_template_kwargs)
+        ids = self.encode_prompts(prompts, sampling, variables)
+        tools_of_prompts = [variables.get("tools")] * len(ids)
+        return self.generate_from_ids(ids, sampling or Sampling(), batch_size, tools=tools_of_prompts)
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: Sampling | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """Return the token ids of each prompt. Raises ConfigError or DataError, also for a wrong `sampling`."""
         if isinstance(prompts, str):
             raise ConfigError(f"prompts: expected a list, got a string. Write [{prompts!r}].", "wrong-type")
         if not isinstance(sampling, Sampling | None):
             raise ConfigError(f"sampling: expected a Sampling, got {sampling!r}. Write Sampling(...).", "wrong-type")
-        variables = python_variables(self.template.renderer, tools, chat_template_kwargs)
-        ids = [self.encode(_conversation(prompt, index), variables) for index, prompt in enumerate(prompts)]
-        tools_of_prompts = [variables.get("tools")] * len(ids)
-        return self.generate_from_ids(ids, sampling or Sampling(), batch_size, tools=tools_of_prompts)
+        return [self.encode(_conversation(prompt, index), variables) for index, prompt in enumerate(prompts)]
 
     def stream(self, messages: Messages, sampling: Sampling, variables: Mapping[str, Any] | None = None) -> Response:
         """Return the response, and print it while it is generated."""
@@ -233,9 +246,9 @@ class Generator:
         prompt = self.encode(messages, variables)
         if self.parser.opens_thought(prompt):
             print(THINK)
-        (ids,) = self._generate([prompt], sampling, streamer=streamer)
+        ((sample,),) = self.sample([prompt], sampling, streamer=streamer)
         streamer.end()
-        return self.parser.parse(prompt, ids, (variables or {}).get("tools"))
+        return self.parser.parse(prompt, sample.ids, (variables or {}).get("tools"))
 
     def encode(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, up to where the response begins.

@@ -178,7 +178,7 @@ def build_aux_models(
         tokenizer: Its tokenizer.
         parallel: The ranks.
         precision: The dtype in which the policy computes.
-        loaders: The loaders of the training and evaluation data.
+        loaders: The loaders of the training and evaluation data, if they are known in advance.
         load: Builds a frozen model (default: `build_frozen`).
 
     Raises:
@@ -205,7 +205,7 @@ def _build_reference(
     load: Load,
 ) -> InitialPolicySnapshot | PrecomputedRefLogps | FrozenModel:
     caches = list({id(cache): cache for loader in loaders for cache in loader.examples.caches}.values())
-    if all(REF_LOGPS in cache.token_features for cache in caches):  # from the data rows
+    if caches and all(REF_LOGPS in cache.token_features for cache in caches):  # from the data rows
         return PrecomputedRefLogps()
     kind = reference_kind(loss, config)
     if kind == "adapter":
@@ -217,7 +217,8 @@ def _build_reference(
             )
         return PrecomputedRefLogps()
     reference = load_reference(config, policy, tokenizer, parallel, precision, load)
-    _check_reference_matches_policy(policy, reference, loaders[0], parallel, precision)
+    for loader in loaders[:1]:
+        _check_reference_matches_policy(policy, reference, loader, parallel, precision)
     return reference
 
 

@@ -7,9 +7,11 @@ import collections
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
 
 from minitrain import __version__
@@ -19,8 +21,10 @@ from minitrain.data.loader import TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import ConfigError, RunError
 from minitrain.io.paths import holds_model
+from minitrain.losses import Loss
 from minitrain.model import save
 from minitrain.model.fingerprint import model_fingerprint
+from minitrain.model.policy import Policy
 from minitrain.model.weights import full_tensors
 
 from .atomic_dir import atomic_folder
@@ -53,30 +57,51 @@ def save_model(trainer: "Trainer", folder: Path) -> None:
     """Write the current model with its tokenizer and model card. All ranks must call it."""
     results = {f"eval {k}": v for k, v in trainer.eval_metrics.items()}
     results |= {f"train {k}": v for k, v in trainer.train_metrics.items() if k == "loss"}
-    model, parallel = trainer.generator.model, trainer.parallel
-    tensors = full_tensors(model, parallel.full_tensor)
-    head = trainer.policy.value_head
-    head_parameters = head.named_parameters() if head is not None else ()
+
+    def card() -> str:
+        before = {f"eval {k}": v for k, v in first_evaluation(trainer.run.path / METRICS).items()}
+        n_examples, matrices = len(trainer.train_loader.examples), trainer.policy.model.matrices
+        return model_card(trainer.config, results, before, n_examples, trainer.step, matrices)
+
+    policy, dtype, parallel = trainer.policy, trainer.precision.dtype, trainer.parallel
+    parallel.set_status(f"saving {folder}")
+    failpoint("model.save")
+    rest = trainer.tokenizer, dtype, parallel, card, trainer.run.prune_models
+    write_model(folder, policy, trainer.loss, *rest)
+    trainer.call_hook("on_save")
+
+
+def write_model(
+    folder: Path,
+    policy: Policy,
+    loss: Loss,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    parallel: SingleDevice,
+    card: Callable[[], str],
+    then: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a model with its tokenizer. All ranks must call it.
+
+    Args:
+        card: Returns the text of README.md on rank 0.
+        then: Rank 0 calls it after writing.
+    """
+    tensors = full_tensors(policy.model, parallel.full_tensor)
+    head_parameters = policy.value_head.named_parameters() if policy.value_head is not None else ()
     value_head = {name: parallel.full_tensor(parameter.detach()) for name, parameter in head_parameters}
 
     def write() -> None:
-        before = {f"eval {k}": v for k, v in first_evaluation(trainer.run.path / METRICS).items()}
-        n_examples = len(trainer.train_loader.examples)
-        card = model_card(trainer.config, results, before, n_examples, trainer.step, model.matrices)
         with atomic_folder(folder) as temporary:
-            save.save_model(model, trainer.tokenizer, temporary, trainer.precision.dtype, tensors, value_head)
-            (temporary / "README.md").write_text(card)
-            for name, content in trainer.loss.model_files(model.config.get_text_config().hidden_size).items():
+            save.save_model(policy.model, tokenizer, temporary, dtype, tensors, value_head)
+            (temporary / "README.md").write_text(card(), encoding="utf-8")
+            for name, content in loss.model_files(policy.model.config.get_text_config().hidden_size).items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(json.dumps(content, indent=1))
-        trainer.run.prune_models()
+        then()
 
-    parallel.set_status(f"saving {folder}")
-    failpoint("model.save")
-    parallel.run_on_rank0(
-        write, meanwhile=lambda: collections.deque(tensors, maxlen=0)
-    )  # gathering shards takes all ranks
-    trainer.call_hook("on_save")
+    # Gathering shards takes all ranks.
+    parallel.run_on_rank0(write, meanwhile=lambda: collections.deque(tensors, maxlen=0))
 
 
 def check_target(path: Path) -> None:

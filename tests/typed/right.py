@@ -17,7 +17,9 @@ from minitrain import (
     MinitrainError,
     Models,
     PolicyOutput,
+    SampledResponse,
     Sampling,
+    Session,
     StepOutput,
     Trainer,
     create_loss,
@@ -114,3 +116,14 @@ def merge() -> str:
 
 Trainer({"model": {"name_or_path": "tiny"}}, loss="sft")
 Trainer("config.yml", on_step_end=lambda trainer: print(trainer.step))
+
+
+def loop_of_a_session(session: Session) -> float:
+    output: StepOutput = session.forward_backward([{"prompt": "a", "response": "b"}], loss="dft")
+    groups: list[list[SampledResponse]] = session.sample(["a"], num_samples=2, sampling=Sampling(temperature=1.0))
+    session.forward_backward([groups[0][0].rollout(reward=1.0, group=0)])
+    metrics: dict[str, float] = session.evaluate(({"prompt": "a", "response": "b"},), create_loss("sft"))
+    session.save(Path("state"))
+    session.load("state")
+    session.save_model("model")
+    return session.optim_step(lr=1e-4).grad_norm + output.metrics()["loss"] + metrics["loss"]

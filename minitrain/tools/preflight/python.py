@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitrain.config.load import check_writable, merge_loss, parse_config
+from minitrain.config.load import check_writable, default_config, merge_loss, parse_config
 from minitrain.config.python_objects import PythonObject
 from minitrain.config.saved import to_plain
-from minitrain.config.schema import Config
+from minitrain.config.schema import Config, option_fields
 from minitrain.data.rows import rows_object
+from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
 from minitrain.losses import Loss, create_loss, describe_loss, loss_options
 from minitrain.model.given import model_object, tokenizer_object
@@ -24,27 +25,38 @@ MAKE = {
     "eval_dataset": lambda rows: rows_object(rows, "eval_dataset"),
     "optimizer": optimizer_object,
 }
+# The options that have an effect in a Session; the loop decides the rest.
+OF_SESSION = {
+    *("exp_name", "seed", "device", "trainer", "fsdp", "quiet", "debug"),
+    *("chat_template", "chat_template_kwargs", "train_on", "train_on_reasoning", "on_missing", "split_special_tokens"),
+    *("max_length", "max_prompt_length", "truncation", "mask_truncated", "packing", "on_bad_row", "max_bad_rows"),
+    *("model", "lora", "soft_prompt", "freeze_layers", "loss", "lr", "weight_decay", "betas", "eps", "max_grad_norm"),
+    *("optimizer", "optimizer_args", "gradient_accumulation_steps", "max_tokens_per_micro_batch", "eval_batch_size"),
+    *("activation_checkpointing", "activation_offload", "compile"),
+}
+EXAMPLES_OF_CALLS = [{"text": "the rows of each call"}]  # a config needs data
 
 
 def config_with(
-    source: Config | Mapping[str, Any] | str | Path, loss: Loss | None, given: Mapping[str, Any]
+    source: Config | Mapping[str, Any] | str | Path, loss: Loss | None, given: Mapping[str, Any], **changes: Any
 ) -> tuple[Config, list[PythonObject]]:
     """Return a checked config that names what was given in Python, and these objects.
 
     Args:
         source: A config, the path of a YAML file, or a dict of its keys.
         given: By the name of the argument of `Trainer`; None was not given.
+        changes: Other options that differ.
 
     Raises:
         ConfigError: Also when the config names another model or other data than those that are given.
     """
     objects = {name: MAKE[name](value) for name, value in given.items() if value is not None}
     described = None if loss is None else describe_loss(loss)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(changes)
     if objects:
         config = source if isinstance(source, Config) else parse_config(source, loss_options)[0]
         _check_rivals(config, objects)
-        options = _options(objects)
+        options |= _options(objects)
     if isinstance(source, Config):
         named = copy.copy(source)  # with attributes that are not options, too, which are refused
         if "model" in options:
@@ -59,6 +71,25 @@ def config_with(
     check_parsed(parsed, issues, loss_is_object=True)
     check_writable(parsed)
     return parsed, list(objects.values())
+
+
+def session_config(
+    source: Config | Mapping[str, Any] | str | Path, loss: Loss | None, given: Mapping[str, Any]
+) -> tuple[Config, list[PythonObject]]:
+    """Return a checked config for a `Session`, and the objects that were given in Python; see `config_with`.
+
+    Raises:
+        ConfigError: Also for options that a `Session` does not use.
+    """
+    named, defaults = source, default_config()
+    if not isinstance(source, Config):
+        named, issues = parse_config(source, loss_options)
+        issues.raise_if_any()
+    names = [f.name for f in option_fields(Config)]
+    if unused := [name for name in names if name not in OF_SESSION and getattr(named, name) != getattr(defaults, name)]:
+        raise ConfigError(" ".join(f"{name}: has no effect in a Session. Remove it." for name in unused), "no-effect")
+    total = named.gradient_accumulation_steps * world_size()  # the examples of a call need not be a multiple of it
+    return config_with(source, loss, {**given, "train_dataset": EXAMPLES_OF_CALLS}, total_batch_size=total)
 
 
 def loss_object(loss: Loss | str | None) -> Loss | None:
