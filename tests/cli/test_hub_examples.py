@@ -3,7 +3,14 @@
 import pytest
 
 from minitrain import Trainer, load_config
+from minitrain.cli.main import main
+from minitrain.config.sections import DatasetConfig
+from minitrain.data.encode import TruncationConfig, encode
+from minitrain.data.examples import to_example
+from minitrain.data.template import make_template
+from minitrain.model.tiny import tiny_tokenizer
 from tests.conftest import ROOT, metrics
+from tests.messages import reports
 from tests.scorers import random_base
 
 pytest.importorskip("datasets")
@@ -38,6 +45,33 @@ def test_mrpc_with_roberta(shared, tmp_path):
     assert any(name.endswith("query") for name in trained) and any("classifier" in name for name in trained)
     assert not any("key" in name or "embeddings" in name for name in trained)
     assert (trainer.run.final / "adapter_config.json").is_file()
+
+
+def test_the_tokens_of_the_benchmark_of_peft():
+    """Text and EOS as its data.py makes them, in one piece; all but "Question:" is trained on. Prompts end alike."""
+    config, tokenizer = load_config(ROOT / "example" / "peft-metamath.yml"), tiny_tokenizer()
+    template = make_template(tokenizer, config, "conversation")
+
+    def encoded(row: dict, dataset: DatasetConfig):
+        (document,) = encode(to_example(row, dataset, "conversation"), template, TruncationConfig(config.max_length))
+        return list(document.ids), list(document.mask)
+
+    query, response = "What is 2 + 2?", "2 + 2 = 4.\n#### 4\nThe answer is: 4"
+    prompt = f"Question: {query} Think step by step.\nAnswer:"
+    ids, mask = encoded({"type": "GSM_Rephrased", "query": query, "response": response}, config.datasets[0])
+    assert ids == [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id]
+    assert mask == [i >= len(tokenizer("Question:")["input_ids"]) for i in range(len(ids))]
+    ids, mask = encoded({"question": query, "answer": "4\n#### 4"}, config.eval_datasets[0])
+    assert ids[: mask.index(True)] == tokenizer(prompt)["input_ids"]
+
+
+def test_validate_without_the_model(capsys, monkeypatch, wording):
+    """It names the model and the command that fetches it."""
+    monkeypatch.chdir(ROOT)
+    assert main(["validate", "example/peft-metamath.yml"]) == 3
+    output = "".join(capsys.readouterr())
+    assert reports(output, "unreachable", "meta-llama/Llama-3.2-3B", "hf download meta-llama/Llama-3.2-3B")
+    wording(output)
 
 
 def test_gsm8k_with_a_small_model(shared, tmp_path, capsys):
