@@ -99,14 +99,37 @@ class FullySharded(SingleDevice):
 
     def load_shards(self, policy: nn.Module, read: Read) -> None:
         buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
-        policy.to_empty(device="cpu" if self.options.cpu_offload else self.device)
+        device = torch.device("cpu") if self.options.cpu_offload else self.device
+        held = list(policy.parameters())  # so that their ids stay unique
+        mapped = self._mapped(policy, read) if self.device.type == "cpu" else {}
+        policy._apply(lambda t: mapped[id(t)][1] if id(t) in mapped else torch.empty_like(t, device=device))
+        del held
         with torch.no_grad():
             for name, buffer in policy.named_buffers():
                 buffer.copy_(buffers[name])
+            names = {name for name, _ in mapped.values()}
             for name, parameter in policy.named_parameters():
                 rows, start = local_shard(parameter)
-                if rows.numel():
+                if name not in names and rows.numel():
                     rows.copy_(read(name, start, start + len(rows)))
+
+    def _mapped(self, policy: nn.Module, read: Read) -> dict[int, tuple[str, torch.Tensor]]:
+        """Return name and value of frozen parameters, by the id of those on the meta device, without copying them.
+
+        The values are pages of the model's files, which all processes of a machine share. The mapping is private, so
+        nothing is ever written to the files.
+        """
+        mapped = {}
+        for name, parameter in policy.named_parameters():
+            rows, start = local_shard(parameter)
+            if parameter.requires_grad or not rows.numel():
+                continue
+            value = read(name, start, start + len(rows))
+            if value.dtype == rows.dtype and value.is_contiguous():
+                layout = parameter.device_mesh, parameter.placements
+                shape = {"shape": parameter.shape, "stride": parameter.stride()}
+                mapped[id(parameter)] = name, DTensor.from_local(value, *layout, run_check=False, **shape)
+        return mapped
 
     @contextlib.contextmanager
     def unsharded(self, policy: nn.Module) -> Iterator[None]:

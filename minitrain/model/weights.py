@@ -36,7 +36,10 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor."""
-        return self.sources[name][start:stop]
+        source = self.sources[name]
+        rows = source[start:stop]
+        # A view would keep all of a tensor in memory. Rows of a file are pages of it.
+        return rows.clone() if isinstance(source, Tensor) and len(rows) < len(source) else rows
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
         """Replace tensors of the files."""
