@@ -49,6 +49,8 @@ setup(
             "matplotlib>=3.8",
             "scipy>=1.15",
             "datasets>=3",
+            "nbclient>=0.10",  # runs example/notebook.ipynb
+            "ipykernel>=6",
             "trl>=1.16; python_version >= '3.11'",  # its chat templates are read, nothing else
         ],
     },

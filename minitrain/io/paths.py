@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 
 from .redact import redact
@@ -21,12 +22,17 @@ def near_file(path: Path) -> str:
 
 def looks_local(name: str) -> bool:
     """Return whether a model's name can only be a local path; on the Hub it is `name` or `owner/name`."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
+    return Path(name).exists() or name.startswith((".", "/", "~")) or len(Path(name).parts) > 2 or _is_windows(name)
+
+
+def _is_windows(name: str) -> bool:
+    """Return whether a name can only be a path of Windows, which a config from there may have."""
+    return "\\" in name or re.match(r"[A-Za-z]:", name) is not None
 
 
 def shard_names(index: Path) -> list[str]:
     """Return the names of the files that the index of a model lists."""
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def holds_model(folder: Path) -> bool:

@@ -4,13 +4,14 @@ Each process locks a file in its folder. The operating system releases the lock 
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from .system import lock_file
 
 PREFIX = ".building-"
 LOCK = "lock"
@@ -40,7 +41,7 @@ def building_folder(parent: Path, log: Callable[[str], None] | None = None) -> I
         folder = Path(name)
         with open(folder / "locking", "w") as file:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_file(file)
                 os.rename(
                     folder / "locking", folder / LOCK
                 )  # renamed once it is locked, so that other processes only see it locked
@@ -60,7 +61,7 @@ def _remove_abandoned(parent: Path) -> list[Path]:
 def _is_abandoned(folder: Path) -> bool:
     try:
         with open(folder / LOCK, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file)
     except FileNotFoundError:
         return folder.stat().st_mtime < time.time() - MAX_SECONDS
     except BlockingIOError:

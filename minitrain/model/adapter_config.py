@@ -79,7 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConfigError: It cannot be read, lacks a key, or uses an unsupported feature.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         peft_type = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: cannot be read: {error}", "unreadable") from None

@@ -1,16 +1,13 @@
 """Which layers of a model the options of an adapter name, by PEFT's rules."""
 
-import contextlib
 import difflib
 import re
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from minitrain.errors import ConfigError
+from minitrain.io.system import time_limit
 
 from . import experts, lora
 from .decoder import find_blocks
@@ -124,7 +121,7 @@ def _matches(patterns: Any, name: str, key: str = "target_modules") -> bool:
 def _full_match(expression: str, name: str, key: str) -> bool:
     """Return whether a regular expression matches a full name. Raises ConfigError if it is invalid or too slow."""
     try:
-        with _time_limit(MATCH_SECONDS):
+        with time_limit(MATCH_SECONDS):
             return re.fullmatch(expression, name) is not None
     except re.error as error:
         raise ConfigError(
@@ -136,25 +133,6 @@ def _full_match(expression: str, name: str, key: str) -> bool:
             "Use a simpler expression, or a list of names.",
             "invalid-value",
         ) from None
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Within the context, raise TimeoutError after this time. It only works in the main thread, which gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def unknown_module(pattern: str, modules: dict[str, nn.Module]) -> str:

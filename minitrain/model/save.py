@@ -132,7 +132,7 @@ def _save_configs(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     if model.can_generate():
         # Not with `save_pretrained`, which refuses settings of some published models (a temperature without sampling).
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     for nested in config.values():
         if isinstance(nested, dict) and "dtype" in nested:  # a text_config

@@ -26,6 +26,7 @@ from minitrain.data.cache import TokenCache
 from minitrain.data.loader import MicrobatchLoader, TokenizedDataset
 from minitrain.data.sampler import epoch_order
 from minitrain.errors import DataError
+from minitrain.io.system import CAN_FORK
 from minitrain.losses import add_features
 from minitrain.training.failpoints import failpoint
 from minitrain.training.optim import warmup_steps
@@ -92,7 +93,7 @@ class Rounds(MicrobatchLoader):
         self.judges = [build_judge(reward, trainer) for reward in rewards]
         n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
         timeout, keep_alive = self.options.reward_timeout, trainer.keep_alive
-        self.workers = InProcess() if config.debug else Workers(rewards, n_workers, timeout, keep_alive)
+        self.workers = InProcess() if config.debug or not CAN_FORK else Workers(rewards, n_workers, timeout, keep_alive)
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
         self.n_drawn = 0  # prompts drawn in the current round
@@ -395,6 +396,8 @@ def sample_rounds(trainer: "Trainer") -> None:
     """
     trainer.train_loader = make_rounds(trainer, build_engine(trainer))
     trainer.warnings += trainer.train_loader.prompts.without_reference(trainer.train_loader.rewards)
+    if not CAN_FORK:
+        trainer.warnings.append("rollout.reward_timeout: not applied, since this system cannot fork processes")
     trainer.train_loader.check_references(trainer.eval_loader)
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)

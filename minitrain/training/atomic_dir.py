@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from minitrain.errors import RunDirError, RunError, write_error_code
+from minitrain.io.system import fsync
 
 from .failpoints import failpoint
 
@@ -153,7 +154,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 def read_manifest(folder: Path) -> dict[str, dict]:
     """Return size and hash of each file of a checkpoint. Raise RunDirError if it is not a complete checkpoint."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files, step = manifest["files"], manifest["step"]
         assert all(isinstance(entry, dict) for entry in files.values()) and type(step) is int
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
@@ -238,7 +239,7 @@ def replace_file(path: Path, lines: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         failpoint("replace.file")
-        temporary.rename(path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
@@ -246,11 +247,3 @@ def replace_file(path: Path, lines: Iterable[bytes]) -> None:
 
 def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from minitrain.distributed.parallel import SingleDevice, local_shard, writes
 from minitrain.errors import RunDirError, RunError, write_error_code
+from minitrain.io.system import fsync
 from minitrain.io.tensor_files import save_file
 
-from .atomic_dir import fingerprint, fsync, reason, replace_folder, temp_sibling
+from .atomic_dir import fingerprint, reason, replace_folder, temp_sibling
 from .failpoints import failpoint
 from .optim_state import OF_RANK, load_state, named_state
 
@@ -228,7 +229,7 @@ def _checked_state(reader: "_Reader", model: nn.Module) -> dict[str, Any]:
     for part, entries in reader.index.items():
         for name in entries:
             reader.shards(part, name)
-    return json.loads((reader.folder / "state.json").read_text())
+    return json.loads((reader.folder / "state.json").read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -245,7 +246,7 @@ def _reporting_damage(folder: Path) -> Iterator[None]:
 
 def restore_rng(folder: Path, parallel: SingleDevice) -> None:
     """Restore this rank's generators or, if the number of ranks has changed, seed them differently on each rank."""
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["world_size"] != parallel.world_size:
         torch.manual_seed(torch.initial_seed() + state["step"])
         return
@@ -259,7 +260,7 @@ class _Reader:
     """Reads shards of the tensors of a checkpoint."""
 
     def __init__(self, folder: Path):
-        self.index = json.loads((folder / "index.json").read_text())
+        self.index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.folder, self.files = folder, {}
 
     def read_into(self, tensor: Tensor, part: str, name: str) -> None:

@@ -15,6 +15,7 @@ from minitrain.distributed.checks import uneven_batch
 from minitrain.distributed.process import world_size
 from minitrain.errors import ConfigError
 from minitrain.io.paths import near_file
+from minitrain.io.system import RESERVED
 from minitrain.model.checks import check_folder
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _check_drift(config: Config, given: set[str], loss: "Loss", issues: ConfigIs
 def _check_run(config: Config, issues: ConfigIssues) -> None:
     from importlib.util import find_spec
 
-    if config.exp_name in (".", "..") or re.search(r"[/\\\0]", config.exp_name):
+    if config.exp_name in (".", "..") or re.search(RESERVED, config.exp_name):
         message = f"expected the name of a folder, got {config.exp_name!r}. Set output_dir for the parent folder."
         issues.add("exp_name", "invalid-value", message)
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():

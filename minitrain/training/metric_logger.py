@@ -9,7 +9,6 @@ A tracker that fails is switched off with one warning. It never stops training.
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from minitrain.batch import Batch
 from minitrain.config.schema import Config
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.io.redact import redact
+from minitrain.io.system import in_notebook, peak_memory
 from minitrain.model.flops import ModelFlops, peak_flops
 
 from .metrics_log import METRICS, SAMPLES
@@ -129,7 +129,8 @@ class MetricLogger:
 
     def start_bar(self, total: int, done: int) -> None:
         if self.enabled and not self.quiet:
-            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, leave=False)
+            disable = False if in_notebook() else None  # None: show it on a terminal only
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=disable, leave=False)
 
     def advance(self) -> None:
         if self.bar is not None:
@@ -179,8 +180,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return the peak memory so far in GB: of the GPU or, on a CPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_memory() / 1e9
 
 
 _LINE_FORMATS: dict[str, Callable[[float], str]] = {

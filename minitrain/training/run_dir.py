@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from minitrain.config.saved import config_yaml, saved_options, to_plain, without
 from minitrain.config.schema import Config, option_fields
 from minitrain.distributed.parallel import SingleDevice
 from minitrain.errors import RunDirError, write_error_code
+from minitrain.io.system import lock_file
 from minitrain.losses import loss_options
 
 from .atomic_dir import (
@@ -301,7 +301,7 @@ class RunDir:
         self._writing(lambda: self.path.mkdir(parents=True, exist_ok=True))
         self.lock = self._writing(lambda: open(self.path / ".lock", "a+"))
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.lock)
         except OSError:
             self.lock.seek(0)
             raise RunDirError(
@@ -359,7 +359,7 @@ class RunDir:
             return settings
         for checkpoint in reversed(checkpoints(self.checkpoints)):
             with contextlib.suppress(*UNREADABLE, KeyError, TypeError):
-                settings = json.loads((checkpoint / "state.json").read_text())["config"]
+                settings = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]
                 if isinstance(settings, dict):
                     self.messages.append(f"{problem}. The options were compared with those of {checkpoint}.")
                     return settings

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from minitrain.distributed.process import world_size
+from minitrain.io.system import STOP_SIGNALS
 
 
 @contextlib.contextmanager
@@ -18,8 +19,7 @@ def capture_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    captured = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda number, frame: on_signal(number)) for number in captured}
+    before = {number: signal.signal(number, lambda number, frame: on_signal(number)) for number in STOP_SIGNALS}
     try:
         yield
     finally:
