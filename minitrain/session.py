@@ -24,7 +24,7 @@ from minitrain.model.load import DTYPES, build_policy, load_tokenizer
 from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.tools.preflight.python import loss_object, session_config
 from minitrain.training.atomic_dir import verify
-from minitrain.training.aux_models import build_aux_models, reference_kind
+from minitrain.training.aux_models import build_aux_models, move_reference, moving_reference, reference_kind
 from minitrain.training.checkpoint import Save, load_checkpoint, restore_rng
 from minitrain.training.compute import with_dtype
 from minitrain.training.optim import build_optimizer
@@ -84,6 +84,7 @@ class Session:
 
     Attributes:
         step: Calls of `optim_step` so far.
+        updates: Those that updated the weights.
         config, loss, policy, tokenizer, optimizer, parameters, parallel: The parts of the session.
     """
 
@@ -109,12 +110,13 @@ class Session:
         self.config = with_dtype(config, self.parallel.device)
         with self.parallel.naming_failures():
             self._load()
-        self.step = 0
+        self.step = self.updates = 0
         self._losses: list[Tensor] = []  # of the calls of `forward_backward` since the last update
 
     def _load(self) -> None:
         """Load the parts in the order of `Trainer`, so that the same seed gives the same weights."""
         config, loss, parallel = self.config, self.loss, self.parallel
+        loss.set_online(config)
         if "reference" in loss.requires and reference_kind(loss, config) == "precomputed":
             message = "loss.reference: precomputed needs all examples in advance. Set model or adapter."
             raise ConfigError(message, "conflict")
@@ -174,6 +176,9 @@ class Session:
         update = optim_step(self.optimizer, self.parameters, loss, lr, *rest)
         self._losses = []
         self.step += 1
+        if update.taken:
+            self.updates += 1
+            move_reference(self.loss, self.models, self.updates)
         return update
 
     def sample(
@@ -214,8 +219,9 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Save trained weights, optimizer and random state in a folder, from which `load` resumes exactly."""
         state = {"step": self.step, "precision": self.precision.state_dict(), "n_sampled": self.generator.calls}
-        state["model"] = model_fingerprint(self.config.model)
-        saving = Save(Path(path), self.policy, self.optimizer, state, self.parallel)
+        state |= {"model": model_fingerprint(self.config.model), "updates": self.updates}
+        reference = moving_reference(self.loss, self.models)
+        saving = Save(Path(path), self.policy, self.optimizer, state, self.parallel, reference=reference)
         saving.write()
         saving.commit()
 
@@ -227,11 +233,12 @@ class Session:
         """
         path = Path(path)
         verify(path, self.parallel)
-        state = load_checkpoint(path, self.policy, self.optimizer, self.parallel)
+        reference = moving_reference(self.loss, self.models)
+        state = load_checkpoint(path, self.policy, self.optimizer, self.parallel, reference)
         if state.get("model") != model_fingerprint(self.config.model):
             raise RunDirError(f"{path}: was saved with another model. Use the options of that session.", "mismatch")
         self.precision.load_state_dict(state["precision"])
-        self.step, self.generator.calls = state["step"], state["n_sampled"]
+        self.step, self.updates, self.generator.calls = (state[name] for name in ("step", "updates", "n_sampled"))
         restore_rng(path, self.parallel)
 
     def save_model(self, path: str | Path) -> None:
@@ -239,13 +246,14 @@ class Session:
         check_target(Path(path))
         base = self.config.model.name_or_path
         card = f"`{base}` trained with the loss `{self.loss.name}` by minitrain {__version__}, {self.step} steps.\n"
-        write_model(Path(path), self.policy, self.tokenizer, self.precision.dtype, self.parallel, card)
+        write_model(Path(path), self.policy, self.tokenizer, self.precision.dtype, self.parallel, lambda: card)
 
     def _usable(self, loss: Loss | str | None) -> Loss:
         """Return the loss of a call. Raises ConfigError if it needs what the session does not have."""
         if loss is None:
             return self.loss
         loss, own = loss_object(loss), self.loss
+        loss.set_online(self.config)
         if missing := loss.requires - own.requires:
             raise ConfigError(
                 f"loss: {loss.name} needs a {' and a '.join(sorted(missing))}, which the loss of the session does not. "

@@ -51,7 +51,7 @@ CASES = {
     ),
     "generate": CommandCase(
         ["generate", "runs/lora", "--prompt", "a", "--max-new-tokens", "1", "--output", "labels.jsonl", "--force"],
-        "inference.generate:Generator.sample",
+        "inference.generate:Generator._generate",
         writes="labels.jsonl",
     ),
     "score": CommandCase(

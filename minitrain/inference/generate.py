@@ -130,10 +130,20 @@ class Generator:
             progress: Show a progress bar.
             tools: The tools of each prompt, by which a tokenizer's response template reads calls.
         """
-        samples = self.sample(prompts, sampling, batch_size=batch_size, progress=progress)
+        responses = self._generate(prompts, sampling, batch_size, progress)
         rest = tools or [None] * len(prompts)
-        ids = [sample.ids for (sample,) in samples]
-        return [self.parser.parse(*one) for one in zip(prompts, ids, rest, strict=True)]
+        return [self.parser.parse(*one) for one in zip(prompts, responses, rest, strict=True)]
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        batch_size: int = 16,
+        progress: bool = False,
+        streamer: "TextStreamer | None" = None,
+    ) -> list[list[int]]:
+        """Return the token ids of the responses."""
+        return [sample.ids for (sample,) in self.sample(prompts, sampling, 1, batch_size, progress, streamer)]
 
     def sample(
         self,
@@ -246,9 +256,9 @@ class Generator:
         prompt = self.encode(messages, variables)
         if self.parser.opens_thought(prompt):
             print(THINK)
-        ((sample,),) = self.sample([prompt], sampling, streamer=streamer)
+        (ids,) = self._generate([prompt], sampling, streamer=streamer)
         streamer.end()
-        return self.parser.parse(prompt, sample.ids, (variables or {}).get("tools"))
+        return self.parser.parse(prompt, ids, (variables or {}).get("tools"))
 
     def encode(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a prompt, up to where the response begins.

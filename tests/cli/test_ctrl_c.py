@@ -143,7 +143,7 @@ SIGTERM_STAGES = [
     ("training.setup:build_policy", ["train", "c.yml"]),
     ("training.loading:build_aux_models", ["train", "c.yml"]),
     ("training.run_dir:RunDir.find_checkpoint", ["train", "c.yml"]),
-    ("inference.generate:Generator.sample", GENERATE),
+    ("inference.generate:Generator._generate", GENERATE),
     ("inference.teacher_cache:_write_outputs", CACHE_TEACHER),
 ]
 

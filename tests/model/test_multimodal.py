@@ -257,7 +257,7 @@ def test_responses_are_those_of_the_base_class(folders):
     for name in ("gemma3", "qwen2_5_vl"):
         generator = load_generator(str(folders(name)), "cpu", "chatml")
         prompt = IDS[0, :9].tolist()
-        got = generator.sample([prompt], Sampling(6))[0][0].ids
+        got = generator._generate([prompt], Sampling(6))[0]
         options = dict(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
         expected = load(folders(name)).generate(input_ids=torch.tensor([prompt]), **options)[0, 9:].tolist()
         assert got[: len(expected)] == expected

@@ -34,8 +34,9 @@ def trained(session):
         {"lora": {"rank": 2, "dropout": 0.1}, "max_tokens_per_micro_batch": 60},
         {"loss": {"name": "dpo"}},
         {"loss": {"name": "dpo"}, "lora": {"rank": 2}, "optimizer": "SGD"},
+        {"loss": {"name": "dpo", "reference_sync_steps": 2, "reference_mixup": 0.5}},
     ],
-    ids=["packing", "lora", "dpo", "dpo-lora"],
+    ids=["packing", "lora", "dpo", "dpo-lora", "moving-reference"],
 )
 def test_the_numbers_are_those_of_the_trainer(options, tmp_path):
     """The same loss, norm and weights, to the last bit: the layout of a step is the same, too."""
