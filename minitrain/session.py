@@ -246,7 +246,8 @@ class Session:
         check_target(Path(path))
         base = self.config.model.name_or_path
         card = f"`{base}` trained with the loss `{self.loss.name}` by minitrain {__version__}, {self.step} steps.\n"
-        write_model(Path(path), self.policy, self.tokenizer, self.precision.dtype, self.parallel, lambda: card)
+        rest = self.tokenizer, self.precision.dtype, self.parallel, lambda: card
+        write_model(Path(path), self.policy, self.loss, *rest)
 
     def _usable(self, loss: Loss | str | None) -> Loss:
         """Return the loss of a call. Raises ConfigError if it needs what the session does not have."""

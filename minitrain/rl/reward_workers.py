@@ -24,13 +24,16 @@ from typing import Any
 
 import torch
 
+from minitrain.config.schema import Config
 from minitrain.errors import RunError
+from minitrain.io.system import CAN_FORK
 
 from .rewards import Answer, Failed, Reward, read_result
 
 GRACE = 2.0  # seconds after the time limit in which a worker can report it, before it is killed
 START_SECONDS = 60.0  # for a worker to start
 LONGEST_WAIT = 1.0  # seconds until `keep_alive` is called again, which can raise after a signal
+N_WORKERS = 4
 N_RESTARTS = 8  # of workers that ended between calls, in a row
 N_CONCURRENT = 64  # calls of an async function at the same time
 N_LATE = 64  # calls in a row that take too long; then the others of the round are not made
@@ -142,6 +145,17 @@ class Workers:
     def close(self) -> None:
         """End the processes. A later call starts others."""
         _stop(self.workers)
+
+
+def start_workers(rewards: Sequence[Reward], config: Config, on_result: Callable[[], None]) -> Workers | InProcess:
+    """Return what calls the reward functions of a run: processes, or this one for `debug` and where none can be forked.
+
+    Args:
+        on_result: As for `Workers`.
+    """
+    if config.debug or not CAN_FORK:
+        return InProcess()
+    return Workers(rewards, min(config.num_proc or N_WORKERS, N_WORKERS), config.rollout.reward_timeout, on_result)
 
 
 class _Worker:

@@ -43,7 +43,7 @@ from .logps import add_logps
 from .prompts import Prompts
 from .reports import Group, answer_metrics, judged_answer, pass_at_k, prompt_result, stats_of
 from .reward_models import build_judge
-from .reward_workers import InProcess, Workers
+from .reward_workers import start_workers
 from .rewards import Answer, Judgement, Reward, build_rewards, combine
 from .round_log import RoundLog
 
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from minitrain.trainer import Trainer
 
 TRAIN, EVAL = 1, 2  # the purpose in the key of random numbers
-N_WORKERS = 4
 MAX_EMPTY_ROUNDS = 10  # in a row
 
 
@@ -91,9 +90,7 @@ class Rounds(MicrobatchLoader):
         self.eval_prompts: Prompts | None = None  # of the last evaluation
         self.rewards, self.make_environment = list(rewards), make_environment
         self.judges = [build_judge(reward, trainer) for reward in rewards]
-        n_workers = min(config.num_proc or N_WORKERS, N_WORKERS)
-        timeout, keep_alive = self.options.reward_timeout, trainer.keep_alive
-        self.workers = InProcess() if config.debug or not CAN_FORK else Workers(rewards, n_workers, timeout, keep_alive)
+        self.workers = start_workers(rewards, config, trainer.keep_alive)
         self.number: int | None = None  # of the current round
         self.drawn = 0  # prompts drawn before the current round
         self.n_drawn = 0  # prompts drawn in the current round
@@ -397,7 +394,7 @@ def sample_rounds(trainer: "Trainer") -> None:
     trainer.train_loader = make_rounds(trainer, build_engine(trainer))
     trainer.warnings += trainer.train_loader.prompts.without_reference(trainer.train_loader.rewards)
     if not CAN_FORK:
-        trainer.warnings.append("rollout.reward_timeout: not applied, since this system cannot fork processes")
+        trainer.warnings.append("rollout.reward_timeout: has no effect, because this system cannot fork processes")
     trainer.train_loader.check_references(trainer.eval_loader)
     trainer.total_steps = trainer.train_loader.total_steps
     trainer.warmup = warmup_steps(trainer.config, trainer.total_steps)

@@ -178,7 +178,7 @@ def build_aux_models(
         tokenizer: Its tokenizer.
         parallel: The ranks.
         precision: The dtype in which the policy computes.
-        loaders: The loaders of the training and evaluation data, if they are known in advance.
+        loaders: The loaders of the training and evaluation data, if they are known.
         load: Builds a frozen model (default: `build_frozen`).
 
     Raises:
@@ -212,13 +212,12 @@ def _build_reference(
         return InitialPolicySnapshot(policy, parallel)
     if kind == "precomputed":
         for cache in caches:
-            cache.token_features[REF_LOGPS] = _load_or_compute_ref_logps(
-                cache, loss, policy, config, parallel, precision, loaders[0]
-            )
+            logps = _load_or_compute_ref_logps(cache, loss, policy, config, parallel, precision, loaders[0])
+            cache.token_features[REF_LOGPS] = logps
         return PrecomputedRefLogps()
     reference = load_reference(config, policy, tokenizer, parallel, precision, load)
-    for loader in loaders[:1]:
-        _check_reference_matches_policy(policy, reference, loader, parallel, precision)
+    if loaders:
+        _check_reference_matches_policy(policy, reference, loaders[0], parallel, precision)
     return reference
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from minitrain.data.loader import MicrobatchLoader
 from minitrain.data.template import Template
 from minitrain.distributed.parallel import SingleDevice, pick_device
 from minitrain.errors import DataError, MinitrainError
-from minitrain.losses import create_loss
 from minitrain.io.system import total_memory
+from minitrain.losses import create_loss
 from minitrain.model.diagnostics import check_weights_exist, first_line, log_model_warnings
 from minitrain.model.few_blocks import with_few_blocks
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
@@ -346,7 +347,7 @@ def _memory(run: Preparation, device: torch.device, devices: int = 1) -> dict[st
         peak = max(peak, memory.judging.peak)
     available, name = _capacity(device)
     needed = peak * (devices if device.type != "cuda" else 1)
-    if available is not None and needed > available:
+    if needed > available:
         lines["warning"] = f"the peak memory of {_mib(needed)} MiB is more than the {_mib(available)} MiB of {name}"
     if run.config.activation_checkpointing == "none" and (device.type == "cuda" or needed > available):
         lines["recompute"] = _describe_recomputation(run, device, devices)
@@ -371,10 +372,10 @@ def _describe_memory(memory: MemoryEstimate, where: str) -> str:
     return f"{_mib(memory.peak)} MiB on {where}; peak of each part: {parts}"
 
 
-def _capacity(device: torch.device) -> tuple[int | None, str]:
+def _capacity(device: torch.device) -> tuple[float, str]:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1], torch.cuda.get_device_name(device)
-    return total_memory(), "this machine"
+    return total_memory() or math.inf, "this machine"
 
 
 def _mib(size: int) -> str:
