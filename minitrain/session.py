@@ -27,6 +27,7 @@ from minitrain.training.atomic_dir import verify
 from minitrain.training.aux_models import build_aux_models, move_reference, moving_reference, reference_kind
 from minitrain.training.checkpoint import Save, load_checkpoint, restore_rng
 from minitrain.training.compute import with_dtype
+from minitrain.training.learning_rate import with_lr
 from minitrain.training.optim import build_optimizer
 from minitrain.training.saving import check_target, write_model
 from minitrain.training.setup import make_loader, prepare_policy
@@ -107,7 +108,7 @@ class Session:
         config, self._objects = session_config(config, loss, given)
         self.loss = loss or create_loss(**config.loss)
         self.parallel = make_parallel(config)
-        self.config = with_dtype(config, self.parallel.device)
+        self.config = with_lr(with_dtype(config, self.parallel.device), self.loss)
         with self.parallel.naming_failures():
             self._load()
         self.step = self.updates = 0
@@ -164,7 +165,7 @@ class Session:
         A non-finite loss or gradient changes nothing; `taken` of the result is then False.
 
         Args:
-            lr: Learning rate of this update (default: the option `lr`).
+            lr: Learning rate of this update (default: the option `lr`, by the loss and the adapter if it is not set).
 
         Raises:
             RunError: There are no gradients.
