@@ -125,8 +125,11 @@ def _rehearse_arguments(parser: argparse.ArgumentParser) -> None:
 def rehearse(arguments: argparse.Namespace) -> int:
     load_plugins(arguments.plugin)
     with importing():
+        from minitrain.tools.rehearsal.on_cpu import parse_for_cpu
+
+        config, shard, untried = parse_for_cpu(arguments.config, _overrides(arguments))
         from minitrain.tools.rehearsal.rehearse import rehearse
-    for line in rehearse(arguments.config, _overrides(arguments), arguments.plugin, arguments.ranks):
+    for line in rehearse(arguments.config, config, shard, untried, arguments.plugin, arguments.ranks):
         if not arguments.quiet or line.startswith("warning: "):
             print(redact(line), flush=True)
     return 0

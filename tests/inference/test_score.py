@@ -129,7 +129,7 @@ def test_ratings_of_answers(place, capsys, tmp_path):
     assert model.config.num_labels == 1
     for chat, line in zip(chats, found, strict=True):
         text = template.tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n")
-        ids = torch.tensor([template.tokenizer(text)["input_ids"]])
+        ids = torch.tensor([template.tokenizer(text, add_special_tokens=False)["input_ids"]])
         assert float(line) == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-3)
 
 

@@ -1,6 +1,5 @@
 """`minitrain rehearse`: what would end a run ends its rehearsal, which leaves nothing behind."""
 
-import dataclasses
 import importlib.util
 import json
 import signal
@@ -16,8 +15,9 @@ from minitrain import RunError, load_config
 from minitrain.cli.main import main
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.tools.rehearsal import ranks, rehearse
+from minitrain.tools.rehearsal.on_cpu import parse_for_cpu
 from minitrain.tools.rehearsal.rehearse import Rehearsal
-from minitrain.tools.rehearsal.small_run import small_config, use_cpu
+from minitrain.tools.rehearsal.small_run import small_config
 from tests.conftest import write
 from tests.messages import raises
 from tests.tools.test_validate import ENDLESS
@@ -165,9 +165,7 @@ def test_a_run_is_rehearsed(temporary, capsys, name):
 
 
 def small(folder: Path, *overrides: str, n_ranks: int = 2):
-    config = load_config("c.yml", list(overrides))
-    shard = config.fsdp.shard
-    untried = use_cpu(config)
+    config, shard, untried = parse_for_cpu("c.yml", overrides)
     config, model, more = small_config(config, folder, n_ranks, shard)
     return config, model, untried | more
 
@@ -186,12 +184,12 @@ def test_the_small_run(folder, tmp_path):
 
 
 def test_what_needs_a_gpu_is_named(folder, tmp_path):
-    options = {"compile": True, "activation_offload": True}
-    config = dataclasses.replace(load_config("c.yml"), **options)
-    config.model = dataclasses.replace(config.model, attn_implementation="flash_attention_2", float8="rowwise")
-    untried = use_cpu(config)
+    options = ("compile=true", "activation_offload=true", "device=cuda")
+    of_model = ("model.attn_implementation=flash_attention_2", "model.float8=rowwise")
+    config, _, untried = parse_for_cpu("c.yml", [*options, *of_model])
     assert untried.keys() == {"GPU", "attention", "FP8", "dtype", "compile", "offloading"}
     assert config.model.float8 is None and not config.compile and config.model.attn_implementation == "auto"
+    assert config.device == "cpu"
 
 
 def test_rounds_stay_rounds(folder, tmp_path):

@@ -106,7 +106,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ConfigError: It lists every problem with its file, line and key.
     """
-    return check_parsed(*parse_config(source, _loss_options, overrides, options))
+    return check_parsed(*parse_config(source, lazy_loss_options, overrides, options))
 
 
 def check_parsed(config: Config, issues: ConfigIssues, loss_is_object: bool = False) -> Config:
@@ -127,14 +127,15 @@ def check_python_config(config: Config, loss: dict | None = None) -> Config:
     Raises:
         ConfigError: As `load_config` does; also when the config names another loss than `loss`.
     """
-    checked, issues = parse_python_config(config, _loss_options, loss)
+    checked, issues = parse_python_config(config, lazy_loss_options, loss)
     check_config(checked, issues, loss_is_object=loss is not None)
     issues.raise_if_any()
     check_writable(checked)
     return checked
 
 
-def _loss_options(name: str) -> type | None:
-    from minitrain.losses import loss_options  # imports torch
+def lazy_loss_options(name: str) -> type | None:
+    """Return the options of a loss, as `losses.loss_options` does, and import torch only now."""
+    from minitrain.losses import loss_options
 
     return loss_options(name)

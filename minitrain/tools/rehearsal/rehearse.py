@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minitrain.config.load import parse_config
 from minitrain.config.saved import config_yaml
 from minitrain.config.schema import Config
 from minitrain.data.examples import ClassificationExample, Conversation
@@ -17,14 +16,14 @@ from minitrain.data.messages import assistant, user
 from minitrain.errors import CODES, ConfigError, RunError
 from minitrain.inference.generate import Sampling, load_generator
 from minitrain.inference.score import ScoringRequest, load_scorer
-from minitrain.losses import create_loss, loss_options
+from minitrain.losses import create_loss
 from minitrain.training.atomic_dir import checkpoints
 from minitrain.training.metric_logger import LEDGER, METRICS
 
-from ..preflight.load import check_parsed
 from ..preflight.validate import validate
+from .on_cpu import Untried
 from .ranks import run_ranks
-from .small_run import N_STEPS, Untried, small_config, use_cpu
+from .small_run import N_STEPS, small_config
 
 KILLED_AFTER = N_STEPS - 1  # steps
 N_LINES = 15  # of the output of a process that failed without a message of minitrain
@@ -82,22 +81,22 @@ class Rehearsal:
         return RunError(f"{what} failed: {text}", code[1] if known else "process-failed")
 
 
-def rehearse(source: str, overrides: Sequence[str], plugins: Sequence[str], ranks: int | None) -> Iterator[str]:
+def rehearse(
+    source: str, config: Config, shard: str, untried: Untried, plugins: Sequence[str], ranks: int | None
+) -> Iterator[str]:
     """Yield what a rehearsal does, and at the end what it tried and what it could not. Warnings begin with `warning: `.
 
     Args:
         source: The path of the config.
-        overrides: Options as on the command line.
+        config: The config of `parse_for_cpu`, with `shard` and `untried`.
+        shard: `fsdp.shard` of the run.
+        untried: What is not tried on a CPU.
         plugins: Files that have been run, and that the processes run, too.
         ranks: The number of ranks (default: 2 with FSDPTrainer, 4 with fsdp.shard=hybrid, else 1).
 
     Raises:
         MinitrainError: Whatever would end the run, too.
     """
-    config, issues = parse_config(source, loss_options, overrides)
-    untried, shard = use_cpu(config), config.fsdp.shard
-    config.fsdp = dataclasses.replace(config.fsdp, shard="full") if shard == "hybrid" else config.fsdp
-    config = check_parsed(config, issues)
     n_ranks = _number_of_ranks(config, ranks, shard)
     yield f"{source}: checking the options, every row of the data and the run directory"
     report = validate(config, with_memory=False)

@@ -1,75 +1,33 @@
 """Make the config of a rehearsal from that of a run: small, on a CPU, in a temporary folder."""
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.config.schema import Config, option_fields
 from minitrain.config.sections import LoRAConfig, RolloutConfig, SoftPromptConfig
-from minitrain.errors import ConfigError
 from minitrain.inference.generate import model_config
 from minitrain.inference.resolve import find_model
 from minitrain.losses import create_loss
 from minitrain.model.adapter_config import read_config
-from minitrain.model.checks import ATTENTION_PACKAGES
 from minitrain.model.load import trained_outputs
 from minitrain.model.shrink import MIN_WIDTH, shrink_model
 from minitrain.rl.rewards import build_rewards
 from minitrain.training.aux_models import teacher_config
-from minitrain.training.optim import check_optimizer, optimizer_class
+
+from .on_cpu import Untried
 
 N_STEPS = 3
 # So that answers of random weights end after different numbers of tokens, and their rewards differ a little.
 STOPS, LENGTH_REWARD = list("eqzXJ07%(;\n"), {"name": "length", "weight": 1e-3}
-Untried = dict[str, str]  # topic -> what a rehearsal does not try of it, and what it does instead
-
-
-def use_cpu(config: Config) -> Untried:
-    """Replace the options of a config that need a GPU, and return what is not tried because of that."""
-    untried = {"GPU": "kernels, memory (see minitrain validate), speed, NCCL and the network between machines"}
-    model, name = config.model, config.model.attn_implementation
-    if name in ATTENTION_PACKAGES:
-        package = ATTENTION_PACKAGES[name]
-        here = "is installed here" if find_spec(package) else "is not installed here"
-        untried["attention"] = f"{name}, whose package {package} {here}; sdpa instead"
-        model = dataclasses.replace(model, attn_implementation="auto")
-    if model.float8 is not None:
-        untried["FP8"] = f"model.float8={model.float8}; plain matrix products instead"
-        model = dataclasses.replace(model, float8=None)
-    if model.policy_dtype == "auto":
-        untried["dtype"] = "bfloat16, which model.policy_dtype=auto means on a GPU; float32 instead"
-    if config.compile:
-        untried["compile"] = "compiled blocks"
-    if config.activation_offload or config.fsdp.cpu_offload:
-        untried["offloading"] = "activation_offload and fsdp.cpu_offload, which copy from a GPU"
-    config.model, config.device, config.compile, config.activation_offload = model, "cpu", False, False
-    config.fsdp = dataclasses.replace(config.fsdp, cpu_offload=False)
-    if "." in config.optimizer and not _steps_on_cpu(config):
-        untried["optimizer"] = f"{config.optimizer}, which needs a GPU; AdamW instead"
-        config.optimizer, config.optimizer_args = "AdamW", {}
-    return untried
-
-
-def _steps_on_cpu(config: Config) -> bool:
-    """Return whether the optimizer takes a step on a CPU; True if it does not exist, which the checks report."""
-    try:
-        optimizer_class(config.optimizer)
-    except ConfigError:
-        return True
-    try:
-        check_optimizer(config, on_cpu=True)
-    except ConfigError:
-        return False
-    return True
 
 
 def small_config(config: Config, folder: Path, n_ranks: int, shard: str) -> tuple[Config, str, Untried]:
     """Return the config of a rehearsal, its model in words, and what it does not try.
 
     Args:
-        config: The checked config, after `use_cpu`.
+        config: The checked config, of `parse_for_cpu`.
         folder: A temporary folder for the small models and the run.
         n_ranks: The number of ranks.
         shard: `fsdp.shard` of the run.
