@@ -142,7 +142,7 @@ class Template:
         transformers and inference servers add no BOS to the text of a chat template.
         """
         source = "{{- bos_token }}" + self.renderer.source
-        with contextlib.suppress(jinja2.TemplateError):  # it may refuse this very conversation
+        with contextlib.suppress(jinja2.TemplateError, DataError):  # this very conversation may be refused
             prompts = [
                 ChatRenderer(one, self.renderer.variables).bind({}).prompt([user("a")])
                 for one in (self.renderer.source, source)

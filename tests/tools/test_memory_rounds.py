@@ -83,6 +83,7 @@ def test_parts_are_those_of_a_real_model(config, tmp_path, options):
     config = config(**options)
     found = estimate_memory(dry_run(config), CPU)
     trainer, tracker = Trainer(config), MemoryTracker()
+    config = trainer.config
     prompts = trainer.train_loader.prompts.examples
     limit = conversation_limit(config, trainer.policy)
     data = longest_round(prompts, config, trainer.loss, limit)
