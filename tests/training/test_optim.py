@@ -18,7 +18,7 @@ BASE = {"datasets": [__file__.replace("test_optim.py", "../../example/data/skill
 
 
 def config(*overrides):
-    return load_config(BASE | {"model": {"name_or_path": "tiny"}}, list(overrides))
+    return load_config(BASE | {"model": {"name_or_path": "tiny"}, "lr": 2e-5}, list(overrides))
 
 
 # The schedule of transformers that each of ours is, and sets of arguments for 20 steps at a peak of 0.02.

@@ -25,7 +25,7 @@ ROUNDING = "optimizer_args={bf16_stochastic_round: true}"
 
 
 def config(*overrides):
-    return load_config(BASE | {"model": {"name_or_path": "tiny"}}, list(overrides))
+    return load_config(BASE | {"model": {"name_or_path": "tiny"}, "lr": 2e-5}, list(overrides))
 
 
 def needs(options):
