@@ -26,8 +26,7 @@ from minitrain.tools.preflight.python import loss_object, session_config
 from minitrain.training.atomic_dir import verify
 from minitrain.training.aux_models import build_aux_models, move_reference, moving_reference, reference_kind
 from minitrain.training.checkpoint import Save, load_checkpoint, restore_rng
-from minitrain.training.compute import with_dtype
-from minitrain.training.learning_rate import with_lr
+from minitrain.training.learning_rate import with_defaults
 from minitrain.training.optim import build_optimizer
 from minitrain.training.saving import check_target, write_model
 from minitrain.training.setup import make_loader, prepare_policy
@@ -108,7 +107,7 @@ class Session:
         config, self._objects = session_config(config, loss, given)
         self.loss = loss or create_loss(**config.loss)
         self.parallel = make_parallel(config)
-        self.config = with_lr(with_dtype(config, self.parallel.device), self.loss)
+        self.config = with_defaults(config, self.parallel.device, self.loss)
         with self.parallel.naming_failures():
             self._load()
         self.step = self.updates = 0

@@ -28,11 +28,10 @@ from minitrain.training.after_step import (
 )
 from minitrain.training.aux_models import move_reference
 from minitrain.training.callbacks import Hooks, collect_hooks
-from minitrain.training.compute import with_dtype
 from minitrain.training.determinism import check_repeatable, deterministic_algorithms
 from minitrain.training.drift import drift_metrics
 from minitrain.training.failpoints import failpoint
-from minitrain.training.learning_rate import with_lr
+from minitrain.training.learning_rate import with_defaults
 from minitrain.training.loading import load_parts
 from minitrain.training.metric_logger import MetricLogger
 from minitrain.training.optimizers import set_lr
@@ -132,7 +131,7 @@ class Trainer:
         self.time_limit = TimeLimit(config.max_minutes)
         self.parallel = make_parallel(config)
         self.device = self.parallel.device
-        self.config = with_lr(with_dtype(config, self.device), self.loss)
+        self.config = with_defaults(config, self.device, self.loss)
         self.signal: int | None = None  # the signal, or TIMEOUT, that all ranks agreed to stop for
         self._received: int | None = None  # a signal that only this rank may have received
         with self.parallel.naming_failures(), deterministic_algorithms(self.config.deterministic):

@@ -4,11 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
+
 from minitrain.config.python_objects import find_object
 from minitrain.config.schema import Config
 from minitrain.losses import Loss
 from minitrain.model.policy import Policy
 from minitrain.model.soft_prompt import PEFT_TYPES
+
+from .compute import with_dtype
 
 FULL = "full tuning"
 # The learning rate that fits an adapter, as a multiple of that of full tuning.
@@ -17,6 +21,11 @@ FAR = 50  # a learning rate this many times above the default is too high
 WARNED_WIDTH = 512  # of the embeddings: narrower models train with larger learning rates
 LARGE_BATCH = 128  # the largest of the sources that LoRA trains as well with as full tuning
 FEW_STEPS = 100
+
+
+def with_defaults(config: Config, device: torch.device, loss: Loss) -> Config:
+    """Return the config with the values that unset options have on this device, with this loss and adapter."""
+    return with_lr(with_dtype(config, device), loss)
 
 
 def with_lr(config: Config, loss: Loss | None) -> Config:

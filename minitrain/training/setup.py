@@ -30,9 +30,8 @@ from minitrain.model.save import check_saving, set_end_tokens
 from minitrain.model.sequence_head import set_problem_type
 from minitrain.model.weights import Weights
 
-from .compute import with_dtype
 from .failpoints import failpoint
-from .learning_rate import lr_warnings, with_lr
+from .learning_rate import lr_warnings, with_defaults
 from .optim import warmup_steps
 from .step import Precision
 
@@ -127,7 +126,7 @@ def prepare(config: Config, loss: Loss, parallel: SingleDevice, meta: bool = Fal
 def dry_run(config: Config) -> Preparation:
     """Prepare a run on one device, without reading the model's weights."""
     loss = create_loss(**config.loss)
-    config = with_lr(with_dtype(config, pick_device(config.device)), loss)
+    config = with_defaults(config, pick_device(config.device), loss)
     return prepare(config, loss, SingleDevice(CPU), meta=True)
 
 

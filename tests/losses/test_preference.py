@@ -432,14 +432,13 @@ def test_a_reference_in_bfloat16_beside_a_policy_in_float32(dpo):
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=0.02)
 
 
-def test_evaluation_and_resumption_with_a_reference(dpo):
-    """An interrupted run goes on with the reference of its start, not with the weights of the checkpoint."""
-    overrides = ("n_steps=4", "save_every_steps=2", "validation_split=4", "eval_every_steps=2", "lora.rank=4")
+def whole_and_resumed(dpo, last_step, *overrides):
+    """A run, and the rest of one that ended after `last_step`; both end with the same weights."""
     whole = dpo(*overrides, "exp_name=whole")
     whole.train()
 
     def stop(trainer):
-        trainer.should_stop = trainer.step == 2
+        trainer.should_stop = trainer.step == last_step
 
     part = dpo(*overrides, "exp_name=part", on_step_end=stop)
     part.train()
@@ -447,6 +446,13 @@ def test_evaluation_and_resumption_with_a_reference(dpo):
     rest = dpo(*overrides, "exp_name=part")
     rest.train()
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(rest).values()))
+    return whole, rest
+
+
+def test_evaluation_and_resumption_with_a_reference(dpo):
+    """An interrupted run goes on with the reference of its start, not with the weights of the checkpoint."""
+    overrides = ("n_steps=4", "save_every_steps=2", "validation_split=4", "eval_every_steps=2", "lora.rank=4")
+    whole, rest = whole_and_resumed(dpo, 2, *overrides)
     assert metrics(whole, "eval")[-1]["loss"] == metrics(rest, "eval")[-1]["loss"]
 
 

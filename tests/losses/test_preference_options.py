@@ -11,9 +11,9 @@ import torch
 from minitrain import ConfigError, create_loss
 from minitrain.batch import PolicyOutput
 from minitrain.losses import Models
-from tests.conftest import metrics, weights
+from tests.conftest import metrics
 from tests.examples import N, collated, examples, models_for, prepared
-from tests.losses.test_preference import BETA, logsig, of_pairs, sig
+from tests.losses.test_preference import BETA, logsig, of_pairs, sig, whole_and_resumed
 from tests.messages import raises
 
 pytestmark = pytest.mark.numeric
@@ -318,18 +318,7 @@ def test_a_hard_update_starts_again_at_ln_2(dpo):
 def test_a_moved_reference_is_in_the_checkpoint(dpo, save_async):
     """An interrupted run goes on with the moved reference, to the same weights."""
     overrides = (*SYNC, "save_every_steps=1", f"save_async={save_async}")
-    whole = dpo(*overrides, "exp_name=whole")
-    whole.train()
-
-    def stop(trainer):
-        trainer.should_stop = trainer.step == 3
-
-    part = dpo(*overrides, "exp_name=part", on_step_end=stop)
-    part.train()
-    (part.run.path / "run.json").unlink()
-    rest = dpo(*overrides, "exp_name=part")
-    rest.train()
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(rest).values()))
+    whole, rest = whole_and_resumed(dpo, 3, *overrides)
     assert all(map(torch.equal, whole.models.reference.tensors(), rest.models.reference.tensors()))
 
 

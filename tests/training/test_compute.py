@@ -42,7 +42,7 @@ def test_auto_is_saved_as_the_dtype_and_compared_at_resume(make_trainer, monkeyp
     assert trainer.config.model.policy_dtype == "float32"
     assert "policy_dtype: float32" in (trainer.run.path / "config.yml").read_text()
     make_trainer("model.policy_dtype=auto", "n_steps=2").train()
-    monkeypatch.setattr("minitrain.trainer.with_dtype", lambda config, device: with_dtype(config, CUDA))
+    monkeypatch.setattr("minitrain.training.learning_rate.with_dtype", lambda config, device: with_dtype(config, CUDA))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     with raises(RunError, "other-run", "model.policy_dtype", '"float32" -> "bfloat16"'):
         make_trainer("model.policy_dtype=auto", "n_steps=3")

@@ -32,8 +32,8 @@ from minitrain.model.vocabulary import describe_new_tokens
 from minitrain.training.after_step import KNOWN_METRICS, check_metric
 from minitrain.training.aux_models import build_teacher, teacher_config
 from minitrain.training.checkpoint import check_checkpoint
-from minitrain.training.compute import describe_compute, with_dtype
-from minitrain.training.learning_rate import batch_hints, describe_optimizer, with_lr
+from minitrain.training.compute import describe_compute
+from minitrain.training.learning_rate import batch_hints, describe_optimizer, with_defaults
 from minitrain.training.run_dir import RunDir
 from minitrain.training.saving import input_fingerprints
 from minitrain.training.setup import Preparation, check_lengths, dry_run, make_loader
@@ -67,7 +67,7 @@ def validate(config: Config, devices: int = 1, with_memory: bool = True, marks: 
     """
     config = check_python_config(config)
     parallel = SingleDevice(pick_device(config.device))
-    config = with_lr(with_dtype(config, parallel.device), create_loss(**config.loss))
+    config = with_defaults(config, parallel.device, create_loss(**config.loss))
     folder = RunDir(config, parallel)
     run = dry_run(config)
     warnings = run.data.warnings + _try_out(run) + _try_resuming(run, folder)

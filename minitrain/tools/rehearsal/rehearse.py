@@ -68,13 +68,13 @@ class Rehearsal:
         """Return the error of the first rank that failed, as its process reported it."""
         ranks = sorted(range(len(codes)), key=lambda rank: codes[rank] in (0, -signal.SIGKILL))  # failed by themselves
         logs = [(self.folder / name / f"{rank}.txt").read_text(errors="replace") for rank in ranks]
-        told = [log for log in logs if "minitrain: " in log]
-        if not told:
+        reported = [log for log in logs if "minitrain: " in log]
+        if not reported:
             log = logs[0]
             return RunError(
                 f"{what} failed. Its last lines:\n" + "\n".join(log.splitlines()[-N_LINES:]), "process-failed"
             )
-        message = told[0].partition("minitrain: ")[2].strip()
+        message = reported[0].partition("minitrain: ")[2].strip()
         code = re.search(r"\[([a-z-]+)\]$", message)
         known = code is not None and code[1] in CODES
         text = message.removesuffix(f"[{code[1]}]").rstrip() if known else message
