@@ -40,7 +40,7 @@ from tests.messages import reports
         (["lr=inf"], "wrong-type", "lr:"),
         (["lr=0,001"], "wrong-type", "lr:"),
         (["lr=yes"], "wrong-type", "lr:"),
-        (["lr=null"], "wrong-type", "lr:"),
+        (["weight_decay=null"], "wrong-type", "weight_decay:"),
         (["weight_decay=.nan"], "wrong-type", "weight_decay:"),
         (["gradient_accumulation_steps=-2"], "out-of-range", "gradient_accumulation_steps:"),
         (["n_steps=null", "n_epochs=0"], "out-of-range", "n_epochs:"),

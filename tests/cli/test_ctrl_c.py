@@ -211,7 +211,8 @@ def test_in_the_first_evaluation(trained_folder, capsys):
     """The signal is kept, a checkpoint of step 0 is written, and the same command resumes from it."""
     command = Command("train", "c.yml", stop="training.step:failpoint", seconds=1)
     assert command.interrupt() == 130
-    assert "stopped by SIGINT at step 0." in command.read("out") and not command.read("err")
+    assert "stopped by SIGINT at step 0." in command.read("out")
+    assert command.read("err") == "SIGINT: training stops at the next step and saves a checkpoint\n"
     assert main(["train", "c.yml"]) == 0
     assert "resuming from runs/c/checkpoints/step-0" in capsys.readouterr().out
 

@@ -104,7 +104,7 @@ def test_signal_to_all_twice(lab, number):
 def test_disk_full_on_one_rank(lab, ranks):
     """F5: all ranks raise the same error, nothing is left of the half checkpoint, and the old one serves."""
     job = lab.job(ranks)
-    code, output = lab.run(ranks, job, "save.write@4:enospc" + ("#1" if ranks else ""))
+    code, output = lab.start(ranks, job, "save.write@4:enospc" + ("#1" if ranks else "")).finish(patience=60)
     told = f"rank {1 if ranks else 0}: {os.strerror(errno.ENOSPC)} [no-space]"
     assert code == 1 and output.count(told) == max(1, ranks) and TRACEBACK not in output, output
     assert output.count("step-4: ") == max(1, ranks), output

@@ -82,7 +82,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[st
     )
     metrics: dict[str, float] = trainer.train() | trainer.evaluate(rows)
     trainer.save_model("model")
-    print(config.lr + 1, trainer.config.model.name_or_path.upper(), trainer.total_steps + trainer.updates)
+    print(trainer.lr + 1, config.lr is None, trainer.config.model.name_or_path.upper())
+    print(trainer.total_steps + trainer.updates)
     return metrics
 
 

@@ -28,6 +28,7 @@ Trainer("config.yml").forward_backward(3)  # E: arg-type
 load_config(lr="x")  # E: call-arg
 load_config("config.yml", 3)  # E: arg-type
 print(load_config("config.yml").learning_rate)  # E: attr-defined
+print(load_config("config.yml").lr + 1)  # E: operator
 Sampling(max_tokens=3)  # E: call-arg
 Sampling(temperature="hot")  # E: arg-type
 Trainer("config.yml").generate(["a"], tools=3)  # E: arg-type
