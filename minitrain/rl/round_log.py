@@ -11,6 +11,7 @@ from minitrain.training.atomic_dir import replace_file
 from minitrain.training.metrics_log import FEW_ENDED, LARGE_MISMATCH, ROLLOUTS, round_file
 
 from .documents import EQUAL
+from .engine import MAX_CORRECTED
 from .reports import Group, Stats, answer_metrics, group_metrics
 
 if TYPE_CHECKING:
@@ -71,10 +72,13 @@ class RoundLog:
         """Warn once if sampling and training differ, by metrics of a round, or of training in rounds of one step."""
         if metrics.get("mismatch", 0.0) > LARGE_MISMATCH and not self.has_warned_of_mismatch:
             self.has_warned_of_mismatch = True
+            advice = "Set rollout.importance_correction, or model.policy_dtype=float32"
+            if self.rounds.options.engine == "vllm" and metrics["mismatch"] > MAX_CORRECTED:
+                advice = "The server does not have the current weights: see its log, or use rollout.engine=local"
             warn(
                 self.rounds.trainer,
                 f"warning: log-probabilities in sampling and in training differ by {metrics['mismatch']:.2g} per token "
-                "(mismatch). Set rollout.importance_correction, or model.policy_dtype=float32",
+                f"(mismatch). {advice}",
             )
 
     def _steps_per_round(self) -> int:

@@ -120,8 +120,7 @@ class VLLMEngine:
         n = len(request.keys) if options["temperature"] else 1  # greedy responses are equal, and vLLM samples one
         seed = int(np.random.SeedSequence(list(request.keys[0])).generate_state(1, np.uint64)[0] >> 2)
         body = {"prompt": request.prompt, "n": n, "max_tokens": request.limit, "seed": seed, **options}
-        response = self.server.call("/v1/completions", body)
-        self.trainer.keep_alive()
+        response = self.server.call("/v1/completions", body, self.trainer.keep_alive)
         try:
             choices = sorted(response["choices"], key=lambda choice: choice["index"])
             samples = [self._sample_of(choice, request, options) for choice in choices]
@@ -171,7 +170,8 @@ class Server:
     """
 
     def __init__(self, options: VLLMOptions, keep_alive: Callable[[float], None] = lambda seconds: None):
-        self.url, self.options, self.keep_alive = options.url.rstrip("/"), options, keep_alive
+        self.url = options.url.rstrip("/").removesuffix("/v1")  # which is in the addresses of OpenAI's clients
+        self.options, self.keep_alive = options, keep_alive
         key = os.environ.get("VLLM_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -184,8 +184,13 @@ class Server:
             message = f"{self.url}/v1/models: expected a list of models, got {short(models)!r}. Start `vllm serve`."
             raise RunError(message, "process-failed") from None
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def call(self, path: str, body: dict[str, Any] | None = None, on_wait: Callable[[], None] = lambda: None) -> Any:
         """Return the JSON that the server answers to a POST of `body`, or to a GET without it.
+
+        Args:
+            path: The route.
+            body: What is sent as JSON.
+            on_wait: As for `call_json`.
 
         Raises:
             RunError: The server cannot be reached, is too slow, or answers with an error.
@@ -194,7 +199,7 @@ class Server:
             wait = FIRST_WAIT * 2**attempt
             self.keep_alive(self.options.timeout + wait)
             try:
-                return self._call_once(self.url + path, body)
+                return self._call_once(self.url + path, body, on_wait)
             except _Unreached as error:
                 problem = str(error)
             if attempt < self.options.retries:
@@ -205,10 +210,10 @@ class Server:
             "unreachable",
         )
 
-    def _call_once(self, url: str, body: dict[str, Any] | None) -> Any:
+    def _call_once(self, url: str, body: dict[str, Any] | None, on_wait: Callable[[], None]) -> Any:
         seconds = self.options.timeout
         try:
-            return call_json(url, body, self.headers, seconds)
+            return call_json(url, body, self.headers, seconds, on_wait)
         except HTTPError as error:
             if error.problem == "unreached":
                 raise _Unreached(f"cannot be reached ({error.text})") from None

@@ -7,13 +7,14 @@ import transformers as tf
 from minitrain.cli.main import main
 from minitrain.data.examples import ClassificationExample
 from minitrain.data.template import Template
+from minitrain.inference.choice import Chooser, Request
 from minitrain.inference.generate import Generator, Sampling
 from minitrain.inference.plain_loop import PlainLoop
-from minitrain.inference.sampler import one_at_a_time
+from minitrain.inference.sampler import Sampler, one_at_a_time
 from minitrain.inference.score import ScoringRequest, load_scorer
 from minitrain.inference.slots import SlotLoop
 from minitrain.model.positions import batches_by_length
-from minitrain.model.sequence_head import name_outputs
+from minitrain.model.sequence_head import make_policy, name_outputs
 from minitrain.model.tiny import tiny_tokenizer
 from tests.tools.test_validate_refusals import MODELS, ROTARY, WIDE
 
@@ -138,6 +139,24 @@ def test_a_long_answer_changes_no_later_text(tmp_path, make_trainer):
         before = model(torch.tensor([text])).logits
         assert len(trainer.generator._generate([prompt], Sampling(ROOM))[0]) == ROOM  # 8 tokens beyond
         torch.testing.assert_close(model(torch.tensor([text])).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_an_answer_that_has_ended_changes_no_other(kind):
+    """It stays in the batch for a while, but not at positions from which on all rows have other frequencies."""
+    policy = make_policy(random_model(kind)).eval()
+    limit = policy.rotary_limit
+    (long, *others) = prompts(limit - 2, *[5] * 11)
+    requests = [Request(long, [(0,)], 2), *(Request(ids, [(i,)], 20) for i, ids in enumerate(others, 1))]
+    alone = [sample_all(policy, [request], 1) for request in requests]
+    assert sample_all(policy, requests, len(requests)) == [ids for (ids,) in alone]
+
+
+def sample_all(policy, requests: list[Request], n_slots: int) -> list[list[int]]:
+    sampler = Sampler(policy, (), n_slots)
+    sampler.make_loop = SlotLoop
+    return [one.ids for (one,) in sampler.sample(requests, Chooser(1.0))]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "gpt2"])

@@ -1,5 +1,6 @@
 """Only minitrain's own options choose tokens: defaults in a base model's generation_config.json never act."""
 
+import builtins
 import io
 import json
 import shutil
@@ -8,7 +9,9 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
+from minitrain.inference.choice import Sample
 from minitrain.inference.generate import Generator, Sampling, load_generator
+from minitrain.inference.parse import THINK
 from minitrain.inference.plain_loop import PlainLoop
 
 PROMPTS = ["a", "what is 1 + 1?", "a prompt that is longer than the others by far", "b"]
@@ -115,6 +118,32 @@ def test_a_stop_string_ends_a_streamed_answer(base, greedy):
         response = generator.stream(conversations(PROMPTS[1])[0], Sampling(N_NEW, stop=[stop]))
     assert response.text == wanted == generator.generate(conversations(PROMPTS[1]), Sampling(N_NEW, stop=[stop]))[0]
     assert printed.getvalue().strip("\n") == wanted.strip("\n")
+
+
+@pytest.mark.parametrize("opens_thought", [False, True])
+def test_a_streamed_answer_is_printed_in_whole_characters(base, opens_thought, monkeypatch):
+    """Each byte is a token: a character is printed with its last one, and special tokens are not."""
+    generator, written = load_generator(str(base), device="cpu"), []
+    monkeypatch.setattr(generator.parser, "opens_thought", lambda prompt: opens_thought)
+    text = "Grüße, 日本 🙂 done"
+    ids = generator.tokenizer(f"<|im_start|>{text}", add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(text)
+
+    def sample(requests, choose, is_stopped, on_step):
+        for n in range(1, len(ids) + 1):
+            is_stopped(ids[:n])
+        return [[Sample(ids, [0.0] * len(ids))]]
+
+    def show(text, end=None, flush=False):
+        written.append(text + ("\n" if end is None else end))
+
+    generator.sampler.sample = sample
+    monkeypatch.setattr(
+        builtins, "print", lambda text, end=None, **_: written.append(text + (end or "\n") * (end != ""))
+    )
+    generator.stream(conversations("a")[0], Sampling(N_NEW))
+    assert "".join(written) == f"{THINK}\n" * opens_thought + f"{text}\n"
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in written)
 
 
 def test_a_repository_does_not_bring_its_own_generate(base, greedy):

@@ -168,6 +168,16 @@ def test_policy_equals_its_formula(drawn, options, weighted):
         )
 
 
+def test_the_clip_fraction_of_cispo(drawn):
+    """The bound is clip_eps_high itself, for every advantage."""
+    loss = create_loss("policy", loss_aggregation="cispo", clip_eps_high=1.1, advantage_estimator="given")
+    batch, inputs = drawn(loss)
+    total, n = loss(batch, Models(Table(*inputs))).metrics["clip_fraction/high"]
+    ratio = (inputs[0] - batch.target_feature("old_logps")).exp()
+    assert 0 < total == (ratio > 1.1).sum() < n
+    assert ((ratio > 1.1) & (ratio < 2.1)).any()
+
+
 def test_the_value_loss_equals_its_formula(drawn):
     """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2), value and slope; without V_old 0.5 (V - R)^2."""
     loss = create_loss("value", eps_value=0.3)

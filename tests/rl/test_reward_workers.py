@@ -227,6 +227,20 @@ def test_the_main_process_is_called_while_it_waits(workers):
     assert max(beats) > pool.timeout  # it waits for longer than that only if a worker has to be killed
 
 
+def test_a_signal_does_not_wait_for_a_slow_function(workers, monkeypatch, tmp_path):
+    """The main process is called again and again, also while all workers are busy."""
+    monkeypatch.setattr(reward_workers, "LONGEST_WAIT", 0.01)
+    file, beats = tmp_path / "third", []
+
+    def slow(one, options):
+        wait_until(file.exists)
+        return 1.0
+
+    pool = workers(slow, n_workers=1, timeout=20)
+    pool.keep_alive = lambda seconds: beats.append(seconds) or len(beats) > 9 and file.touch()
+    assert totals(pool, answer()) == [1]
+
+
 def test_a_worker_that_ends_between_calls_is_replaced(workers):
     pool = workers(lambda one, options: 1.0)
     assert totals(pool, answer(), answer()) == [1, 1]

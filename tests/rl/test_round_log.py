@@ -206,6 +206,15 @@ def test_a_run_that_starts_over_moves_the_answers(online):
     assert len(list((again.run.path / "attempt-1" / "rollouts").iterdir())) == 2
 
 
+def test_ranks_other_than_0_write_nothing(online, tmp_path, capsys):
+    """Neither answers nor warnings: the ranks share the run directory."""
+    trainer = online(rollout={"rewards": ["length"]}, n_steps=1)
+    trainer.parallel.rank = 1
+    trainer.train()
+    assert not list(trainer.run.path.glob("rollouts*")) and not (trainer.run.path / "metrics.jsonl").exists()
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_warning_when_few_answers_end(online, capsys):
     """In the first round only; none when they end (silent RL bug R35)."""
     online("short", rollout={"max_new_tokens": 1}).train()

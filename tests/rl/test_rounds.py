@@ -165,6 +165,16 @@ def test_a_signal_within_a_round_ends_it_at_once(online, part, monkeypatch):
     assert ledgers[0] == ledgers[1]
 
 
+def test_a_signal_before_a_round_samples_nothing(online):
+    """No prompts are drawn, and no engine is given the weights, which takes long for a large model."""
+    trainer = online(n_steps=3, hooks={"on_step_end": lambda trainer: trainer._receive(15)})
+    engine, calls = trainer.train_loader.engine, []
+    refresh = engine.refresh
+    engine.refresh = lambda is_updated: calls.append(trainer.step) or refresh(is_updated)
+    trainer.train()
+    assert (trainer.signal, trainer.step, calls) == (15, 1, [0])
+
+
 @pytest.mark.parametrize(("point", "number"), [("round.sample", 0), ("round.logps", 1)])
 def test_a_signal_after_a_round_that_ends_without_targets(online, monkeypatch, point, number):
     """The second half of the first round has nothing to train on, so the second round is sampled, or has been."""
@@ -186,6 +196,14 @@ def test_a_signal_after_a_round_that_ends_without_targets(online, monkeypatch, p
     online("stopped", **options).train()
     ledgers = [(one.run.path / "ledger.jsonl").read_text() for one in (undisturbed, trainer)]
     assert ledgers[0] == ledgers[1]
+
+
+def test_the_watchdog_waits_for_slow_rewards(online):
+    """The trainer passes on how long a call can take, which fsdp.timeout_seconds does not limit."""
+    trainer, beats = online(), []
+    trainer.parallel.keep_alive = beats.append
+    trainer.train_loader.workers.keep_alive(7.0)
+    assert beats == [7.0]
 
 
 def test_a_signal_ends_an_evaluation_of_answers(online, monkeypatch):

@@ -1,5 +1,6 @@
 """Rounds that a vLLM server samples, against a stand-in that speaks its HTTP interface."""
 
+import queue
 import socket
 import time
 
@@ -114,11 +115,13 @@ def test_a_server_that_keeps_its_weights_is_noticed(make, server, capsys):
     trainer = make(n_steps=1)
     trainer.train()
     assert trainer.train_metrics["mismatch"] < 1e-5
-    trainer = make(exp_name="stale", n_steps=3, lr=0.05, lr_scheduler="constant")
-    server.faults["/collective_rpc"] = lambda handler, body: (200, None)
-    trainer.train()
-    assert trainer.train_metrics["mismatch"] > 0.05
-    assert "rollout.importance_correction" in capsys.readouterr().out
+    for lr, least, advice in ((0.01, 0.05, "rollout.importance_correction"), (0.3, 0.5, "rollout.engine=local")):
+        trainer = make(exp_name=f"stale-{lr}", n_steps=3, lr=lr, lr_scheduler="constant")
+        server.faults["/collective_rpc"] = lambda handler, body: (200, None)
+        trainer.train()
+        assert trainer.train_metrics["mismatch"] > least
+        assert advice in capsys.readouterr().out
+        server.faults.clear()
 
 
 def test_a_round_sends_its_weights_once(make, server):
@@ -173,6 +176,38 @@ def test_a_busy_server_is_asked_again(make, server):
     server.faults["/v1/models"] = lambda handler, body: (503, b"loading")
     with raises(RunError, "unreachable", f"{server.url}/v1/models", "503 loading", "3 attempts"):
         make()
+
+
+def test_a_signal_ends_the_requests(make, server):
+    """Long before the answers: the connections are closed, by which a server knows that nobody waits."""
+    trainer, closed = make({"num_generations": 2}, n_steps=1), queue.SimpleQueue()
+
+    def hang(handler, body):
+        time.sleep(0.2)  # until the other requests wait, too
+        trainer._receive(15)
+        handler.connection.settimeout(10)
+        try:
+            closed.put(handler.connection.recv(1) == b"")
+        except TimeoutError:
+            closed.put(False)
+        return False
+
+    server.faults["/v1/completions"] = hang
+    trainer.train()
+    assert (trainer.signal, trainer.step) == (15, 0)
+    assert closed.get(timeout=15)
+
+
+def test_the_watchdog_waits_for_a_slow_server(server):
+    """For the time limit of each request and the wait after it, whatever fsdp.timeout_seconds is."""
+    beats, faults = [], [(503, b"loading")]
+    server.faults["/v1/models"] = lambda handler, body: faults.pop() if faults else None
+    Server(VLLMOptions(url=server.url, timeout=50.0), beats.append).model_name()
+    assert len(beats) == 2 and min(beats) > 50
+
+
+def test_an_address_can_end_in_v1(server):
+    assert Server(VLLMOptions(url=f"{server.url}/v1/")).model_name() == "served-model"
 
 
 def cut(handler, body):

@@ -345,3 +345,21 @@ def test_a_signal_during_evaluation_is_answered(make_trainer, rows_file):
     second = make_trainer(*options)
     second.train()
     assert second.run.final.exists()
+
+
+def test_a_signal_during_the_last_save_sets_the_exit_code(make_trainer):
+    """The run is finished, but a script that started it must not begin the next one."""
+    trainer = make_trainer("n_steps=1", "eval_datasets=[]")
+    trainer.run.finish_saving = lambda *args, **options: trainer._receive(signal.SIGTERM)
+    trainer.train()
+    assert trainer.signal == signal.SIGTERM and trainer.run.final.exists()
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(0, ["SIGINT: "]), (1, [])])
+def test_a_signal_is_reported_once(make_trainer, capfd, rank, lines):
+    """By rank 0 alone, and not again when it is repeated."""
+    trainer = make_trainer()
+    trainer.parallel.rank = rank
+    trainer._receive(signal.SIGINT)
+    trainer._receive(signal.SIGTERM)
+    assert [line[:8] for line in capfd.readouterr().err.splitlines() if "checkpoint" in line] == lines
