@@ -28,7 +28,7 @@ from minitrain.model.weights import open_files, weight_files
 
 from .check_prompts import choose_prompts
 from .generate import model_config, saved_dtype
-from .parity import LOST_SUM, TOLERANCE, Comparison, Report, own_answers, transformers_answers
+from .parity import LOST_SUM, TOLERANCE, Comparison, Report, end_ids_of, own_answers, transformers_answers
 from .resolve import find_model
 from .served import Answer, Server
 from .serving import serve_commands
@@ -151,7 +151,7 @@ def check_model(
     if responses is not None:
         check.lines["prompts"] = f"{len(responses.prompts)} from {responses.where}"
         saved = saved_dtype(config) or "float32"
-        check.commands = serve_commands(source, config, responses.template, saved)
+        check.commands = serve_commands(source, config, responses.template, saved, end_ids_of(model))
         if server is not None:
             tolerance = max(TOLERANCE, LOST_SUM * model.get_input_embeddings().weight.shape[0])
             comparison = Comparison(model, responses.template, responses.own, dtype or saved, tolerance)

@@ -24,20 +24,35 @@ ROUNDING = 3.0  # times the change of minitrain's own log-probabilities in a dty
 N_CANDIDATES = 200  # likely tokens that are looked up in the text of a server without token ids
 
 BOS_ADDED = (
-    "BOS: the prompt begins with one BOS more than in training. The tokenizer and the chat template both write it"
+    "BOS: the prompt begins with one BOS more than in training. The tokenizer and the chat template may both write it"
 )
 BOS_MISSING = "BOS: the prompt lacks the BOS of training. The chat template must write it, or the server add it"
-TEMPLATE = "chat template: the prompt is not that of training. Serve with the chat_template.jinja of this folder"
-TOKENIZER = (
-    "tokenizer: the text of the prompt is that of training, but not its tokens. The tokenizer was not converted exactly"
+BOS_NUMBER = (
+    "BOS: the number of tokens differs by one. A BOS may be missing, or the chat template may write a second one"
 )
-END = "end token: the program does not end where training did. Serve with the eos_token_id of generation_config.json"
-EARLY = "end token: the program ends earlier. Look for stop strings or other end tokens in its options"
+TEMPLATE = (
+    "chat template: the prompt is not that of training. Serve with the chat_template.jinja of this folder, unless the "
+    "server has another model"
+)
+TOKENIZER = (
+    "tokenizer: the text of the prompt is that of training, but not its tokens. The tokenizer may have been converted "
+    "inexactly, or the server has another model"
+)
+END = (
+    "end token: the response goes on where that of minitrain ends. Serve with the eos_token_id of "
+    "generation_config.json, unless the server has another model"
+)
+EARLY = "end token: the response ends earlier. Look for stop strings or other end tokens in the server's options"
 LENGTH = "context length: the response is cut off. Serve with a longer context"
 SAMPLING = (
     "sampling: the log-probabilities are equal, but another token is chosen. Look for a repetition penalty or other "
     "defaults in generation_config.json and in the server's options"
 )
+WEIGHTS = (
+    "weights: the log-probabilities differ by more than rounding to float16 or bfloat16 explains. The server may have "
+    "another model or quantized weights"
+)
+UNKNOWN = "unknown, since no log-probabilities are reported: another model, dtype, quantization or sampling options"
 
 
 class Report(NamedTuple):
@@ -87,8 +102,7 @@ def transformers_answers(
         max_new_tokens: Maximum number of tokens of a response.
         end_ids: Tokens that end a response (default: those of generation_config.json).
     """
-    answers, end_ids = [], end_ids or model.generation_config.eos_token_id
-    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    answers, end_ids = [], end_ids or end_ids_of(model)
     for prompt in prompts:
         inputs = tokenizer.apply_chat_template(
             template.renderer.adapt(prompt.messages),
@@ -113,6 +127,12 @@ def transformers_answers(
         ended = int(response[-1]) in end_ids
         answers.append(Answer(text, ended, ids, len(ids), response.tolist(), logps.tolist()))
     return answers
+
+
+def end_ids_of(model: nn.Module) -> list[int]:
+    """Return the tokens that end a response of `generate` in transformers."""
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 class Comparison:
@@ -166,7 +186,7 @@ class Comparison:
         if theirs is None:
             if other.n_prompt in (None, len(ours)):
                 return None
-            cause = {1: BOS_ADDED, -1: BOS_MISSING}.get(other.n_prompt - len(ours), TEMPLATE)
+            cause = BOS_NUMBER if abs(other.n_prompt - len(ours)) == 1 else TEMPLATE
             return f"it has {other.n_prompt} tokens instead of {len(ours)}", cause
         if ours == theirs:
             return None
@@ -213,10 +233,10 @@ class Comparison:
         if n == len(ours) and (not own.ended or (is_at_end and other.ended)):
             return None
         expected = self.tokenizer.decode(own.ids[n : n + 8])
-        if n == len(ours):
-            return f"after {n} tokens, it goes on with {shown!r} instead of {expected!r}", END
         if is_at_end:
             return f"after {n} tokens, it ends instead of {expected!r}", EARLY if other.ended else LENGTH
+        if n == len(ours):
+            return f"after {n} tokens, it goes on with {shown!r} instead of {expected!r}", END
         gap, logp = self._judge_token(own, n, other, shown)
         if gap <= 2 * self.tolerance:
             return "tie"
@@ -243,12 +263,12 @@ class Comparison:
 
     def _cause_in_numbers(self, differences: Sequence[float]) -> str:
         if not differences:
-            return "unknown, since the program reports no log-probabilities: dtype, quantization or sampling options"
+            return UNKNOWN
         largest = max(differences)
         rounding = {name: self._rounding_of(name) for name in ("float16", "bfloat16")}
         fitting = [name for name, change in rounding.items() if largest <= ROUNDING * change]
         if not fitting:
-            return "weights: the log-probabilities differ by more than rounding. It has other or quantized weights"
+            return WEIGHTS
         name = min(fitting, key=lambda name: abs(math.log(largest / rounding[name])))
         return (
             f"dtype: the log-probabilities differ as in {name}, in which minitrain's own change by "

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -18,7 +19,9 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # choices of vLLM's --max-lora
 UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")  # by vLLM's adapters
 
 
-def serve_commands(source: str, config: ModelConfig, template: Template, dtype: str) -> dict[str, list[str]]:
+def serve_commands(
+    source: str, config: ModelConfig, template: Template, dtype: str, end_ids: Sequence[int]
+) -> dict[str, list[str]]:
     """Return the shell commands that serve a model, by the name of the server.
 
     Args:
@@ -26,6 +29,7 @@ def serve_commands(source: str, config: ModelConfig, template: Template, dtype: 
         config: The model, with its adapter.
         template: Its chat template with the tokenizer.
         dtype: The dtype of the saved weights.
+        end_ids: The tokens that end a response of the model, or of an adapter's base model, in transformers.
     """
     folder, name = config.adapter or config.name_or_path, _name_of(source)
     check = f"minitrain check {shlex.quote(source)} --url http://localhost"
@@ -34,7 +38,7 @@ def serve_commands(source: str, config: ModelConfig, template: Template, dtype: 
     merged = f"{folder.rstrip('/')}-merged"
     merge = shlex.join(["minitrain", "merge", source, "--output", merged])
     commands = {key: [merge, *lines] for key, lines in _of_model(merged, name, template, dtype, check).items()}
-    if rank := _rank_in_vllm(config, template):
+    if rank := _rank_in_vllm(config, set(template.end_ids()) <= set(end_ids)):
         serve = ["vllm", "serve", config.name_or_path, "--dtype", dtype, "--enable-lora", "--max-lora-rank", str(rank)]
         serve += ["--lora-modules", f"{name}={folder}", "--chat-template", f"{folder}/chat_template.jinja"]
         commands["vLLM"] = [shlex.join(serve), f"{check}:8000 --model {shlex.quote(name)}"]
@@ -72,7 +76,7 @@ def _name_of(source: str) -> str:
     return path.absolute().parent.name if path.name in ("final", "best") else path.absolute().name
 
 
-def _rank_in_vllm(config: ModelConfig, template: Template) -> int | None:
+def _rank_in_vllm(config: ModelConfig, has_end_ids: bool) -> int | None:
     """Return vLLM's rank for an adapter; None if the adapter must be merged to be served as it was trained.
 
     vLLM takes the end tokens and the embeddings of the base model, and ignores or refuses other parts of an adapter.
@@ -80,21 +84,9 @@ def _rank_in_vllm(config: ModelConfig, template: Template) -> int | None:
     adapter = read_config(Path(config.adapter))
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     has_more = any(adapter.get(key) for key in UNSUPPORTED) or adapter.get("bias", "none") != "none"
-    if has_more or config.quantization != "none" or not set(template.end_ids()) <= _end_ids(Path(config.name_or_path)):
+    if has_more or config.quantization != "none" or not has_end_ids:
         return None
     return next((limit for limit in LORA_RANKS if limit >= rank), None)
-
-
-def _end_ids(folder: Path) -> set[int]:
-    """Return the end tokens in the files of a model; none if they cannot be read."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            ids = json.loads((folder / name).read_text()).get("eos_token_id")
-        except (OSError, ValueError):
-            continue
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
-    return set()
 
 
 def modelfile(template: Template, gguf: str) -> str:

@@ -113,6 +113,19 @@ def test_a_fault_in_the_numbers_is_named(run, fault, cause, style):
         assert checked(run, style, (fault,), dtype=fault).passed
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_another_model_is_a_possible_cause(run, style, tmp_path):
+    """The report does not say that the weights are quantized, which nobody has seen."""
+    shutil.copytree(run / "final", tmp_path / "final")
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "final")
+    sizes = (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    tiny_model(7, *sizes).save_pretrained(tmp_path / "final")
+    with OpenAIServer(str(tmp_path / "final"), style) as server:
+        report = check_model(str(run), server=Server(server.url, seconds=20), **FEW)
+    kind = "unknown" if style == "transformers" else "weights"
+    assert not report.passed and report.cause.startswith(kind) and "another model" in report.cause
+
+
 def test_rounding_of_the_saved_dtype_is_no_difference(run, tmp_path):
     """A model that is saved in bfloat16 may be served in it."""
     shutil.copytree(run / "final", tmp_path / "final")
@@ -280,9 +293,11 @@ def test_adapters_are_served_as_they_are_or_merged(run, make_trainer, capsys):
             assert lines[0].startswith("minitrain merge ")
             PARSERS["merge"].parse_args(shlex.split(lines[0])[2:])
     trainer = make_trainer(f"model.name_or_path={run.parent / 'base'}", "n_steps=1", "lora.rank=2", "exp_name=ends")
-    (run.parent / "base" / "generation_config.json").write_text('{"eos_token_id": 5}')
     trainer.train()
-    assert check_model(str(trainer.run.path), **FEW).commands["vLLM"][0].startswith("minitrain merge ")
+    file = run.parent / "base" / "generation_config.json"
+    for end, first in ((trainer.template.end_ids(), "vllm serve "), (5, "minitrain merge ")):
+        file.write_text(json.dumps({"eos_token_id": end}))
+        assert check_model(str(trainer.run.path), **FEW).commands["vLLM"][0].startswith(first)
 
 
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA31, "mistral": MISTRAL, "phi": PHI3, "qwen": QWEN3, "glm": GLM4, "r1": R1}
