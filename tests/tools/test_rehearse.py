@@ -18,6 +18,7 @@ from minitrain.tools.rehearsal import ranks, rehearse
 from minitrain.tools.rehearsal.on_cpu import parse_for_cpu
 from minitrain.tools.rehearsal.rehearse import Rehearsal
 from minitrain.tools.rehearsal.small_run import small_config
+from minitrain.training.setup import dry_run
 from tests.conftest import write
 from tests.messages import raises
 from tests.tools.test_validate import ENDLESS
@@ -181,6 +182,14 @@ def test_the_small_run(folder, tmp_path):
     assert config.datasets[0].path == "rows.jsonl" and config.freeze_layers == [0] and config.device == "cpu"
     assert config.model.name_or_path == str(tmp_path / "s" / "model") and "LlamaForCausalLM" in model
     assert "model" in untried["weights"] and "900 steps" in untried["length"]
+
+
+def test_evaluations_are_short(folder, tmp_path):
+    """Of the evaluation data and of the retention data; all rows of both are read and checked before."""
+    options = ("datasets=[rows.jsonl]", "validation_split=9", "retention_datasets=[rows.jsonl]")
+    assert len(dry_run(load_config("c.yml", overrides=options)).retention_loader.examples) > 8
+    run = dry_run(small(tmp_path / "s", *options, n_ranks=1)[0])
+    assert len(run.eval_loader.examples) == len(run.retention_loader.examples) == 8
 
 
 def test_what_needs_a_gpu_is_named(folder, tmp_path):

@@ -123,7 +123,7 @@ def _small_data(small: Config, n_ranks: int) -> Untried:
     small.n_steps, small.n_epochs, small.warmup_steps = N_STEPS, 1.0, min(1, small.warmup_steps)
     small.save_every_steps, small.log_every_steps, small.quiet = 1, 1, False
     small.save_models_every_steps = min(2, small.save_models_every_steps)
-    if small.eval_datasets or small.validation_split:  # without them, there are no retention_datasets either
+    if small.eval_datasets or small.validation_split:
         small.eval_every_steps = min(2, small.eval_every_steps)
         small.n_eval_examples = min(8, small.n_eval_examples or 8)
         if small.eval_generate.n_examples:
