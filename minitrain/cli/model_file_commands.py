@@ -44,7 +44,9 @@ def merge(arguments: argparse.Namespace) -> int:
             "usage",
         )
     if missing := [run for run in arguments.runs if not Path(run).is_dir()]:
-        raise ConfigError(f"{missing[0]}: folder does not exist. Check the path.", "not-found")
+        raise ConfigError(
+            f"{missing[0]}: folder does not exist (relative to {Path.cwd()}). Check the path.", "not-found"
+        )
     if arguments.push:
         prepare_push(arguments.push)
     with importing():

@@ -138,6 +138,9 @@ def check_model(
         raise ConfigError(f"--base: {base} does not exist (relative to {Path.cwd()}). Check the path.", "not-found")
     if config.adapter is not None and read_config(Path(config.adapter))["peft_type"] != "LORA":
         raise ConfigError(f"{source}: is a soft prompt, which adapts no modules. Check LoRA only.", "unsupported-model")
+    if config.adapter is not None and (base or config.name_or_path) == "tiny":
+        advice = "Merge the adapter (minitrain merge), and check the merged model."
+        raise ConfigError(f"{source}: its base model `tiny` has no files to load. {advice}", "unsupported-model")
     outputs, check, responses = trained_outputs(config), Check(), None
     tokenizer = load_tokenizer(config, scores=outputs is not None)
     if outputs is None and tokenizer.chat_template:

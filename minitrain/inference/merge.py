@@ -81,7 +81,10 @@ def _check_adapters(sources: Sequence[str], configs: Sequence[ModelConfig]) -> l
     """
     for source, config in zip(sources, configs, strict=True):
         if config.adapter is None or read_config(Path(config.adapter))["peft_type"] != "LORA":
-            raise ConfigError(f"{source}: is not a LoRA adapter. Name LoRA adapters only.", "unsupported-model")
+            kind = "a full model" if config.adapter is None else "a soft prompt"
+            raise ConfigError(
+                f"{source}: is {kind}, which is used as it is. Name LoRA adapters only.", "unsupported-model"
+            )
         if _base(config) != _base(configs[0]):
             bases = f"is an adapter of {_base(config)}, but {sources[0]} of {_base(configs[0])}"
             raise ConfigError(f"{source}: {bases}. Merge adapters of one base model.", "mismatch")

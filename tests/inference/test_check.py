@@ -100,6 +100,10 @@ def test_what_cannot_be_checked_is_refused(base, make_trainer, tmp_path):
     trainer.train()
     with raises(ConfigError, "unsupported-model", "soft prompt"):
         check_model(str(trainer.run.final))
+    adapter = make_trainer("lora.rank=2", "exp_name=adapter", "model.name_or_path=tiny")
+    adapter.train()
+    with raises(ConfigError, "unsupported-model", "`tiny`", "minitrain merge"):
+        check_model(str(adapter.run.path))
     with raises(ConfigError, "not-found", "--base: "):
         check_model(str(base), "./nowhere")
     with raises(ConfigError, "not-found"):

@@ -244,17 +244,18 @@ def test_the_loss_is_that_of_trl(batch, tables, name):
 # ------------------------------------------------------------------------------------------------------------- kto
 
 
+@pytest.mark.parametrize("change", [0.1, -0.3])
 @pytest.mark.parametrize("variant", ["apo_zero_unpaired", "bco"])
-def test_variants_of_kto(variant):
+def test_variants_of_kto(variant, change):
     """apo_zero_unpaired is kto with z = 0. BCO is the cross entropy of a classifier whose logit is beta r - delta,
-    delta half the mean reward of desirable answers and half that of undesirable ones."""
+    delta half the mean reward of desirable answers and half that of undesirable ones, which can be negative."""
     loss = create_loss("kto", variant=variant, beta=BETA, undesirable_weight=0.5)
     made = prepared(loss)
     batch = collated(made, ALL)
     assert batch.n_docs == loss.num_items(batch) == N  # no responses to other prompts
     generator = torch.Generator().manual_seed(3)
     logps, ref = (-torch.rand(batch.n_targets, generator=generator, dtype=torch.float64) for _ in range(2))
-    policy, reference = Table((logps + 0.1).requires_grad_()), Table(ref)
+    policy, reference = Table((logps + change).requires_grad_()), Table(ref)
     assert loss.has_step_statistics == (variant == "bco")
     if loss.has_step_statistics:
         loss.set_step_statistics(loss.step_statistics(batch, Models(policy, reference)))
@@ -262,6 +263,7 @@ def test_variants_of_kto(variant):
     ratios = torch.zeros(N).double().index_add(0, batch.target_docs, policy.logps.detach() - ref).tolist()
     labels = [example[0].doc_features["desirable"] for example in made]
     means = [sum(r for r, x in zip(ratios, labels) if x == y) / labels.count(y) for y in (1.0, 0.0)]
+    assert sum(means) * change > 0
     z = sum(means) / 2 if variant == "bco" else 0.0
     of_good = (lambda x: -logsig(x)) if variant == "bco" else (lambda x: 1 - sig(x))
     wanted = sum(of_good(BETA * (r - z)) if x else 0.5 * of_good(BETA * (z - r)) for r, x in zip(ratios, labels))

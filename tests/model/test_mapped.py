@@ -10,6 +10,7 @@ import torch
 
 from minitrain import Session
 from minitrain.model.lora import merge_lora_weights
+from minitrain.model.weights import Weights
 from tests.conftest import DEADLINE, ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
@@ -57,6 +58,13 @@ def test_frozen_weights_are_pages_of_the_file(llama_folder):
     for parameter in frozen:
         parameter.data.add_(1)
     assert (llama_folder / "model.safetensors").read_bytes() == before
+
+
+def test_rows_of_a_tensor_do_not_keep_all_of_it():
+    weights = Weights.__new__(Weights)
+    weights.sources = {"w": torch.arange(40.0).view(10, 4)}
+    rows = weights.rows("w", 2, 5)
+    assert torch.equal(rows, torch.arange(8.0, 20).view(3, 4)) and rows.untyped_storage().nbytes() == 3 * 4 * 4
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])

@@ -125,6 +125,7 @@ def test_the_base_and_another_model(train, evaluate):
             p, q = (model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in models)
         kl = (p.exp() * (p - q)).sum(1)
         assert example["kl_to_reference"] == pytest.approx(float(kl.mean()), rel=1e-3)
+        assert example["weights"]["kl_to_reference"] == len(kl)
         total, n = total + float(kl.sum()), n + len(kl)
     assert ours["results"][0]["metrics"]["kl_to_reference"] == pytest.approx(total / n, rel=1e-4) and total > 0
 
@@ -172,6 +173,8 @@ def test_differences_are_those_of_weighted_means():
         i = rng.integers(60, size=60)
         draws.append(np.average((b - a)[i], weights=weights[i]))
     assert (one.low, one.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.01)
+    (constant,) = paired_differences(rows_of([1, 1], [1, 2]), rows_of([3, 3], [5, 9]))  # the weights differ, too
+    assert (constant.low, constant.high) == pytest.approx((2, 2))
     (same,) = paired_differences(rows_of(a, weights), rows_of(a, weights))
     assert (same.low, same.high, same.p_value) == (0, 0, 1)
     (single,) = paired_differences(rows_of(a[:1], weights[:1]), rows_of(b, weights))

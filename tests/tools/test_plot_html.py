@@ -171,6 +171,13 @@ def test_watching_ends_with_the_run(run, tmp_path, monkeypatch, capsys):
     assert out.count("new/metrics.html") == 1 and err == "minitrain: waiting for the first metrics of new\n"
 
 
+def test_a_run_that_is_continued_has_not_finished(run):
+    """Its run.json is that of the shorter run."""
+    (run / "run.json").write_text(json.dumps({"finished_step": 2, "total_steps": 2}))
+    assert main(["plot", "run", "--html"]) == 0
+    assert "Step 3, 0:01:30 remaining." in Page(run / "metrics.html").text
+
+
 def test_watching_ends_with_ctrl_c(run, monkeypatch):
     """Without an error; a folder that does not exist is one."""
 

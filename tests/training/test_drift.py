@@ -122,6 +122,8 @@ def test_retention_is_the_cross_entropy(make_trainer, kept):
     found = trainer.evaluate()
     for name in ("loss", "perplexity"):
         assert found[f"retention/{name}"] == pytest.approx(expected[name], rel=1e-6)
+    rows = [{"prompt": "a", "response": "b"}]  # of a call in Python, which has data of its own
+    assert "retention/loss" not in trainer.evaluate(rows)
 
 
 def test_the_best_model_by_retention(make_trainer, kept):

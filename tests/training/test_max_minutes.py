@@ -89,6 +89,13 @@ def test_time_for_an_evaluation_is_kept(timed, clock):
     assert trainer.step == 2
 
 
+def test_evaluations_are_not_part_of_a_step(timed):
+    """Evaluation, two steps, evaluation: 60 of 75 s have passed, and a step and the checkpoint take 15."""
+    trainer = timed("validation_split=5", "eval_every_steps=2", "max_minutes=1.25")
+    trainer.train()
+    assert (trainer.step, trainer.signal) == (3, 14)
+
+
 def test_one_evaluation_in_the_middle_is_not_reserved_twice(timed):
     """While it evaluates, only the checkpoint is still to come, although the next step is evaluated, too."""
     trainer = timed("validation_split=5", "eval_every_steps=1", "max_minutes=1", "eval_batch_size=1")

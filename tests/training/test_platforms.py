@@ -34,6 +34,7 @@ held = set()
 
 def locking(descriptor, mode, size):
     file = os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR)
+    assert file[1] > os.fstat(descriptor).st_size, "other processes could not read the content"
     if file in held:
         raise PermissionError(13, "Permission denied")
     held.add(file)

@@ -90,6 +90,7 @@ def test_samples_have_the_log_probabilities_of_the_policy():
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["reward"] == 0.5
     again = Session(TINY | {"loss": {"name": "policy"}})
     assert [group[0].ids for group in again.sample(["a", "b"], 1, sampling)] == [group[0].ids for group in groups]
+    assert len({tuple(answer.ids[:4]) for answer in session.sample(["a"], 4)[0]}) > 1  # temperature 1 by default
     greedy = session.sample(["a"], sampling=Sampling(max_new_tokens=4))
     assert [answer.text for (answer,) in greedy] == session.generator.generate(["a"], Sampling(max_new_tokens=4))
 
