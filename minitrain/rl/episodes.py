@@ -6,17 +6,19 @@ Tokens stay as they were sampled. Only what an environment replies is tokenized,
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitrain.config.sections import RolloutConfig
 from minitrain.data.messages import Message, Messages
 from minitrain.data.source import row_name
 from minitrain.data.template import Template
 from minitrain.inference.choice import Chooser, Request, Sample
-from minitrain.inference.generate import Generator
 
 from .engine import Engine
 from .environments import Environment, call
+
+if TYPE_CHECKING:
+    from minitrain.trainer import Trainer
 
 PLACEHOLDER = "minitrain placeholder of a response"
 
@@ -92,23 +94,23 @@ class Player:
     """Samples the conversations of a round from a policy.
 
     Args:
-        generator: The policy's model with its template.
+        trainer: Has the policy, its template and the maximum length of a conversation.
         engine: Samples from the policy.
         options: The options of rollouts.
-        max_length: Maximum length of a conversation, in tokens.
         make_environment: Makes the environment of a conversation.
     """
 
     def __init__(
         self,
-        generator: Generator,
+        trainer: "Trainer",
         engine: Engine,
         options: RolloutConfig,
-        max_length: int,
         make_environment: Callable[[], Environment] | None = None,
     ):
+        generator = trainer.generator
         self.template, self.parser, self.engine, self.options = generator.template, generator.parser, engine, options
-        self.max_length = min(max_length, generator.n_positions)
+        self.max_length = min(trainer.config.max_length, generator.n_positions)
+        self.keep_alive = trainer.keep_alive
         self.make_environment = make_environment
         self.choose = Chooser(options.temperature, options.top_p, options.top_k)
 
@@ -139,6 +141,7 @@ class Player:
         environment = self.make_environment()
         seed = hash((key[:-1], prompt.number)) & 0x7FFFFFFF
         messages = call(environment.begin, prompt.row, prompt.messages, seed)
+        self.keep_alive()
         if messages != prompt.messages:
             prompt.messages = messages
             prompt.ids = self.template.encode_prompt(messages, prompt.variables)
@@ -159,6 +162,7 @@ class Player:
         if episode.environment is None or not sample.ended:
             return False
         reply = call(episode.environment.reply, response.message)
+        self.keep_alive()
         episode.token_rewards[-1] += reply.reward
         if not reply.messages or episode.turns == self.options.max_turns:
             return False

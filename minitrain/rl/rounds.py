@@ -230,7 +230,7 @@ class Rounds(MicrobatchLoader):
             Interrupted: A signal has arrived, on any rank.
         """
         options = dataclasses.replace(self.options, **changes)
-        player = Player(self.trainer.generator, self.engine, options, self.config.max_length, self.make_environment)
+        player = Player(self.trainer, self.engine, options, self.make_environment)
         episodes: list[list[Episode]] = []
         with refreshed(self.engine, is_updated):
             with contextlib.suppress(Interrupted):

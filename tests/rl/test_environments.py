@@ -6,7 +6,7 @@ from minitrain.config.issues import ConfigIssues, ConfigSource
 from minitrain.data.template import Template
 from minitrain.model.tiny import tiny_tokenizer
 from minitrain.rl.calculator import calculate
-from minitrain.rl.environments import build_environment
+from minitrain.rl.environments import Reply, build_environment
 from minitrain.rl.episodes import text_after_response
 from tests.rl.test_rounds import online  # noqa: F401 (a fixture)
 
@@ -70,6 +70,32 @@ def test_a_conversation_of_two_turns_is_trained_as_it_was_sampled(online):  # no
         n = len(episode.prompt.ids)
         assert (tuple(episode.prompt.ids + episode.ids), (0,) * n + tuple(map(int, episode.mask))) in trained
         assert sum(episode.mask) == sum(logp < 0 for logp in episode.logps)
+
+
+@pytest.mark.parametrize("method", ["begin", "reply"])
+def test_a_signal_ends_slow_environments(online, method):  # noqa: F811
+    """After the call in which it arrives. Each call is progress for the watchdog."""
+    rollout = {"max_turns": 2, "environment": {"name": "tools", "tools": ["calculator"], "pattern": "(.)"}}
+    trainer, calls = online(rollout=rollout, n_steps=1), []
+    trainer.template.end_ids = lambda: list(range(3, 100))
+
+    class Slow:
+        def begin(self, row, messages, seed):
+            self.note("begin")
+            return messages
+
+        def reply(self, response):
+            self.note("reply")
+            return Reply([])
+
+        def note(self, name):
+            calls.append(name)
+            if name == method:
+                trainer._receive(15)
+
+    trainer.train_loader.make_environment = Slow
+    trainer.train()
+    assert (trainer.signal, trainer.step, calls.count(method)) == (15, 0, 1)
 
 
 def spans(cache):

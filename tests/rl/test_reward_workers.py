@@ -237,7 +237,7 @@ def test_a_signal_does_not_wait_for_a_slow_function(workers, monkeypatch, tmp_pa
         return 1.0
 
     pool = workers(slow, n_workers=1, timeout=20)
-    pool.keep_alive = lambda seconds: beats.append(seconds) or len(beats) > 9 and file.touch()
+    pool.keep_alive = lambda seconds: beats.append(seconds) or (len(beats) > 9 and file.touch())
     assert totals(pool, answer()) == [1]
 
 
