@@ -36,9 +36,11 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     docs="metrics.md#looking-at-a-run",
 )
 def plot(arguments: argparse.Namespace) -> int:
-    from minitrain.training.metrics_log import read_history, warn_damaged
+    from minitrain.training.metrics_log import check_exists, read_history, warn_damaged
 
     runs = [Path(run) for run in arguments.runs]
+    for run in runs:
+        check_exists(run)
     if arguments.watch is None:
         histories = [read_history(run) for run in runs]
         for history in histories:

@@ -98,11 +98,16 @@ def read_history(folder: Path) -> History:
     return history
 
 
+def check_exists(folder: Path) -> None:
+    """Raise ConfigError if a run directory does not exist."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: does not exist. Choose a run directory, such as runs/EXP_NAME.", "not-found")
+
+
 def read_lines(folder: Path, name: str, hint: str) -> list[str]:
     """Return the lines of a file in a run directory. Raise ConfigError, with `hint` if the file does not exist."""
     file = folder / name
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: does not exist. Choose a run directory, such as runs/EXP_NAME.", "not-found")
+    check_exists(folder)
     if not file.is_file():
         raise ConfigError(f"{folder}: does not contain {name}. {hint}", "not-found")
     try:

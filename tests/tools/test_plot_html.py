@@ -178,7 +178,7 @@ def test_a_run_that_is_continued_has_not_finished(run):
     assert "Step 3, 0:01:30 remaining." in Page(run / "metrics.html").text
 
 
-def test_watching_ends_with_ctrl_c(run, monkeypatch):
+def test_watching_ends_with_ctrl_c(run, monkeypatch, capsys):
     """Without an error; a folder that does not exist is one."""
 
     def interrupt(seconds: float) -> None:
@@ -188,6 +188,7 @@ def test_watching_ends_with_ctrl_c(run, monkeypatch):
     assert main(["plot", "run", "--watch"]) == 0
     assert refreshes(Page(run / "metrics.html")) == ["10"]
     assert main(["plot", "nowhere", "--watch"]) == 2
+    assert reports(capsys.readouterr().err, "not-found", "nowhere: ")
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
