@@ -47,12 +47,12 @@ from minitrain.io.redact import redact
 
 from .cache_writer import new_cache
 from .counts import BAD_ROWS, DROPPED, OF_ROWS
-from .encode import EXCLUDED, TruncationConfig, count_example, encode
-from .examples import format_sources, to_example, tools_of
+from .encode import EXCLUDED, TruncationConfig, count_example, render, tokenize
+from .examples import Example, format_sources, to_example, tools_of
 from .files import DataRow
 from .source import DataSource, open_source, row_name
 from .template import Template
-from .text_encoder import Tokens
+from .text_encoder import RenderedDocument, Tokens
 
 FORMAT = 16  # raise it when the same inputs give other tokens; the code of row formats is in the key already
 CHUNK_ROWS = 256
@@ -69,13 +69,26 @@ class Encoder:
     kind: str  # of the examples
 
     def __call__(self, rows: list[DataRow]) -> "Chunk":
+        rendered = [self._render(row) for _, row in rows]
+        with self.template.encoder.encoding_ahead(document for _, each in rendered for document in each):
+            return self._tokenize([line for line, _ in rows], rendered)
+
+    def _render(self, row: dict | DataError) -> "RenderedExample":
+        if isinstance(row, DataError):
+            return row, []
+        try:
+            example = to_example(row, self.dataset, self.kind)
+            return example, render(example, self.template)
+        except DataError as error:
+            return error, []
+
+    def _tokenize(self, lines: list[int], rendered: "list[RenderedExample]") -> "Chunk":
         chunk = Chunk([], [], [], [])
-        for line, row in rows:
+        for line, (example, texts) in zip(lines, rendered, strict=True):
             try:
-                if isinstance(row, DataError):
-                    raise row
-                example = to_example(row, self.dataset, self.kind)
-                documents = encode(example, self.template, self.limits)
+                if isinstance(example, DataError):
+                    raise example
+                documents = tokenize(example, texts, self.template, self.limits)
             except DataError as error:
                 chunk.bad.append((len(chunk.examples), line, error))
                 continue
@@ -110,6 +123,9 @@ class Encoder:
         for block in source.content():
             digest.update(block)
         return digest.hexdigest()[:32]
+
+
+RenderedExample = tuple[Example | DataError, list[RenderedDocument]]
 
 
 @dataclass

@@ -58,8 +58,8 @@ def _rank(key: str) -> int:
 def count_uses(uses: Uses) -> Counter:
     """Return the counts of one row."""
     counts = Counter(uses.values())
-    fields = {key.partition(":")[0] for key in counts} & FIELDS.keys()
-    return counts + Counter(ROWS + field for field in fields)
+    used = {key.partition(":")[0] for key in counts}
+    return counts + Counter(ROWS + field for field in FIELDS if field in used)
 
 
 def describe_counts(counts: Mapping[str, int], n_rows: int) -> list[str]:

@@ -25,7 +25,7 @@ from .formats_scores import Ranking, Retrieval, Solution
 from .messages import Messages, assistant, is_empty
 from .shared_prefixes import merge_prefixes, n_shared, share_prefixes
 from .template import Template
-from .text_encoder import Tokens, check_texts
+from .text_encoder import RenderedDocument, Tokens, check_texts
 
 QUERY, POSITIVE, NEGATIVE = 0.0, 1.0, 2.0  # doc feature `role` of a text
 STEP_LABEL = "step_label"  # token feature: the label of the step that ends with the token
@@ -53,10 +53,43 @@ def encode(example: Example, template: Template, limits: TruncationConfig) -> li
     Raises:
         DataError: The example cannot be encoded; the caller adds file and line.
     """
+    return tokenize(example, render(example, template), template, limits)
+
+
+def render(example: Example, template: Template) -> list[RenderedDocument]:
+    """Return the documents of an example before they are tokenized; none if `tokenize` needs none.
+
+    Raises:
+        DataError: As `encode`.
+    """
     if isinstance(example, Preference):
-        return _preference(example, template, limits)
+        return [_render_pair(example, response, template) for response in (example.chosen, example.rejected)]
     if isinstance(example, UnpairedPreference):
-        return _unpaired(example, template, limits)
+        return [_render_pair(example, example.response, template)]
+    if isinstance(example, Rollout) and isinstance(example.response, str):
+        messages = [*example.prompt, assistant(example.response)]
+        return [template.render(Conversation(messages, variables=example.variables), 1)]
+    if isinstance(example, Conversation):
+        check_no_empty_responses(example.messages, template.trained_turns(example.messages))
+        return (
+            template.render_turns(example) if template.targets.train_on == "each_turn" else [template.render(example)]
+        )
+    return []
+
+
+def tokenize(
+    example: Example, rendered: list[RenderedDocument], template: Template, limits: TruncationConfig
+) -> list[Tokens] | str:
+    """Return the documents of an example that `render` rendered, or why it is dropped.
+
+    Raises:
+        DataError: As `encode`.
+    """
+    documents = [template.encoder.join(document) for document in rendered]
+    if isinstance(example, Preference):
+        return _preference(example, documents, template, limits)
+    if isinstance(example, UnpairedPreference):
+        return _unpaired(example, documents, template, limits)
     if isinstance(example, ClassificationExample):
         return _classification(example, template, limits)
     if isinstance(example, Retrieval):
@@ -64,16 +97,14 @@ def encode(example: Example, template: Template, limits: TruncationConfig) -> li
     if isinstance(example, Solution):
         return _solution(example, template, limits)
     if isinstance(example, Rollout):
-        return _rollout(example, template, limits)
+        return _rollout(example, documents, template, limits)
     if isinstance(example, Prompt):
         ids = template.encode_prompt(example.messages, example.variables)
         is_too_long = len(ids) >= limits.max_length or len(ids) > (limits.max_prompt_length or len(ids))
         return TOO_LONG if is_too_long else [Tokens(ids, [False] * len(ids))]
-    if isinstance(example, Conversation):
-        check_no_empty_responses(example.messages, template.trained_turns(example.messages))
-        if template.targets.train_on == "each_turn":
-            return _each_turn(example, template, limits)
-    return truncate([template.encode(example)], limits, template.tokenizer.bos_token_id)
+    if isinstance(example, Conversation) and template.targets.train_on == "each_turn":
+        return _each_turn(documents, template, limits)
+    return truncate(documents or [template.encode(example)], limits, template.tokenizer.bos_token_id)
 
 
 def count_example(example: Example, documents: list[Tokens], template: Template) -> Counter:
@@ -83,7 +114,9 @@ def count_example(example: Example, documents: list[Tokens], template: Template)
         counts |= Counter(document.counts)  # the larger of each
     uses = functools.reduce(merge_uses, (document.uses for document in documents))
     unread = [*example.unread, *template.unread_variables(example)]
-    return counts + count_uses(uses) + Counter(UNREAD_ROW + key for key in unread)
+    if uses or unread:  # few rows have any, and counters are slow
+        counts += count_uses(uses) + Counter(UNREAD_ROW + key for key in unread)
+    return counts
 
 
 def check_no_empty_responses(messages: Messages, trained: list[int]) -> None:
@@ -97,10 +130,10 @@ def check_no_empty_responses(messages: Messages, trained: list[int]) -> None:
             raise DataError(f"turn {i + 1} of {len(messages)} is an empty response, without a target", "no-answer")
 
 
-def _each_turn(example: Conversation, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
-    """Return a document for each response, as at inference, each truncated as if it were the only one."""
+def _each_turn(turns: list[Tokens], template: Template, limits: TruncationConfig) -> list[Tokens] | str:
+    """Return the documents of responses, as at inference, each truncated as if it were the only one."""
     documents, reasons = [], []
-    for document in template.encode_turns(example):
+    for document in turns:
         truncated = truncate([document], limits, template.tokenizer.bos_token_id)
         if isinstance(truncated, str):
             reasons.append(truncated)
@@ -118,9 +151,11 @@ def _each_turn(example: Conversation, template: Template, limits: TruncationConf
     return documents
 
 
-def _preference(example: Preference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
+def _preference(
+    example: Preference, documents: list[Tokens], template: Template, limits: TruncationConfig
+) -> list[Tokens] | str:
     """Return the chosen document, then the rejected one."""
-    documents = [_encode_pair(example, response, template) for response in (example.chosen, example.rejected)]
+    _check_weights(documents)
     if _are_identical(documents):
         raise DataError("chosen and rejected are the same in the chat template", "same-answers")
     for document in documents:
@@ -133,9 +168,12 @@ def _preference(example: Preference, template: Template, limits: TruncationConfi
     return IDENTICAL if _are_identical(documents) else _with_shared(documents)
 
 
-def _unpaired(example: UnpairedPreference, template: Template, limits: TruncationConfig) -> list[Tokens] | str:
+def _unpaired(
+    example: UnpairedPreference, documents: list[Tokens], template: Template, limits: TruncationConfig
+) -> list[Tokens] | str:
     """Return the labeled response, with a hash of its prompt, for which `mismatched.py` adds another response."""
-    document = _encode_pair(example, example.response, template)
+    _check_weights(documents)
+    (document,) = documents
     document.doc_features |= {"desirable": float(example.desirable), "prompt": _prompt_hash(example.prompt)}
     return truncate([document], limits, template.tokenizer.bos_token_id)
 
@@ -152,14 +190,16 @@ def _are_identical(documents: list[Tokens]) -> bool:
     return first.ids == second.ids and first.mask == second.mask
 
 
-def _encode_pair(example: Preference | UnpairedPreference, response: Messages, template: Template) -> Tokens:
+def _render_pair(example: Preference | UnpairedPreference, response: Messages, template: Template) -> RenderedDocument:
     messages = example.prompt + response
     n_trained = sum(message["role"] == "assistant" for message in response)
     check_no_empty_responses(messages, template.trained_turns(messages, n_trained))
-    tokens = template.encode(Conversation(messages, variables=example.variables), n_trained)
-    if tokens.token_features.pop(TARGET_WEIGHTS, None):
+    return template.render(Conversation(messages, variables=example.variables), n_trained)
+
+
+def _check_weights(documents: list[Tokens]) -> None:
+    if any(TARGET_WEIGHTS in document.token_features for document in documents):
         raise DataError("a turn has a weight other than 0 and 1, which this loss does not use. Remove it", "no-effect")
-    return tokens
 
 
 def _with_shared(documents: list[Tokens]) -> list[Tokens]:
@@ -239,13 +279,13 @@ def _text_hash(text: str) -> float:
     return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=3).digest(), "big"))
 
 
-def _rollout(example: Rollout, template: Template, limits: TruncationConfig) -> list[Tokens]:
+def _rollout(example: Rollout, documents: list[Tokens], template: Template, limits: TruncationConfig) -> list[Tokens]:
     """Return the full rollout: with a truncated prompt, its logps would differ from those in the row.
 
     A rollout longer than max_length is excluded from training but not dropped, because its reward counts in the mean
     of its group (open-instruct#1794). With `mask_truncated`, this also holds if its sampling was cut off.
     """
-    tokens, truncated = _rollout_tokens(example, template, limits.mask_truncated)
+    tokens, truncated = _rollout_tokens(example, documents, template, limits.mask_truncated)
     excluded = ""
     if len(tokens.ids) > limits.max_length:
         excluded = "long-rollouts"
@@ -270,7 +310,9 @@ def _rollout(example: Rollout, template: Template, limits: TruncationConfig) -> 
     return [tokens]
 
 
-def _rollout_tokens(example: Rollout, template: Template, infer_truncated: bool) -> tuple[Tokens, bool]:
+def _rollout_tokens(
+    example: Rollout, documents: list[Tokens], template: Template, infer_truncated: bool
+) -> tuple[Tokens, bool]:
     """Return the tokens of a rollout, and whether its sampling was cut off.
 
     A string counts as complete unless the row has `truncated: true`; then it gets no end token.
@@ -285,8 +327,7 @@ def _rollout_tokens(example: Rollout, template: Template, infer_truncated: bool)
         if example.truncated is None and infer_truncated:
             return tokens, response[-1] not in template.end_ids()
         return tokens, bool(example.truncated)
-    conversation = Conversation([*example.prompt, assistant(example.response)], variables=example.variables)
-    tokens = template.encode(conversation, 1)
+    (tokens,) = documents
     if example.truncated and tokens.ids[-1] in template.end_ids() and sum(tokens.mask) > 1:
         tokens.ids.pop()
         tokens.mask.pop()

@@ -54,7 +54,7 @@ class Needles(NamedTuple):
                 else:
                     self._report_lost(where, lost, not is_last, counts)
             if i in answers:
-                counts += self._check_prompt(messages[i], found.text, answers[i], where, is_last)
+                self._check_prompt(messages[i], found.text, answers[i], where, is_last, counts)
         context = {i: message for i, message in enumerate(messages) if i not in trained}
         for lost in lost_context(context, variables.get("tools") or [], found.text, parts):
             self._report_lost("the prompt", lost, False, counts)
@@ -72,7 +72,9 @@ class Needles(NamedTuple):
             "lost-field",
         )
 
-    def _check_prompt(self, message: Message, text: str, answer: Answer, where: str, is_last: bool) -> Counter:
+    def _check_prompt(
+        self, message: Message, text: str, answer: Answer, where: str, is_last: bool, counts: Counter
+    ) -> None:
         """Count a response that does not continue the prompt of inference, or that has an empty thought.
 
         Raises:
@@ -91,8 +93,10 @@ class Needles(NamedTuple):
                 f"{where}: the prompt at inference {problem}. {fix}; on_missing=warn trains on it as it is",
                 "other-prompt",
             )
-        is_empty = opened or (not has_thought and _EMPTY_THOUGHT.search(text, answer.start, answer.stop))
-        return Counter({"empty-thoughts": bool(is_empty), "other-prompts": answer.after_other_prompt})
+        if opened or (not has_thought and _EMPTY_THOUGHT.search(text, answer.start, answer.stop)):
+            counts["empty-thoughts"] += 1
+        if answer.after_other_prompt:
+            counts["other-prompts"] += 1
 
 
 class Lost(NamedTuple):

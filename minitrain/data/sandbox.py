@@ -143,6 +143,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def _count_printed(self, value: Any) -> Any:
         """Count a value with all its items, because it is converted to text, and return it."""
+        if isinstance(value, str):  # almost always, so without another call
+            self.spend(len(value))
+            return value
         self._count(value)
         if isinstance(value, (list, tuple, dict)):
             for item in (*value, *value.values()) if isinstance(value, dict) else value:

@@ -24,7 +24,7 @@ from .messages import Messages, assistant, is_trained_on, leaves, number_calls, 
 from .needles import Needles, lost_context, uses_of_turn, uses_of_variables
 from .rendering import ChatRenderer, Rendering, set_defaults
 from .sandbox import UnboundedTemplate
-from .text_encoder import Piece, TextEncoder, Tokens, check_texts
+from .text_encoder import Piece, RenderedDocument, TextEncoder, Tokens, check_texts
 
 # ChatML, with tools, calls and reasoning in the tags that Hermes and Qwen use.
 CHATML = """\
@@ -186,18 +186,22 @@ class Template:
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             return Tokens(ids, [False] + [True] * (len(ids) - 1))
+        return self.encoder.join(self.render(example, n_trained))
+
+    def render(self, example: Conversation, n_trained: int | None = None) -> RenderedDocument:
+        """Return the text of a conversation, with its answers; see `encode`."""
         trained = self.trained_turns(example.messages, n_trained)
         messages = self._checked(example.messages[: trained[-1] + 1])
         rendering = self.renderer.bind(example.variables)
-        tokens = self._encode_answers(messages, trained, example.variables, self._find(rendering, messages))
-        self._add_dropped(tokens, example.messages, trained)
-        return tokens
+        document = self._render_answers(messages, trained, example.variables, self._find(rendering, messages))
+        self._add_dropped(document, example.messages, trained)
+        return document
 
-    def encode_turns(self, example: Conversation) -> list[Tokens]:
+    def render_turns(self, example: Conversation) -> list[RenderedDocument]:
         """Return a document for each answer that is trained on, as inference sees it.
 
         Raises:
-            DataError: The example cannot be encoded.
+            DataError: The example cannot be rendered.
         """
         trained = self.trained_turns(example.messages)
         messages = self._checked(example.messages[: trained[-1] + 1])
@@ -205,7 +209,7 @@ class Template:
         documents, found = [], None
         for i in trained:
             found = self._find(rendering, messages[: i + 1], found)
-            documents.append(self._encode_answers(messages[: i + 1], [i], example.variables, found))
+            documents.append(self._render_answers(messages[: i + 1], [i], example.variables, found))
         self._add_dropped(documents[-1], example.messages, trained)
         return documents
 
@@ -246,7 +250,7 @@ class Template:
                 f"tools: the chat template leaves out {lost[0]}. Use one that writes tools, or remove them",
                 "lost-field",
             )
-        return self.encoder.join(_split(prompt, answers, {}), {}).ids
+        return self.encoder.join(RenderedDocument(_split(prompt, answers, {}))).ids
 
     def count_prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> Counter:
         """Return what becomes of the fields of a prompt, as counts like those of training data."""
@@ -266,22 +270,22 @@ class Template:
         except jinja2.TemplateError as error:
             raise _refused(error) from None
 
-    def _encode_answers(
+    def _render_answers(
         self, messages: Messages, trained: Collection[int], variables: Mapping[str, Any], found: Answered
-    ) -> Tokens:
-        """Encode a conversation that ends with an answer."""
+    ) -> RenderedDocument:
+        """Return the document of a conversation that ends with an answer."""
         answers = found.answers
         spans = {i: "".join(found.text[a.start : a.stop] for a in answers if a.turn == i) for i in trained}
-        counts = Counter({"literal-tokens": found.text.count(LITERAL)})
-        counts += self.needles.check(messages, trained, variables, found)
+        n_literal = found.text.count(LITERAL)
+        counts = {"literal-tokens": n_literal} if n_literal else {}
+        counts |= self.needles.check(messages, trained, variables, found)
         weights = {i: messages[i].get("weight", 1.0) for i in trained}
         pieces = _split(found.text, answers, weights)
         if not self.targets.train_on_reasoning:
             pieces = [_without_reasoning(piece, messages) for piece in pieces]
-        tokens = self.encoder.join(pieces, dict(counts))
-        tokens.turns, tokens.uses = sorted(trained), self._uses(messages, spans, found.text)
-        tokens.uses |= {(-1, name): key for name, key in uses_of_variables(variables, found.text)}
-        return tokens
+        uses = self._uses(messages, spans, found.text)
+        uses |= {(-1, name): key for name, key in uses_of_variables(variables, found.text)}
+        return RenderedDocument(pieces, counts, sorted(trained), uses)
 
     def _uses(self, messages: Messages, spans: Mapping[int, str], text: str, start: int = 0) -> Uses:
         """Return what becomes of the fields of messages.
@@ -298,11 +302,11 @@ class Template:
                 uses[i, "reasoning"] = f"reasoning:{UNTRAINED}"
         return uses
 
-    def _add_dropped(self, tokens: Tokens, messages: Messages, trained: list[int]) -> None:
+    def _add_dropped(self, document: RenderedDocument, messages: Messages, trained: list[int]) -> None:
         """Count the turns after the last one that is trained on."""
-        dropped = messages[trained[-1] + 1 :]
-        tokens.counts = dict(Counter(tokens.counts) + Counter({"dropped-turns": len(dropped)}))
-        tokens.uses |= self._uses(dropped, {}, "", start=trained[-1] + 1)
+        if dropped := messages[trained[-1] + 1 :]:
+            document.counts["dropped-turns"] = len(dropped)
+            document.uses |= self._uses(dropped, {}, "", start=trained[-1] + 1)
 
     def _checked(self, messages: Messages) -> Messages:
         """Return messages whose calls have ids, and whose special tokens in the text of users and tools are marked."""

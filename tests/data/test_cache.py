@@ -39,7 +39,7 @@ def no_encoding(monkeypatch):
     """Called, it lets any further tokenising fail the test."""
 
     def forbid():
-        monkeypatch.setattr(Template, "encode", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(Template, "render", lambda *_: pytest.fail("tokenised again"))
 
     return forbid
 
@@ -288,7 +288,7 @@ def test_full_disk(jsonl, config, template, monkeypatch):
 def test_interrupted_build(jsonl, config, template, monkeypatch, where):
     """Ctrl-C in the middle leaves no cache and no debris; the next start makes it from the beginning."""
     entry = jsonl(ROWS[:600])
-    original = Template.encode
+    original = Template.render
 
     def interrupted(self, record):
         if record.messages[0]["content"].startswith("500 "):
@@ -297,7 +297,7 @@ def test_interrupted_build(jsonl, config, template, monkeypatch, where):
 
     with monkeypatch.context() as patched:
         if where == "encoding":
-            patched.setattr(Template, "encode", interrupted)
+            patched.setattr(Template, "render", interrupted)
         else:
             patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -383,7 +383,7 @@ def test_damaged_cache_is_made_again(jsonl, config, template, damage, capsys):
 
 def test_killed_worker(jsonl, config, template, two_processes, monkeypatch):
     """A worker that the system kills, for want of memory for one, is an error that says what to set."""
-    monkeypatch.setattr(Template, "encode", lambda *_: os._exit(9))
+    monkeypatch.setattr(Template, "render", lambda *_: os._exit(9))
     config.num_proc = 2
     with raises(DataError, "process-failed", "rows.jsonl: ", "num_proc"):
         load_cache(jsonl(ROWS), template, config)

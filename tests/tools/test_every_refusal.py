@@ -275,7 +275,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     ),
     "tests/data, tests/inference/test_tools.py and tests/losses/test_weights.py": (
         "data/answers:_split_at_mark: invalid-template",
-        "data/encode:_encode_pair: no-effect",
+        "data/encode:_check_weights: no-effect",
         "data/examples:to_example: invalid-row (3)",
         "data/formats_preference:openai_preference_of: invalid-row",
         "data/messages:_answer_fields: invalid-row",
