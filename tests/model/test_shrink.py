@@ -22,7 +22,9 @@ def large(tmp_path):
     """Return a function that writes the config of a large model and a tokenizer, without weights."""
 
     def write(kind: str, **changes) -> ModelConfig:
-        CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **changes).save_pretrained(tmp_path / "large")
+        CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **{"pad_token_id": None} | changes).save_pretrained(
+            tmp_path / "large"
+        )
         tiny_tokenizer().save_pretrained(tmp_path / "large")
         return ModelConfig(str(tmp_path / "large"))
 
@@ -40,7 +42,7 @@ def test_it_is_small_and_has_each_kind_of_layer(large, tmp_path, kind):
     assert kinds[0] == kinds[1] and small.num_hidden_layers == max(2, len(kinds[0])) < full.num_hidden_layers
     assert small.vocab_size == VOCABULARY and small.hidden_size < 300
     n = sum(parameter.numel() for parameter in model.parameters())
-    assert n < 20_000_000 and f"{n:,} parameters" in size and str(full.hidden_size) in size
+    assert n < 30_000_000 and f"{n:,} parameters" in size and str(full.hidden_size) in size
     assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
 
 

@@ -105,13 +105,14 @@ def test_a_row_that_is_too_long(finds):
     assert code == 2 and "long.jsonl:21 has 64 tokens" in err and err.endswith("[too-large]\n")
 
 
-def test_a_reward_function_that_fails(finds, monkeypatch):
-    """By the metrics of the rounds of the first process, with the reason that its log has."""
+@pytest.mark.parametrize("unjudged", [{"unjudged": 0.25}, {"unjudged": 0.0, "unjudged/seeded": 0.25}])
+def test_a_reward_function_that_fails(finds, monkeypatch, unjudged):
+    """By the metrics of the rounds of the first process and the reasons in its log, also if others judge the answer."""
 
     def start(command, n_ranks, n_machines, logs, environment):
         run = Path(json.loads(json.dumps(str(logs.parent)))) / "runs" / "c"
         (run / "checkpoints" / "step-2").mkdir(parents=True)
-        row = {"step": 0, "kind": "rollout", "unjudged": 0.25}
+        row = {"step": 0, "kind": "rollout", **unjudged}
         (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         logs.mkdir()
         (logs / "0.txt").write_text("warning: reward seeded: KeyError: 'missing' (4 answers)\n")

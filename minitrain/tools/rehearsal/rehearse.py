@@ -162,14 +162,15 @@ def _play(run: Rehearsal, n_ranks: int, tried: dict[str, str], untried: Untried)
 
 
 def _check_rewards(run: Rehearsal) -> None:
-    """Raise RunError if reward functions could not judge all answers."""
-    unjudged = max((row.get("unjudged", 0.0) for row in run.rows(METRICS) if row["kind"] == "rollout"), default=0.0)
-    if unjudged:
-        log = (run.folder / "killed" / "0.txt").read_text(errors="replace")
-        reasons = re.findall(r"^warning: (reward .*)$", log, re.MULTILINE)
+    """Raise RunError if a reward function failed, or if an answer has no reward."""
+    rows = [row for row in run.rows(METRICS) if row["kind"] == "rollout"]
+    fractions = [value for row in rows for name, value in row.items() if name.partition("/")[0] == "unjudged"]
+    log = (run.folder / "killed" / "0.txt").read_text(errors="replace")
+    reasons = re.findall(r"^warning: (reward .*)$", log, re.MULTILINE)
+    if reasons or any(row.get("unjudged") for row in rows):
         reason = "; ".join(reasons) or "a function returned None"
-        message = f"rollout.rewards: {unjudged:.0%} of the answers were not judged: {reason}. Correct the function."
-        raise RunError(message, "plugin-failed")
+        message = f"{max(fractions, default=0.0):.0%} of the answers were not judged: {reason}. Correct the function."
+        raise RunError(f"rollout.rewards: {message}", "plugin-failed")
 
 
 def _use(run: Rehearsal) -> str:
