@@ -16,6 +16,7 @@ from minitrain.data.rows import rows_object
 from minitrain.data.template import Template
 from minitrain.errors import ConfigError, DataError
 from minitrain.losses import Loss, LossOutput, add_features
+from minitrain.training.after_step import warn
 from minitrain.training.aux_models import reference_kind
 from minitrain.training.setup import make_loader
 from minitrain.training.step import evaluate
@@ -47,6 +48,8 @@ def evaluate_all(
             graded = grade(trainer.generator, loader.examples, settings, *rest)
         for one in graded[: settings.show]:
             log_answer(trainer, one.prompt, one.answers[0], one.expected, one.matches[0])
+        wheres = [loader.examples.where(i) for i, one in enumerate(graded) if one.expected is None]
+        warn_of_references(trainer, wheres, len(graded))
         metrics |= answer_metrics(graded)
         for result, one in zip(results or (), graded):
             result |= {
@@ -106,13 +109,13 @@ class GradedPrompt(NamedTuple):
 
     Attributes:
         prompt: Its text.
-        expected: The final answer of the reference.
+        expected: The final answer of the reference, or None if it has none, so that no answer matches.
         answers: The greedy answer, and `eval_generate.num_generations` samples if that is above 1.
         matches: Whether each of them matches the reference.
     """
 
     prompt: str
-    expected: str
+    expected: str | None
     answers: list[str]
     matches: list[bool]
 
@@ -152,7 +155,7 @@ def grade(
     texts = prompt_texts(prompts, generator.template)
     for prompt, reference, answers in zip(texts, references, responses, strict=True):
         expected = final_answer(reference.message["content"], settings.match)
-        expected = json.dumps(reference.functions) if reference.functions else str(expected)
+        expected = json.dumps(reference.functions) if reference.functions else expected and str(expected)
         matches = [is_match(answer, reference, settings.match) for answer in answers]
         graded.append(GradedPrompt(prompt, expected, [answer.text for answer in answers], matches))
     return graded
@@ -196,14 +199,28 @@ def prompt_texts(prompts: Sequence[list[int]], template: Template) -> list[str]:
     return [match[1] if match else text for match, text in zip(matches, texts)]
 
 
-def log_answer(trainer: "Trainer", prompt: str, answer: str, expected: str, is_right: bool) -> None:
+def warn_of_references(trainer: "Trainer", wheres: Sequence[str], n: int) -> None:
+    """Print how many of n references have no final answer, given where these are; all ranks may call it."""
+    if wheres:
+        rest = f"no final answer by eval_generate.match={trainer.config.eval_generate.match}"
+        rest += f", so their answers count as wrong: {_list(wheres)}"
+        warn(trainer, f"warning: {len(wheres)} of {n} references have {rest}")
+
+
+def _list(wheres: Sequence[str], n_shown: int = 3) -> str:
+    more = len(wheres) - n_shown
+    return "; ".join(wheres[:n_shown]) + (f"; and {more} more" if more > 0 else "")
+
+
+def log_answer(trainer: "Trainer", prompt: str, answer: str, expected: str | None, is_right: bool) -> None:
     """Log and save a prompt with its greedy answer, and with the expected final answer if that differs."""
     if trainer.logger is None:
         return
     settings = trainer.config.eval_generate
     sample = {"prompt": prompt, "answer": answer, "expected": expected, "right": is_right}
     trainer.logger.log_sample(trainer.step, sample)
-    result = "right" if is_right else f"wrong, expected {_short(expected)}"
+    wanted = "the reference has no final answer" if expected is None else f"expected {_short(expected)}"
+    result = "right" if is_right else f"wrong, {wanted}"
     shown = _short(answer.strip(), from_end=settings.match != "text")
     trainer.logger.info(f"  {_short(prompt.strip(), from_end=True)} -> {shown} ({result})")
 

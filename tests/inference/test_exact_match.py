@@ -140,8 +140,11 @@ def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
     trainer = make_trainer(*wanted)
     ended = trainer.train()
     assert ended["exact_match"] == 0.5
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    warning = "warning: 1 of 4 references have no final answer by eval_generate.match=number, so their answers count as"
+    assert f"{warning} wrong: {file}:3\n" in out + err
     samples = [json.loads(line) for line in (trainer.run.path / "samples.jsonl").read_text().splitlines()]
     shown = {"step": 1, "prompt": "?", "answer": "#### 12", "expected": "13", "right": False}
     assert len(samples) == 6 and samples[4] == shown  # three at the start, three at the end
-    assert "  '?' -> '#### 12' (wrong, expected '13')\n" in out and "  '?' -> 'none?' (wrong" in out
+    for line in ("'#### 12' (wrong, expected '13')", "'none?' (wrong, the reference has no final answer)"):
+        assert f"  '?' -> {line}\n" in out
