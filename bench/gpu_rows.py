@@ -43,7 +43,7 @@ class Row:
     Attributes:
         name: In the table.
         phase: A, B or C.
-        work: The function of gpu_work.py or gpu_peers.py that does it.
+        work: The function of gpu_work.py, gpu_sampling.py or gpu_peers.py that does it.
         shape: The model, a key of SHAPES; empty for those that bring their own.
         overrides: Options of minitrain.
         tokens: Of a step.
@@ -102,6 +102,12 @@ ROWS = [
     Row("minitrain, selective recomputation, compiled", "B", "sft", "1B", (COMPILE, SELECTIVE), limit=120),
     Row("torchtune, compiled and packed", "B", "torchtune", "1B", needs=("torchtune",), limit=120),
     Row("minitrain, 4,096 tokens, compiled", "B", "sft", "1B", (COMPILE,), tokens=4096, limit=120),
+    Row("sampling, slots with CUDA graphs", "B", "sampling", "1B", steps=3, warmup=1, trained=0,
+        options={"loop": "graphs", "slots": 64}),
+    Row("sampling, slots", "B", "sampling", "1B", steps=2, warmup=1, trained=0,
+        options={"loop": "slots", "slots": 64}),
+    Row("sampling, the plain loop", "B", "sampling", "1B", steps=2, warmup=1, trained=0,
+        options={"loop": "plain", "slots": 64}),
     Row("minitrain, padded", "B", "sft", "1B", ("packing=false",), limit=60),
     # C: 8B
     Row("build 8B", "C", "build", "8B", limit=150),

@@ -442,8 +442,9 @@ def plain(job: Job) -> None:
 def main() -> None:
     job = Job(sys.argv[1])
     import gpu_peers
+    import gpu_sampling
 
-    work = globals().get(job.work) or getattr(gpu_peers, job.work)
+    work = globals().get(job.work) or getattr(gpu_sampling, job.work, None) or getattr(gpu_peers, job.work)
     work(job)
     job.save(done=True)
 

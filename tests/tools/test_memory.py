@@ -1,5 +1,6 @@
 """The estimate of memory against trainings that do take place: the same parts to the byte, and nothing uncounted."""
 
+import functools
 import gc
 import json
 import math
@@ -14,6 +15,7 @@ from minitrain import Trainer, load_config
 from minitrain.errors import ConfigError
 from minitrain.losses import registered
 from minitrain.model import attention, kd_divergence
+from minitrain.model.float8 import use_float8
 from minitrain.model.logprobs import LMHead, chunk_bytes
 from minitrain.model.save import save_model
 from minitrain.model.tiny import tiny_tokenizer
@@ -25,6 +27,7 @@ from minitrain.tools.preflight.memory import (
     simulate_step,
 )
 from minitrain.tools.preflight.memory_tracker import MemoryTracker
+from minitrain.training import setup
 from minitrain.training.optim_state import named_state
 from minitrain.training.setup import dry_run
 from tests.chats import THINKING, conversations, written
@@ -77,9 +80,11 @@ def held(tensors) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def taken(config) -> MemoryTracker:
-    """The same step with the real model of a trainer."""
+def taken(config, float8: str | None = None) -> MemoryTracker:
+    """The same step with the real model of a trainer, with FP8 in emulation."""
     trainer, tracker = Trainer(config), MemoryTracker()
+    if float8:
+        use_float8(trainer.policy.model, float8, emulate=True)
     attention._groups.cache_clear()  # what another step has left there would be nobody's
     several = config.gradient_accumulation_steps > 1 or config.max_tokens_per_micro_batch
     batches = [_largest_batch(trainer.train_loader, False)] * (2 if several else 1)
@@ -233,6 +238,21 @@ def test_experts_in_a_loop(config, tmp_path):
     assert found.parts["activations"] == pytest.approx(real.peaks["activations"], rel=0.2)
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8(config, monkeypatch, recipe):
+    """In emulation on both sides, which also keeps what the products in FP8 keep."""
+    monkeypatch.setattr(setup, "use_float8", functools.partial(use_float8, emulate=True))
+    run = dry_run(config("model.policy_dtype=bfloat16", "packing=true"))
+    plain = estimate_memory(run, CPU)
+    real = taken(run.config, recipe)
+    run.config.model.float8 = recipe  # which is refused without a GPU
+    attention._groups.cache_clear()
+    found = estimate_memory(run, CPU)
+    assert found.parts["activations"] != plain.parts["activations"]
+    assert found.parts == {part: real.peaks[part] for part in found.parts} and found.peak == real.peak
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_quantised_layers_are_as_large_as_those_of_bitsandbytes(config, bits):
@@ -303,6 +323,7 @@ def test_what_autograd_keeps_is_counted(config):
     """After a forward pass the tracker holds all that PyTorch's own hooks say is saved, weights apart."""
     trainer, tracker = Trainer(config("packing=true", "loss.focal_gamma=1")), MemoryTracker()
     batch, saved = _largest_batch(trainer.train_loader, False), {}
+    attention._groups.cache_clear()  # another test may have made the layout of this batch
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()

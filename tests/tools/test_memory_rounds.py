@@ -18,6 +18,7 @@ from minitrain.tools.preflight.memory_rounds import (
     COPY,
     JUDGES,
     KEYS_AND_VALUES,
+    PROMPTS,
     Judge,
     conversation_limit,
     longest_round,
@@ -167,6 +168,32 @@ def test_keys_and_values_by_hand(config):
     capacity = [width + 64 * (1 + width // 256) for width in (length - 3, length - 2)]
     copied = 64 * 4 * 8 * (length - 2)  # of one tensor
     assert found == pytest.approx(2 * 2 * 64 * 4 * 16 * sum(capacity) + copied, rel=0.001)
+
+
+def test_keys_and_values_of_graphs_by_hand(config):
+    """The first batch is in the memory of the graphs, whose columns are a multiple of 64, while the second is made."""
+    run = dry_run(config(packing=True))
+    length = int(run.data.train.lengths.max()) + 30
+    found = estimate_memory(run, torch.device("cuda")).sampling.parts[KEYS_AND_VALUES]
+    first, second = (width + 64 * (1 + width // 256) for width in (length - 3, length - 2))
+    rounded = -(-first // 64) * 64
+    assert rounded > first and rounded >= second
+    copied = 64 * 4 * 8 * (length - 2)  # of one tensor
+    assert found == pytest.approx(2 * 2 * 64 * 4 * 16 * (rounded + second) + copied, rel=0.001)
+
+
+@pytest.mark.parametrize("n_slots", [5, 16])
+def test_graphs_take_what_they_take_with_real_tensors(config, n_slots):
+    config = config(rollout={"num_slots": n_slots}, packing=True)
+    run = dry_run(config)
+    found = estimate_memory(run, torch.device("cuda")).sampling
+    trainer, tracker = Trainer(config), MemoryTracker()
+    simulate_sampling(
+        trainer.policy, run.data.train, trainer.config, trainer.parallel, trainer.precision, tracker, with_graphs=True
+    )
+    real = _estimate(tracker).parts
+    assert real.keys() == {KEYS_AND_VALUES, PROMPTS, "activations", "head"}
+    assert real == {part: found.parts[part] for part in real}
 
 
 def test_every_answer_of_the_longest_round_has_its_longest_length(config):

@@ -29,6 +29,7 @@ from minitrain.inference.evaluation import answer_names
 from minitrain.losses import Loss, Models
 from minitrain.model import logprobs
 from minitrain.model.load import CPU, DTYPES, META, build_frozen
+from minitrain.model.load_check import uses_fsdp
 from minitrain.model.offload import HostCopies
 from minitrain.training.aux_models import REF_LOGPS, PrecomputedRefLogps, build_aux_models, reference_kind
 from minitrain.training.drift import add_start, against_start, drift_names, kl_loss
@@ -190,7 +191,8 @@ def estimate_memory(run: Preparation, device: torch.device, devices: int = 1) ->
         estimate = _estimate(tracker)
         if run.loss.online and can_simulate(run.config, step.policy):
             precision = Precision(DTYPES[run.config.model.policy_dtype], CPU)
-            simulate_sampling(step.policy, run.data.train, run.config, parallel, precision, tracker)
+            with_graphs = device.type == "cuda" and not uses_fsdp(step.policy)
+            simulate_sampling(step.policy, run.data.train, run.config, parallel, precision, tracker, with_graphs)
             estimate.sampling = _estimate(tracker)
         if step.judges:
             simulate_judging(step.judges, run.data.train, run.config, step.policy, parallel, tracker)
@@ -222,7 +224,6 @@ def eval_metrics(run: Preparation) -> list[str]:
 def _step_inputs(run: Preparation, parallel: SingleDevice, fake: FakeTensorMode, tracker: MemoryTracker) -> StepInputs:
     """Return the inputs of the largest step of a run, with fake tensors for parameters."""
     config, loss, tokenizer = dataclasses.replace(run.config, compile=False), run.loss, run.template.tokenizer
-    config.model = dataclasses.replace(config.model, float8=None)
     precision = Precision(DTYPES[config.model.policy_dtype], CPU)
     policy = _to_fake(run.meta_policy(quantized=True), fake)
     policy.groups_documents = run.policy.groups_documents

@@ -20,6 +20,7 @@ from minitrain.config.sections import RolloutConfig
 from minitrain.data.loader import TokenizedDataset
 from minitrain.distributed.parallel import SingleDevice, local_shard
 from minitrain.inference.choice import Chooser, Request, TokenChoice
+from minitrain.inference.decode_graph import CUDAGraph, DecodeGraphs
 from minitrain.inference.slots import AHEAD_FRACTION, REFILL_FRACTION, SlotLoop, fitting_slots
 from minitrain.losses import Loss, add_features
 from minitrain.model.load import DTYPES
@@ -87,9 +88,11 @@ def _columns(config: Config, loss: Loss) -> list[str]:
 class _TrackedLoop(SlotLoop):
     """A loop whose tensors belong to parts: the prompts, and the keys and values of the slots."""
 
-    def __init__(self, policy: Policy, n_slots: int, tracker: MemoryTracker):
+    def __init__(self, policy: Policy, n_slots: int, tracker: MemoryTracker, with_graphs: bool):
         super().__init__(policy, n_slots)
         self.tracker = tracker
+        if with_graphs and self.makes_masks:
+            self.graphs = _TrackedGraphs(self, _Replayed)
 
     def _compute_prompts(self, *args) -> None:
         self.tracker.part = PROMPTS
@@ -102,6 +105,26 @@ class _TrackedLoop(SlotLoop):
     def _decode(self, *args):
         self.tracker.part = "activations"
         return super()._decode(*args)
+
+
+class _Replayed(CUDAGraph):
+    """Stands in for a CUDA graph, and runs the step again."""
+
+    def __init__(self, step: Callable[[], Tensor], other: CUDAGraph | None):
+        self.replay = step
+
+
+class _TrackedGraphs(DecodeGraphs):
+    """Decode steps of a tracked loop. Their memory belongs to the keys and values."""
+
+    def __init__(self, loop: _TrackedLoop, *args):
+        super().__init__(loop, *args)
+        self.tracker = loop.tracker
+
+    def _take(self, *args) -> None:
+        self.tracker.part = KEYS_AND_VALUES
+        super()._take(*args)
+        self.tracker.part = "activations"
 
 
 class _TrackedChoice(TokenChoice):
@@ -131,8 +154,13 @@ def simulate_sampling(
     parallel: SingleDevice,
     precision: Precision,
     tracker: MemoryTracker,
+    with_graphs: bool = False,
 ) -> None:
-    """Sample the first and the last tokens of the longest answers, and leave the peaks in the tracker."""
+    """Sample the first and the last tokens of the longest answers, and leave the peaks in the tracker.
+
+    Args:
+        with_graphs: Decode as on a GPU, which rounds rows and columns up to those of a graph.
+    """
     options, limit = config.rollout, conversation_limit(config, policy)
     choose = _FirstToken(options.temperature, options.top_p, options.top_k)
     length = _longest_conversation(prompts, config, limit)
@@ -145,7 +173,7 @@ def simulate_sampling(
         with tracker, inference(policy), weights, precision.autocast():
             choice = _TrackedChoice(policy, choose, tracker)
             rows = list(itertools.chain(*choice.rows(requests)))
-            _TrackedLoop(policy, n_slots, tracker).run(rows, choice)
+            _TrackedLoop(policy, n_slots, tracker, with_graphs).run(rows, choice)
     parallel.reshard(policy)
 
 
