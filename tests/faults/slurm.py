@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-TIMEOUT = 300  # seconds, for one attempt
+TIMEOUT = 3000  # seconds, for one attempt, which may be 1,000 steps on a busy machine
 STATE = "SLURM_DOUBLE"  # the folder of the job: tasks, a request to requeue, the socket of the scheduler
 
 

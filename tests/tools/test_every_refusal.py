@@ -207,9 +207,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     "tests/rl/test_vllm.py": (
         "rl/engine:_check_server: mismatch",
         "rl/vllm:__init__: conflict",
-        "rl/vllm:_call_once: process-failed",
-        "rl/vllm:_call_once: process-failed (2)",
-        "rl/vllm:_call_once: unreachable",
+        "rl/vllm:_call_once: code",
         "rl/vllm:_wrong: process-failed",
         "rl/vllm:call: unreachable",
         "rl/vllm:model_name: process-failed",
