@@ -165,7 +165,8 @@ class InBackward(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, parameter: nn.Parameter) -> None:
-        self.norms.append(torch.linalg.vector_norm(local_shard(parameter.grad)[0]))
+        gradient = local_shard(parameter.grad)[0]
+        self.norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))  # also of bfloat16
         self.update(parameter)
 
     def update(self, parameter: nn.Parameter) -> None:

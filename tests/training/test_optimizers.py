@@ -299,6 +299,23 @@ def test_steps_in_the_backward_pass_are_the_same(wide, name):
     assert all(p.grad is None for p in ours.parameters)
 
 
+def test_bfloat16_gradients_have_a_float32_norm(wide):
+    """The weights are those of plain steps to the bit, and the norm is that of float64."""
+    options = ("model.master_dtype=bfloat16", "model.policy_dtype=bfloat16", "max_grad_norm=0", "n_steps=2")
+    ours = wide(*options, "optimizer_in_backward=true", "exp_name=ours")
+    plain = wide(*options, "exp_name=plain")
+    _, batches = next(plain.train_loader.steps())
+    plain.forward_backward(batches)
+    assert {p.grad.dtype for p in plain.parameters} == {torch.bfloat16}
+    norm = sum(p.grad.double().square().sum() for p in plain.parameters).sqrt()
+    for p in plain.parameters:
+        p.grad = None
+    ours.train(), plain.train()
+    assert metrics(ours)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert [row["loss"] for row in metrics(ours)] == [row["loss"] for row in metrics(plain)]
+    assert all(torch.equal(p, weights(plain)[name]) for name, p in weights(ours).items())
+
+
 def test_only_one_gradient_exists_at_a_time(make_trainer):
     """Where a plain step holds all of them."""
     trainer, alive = make_trainer(*IN_BACKWARD), []
