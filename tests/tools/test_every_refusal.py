@@ -158,7 +158,7 @@ UNREACHED = {  # why no case reaches a place, or which tests do -> the places
     "another command says it": (
         "training/metrics_log:read_history: damaged-file or no-data",
         "training/metrics_log:read_lines: unreadable",
-        "training/metrics_log:read_lines: not-found (2)",
+        "training/metrics_log:check_exists: not-found",
         "training/metrics_log:read_lines: not-found",
         "inference/resolve:find_model: wrong-path",
         "inference/resolve:find_model: not-found",
