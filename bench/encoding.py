@@ -98,8 +98,11 @@ def write_rows(file: Path, n_rows: int) -> None:
 
 
 def part_of(text: str, generator: random.Random) -> str:
-    """A text from a random character in its first half on, so that few rows have the same texts."""
-    return text[generator.randrange(len(text) // 2) :]
+    """A text from a random character in its first half on, so that few rows have the same texts.
+
+    It begins with no white space, which `map` would join with the end of the header.
+    """
+    return text[generator.randrange(len(text) // 2) :].strip()
 
 
 def in_a_process(peer: str, folder: str, processes: int) -> dict:
