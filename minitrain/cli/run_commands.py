@@ -39,12 +39,13 @@ def plot(arguments: argparse.Namespace) -> int:
     from minitrain.training.metrics_log import check_exists, read_history, warn_damaged
 
     runs = [Path(run) for run in arguments.runs]
-    for run in runs:
-        check_exists(run)
     if arguments.watch is None:
         histories = [read_history(run) for run in runs]
         for history in histories:
             warn_damaged(history.damaged)
+    else:
+        for run in runs:
+            check_exists(run)
     folder = runs[0] if len(runs) == 1 else Path()
     output = new_output(arguments.output or str(folder / "metrics.png"), force=True)  # `plot` recognizes its own files
     if output.suffix.lower() != ".png":

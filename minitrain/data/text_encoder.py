@@ -72,7 +72,7 @@ class TextEncoder:
         self._adds_bos = bos is not None and self._encode("a", add_special_tokens=True).ids[:1] == [bos]
         self._prepends_space = "".join(self._encode("a", with_offsets=True).tokens[:1]).startswith(("\u2581", "\u0120"))
         self._ids_of_anchors: dict[str, list[int]] = {}
-        self._ids_ahead: dict[str, list[int]] = {}  # of texts with their anchors, by `encode_ahead`
+        self._ids_ahead: dict[str, list[int]] = {}  # of texts with their anchors, by `encoding_ahead`
         self._loses_characters = not all(self._encode(character).ids for character in UNUSUAL)
 
     def mark_literals(self, text: str) -> str:

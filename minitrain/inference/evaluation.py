@@ -154,8 +154,8 @@ def grade(
     graded = []
     texts = prompt_texts(prompts, generator.template)
     for prompt, reference, answers in zip(texts, references, responses, strict=True):
-        expected = final_answer(reference.message["content"], settings.match)
-        expected = json.dumps(reference.functions) if reference.functions else expected and str(expected)
+        final = final_answer(reference.message["content"], settings.match)
+        expected = json.dumps(reference.functions) if reference.functions else final_text(final)
         matches = [is_match(answer, reference, settings.match) for answer in answers]
         graded.append(GradedPrompt(prompt, expected, [answer.text for answer in answers], matches))
     return graded
@@ -266,6 +266,11 @@ def final_answer(text: str, match: str) -> str | Fraction | None:
         return _value(boxed)
     numbers = NUMBER.findall(_plain(text))
     return _value(numbers[-1]) if numbers else None
+
+
+def final_text(final: str | Fraction | None) -> str | None:
+    """Return a final answer as it is shown and written to files."""
+    return None if final is None else str(final)
 
 
 def _value(text: str) -> str | Fraction:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from minitrain.errors import DataError
-from minitrain.inference.evaluation import final_answer, log_answer, warn_of_references
+from minitrain.inference.evaluation import final_answer, final_text, log_answer, warn_of_references
 
 from .prompts import Prompts
 from .rewards_builtin import REFERENCES, reference_of
@@ -34,7 +34,7 @@ def exact_match(rounds: "Rounds", prompts: Prompts, key: tuple[int, ...]) -> flo
     matches = [final is not None and final_answer(answer, settings.match) == final for answer, final in pairs]
     for i in range(min(settings.show, len(answers))):
         question = prompts.get(i, i).messages[-1]["content"]
-        log_answer(trainer, question, answers[i], None if expected[i] is None else str(expected[i]), matches[i])
+        log_answer(trainer, question, answers[i], final_text(expected[i]), matches[i])
     missing = [prompts.examples.where(i) for i, final in enumerate(expected) if final is None]
     warn_of_references(trainer, missing, len(expected))
     return sum(matches) / len(matches)

@@ -148,3 +148,23 @@ def test_what_is_logged(make_trainer, rows_file, tmp_path, monkeypatch, capsys):
     assert len(samples) == 6 and samples[4] == shown  # three at the start, three at the end
     for line in ("'#### 12' (wrong, expected '13')", "'none?' (wrong, the reference has no final answer)"):
         assert f"  '?' -> {line}\n" in out
+
+
+def test_a_reference_of_zero(make_trainer, tmp_path, monkeypatch, capsys):
+    """0 is a final answer: it is compared, shown and written as every other, and no reference is reported missing."""
+    from minitrain.inference.generate import Generator, Response
+
+    responses = [Response(answer, {"role": "assistant", "content": answer}) for answer in ("#### 0", "#### 7")]
+    file = tmp_path / "eval.jsonl"
+    file.write_text(
+        json.dumps({"prompt": "?", "response": "#### 0.0"}) + "\n" + json.dumps({"prompt": "!", "response": "0"})
+    )
+    monkeypatch.setattr(Generator, "generate_from_ids", lambda *_, **__: responses)
+    trainer = make_trainer(
+        "eval_generate.n_examples=2", "eval_generate.match=number", f"eval_datasets=[{file}]", "n_steps=1"
+    )
+    assert trainer.train()["exact_match"] == 0.5
+    samples = [json.loads(line) for line in (trainer.run.path / "samples.jsonl").read_text().splitlines()]
+    assert [(one["expected"], one["right"]) for one in samples[-2:]] == [("0", True), ("0", False)]
+    out, err = capsys.readouterr()
+    assert "  '!' -> '#### 7' (wrong, expected '0')\n" in out and "no final answer" not in out + err
