@@ -138,9 +138,7 @@ def test_a_streamed_answer_is_printed_in_whole_characters(base, opens_thought, m
         written.append(text + ("\n" if end is None else end))
 
     generator.sampler.sample = sample
-    monkeypatch.setattr(
-        builtins, "print", lambda text, end=None, **_: written.append(text + (end or "\n") * (end != ""))
-    )
+    monkeypatch.setattr(builtins, "print", show)
     generator.stream(conversations("a")[0], Sampling(N_NEW))
     assert "".join(written) == f"{THINK}\n" * opens_thought + f"{text}\n"
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in written)
