@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 from minitrain.errors import DataError
 
-from .messages import THINK_END, Message, Messages, split_reasoning
+from .messages import CLOSE, OPEN, THINK_END, Message, Messages, split_reasoning
 from .rendering import Rendering
 
-# Characters of private use, which no text of a data set should have: the borders of a content, and special tokens that
-# are ordinary text.
-OPEN, CLOSE, LITERAL = "\ue0f0", "\ue0f1", "\ue0f2"
 MAX_TOKEN = 64  # characters of a special token
 THOUGHT_OPENER = re.compile(r"<(think|thinking|reasoning)>\s*$")
 _HIDDEN = "the chat template hides the answer; give chat_template=chatml or a template of your own"

@@ -73,7 +73,7 @@ def _read_jsonl(file, path: Path) -> Iterator[DataRow]:
 
 def _parse(raw: bytes) -> dict | DataError:
     try:
-        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+        row = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return DataError(f"invalid UTF-8 at byte {error.start} of the line", "invalid-text")
     except json.JSONDecodeError as error:
@@ -93,6 +93,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
         duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"duplicate key {short(duplicate)!r}")
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def as_row(row, advice: str = "") -> dict | DataError:
@@ -143,19 +146,19 @@ def _start_of_data(text: str, path: Path) -> int:
             f"{path}: expected a list of rows under `data`, got the keys {keys}. Write a single row as [{{...}}].",
             "invalid-row",
         )
-    decoder, position = json.JSONDecoder(object_pairs_hook=_object), text.index("{") + 1
+    position = text.index("{") + 1
     while True:
         position = _skip(text, position, " \t\r\n,")
-        key, position = decoder.raw_decode(text, position)
+        key, position = _DECODER.raw_decode(text, position)
         position = _skip(text, position, " \t\r\n:")
         if key == "data":
             return position
-        _, position = decoder.raw_decode(text, position)
+        _, position = _DECODER.raw_decode(text, position)
 
 
 def _list_entries(text: str, position: int, path: Path) -> Generator[DataRow, None, int]:
     """Yield (line number, row) of a list, and return the position of its end."""
-    decoder, line, counted, first = json.JSONDecoder(object_pairs_hook=_object), 1, 0, True
+    line, counted, first = 1, 0, True
     while True:
         position = _skip(text, position, " \t\r\n")
         line, counted = line + text.count("\n", counted, position), position
@@ -169,7 +172,7 @@ def _list_entries(text: str, position: int, path: Path) -> Generator[DataRow, No
             position = _skip(text, position + 1, " \t\r\n")
             line, counted = line + text.count("\n", counted, position), position
         try:
-            row, position = decoder.raw_decode(text, position)
+            row, position = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _bad_json(path, line, error) from None
         yield line, as_row(row)

@@ -42,6 +42,9 @@ PART_FIELDS = {
 }
 TRANSCRIPT = "\n\nHuman:"  # the beginning of a string that is a dialogue
 THINK_END = "</think>"
+# Characters of private use, which no text of a data set should have: the borders of a content, and special tokens that
+# are ordinary text.
+OPEN, CLOSE, LITERAL = "\ue0f0", "\ue0f1", "\ue0f2"
 
 
 def user(content: str) -> Message:
@@ -303,7 +306,10 @@ def leaves(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         for key, each in value.items():
             yield key
-            yield from leaves(each)
+            if isinstance(each, str):  # almost always, so without another call
+                yield each
+            else:
+                yield from leaves(each)
     elif isinstance(value, list):
         for each in value:
             yield from leaves(each)

@@ -82,6 +82,7 @@ class ChatRenderer:
         """
         self.source, self.variables = source, dict(variables)
         self.words = frozenset(re.findall(r"\w+", source))
+        self._known_keys = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"} | self.words
         self._headers: dict[str, str] = {}
 
     def bind(self, variables: Mapping[str, Any]) -> Rendering:
@@ -89,6 +90,7 @@ class ChatRenderer:
 
         It keeps the last text of each length, because the beginnings of a long conversation are needed again and again.
         """
+        added = {key: value for key, value in variables.items() if key not in ("tools", "documents")}
         variables = self.variables | variables
         kept: dict[tuple[int, bool], tuple[Messages, str]] = {}
 
@@ -102,8 +104,7 @@ class ChatRenderer:
         def marked(messages: Messages) -> tuple[str, list[Span]]:
             return render_marked(self.source, self.adapt(messages), add_generation_prompt=False, **variables)
 
-        options = {key: value for key, value in variables.items() if key not in ("tools", "documents")}
-        return Rendering(text, functools.partial(text, prompt=True), marked, functools.partial(self._header, options))
+        return Rendering(text, functools.partial(text, prompt=True), marked, functools.partial(self._header, added))
 
     def adapt(self, messages: Messages) -> Messages:
         """Return messages in the form that the template reads."""
@@ -146,20 +147,24 @@ class ChatRenderer:
 
     def unread_keys(self, message: Message) -> list[str]:
         """Return the keys of a message that neither the template nor minitrain reads."""
-        known = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"} | self.words
-        known |= {"weight"} if message["role"] == "assistant" else set()
-        return [key for key in message if key not in known]
+        is_answer = message["role"] == "assistant"
+        return [key for key in message if key not in self._known_keys and not (is_answer and key == "weight")]
 
     # ------------------------------------------------------------------------------------------ what a template reads
 
     def _header(self, variables: Mapping[str, Any]) -> str:
-        """Return what `add_generation_prompt` adds to a conversation; nothing if that is not added at its end."""
+        """Return what `add_generation_prompt` adds to a conversation; nothing if that is not added at its end.
+
+        Args:
+            variables: What is given besides `self.variables`.
+        """
         key = json.dumps(variables, sort_keys=True, default=str)
         if key not in self._headers:
             messages = self.adapt([user("a")])
             try:
                 text, prompt = (
-                    render(self.source, messages, add_generation_prompt=prompt, **variables) for prompt in (False, True)
+                    render(self.source, messages, add_generation_prompt=prompt, **self.variables | variables)
+                    for prompt in (False, True)
                 )
             except jinja2.TemplateError:
                 text, prompt = "", ""

@@ -17,10 +17,10 @@ import jinja2
 from minitrain.config.schema import Config
 from minitrain.errors import ConfigError, DataError
 
-from .answers import LITERAL, Answer, Answered, find_answers, find_earlier
+from .answers import Answer, Answered, find_answers, find_earlier
 from .counts import LOST, TRAINED, UNREAD, UNREAD_ROW, UNTRAINED, Uses, count_uses
 from .examples import OF_TEXTS, Conversation, Example, PlainText, Rollout
-from .messages import Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
+from .messages import LITERAL, Messages, assistant, is_trained_on, leaves, number_calls, split_reasoning, user
 from .needles import Needles, lost_context, uses_of_turn, uses_of_variables
 from .rendering import ChatRenderer, Rendering, set_defaults
 from .sandbox import UnboundedTemplate
@@ -296,8 +296,10 @@ class Template:
         """
         uses: Uses = {}
         for i, message in enumerate(messages, start):
-            uses |= {(i, name): key for name, key in uses_of_turn(message, spans.get(i, ""), text)}
-            uses |= {(i, f"key {key}"): UNREAD + key for key in self.renderer.unread_keys(message)}
+            for name, key in uses_of_turn(message, spans.get(i, ""), text):
+                uses[i, name] = key
+            for key in self.renderer.unread_keys(message):
+                uses[i, f"key {key}"] = UNREAD + key
             if not self.targets.train_on_reasoning and uses.get((i, "reasoning"), "").endswith(f":{TRAINED}"):
                 uses[i, "reasoning"] = f"reasoning:{UNTRAINED}"
         return uses

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from minitrain.batch import TARGET_WEIGHTS
 from minitrain.errors import DataError, is_failure
 
-from .answers import CLOSE, LITERAL, OPEN, Ends
+from .answers import Ends
 from .counts import Uses
+from .messages import CLOSE, LITERAL, OPEN
 
 UNUSUAL = "a\u16a0\u5b57\u2603"  # characters that not every tokenizer has a token for
 
@@ -217,7 +218,7 @@ class TextEncoder:
         weights[0] = 0.0
         mask = list(map(bool, weights))  # no weight is below 0
         tokens = Tokens(ids, mask, document.counts, turns=document.turns, uses=document.uses)
-        if {*weights} - {0.0, 1.0}:
+        if {piece.weight for piece in document.pieces if piece.text} - {0.0, 1.0}:
             tokens.token_features[TARGET_WEIGHTS] = weights
         return tokens
 

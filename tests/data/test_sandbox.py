@@ -127,3 +127,27 @@ def test_the_spans_are_those_of_transformers(source):
     variables = tiny_tokenizer().special_tokens_map
     wanted, spans = render_jinja_template([TALK], chat_template=source, return_assistant_tokens_mask=True, **variables)
     assert render_marked(source, TALK, add_generation_prompt=False, **variables) == (wanted[0], spans[0])
+
+
+ANSWER = "{% generation %}  {{ m.content }}!  {% endgeneration %}"
+LATER = {
+    "macro": "{% macro write(m) %}" + ANSWER + "{% endmacro %}{% for m in messages %}{{ write(m)|trim }};{% endfor %}",
+    "set": "{% for m in messages %}{% set x %}" + ANSWER + "{% endset %}{{ x|length }}{{ x|trim }};{% endfor %}",
+    "filter": "{% for m in messages %}{% filter trim %}" + ANSWER + "{% endfilter %};{% endfor %}",
+    "call": "{% macro f() %}{{ caller()|trim }}{% endmacro %}"
+    "{% for m in messages %}{% call f() %}" + ANSWER + "{% endcall %};{% endfor %}",
+    "recursive loop": "{% for m in [messages[0]] recursive %}"
+    "{% if loop.depth < 3 %}{{ loop([m])|trim }}{% endif %}" + ANSWER + "{% endfor %}",
+}
+SCOPED = (
+    "{% set x = 'a' %}{% for m in messages %}"
+    "{% generation %}{% set x = 'b' %}{{ x ~ loop.index }}{% endgeneration %}{{ x }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [*LATER.values(), SCOPED], ids=[*LATER, "scope"])
+def test_marks_of_spans_do_not_change_the_text(source):
+    """Also where the template takes white space or characters from the text of a span; such spans are left out."""
+    wanted, _ = render_jinja_template([TALK], chat_template=source)
+    assert render(source, TALK) == wanted[0]
+    assert render_marked(source, TALK) == (wanted[0], [(i, i + 2) for i in (0, 3, 6, 9)] if source is SCOPED else [])
