@@ -116,6 +116,8 @@ def lost_fields(message: Message, text: str) -> list[Lost]:
         text: What is trained on, as it was rendered.
     """
     reasoning, content = split_reasoning(message)
+    if not reasoning and "tool_calls" not in message:  # almost always
+        return [] if _has(text, content) else [Lost("content")]
     fields = [[(Lost("content"), content)], [(Lost("reasoning"), reasoning)], *_fields_of_calls(message)]
     lost = _lost(fields, text)
     if len(reasoning) >= MIN_REPEATED:
@@ -142,7 +144,8 @@ def lost_context(
         content = split_reasoning(message)[1] if is_answer else message["content"].strip()
         if not _has(text, content):
             lost.append(Lost("content", f"of the {message['role']} turn"))
-        lost += _lost(_fields_of_calls(message), (answers or {}).get(i, text))
+        if "tool_calls" in message:
+            lost += _lost(_fields_of_calls(message), (answers or {}).get(i, text))
     return lost + [Lost("tool", tool["function"]["name"]) for tool in tools if not _has_tool(text, tool["function"])]
 
 

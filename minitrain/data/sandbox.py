@@ -56,6 +56,7 @@ NON_PRINTING |= {
     "groupby",
 }
 NON_PRINTING |= {"batch", "slice"}
+_DICT_METHODS = frozenset(dir(dict))
 Span = tuple[int, int]
 _MARK = re.compile(f"[{OPEN}{CLOSE}]")
 
@@ -210,6 +211,12 @@ class _Bounded(ImmutableSandboxedEnvironment):
             self._count_printed(argument)
         self._count_before_call(name, (getattr(function, "__self__", None), *args, *kwargs.values()))
         return self._count(super().call(context, function, *args, **kwargs))
+
+    def getattr(self, obj, attribute):
+        """Override the sandbox's lookup to be faster for a key of an object."""
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_METHODS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def wrap_str_format(self, value):
         """Override the sandbox's wrapper of `str.format`, which loses the format string that `call` needs."""

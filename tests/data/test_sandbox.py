@@ -151,3 +151,10 @@ def test_marks_of_spans_do_not_change_the_text(source):
     wanted, _ = render_jinja_template([TALK], chat_template=source)
     assert render(source, TALK) == wanted[0]
     assert render_marked(source, TALK) == (wanted[0], [(i, i + 2) for i in (0, 3, 6, 9)] if source is SCOPED else [])
+
+
+def test_a_key_with_the_name_of_a_method_does_not_hide_the_method():
+    talk = [user("a") | {"items": "x", "name": "b"}]
+    source = "{% for key, _ in messages[0].items() %}{{ key }}{% endfor %}{{ messages[0].name }}{{ messages[0].no }}"
+    wanted, _ = render_jinja_template([talk], chat_template=source)
+    assert render(source, talk) == wanted[0] == "rolecontentitemsnameb"
