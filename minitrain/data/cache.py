@@ -146,10 +146,11 @@ class Chunk:
 
 
 def _as_arrays(document: Tokens) -> Tokens:
-    """Return the document as arrays, which are faster to send to another process."""
-    features = {name: np.asarray(feature, np.float32) for name, feature in document.token_features.items()}
-    ids, mask = np.asarray(document.ids, np.int32), np.frombuffer(bytes(document.mask), np.uint8)
-    return dataclasses.replace(document, ids=ids, mask=mask, token_features=features, uses={})
+    """Return the document with arrays, which are faster to send to another process."""
+    document.ids, document.mask = np.asarray(document.ids, np.int32), np.frombuffer(bytes(document.mask), np.uint8)
+    document.token_features = {name: np.asarray(each, np.float32) for name, each in document.token_features.items()}
+    document.uses = {}
+    return document
 
 
 class TokenCache:

@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,21 +165,21 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
     Raises:
         DataError: The row cannot be used; the caller adds file and line.
     """
-    known, row = row_formats_of(kind), TrackedRow(row)
+    row = TrackedRow(row)
     if dataset.columns:
         row = row | {name: _column(row, column, dataset.path) for name, column in dataset.columns.items()}
     if dataset.type is not None:
         name = dataset.type
-        missing = [key for key in known[name].required if key not in row]
+        missing = [key for key in ROW_FORMATS[name].required if key not in row]
         if missing:
             raise DataError(f"type {name} requires the key {missing[0]!r}, got {keys_of(row)}", "invalid-row")
     else:
-        name = _matching_format(dataset.columns, known) or _matching_format(row, known)
+        name = _matching_format(dataset.columns, kind) or _matching_format(row, kind)
     if name is None:
-        formats = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in known.items())
+        formats = "; ".join(f"{n}: {', '.join(s.required)}" for n, s in row_formats_of(kind).items())
         first, second = EXAMPLE_COLUMNS[kind]
         example = f"{{{first}: my_column, {second}: my_other_column}}"
-        is_prompt = kind not in (*OF_TEXTS, "solution") and _matching_format(row, row_formats_of("prompt"))
+        is_prompt = kind not in (*OF_TEXTS, "solution") and _matching_format(row, "prompt")
         online = ", or set rollout.num_generations to sample responses during training" if is_prompt else ""
         raise DataError(
             f"expected the keys of a {kind} format ({formats}), got {keys_of(row)}. "
@@ -193,7 +193,7 @@ def to_example(row: dict, dataset: DatasetConfig, kind: str = "conversation") ->
         )
     if name not in WITH_DOCUMENTS and (dataset.p_oracle < 1 or dataset.n_distractors is not None):
         raise DataError(f"p_oracle and n_distractors have no effect on rows of type {name}. Remove them", "no-effect")
-    example = known[name].convert(row, dataset)
+    example = ROW_FORMATS[name].convert(row, dataset)
     if kind not in OF_TEXTS:
         if media := [key for key in MEDIA if row.get(key) not in EMPTY]:
             raise DataError(f"{media[0]}: minitrain trains on text only. Remove the row", "invalid-row")
@@ -276,8 +276,12 @@ TEMPLATED = ("prompt_response", "prompt_completion", "question_answer", "query_r
 TEMPLATED += ("prompt", "prompt_question", "prompt_instruction", "prompt_query")
 
 
-def _matching_format(keys: dict, known: dict[str, RowFormat]) -> str | None:
-    return next((name for name, s in known.items() if all(key in keys for key in s.required)), None)
+def _matching_format(keys: Mapping, kind: str) -> str | None:
+    """Return the first format of a kind whose required keys are there."""
+    for name, each in ROW_FORMATS.items() if keys else ():
+        if each.kind == kind and all(key in keys for key in each.required):
+            return name
+    return None
 
 
 def _column(row: dict, column: str, path: str) -> object:
