@@ -125,8 +125,8 @@ def judge(summaries: list[dict], skipped: dict[str, str]) -> tuple[list[str], bo
         peers, name = summary["peers"], summary["name"]
         differing = [peer for peer, f in peers.items() if not does_same_work(f, summary)]
         same_work &= not differing
-        verdict = f"NOT THE SAME WORK: {', '.join(differing)}" if differing else "same work in all"
-        lines.append(f"{name}: {verdict if 'hand' in peers else 'losses not compared, hand was left out'}")
+        found = f"NOT THE SAME WORK: {', '.join(differing)}" if differing else "same work in all"
+        lines.append(f"{name}: {found if 'hand' in peers else 'losses not compared, hand was left out'}")
         rate = {peer: f["tokens_per_second"] for peer, f in peers.items()}
         memory = {peer: f["peak_mib"] for peer, f in peers.items()}
         aims = [("minitrain", "hand"), ("minitrain", "trl"), ("minitrain packed", "minitrain")]
