@@ -41,6 +41,9 @@ REFUSED = re.compile(rf"minitrain.*Error.*\[({CODES})\]", re.DOTALL)  # by a ver
 def main(rows: list[Row] = ROWS, worker: Path = HERE / "gpu_work.py") -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the measurement that runs, too
+    names = [row.name for row in rows if row.phase in arguments.phases]
+    if not any(re.search(arguments.only, name) for name in names):
+        sys.exit(f"--only {arguments.only}: expected a pattern of one of these: {'; '.join(names)}")
     machine = describe_machine(arguments.device, arguments.tiny)
     folder = arguments.results or HERE / "results"
     stem = f"{machine['date']}-{re.sub(r'[^a-z0-9]+', '-', machine['card'].lower()).strip('-')}"

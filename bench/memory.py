@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from dpo import write_pairs  # noqa: E402
 from meter import Meter, pick_device  # noqa: E402
 from report import hardware  # noqa: E402
-from workload import Setting, build  # noqa: E402
+from workload import Setting, build, pick  # noqa: E402
 
 SMALL = Setting(vocab=8192, dtype="float32", steps=2, warmup=0, batch=8, hidden=512, intermediate=1408, layers=4)
 LARGE = replace(SMALL, vocab=128_256, hidden=256, intermediate=704, layers=2)
@@ -70,7 +70,7 @@ of which the larger peak is reported. Nothing was adjusted to these numbers."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only settings with this in their options")
+    parser.add_argument("--only", default="", help="only settings with this in their options, e.g. packing=true")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the table")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -78,6 +78,8 @@ def main() -> None:
         folder, scratch, *overrides = arguments.worker
         work(Path(folder), Path(scratch), overrides)
         return
+    named = {f"{model.vocab:,} tokens, {', '.join(overrides)}": (model, overrides) for model, overrides in SETTINGS}
+    settings = pick(named, arguments.only)
     lines = [f"# Estimated and measured memory, {hardware()}, {datetime.date.today()}", "", NOTE, ""]
     lines += [f"torch {torch.__version__}.", ""]
     lines += ["| tokens | options | estimated, MiB | measured, MiB | error | apart, MiB |"]
@@ -87,10 +89,9 @@ def main() -> None:
         for model in (SMALL, LARGE, EXPERTS):
             build(model, folders[id(model)])
             write_pairs(model, folders[id(model)])
-        for model, overrides in SETTINGS:
-            if arguments.only in " ".join(overrides):
-                lines.append(row(model, overrides, folders[id(model)]))
-                print(lines[-1], flush=True)
+        for model, overrides in settings:
+            lines.append(row(model, overrides, folders[id(model)]))
+            print(lines[-1], flush=True)
     name = f"{datetime.date.today()}-{re.sub(r'[^a-z0-9]+', '-', hardware().lower()).strip('-')}-memory.md"
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / name).write_text("\n".join(lines) + "\n")

@@ -77,6 +77,7 @@ CASES = [
 
 def main() -> int:
     from run import find_trl
+    from workload import pick
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often each peer runs (default 3)")
@@ -84,10 +85,11 @@ def main() -> int:
     parser.add_argument("--peer-python", help="a Python that has TRL")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the table")
     arguments = parser.parse_args()
+    cases = pick({case.name: case for case in CASES}, arguments.only)
     python, why_not = find_trl(arguments.peer_python)
     peers = [peer for peer in PEERS if python or peer != "trl"]
     results = []
-    for case in (case for case in CASES if arguments.only in case.name):
+    for case in cases:
         with tempfile.TemporaryDirectory(prefix="minitrain-bench-") as folder:
             build(case, Path(folder))
             runs = {peer: [] for peer in peers}

@@ -33,10 +33,10 @@ PEER_PACKAGES = ("torch==2.13.0", "trl==1.16.*", "peft")
 def main() -> int:
     arguments = parse_arguments()
     began = time.time()
+    settings = pick_settings(arguments.quick, arguments.only, arguments.lora)
     python, why_not = (None, "left out by --peers") if "trl" not in arguments.peers else find_trl(arguments.peer_python)
     skipped = {} if python else {"trl": why_not}
     peers = [peer for peer in arguments.peers if peer not in skipped]
-    settings = pick_settings(arguments.quick, arguments.only, arguments.lora)
     with tempfile.TemporaryDirectory(prefix="minitrain-bench-") as scratch:
         folders = [Path(scratch) / str(number) for number in range(len(settings))]
         for setting, folder in zip(settings, folders):

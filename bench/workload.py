@@ -1,8 +1,10 @@
 """The same model and the same data for every peer, built from a seed."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,4 +164,12 @@ def pick_settings(quick: bool, only: str = "", lora: int = 0) -> list[Setting]:
     if quick:
         steps = {key: max(2, n // 3) for key, n in steps.items() if key[1] == quick_dtype}
     settings = [Setting(vocab, dtype, steps=n, lora=lora, **size) for (vocab, dtype), n in steps.items()]
-    return [setting for setting in settings if only in setting.name]
+    return pick({setting.name: setting for setting in settings}, only)
+
+
+def pick(named: dict[str, Any], only: str) -> list:
+    """Return what has `only` in its name. Ends the command if nothing has."""
+    picked = [each for name, each in named.items() if only in name]
+    if not picked:
+        sys.exit(f"--only {only}: expected a part of one of these: {'; '.join(named)}")
+    return picked

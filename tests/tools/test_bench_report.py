@@ -1,5 +1,6 @@
 """bench/report.py: the tables of bench/run.py, from figures whose ratios are known."""
 
+import importlib
 import json
 
 import pytest
@@ -69,3 +70,11 @@ def test_other_work_is_named(bench, tmp_path):
     """Losses that differ mean that nothing can be compared."""
     status, table, _ = written(bench, tmp_path, losses=2.1)
     assert status == 1 and "NOT THE SAME WORK: minitrain\n" in table
+
+
+@pytest.mark.parametrize("command", ["gpu", "memory", "rl", "run"])
+def test_a_pattern_that_nothing_has_is_refused(bench, monkeypatch, command):
+    """Before anything is built or installed."""
+    monkeypatch.setattr("sys.argv", [f"{command}.py", "--only", "quadratic"])
+    with pytest.raises(SystemExit, match="--only quadratic: expected a p"):
+        importlib.import_module(command).main()
