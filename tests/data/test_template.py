@@ -29,6 +29,13 @@ MARKED_WITH_NEWLINE = MARKED_WITHOUT_END.replace(
 ).replace(
     "{{ '<|im_end|>\\n' }}{% endfor", "{% if message['role'] != 'assistant' %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor"
 )
+# The template may change what a macro writes, so its markers are not used.
+MARKED_IN_MACRO = (
+    "{% macro write(m) %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endmacro %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + write(m) + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 # As Mistral has it: the system prompt stands before the last turn of the user, and moves on with it.
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set sys = messages[0]['content'] + '\\n\\n' %}"
@@ -94,6 +101,7 @@ TEMPLATES = {
     "bare": BARE_CHATML,
     "marked without end": MARKED_WITHOUT_END,
     "marked with newline": MARKED_WITH_NEWLINE,
+    "marked in a macro": MARKED_IN_MACRO,
     "mistral": MISTRAL,
     "qwen3": QWEN3,
 }
