@@ -277,11 +277,8 @@ TEMPLATED += ("prompt", "prompt_question", "prompt_instruction", "prompt_query")
 
 
 def _matching_format(keys: Mapping, kind: str) -> str | None:
-    """Return the first format of a kind whose required keys are there."""
-    for name, each in ROW_FORMATS.items() if keys else ():
-        if each.kind == kind and all(key in keys for key in each.required):
-            return name
-    return None
+    formats = ROW_FORMATS.items() if keys else ()
+    return next((name for name, one in formats if one.kind == kind and all(key in keys for key in one.required)), None)
 
 
 def _column(row: dict, column: str, path: str) -> object:
